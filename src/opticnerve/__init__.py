@@ -1,0 +1,38 @@
+"""opticnerve: dock any pretrained eye onto any pretrained language model.
+
+Importing this package registers its classes with transformers' Auto classes, once transformers is imported; torch and
+transformers themselves are imported only when something of theirs is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "dock": "opticnerve.build",
+    "Dock": "opticnerve.build",
+    "Recipe": "opticnerve.recipe",
+    "Conversation": "opticnerve.types",
+    "ask": "opticnerve.types",
+    "Features": "opticnerve.types",
+    "OpticNerveError": "opticnerve.types",
+    "OpticNerveConfig": "opticnerve.models",
+    "OpticNerveProcessor": "opticnerve.models",
+    "OpticNerveForConditionalGeneration": "opticnerve.models",
+}
+__all__ = ["__version__", *_LAZY]
+
+if TYPE_CHECKING:
+    from opticnerve.build import Dock, dock
+    from opticnerve.models import OpticNerveConfig, OpticNerveForConditionalGeneration, OpticNerveProcessor
+    from opticnerve.recipe import Recipe
+    from opticnerve.types import Conversation, Features, OpticNerveError, ask
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'opticnerve' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

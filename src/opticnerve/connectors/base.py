@@ -1,0 +1,80 @@
+"""What every connector promises: features at the encoder's width in, soft tokens at the language model's width out.
+
+The base class also holds the *calibration*: buffers that standardise what comes in and scale what goes out, measured
+once on the first pictures of training. With them a fresh connector starts inside the language model's embedding cloud
+and learns at once; without them (`calibrate=False`, or before calibration) they change nothing, bit for bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opticnerve.types import Features
+
+
+class Connector(nn.Module, ABC):
+    """The nerve between an encoder and a language model.
+
+    Args:
+        in_size: width of the encoder's tokens. out_size: width of the language model's embeddings.
+        in_tokens: how many tokens the encoder gives for one image.
+        calibrate: whether training may measure and set the calibration buffers.
+
+    A subclass implements `project` and, where it changes the number of tokens, `num_tokens`; `options` holds the plain
+    keywords that build the same module again (without the sizes, which come from the neighbours).
+    """
+
+    input_mean: Tensor
+    input_std: Tensor
+    output_scale: Tensor
+    calibrated: Tensor
+
+    def __init__(self, *, in_size: int, out_size: int, in_tokens: int, calibrate: bool = True) -> None:
+        super().__init__()
+        self.in_size, self.out_size, self.in_tokens, self.calibrate_allowed = in_size, out_size, in_tokens, calibrate
+        self.register_buffer("input_mean", torch.zeros(in_size))
+        self.register_buffer("input_std", torch.ones(in_size))
+        self.register_buffer("output_scale", torch.ones(()))
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        self.options: dict[str, Any] = {"calibrate": calibrate}
+
+    @property
+    def num_tokens(self) -> int:
+        """Soft tokens that come out for one image."""
+        return self.in_tokens
+
+    @abstractmethod
+    def project(self, features: Features) -> Features:
+        """(B, in_tokens, in_size) → (B, num_tokens, out_size)."""
+
+    def forward(self, features: Features) -> Features:
+        if features.tokens_BND.shape[-1] != self.in_size:
+            raise ValueError(f"the connector takes width {self.in_size}, the encoder gave {features.tokens_BND.shape[-1]}")
+        if self.calibrate_allowed:
+            tokens_BND = (features.tokens_BND - self.input_mean) / self.input_std
+            out = self.project(Features(tokens_BND, features.mask_BN))
+            return Features(out.tokens_BND * self.output_scale, out.mask_BN)
+        return self.project(features)
+
+    @torch.no_grad()
+    def calibrate(self, features: Features, embedding_std: float) -> None:
+        """Measure: each input channel to mean 0 and deviation 1; the output to `embedding_std`.
+
+        `features`: what the encoder gives for a few dozen pictures. Called once, before the first step of the first
+        stage that trains this connector; afterwards the numbers are weights like any other and travel with it.
+        """
+        if not self.calibrate_allowed or bool(self.calibrated):
+            return
+        seen_MD = features.tokens_BND[features.mask_BN].float()
+        std_D = seen_MD.std(0)
+        # A channel that never moves carries nothing: dividing by its deviation would blow up its noise.
+        floor = 1e-3 * std_D.mean().clamp_min(1e-6)
+        self.input_mean.copy_(seen_MD.mean(0))
+        self.input_std.copy_(std_D.clamp_min(floor))
+        out = self.forward(features)
+        self.output_scale.copy_(embedding_std / out.tokens_BND[out.mask_BN].float().std().clamp_min(1e-6))
+        self.calibrated.fill_(True)

@@ -1,0 +1,291 @@
+"""Going through all data before training: every sample read, every picture opened, everything wrong listed at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from opticnerve.data.images import image_digest, open_image
+from opticnerve.data.readers import DataSource
+from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, TextPart
+
+CountTokens = Callable[[Conversation], int]
+
+
+@dataclass
+class Listed:
+    """How many samples share a trouble, and the first few of them as (place, message)."""
+
+    count: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, where: str, message: str, max_listed: int) -> None:
+        self.count += 1
+        if len(self.examples) < max_listed:
+            self.examples.append((where, message))
+
+
+@dataclass
+class Report:
+    """What `check` found. Lengths are kept as histograms, so that the report stays small."""
+
+    good: int = 0
+    bad: int = 0
+    kinds: dict[str, Listed] = field(default_factory=dict)
+    turns: int = 0  # assistant turns: what is learned from
+    images: int = 0  # mentions of pictures
+    distinct_images: int = 0  # by content; by path where pictures were not opened
+    audios: int = 0
+    images_per_sample: Counter[int] = field(default_factory=Counter)
+    answer_words: Counter[int] = field(default_factory=Counter)
+    tokens: Counter[int] = field(default_factory=Counter)
+    duplicates: Listed = field(default_factory=Listed)
+    media_opened: bool = True
+
+    @property
+    def samples(self) -> int:
+        return self.good + self.bad
+
+    @property
+    def ok(self) -> bool:
+        """There is something to learn from, and nothing that training would refuse. Duplicates are no refusal."""
+        return self.good > 0 and self.bad == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "ok": self.ok,
+            "samples": self.samples,
+            "good": self.good,
+            "bad": self.bad,
+            "kinds": {k: _listed(v) for k, v in sorted(self.kinds.items(), key=lambda kv: -kv[1].count)},
+            "turns": self.turns,
+            "images": self.images,
+            "distinct_images": self.distinct_images,
+            "images_per_sample": {str(k): v for k, v in sorted(self.images_per_sample.items())},
+            "audios": self.audios,
+            "answer_words": spread(self.answer_words),
+            "tokens": spread(self.tokens),
+            "duplicates": _listed(self.duplicates),
+            "media_opened": self.media_opened,
+        }
+
+    def render(self, console: Console) -> None:
+        """A table of counts, then what is wrong, worst first, with places."""
+        counts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in self._lines():
+            counts.add_row(name, value)
+        console.print(counts)
+        for kind, listed in sorted(self.kinds.items(), key=lambda kv: -kv[1].count):
+            _print_listed(console, f"[bold red]{escape(kind)}[/]: {listed.count:,}", listed)
+        if self.duplicates.count:
+            _print_listed(console, f"[bold yellow]exact duplicates[/]: {self.duplicates.count:,}", self.duplicates)
+        console.print(self._verdict())
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        yield "samples", f"{self.samples:,}, {self.good:,} good and {self.bad:,} bad"
+        yield "assistant turns", f"{self.turns:,}"
+        how = "different by content" if self.media_opened else "different by path, not opened"
+        per = ", ".join(f"{k} in {v:,}" for k, v in sorted(self.images_per_sample.items()))
+        yield "images", f"{self.images:,}, {self.distinct_images:,} {how}; per sample: {per or 'none'}"
+        if self.audios:
+            yield "sounds", f"{self.audios:,}"
+        if words := spread(self.answer_words):
+            yield "words per answer", _spread_text(words)
+        if tokens := spread(self.tokens):
+            yield "tokens per sample", _spread_text(tokens)
+
+    def _verdict(self) -> str:
+        if self.ok:
+            return "[bold green]Ready to train.[/]"
+        if self.bad:
+            return f"[bold red]{self.bad:,} of {self.samples:,} samples cannot be trained on.[/]"
+        return "[bold red]There is no sample at all.[/]"
+
+
+def check(
+    data: Iterable[DataSource | Conversation | DataError],
+    *,
+    open_media: bool = True,
+    max_listed: int = 20,
+    count_tokens: CountTokens | None = None,
+    max_length: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Go through everything; bad samples and unreadable files are counted and listed, never raised.
+
+    Args:
+        data: sources (each read to its end), conversations, or errors found by others.
+        open_media: decode every picture (each file once), and find duplicates by content instead of by path.
+        max_listed: examples kept for each kind of trouble.
+        count_tokens: tokens of a sample as the model gets it; with `max_length`, longer ones are bad, kind `too-long`.
+        on_progress: told the number of samples seen, after each.
+    """
+    if max_length is not None and count_tokens is None:
+        raise OpticNerveError("max_length without count_tokens: give the function that counts a sample's tokens")
+    report = Report(media_opened=open_media)
+    pictures = _Pictures(open_media)
+    first_seen: dict[bytes, str] = {}
+    for item in _all(data):
+        try:
+            if isinstance(item, DataError):
+                raise item
+            identities = [pictures.identify(part, item.where) for part in item.images]
+            if count_tokens is not None:
+                _count(item, count_tokens, max_length, report)
+        except DataError as e:
+            report.bad += 1
+            report.kinds.setdefault(e.kind, Listed()).add(e.where, _message(e), max_listed)
+        else:
+            _add(item, identities, report, first_seen, max_listed)
+        if on_progress is not None:
+            on_progress(report.samples)
+    report.distinct_images = len(pictures.good)
+    return report
+
+
+def spread(histogram: Counter[int]) -> dict[str, float]:
+    """Minimum, median, mean, 95th percentile and maximum of a histogram; empty for an empty one."""
+    total = histogram.total()
+    if not total:
+        return {}
+
+    def at(share: float) -> int:
+        seen = 0
+        for value in sorted(histogram):
+            seen += histogram[value]
+            if seen >= share * total:
+                return value
+        raise AssertionError("a share above one")
+
+    mean = sum(v * n for v, n in histogram.items()) / total
+    return {"min": min(histogram), "median": at(0.5), "mean": round(mean, 2), "p95": at(0.95), "max": max(histogram)}
+
+
+class _Pictures:
+    """Each picture opened once, however many samples show it; a bad one is bad in all of them."""
+
+    def __init__(self, open_media: bool) -> None:
+        self.open_media = open_media
+        self.good: set[str] = set()
+        self._files: dict[Path, str | DataError] = {}
+
+    def identify(self, part: ImagePart, where: str) -> str:
+        source = part.source
+        if not isinstance(source, Path):
+            return self._look(part, where)
+        if source not in self._files:
+            try:
+                self._files[source] = self._look(part, where)
+            except DataError as e:
+                self._files[source] = e
+        found = self._files[source]
+        if isinstance(found, DataError):
+            raise DataError(found.problem, where=where, remedy=found.remedy, kind=found.kind)
+        return found
+
+    def _look(self, part: ImagePart, where: str) -> str:
+        if self.open_media:
+            open_image(part.source, where=where)
+            identity = image_digest(part.source, where=where)
+        else:
+            identity = str(part.source) if isinstance(part.source, Path) else image_digest(part.source, where=where)
+        self.good.add(identity)
+        return identity
+
+
+def _all(data: Iterable[DataSource | Conversation | DataError]) -> Iterator[Conversation | DataError]:
+    for item in data:
+        if not isinstance(item, DataSource):
+            yield item
+            continue
+        waiting: list[DataError] = []
+        found = item.read(waiting.append)
+        while True:
+            try:
+                conversation = next(found, None)
+            except DataError as e:
+                waiting.append(e)
+                conversation = None
+            yield from waiting
+            waiting.clear()
+            if conversation is None:
+                break
+            yield conversation
+
+
+def _count(item: Conversation, count_tokens: CountTokens, max_length: int | None, report: Report) -> None:
+    length = count_tokens(item)
+    report.tokens[length] += 1
+    if max_length is not None and length > max_length:
+        raise DataError(
+            f"{length:,} tokens, {max_length:,} fit",
+            where=item.where,
+            remedy="shorten it, raise the maximum length, or split it into several samples",
+            kind="too-long",
+        )
+
+
+def _add(
+    item: Conversation, identities: list[str], report: Report, first_seen: dict[bytes, str], max_listed: int
+) -> None:
+    answers = [m for m in item.messages if m.role == "assistant"]
+    report.good += 1
+    report.turns += len(answers)
+    report.images += len(identities)
+    report.audios += len(item.audios)
+    report.images_per_sample[len(identities)] += 1
+    report.answer_words.update(len(m.text.split()) for m in answers)
+    place = item.where or item.id
+    content = _digest(item.messages, identities)
+    if content in first_seen:
+        report.duplicates.add(place, f"the same pictures and words as {first_seen[content]}", max_listed)
+    else:
+        first_seen[content] = place
+
+
+def _digest(messages: Iterable[Message], identities: list[str]) -> bytes:
+    """What makes two samples the same: roles, words and pictures, in order."""
+    pictures = iter(identities)
+    content: list[tuple[str, list[tuple[str, str]]]] = []
+    for message in messages:
+        parts: list[tuple[str, str]] = []
+        for part in message.parts:
+            match part:
+                case TextPart(text):
+                    parts.append(("text", text))
+                case ImagePart():
+                    parts.append(("image", next(pictures)))
+                case _:
+                    parts.append(("audio", str(part.source)))
+        content.append((message.role, parts))
+    return hashlib.blake2b(repr(content).encode(), digest_size=16).digest()
+
+
+def _message(error: DataError) -> str:
+    return error.problem + (f" ({error.remedy})" if error.remedy else "")
+
+
+def _listed(listed: Listed) -> dict[str, Any]:
+    return {"count": listed.count, "examples": [{"where": w, "message": m} for w, m in listed.examples]}
+
+
+def _spread_text(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:,g}" for name, value in values.items())
+
+
+def _print_listed(console: Console, title: str, listed: Listed) -> None:
+    console.print(title)
+    for where, message in listed.examples:
+        line = f"  {escape(where)}: {escape(message)}" if where else f"  {escape(message)}"
+        console.print(line, highlight=False, soft_wrap=True)  # places stay whole, to be copied and clicked
+    if listed.count > len(listed.examples):
+        console.print(f"  … and {listed.count - len(listed.examples):,} more")

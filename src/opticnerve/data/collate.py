@@ -1,0 +1,84 @@
+"""Rows to a batch of tensors. Pictures are opened and prepared here, in whichever process the data loader runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opticnerve.data.images import open_image
+from opticnerve.data.labels import IGNORE
+from opticnerve.data.packing import Row
+
+
+@dataclass
+class Batch:
+    """What a training step takes.
+
+    `input_ids`, `positions`, `targets`, `group`, `branch`: (B, L) int64, padded on the right (group -1).
+    `pixel_values`: (images, 3, H, W) float32, or None. `plain`: every row is one sample, a causal mask is enough.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    group: Tensor
+    branch: Tensor
+    pixel_values: Tensor | None
+    plain: bool
+    ids: list[str]
+    samples: int
+
+    @property
+    def supervised(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+    @property
+    def tokens(self) -> int:
+        return int((self.group >= 0).sum())
+
+    def to(self, device: Any) -> Batch:
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask (B, 1, L, L): 0 where i may see j, the least number elsewhere; None where causal is enough."""
+        if self.plain:
+            return None
+        same_group = self.group[:, :, None] == self.group[:, None, :]
+        sees = (self.branch[:, :, None] == self.branch[:, None, :]) | (self.branch[:, None, :] == 0)
+        length = self.group.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.group.device).tril()
+        allowed = same_group & sees & causal
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+class Collator:
+    """Rows → `Batch`, with the processor's image processor and padding token."""
+
+    def __init__(self, processor: Any) -> None:
+        self.image_processor = processor.image_processor
+        self.pad = processor.tokenizer.pad_token_id
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        length = max(len(r) for r in rows)
+
+        def pad(name: str, value: int) -> Tensor:
+            return torch.tensor([getattr(r, name) + [value] * (length - len(r)) for r in rows])
+
+        pictures = [open_image(i.source, where=r.ids[0]) for r in rows for i in r.images]
+        pixels = self.image_processor(pictures, return_tensors="pt")["pixel_values"] if pictures else None
+        return Batch(
+            input_ids=pad("input_ids", self.pad),
+            positions=pad("positions", 0),
+            targets=pad("targets", IGNORE),
+            group=pad("group", -1),
+            branch=pad("branch", 0),
+            pixel_values=pixels,
+            plain=all(r.plain for r in rows),
+            ids=[i for r in rows for i in r.ids],
+            samples=sum(len(r.ids) for r in rows),
+        )

@@ -1,0 +1,217 @@
+"""Any picture a user may have, as one thing: a loaded 8-bit RGB picture, or one clear error.
+
+Data readers, chat, server and evaluation open their pictures here and nowhere else, so that a rotated, transparent or
+16-bit picture looks the same to the model in training and in use.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+import struct
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from PIL.Image import Transpose
+
+from opticnerve.types import DataError
+
+Source = Path | str | bytes | PIL.Image.Image
+
+MAX_PIXELS = 64_000_000
+
+# A closed list: Pillow would also hand EPS to Ghostscript, and recognises some formats by next to nothing.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
+_EXIF_ORIENTATION = 0x0112
+# EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112).
+_UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+def open_image(source: Source, *, where: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+    """A loaded picture of mode RGB, 8 bits a channel, upright.
+
+    Args:
+        source: a file, encoded bytes, a `data:` URL, or a picture already opened. Nothing is ever fetched.
+        where: what the error shall name, e.g. `captions.jsonl:12`.
+        max_pixels: pictures with more are refused by their header, before anything is decoded.
+
+    How each kind of picture is read:
+
+    - EXIF orientation is applied (an unreadable EXIF block counts as none).
+    - Animated GIF, WebP and APNG: the first frame.
+    - Transparency (RGBA, LA, palette or a transparent colour): laid over white.
+    - 16-bit grey: 0…65535 becomes 0…255. Pillow's own conversion would clip everything above 255 to white.
+    - CMYK, YCbCr, palette, 1-bit, grey: converted by Pillow (Adobe's inverted CMYK included).
+
+    Raises:
+        DataError: kind `missing-image` (no such file), `url` (http addresses are not fetched), or `unreadable-image`:
+            a folder, an empty or truncated file, no image at all, more than `max_pixels`, no pixels,
+            floating-point pixels (their range is not known).
+    """
+    name = _name(source)
+    try:
+        image = source if isinstance(source, PIL.Image.Image) else _open(_locate(source, name, where))
+        _check_size(image, name, where, max_pixels)
+        image.load()
+        _check_size(image, name, where, max_pixels)  # icons declare one size and may carry another
+        return _to_rgb(_upright(image))
+    except (DataError, MemoryError):
+        raise
+    except PIL.UnidentifiedImageError as e:
+        raise _unreadable(f"{name} is not an image of a known format ({_known_formats()})", where) from e
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as e:
+        # Pillow refuses while it opens, so the size is known from its message alone.
+        found = re.search(r"\d+", str(e))
+        raise _too_big(f"{int(found[0]):,}" if found else "too many", name, where, max_pixels) from e
+    except Exception as e:
+        # Pillow's decoders raise whatever their parsing trips over (OSError, SyntaxError, struct.error, IndexError…);
+        # for the user it is one case.
+        raise _unreadable(f"{name} is damaged or incomplete: {e or type(e).__name__}", where) from e
+
+
+def image_digest(source: Source, *, where: str = "") -> str:
+    """SHA-256 of the stored bytes, decoded or not: equal for equal files. For an opened picture, of its pixels."""
+    if isinstance(source, PIL.Image.Image):
+        return hashlib.sha256(repr((source.mode, source.size)).encode() + source.tobytes()).hexdigest()
+    name = _name(source)
+    located = _locate(source, name, where)
+    if isinstance(located, bytes):
+        return hashlib.sha256(located).hexdigest()
+    try:
+        with located.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise _unreadable(f"{name} cannot be read: {e.strerror or e}", where) from e
+
+
+def is_url(source: str) -> bool:
+    """Whether this is an address on the web, which opticnerve never fetches."""
+    return re.match(r"https?://", source, re.IGNORECASE) is not None
+
+
+def decode_data_url(url: str, *, where: str = "") -> bytes:
+    """The bytes in `data:image/png;base64,…`.
+
+    Raises:
+        DataError: not base64 (kind `unreadable-image`).
+    """
+    head, comma, body = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise _unreadable(f"the data URL {head[:60]!r} is not base64", where, "write data:image/png;base64,…")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise _unreadable(f"the data URL {head[:60]!r} does not hold valid base64: {e}", where) from e
+
+
+def _name(source: Source) -> str:
+    match source:
+        case PIL.Image.Image():
+            return f"the opened picture of mode {source.mode}"
+        case bytes():
+            return f"the picture of {len(source):,} bytes"
+        case str() if source[:5].lower() == "data:":
+            return "the picture in a data URL"
+        case _:
+            return str(source)
+
+
+def _locate(source: Path | str | bytes, name: str, where: str) -> Path | bytes:
+    """A regular, non-empty file or bytes that may be an image."""
+    if isinstance(source, str):
+        if is_url(source):
+            raise DataError(
+                f"{name} is a web address, and opticnerve fetches nothing",
+                where=where,
+                remedy="download the picture and give the file's path",
+                kind="url",
+            )
+        source = decode_data_url(source, where=where) if source[:5].lower() == "data:" else Path(source)
+    if isinstance(source, bytes):
+        if not source:
+            raise _unreadable(f"{name} is empty", where)
+        return source
+    try:
+        if not source.exists():
+            raise DataError(f"{name} does not exist", where=where, remedy="check the path", kind="missing-image")
+        if source.is_dir():
+            raise _unreadable(f"{name} is a folder, not a picture", where)
+        if not source.is_file():
+            raise _unreadable(f"{name} is not a regular file", where)
+        if source.stat().st_size == 0:
+            raise _unreadable(f"{name} is an empty file", where)
+    except OSError as e:
+        raise _unreadable(f"{name} cannot be reached: {e.strerror or e}", where) from e
+    return source
+
+
+def _open(located: Path | bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(located) if isinstance(located, bytes) else located, formats=_known_list())
+
+
+@cache
+def _known_list() -> tuple[str, ...]:
+    PIL.Image.init()
+    return tuple(f for f in _FORMATS if f in PIL.Image.OPEN)
+
+
+def _known_formats() -> str:
+    return ", ".join(f for f in _known_list() if f not in ("DIB", "MPO"))
+
+
+def _check_size(image: PIL.Image.Image, name: str, where: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width <= 0 or height <= 0:
+        raise _unreadable(f"{name} has no pixels: {width} × {height}", where)
+    if width * height > max_pixels:
+        raise _too_big(f"{width} × {height} = {width * height:,}", name, where, max_pixels)
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        # The pixels are good; a broken camera block is no reason to lose them.
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey_HW = np.asarray(image).astype(np.int64).clip(0, 65_535)
+        eight_HW = np.rint(grey_HW / 257).astype(np.uint8)
+        if isinstance(hole := image.info.get("transparency"), int):
+            eight_HW = np.where(grey_HW == hole, np.uint8(255), eight_HW)
+        return PIL.Image.fromarray(eight_HW).convert("RGB")
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _unreadable(problem: str, where: str, remedy: str = "replace the picture or remove the sample") -> DataError:
+    return DataError(problem, where=where, remedy=remedy, kind="unreadable-image")
+
+
+def _too_big(pixels: str, name: str, where: str, max_pixels: int) -> DataError:
+    return _unreadable(
+        f"{name} has {pixels} pixels, more than the {max_pixels:,} allowed",
+        where,
+        "make it smaller; a small file that unfolds to so many pixels may be a decompression bomb",
+    )

@@ -1,0 +1,210 @@
+"""From a conversation to tokens and labels: what the model reads, and which tokens it learns.
+
+Labels are character spans of the rendered template, mapped to tokens by the tokenizer's offsets. Nothing is tokenised in
+pieces, so no template, merge rule or special token can shift a label (the bug of re-tokenising and adding lengths).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from opticnerve.types import Conversation, DataError, ImagePart, OpticNerveError, TextPart
+
+IGNORE = -100
+# Characters of Unicode's private use area: no template, no tokenizer and no text means anything by them.
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample as the model gets it. `labels[i]` is `input_ids[i]` where it is learned, -100 elsewhere (unshifted)."""
+
+    input_ids: list[int]
+    labels: list[int]
+    images: list[ImagePart]
+    id: str = ""
+    where: str = ""
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+
+def encode(
+    conversation: Conversation,
+    processor: Any,
+    *,
+    template: str | None = None,
+    max_length: int | None = None,
+    learn: bool = True,
+) -> Encoded:
+    """Render, expand pictures into placeholders, tokenise once, and label every assistant turn.
+
+    Args:
+        processor: an `OpticNerveProcessor` (its tokenizer must be a fast one, for offsets).
+        template: a Jinja template instead of the processor's.
+        max_length: longest allowed sample, in tokens.
+        learn: False for a prompt: nothing is labelled, and the template's generation prompt ends it.
+
+    Raises:
+        DataError: nothing to learn from, too long, placeholders and pictures disagree, or a template that rewrites the
+            assistant's words; names the sample.
+        OpticNerveError: the template never ends an assistant's turn, or the tokenizer has no offsets.
+    """
+    tokenizer = processor.tokenizer
+    if not tokenizer.is_fast:
+        raise OpticNerveError(f"{type(tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)")
+    template = template or processor.chat_template
+    where = conversation.where or conversation.id
+    _check_placeholders(conversation, processor.image_token, where)
+    text = _render(conversation, processor, template, generation_prompt=not learn)
+    spans = _answer_spans(conversation, text, processor, template, where) if learn else []
+    text, spans = _expand(text, spans, processor.image_token, processor.replace_image_token())
+    starts_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    out = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not starts_itself, verbose=False)
+    ids, offsets = out["input_ids"], out["offset_mapping"]
+    labels = _label(ids, offsets, spans, text, where)
+    if max_length is not None and len(ids) > max_length:
+        raise DataError(
+            f"{len(ids)} tokens are more than max_length {max_length}", where=where, kind="too-long",
+            remedy="raise max_length, use fewer visual tokens, or shorten the text",
+        )  # fmt: skip
+    if learn and all(label == IGNORE for label in labels):
+        raise DataError("nothing to learn from: no token is an assistant's", where=where, kind="no-assistant-turn")
+    images = conversation.images
+    wanted, found = len(images) * processor.num_image_tokens, ids.count(processor.image_token_id)
+    if wanted != found:
+        raise DataError(
+            f"{len(images)} pictures make {wanted} placeholders, the tokens hold {found}", where=where,
+            kind="placeholder-without-image",
+        )  # fmt: skip
+    return Encoded(ids, labels, images, conversation.id, where)
+
+
+def _render(conversation: Conversation, processor: Any, template: str, *, generation_prompt: bool = False) -> str:
+    chat = [
+        {"role": m["role"], "content": [p if p["type"] == "text" else {"type": p["type"]} for p in m["content"]]}
+        for m in conversation.to_chat()
+    ]
+    return str(processor.apply_chat_template(chat, chat_template=template, add_generation_prompt=generation_prompt))
+
+
+def _check_placeholders(conversation: Conversation, image_token: str, where: str) -> None:
+    for message in conversation.messages:
+        if image_token in message.text:
+            raise DataError(
+                f"the text of a {message.role} turn holds {image_token!r} where there is no picture", where=where,
+                kind="placeholder-without-image", remedy="give the picture as a part of the message, or change the word",
+            )  # fmt: skip
+
+
+def _answer_spans(
+    conversation: Conversation, text: str, processor: Any, template: str, where: str
+) -> list[tuple[int, int]]:
+    """Character spans of each assistant's words with the end-of-turn token behind them, in the rendered text."""
+    answers = [m.text for m in conversation.messages if m.role == "assistant"]
+    end = end_of_turn(processor, template)
+    marked = _render(_mark(conversation), processor, template)
+    pieces = _split_at_marks(marked, len(answers))
+    if pieces is None:
+        raise DataError("the chat template drops an assistant turn", where=where, kind="template")
+    spans, here = [], len(pieces[0])
+    if not text.startswith(pieces[0]):
+        raise DataError("the chat template writes other words around this assistant's turn", where=where, kind="template")
+    for answer, after in zip(answers, pieces[1:], strict=True):
+        # Many templates trim what the assistant says; no other change of its words can be learned from.
+        for said in dict.fromkeys((answer, answer.strip(), answer.lstrip(), answer.rstrip())):
+            if text.startswith(said + after, here):
+                break
+        else:
+            raise DataError(
+                "the chat template rewrites the assistant's words", where=where, kind="template",
+                remedy="give model.language.chat_template one that keeps them",
+            )  # fmt: skip
+        stop = here + len(said)
+        tail = after[: after.find(end) + len(end)] if after.lstrip().startswith(end) else ""
+        if said or tail:
+            spans.append((here, stop + len(tail)))
+        here = stop + len(after)
+    return spans
+
+
+def _mark(conversation: Conversation) -> Conversation:
+    """The same conversation with a mark in place of each assistant's words."""
+    messages, count = [], 0
+    for message in conversation.messages:
+        if message.role == "assistant":
+            message = type(message)("assistant", (TextPart(f"{_OPEN}{count}{_CLOSE}"),))
+            count += 1
+        messages.append(message)
+    return Conversation(tuple(messages), conversation.id, conversation.where)
+
+
+def _split_at_marks(marked: str, count: int) -> list[str] | None:
+    pieces = []
+    for k in range(count):
+        before, found, marked = marked.partition(f"{_OPEN}{k}{_CLOSE}")
+        if not found:
+            return None
+        pieces.append(before)
+    return [*pieces, marked]
+
+
+def end_of_turn(processor: Any, template: str) -> str:
+    """The special token that a template writes after an assistant's words (`<|im_end|>`, `</s>`, `<end_of_turn>`).
+
+    Raises:
+        OpticNerveError: there is none, so that a trained model would never stop.
+    """
+    # The last turn alone: in between, the first special token might belong to the next speaker.
+    from opticnerve.types import ask
+
+    probe = _render(_mark(ask("q", answer="a")), processor, template)
+    after = probe.partition(_CLOSE)[2].lstrip()
+    tokenizer = processor.tokenizer
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    found = [s for s in special if after.startswith(s)]
+    if not found:
+        raise OpticNerveError(
+            f"the chat template ends an assistant's turn with {after[:20]!r}, which starts with no special token: a model "
+            f"trained so would never stop. Write {{{{ eos_token }}}} after the assistant's content"
+        )
+    return max(found, key=len)
+
+
+def _expand(text: str, spans: list[tuple[int, int]], token: str, block: str) -> tuple[str, list[tuple[int, int]]]:
+    """Each placeholder word becomes a block of them; spans behind it move along."""
+    if token not in text:
+        return text, spans
+    grows = len(block) - len(token)
+    starts = []
+    at = text.find(token)
+    while at >= 0:
+        starts.append(at)
+        at = text.find(token, at + len(token))
+    moved = [(a + grows * sum(s < a for s in starts), b + grows * sum(s < b for s in starts)) for a, b in spans]
+    return text.replace(token, block), moved
+
+
+def _label(
+    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], text: str, where: str
+) -> list[int]:
+    labels = [IGNORE] * len(ids)
+    k = 0
+    for i, (start, stop) in enumerate(offsets):
+        while k < len(spans) and spans[k][1] <= start:
+            k += 1
+        if k == len(spans):
+            break
+        a, b = spans[k]
+        if start >= b or stop <= a or start == stop:
+            continue
+        outside = text[start:a] + text[b:stop]
+        if outside.strip():
+            raise DataError(
+                f"the tokenizer joins {outside!r} of the template to the assistant's words in one token", where=where,
+                kind="template",
+            )  # fmt: skip
+        labels[i] = ids[i]
+    return labels

@@ -1,0 +1,93 @@
+"""Samples side by side in one row, each blind to the others.
+
+A row is a list of groups; a group is a shared prefix (a picture and what stands before the question) and its branches
+(the questions with their answers). A branch sees its prefix and itself, and its positions go on from the prefix, so that
+loss and gradients are those of the separate samples; the picture is paid for once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from opticnerve.data.labels import IGNORE, Encoded
+from opticnerve.types import ImagePart
+
+
+@dataclass(slots=True)
+class Row:
+    """Tokens of one row, all lists of equal length.
+
+    `targets[i]`: the token that position i should predict, or -100 (already shifted). `group[i]`, `branch[i]`: whom
+    position i may attend to (branch 0 is the prefix).
+    """
+
+    input_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    group: list[int] = field(default_factory=list)
+    branch: list[int] = field(default_factory=list)
+    images: list[ImagePart] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def plain(self) -> bool:
+        """One sample and nothing shared: a causal mask is enough."""
+        return not self.group or (self.group[-1] == 0 and max(self.branch) == 0)
+
+
+def pack(groups: Sequence[Sequence[Encoded]]) -> Row:
+    """One row from groups of samples; the samples of a group share their pictures and their first tokens."""
+    row = Row()
+    for number, samples in enumerate(groups):
+        _append(row, number, samples)
+    return row
+
+
+def _append(row: Row, number: int, samples: Sequence[Encoded]) -> None:
+    shared = shared_prefix(samples)
+    first = samples[0]
+    row.images += first.images
+    row.ids += [s.id for s in samples]
+    if shared == 0:
+        _extend(row, first.input_ids, first.labels, start=0, group=number, branch=0)
+        return
+    _extend(row, first.input_ids[:shared], [IGNORE] * shared, start=0, group=number, branch=0)
+    for k, sample in enumerate(samples, start=1):
+        _extend(row, sample.input_ids[shared:], sample.labels[shared:], start=shared, group=number, branch=k)
+
+
+def _extend(row: Row, ids: list[int], labels: list[int], *, start: int, group: int, branch: int) -> None:
+    row.input_ids += ids
+    row.positions += range(start, start + len(ids))
+    row.targets += [*labels[1:], IGNORE]
+    row.group += [group] * len(ids)
+    row.branch += [branch] * len(ids)
+
+
+def shared_prefix(samples: Sequence[Encoded]) -> int:
+    """Tokens that all samples of a group begin with, ending before the position that predicts a first answer; 0 for one.
+
+    Raises:
+        ValueError: the samples show different pictures, or a picture lies outside what they share.
+    """
+    if len(samples) == 1:
+        return 0
+    first = samples[0]
+    if any(s.images != first.images for s in samples[1:]):
+        raise ValueError(f"samples of one group show different pictures: {', '.join(s.id for s in samples)}")
+    limit = min(len(s.input_ids) for s in samples)
+    limit = min([limit, *(_first_label(s) - 1 for s in samples)])
+    count = 0
+    while count < limit and all(s.input_ids[count] == first.input_ids[count] for s in samples[1:]):
+        count += 1
+    if count == 0:
+        raise ValueError(f"samples of one group share no first token: {', '.join(s.id for s in samples)}")
+    return count
+
+
+def _first_label(sample: Encoded) -> int:
+    return next(i for i, label in enumerate(sample.labels) if label != IGNORE)

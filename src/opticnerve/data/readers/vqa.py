@@ -1,0 +1,65 @@
+"""Questions about pictures: `{"image": "1.jpg", "question": "what shape?", "answer": "circle"}`.
+
+Optional: `answers` (all accepted ones: strings, or VQAv2's `{"answer": …}`), `type` (or `answer_type`,
+`question_type`), `id`. `Conversation.meta` carries `{"answers": […], "type": …}` to evaluation. With `answers` alone
+the most frequent one, the first of equals, is what is learned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from opticnerve.data.images import image_digest
+from opticnerve.data.readers.fields import IMAGE_FIELDS, Context, find, missing, take, text
+from opticnerve.data.readers.records import Record
+from opticnerve.types import Conversation, DataError, Message, TextPart
+
+TYPE_FIELDS = ("type", "answer_type", "question_type")
+
+
+def vqa(record: Record, context: Context) -> Iterator[Conversation]:
+    """One conversation of one question and one answer."""
+    where = record.where
+    question = text(take(record, ("question",), "question"), "question", where)
+    answer, accepted = _answers(record)
+    pictures = context.images(take(record, IMAGE_FIELDS, "picture"), where)
+    messages = (Message("user", (*pictures, TextPart(question))), Message("assistant", (TextPart(answer),)))
+    yield Conversation(messages, context.id(record), where, {"answers": accepted, "type": find(record, TYPE_FIELDS)})
+
+
+def group_by_image(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
+    """All questions on the same picture(s) as one conversation, which shows them once.
+
+    The questions need not stand together in the file, so their text is held in memory until the file ends; groups come
+    in the order of their first questions and carry its id and place. `meta["turns"]` holds each question's own meta.
+    """
+    groups: dict[tuple[Any, ...], list[Conversation]] = {}
+    for conversation in conversations:
+        key = tuple(p.source if isinstance(p.source, Path) else image_digest(p.source) for p in conversation.images)
+        groups.setdefault(key, []).append(conversation)
+    for members in groups.values():
+        messages = list(members[0].messages)
+        for later in members[1:]:
+            user, assistant = later.messages
+            messages += [Message("user", (TextPart(user.text),)), assistant]
+        first = members[0]
+        yield Conversation(tuple(messages), first.id, first.where, {"turns": [m.meta for m in members]})
+
+
+def _answers(record: Record) -> tuple[str, list[str]]:
+    several = record.fields.get("answers")
+    if several is not None and not isinstance(several, list):
+        raise DataError("answers is not a list", where=record.where, kind="wrong-type")
+    accepted = [
+        text(a.get("answer") if isinstance(a, dict) else a, "entry of answers", record.where) for a in several or []
+    ]
+    single = record.fields.get("answer")
+    if single is not None:
+        answer = text(single, "answer", record.where)
+        return answer, accepted or [answer]
+    if not accepted:
+        raise missing(record.fields, ("answer", "answers"), "answer", record.where)
+    return Counter(accepted).most_common(1)[0][0], accepted

@@ -1,0 +1,100 @@
+"""From a recipe's data entries to conversations, the starter kit's names included, and to the units of an epoch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opticnerve.data.readers import read
+from opticnerve.recipe import DataSpec
+from opticnerve.types import Conversation, DataError, OpticNerveError
+
+OnError = Callable[[DataError], None]
+
+# Names that stand for data of the starter kit: (file within what `prepare` made, its format).
+STARTER = {
+    "starter/easy-vqa/captions": "captions",
+    "starter/easy-vqa/train-questions": "questions",
+    "starter/easy-vqa/test-questions": "test",
+    "starter/easy-vqa/conversations": "conversations",
+}
+
+
+def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> list[Conversation]:
+    """All conversations of one data entry, in file order.
+
+    Raises:
+        DataError: a bad sample, unless `on_error` takes it.
+        OpticNerveError: no such file or starter name.
+    """
+    path, media, trusted = spec.path, spec.media, spec.allow_outside_media
+    if path.startswith("starter/"):
+        path, media = _starter(path)
+        trusted = True
+    found = read(
+        path,
+        format=spec.format,
+        media=media,
+        prompt=spec.prompt,
+        limit=spec.limit,
+        allow_outside_media=trusted,
+        group_by_image=spec.group_by_image,
+        on_error=on_error,
+    )
+    return list(found)
+
+
+def load_units(
+    specs: Sequence[DataSpec], *, on_error: OnError | None = None
+) -> list[tuple[list[Conversation], int | None]]:
+    """Units of training: one conversation, or, with `share_prefix`, all questions about one picture and how many of them
+    to draw at a time."""
+    units: list[tuple[list[Conversation], int | None]] = []
+    for spec in specs:
+        conversations = load_data(spec, on_error=on_error)
+        if not conversations:
+            raise OpticNerveError(f"{spec.path} holds no usable sample")
+        made: list[tuple[list[Conversation], int | None]]
+        if spec.share_prefix:
+            made = [(group, spec.per_image) for group in by_picture(conversations)]
+        else:
+            made = [([c], None) for c in conversations]
+        units += made * spec.repeat
+    return units
+
+
+def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
+    """Conversations about the same pictures, together; in order of first appearance."""
+    groups: dict[Any, list[Conversation]] = {}
+    for conversation in conversations:
+        key = tuple(i.source if isinstance(i.source, Path | bytes) else id(i.source) for i in conversation.images)
+        # Text-only samples share no picture; each stays by itself.
+        groups.setdefault(key or id(conversation), []).append(conversation)
+    return list(groups.values())
+
+
+def draw(unit: tuple[list[Conversation], int | None], rng: random.Random) -> list[Conversation]:
+    """The conversations of a unit that one visit trains on."""
+    conversations, count = unit
+    if count is None or count >= len(conversations):
+        return conversations
+    return rng.sample(conversations, count)
+
+
+def fixed_sample(conversations: Sequence[Conversation], count: int | None, *, seed: int = 0) -> list[Conversation]:
+    """The same random sample every time, in file order."""
+    if count is None or count >= len(conversations):
+        return list(conversations)
+    chosen = sorted(random.Random(seed).sample(range(len(conversations)), count))
+    return [conversations[i] for i in chosen]
+
+
+def _starter(name: str) -> tuple[str, str]:
+    if name not in STARTER:
+        raise OpticNerveError(f"unknown starter data {name!r}; known: {', '.join(STARTER)}")
+    from opticnerve.starter import easy_vqa
+
+    made = easy_vqa.prepare()
+    return str(made[STARTER[name]]), str(made["media"])

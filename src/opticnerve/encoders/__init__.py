@@ -1,0 +1,1 @@
+"""Eyes and ears: media tensors in, `Features` out."""

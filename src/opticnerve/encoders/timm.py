@@ -1,0 +1,148 @@
+"""Any timm model as an eye: the feature map of a CNN or the tokens of a ViT.
+
+Source: timm's feature API, `forward_features` and `forward_intermediates`
+(https://huggingface.co/docs/timm/feature_extraction).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from opticnerve.encoders.base import Encoder, make_image_processor
+from opticnerve.starter import weights as starter
+from opticnerve.types import Features, OpticNerveError
+
+Layer = int | Literal["last"]
+
+
+class TimmEncoder(Encoder):
+    """A timm model, cut at a feature layer, its map or tokens laid out as a row of vectors.
+
+    Args:
+        name: timm's architecture name, such as `tf_efficientnet_lite0` or `vit_base_patch16_siglip_224`.
+        layer: "last" takes `forward_features` (what the classifier would see); a whole number takes that intermediate
+            map by `forward_intermediates`' indexing (-1 is the last stage or block).
+        image_size: side of the square input in pixels; the model's own by default.
+        class_token: "drop" leaves out class and register tokens, "keep" puts them first. CNNs have none.
+        fit: how a picture is made square: "squash", "crop" or "pad".
+        mean, std: normalisation per channel; the model's own by default.
+        model_args: further keywords for `timm.create_model` (they must be plain JSON values).
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layer: Layer = "last",
+        image_size: int | None = None,
+        class_token: Literal["drop", "keep"] = "drop",
+        fit: str = "squash",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        model_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        model_args = dict(model_args or {})
+        if layer != "last" and not isinstance(layer, int):
+            raise OpticNerveError(f"timm layer is 'last' or a whole number, not {layer!r}")
+        if class_token not in ("drop", "keep"):
+            raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
+        self.layer, self.class_token, self.fit = layer, class_token, fit
+        self.model = _create(name, image_size, model_args)
+        data = timm.data.resolve_model_data_config(self.model)
+        self.image_size = image_size or int(data["input_size"][-1])
+        self.mean, self.std = list(mean or data["mean"]), list(std or data["std"])
+        self.options = {
+            "name": name, "layer": layer, "image_size": self.image_size, "class_token": class_token, "fit": fit,
+            "mean": self.mean, "std": self.std, "model_args": model_args,
+        }  # fmt: skip
+        self.num_tokens, self.hidden_size = self._probe(name, image_size, model_args)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> TimmEncoder:
+        """`name`: a timm architecture (weights from the hub), `hf-hub:…`, `local-dir:…`, or a starter name."""
+        if starter.is_starter(name):
+            eye = starter.eye(name)
+            encoder = cls(name=eye.architecture, **{**eye.options, **options})
+            eye.load_into(encoder.model)
+            encoder._weight_files = [str(eye.file())]
+            return encoder
+        encoder = cls(name=name, **options)
+        pretrained = timm.create_model(name, pretrained=True, **_size_args(encoder.model, options.get("image_size")),
+                                       **(options.get("model_args") or {}))  # fmt: skip
+        encoder.model.load_state_dict(pretrained.state_dict())
+        return encoder
+
+    def forward(self, pixel_values: Tensor) -> Features:
+        tokens_BND = self._tokens(self.model, pixel_values)
+        return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
+
+    def _tokens(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+        if self.layer == "last":
+            out = model.forward_features(pixel_values)
+            if out.ndim == 4:
+                return _rows(out, model)
+            return out[:, prefix:] if self.class_token == "drop" else out
+        keep = bool(prefix) and self.class_token == "keep"
+        extra = {"return_prefix_tokens": True} if keep else {}
+        (found,) = model.forward_intermediates(
+            pixel_values, indices=[self.layer], intermediates_only=True, stop_early=True, output_fmt="NCHW", **extra
+        )
+        if keep:
+            map_BCHW, prefix_BPD = found
+            return torch.cat([prefix_BPD, map_BCHW.flatten(2).transpose(1, 2)], dim=1)
+        return found.flatten(2).transpose(1, 2)
+
+    def _probe(self, name: str, image_size: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
+        """Tokens and width, from a forward pass on the meta device: shapes without arithmetic."""
+        with torch.device("meta"):
+            shadow = _create(name, image_size, model_args).eval()
+            try:
+                shape = self._tokens(shadow, torch.empty(1, 3, self.image_size, self.image_size)).shape
+            except (AttributeError, AssertionError, IndexError) as e:
+                raise OpticNerveError(
+                    f"timm model {name!r} gives no features at layer {self.layer!r} for {self.image_size} px: {e}; "
+                    f"try layer: last, or another image_size"
+                ) from e
+        return shape[1], shape[2]
+
+    def image_processor(self) -> Any:
+        return make_image_processor(size=self.image_size, mean=self.mean, std=self.std, fit=self.fit)
+
+    def blocks(self) -> list[nn.Module]:
+        for attribute in ("blocks", "stages", "layers"):
+            found = getattr(self.model, attribute, None)
+            if isinstance(found, (nn.Sequential, nn.ModuleList)):
+                return list(found)
+        named = [getattr(self.model, f"layer{i}") for i in range(1, 5) if hasattr(self.model, f"layer{i}")]
+        if not named:
+            raise OpticNerveError(f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole")
+        return named
+
+
+def _rows(map_4d: Tensor, model: nn.Module) -> Tensor:
+    """A map as rows of vectors. timm's Swin-like models give (B, H, W, C), all others (B, C, H, W)."""
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":
+        return map_4d.flatten(1, 2)
+    return map_4d.flatten(2).transpose(1, 2)
+
+
+def _size_args(model: nn.Module, image_size: int | None) -> dict[str, Any]:
+    """ViTs are built for one input size; convolutional networks take any."""
+    return {"img_size": image_size} if image_size and hasattr(model, "patch_embed") else {}
+
+
+def _create(name: str, image_size: int | None, model_args: dict[str, Any]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            plain = timm.create_model(name, pretrained=False, **model_args)
+    except RuntimeError as e:
+        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise OpticNerveError(f"timm knows no model {name!r}{hint}; `timm.list_models('*…*')` searches") from e
+    return timm.create_model(name, pretrained=False, **_size_args(plain, image_size), **model_args)

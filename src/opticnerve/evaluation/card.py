@@ -1,0 +1,359 @@
+"""The run card: one page on what was docked, how it learned, what it can do, and what it lost.
+
+Laid out as a Hugging Face model card (YAML front matter, then Markdown), so that it can be uploaded beside the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opticnerve.evaluation.metrics import wilson_interval
+from opticnerve.evaluation.plots import image_dependence_plot, loss_plot, samples_plot
+from opticnerve.evaluation.run_folder import RunFolder, StageRecord, finite, read_run
+
+LOOKS_AWAY = 0.05  # a smaller difference between the real and a blank picture gets the loud warning
+
+
+def write_card(run_dir: Path) -> Path:
+    """Write `card.md` and `plots/*.png` from what the run folder holds, finished or not; returns the card's path.
+
+    Raises:
+        OpticNerveError: there is no such folder, or a record in it is broken.
+    """
+    run = read_run(run_dir)
+    sections: list[Callable[[RunFolder], str]] = [
+        _summary, _warnings, _docked, _freeze, _curves, _tasks, _image_dependence, _forgetting, _samples, _cost,
+        _reproduce, _use, _limits,
+    ]  # fmt: skip
+    body = "\n\n".join(text.strip() for section in sections if (text := section(run)))
+    card = run.path / "card.md"
+    card.write_text(f"---\n{_front_matter(run)}---\n\n{body}\n", encoding="utf-8")
+    return card
+
+
+def _front_matter(run: RunFolder) -> str:
+    model = run.results.get("model") or {}
+    named = [str(model[k]) for k in ("language", "encoder") if model.get(k)]
+    front: dict[str, Any] = {
+        # Which licence applies follows from the docked parts; only the recipe's author can say.
+        "license": model.get("license", "other"),
+        "library_name": "opticnerve",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["opticnerve", "vision-language-model", "image-text-to-text", *named],
+    }
+    if bases := [n for n in named if re.fullmatch(r"[\w.-]+/[\w.-]+", n)]:
+        front["base_model"] = bases
+    if results := [_model_index(t) for t in run.results.get("tasks") or [] if t.get("accuracy") is not None]:
+        front["model-index"] = [{"name": run.path.resolve().name, "results": results}]
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+
+
+def _model_index(task: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "task": {"type": "visual-question-answering"},
+        "dataset": {"name": task["name"], "type": _slug(task["name"])},
+        "metrics": [{"type": "accuracy", "name": task.get("harness", "accuracy"), "value": round(task["accuracy"], 4)}],
+    }
+
+
+def _summary(run: RunFolder) -> str:
+    model = run.results.get("model") or {}
+    eye, brain = model.get("encoder", "an encoder"), model.get("language", "a language model")
+    line = f"**{_md(eye)}** docked onto **{_md(brain)}** by opticnerve"
+    scored = [t for t in run.results.get("tasks") or [] if t.get("accuracy") is not None]
+    line += f": {_percent(scored[0]['accuracy'])} on {_md(scored[0]['name'])}." if scored else "; not evaluated yet."
+    return f"# {_md(run.path.resolve().name)}\n\n{line}"
+
+
+def _warnings(run: RunFolder) -> str:
+    boxes = []
+    dependence = run.results.get("image_dependence")
+    if dependence and (gap := dependence["real"] - dependence["blank"]) < LOOKS_AWAY:
+        boxes.append(
+            "> [!WARNING]\n> **THE ANSWERS DO NOT DEPEND ON THE PICTURE.** With a blank picture the model is right "
+            f"{_percent(dependence['blank'])} of the time, with the real one {_percent(dependence['real'])} "
+            f"({_points(gap)}). Whatever the accuracy below says, it comes from the questions' words."
+        )
+    if unfinished := [s.name for s in run.stages if not s.finished]:
+        boxes.append(
+            f"> [!IMPORTANT]\n> No record says that these stages were finished: {_md(', '.join(unfinished))}. "
+            "The numbers below are those of a run under way or interrupted."
+        )
+    return "\n\n".join(boxes)
+
+
+def _docked(run: RunFolder) -> str:
+    model = run.results.get("model") or {}
+    if not model:
+        return "## What was docked\n\nNot recorded yet (`results.json` has no `model`)."
+    # Shapes are shown as far as the run noted them.
+    shape = {k: model.get(k, "?") for k in ("image_size", "encoder_tokens", "encoder_width", "visual_tokens", "width")}
+    side = shape["image_size"]
+    rows = [
+        ("picture", f"3 × {side} × {side}"),
+        (f"encoder    {model.get('encoder', '?')}", f"{shape['encoder_tokens']} × {shape['encoder_width']}"),
+        (f"connector  {model.get('connector', '?')}", f"{shape['visual_tokens']} × {shape['width']}"),
+        (f"fusion     {model.get('fusion', '?')}: {shape['visual_tokens']} visual tokens among the words", ""),
+        (f"language   {model.get('language', '?')}", "text"),
+    ]
+    wide = max(len(name) for name, _ in rows)
+    drawn = "\n    ↓\n".join(f"{name:<{wide}}  →  {out}" if out else name for name, out in rows)
+    return f"## What was docked\n\n```text\n{drawn}\n```"
+
+
+def _freeze(run: RunFolder) -> str:
+    parts = ["## What trained"]
+    if not run.stages:
+        parts.append("No stage has begun.")
+    for stage in run.stages:
+        parts.append(f"### Stage `{stage.name}`{'' if stage.finished else ' (unfinished)'}")
+        rows = stage.freeze.get("rows") or []
+        if not rows:
+            parts.append("No table of what trains was recorded.")
+            continue
+        parts.append(
+            _table(["part", "parameters", "", "learning rate", "dtype"], [_freeze_row(r) for r in rows], right=(1, 3))
+        )
+        trained, total = stage.freeze.get("trained"), stage.freeze.get("total")
+        if trained is not None and total:
+            parts.append(f"{trained:,} of {total:,} parameters trained ({trained / total:.2%}).")
+    return "\n\n".join(parts)
+
+
+def _freeze_row(row: dict[str, Any]) -> list[str]:
+    trained = bool(row.get("trained"))
+    rate = f"{row['learning_rate']:g}" if trained and row.get("learning_rate") is not None else "–"
+    state = "**trained**" if trained else "frozen"
+    return [f"`{row.get('part', '?')}`", f"{row.get('parameters', 0):,}", state, rate, _md(row.get("dtype", ""))]
+
+
+def _curves(run: RunFolder) -> str:
+    parts = ["## Curves"]
+    for stage in run.stages:
+        if not stage.metrics:
+            parts.append(f"Stage `{stage.name}` has no steps yet.")
+            continue
+        file = f"plots/loss-{_slug(stage.name)}.png"
+        loss_plot(stage.metrics, run.path / file, title=f"Stage “{stage.name}”")
+        parts += [f"![Loss and learning rate of stage {_md(stage.name)}]({file})", _stage_line(stage)]
+    return "\n\n".join(parts if len(parts) > 1 else [*parts, "No stage has begun."])
+
+
+def _stage_line(stage: StageRecord) -> str:
+    s = stage.summary
+    if not s:
+        return (
+            f"Unfinished: {len(stage.metrics):,} steps so far, last loss {finite(stage.metrics[-1].get('loss')):.3g}."
+        )
+    facts = [f"{s['steps']:,} steps" if "steps" in s else "", f"{s['samples']:,} samples" if "samples" in s else ""]
+    facts += [f"{s['tokens']:,} tokens" if "tokens" in s else "", _duration(s["seconds"]) if "seconds" in s else ""]
+    facts += [f"final loss {finite(s['final_loss']):.3g}" if "final_loss" in s else ""]
+    return "; ".join(f for f in facts if f) + "."
+
+
+def _tasks(run: RunFolder) -> str:
+    parts = ["## Evaluation"]
+    tasks = run.results.get("tasks") or []
+    if not tasks:
+        return "\n\n".join([*parts, f"Not evaluated yet. Run `opticnerve eval {_as_typed(run.path)}`."])
+    answered = [t for t in tasks if "accuracy" in t]
+    if answered:
+        rows = []
+        for t in answered:
+            rows.append([f"**{_md(t['name'])}**", "all", *_score_cells(t)])
+            kinds = t.get("by_type") or {}
+            rows += [["", _md(kind), *_score_cells(k)] for kind, k in kinds.items() if len(kinds) > 1]
+        parts.append(_table(["data", "questions", "n", "accuracy", "95 % interval"], rows, right=(2, 3)))
+    if described := [t for t in tasks if "cider" in t]:
+        rows = [[f"**{_md(t['name'])}**", f"{t['n']:,}", f"{t['cider']:.3f}", f"{t['bleu4']:.3f}"] for t in described]
+        parts.append(_table(["captions", "n", "CIDEr", "BLEU-4"], rows, right=(1, 2, 3)))
+    harnesses = dict.fromkeys(str(t["harness"]) for t in tasks if t.get("harness"))
+    parts.append(f"Scored by {_md('; '.join(harnesses))}. Intervals are Wilson's.")
+    return "\n\n".join(parts)
+
+
+def _score_cells(entry: dict[str, Any]) -> list[str]:
+    n, accuracy = int(entry["n"]), entry.get("accuracy")
+    if accuracy is None:
+        return [f"{n:,}", "–", "–"]
+    low, high = entry.get("ci95") or wilson_interval(accuracy * n, n)
+    return [f"{n:,}", _percent(accuracy), f"{_percent(low)} – {_percent(high)}"]
+
+
+def _image_dependence(run: RunFolder) -> str:
+    title = "## Image dependence"
+    d = run.results.get("image_dependence")
+    if not d:
+        return f"{title}\n\nNot measured yet."
+    image_dependence_plot(d, run.path / "plots/image-dependence.png")
+    return (
+        f"{title}\n\n![Accuracy with the real, a blank and another sample's picture](plots/image-dependence.png)\n\n"
+        f"The same {d['n']:,} questions: {_percent(d['real'])} right with the real picture, {_percent(d['blank'])} with a "
+        f"blank one, {_percent(d['shuffled'])} with another sample's. "
+        f"**Real minus blank: {_points(d['real'] - d['blank'])}.**"
+    )
+
+
+def _forgetting(run: RunFolder) -> str:
+    title = "## What the language model forgot"
+    entries = run.results.get("forgetting") or []
+    if not entries:
+        return f"{title}\n\nNot measured yet."
+    base = finite(entries[0].get("perplexity"))
+    rows = []
+    for i, e in enumerate(entries):
+        change = f"{finite(e.get('perplexity')) / base - 1:+.2%}" if i else "–"
+        same = {True: "yes, bit by bit", False: "no", None: "–"}[e.get("logits_identical")]
+        held = f"{_held(e)} of {len(e.get('answers') or [])}" if _held(e) is not None else "–"
+        rows.append([_md(e.get("after", "?")), f"{finite(e.get('perplexity')):.3f}", change, same, held])
+    head = [
+        "after",
+        "perplexity",
+        f"change from {_md(entries[0].get('after', 'the start'))}",
+        "text-only logits unchanged",
+    ]
+    parts = [title, _table([*head, "answers with the expected word"], rows, right=(1, 2))]
+    if tokens := entries[0].get("tokens"):
+        parts.append(f"Perplexity on {tokens:,} tokens of English prose written for opticnerve (lower is better).")
+    if reused := [f"{_md(e['after'])} as {_md(e['same_as'])}" for e in entries if e.get("same_as")]:
+        parts.append(f"Not computed again where the logits are the same bit by bit: {', '.join(reused)}.")
+    parts.append(_answers_side_by_side(entries))
+    return "\n\n".join(p for p in parts if p)
+
+
+def _held(entry: dict[str, Any]) -> int | None:
+    marks = [a.get("holds") for a in entry.get("answers") or []]
+    return sum(bool(m) for m in marks) if any(m is not None for m in marks) else None
+
+
+def _answers_side_by_side(entries: list[dict[str, Any]]) -> str:
+    by_stage = [{a["question"]: a for a in e.get("answers") or []} for e in entries]
+    asked = list(dict.fromkeys(q for answers in by_stage for q in answers))
+    if not asked:
+        return ""
+    rows = [[_md(q), *(_answer_cell(answers.get(q)) for answers in by_stage)] for q in asked]
+    table = _table(["question", *(_md(e.get("after", "?")) for e in entries)], rows)
+    return f"<details><summary>Answers to text-only questions, side by side</summary>\n\n{table}\n\n</details>"
+
+
+def _answer_cell(answer: dict[str, Any] | None) -> str:
+    if answer is None:
+        return "–"
+    mark = {True: "✓ ", False: "✗ ", None: ""}[answer.get("holds")]
+    return mark + _md(answer.get("answer") or "(nothing)", most=240)
+
+
+def _samples(run: RunFolder) -> str:
+    parts = ["## Samples"]
+    for i, task in enumerate(t for t in run.results.get("tasks") or [] if t.get("samples")):
+        file = "plots/samples.png" if i == 0 else f"plots/samples-{_slug(task['name'])}.png"
+        samples_plot(task["samples"], run.path / file, folder=run.path, title=str(task["name"]))
+        note = ""
+        if task.get("accuracy") is not None:
+            note = f" Chosen to show right (✓) and wrong (✗) answers; overall {_percent(task['accuracy'])} are right."
+        parts += [f"![Pictures with question, answer and reference]({file})", f"From {_md(task['name'])}.{note}"]
+    return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _cost(run: RunFolder) -> str:
+    r = run.results
+    rows = [[_md(name), _duration(s)] for name, s in (r.get("seconds") or {}).items() if isinstance(s, (int, float))]
+    if r.get("peak_memory_bytes"):
+        rows.append(["peak memory", f"{r['peak_memory_bytes'] / 2**30:.2f} GiB"])
+    return "## Time and memory\n\n" + (_table(["", ""], rows, right=(1,)) if rows else "Not recorded yet.")
+
+
+def _reproduce(run: RunFolder) -> str:
+    r, machine = run.results, run.results.get("machine") or {}
+    parts = ["## How to reproduce"]
+    if r.get("command"):
+        parts.append(f"```bash\n{r['command']}\n```")
+    facts = [f"seed {r['seed']}" if r.get("seed") is not None else ""]
+    facts += [
+        f"{k} {machine.get(k) or r.get(k)}"
+        for k in ("opticnerve", "torch", "transformers")
+        if machine.get(k) or r.get(k)
+    ]
+    facts += [f"{machine['cores']} cores" if machine.get("cores") else "", str(machine.get("cpu") or "")]
+    facts += [f"{machine['memory_bytes'] / 2**30:.0f} GiB memory" if machine.get("memory_bytes") else ""]
+    facts += [f"device {machine['device']}" if machine.get("device") else ""]
+    known = ", ".join(f for f in facts if f)
+    parts.append(_md(known[0].upper() + known[1:]) + "." if known else "Seed, versions and machine were not recorded.")
+    if run.recipe:
+        parts.append(f"<details><summary>recipe.yaml</summary>\n\n```yaml\n{run.recipe.strip()}\n```\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _use(run: RunFolder) -> str:
+    where = _as_typed(run.path)
+    return f"""## How to use
+
+```bash
+opticnerve ask {where} "what is in the picture?" --image picture.png
+```
+
+```python
+import opticnerve  # makes the model known to transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{where}")
+processor = AutoProcessor.from_pretrained("{where}")
+question = [{{"type": "image", "image": "picture.png"}}, {{"type": "text", "text": "what is in the picture?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": question}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=32)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
+
+
+def _limits(run: RunFolder) -> str:
+    names = [str(t["name"]) for t in run.results.get("tasks") or []]
+    tested = f"It was tested on {', '.join(names)} and on nothing else" if names else "It has not been tested"
+    return (
+        f"## Limits\n\n- {_md(tested)}: on other pictures and questions expect less.\n"
+        "- It may state falsehoods with confidence, and inherits what its parts learned from their data, biases included.\n"
+        "- The licence follows from the docked parts and the data: check theirs before you pass the model on."
+    )
+
+
+def _table(head: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
+    rule = ["---:" if i in right else "---" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def _md(text: Any, most: int = 400) -> str:
+    """Text as plain Markdown of one line: what others wrote must not become layout."""
+    line = " ".join(str(text).split())
+    line = line if len(line) <= most else line[: most - 1] + "…"
+    # Markdown leaves underscores within words alone.
+    return re.sub(r"([\\`*|<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w-]+", "-", name).strip("-") or "run"
+
+
+def _as_typed(path: Path) -> str:
+    """The folder as one would type it here; a card is shown around, so that no home folder should stand in it."""
+    full, here = path.resolve(), Path.cwd().resolve()
+    return full.relative_to(here).as_posix() if full != here and full.is_relative_to(here) else full.name
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f} points"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,105 @@
+"""Does the answer depend on the picture at all?
+
+Many questions can be guessed from their words ("is the sky blue?"), so a model may score well with its eye shut. The
+same questions are therefore asked three times: with the real picture, with a blank one, and with another sample's
+picture. What the eye contributes is the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from opticnerve.data.images import open_image
+from opticnerve.evaluation.metrics import summarise
+from opticnerve.evaluation.tasks import Generate, Progress, answer_all, score_answers
+from opticnerve.types import Conversation, ImagePart, OpticNerveError
+
+# Not the picture's own mean colour, which would give away the answer to "what colour is it?".
+GREY = (128, 128, 128)
+
+
+def image_dependence(
+    generate: Generate, conversations: Sequence[Conversation], *, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Accuracy on the same questions with the real, a blank and a shuffled picture.
+
+    Args:
+        generate: answers prompt conversations, in order.
+        conversations: questions with pictures and references (as for `tasks.run_vqa`), from at least two pictures.
+        seed: fixes which picture takes the place of which.
+        progress: called with (done, total) over all three passes.
+
+    Returns: `n`, the accuracies `real`, `blank`, `shuffled`, their `ci95` by the same names, and `real_minus_blank`.
+
+    Raises:
+        OpticNerveError: no questions, a question without a picture, or only one picture (there is none to swap with).
+    """
+    for c in conversations:
+        if not c.prompt().images:
+            raise OpticNerveError(
+                f"{c.where or c.id or 'a question'} shows no picture: image dependence needs one in each"
+            )
+    partner = deranged_pictures(conversations, seed)
+    changes: dict[str, Callable[[ImagePart, str], ImagePart]] = {
+        "real": lambda part, where: part,
+        "blank": blank_picture,
+        "shuffled": lambda part, where: partner[_key(part)],
+    }
+    result: dict[str, Any] = {"n": len(conversations)}
+    intervals: dict[str, list[float]] = {}
+    for done, (name, change) in enumerate(changes.items()):
+        seen = [with_pictures(c, change) for c in conversations]
+        report = _part_of_all(progress, done, len(changes))
+        scored = summarise(score_answers(seen, answer_all(generate, seen, report)))
+        result[name], intervals[name] = scored["accuracy"], scored["ci95"]
+    return {**result, "ci95": intervals, "real_minus_blank": result["real"] - result["blank"], "seed": seed}
+
+
+def with_pictures(c: Conversation, change: Callable[[ImagePart, str], ImagePart]) -> Conversation:
+    """The same conversation with every picture changed; `change` is given the picture and where it comes from."""
+    where = c.where or c.id
+    messages = tuple(
+        replace(m, parts=tuple(change(p, where) if isinstance(p, ImagePart) else p for p in m.parts))
+        for m in c.messages
+    )
+    return replace(c, messages=messages)
+
+
+def blank_picture(part: ImagePart, where: str = "") -> ImagePart:
+    """A grey picture of the same size."""
+    return ImagePart(PIL.Image.new("RGB", open_image(part.source, where=where).size, GREY))
+
+
+def deranged_pictures(conversations: Sequence[Conversation], seed: int = 0) -> dict[str, ImagePart]:
+    """For each distinct picture (by its source) another one: a derangement, the same for the same pictures and seed.
+
+    Pictures are swapped, not questions, so that ten questions about one picture all meet the same wrong one.
+    """
+    pictures = {_key(p): p for c in conversations for p in c.images}
+    if len(pictures) < 2:
+        raise OpticNerveError(f"image dependence needs questions about at least two pictures, got {len(pictures)}")
+    order = sorted(pictures)
+    random.Random(seed).shuffle(order)
+    # In a shuffled circle, everybody's neighbour is somebody else.
+    return {key: pictures[order[i - 1]] for i, key in enumerate(order)}
+
+
+def _key(part: ImagePart) -> str:
+    source = part.source
+    if isinstance(source, Path):
+        return f"file {source.resolve()}"
+    data = source if isinstance(source, bytes) else f"{source.mode} {source.size}".encode() + source.tobytes()
+    return f"bytes {hashlib.sha256(data).hexdigest()}"
+
+
+def _part_of_all(progress: Progress | None, done: int, passes: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda k, n: progress(done * n + k, passes * n)

@@ -1,0 +1,197 @@
+"""Ask a model a list of questions and score what it says: the entries under "tasks" in results.json.
+
+A model is known here only as `generate`: prompt conversations in, one answer each out. Whoever owns the model does the
+batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from opticnerve.data.images import open_image
+from opticnerve.evaluation.metrics import (
+    accuracy_by_type,
+    bleu4,
+    cider,
+    exact_match,
+    summarise,
+    vqa_soft_accuracy,
+)
+from opticnerve.types import Conversation, DataError, OpticNerveError, TextPart
+
+Generate = Callable[[list[Conversation]], list[str]]
+Progress = Callable[[int, int], None]
+"""Called with (questions done, questions in all)."""
+
+_PEOPLE = 10  # VQAv2's number of answers to a question; from so many on, agreement is counted softly
+_CHUNK = 256  # questions handed to `generate` at a time, so that progress can be shown
+_THUMBNAIL = 384  # longest side of the pictures kept beside the results
+
+
+def run_vqa(
+    generate: Generate,
+    conversations: Sequence[Conversation],
+    *,
+    name: str,
+    keep: int = 24,
+    progress: Progress | None = None,
+    run_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Ask every question and compare with the references.
+
+    Args:
+        generate: answers prompt conversations, in order.
+        conversations: questions with references: `meta["answers"]` (alternatives; ten or more count as the answers of as
+            many people and are scored by VQAv2's soft accuracy), else the last assistant turn. `meta["type"]` groups them.
+        name: what the data is called in reports ("easy-vqa test").
+        keep: how many samples to keep for the card, about half of them wrong ones if there are so many.
+        progress: called with (done, total).
+        run_dir: if given, the kept samples' pictures are saved small under `run_dir/samples`, so that the run folder
+            can be moved; otherwise their own paths are noted.
+
+    Raises:
+        DataError: a question has no reference. OpticNerveError: no questions, or `generate` lost some.
+    """
+    references = [_references(c) for c in conversations]
+    predictions = answer_all(generate, conversations, progress)
+    scores = [_score(p, r) for p, r in zip(predictions, references, strict=True)]
+    soft = any(len(r) >= _PEOPLE for r in references)
+    samples = [
+        {**_describe(c), "answer": _most_common(r), "prediction": p, "right": s >= 0.5}
+        for c, p, r, s in zip(conversations, predictions, references, scores, strict=True)
+    ]
+    kept = _mixed([s["right"] for s in samples], keep)
+    return {
+        "name": name,
+        "harness": f"opticnerve {'VQA soft accuracy' if soft else 'exact match'} {harness_version()}",
+        **summarise(scores),
+        "by_type": accuracy_by_type(scores, [str(c.meta.get("type", "all")) for c in conversations]),
+        "samples": [_with_picture(samples[i], conversations[i], run_dir, f"{name}-{i}") for i in kept],
+    }
+
+
+def run_captions(
+    generate: Generate,
+    conversations: Sequence[Conversation],
+    *,
+    name: str,
+    keep: int = 24,
+    progress: Progress | None = None,
+    run_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Have every picture described and compare with the references: CIDEr and BLEU-4.
+
+    References are `meta["captions"]` (several), else the last assistant turn; the rest as in `run_vqa`. Needs the extra
+    `opticnerve[captions]`.
+    """
+    references = [list(c.meta.get("captions") or ()) or _references(c) for c in conversations]
+    predictions = answer_all(generate, conversations, progress)
+    samples = [
+        {**_describe(c), "answer": r[0], "prediction": p}
+        for c, p, r in zip(conversations, predictions, references, strict=True)
+    ]
+    return {
+        "name": name,
+        "harness": f"opticnerve captions {harness_version()} (pycocoevalcap CIDEr, sacrebleu BLEU-4, simple tokenizer)",
+        "n": len(predictions),
+        "cider": cider(predictions, references),
+        "bleu4": bleu4(predictions, references),
+        "samples": [
+            _with_picture(samples[i], conversations[i], run_dir, f"{name}-{i}") for i in _spread(len(samples), keep)
+        ],
+    }
+
+
+def answer_all(
+    generate: Generate, conversations: Sequence[Conversation], progress: Progress | None = None
+) -> list[str]:
+    """The answers to all conversations' prompts, in order."""
+    if not conversations:
+        raise OpticNerveError("there is nothing to evaluate: the list of questions is empty")
+    answers: list[str] = []
+    for start in range(0, len(conversations), _CHUNK):
+        prompts = [c.prompt() for c in conversations[start : start + _CHUNK]]
+        got = generate(prompts)
+        if len(got) != len(prompts):
+            raise OpticNerveError(f"generate returned {len(got)} answers to {len(prompts)} questions")
+        answers += got
+        if progress:
+            progress(len(answers), len(conversations))
+    return answers
+
+
+def score_answers(conversations: Sequence[Conversation], predictions: Sequence[str]) -> list[float]:
+    """Each prediction's score in [0, 1], by the rule of `run_vqa`."""
+    return [_score(p, _references(c)) for c, p in zip(conversations, predictions, strict=True)]
+
+
+def harness_version() -> str:
+    """The version of opticnerve that scored, so that two results can be compared with open eyes."""
+    try:
+        return version("opticnerve")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _references(c: Conversation) -> list[str]:
+    references = [str(a) for a in c.meta.get("answers") or ()] or ([c.answer] if c.answer is not None else [])
+    if not references:
+        raise DataError(
+            f"question {c.id or '(no id)'} has no reference answer",
+            where=c.where,
+            remedy="give an assistant turn at the end, or meta['answers']",
+        )
+    return references
+
+
+def _score(prediction: str, references: list[str]) -> float:
+    if len(references) >= _PEOPLE:
+        return vqa_soft_accuracy(prediction, references)
+    return float(exact_match(prediction, references))
+
+
+def _most_common(references: list[str]) -> str:
+    return max(references, key=references.count)
+
+
+def _describe(c: Conversation) -> dict[str, Any]:
+    prompt = c.prompt()
+    texts = [p.text.strip() for p in prompt.messages[-1].parts if isinstance(p, TextPart)] if prompt.messages else []
+    image = prompt.images[0].source if prompt.images else None
+    return {
+        "id": c.id,
+        "image": str(image) if isinstance(image, Path) else None,
+        "question": " ".join(t for t in texts if t),
+    }
+
+
+def _with_picture(sample: dict[str, Any], c: Conversation, run_dir: Path | None, stem: str) -> dict[str, Any]:
+    images = c.prompt().images
+    if run_dir is None or not images:
+        return sample
+    folder = run_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / ("".join(ch if ch.isalnum() or ch in "-_" else "-" for ch in stem) + ".png")
+    picture = open_image(images[0].source, where=c.where or c.id)
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    picture.save(target)
+    return {**sample, "image": target.relative_to(run_dir).as_posix()}
+
+
+def _mixed(right: Sequence[bool], keep: int) -> list[int]:
+    """Up to `keep` positions, half of them wrong ones where there are so many, spread over the whole list."""
+    wrongs = [i for i, r in enumerate(right) if not r]
+    rights = [i for i, r in enumerate(right) if r]
+    n_wrong = min(len(wrongs), max(keep // 2, keep - len(rights)))
+    n_right = min(len(rights), keep - n_wrong)
+    return sorted(
+        [wrongs[i] for i in _spread(len(wrongs), n_wrong)] + [rights[i] for i in _spread(len(rights), n_right)]
+    )
+
+
+def _spread(n: int, keep: int) -> list[int]:
+    keep = min(n, keep)
+    return [i * n // keep for i in range(keep)]

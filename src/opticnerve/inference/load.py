@@ -1,0 +1,49 @@
+"""A model and its processor from wherever they are: a run, a stage of it, a self-contained folder, a hub name, "starter"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProcessor
+from opticnerve.types import OpticNerveError
+
+
+def load_model(name: str | Path, *, device: str | None = None, dtype: Any = None) -> tuple[Any, Any]:
+    """Load a docked model for use, in `eval()`.
+
+    Args:
+        name: a run's folder, a stage's folder, a folder of `save_pretrained` or `opticnerve merge`, a hub name, or
+            "starter" for the model that ships with the package.
+        device: "cpu", "cuda", …; the first accelerator by default.
+        dtype: of the weights; as it was trained by default.
+    """
+    folder = _resolve(str(name))
+    model = OpticNerveForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+    processor = OpticNerveProcessor.from_pretrained(folder)
+    return model.to(device or default_device()).eval(), processor
+
+
+def default_device() -> str:
+    """The accelerator that torch sees, else the CPU."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+
+
+def _resolve(name: str) -> str:
+    if name == "starter":
+        from opticnerve.starter.demo import shipped_model
+
+        return str(shipped_model())
+    path = Path(name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return name
+        stages = sorted(p.parent for p in path.glob("stages/*/dock.json"))
+        if stages:
+            return str(stages[-1])
+        raise OpticNerveError(f"{name} holds no model (no config.json); a run has one once its first stage has ended")
+    if path.suffix or name.startswith((".", "/")) or name.count("/") > 1:
+        raise OpticNerveError(f"there is no model folder {name!r}")
+    return name

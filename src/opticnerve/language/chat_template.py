@@ -1,0 +1,56 @@
+"""One chat template for pictures and words, made from any language model's own.
+
+The templates of text-only models take a message's content as one string. A short prelude, itself Jinja, joins the parts of
+each message into such a string, a placeholder where a picture stands, and hands over to the model's template unchanged:
+so a text-only prompt renders to the same letters as before, in every library that renders Jinja.
+"""
+
+from __future__ import annotations
+
+IMAGE_TOKEN = "<image>"
+AUDIO_TOKEN = "<audio>"
+
+# Vicuna v1.1's form (LLaVA's `conv_vicuna_v1`), for language models without a template: it needs no special token but EOS.
+PLAIN_CHAT = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{ message['content'] + '\n' }}"
+    "{%- elif message['role'] == 'user' -%}{{ 'USER: ' + message['content'] + '\n' }}"
+    "{%- else -%}{{ 'ASSISTANT: ' + message['content'] + eos_token + '\n' }}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
+)
+
+# LLaVA's alignment form (`conv_plain`): the picture, then its caption, and nothing else to spend tokens on.
+CAPTION_ONLY = (
+    "{%- for message in messages -%}{{ message['content'] }}"
+    "{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+)
+
+_MARK = "{#- opticnerve: parts to text -#}"
+_PRELUDE = (
+    _MARK
+    + "{%- set opticnerve = namespace(messages=[]) -%}"
+    + "{%- for message in messages -%}"
+    + "{%- if message['content'] is string -%}{%- set opticnerve.messages = opticnerve.messages + [message] -%}"
+    + "{%- else -%}"
+    + "{%- set joined = namespace(text='', gap='') -%}"
+    + "{%- for part in message['content'] -%}"
+    + "{%- if part['type'] == 'image' -%}"
+    + "{%- set joined.text = joined.text + joined.gap + '" + IMAGE_TOKEN + "' -%}{%- set joined.gap = '\n' -%}"
+    + "{%- elif part['type'] == 'audio' -%}"
+    + "{%- set joined.text = joined.text + joined.gap + '" + AUDIO_TOKEN + "' -%}{%- set joined.gap = '\n' -%}"
+    + "{%- elif part['type'] == 'text' -%}"
+    + "{%- set joined.text = joined.text + joined.gap + part['text'] -%}{%- set joined.gap = '' -%}"
+    + "{%- else -%}{{ raise_exception('unknown content part: ' + part['type']) }}{%- endif -%}"
+    + "{%- endfor -%}"
+    + "{%- set opticnerve.messages = opticnerve.messages + [dict(message, content=joined.text)] -%}"
+    + "{%- endif -%}{%- endfor -%}"
+    + "{%- set messages = opticnerve.messages -%}"
+)
+
+
+def with_parts(template: str | None) -> str:
+    """The template with the prelude before it; the plain chat form where the language model has none. Idempotent."""
+    template = template or PLAIN_CHAT
+    if template.startswith(_MARK):
+        return template
+    return _PRELUDE + template

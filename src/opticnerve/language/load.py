@@ -1,0 +1,118 @@
+"""Any causal language model with its tokenizer: from a hub name, a local folder, a GGUF file, or the starter kit."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from opticnerve.starter import weights as starter
+from opticnerve.starter.cache import cache_dir, fingerprint, new_folder
+from opticnerve.types import OpticNerveError
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language model, its tokenizer, and what names it: `name` as the user wrote it, the files its weights came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    files: tuple[str, ...]
+
+
+def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: str | None = None) -> Language:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: hub name, local folder, path of a `.gguf` file, or `starter/…`.
+        dtype: of the weights in memory.
+        gguf_file: a GGUF file within the folder or hub repository `name`.
+
+    GGUF weights are dequantised once into the cache, for training needs real matrices.
+    """
+    folder, files = resolve(name, gguf_file=gguf_file)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise OpticNerveError(
+            f"{name!r} lacks weights: missing {sorted(report['missing_keys'])[:8]}, "
+            f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise OpticNerveError(f"the tokenizer of {name!r} has neither padding nor end token; set one before docking")
+        tokenizer.pad_token = tokenizer.eos_token
+    return Language(model, tokenizer, name, tuple(files))
+
+
+def load_language_config(name: str, *, gguf_file: str | None = None) -> Any:
+    """The configuration alone (for `plan`): no weight is read, except where a GGUF file holds both."""
+    return AutoConfig.from_pretrained(resolve(name, gguf_file=gguf_file)[0])
+
+
+def resolve(name: str, *, gguf_file: str | None = None) -> tuple[str, list[str]]:
+    """A folder (or hub name) that transformers reads as it is, and the files whose contents identify the weights."""
+    if starter.is_starter(name):
+        file = starter.language(name).file()
+        return str(_dequantised(file)), [str(file)]
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise OpticNerveError(f"there is no GGUF file {name!r}")
+        return str(_dequantised(path)), [str(path)]
+    if gguf_file is not None:
+        from transformers.utils import cached_file
+
+        found = path / gguf_file if path.is_dir() else Path(str(cached_file(name, gguf_file)))
+        return str(_dequantised(found)), [str(found)]
+    if path.is_dir():
+        return name, [str(f) for f in sorted(path.glob("*.safetensors"))]
+    return name, []
+
+
+def _dequantised(file: Path) -> Path:
+    """A plain float32 folder made from a GGUF file, kept in the cache under the hash of the file."""
+    target = cache_dir() / "dequantised" / f"{file.stem}-{fingerprint([file])[:16]}"
+    if target.is_dir():
+        return target
+    from transformers import GgufConfig
+
+    with new_folder(target) as new:
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        # transformers 5 keeps GGUF weights packed unless told otherwise.
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )  # fmt: skip
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    return target
+
+
+def hub_files(name: str) -> list[str]:
+    """The safetensors files of a hub model in the local cache, after it was loaded; empty where there are none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors"], local_files_only=True))
+    except LocalEntryNotFoundError:
+        return []
+    return [str(f) for f in sorted(folder.glob("*.safetensors"))]
+
+
+def tensor_fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors: the identity of weights that came from no file."""
+    total = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        total.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        total.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return total.hexdigest()

@@ -1,0 +1,28 @@
+"""A folder of its own from what a run trained and the bases it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opticnerve.language.lora import has_lora, merge_lora
+from opticnerve.models.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.processing import OpticNerveProcessor
+from opticnerve.starter.cache import new_folder
+from opticnerve.types import OpticNerveError
+
+
+def merge(source: Path, out: Path) -> Path:
+    """Load `source`, add LoRA into the weights, and save everything under `out`: weights, configuration, processor.
+
+    Raises:
+        OpticNerveError: `out` exists already, or the bases are not those that `source` was trained on.
+    """
+    if out.exists():
+        raise OpticNerveError(f"{out} exists already; choose another folder")
+    model = OpticNerveForConditionalGeneration.from_pretrained(source, dtype="auto")
+    if has_lora(model.language_model):
+        merge_lora(model.language_model)
+    with new_folder(out) as new:
+        model.save_pretrained(new)
+        OpticNerveProcessor.from_pretrained(source).save_pretrained(new)
+    return out

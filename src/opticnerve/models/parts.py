@@ -1,0 +1,81 @@
+"""The parts of a docked model by the words a stage uses: `connector`, `encoder.last(2)`, `language.lora`, …"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from opticnerve.encoders.base import last_blocks
+from opticnerve.language.lora import is_lora
+from opticnerve.models.modeling import OpticNerveForConditionalGeneration
+from opticnerve.recipe import split_part
+from opticnerve.types import OpticNerveError
+
+TOWERS = ("image", "audio")
+
+
+def part_parameters(model: OpticNerveForConditionalGeneration, part: str) -> dict[str, nn.Parameter]:
+    """Full name → parameter of one part. Tied weights appear once.
+
+    Raises:
+        OpticNerveError: the model has no such part, or the part has no parameters; the message names the remedy.
+    """
+    modality, inner = split_part(part)
+    if inner.startswith("language"):
+        found = _language(model, inner)
+    else:
+        found = _tower(model, modality, inner, part)
+    if not found:
+        raise OpticNerveError(f"{part} has no parameters in this model")
+    return found
+
+
+def full_name(model: OpticNerveForConditionalGeneration, part: str) -> str:
+    """`connector` → `image.connector`: the word for a part that is clear without its recipe."""
+    modality, inner = split_part(part)
+    return inner if inner.startswith("language") else f"{modality or _only_tower(model, part)}.{inner}"
+
+
+def _only_tower(model: nn.Module, part: str) -> str:
+    have = [m for m in TOWERS if hasattr(model, m)]
+    if len(have) != 1:
+        raise OpticNerveError(f"{part}: the model's towers are {', '.join(have) or 'none'}; write e.g. image.{part}")
+    return have[0]
+
+
+def _tower(model: nn.Module, modality: str | None, inner: str, part: str) -> dict[str, nn.Parameter]:
+    modality = modality or _only_tower(model, part)
+    if not hasattr(model, modality):
+        raise OpticNerveError(f"{part}: the model has no {modality} tower")
+    tower = getattr(model, modality)
+    if inner == "connector":
+        return {n: p for n, p in model.named_parameters() if n.startswith(f"{modality}.connector.")}
+    if inner == "encoder":
+        return {n: p for n, p in model.named_parameters() if n.startswith(f"{modality}.encoder.")}
+    count = int(re.findall(r"\d+", inner)[0])
+    chosen = {id(p) for block in last_blocks(tower.encoder, count) for p in block.parameters()}
+    return {n: p for n, p in model.named_parameters() if id(p) in chosen}
+
+
+def _language(model: OpticNerveForConditionalGeneration, inner: str) -> dict[str, nn.Parameter]:
+    names = {n: p for n, p in model.named_parameters() if n.startswith("language_model.")}
+    if inner == "language.lora":
+        found = {n: p for n, p in names.items() if is_lora(n)}
+        if not found:
+            raise OpticNerveError("language.lora: the language model carries no adapter; `add_lora` puts one there")
+        return found
+    names = {n: p for n, p in names.items() if not is_lora(n)}
+    if inner == "language":
+        return names
+    if inner == "language.embeddings":
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        chosen = {id(p) for end in ends if end is not None for p in end.parameters()}
+    else:
+        lists = [m for m in model.language_model.modules() if isinstance(m, nn.ModuleList)]
+        blocks = max(lists, key=len) if lists else []
+        count = int(re.findall(r"\d+", inner)[0])
+        if not 0 < count <= len(blocks):
+            raise OpticNerveError(f"{inner}: the language model has {len(blocks)} layers; ask for 1 to {len(blocks)}")
+        chosen = {id(p) for block in list(blocks)[-count:] for p in block.parameters()}
+    return {n: p for n, p in names.items() if id(p) in chosen}

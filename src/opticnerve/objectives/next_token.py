@@ -1,0 +1,59 @@
+"""The language-modelling objective: predict the assistant's tokens, and compute logits nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100
+
+
+class NextToken(nn.Module):
+    """(batch) → (loss sum, count): the sum over supervised tokens, so that any split of a batch adds up exactly.
+
+    The LM head runs on the supervised positions alone: a hook on it gathers them, so that whatever a language model does
+    to its logits afterwards (scaling, soft caps) still happens.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
+        model = self.model
+        embeds_BLD, _ = model.embed(batch.input_ids, batch.pixel_values)
+        keep_BL = batch.targets != IGNORE
+        logits_MV = supervised_logits(
+            model.language_model,
+            keep_BL,
+            inputs_embeds=embeds_BLD,
+            position_ids=batch.positions,
+            attention_mask=batch.attention_mask(embeds_BLD.dtype),
+        )
+        loss = F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="sum")
+        return loss, keep_BL.sum()
+
+
+def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any) -> Tensor:
+    """Logits (M, V) of the M positions where `keep_BL` is True."""
+    head = language_model.get_output_embeddings()  # type: ignore[operator]
+    seen = 0
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal seen
+        seen += 1
+        return (args[0][keep_BL].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        logits: Tensor = language_model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    assert seen == 1, "the language model ran its LM head more or less than once"
+    return logits.squeeze(0)
+
+

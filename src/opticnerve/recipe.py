@@ -1,0 +1,329 @@
+"""A recipe: everything a run needs, in one YAML file, checked before any weight is read.
+
+Validation only: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from opticnerve import registry
+from opticnerve.types import RecipeError
+
+Positive = Annotated[int, Field(gt=0)]
+PARTS = ("connector", "encoder", "encoder.last(N)", "language", "language.last(N)", "language.lora", "language.embeddings")
+MODALITIES = ("image", "audio")
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PartSpec(BaseModel):
+    """A part by exact name (or dotted path), with that part's own options beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class LanguageSpec(Strict):
+    """A causal language model: hub name, local folder, `.gguf` file, or `starter/…`."""
+
+    name: str
+    gguf_file: str | None = None
+    chat_template: str | None = Field(None, description="a Jinja template or a file that holds one, instead of the model's own")
+
+
+class TowerSpec(Strict):
+    """An eye or an ear with its connector and its way into the language model."""
+
+    encoder: PartSpec
+    connector: PartSpec = PartSpec(type="mlp")
+    fusion: PartSpec = PartSpec(type="splice")
+
+    @model_validator(mode="after")
+    def _known_parts(self) -> TowerSpec:
+        for spec, parts in ((self.encoder, registry.encoders), (self.connector, registry.connectors), (self.fusion, registry.fusions)):
+            if spec.type not in parts.names() and ":" not in spec.type:
+                near = difflib.get_close_matches(spec.type, parts.names(), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown {parts.kind} {spec.type!r}{hint} Known: {', '.join(parts.names())}")
+        return self
+
+
+class ModelSpec(Strict):
+    """What is docked onto what."""
+
+    language: LanguageSpec
+    image: TowerSpec | None = None
+
+    @property
+    def towers(self) -> dict[str, TowerSpec]:
+        return {m: t for m in MODALITIES if (t := getattr(self, m, None)) is not None}
+
+
+class DataSpec(Strict):
+    """One source of conversations.
+
+    `share_prefix`: questions about one picture are trained side by side behind one copy of it, each blind to the others;
+    `per_image` of them are drawn at a time.
+    """
+
+    path: str
+    format: Literal["auto", "captions", "vqa", "llava", "chat", "hf"] = "auto"
+    media: str | None = None
+    prompt: str | list[str] | None = None
+    limit: Positive | None = None
+    repeat: Positive = 1
+    group_by_image: bool = False
+    share_prefix: bool = False
+    per_image: Positive | None = None
+    allow_outside_media: bool = False
+
+
+class LoraSpec(Strict):
+    """Low-rank adapters; see `opticnerve.language.lora.add_lora`."""
+
+    rank: Positive = 16
+    alpha: float | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class Stage(Strict):
+    """An objective, its data, and what trains. Every part that `train` does not name is frozen and in `eval()`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    objective: Literal["next_token"] = "next_token"
+    train: dict[str, Annotated[float, Field(gt=0, lt=10)]]
+    data: list[DataSpec]
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Positive = Field(8, description="samples per optimizer step, over all processes and accumulation")
+    accumulate: Positive = 1
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    max_length: Positive | None = None
+    template: Literal["chat", "caption"] = "chat"
+    lora: LoraSpec | None = None
+    bad_samples: Literal["refuse", "skip"] = "refuse"
+    save_every: Positive | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
+    gradient_checkpointing: bool = False
+
+    @field_validator("train")
+    @classmethod
+    def _something_trains(cls, train: dict[str, float]) -> dict[str, float]:
+        if not train:
+            raise ValueError(f"a stage with nothing to train; name at least one part: {', '.join(PARTS)}")
+        for part in train:
+            split_part(part)
+        return train
+
+    @field_validator("data")
+    @classmethod
+    def _some_data(cls, data: list[DataSpec]) -> list[DataSpec]:
+        if not data:
+            raise ValueError("no data; add at least one entry such as {path: captions.jsonl}")
+        return data
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Stage:
+        parts = {split_part(p)[1] for p in self.train}
+        if "language.lora" in parts and "language" in parts:
+            raise ValueError("train: language and language.lora both change the same weights; keep one of them")
+        if "language.lora" in parts and any(p.startswith("language.last") for p in parts):
+            raise ValueError("train: language.last(N) and language.lora both change the same weights; keep one of them")
+        if "language" in parts and any(p.startswith("language.") and p != "language.lora" for p in parts):
+            raise ValueError("train: language already holds every part of it; remove the narrower one")
+        if "encoder" in parts and any(p.startswith("encoder.last") for p in parts):
+            raise ValueError("train: encoder already holds its last blocks; remove encoder.last(N)")
+        if self.lora is not None and "language.lora" not in parts:
+            raise ValueError("lora options are given, but train names no language.lora")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate")
+        return self
+
+
+class EvaluateSpec(Strict):
+    """Questions with known answers, asked after the last stage (and what is measured along with them)."""
+
+    name: str = "held-out questions"
+    data: DataSpec
+    sample: Positive | None = Field(None, description="a fixed random sample of this many questions")
+    image_dependence: Annotated[int, Field(ge=0)] = Field(500, description="questions asked again with blank and shuffled pictures")
+    max_new_tokens: Positive = 16
+    batch_size: Positive = 32
+
+
+class Recipe(Strict):
+    """Everything a run needs. See `docs/recipes.md` for each key."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    model: ModelSpec
+    stages: list[Stage] = []
+    evaluate: list[EvaluateSpec] = []
+    forgetting: bool = True
+    trackers: list[str] = []
+
+    @model_validator(mode="after")
+    def _parts_exist(self) -> Recipe:
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: two stages have the same name; the names are {', '.join(names)}")
+        towers = self.model.towers
+        for i, stage in enumerate(self.stages):
+            for part in stage.train:
+                modality, inner = split_part(part)
+                if inner.startswith("language"):
+                    continue
+                if modality is None and len(towers) != 1:
+                    have = ", ".join(f"{m}.{inner}" for m in towers) or "none: the model has no tower"
+                    raise ValueError(f"stages.{i}.train.{part}: which one? The model's are {have}")
+                if modality is not None and modality not in towers:
+                    raise ValueError(f"stages.{i}.train.{part}: the model has no {modality} tower; it has {', '.join(towers) or 'none'}")
+        return self
+
+
+def split_part(part: str) -> tuple[str | None, str]:
+    """`"image.connector"` → `("image", "connector")`, `"language.lora"` → `(None, "language.lora")`.
+
+    Raises:
+        ValueError: no such part; the message lists them.
+    """
+    modality, inner = None, part
+    for m in MODALITIES:
+        if part.startswith(m + "."):
+            modality, inner = m, part[len(m) + 1 :]
+    if not re.fullmatch(r"connector|encoder(\.last\(\d+\))?|language(\.lora|\.embeddings|\.last\(\d+\))?", inner) or (
+        modality and inner.startswith("language")
+    ):
+        near = difflib.get_close_matches(inner, PARTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first four")
+    return modality, inner
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a YAML file (or a mapping), apply `key.path=value` overrides, and validate.
+
+    Raises:
+        RecipeError: names the key, what is wrong with it, and the nearest valid key.
+    """
+    if isinstance(source, Mapping):
+        raw, origin = dict(source), "recipe"
+    else:
+        path = Path(source)
+        origin = str(path)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe {origin}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise RecipeError(f"{origin} is not readable YAML: {e}") from e
+        if not isinstance(raw, dict):
+            raise RecipeError(f"{origin} holds no mapping; a recipe starts with `model:` and `stages:`")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as e:
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in _explain(e))) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, defaults written out: what a run folder keeps."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r} is not key=value, such as stages.0.steps=50")
+    # YAML 1.1 reads 1e-3 as a string; people mean a number.
+    value = float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
+    steps = re.findall(r"[^.()]+(?:\.last\(\d+\))?", key) if ".last(" in key else key.split(".")
+    here: Any = raw
+    for i, step in enumerate(steps):
+        where = ".".join(steps[: i + 1])
+        if isinstance(here, list):
+            if not step.isdigit() or int(step) >= len(here):
+                raise RecipeError(f"override {key}: {where} is a list of {len(here)}; use a number from 0 to {len(here) - 1}")
+            index: Any = int(step)
+        elif isinstance(here, dict):
+            # `stages.0.train.language.lora`: a part's name holds a dot itself.
+            rest = ".".join(steps[i:])
+            if rest in here or (i and steps[i - 1] == "train"):
+                here[rest] = value
+                return
+            index = step
+        else:
+            raise RecipeError(f"override {key}: {'.'.join(steps[:i])} holds a single value")
+        if i == len(steps) - 1:
+            here[index] = value
+            return
+        if isinstance(here, dict) and not isinstance(here.get(index), dict | list):
+            here[index] = {}
+        here = here[index]
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """pydantic's findings as sentences with the key and the remedy."""
+    lines = []
+    for found in error.errors():
+        key = ".".join(str(p) for p in found["loc"]) or "recipe"
+        if found["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(found["loc"][-1]), _keys_at(found["loc"][:-1]), n=1)
+            known = _keys_at(found["loc"][:-1])
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"{key}: unknown key; {hint}")
+        elif found["type"] == "missing":
+            lines.append(f"{key}: is missing")
+        else:
+            message = found["msg"].removeprefix("Value error, ")
+            given = f", not {found['input']!r}" if isinstance(found.get("input"), str | int | float | bool) else ""
+            lines.append(f"{key}: {message}{given if given not in message else ''}")
+    return lines
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """Valid keys of the mapping at a location, by walking the models."""
+    here: Any = Recipe
+    for step in location:
+        if isinstance(step, int):
+            continue
+        field = getattr(here, "model_fields", {}).get(step)
+        if field is None:
+            return []
+        inner = [a for a in _arguments(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        here = inner[0] if inner else None
+    return list(getattr(here, "model_fields", {}))
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    from typing import get_args
+
+    found = [annotation]
+    for argument in get_args(annotation):
+        found += _arguments(argument)
+    return found

@@ -1,0 +1,100 @@
+"""Parts are found by exact name; third parties add theirs by entry point or by dotted path, touching no file of ours."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from opticnerve.types import OpticNerveError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A family of parts under exact names.
+
+    `kind` names one part ("encoder"); `group` is the entry-point group in which installed packages announce theirs
+    (`[project.entry-points."opticnerve.encoders"]`). `builtin` maps a name to `"module:Class"`, imported on first use.
+    """
+
+    def __init__(self, kind: str, *, group: str, builtin: dict[str, str]) -> None:
+        self.kind, self.group = kind, group
+        self._targets: dict[str, str | type[T]] = dict(builtin)
+        self._entry_points_read = False
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: register a part from a user's own code."""
+
+        def add(cls: type[T]) -> type[T]:
+            if name in self.names():
+                raise OpticNerveError(f"the {self.kind} {name!r} is registered already; choose another name")
+            self._targets[name] = cls
+            return cls
+
+        return add
+
+    def names(self) -> list[str]:
+        """Every known name, sorted; entry points of installed packages included."""
+        if not self._entry_points_read:
+            self._entry_points_read = True
+            for ep in entry_points(group=self.group):
+                self._targets.setdefault(ep.name, ep.value)
+        return sorted(self._targets)
+
+    def get(self, name: str, *, allow_dotted: bool = True) -> type[T]:
+        """The class under `name`, or at the dotted path `package.module:Class`.
+
+        Raises:
+            OpticNerveError: the name is unknown (the message lists the known ones), or a dotted path is not allowed here.
+        """
+        if name not in self.names() and ":" in name:
+            if not allow_dotted:
+                raise OpticNerveError(
+                    f"{self.kind} {name!r} is code from outside opticnerve; pass trust_remote_code=True to run it"
+                )
+            return _import(name, self.kind)
+        if name not in self.names():
+            near = difflib.get_close_matches(name, self.names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise OpticNerveError(
+                f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}; or a dotted path 'package.module:Class'"
+            )
+        target = self._targets[name]
+        return _import(target, self.kind) if isinstance(target, str) else target
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+
+def _import(path: str, kind: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise OpticNerveError(f"cannot import the {kind} {path!r}: {e}") from e
+
+
+encoders: Registry[Any] = Registry(
+    "encoder",
+    group="opticnerve.encoders",
+    builtin={
+        "hf_vision": "opticnerve.encoders.hf_vision:HFVisionEncoder",
+        "timm": "opticnerve.encoders.timm:TimmEncoder",
+    },
+)
+connectors: Registry[Any] = Registry(
+    "connector",
+    group="opticnerve.connectors",
+    builtin={
+        "linear": "opticnerve.connectors.linear:LinearConnector",
+        "mlp": "opticnerve.connectors.mlp:MLPConnector",
+    },
+)
+fusions: Registry[Any] = Registry(
+    "fusion",
+    group="opticnerve.fusions",
+    builtin={"splice": "opticnerve.fusion.splice:Splice"},
+)

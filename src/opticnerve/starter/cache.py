@@ -1,0 +1,57 @@
+"""Where opticnerve keeps what it can make again: dequantised weights, unpacked data, fingerprints of files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """`$OPTICNERVE_CACHE`, else `$XDG_CACHE_HOME/opticnerve`, else `~/.cache/opticnerve`; made if missing."""
+    root = os.environ.get("OPTICNERVE_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opticnerve"
+    base.mkdir(parents=True, exist_ok=True)
+    return base
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name once the block has ended well: all of it or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as made:
+        inner = Path(made) / "new"
+        inner.mkdir()
+        yield inner
+        try:
+            inner.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process may have finished first; its folder is as good
+                raise
+
+
+def fingerprint(files: Iterable[str | Path]) -> str:
+    """SHA-256 over the contents of weight files, in name order; remembered by path, size and time of change."""
+    memory = cache_dir() / "fingerprints.json"
+    try:
+        known: dict[str, str] = json.loads(memory.read_text())
+    except (OSError, json.JSONDecodeError):
+        known = {}
+    total, changed = hashlib.sha256(), False
+    for file in sorted(map(Path, files), key=lambda f: f.name):
+        stat = file.stat()
+        key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in known:
+            with file.open("rb") as f:
+                known[key] = hashlib.file_digest(f, "sha256").hexdigest()
+            changed = True
+        total.update(known[key].encode())
+    if changed:
+        partial = memory.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps(known))
+        partial.replace(memory)
+    return total.hexdigest()

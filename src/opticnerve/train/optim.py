@@ -1,0 +1,85 @@
+"""AdamW over float32 masters, a learning rate per part, warm-up and decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from opticnerve.train.freeze import Frozen
+
+
+class MasterAdamW:
+    """AdamW (Loshchilov & Hutter 2019) whose arithmetic is float32 even where the weights are bf16.
+
+    A bf16 weight has eight bits: most of Adam's small steps would be rounded away. So each such weight has a float32
+    master that takes the step, and the weight is the master, rounded. float32 weights are their own masters.
+    """
+
+    def __init__(self, frozen: Frozen, *, betas: tuple[float, float], weight_decay: float) -> None:
+        self.parts = list(frozen.groups)
+        self.rates = dict(frozen.rates)
+        self.names = [list(group) for group in frozen.groups.values()]
+        self.weights: list[list[nn.Parameter]] = [list(group.values()) for group in frozen.groups.values()]
+        self.masters: list[list[torch.Tensor]] = [
+            [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in group] for group in self.weights
+        ]
+        groups = []
+        for part, masters in zip(self.parts, self.masters, strict=True):
+            # No decay on biases and norms, as GPT-3 and most after it.
+            decayed = [m for m in masters if m.ndim > 1]
+            plain = [m for m in masters if m.ndim <= 1]
+            groups += [{"params": decayed, "part": part, "weight_decay": weight_decay}] if decayed else []
+            groups += [{"params": plain, "part": part, "weight_decay": 0.0}] if plain else []
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+    def pairs(self) -> Iterable[tuple[str, nn.Parameter, torch.Tensor]]:
+        for names, weights, masters in zip(self.names, self.weights, self.masters, strict=True):
+            yield from zip(names, weights, masters, strict=True)
+
+    def step(self, factor: float, clip: float | None) -> float:
+        """One step at `factor` × each part's learning rate; returns the gradient norm before clipping."""
+        for _, weight, master in self.pairs():
+            if master is not weight:
+                master.grad = weight.grad.float() if weight.grad is not None else None
+                weight.grad = None
+        masters = [m for _, _, m in self.pairs()]
+        norm = torch.nn.utils.clip_grad_norm_(masters, clip if clip is not None else math.inf)
+        for group in self.adam.param_groups:
+            group["lr"] = self.rates[group["part"]] * factor
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for _, weight, master in self.pairs():
+                if master is not weight:
+                    weight.copy_(master)
+        return float(norm)
+
+    def master_tensors(self) -> dict[str, torch.Tensor]:
+        """float32 values of the trained weights, by full name."""
+        return {name: master.detach() for name, _, master in self.pairs()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adam": self.adam.state_dict(), "masters": self.master_tensors()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly: moments, masters, and the weights rounded from them."""
+        self.adam.load_state_dict(state["adam"])
+        with torch.no_grad():
+            for name, weight, master in self.pairs():
+                master.copy_(state["masters"][name])
+                if master is not weight:
+                    weight.copy_(master)
+
+
+def schedule(step: int, steps: int, *, warmup: float, kind: str, floor: float = 0.0) -> float:
+    """The factor on the learning rate at `step` (from 0) of `steps`: linear warm-up, then cosine, linear or constant."""
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[kind]
+    return floor + (1.0 - floor) * shape

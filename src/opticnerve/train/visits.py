@@ -1,0 +1,104 @@
+"""Which samples each step sees: a function of seed, stage and step alone, so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from opticnerve.data.collate import Batch, Collator
+from opticnerve.data.labels import Encoded, encode
+from opticnerve.data.packing import pack
+from opticnerve.data.source import draw
+from opticnerve.recipe import Stage
+from opticnerve.types import Conversation, DataError, OpticNerveError
+
+Unit = tuple[list[Conversation], int | None]
+
+
+class Visits(Dataset[Batch]):
+    """The micro-batches of a stage, in order; item `i` is micro-batch `i % accumulate` of step `i // accumulate`.
+
+    Args:
+        units: what `data.source.load_units` gave.
+        rank, world: this process and how many there are; each takes every world-th row of a micro-batch.
+    """
+
+    def __init__(
+        self, units: list[Unit], stage: Stage, processor: Any, *, seed: int, rank: int = 0, world: int = 1,
+        template: str | None = None,
+    ) -> None:  # fmt: skip
+        if stage.batch_size % (stage.accumulate * world):
+            raise OpticNerveError(
+                f"stage {stage.name}: batch_size {stage.batch_size} does not split evenly over {stage.accumulate} "
+                f"micro-batches and {world} processes; change one of the three"
+            )
+        self.units, self.stage, self.processor, self.template = units, stage, processor, template
+        self.seed, self.rank, self.world = seed, rank, world
+        self.collate = Collator(processor)
+        if stage.steps is not None:
+            self.steps = stage.steps
+        else:
+            self.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / stage.batch_size))
+        self._orders: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self.steps * self.stage.accumulate
+
+    def __getitem__(self, index: int) -> Batch:
+        rows = self.stage.batch_size // self.stage.accumulate
+        mine = range(index * rows + self.rank, (index + 1) * rows, self.world)
+        return self.collate([pack([self._encode(self.drawn(v))]) for v in mine])
+
+    def drawn(self, visit: int) -> list[Conversation]:
+        """The conversations that the visit-th row of the stage trains on."""
+        epoch, place = divmod(visit, len(self.units))
+        unit = self.units[self._order(epoch)[place]]
+        return draw(unit, random.Random(f"{self.seed}/{self.stage.name}/{visit}"))
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = list(range(len(self.units)))
+            random.Random(f"{self.seed}/{self.stage.name}/epoch {epoch}").shuffle(order)
+            self._orders = {epoch: order}  # one epoch at a time: nothing grows with their number
+        return self._orders[epoch]
+
+    def _encode(self, conversations: list[Conversation]) -> list[Encoded]:
+        return [encode(c, self.processor, template=self.template, max_length=self.stage.max_length) for c in conversations]
+
+
+def usable_units(
+    units: Iterable[Unit],
+    processor: Any,
+    stage: Stage,
+    *,
+    template: str | None = None,
+    on_error: Callable[[DataError], None] | None = None,
+    check: int = 20_000,
+) -> list[Unit]:
+    """Encode up to `check` samples before the first step, so that a bad one is found now and not hours in.
+
+    With `on_error`, bad samples are handed to it and left out; without, the first one is raised.
+    """
+    good: list[Unit] = []
+    seen = 0
+    for conversations, count in units:
+        kept = []
+        for conversation in conversations:
+            seen += 1
+            try:
+                if seen <= check:
+                    encode(conversation, processor, template=template, max_length=stage.max_length)
+                kept.append(conversation)
+            except DataError as e:
+                if on_error is None:
+                    raise
+                on_error(e)
+        if kept:
+            good.append((kept, count))
+    if not good:
+        raise OpticNerveError(f"stage {stage.name}: no usable sample is left")
+    return good

@@ -1,0 +1,154 @@
+"""The nouns every part of opticnerve speaks: features, messages, conversations, and our errors.
+
+Nothing here needs torch at run time, so that the command line can print its help at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import PIL.Image
+    from torch import Tensor
+
+
+class OpticNerveError(ValueError):
+    """Something a user can put right: the message says what is wrong, where, and what to do."""
+
+
+class RecipeError(OpticNerveError):
+    """A recipe that cannot be run; names the key and the remedy."""
+
+
+class DataError(OpticNerveError):
+    """A sample that cannot be used; `where` is `file:line` or `file, sample id`."""
+
+    def __init__(self, problem: str, *, where: str = "", remedy: str = "", kind: str = "sample") -> None:
+        self.problem, self.where, self.remedy, self.kind = problem, where, remedy, kind
+        super().__init__(": ".join(p for p in (where, problem) if p) + (f" ({remedy})" if remedy else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders (data loader workers); keyword-only arguments need help to be pickled.
+        return (_rebuild_data_error, (self.problem, self.where, self.remedy, self.kind))
+
+
+def _rebuild_data_error(problem: str, where: str, remedy: str, kind: str) -> DataError:
+    return DataError(problem, where=where, remedy=remedy, kind=kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What an encoder sees, as a row of vectors for each image (or clip).
+
+    `tokens_BND`: float, batch × tokens × width. `mask_BN`: bool, True where a token is real.
+    """
+
+    tokens_BND: Tensor
+    mask_BN: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens_BND.ndim != 3 or self.mask_BN.shape != self.tokens_BND.shape[:2]:
+            raise ValueError(
+                f"Features want tokens of shape (B, N, D) and a mask of shape (B, N); "
+                f"got {tuple(self.tokens_BND.shape)} and {tuple(self.mask_BN.shape)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of text within a message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """A picture within a message: a file, encoded bytes, or an opened picture. Opened late, by `data.images.open_image`."""
+
+    source: Path | bytes | PIL.Image.Image
+
+
+@dataclass(frozen=True, slots=True)
+class AudioPart:
+    """A sound within a message: a file or encoded bytes."""
+
+    source: Path | bytes
+
+
+Part = TextPart | ImagePart | AudioPart
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation: who speaks, and the parts in order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The message's words, its media left out."""
+        return "".join(p.text for p in self.parts if isinstance(p, TextPart))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The one currency between data readers, training, chat, server and evaluation.
+
+    `id` names the sample for people; `where` says where it came from (`captions.jsonl:12`); `meta` carries what an
+    evaluation needs (answer type, alternative answers).
+    """
+
+    messages: tuple[Message, ...]
+    id: str = ""
+    where: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def media(self, kind: type[ImagePart] | type[AudioPart]) -> Iterator[Any]:
+        """The parts of one kind, in the order in which they are mentioned."""
+        return (p for m in self.messages for p in m.parts if isinstance(p, kind))
+
+    @property
+    def images(self) -> list[ImagePart]:
+        return list(self.media(ImagePart))
+
+    @property
+    def audios(self) -> list[AudioPart]:
+        return list(self.media(AudioPart))
+
+    def prompt(self) -> Conversation:
+        """The same conversation without its last assistant turn: what the model is asked to continue."""
+        kept = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
+        return Conversation(kept, self.id, self.where, self.meta)
+
+    @property
+    def answer(self) -> str | None:
+        """The words of the last assistant turn, if the conversation ends with one."""
+        return self.messages[-1].text if self.messages and self.messages[-1].role == "assistant" else None
+
+    def to_chat(self) -> list[dict[str, Any]]:
+        """transformers' chat format; media are given as `{"type": "image", "image": source}`."""
+        return [{"role": m.role, "content": [_part_to_chat(p) for p in m.parts]} for m in self.messages]
+
+
+def _part_to_chat(part: Part) -> dict[str, Any]:
+    match part:
+        case TextPart(text):
+            return {"type": "text", "text": text}
+        case ImagePart(source):
+            return {"type": "image", "image": str(source) if isinstance(source, Path) else source}
+        case AudioPart(source):
+            return {"type": "audio", "audio": str(source) if isinstance(source, Path) else source}
+
+
+def ask(question: str, *images: Path | bytes | PIL.Image.Image, answer: str | None = None, **meta: Any) -> Conversation:
+    """A one-question conversation about the given pictures; with `answer`, one to learn from."""
+    parts: tuple[Part, ...] = (*(ImagePart(i) for i in images), TextPart(question))
+    messages: tuple[Message, ...] = (Message("user", parts),)
+    if answer is not None:
+        messages += (Message("assistant", (TextPart(answer),)),)
+    return Conversation(messages, meta=meta)
