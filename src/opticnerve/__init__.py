@@ -1,12 +1,13 @@
 """opticnerve: dock any pretrained eye onto any pretrained language model.
 
-Importing this package registers its classes with transformers' Auto classes, once transformers is imported; torch and
-transformers themselves are imported only when something of theirs is needed.
+Importing this package registers its classes with transformers' Auto classes. The command line alone puts that off, so
+that `opticnerve --help` answers at once (see `opticnerve_launch`).
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -36,3 +37,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'opticnerve' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+if "opticnerve_launch" not in sys.modules:
+    importlib.import_module("opticnerve.models")

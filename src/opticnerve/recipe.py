@@ -92,6 +92,9 @@ class DataSpec(Strict):
     share_prefix: bool = False
     per_image: Positive | None = None
     allow_outside_media: bool = False
+    split: Literal["all", "train", "held_out"] = Field(
+        "all", description="one picture in twenty, chosen by the hash of its file name, is held out"
+    )
 
 
 class LoraSpec(Strict):
@@ -167,6 +170,7 @@ class EvaluateSpec(Strict):
     """Questions with known answers, asked after the last stage (and what is measured along with them)."""
 
     name: str = "held-out questions"
+    metric: Literal["vqa", "captions", "choice"] = "vqa"
     data: DataSpec
     sample: Positive | None = Field(None, description="a fixed random sample of this many questions")
     image_dependence: Annotated[int, Field(ge=0)] = Field(500, description="questions asked again with blank and shuffled pictures")

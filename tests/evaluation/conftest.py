@@ -90,10 +90,12 @@ def run_dir(tmp_path: Path) -> Path:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in range(1, 126)))
     answers = [{"question": "What is the capital of France?", "answer": "Paris | *of course*", "holds": True}]
     results = {
-        "model": {"encoder": "tf_efficientnet_lite0", "connector": "mlp", "fusion": "splice", "language": "SmolLM2-135M-Instruct",
+        "model": {"encoder": "tf_efficientnet_lite0", "connector": "mlp", "fusion": "splice",
+                  "language": "SmolLM2-135M-Instruct",
                   "visual_tokens": 16, "image_size": 128, "encoder_tokens": 16, "encoder_width": 320, "width": 576},
         "tasks": [{"name": "easy-vqa test", "harness": "opticnerve exact match 0.1.0", "n": 2000, "accuracy": 0.951,
-                   "ci95": [0.941, 0.96], "by_type": {"yes/no": {"n": 1500, "accuracy": 0.97}, "color": {"n": 500, "accuracy": 0.9}},
+                   "ci95": [0.941, 0.96],
+                   "by_type": {"yes/no": {"n": 1500, "accuracy": 0.97}, "color": {"n": 500, "accuracy": 0.9}},
                    "samples": [sample(pictures, i) for i in range(24)]}],
         "image_dependence": {"n": 500, "real": 0.95, "blank": 0.51, "shuffled": 0.48},
         "forgetting": [
@@ -105,7 +107,8 @@ def run_dir(tmp_path: Path) -> Path:
                    for n in ("align", "instruct")],
         "seconds": {"total": 431.0, "align": 80.1, "evaluate": 33.0},
         "peak_memory_bytes": 3_200_000_000,
-        "machine": {"cpu": "x86", "cores": 2, "memory_bytes": 24 * 2**30, "torch": "2.15", "transformers": "5.23", "device": "cpu"},
+        "machine": {"cpu": "x86", "cores": 2, "memory_bytes": 24 * 2**30, "torch": "2.15",
+                    "transformers": "5.23", "device": "cpu"},
         "command": "opticnerve demo", "opticnerve": "0.1.0", "seed": 0,
     }  # fmt: skip
     (run / "results.json").write_text(json.dumps(results))

@@ -14,7 +14,8 @@ from opticnerve.types import OpticNerveError
     ("said", "same"),
     [
         ("Blue.", "blue"), ("a  Circle", "circle"), ("The red one!", "red 1"), ("two", "2"), ("None", "0"),
-        ("don't", "dont"), ("1,000", "1000"), ("3.5", "3.5"), ("U.S.", "us"), ("T-shirt", "t shirt"), ("A", "a"), ("?", "?"), ("", ""),
+        ("don't", "dont"), ("1,000", "1000"), ("3.5", "3.5"), ("U.S.", "us"), ("T-shirt", "t shirt"), ("A", "a"),
+        ("?", "?"), ("", ""),
     ],
 )  # fmt: skip
 def test_normalisation(said: str, same: str) -> None:
@@ -80,7 +81,8 @@ def test_caption_scores_prefer_the_right_captions() -> None:
     right = ["A dog runs on the beach.", "Two men ride a red bus to town.", "A bowl of green soup."]
     assert m.bleu4(right, REFERENCES) == pytest.approx(1.0)
     assert m.bleu4(right[1:] + right[:1], REFERENCES) == 0
-    assert m.cider(right, REFERENCES) > 5 > 0.5 > m.cider(right[1:] + right[:1], REFERENCES)
+    assert m.cider(right, REFERENCES) > 5
+    assert m.cider(right[1:] + right[:1], REFERENCES) < 0.5
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from opticnerve.evaluation.markdown import as_typed, duration, percent, plain, points, slug, table
 from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.evaluation.plots import image_dependence_plot, loss_plot, samples_plot
 from opticnerve.evaluation.run_folder import RunFolder, StageRecord, finite, read_run
@@ -56,18 +57,18 @@ def _front_matter(run: RunFolder) -> str:
 def _model_index(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "task": {"type": "visual-question-answering"},
-        "dataset": {"name": task["name"], "type": _slug(task["name"])},
+        "dataset": {"name": task["name"], "type": slug(task["name"])},
         "metrics": [{"type": "accuracy", "name": task.get("harness", "accuracy"), "value": round(task["accuracy"], 4)}],
     }
 
 
 def _summary(run: RunFolder) -> str:
     model = run.results.get("model") or {}
-    eye, brain = model.get("encoder", "an encoder"), model.get("language", "a language model")
-    line = f"**{_md(eye)}** docked onto **{_md(brain)}** by opticnerve"
+    eye, brain = (model.get("encoder", "an encoder"), model.get("language", "a language model"))
+    line = f"**{plain(eye)}** docked onto **{plain(brain)}** by opticnerve"
     scored = [t for t in run.results.get("tasks") or [] if t.get("accuracy") is not None]
-    line += f": {_percent(scored[0]['accuracy'])} on {_md(scored[0]['name'])}." if scored else "; not evaluated yet."
-    return f"# {_md(run.path.resolve().name)}\n\n{line}"
+    line += f": {percent(scored[0]['accuracy'])} on {plain(scored[0]['name'])}." if scored else "; not evaluated yet."
+    return f"# {plain(run.path.resolve().name)}\n\n{line}"
 
 
 def _warnings(run: RunFolder) -> str:
@@ -76,12 +77,12 @@ def _warnings(run: RunFolder) -> str:
     if dependence and (gap := dependence["real"] - dependence["blank"]) < LOOKS_AWAY:
         boxes.append(
             "> [!WARNING]\n> **THE ANSWERS DO NOT DEPEND ON THE PICTURE.** With a blank picture the model is right "
-            f"{_percent(dependence['blank'])} of the time, with the real one {_percent(dependence['real'])} "
-            f"({_points(gap)}). Whatever the accuracy below says, it comes from the questions' words."
+            f"{percent(dependence['blank'])} of the time, with the real one {percent(dependence['real'])} "
+            f"({points(gap)}). Whatever the accuracy below says, it comes from the questions' words."
         )
     if unfinished := [s.name for s in run.stages if not s.finished]:
         boxes.append(
-            f"> [!IMPORTANT]\n> No record says that these stages were finished: {_md(', '.join(unfinished))}. "
+            f"> [!IMPORTANT]\n> No record says that these stages were finished: {plain(', '.join(unfinished))}. "
             "The numbers below are those of a run under way or interrupted."
         )
     return "\n\n".join(boxes)
@@ -117,7 +118,7 @@ def _freeze(run: RunFolder) -> str:
             parts.append("No table of what trains was recorded.")
             continue
         parts.append(
-            _table(["part", "parameters", "", "learning rate", "dtype"], [_freeze_row(r) for r in rows], right=(1, 3))
+            table(["part", "parameters", "", "learning rate", "dtype"], [_freeze_row(r) for r in rows], right=(1, 3))
         )
         trained, total = stage.freeze.get("trained"), stage.freeze.get("total")
         if trained is not None and total:
@@ -129,7 +130,7 @@ def _freeze_row(row: dict[str, Any]) -> list[str]:
     trained = bool(row.get("trained"))
     rate = f"{row['learning_rate']:g}" if trained and row.get("learning_rate") is not None else "–"
     state = "**trained**" if trained else "frozen"
-    return [f"`{row.get('part', '?')}`", f"{row.get('parameters', 0):,}", state, rate, _md(row.get("dtype", ""))]
+    return [f"`{row.get('part', '?')}`", f"{row.get('parameters', 0):,}", state, rate, plain(row.get("dtype", ""))]
 
 
 def _curves(run: RunFolder) -> str:
@@ -138,9 +139,9 @@ def _curves(run: RunFolder) -> str:
         if not stage.metrics:
             parts.append(f"Stage `{stage.name}` has no steps yet.")
             continue
-        file = f"plots/loss-{_slug(stage.name)}.png"
+        file = f"plots/loss-{slug(stage.name)}.png"
         loss_plot(stage.metrics, run.path / file, title=f"Stage “{stage.name}”")
-        parts += [f"![Loss and learning rate of stage {_md(stage.name)}]({file})", _stage_line(stage)]
+        parts += [f"![Loss and learning rate of stage {plain(stage.name)}]({file})", _stage_line(stage)]
     return "\n\n".join(parts if len(parts) > 1 else [*parts, "No stage has begun."])
 
 
@@ -151,7 +152,7 @@ def _stage_line(stage: StageRecord) -> str:
             f"Unfinished: {len(stage.metrics):,} steps so far, last loss {finite(stage.metrics[-1].get('loss')):.3g}."
         )
     facts = [f"{s['steps']:,} steps" if "steps" in s else "", f"{s['samples']:,} samples" if "samples" in s else ""]
-    facts += [f"{s['tokens']:,} tokens" if "tokens" in s else "", _duration(s["seconds"]) if "seconds" in s else ""]
+    facts += [f"{s['tokens']:,} tokens" if "tokens" in s else "", duration(s["seconds"]) if "seconds" in s else ""]
     facts += [f"final loss {finite(s['final_loss']):.3g}" if "final_loss" in s else ""]
     return "; ".join(f for f in facts if f) + "."
 
@@ -160,20 +161,20 @@ def _tasks(run: RunFolder) -> str:
     parts = ["## Evaluation"]
     tasks = run.results.get("tasks") or []
     if not tasks:
-        return "\n\n".join([*parts, f"Not evaluated yet. Run `opticnerve eval {_as_typed(run.path)}`."])
+        return "\n\n".join([*parts, f"Not evaluated yet. Run `opticnerve eval {as_typed(run.path)}`."])
     answered = [t for t in tasks if "accuracy" in t]
     if answered:
         rows = []
         for t in answered:
-            rows.append([f"**{_md(t['name'])}**", "all", *_score_cells(t)])
+            rows.append([f"**{plain(t['name'])}**", "all", *_score_cells(t)])
             kinds = t.get("by_type") or {}
-            rows += [["", _md(kind), *_score_cells(k)] for kind, k in kinds.items() if len(kinds) > 1]
-        parts.append(_table(["data", "questions", "n", "accuracy", "95 % interval"], rows, right=(2, 3)))
+            rows += [["", plain(kind), *_score_cells(k)] for kind, k in kinds.items() if len(kinds) > 1]
+        parts.append(table(["data", "questions", "n", "accuracy", "95 % interval"], rows, right=(2, 3)))
     if described := [t for t in tasks if "cider" in t]:
-        rows = [[f"**{_md(t['name'])}**", f"{t['n']:,}", f"{t['cider']:.3f}", f"{t['bleu4']:.3f}"] for t in described]
-        parts.append(_table(["captions", "n", "CIDEr", "BLEU-4"], rows, right=(1, 2, 3)))
+        rows = [[f"**{plain(t['name'])}**", f"{t['n']:,}", f"{t['cider']:.3f}", f"{t['bleu4']:.3f}"] for t in described]
+        parts.append(table(["captions", "n", "CIDEr", "BLEU-4"], rows, right=(1, 2, 3)))
     harnesses = dict.fromkeys(str(t["harness"]) for t in tasks if t.get("harness"))
-    parts.append(f"Scored by {_md('; '.join(harnesses))}. Intervals are Wilson's.")
+    parts.append(f"Scored by {plain('; '.join(harnesses))}. Intervals are Wilson's.")
     return "\n\n".join(parts)
 
 
@@ -182,7 +183,7 @@ def _score_cells(entry: dict[str, Any]) -> list[str]:
     if accuracy is None:
         return [f"{n:,}", "–", "–"]
     low, high = entry.get("ci95") or wilson_interval(accuracy * n, n)
-    return [f"{n:,}", _percent(accuracy), f"{_percent(low)} – {_percent(high)}"]
+    return [f"{n:,}", percent(accuracy), f"{percent(low)} – {percent(high)}"]
 
 
 def _image_dependence(run: RunFolder) -> str:
@@ -193,9 +194,9 @@ def _image_dependence(run: RunFolder) -> str:
     image_dependence_plot(d, run.path / "plots/image-dependence.png")
     return (
         f"{title}\n\n![Accuracy with the real, a blank and another sample's picture](plots/image-dependence.png)\n\n"
-        f"The same {d['n']:,} questions: {_percent(d['real'])} right with the real picture, {_percent(d['blank'])} with a "
-        f"blank one, {_percent(d['shuffled'])} with another sample's. "
-        f"**Real minus blank: {_points(d['real'] - d['blank'])}.**"
+        f"The same {d['n']:,} questions: {percent(d['real'])} right with the real picture, {percent(d['blank'])} with "
+        f"a blank one, {percent(d['shuffled'])} with another sample's. "
+        f"**Real minus blank: {points(d['real'] - d['blank'])}.**"
     )
 
 
@@ -210,17 +211,17 @@ def _forgetting(run: RunFolder) -> str:
         change = f"{finite(e.get('perplexity')) / base - 1:+.2%}" if i else "–"
         same = {True: "yes, bit by bit", False: "no", None: "–"}[e.get("logits_identical")]
         held = f"{_held(e)} of {len(e.get('answers') or [])}" if _held(e) is not None else "–"
-        rows.append([_md(e.get("after", "?")), f"{finite(e.get('perplexity')):.3f}", change, same, held])
+        rows.append([plain(e.get("after", "?")), f"{finite(e.get('perplexity')):.3f}", change, same, held])
     head = [
         "after",
         "perplexity",
-        f"change from {_md(entries[0].get('after', 'the start'))}",
+        f"change from {plain(entries[0].get('after', 'the start'))}",
         "text-only logits unchanged",
     ]
-    parts = [title, _table([*head, "answers with the expected word"], rows, right=(1, 2))]
+    parts = [title, table([*head, "answers with the expected word"], rows, right=(1, 2))]
     if tokens := entries[0].get("tokens"):
         parts.append(f"Perplexity on {tokens:,} tokens of English prose written for opticnerve (lower is better).")
-    if reused := [f"{_md(e['after'])} as {_md(e['same_as'])}" for e in entries if e.get("same_as")]:
+    if reused := [f"{plain(e['after'])} as {plain(e['same_as'])}" for e in entries if e.get("same_as")]:
         parts.append(f"Not computed again where the logits are the same bit by bit: {', '.join(reused)}.")
     parts.append(_answers_side_by_side(entries))
     return "\n\n".join(p for p in parts if p)
@@ -236,36 +237,36 @@ def _answers_side_by_side(entries: list[dict[str, Any]]) -> str:
     asked = list(dict.fromkeys(q for answers in by_stage for q in answers))
     if not asked:
         return ""
-    rows = [[_md(q), *(_answer_cell(answers.get(q)) for answers in by_stage)] for q in asked]
-    table = _table(["question", *(_md(e.get("after", "?")) for e in entries)], rows)
-    return f"<details><summary>Answers to text-only questions, side by side</summary>\n\n{table}\n\n</details>"
+    rows = [[plain(q), *(_answer_cell(answers.get(q)) for answers in by_stage)] for q in asked]
+    answers_table = table(["question", *(plain(e.get("after", "?")) for e in entries)], rows)
+    return f"<details><summary>Answers to text-only questions, side by side</summary>\n\n{answers_table}\n\n</details>"
 
 
 def _answer_cell(answer: dict[str, Any] | None) -> str:
     if answer is None:
         return "–"
     mark = {True: "✓ ", False: "✗ ", None: ""}[answer.get("holds")]
-    return mark + _md(answer.get("answer") or "(nothing)", most=240)
+    return mark + plain(answer.get("answer") or "(nothing)", most=240)
 
 
 def _samples(run: RunFolder) -> str:
     parts = ["## Samples"]
     for i, task in enumerate(t for t in run.results.get("tasks") or [] if t.get("samples")):
-        file = "plots/samples.png" if i == 0 else f"plots/samples-{_slug(task['name'])}.png"
+        file = "plots/samples.png" if i == 0 else f"plots/samples-{slug(task['name'])}.png"
         samples_plot(task["samples"], run.path / file, folder=run.path, title=str(task["name"]))
         note = ""
         if task.get("accuracy") is not None:
-            note = f" Chosen to show right (✓) and wrong (✗) answers; overall {_percent(task['accuracy'])} are right."
-        parts += [f"![Pictures with question, answer and reference]({file})", f"From {_md(task['name'])}.{note}"]
+            note = f" Chosen to show right (✓) and wrong (✗) answers; overall {percent(task['accuracy'])} are right."
+        parts += [f"![Pictures with question, answer and reference]({file})", f"From {plain(task['name'])}.{note}"]
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
 def _cost(run: RunFolder) -> str:
     r = run.results
-    rows = [[_md(name), _duration(s)] for name, s in (r.get("seconds") or {}).items() if isinstance(s, (int, float))]
+    rows = [[plain(name), duration(s)] for name, s in (r.get("seconds") or {}).items() if isinstance(s, (int, float))]
     if r.get("peak_memory_bytes"):
         rows.append(["peak memory", f"{r['peak_memory_bytes'] / 2**30:.2f} GiB"])
-    return "## Time and memory\n\n" + (_table(["", ""], rows, right=(1,)) if rows else "Not recorded yet.")
+    return "## Time and memory\n\n" + (table(["", ""], rows, right=(1,)) if rows else "Not recorded yet.")
 
 
 def _reproduce(run: RunFolder) -> str:
@@ -283,14 +284,16 @@ def _reproduce(run: RunFolder) -> str:
     facts += [f"{machine['memory_bytes'] / 2**30:.0f} GiB memory" if machine.get("memory_bytes") else ""]
     facts += [f"device {machine['device']}" if machine.get("device") else ""]
     known = ", ".join(f for f in facts if f)
-    parts.append(_md(known[0].upper() + known[1:]) + "." if known else "Seed, versions and machine were not recorded.")
+    parts.append(
+        plain(known[0].upper() + known[1:]) + "." if known else "Seed, versions and machine were not recorded."
+    )
     if run.recipe:
         parts.append(f"<details><summary>recipe.yaml</summary>\n\n```yaml\n{run.recipe.strip()}\n```\n\n</details>")
     return "\n\n".join(parts)
 
 
 def _use(run: RunFolder) -> str:
-    where = _as_typed(run.path)
+    where = as_typed(run.path)
     return f"""## How to use
 
 ```bash
@@ -317,43 +320,7 @@ def _limits(run: RunFolder) -> str:
     names = [str(t["name"]) for t in run.results.get("tasks") or []]
     tested = f"It was tested on {', '.join(names)} and on nothing else" if names else "It has not been tested"
     return (
-        f"## Limits\n\n- {_md(tested)}: on other pictures and questions expect less.\n"
-        "- It may state falsehoods with confidence, and inherits what its parts learned from their data, biases included.\n"
+        f"## Limits\n\n- {plain(tested)}: on other pictures and questions expect less.\n"
+        "- It may state falsehoods with confidence, and inherits what its parts learned, biases included.\n"
         "- The licence follows from the docked parts and the data: check theirs before you pass the model on."
     )
-
-
-def _table(head: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
-    rule = ["---:" if i in right else "---" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
-
-
-def _md(text: Any, most: int = 400) -> str:
-    """Text as plain Markdown of one line: what others wrote must not become layout."""
-    line = " ".join(str(text).split())
-    line = line if len(line) <= most else line[: most - 1] + "…"
-    # Markdown leaves underscores within words alone.
-    return re.sub(r"([\\`*|<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", line)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w-]+", "-", name).strip("-") or "run"
-
-
-def _as_typed(path: Path) -> str:
-    """The folder as one would type it here; a card is shown around, so that no home folder should stand in it."""
-    full, here = path.resolve(), Path.cwd().resolve()
-    return full.relative_to(here).as_posix() if full != here and full.is_relative_to(here) else full.name
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f} points"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min {rest:02d} s"

@@ -1,7 +1,7 @@
 """What did the language model forget while it learned to see?
 
 Three looks at the brain alone, before any training and after each stage: perplexity on a fixed English text, answers to
-fixed text-only questions, and a fingerprint of its logits, which must not change at all while only the connector trains.
+fixed text-only questions, and a fingerprint of its logits, which must not change while only the connector trains.
 
 The text and the questions were written for this project, so that no language model has been trained on them.
 """
@@ -43,11 +43,11 @@ def perplexity(
 ) -> dict[str, Any]:
     """Perplexity of a causal language model on a text, read in windows that do not overlap.
 
-    Every token but the text's first is predicted exactly once, from the tokens before it in its window; the mean is over
-    tokens, not over windows. No special tokens are added. Numbers compare only for the same tokenizer, text and window.
+    Every token but the text's first is predicted exactly once, from the tokens before it in its window; the mean is
+    over tokens, not over windows. No special tokens are added. Compare only for the same tokenizer, text, window.
 
     Args:
-        language_model: anything with `forward(input_ids=…)` that returns `.logits` of shape (batch, tokens, vocabulary).
+        language_model: its `forward(input_ids=…)` returns `.logits` of shape (batch, tokens, vocabulary).
         tokenizer: a transformers tokenizer.
         text: the text; opticnerve's held-out text if None.
         tokens: how many tokens to predict, from the start of the text; None for all of it. A shorter text gives fewer
@@ -197,7 +197,7 @@ def _batches(ids: list[int], window: int, batch_size: int) -> Iterator[tuple[Ten
 
 
 def _summed_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    logits_NV, targets_N = logits_BTV.flatten(0, 1), targets_BT.flatten().to(logits_BTV.device)
+    logits_NV, targets_N = (logits_BTV.flatten(0, 1), targets_BT.flatten().to(logits_BTV.device))
     pairs = zip(logits_NV.split(_POSITIONS), targets_N.split(_POSITIONS), strict=True)
     # Sums of thousands of terms lose digits in float32.
     return torch.stack([F.cross_entropy(x.float(), y, reduction="none").double().sum().cpu() for x, y in pairs]).sum()

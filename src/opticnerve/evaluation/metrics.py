@@ -34,7 +34,7 @@ def normalise_answer(text: str) -> str:
     The rule is VQAv2's: lower case; apostrophes dropped; commas within numbers and full stops outside numbers dropped;
     other punctuation becomes a space; number words up to ten (and "none") become digits; articles are dropped; white
     space is squeezed. Two departures, both towards fewer surprises: the rule is always applied (VQAv2 skips it when all
-    ten people agree), and apostrophes are dropped where VQAv2 has a table of contractions ("dont" is "don't" either way).
+    ten people agree), and apostrophes are dropped where VQAv2 has a table of contractions ("dont" is "don't").
     An answer that the rule would empty ("a", "the", "?") is only lower-cased and stripped.
     """
     text = " ".join(text.lower().split())
@@ -122,7 +122,7 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4 in [0, 1] (sacrebleu, unsmoothed, words of `caption_tokens`); pictures may have differing numbers of references.
+    """Corpus BLEU-4 in [0, 1] (sacrebleu, unsmoothed, words of `caption_tokens`); numbers of references may differ.
 
     Raises:
         OpticNerveError: sacrebleu is missing, or a picture has no reference.
@@ -138,11 +138,11 @@ def choice_rank(log_likelihoods: Sequence[Sequence[float]], true: int = 0) -> di
     """How often the true caption beats the others by likelihood.
 
     Args:
-        log_likelihoods: for each picture, one number for each caption (say, the true one and nine others). Whether these
-            are sums or means over tokens is the caller's choice and belongs in the report.
+        log_likelihoods: for each picture, one number for each caption (say, the true one and nine others). Whether
+            these are sums or means over tokens is the caller's choice and belongs in the report.
         true: where the true caption stands in each row.
 
-    Returns: `n`, `accuracy` (share where the true one is strictly best: a tie is no win), `ci95`, `mean_rank` (1 is best),
+    Returns: `n`, `accuracy` (share where the true one is best: a tie is no win), `ci95`, `mean_rank` (1 is best),
         `choices`, and `chance`.
     """
     widths = {len(row) for row in log_likelihoods}
@@ -161,7 +161,7 @@ def choice_rank(log_likelihoods: Sequence[Sequence[float]], true: int = 0) -> di
 def _check_captions(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not predictions or len(predictions) != len(references) or not all(references):
         raise OpticNerveError(
-            f"{len(predictions)} captions for {len(references)} pictures; each needs one caption and at least one reference"
+            f"{len(predictions)} captions for {len(references)} pictures; each needs one caption and a reference or more"
         )
 
 

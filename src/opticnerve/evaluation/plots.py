@@ -25,7 +25,7 @@ from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.evaluation.run_folder import finite
 from opticnerve.types import DataError
 
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8A8F98"
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8A8F98")
 INK, FAINT = "#22262B", "#E4E6EA"
 _LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 _DPI = 150
@@ -115,7 +115,7 @@ def samples_plot(samples: Sequence[dict[str, Any]], path: Path, *, folder: Path,
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """An exponential average over about a fiftieth of the steps, without the usual start at zero; NaNs are passed over."""
+    """An exponential average over about a fiftieth of the steps, without the usual start at zero; NaNs are skipped."""
     keep = 1 - 1 / max(1.0, len(values) / 50)
     out, mean, weight = np.full(len(values), np.nan), 0.0, 0.0
     for i, v in enumerate(values):
@@ -135,13 +135,14 @@ def _sample(axes: Axes, sample: dict[str, Any], folder: Path) -> None:
         spine.set(color=colour, linewidth=2.5)
     if mark:
         axes.text(
-            0.955, 0.955, mark, transform=axes.transAxes, ha="right", va="top", fontsize=15, fontweight="bold", color="white",
+            0.955, 0.955, mark, transform=axes.transAxes, ha="right", va="top", fontsize=15, fontweight="bold",
+            color="white",
             bbox={"boxstyle": "round,pad=0.22", "facecolor": colour, "edgecolor": "white", "linewidth": 1.2},
             fontfamily="DejaVu Sans",
         )  # fmt: skip
     lines = _wrap(sample.get("question") or "(no question)", 33, 2)
     said = _wrap(f"{mark} {sample.get('prediction') or '(nothing)'}".strip(), 29, 2)
-    below = dict(xycoords="axes fraction", textcoords="offset points", va="top", annotation_clip=False)
+    below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "annotation_clip": False}
     y = -7.0
     for text, style in (
         (lines, {"color": INK}),

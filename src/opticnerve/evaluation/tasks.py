@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.images import open_image
-from opticnerve.evaluation.metrics import (
-    accuracy_by_type,
-    bleu4,
-    cider,
-    exact_match,
-    summarise,
-    vqa_soft_accuracy,
-)
+from opticnerve.evaluation.metrics import accuracy_by_type, bleu4, cider, exact_match, summarise, vqa_soft_accuracy
 from opticnerve.types import Conversation, DataError, OpticNerveError, TextPart
 
 Generate = Callable[[list[Conversation]], list[str]]
@@ -44,8 +37,8 @@ def run_vqa(
 
     Args:
         generate: answers prompt conversations, in order.
-        conversations: questions with references: `meta["answers"]` (alternatives; ten or more count as the answers of as
-            many people and are scored by VQAv2's soft accuracy), else the last assistant turn. `meta["type"]` groups them.
+        conversations: questions with references: `meta["answers"]` (alternatives; ten or more count as the answers of
+            as many people and are scored by VQAv2's soft accuracy), else the last assistant turn. `meta["type"]` groups.
         name: what the data is called in reports ("easy-vqa test").
         keep: how many samples to keep for the card, about half of them wrong ones if there are so many.
         progress: called with (done, total).

@@ -7,13 +7,15 @@ from pathlib import Path
 from opticnerve.types import OpticNerveError
 
 _HERE = Path(__file__).parent
+# A wheel carries the recipes beside this file; a checkout keeps them at its top.
+_RECIPES = next((p for p in (_HERE / "recipes", _HERE.parents[2] / "recipes") if p.is_dir()), _HERE / "recipes")
 
 
 def recipe_path(name: str = "starter") -> Path:
     """A packaged recipe by name: `starter` (ten minutes on two cores), `starter-full`, `photos`."""
-    path = _HERE / "recipes" / f"{name}.yaml"
+    path = _RECIPES / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in _RECIPES.glob("*.yaml")))
         raise OpticNerveError(f"there is no packaged recipe {name!r}; known: {known}")
     return path
 
