@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from opticnerve import registry
+from opticnerve.language.chat_template import NAMED
 from opticnerve.language.load import Language, load_language
 from opticnerve.models.delta import describe_bases
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
@@ -121,5 +122,11 @@ def _part(spec: Spec) -> PartSpec:
 
 
 def _template(text: str) -> str:
-    path = Path(text)
-    return path.read_text(encoding="utf-8") if len(text) < 500 and path.is_file() else text
+    """A template by name, by file, or as it stands."""
+    if text in NAMED:
+        return NAMED[text]
+    if "{" in text:
+        return text
+    if not Path(text).is_file():
+        raise OpticNerveError(f"chat_template {text!r} is no file, no Jinja, and none of {', '.join(NAMED)}")
+    return Path(text).read_text(encoding="utf-8")

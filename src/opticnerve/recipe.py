@@ -6,6 +6,7 @@ Validation only: nothing here imports torch.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ class LanguageSpec(Strict):
 
     name: str
     gguf_file: str | None = None
-    chat_template: str | None = Field(None, description="a Jinja template or a file that holds one, instead of the model's own")
+    chat_template: str | None = Field(None, description="instead of the model's own: chatml, vicuna, a Jinja template, or a file")
 
 
 class TowerSpec(Strict):
@@ -95,6 +96,17 @@ class DataSpec(Strict):
     split: Literal["all", "train", "held_out"] = Field(
         "all", description="one picture in twenty, chosen by the hash of its file name, is held out"
     )
+
+    @field_validator("path", "media")
+    @classmethod
+    def _variables(cls, path: str | None) -> str | None:
+        """`${NAME}` stands for an environment variable: recipes name no machine's folders."""
+        if path is None or "$" not in path:
+            return path
+        expanded = os.path.expandvars(path)
+        if missing := re.findall(r"\$\{?(\w+)", expanded):
+            raise ValueError(f"{path}: set the environment variable {missing[0]}, or write the folder")
+        return expanded
 
 
 class LoraSpec(Strict):

@@ -94,7 +94,7 @@ def run_dir(tmp_path: Path) -> Path:
                   "language": "SmolLM2-135M-Instruct",
                   "visual_tokens": 16, "image_size": 128, "encoder_tokens": 16, "encoder_width": 320, "width": 576},
         "tasks": [{"name": "easy-vqa test", "harness": "opticnerve exact match 0.1.0", "n": 2000, "accuracy": 0.951,
-                   "ci95": [0.941, 0.96],
+                   "ci95": [0.941, 0.96], "most_frequent_answer": {"answer": "no", "n": 2000, "accuracy": 0.371},
                    "by_type": {"yes/no": {"n": 1500, "accuracy": 0.97}, "color": {"n": 500, "accuracy": 0.9}},
                    "samples": [sample(pictures, i) for i in range(24)]}],
         "image_dependence": {"n": 500, "real": 0.95, "blank": 0.51, "shuffled": 0.48},

@@ -37,7 +37,7 @@ def test_a_finished_run_is_told_in_full(run_dir: Path) -> None:
     assert front["pipeline_tag"] == "image-text-to-text" and front["library_name"] == "opticnerve"
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.951
     for said in (
-        "95.1%", "94.1% – 96.0%", "+44.0 points", "+2.00%", "yes, bit by bit", "517,248", "3 × 128 × 128", "16 × 576",
+        "95.1%", "always “no”", "37.1%", "94.1% – 96.0%", "+44.0 points", "+2.00%", "yes, bit by bit", "517,248", "3 × 128 × 128", "16 × 576",
         "2.98 GiB", "opticnerve demo", 'opticnerve ask', "AutoModelForImageTextToText",
         "**tf_efficientnet_lite0**", "from_pretrained(\"demo\")",
     ):  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opticnerve.evaluation.image_dependence import deranged_pictures, image_dependence
-from opticnerve.evaluation.tasks import run_captions, run_vqa
+from opticnerve.evaluation.tasks import most_frequent_answer, run_captions, run_vqa
 from opticnerve.types import Conversation, DataError, ImagePart, OpticNerveError, ask
 
 RED, BLUE = (200, 20, 20), (20, 20, 200)
@@ -61,6 +61,13 @@ def test_ten_answers_are_scored_softly() -> None:
     assert got["accuracy"] == pytest.approx(0.6) and "soft" in got["harness"]
     few = run_vqa(lambda ps: ["rouge"] * len(ps), [ask("?", answers=["red", "rouge"])], name="x")
     assert few["accuracy"] == 1 and "exact match" in few["harness"]
+
+
+def test_the_most_frequent_answer_is_scored_by_the_same_rule() -> None:
+    got = most_frequent_answer([ask("?", answer=a) for a in ("Yes.", "yes", "no", "the yes")])
+    assert (got["answer"], got["accuracy"], got["n"]) == ("yes", 0.75, 4)
+    with pytest.raises(OpticNerveError, match="empty"):
+        most_frequent_answer([])
 
 
 def test_pictures_are_kept_in_the_run_folder(tmp_path: Path) -> None:

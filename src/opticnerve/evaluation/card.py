@@ -168,6 +168,8 @@ def _tasks(run: RunFolder) -> str:
         for t in answered:
             rows.append([f"**{plain(t['name'])}**", "all", *_score_cells(t)])
             kinds = t.get("by_type") or {}
+            if guess := t.get("most_frequent_answer"):
+                rows.append(["", f"always “{plain(guess['answer'])}”", *_score_cells(guess)])
             rows += [["", plain(kind), *_score_cells(k)] for kind, k in kinds.items() if len(kinds) > 1]
         parts.append(table(["data", "questions", "n", "accuracy", "95 % interval"], rows, right=(2, 3)))
     if described := [t for t in tasks if "cider" in t]:

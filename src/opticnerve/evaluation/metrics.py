@@ -161,7 +161,7 @@ def choice_rank(log_likelihoods: Sequence[Sequence[float]], true: int = 0) -> di
 def _check_captions(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not predictions or len(predictions) != len(references) or not all(references):
         raise OpticNerveError(
-            f"{len(predictions)} captions for {len(references)} pictures; each needs one caption and a reference or more"
+            f"{len(predictions)} captions for {len(references)} pictures; each needs a caption and a reference"
         )
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import opticnerve
 from opticnerve import recipe as recipes
 from opticnerve.build import Dock, dock_recipe
-from opticnerve.data.source import fixed_sample, load_data
+from opticnerve.data.source import by_picture, fixed_sample, load_data
 from opticnerve.evaluation import tasks
 from opticnerve.evaluation.card import write_card
 from opticnerve.evaluation.choice import run_choice
@@ -115,11 +116,13 @@ def evaluate_model(
         def generate(asked: list[Conversation], spec: EvaluateSpec = spec) -> list[str]:
             return answerer.answer(asked, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size)
 
+        if spec.metric == "captions":
+            conversations = [
+                replace(group[0], meta={"captions": [c.answer for c in group]}) for group in by_picture(conversations)
+            ]
         score = tasks.run_captions if spec.metric == "captions" else tasks.run_vqa
         with Waiting(console, spec.name) as bar:
-            found["tasks"].append(
-                score(generate, conversations, name=spec.name, progress=bar.update, run_dir=run_dir)
-            )
+            found["tasks"].append(score(generate, conversations, name=spec.name, progress=bar.update, run_dir=run_dir))
         if spec.metric == "vqa":
             found["tasks"][-1]["most_frequent_answer"] = tasks.most_frequent_answer(conversations)
         if spec.image_dependence and spec.metric == "vqa" and "image_dependence" not in found:
@@ -215,7 +218,9 @@ def _publish(run_dir: Path, last: Path) -> None:
 def _keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> None:
     path, text = run_dir / "recipe.yaml", recipes.dump(recipe)
     if resume and path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise OpticNerveError(f"{path} differs from the recipe given now; resume with the same one, or choose another --out")
+        raise OpticNerveError(
+            f"{path} differs from the recipe given now; resume with the same one, or choose another --out"
+        )
     path.write_text(text, encoding="utf-8")
 
 
@@ -249,5 +254,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-

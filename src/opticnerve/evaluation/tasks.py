@@ -6,13 +6,22 @@ batching.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from opticnerve.data.images import open_image
-from opticnerve.evaluation.metrics import accuracy_by_type, bleu4, cider, exact_match, summarise, vqa_soft_accuracy
+from opticnerve.evaluation.metrics import (
+    accuracy_by_type,
+    bleu4,
+    cider,
+    exact_match,
+    normalise_answer,
+    summarise,
+    vqa_soft_accuracy,
+)
 from opticnerve.types import Conversation, DataError, OpticNerveError, TextPart
 
 Generate = Callable[[list[Conversation]], list[str]]
@@ -38,7 +47,7 @@ def run_vqa(
     Args:
         generate: answers prompt conversations, in order.
         conversations: questions with references: `meta["answers"]` (alternatives; ten or more count as the answers of
-            as many people and are scored by VQAv2's soft accuracy), else the last assistant turn. `meta["type"]` groups.
+            as many people and are scored by VQAv2's rule), else the last assistant turn. `meta["type"]` sorts.
         name: what the data is called in reports ("easy-vqa test").
         keep: how many samples to keep for the card, about half of them wrong ones if there are so many.
         progress: called with (done, total).
@@ -119,6 +128,18 @@ def answer_all(
 def score_answers(conversations: Sequence[Conversation], predictions: Sequence[str]) -> list[float]:
     """Each prediction's score in [0, 1], by the rule of `run_vqa`."""
     return [_score(p, _references(c)) for c, p in zip(conversations, predictions, strict=True)]
+
+
+def most_frequent_answer(conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """What always giving the commonest reference would score: `answer`, `n`, `accuracy`, `ci95`.
+
+    It is picked on the tested questions themselves, which flatters it: a model has to beat it all the same.
+    """
+    commonest = Counter(normalise_answer(_most_common(_references(c))) for c in conversations)
+    if not commonest:
+        raise OpticNerveError("there is no most frequent answer: the list of questions is empty")
+    answer = min(commonest, key=lambda a: (-commonest[a], a))
+    return {"answer": answer, **summarise(score_answers(conversations, [answer] * len(conversations)))}
 
 
 def harness_version() -> str:

@@ -19,11 +19,21 @@ PLAIN_CHAT = (
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
+# ChatML as OpenAI published it: no default system prompt, which many models' own templates put into every conversation.
+CHATML = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
 # LLaVA's alignment form (`conv_plain`): the picture, then its caption, and nothing else to spend tokens on.
 CAPTION_ONLY = (
     "{%- for message in messages -%}{{ message['content'] }}"
     "{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
 )
+
+# Names that a recipe may give as `model.language.chat_template`.
+NAMED = {"chatml": CHATML, "vicuna": PLAIN_CHAT}
 
 _MARK = "{#- opticnerve: parts to text -#}"
 _PRELUDE = (

@@ -1,0 +1,47 @@
+"""`opticnerve ask`: one question, one answer."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opticnerve.cli.output import JsonFlag, examples, print_json
+
+EPILOG = examples(
+    'opticnerve ask starter "what shape is in the image?" --image picture.png',
+    'opticnerve ask runs/demo "is there a red circle?" --image picture.png --json',
+    'opticnerve ask runs/demo "What is the capital of France?"',
+)
+MODEL_HELP = "A run's folder, a stage's folder, a merged folder, a hub name, or `starter`."
+ImageOption = Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; may be given several times.")]
+
+
+def ask(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    image: ImageOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 64,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask a model one question, about a picture or about none. The answer is what is printed on stdout."""
+    from opticnerve.data.images import open_image
+    from opticnerve.types import ask as conversation
+
+    # Before the model is loaded: a wrong path should not take seconds to be found.
+    pictures = [open_image(path) for path in image or []]
+
+    from opticnerve.inference.generate import Answerer
+    from opticnerve.inference.load import load_model
+
+    answerer = Answerer(*load_model(model))
+    started = time.perf_counter()
+    [answer] = answerer.answer([conversation(question, *pictures)], max_new_tokens=max_new_tokens)
+    if as_json:
+        images = [str(path) for path in image or []]
+        seconds = round(time.perf_counter() - started, 3)
+        print_json({"model": model, "question": question, "images": images, "answer": answer, "seconds": seconds})
+    else:
+        typer.echo(answer)

@@ -1,0 +1,188 @@
+"""`opticnerve data check` and `opticnerve data show`: look at the data before the model does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opticnerve.cli.guard import BAD_SAMPLES, guarded
+from opticnerve.cli.output import JsonFlag, console_for, examples, is_recipe, print_json, read_recipe
+from opticnerve.types import Conversation, DataError, OpticNerveError
+
+app = typer.Typer(help="Look at data before a model does: what is wrong with it, and what is learned from it.", no_args_is_help=True)
+CHECK_EPILOG = examples(
+    "opticnerve data check captions.jsonl --media pictures/",
+    "opticnerve data check recipe.yaml",
+    "opticnerve data check conversations.json --format llava --json",
+    note="Ends with exit code 3 if it finds samples that training would refuse.",
+)
+SHOW_EPILOG = examples(
+    "opticnerve data show recipe.yaml --index 7",
+    "opticnerve data show captions.jsonl --model recipe.yaml",
+    "opticnerve data show conversations.json --model runs/demo --id sample-12",
+    note="With a recipe the tokenizer alone is loaded, no weights.",
+)
+SourceArgument = Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe (.yaml).")]
+FormatOption = Annotated[str, typer.Option("--format", help="auto, captions, vqa, llava, chat or hf.")]
+MediaOption = Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")]
+
+
+@app.command("check", epilog=CHECK_EPILOG)
+@guarded
+def check(
+    source: SourceArgument,
+    data_format: FormatOption = "auto",
+    media: MediaOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Open no picture and count no token.")] = False,
+    max_listed: Annotated[int, typer.Option(min=0, help="Examples listed for each kind of trouble.")] = 20,
+    as_json: JsonFlag = False,
+) -> None:
+    """Go through all samples and list what is wrong with them, before training does.
+
+    For a recipe: all data of its stages and its evaluation, with the lengths in tokens and the length that fits.
+    """
+    from opticnerve.data.check import check as run_check
+
+    console = console_for(as_json)
+    reports: dict[str, Any] = {}
+    for name, spec, count_tokens in _entries(source, data_format, media, quick):
+        with _counting(console, name) as seen:
+            reports[name] = run_check(
+                _samples(spec), open_media=not quick, max_listed=max_listed, count_tokens=count_tokens, on_progress=seen
+            )
+        if not as_json:
+            if is_recipe(source):
+                console.rule(name, align="left")
+            reports[name].render(console)
+    good = all(r.ok for r in reports.values())
+    if as_json:
+        whole = {"ok": good, "data": {name: r.to_dict() for name, r in reports.items()}}
+        print_json(whole if is_recipe(source) else next(iter(reports.values())).to_dict())
+    if not good:
+        raise typer.Exit(BAD_SAMPLES)
+
+
+@app.command("show", epilog=SHOW_EPILOG)
+@guarded
+def show(
+    source: SourceArgument,
+    model: Annotated[str | None, typer.Option(help="A model or a recipe, for its tokenizer; default: the recipe given.")] = None,
+    index: Annotated[int | None, typer.Option(help="The sample's place, from 0; -1 is the last.")] = None,
+    sample_id: Annotated[str | None, typer.Option("--id", help="The sample's id.")] = None,
+    stage: Annotated[int, typer.Option(min=0, help="Which stage's data and template, for a recipe.")] = 0,
+    data_format: FormatOption = "auto",
+    media: MediaOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the tokens of a sample as the model gets them: which are learned, which are only read, where the picture is."""
+    if index is not None and sample_id is not None:
+        raise OpticNerveError("--index and --id both choose the sample; give one of the two")
+    if model is None and not is_recipe(source):
+        raise OpticNerveError("whose tokens? Give --model with a run's folder, a hub name, or a recipe")
+
+    from opticnerve.cli import tokens
+    from opticnerve.cli.places import processor_of
+    from opticnerve.data.labels import encode
+    from opticnerve.data.source import load_data
+
+    template = None
+    if is_recipe(source):
+        recipe = read_recipe(source)
+        if stage >= len(recipe.stages):
+            raise OpticNerveError(f"--stage {stage}: {source} has {len(recipe.stages)} stages, counted from 0")
+        specs, template = recipe.stages[stage].data, _template(recipe.stages[stage])
+    else:
+        specs = [_spec(source, data_format, media)]
+    conversation = tokens.choose([c for spec in specs for c in load_data(spec)], index=index, sample_id=sample_id)
+    processor = processor_of(model or source)
+    encoded = encode(conversation, processor, template=template)
+    found = tokens.pieces(encoded, processor)
+    if as_json:
+        print_json(tokens.to_dict(encoded, found))
+        return
+    console = console_for(False)
+    for line in (conversation.where, *(str(i.source) for i in conversation.images)):
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+    console.print(tokens.show(found), "", tokens.legend(), tokens.counts(encoded, processor), sep="\n", highlight=False)
+
+
+def _entries(
+    source: str, data_format: str, media: Path | None, quick: bool
+) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None]]:
+    """(name, data entry, counter of tokens) of everything to check."""
+    if not is_recipe(source):
+        if not source.startswith("starter/") and not Path(source).exists():
+            raise OpticNerveError(f"there is no file or folder {source!r}")
+        yield source, _spec(source, data_format, media), None
+        return
+    recipe = read_recipe(source)
+    length = None
+    if not quick:
+        from opticnerve.plan import processor_for
+
+        length = _token_counter(processor_for(recipe), _context(recipe))
+    for i, stage in enumerate(recipe.stages):
+        for k, spec in enumerate(stage.data):
+            yield f"stages.{i}.data.{k} ({stage.name}): {spec.path}", spec, length(stage) if length else None
+    for i, task in enumerate(recipe.evaluate):
+        yield f"evaluate.{i} ({task.name}): {task.data.path}", task.data, None
+
+
+def _samples(spec: Any) -> Iterator[Conversation | DataError]:
+    """Good samples and bad ones; a file that cannot be read at all is a bad one too."""
+    from opticnerve.data.source import load_data
+
+    errors: list[DataError] = []
+    try:
+        conversations = load_data(spec, on_error=errors.append)
+    except DataError as e:
+        conversations = []
+        errors.append(e)
+    yield from errors
+    yield from conversations
+
+
+def _spec(path: str, data_format: str, media: Path | None) -> Any:
+    from opticnerve.data.readers import FORMATS
+    from opticnerve.recipe import DataSpec
+
+    if data_format not in FORMATS:
+        raise OpticNerveError(f"--format {data_format!r} is unknown; it is {', '.join(FORMATS)}")
+    return DataSpec(path=path, format=data_format, media=str(media) if media else None)  # type: ignore[arg-type]
+
+
+def _template(stage: Any) -> str | None:
+    from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
+
+    return with_parts(CAPTION_ONLY) if stage.template == "caption" else None
+
+
+def _context(recipe: Any) -> int | None:
+    from opticnerve.plan import context_length
+
+    return context_length(recipe)
+
+
+def _token_counter(processor: Any, context: int | None) -> Callable[[Any], Callable[[Conversation], int]]:
+    """For a stage: the function that counts a sample's tokens, and refuses what the stage would refuse."""
+    from opticnerve.data.labels import encode
+
+    def of_stage(stage: Any) -> Callable[[Conversation], int]:
+        limit, template = stage.max_length or context, _template(stage)
+        return lambda c: len(encode(c, processor, template=template, max_length=limit).input_ids)
+
+    return of_stage
+
+
+@contextlib.contextmanager
+def _counting(console: Any, name: str) -> Iterator[Callable[[int], None]]:
+    """A line that counts samples on a terminal."""
+    if not console.is_terminal:
+        yield lambda n: None
+        return
+    with console.status(f"checking {name}") as status:
+        yield lambda n: status.update(f"checking {name}: {n:,} samples") if n % 100 == 0 else None

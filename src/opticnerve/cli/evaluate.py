@@ -1,0 +1,75 @@
+"""`opticnerve eval`: questions with known answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opticnerve.cli.ask import MODEL_HELP
+from opticnerve.cli.output import JsonFlag, console_for, examples, print_json, read_recipe
+from opticnerve.types import OpticNerveError
+
+EPILOG = examples(
+    "opticnerve eval runs/demo --data starter/easy-vqa/test-questions --sample 500",
+    "opticnerve eval runs/demo --data questions.jsonl --media pictures/ --image-dependence 200 --out results.json",
+    "opticnerve eval runs/demo --recipe recipe.yaml --json",
+)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[str | None, typer.Option(help="Questions with their answers, or captions.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Use the `evaluate:` list of this recipe instead.")] = None,
+    data_format: Annotated[str, typer.Option("--format", help="auto, vqa, captions, llava, chat or hf.")] = "auto",
+    media: Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="A fixed random sample of so many questions.")] = None,
+    image_dependence: Annotated[
+        int, typer.Option(min=0, help="Ask so many questions again, with blank and with exchanged pictures.")
+    ] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the results, single questions included, to this file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure a model: the share of right answers with its interval, and whether they depend on the picture."""
+    if (data is None) == (recipe is None):
+        raise OpticNerveError("say what to evaluate on: --data PATH or --recipe RECIPE, one of the two")
+    if recipe is not None:
+        specs = read_recipe(recipe).evaluate
+        if not specs:
+            raise OpticNerveError(f"{recipe} has no `evaluate:` list; add one, or give --data")
+    else:
+        specs = [_spec(str(data), data_format, media, sample, image_dependence)]
+    if out is not None and out.is_dir():
+        raise OpticNerveError(f"--out {out} is a folder; name a file such as {out / 'results.json'}")
+
+    from opticnerve.evaluation.pipeline import evaluate_model
+    from opticnerve.inference.load import load_model
+
+    console = console_for(as_json)
+    results: dict[str, Any] = evaluate_model(*load_model(model), specs, console=console)
+    if out is not None:
+        import json
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    if as_json:
+        print_json({"evaluated": model, **results})
+        return
+    from opticnerve.cli.results import show_results
+
+    show_results(results, console)
+    if out is not None:
+        console.print(f"wrote {out}", soft_wrap=True)
+
+
+def _spec(path: str, data_format: str, media: Path | None, sample: int | None, dependence: int) -> Any:
+    from pydantic import ValidationError
+
+    from opticnerve.recipe import DataSpec, EvaluateSpec
+
+    try:
+        data = DataSpec(path=path, format=data_format, media=str(media) if media else None)  # type: ignore[arg-type]
+    except ValidationError:
+        raise OpticNerveError(f"--format {data_format!r} is unknown; it is auto, vqa, captions, llava, chat or hf") from None
+    return EvaluateSpec(name=Path(path).name, data=data, sample=sample, image_dependence=dependence)

@@ -1,0 +1,71 @@
+"""The `opticnerve` command: its commands, its exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from opticnerve import __version__
+from opticnerve.cli import ask, chat, data, demo, evaluate, merge, plan, train
+from opticnerve.cli.guard import MEANING, guarded, show_tracebacks
+
+_CODES = "\n\n".join(f"[cyan]{code}[/]  {meaning}" for code, meaning in MEANING.items())
+EPILOG = f"""[bold]A first run[/]
+
+[green]opticnerve demo[/]
+
+[green]opticnerve ask runs/demo "what shape is in the image?" --image picture.png[/]
+
+[bold]Exit codes[/]
+
+{_CODES}"""
+
+app = typer.Typer(
+    name="opticnerve",
+    help="Dock any pretrained eye onto any pretrained language model, and make a vision-language model of the two.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"opticnerve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    if debug:
+        show_tracebacks(True)
+
+
+app.command("demo", epilog=demo.EPILOG)(guarded(demo.demo))
+app.command("plan", epilog=plan.EPILOG)(guarded(plan.plan))
+app.command("train", epilog=train.EPILOG)(guarded(train.train))
+app.command("ask", epilog=ask.EPILOG)(guarded(ask.ask))
+app.command("chat", epilog=chat.EPILOG)(guarded(chat.chat))
+app.command("eval", epilog=evaluate.EPILOG)(guarded(evaluate.evaluate))
+app.command("merge", epilog=merge.EPILOG)(guarded(merge.merge))
+app.add_typer(data.app, name="data")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    before_dashes = words[: words.index("--")] if "--" in words else words
+    if "--debug" in before_dashes:
+        words.remove("--debug")
+        show_tracebacks(True)
+    app(args=words, prog_name="opticnerve")

@@ -1,0 +1,81 @@
+"""What commands share: the words of their help, where things are printed, and JSON alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
+RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-full, photos."
+OVERRIDES_HELP = "Changes to the recipe, such as [cyan]stages.0.steps=50[/] or [cyan]precision=fp32[/]."
+
+
+def examples(*commands: str, note: str = "") -> str:
+    """An epilog with commands to paste. Blank lines keep typer from joining them into one paragraph."""
+    lines = ["[bold]Examples[/]", *(f"[green]{c.replace('[', chr(92) + '[')}[/]" for c in commands)]
+    return "\n\n".join([*lines, *([note] if note else [])])
+
+
+def console_for(as_json: bool) -> Any:
+    """A console for what people read: stderr when stdout belongs to a script."""
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def print_json(value: Any) -> None:
+    """Strict JSON on stdout: infinities and NaN, for which JSON has no word, become null."""
+    sys.stdout.write(json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)
+
+
+def is_recipe(name: str) -> bool:
+    """Whether an argument that may be data or a recipe is a recipe."""
+    return Path(name).suffix.lower() in (".yaml", ".yml")
+
+
+def read_recipe(name: str, overrides: list[str] | None = None) -> Any:
+    """The recipe in a file, or the packaged one of that name."""
+    from opticnerve import recipe
+
+    path = Path(name)
+    if not path.suffix and not path.exists():
+        from opticnerve.starter.demo import recipe_path
+
+        path = recipe_path(name)
+    return recipe.load(path, overrides or [])
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `6 min 10 s`, `3 h 5 min`."""
+    whole = round(seconds)
+    if whole < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2f} s"
+    if whole < 5400:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Bytes for people: `1.8 GB` (10⁹ bytes)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= factor:
+            return f"{count / factor:.3g} {unit}" if count < 1e12 else f"{count / 1e9:,.0f} GB"
+    return f"{count:.0f} bytes"

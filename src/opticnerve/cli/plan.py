@@ -1,0 +1,3 @@
+EPILOG=""
+def plan(recipe: str) -> None:
+    """Plan."""

@@ -1,0 +1,127 @@
+"""The tokens of a sample as the model gets them, trained ones apart from the others."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from opticnerve.types import OpticNerveError
+
+IGNORE = -100
+MARK = "▦"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is shown as one: a token's text, or a picture's block of placeholders."""
+
+    text: str
+    kind: Literal["text", "special", "image"]
+    trained: bool
+    count: int = 1
+
+
+def pieces(encoded: Any, processor: Any) -> list[Piece]:
+    """Split an `Encoded` into what is shown; a character spread over several tokens is one piece of several tokens."""
+    tokenizer = processor.tokenizer
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+    ids, labels = encoded.input_ids, encoded.labels
+    found: list[Piece] = []
+    at = 0
+    while at < len(ids):
+        trained = labels[at] != IGNORE
+        end = at + 1
+        if ids[at] == processor.image_token_id:
+            # One block a picture, also where two pictures stand side by side.
+            while end < len(ids) and ids[end] == ids[at] and end - at < processor.num_image_tokens:
+                end += 1
+            found.append(Piece("image", "image", trained, end - at))
+        elif ids[at] in special:
+            found.append(Piece(_decode(tokenizer, [ids[at]]), "special", trained))
+        else:
+            # What a token spells may depend on its left neighbour (SentencePiece's leading space).
+            before = ids[at - 1 : at] if at and ids[at - 1] not in special and ids[at - 1] != processor.image_token_id else []
+            prefix = _decode(tokenizer, before)
+            text = _decode(tokenizer, [*before, *ids[at:end]])[len(prefix) :]
+            while text.endswith("\ufffd") and end < len(ids) and end - at < 4 and labels[end] == labels_kind(labels, at, end):
+                end += 1
+                text = _decode(tokenizer, [*before, *ids[at:end]])[len(prefix) :]
+            found.append(Piece(text, "text", trained, end - at))
+        at = end
+    return found
+
+
+def labels_kind(labels: list[int], at: int, end: int) -> int:
+    """`labels[end]` if it is trained just as `labels[at]` is, else a value that it cannot have."""
+    return labels[end] if (labels[at] != IGNORE) == (labels[end] != IGNORE) else -1
+
+
+def show(found: list[Piece]) -> Any:
+    """The pieces as rich text: trained ones green and underlined, so that colour is not the only sign."""
+    from rich.text import Text
+
+    text = Text()
+    for i, piece in enumerate(found):
+        if i:
+            text.append("|", style="dim")
+        style = "underline bold green" if piece.trained else {"image": "bold blue", "special": "magenta", "text": ""}[piece.kind]
+        if piece.kind == "image":
+            text.append(f"{MARK} image ×{piece.count}", style=style)
+            continue
+        shown = piece.text.replace("\n", "↵").replace("\t", "⇥") or "∅"
+        text.append(shown, style=style)
+        if piece.text.endswith("\n"):
+            text.append("\n")
+    return text
+
+
+def legend() -> Any:
+    from rich.text import Text
+
+    return Text.assemble(
+        ("trained", "underline bold green"), "  read only  ", ("special token", "magenta"), "  ",
+        (f"{MARK} image", "bold blue"), "  ", ("|", "dim"), " between tokens  ↵ a new line",
+    )  # fmt: skip
+
+
+def counts(encoded: Any, processor: Any) -> str:
+    """One line: how many tokens of which kind."""
+    image = encoded.input_ids.count(processor.image_token_id)
+    return (
+        f"{len(encoded.input_ids)} tokens: {encoded.supervised} trained, {len(encoded.input_ids) - encoded.supervised} read "
+        f"only, {image} of them from {len(encoded.images)} picture{'' if len(encoded.images) == 1 else 's'}"
+    )
+
+
+def to_dict(encoded: Any, found: list[Piece]) -> dict[str, Any]:
+    """JSON-ready."""
+    return {
+        "id": encoded.id,
+        "where": encoded.where,
+        "tokens": len(encoded.input_ids),
+        "trained": encoded.supervised,
+        "images": len(encoded.images),
+        "pieces": [asdict(p) for p in found],
+    }
+
+
+def choose(conversations: list[Any], *, index: int | None, sample_id: str | None) -> Any:
+    """One conversation by its place (from 0; negative from the end) or its id.
+
+    Raises:
+        OpticNerveError: no such sample; the message says which there are.
+    """
+    if sample_id is not None:
+        for conversation in conversations:
+            if conversation.id == sample_id:
+                return conversation
+        near = ", ".join(c.id for c in conversations[:3])
+        raise OpticNerveError(f"no sample has the id {sample_id!r}; the ids begin {near}")
+    at = index or 0
+    if not -len(conversations) <= at < len(conversations):
+        raise OpticNerveError(f"--index {at}: there are {len(conversations):,} samples, 0 to {len(conversations) - 1:,}")
+    return conversations[at]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""

@@ -1,0 +1,86 @@
+"""`opticnerve train`: run a recipe."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opticnerve.cli.guard import Stopped, terminate_like_ctrl_c
+from opticnerve.cli.output import OVERRIDES_HELP, RECIPE_HELP, JsonFlag, console_for, examples, print_json, read_recipe
+from opticnerve.types import OpticNerveError
+
+EPILOG = examples(
+    "opticnerve train recipe.yaml",
+    "opticnerve train recipe.yaml stages.0.steps=50 precision=fp32 --out runs/short",
+    "opticnerve train recipe.yaml --out runs/short --resume",
+    note="Ctrl-C finishes the step, saves, and says how to go on; `--resume` then draws the curve of an unbroken run.",
+)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP)],
+    overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES_HELP, metavar="[KEY=VALUE]...")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/<recipe's name>")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train every stage of a recipe, evaluate, and write a run folder with its card."""
+    read = read_recipe(recipe, overrides)
+    if not read.stages:
+        raise OpticNerveError(f"{recipe} has no stages, so there is nothing to train; add `stages:`, each with train and data")
+    folder = out or Path("runs") / read.name
+    check_folder(folder, resume=resume)
+    words = ["opticnerve", "train", recipe, *(overrides or []), *(["--out", str(out)] if out else [])]
+    results = run(read, folder, words, resume=resume, as_json=as_json)
+    finish(results, folder, as_json)
+
+
+def run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json: bool) -> dict[str, Any]:
+    """Run the recipe; an interruption says what was saved and how to go on."""
+    from opticnerve.evaluation.pipeline import run_recipe
+
+    terminate_like_ctrl_c()
+    try:
+        results: dict[str, Any] = run_recipe(
+            recipe, folder, resume=resume, command=shlex.join(command), console=console_for(as_json)
+        )
+    except KeyboardInterrupt as e:
+        again = shlex.join([*command, "--resume"])
+        saved = getattr(e, "checkpoint", None)
+        kept = f"saved to {saved}" if saved else "finished stages are kept"
+        raise Stopped(f"\nstopped; {kept}. Go on with:\n  {again}") from e
+    return results
+
+
+def finish(results: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """The end summary."""
+    from opticnerve.cli.results import show_results, without_samples
+
+    if as_json:
+        print_json({"run": str(folder), "card": str(folder / "card.md"), **without_samples(results)})
+        return
+    console = console_for(False)
+    show_results(results, console)
+    console.print(f"\nThe run card: [bold]{folder / 'card.md'}[/]", soft_wrap=True)
+    console.print(f'Ask it: [green]opticnerve ask {folder} "what is in the image?" --image FILE[/]', soft_wrap=True)
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Finished work is never written over.
+
+    Raises:
+        OpticNerveError: the folder holds something and `resume` was not asked for, or the reverse.
+    """
+    if int(os.environ.get("RANK", "0")):  # the first of several processes has looked, and may have begun to write
+        return
+    if folder.exists() and not folder.is_dir():
+        raise OpticNerveError(f"{folder} is a file; name a folder with --out")
+    filled = folder.is_dir() and any(folder.iterdir())
+    if filled and not resume:
+        raise OpticNerveError(f"{folder} is not empty; go on with that run by --resume, or name another folder with --out")
+    if resume and not filled:
+        raise OpticNerveError(f"there is no run in {folder} to resume; leave out --resume, or name its folder with --out")

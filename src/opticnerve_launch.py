@@ -1,0 +1,24 @@
+"""Where the `opticnerve` command starts.
+
+`import opticnerve` registers its classes with transformers' Auto classes, for which torch and transformers are imported:
+seconds that `opticnerve --help` should not take. That this module is among `sys.modules` tells `opticnerve` that the
+command line is in charge, which imports what a command needs and when it needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# Under `python -m opticnerve_launch` (and so under `accelerate launch -m`) this module goes by the name `__main__`.
+sys.modules.setdefault("opticnerve_launch", sys.modules[__name__])
+
+
+def main() -> None:
+    """Run the command line; the process ends with its exit code."""
+    from opticnerve.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()
