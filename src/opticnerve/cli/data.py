@@ -13,7 +13,9 @@ from opticnerve.cli.guard import BAD_SAMPLES, guarded
 from opticnerve.cli.output import JsonFlag, console_for, examples, is_recipe, print_json, read_recipe
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
-app = typer.Typer(help="Look at data before a model does: what is wrong with it, and what is learned from it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at data before a model does: what is wrong with it, and what is learned.", no_args_is_help=True
+)
 CHECK_EPILOG = examples(
     "opticnerve data check captions.jsonl --media pictures/",
     "opticnerve data check recipe.yaml",
@@ -26,7 +28,7 @@ SHOW_EPILOG = examples(
     "opticnerve data show conversations.json --model runs/demo --id sample-12",
     note="With a recipe the tokenizer alone is loaded, no weights.",
 )
-SourceArgument = Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe (.yaml).")]
+SourceArgument = Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe.")]
 FormatOption = Annotated[str, typer.Option("--format", help="auto, captions, vqa, llava, chat or hf.")]
 MediaOption = Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")]
 
@@ -70,7 +72,9 @@ def check(
 @guarded
 def show(
     source: SourceArgument,
-    model: Annotated[str | None, typer.Option(help="A model or a recipe, for its tokenizer; default: the recipe given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model or recipe, for its tokenizer; default: the recipe.")
+    ] = None,
     index: Annotated[int | None, typer.Option(help="The sample's place, from 0; -1 is the last.")] = None,
     sample_id: Annotated[str | None, typer.Option("--id", help="The sample's id.")] = None,
     stage: Annotated[int, typer.Option(min=0, help="Which stage's data and template, for a recipe.")] = 0,
@@ -78,7 +82,7 @@ def show(
     media: MediaOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the tokens of a sample as the model gets them: which are learned, which are only read, where the picture is."""
+    """Show the tokens of a sample as the model gets them: which are learned, which are read, where the picture is."""
     if index is not None and sample_id is not None:
         raise OpticNerveError("--index and --id both choose the sample; give one of the two")
     if model is None and not is_recipe(source):
@@ -152,7 +156,7 @@ def _spec(path: str, data_format: str, media: Path | None) -> Any:
 
     if data_format not in FORMATS:
         raise OpticNerveError(f"--format {data_format!r} is unknown; it is {', '.join(FORMATS)}")
-    return DataSpec(path=path, format=data_format, media=str(media) if media else None)  # type: ignore[arg-type]
+    return DataSpec.model_validate({"path": path, "format": data_format, "media": str(media) if media else None})
 
 
 def _template(stage: Any) -> str | None:

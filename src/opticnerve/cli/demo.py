@@ -34,7 +34,12 @@ def demo(
     name = "starter-full" if full else "starter"
     _clear(out, resume=resume, overwrite=overwrite)
     read = recipe.load(recipe_path(name))
-    command = ["opticnerve", "demo", *(["--full"] if full else []), *(["--out", str(out)] if str(out) != "runs/demo" else [])]
+    command = [
+        "opticnerve",
+        "demo",
+        *(["--full"] if full else []),
+        *(["--out", str(out)] if str(out) != "runs/demo" else []),
+    ]
     results = run(read, out, command, resume=resume, as_json=False)
 
     from opticnerve.cli.results import show_results
@@ -79,7 +84,9 @@ def _three_questions(recipe: Any, out: Path, console: Any) -> Path | str:
 
     group = next(g for g in by_picture(load_data(recipe.evaluate[0].data)) if len(_varied(g)) == 3)
     picture = group[0].images[0].source
-    console.print(f"\n[bold]Three questions about a picture it has never seen[/]\n{picture}", soft_wrap=True, highlight=False)
+    console.print(
+        f"\n[bold]Three questions about a picture it has never seen[/]\n{picture}", soft_wrap=True, highlight=False
+    )
     if console.is_terminal:
         from opticnerve.cli.picture import draw
 

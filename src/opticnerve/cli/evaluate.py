@@ -28,7 +28,9 @@ def evaluate(
     image_dependence: Annotated[
         int, typer.Option(min=0, help="Ask so many questions again, with blank and with exchanged pictures.")
     ] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the results, single questions included, to this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results, single questions included, to this file.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a model: the share of right answers with its interval, and whether they depend on the picture."""
@@ -71,5 +73,7 @@ def _spec(path: str, data_format: str, media: Path | None, sample: int | None, d
     try:
         data = DataSpec(path=path, format=data_format, media=str(media) if media else None)  # type: ignore[arg-type]
     except ValidationError:
-        raise OpticNerveError(f"--format {data_format!r} is unknown; it is auto, vqa, captions, llava, chat or hf") from None
+        raise OpticNerveError(
+            f"--format {data_format!r} is unknown; it is auto, vqa, captions, llava, chat or hf"
+        ) from None
     return EvaluateSpec(name=Path(path).name, data=data, sample=sample, image_dependence=dependence)

@@ -15,7 +15,11 @@ def show_results(results: dict[str, Any], console: Any) -> None:
         table = _table("Trained", "stage", "steps", "samples", "loss at the end", "time")
         for s in stages:
             table.add_row(
-                s["name"], f"{s['steps']:,}", f"{s['samples']:,}", _number(s.get("final_loss"), 4), duration(s["seconds"])
+                s["name"],
+                f"{s['steps']:,}",
+                f"{s['samples']:,}",
+                _number(s.get("final_loss"), 4),
+                duration(s["seconds"]),
             )
         console.print(table)
     if tasks := results.get("tasks"):
@@ -25,15 +29,15 @@ def show_results(results: dict[str, Any], console: Any) -> None:
         for name in ("real picture", "blank picture", "another's picture", "real minus blank"):
             table.add_column(name, justify="right")
         difference = found["real"] - found["blank"]
-        table.add_row(
-            *(f"{found[k]:.1%}" for k in ("real", "blank", "shuffled")), f"{100 * difference:+.1f} points"
-        )
+        table.add_row(*(f"{found[k]:.1%}" for k in ("real", "blank", "shuffled")), f"{100 * difference:+.1f} points")
         console.print(table)
     if forgetting := results.get("forgetting"):
         table = _table("What the language model kept", "after", "perplexity", "text-only logits unchanged")
         for row in forgetting:
             same = row.get("logits_identical")
-            table.add_row(row["after"], _number(row.get("perplexity"), 2), "" if same is None else "yes" if same else "no")
+            table.add_row(
+                row["after"], _number(row.get("perplexity"), 2), "" if same is None else "yes" if same else "no"
+            )
         console.print(table)
 
 

@@ -40,10 +40,19 @@ def pieces(encoded: Any, processor: Any) -> list[Piece]:
             found.append(Piece(_decode(tokenizer, [ids[at]]), "special", trained))
         else:
             # What a token spells may depend on its left neighbour (SentencePiece's leading space).
-            before = ids[at - 1 : at] if at and ids[at - 1] not in special and ids[at - 1] != processor.image_token_id else []
+            before = (
+                ids[at - 1 : at]
+                if at and ids[at - 1] not in special and ids[at - 1] != processor.image_token_id
+                else []
+            )
             prefix = _decode(tokenizer, before)
             text = _decode(tokenizer, [*before, *ids[at:end]])[len(prefix) :]
-            while text.endswith("\ufffd") and end < len(ids) and end - at < 4 and labels[end] == labels_kind(labels, at, end):
+            while (
+                text.endswith("\ufffd")
+                and end < len(ids)
+                and end - at < 4
+                and labels[end] == labels_kind(labels, at, end)
+            ):
                 end += 1
                 text = _decode(tokenizer, [*before, *ids[at:end]])[len(prefix) :]
             found.append(Piece(text, "text", trained, end - at))
@@ -64,7 +73,11 @@ def show(found: list[Piece]) -> Any:
     for i, piece in enumerate(found):
         if i:
             text.append("|", style="dim")
-        style = "underline bold green" if piece.trained else {"image": "bold blue", "special": "magenta", "text": ""}[piece.kind]
+        style = (
+            "underline bold green"
+            if piece.trained
+            else {"image": "bold blue", "special": "magenta", "text": ""}[piece.kind]
+        )
         if piece.kind == "image":
             text.append(f"{MARK} image ×{piece.count}", style=style)
             continue
@@ -119,7 +132,9 @@ def choose(conversations: list[Any], *, index: int | None, sample_id: str | None
         raise OpticNerveError(f"no sample has the id {sample_id!r}; the ids begin {near}")
     at = index or 0
     if not -len(conversations) <= at < len(conversations):
-        raise OpticNerveError(f"--index {at}: there are {len(conversations):,} samples, 0 to {len(conversations) - 1:,}")
+        raise OpticNerveError(
+            f"--index {at}: there are {len(conversations):,} samples, 0 to {len(conversations) - 1:,}"
+        )
     return conversations[at]
 
 

@@ -31,7 +31,9 @@ def train(
     """Train every stage of a recipe, evaluate, and write a run folder with its card."""
     read = read_recipe(recipe, overrides)
     if not read.stages:
-        raise OpticNerveError(f"{recipe} has no stages, so there is nothing to train; add `stages:`, each with train and data")
+        raise OpticNerveError(
+            f"{recipe} has no stages, so there is nothing to train; add `stages:`, each with train and data"
+        )
     folder = out or Path("runs") / read.name
     check_folder(folder, resume=resume)
     words = ["opticnerve", "train", recipe, *(overrides or []), *(["--out", str(out)] if out else [])]
@@ -81,6 +83,10 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise OpticNerveError(f"{folder} is a file; name a folder with --out")
     filled = folder.is_dir() and any(folder.iterdir())
     if filled and not resume:
-        raise OpticNerveError(f"{folder} is not empty; go on with that run by --resume, or name another folder with --out")
+        raise OpticNerveError(
+            f"{folder} is not empty; go on with that run by --resume, or name another folder with --out"
+        )
     if resume and not filled:
-        raise OpticNerveError(f"there is no run in {folder} to resume; leave out --resume, or name its folder with --out")
+        raise OpticNerveError(
+            f"there is no run in {folder} to resume; leave out --resume, or name its folder with --out"
+        )

@@ -193,14 +193,19 @@ def _label(
     labels = [IGNORE] * len(ids)
     k = 0
     for i, (start, stop) in enumerate(offsets):
-        while k < len(spans) and spans[k][1] <= start:
+        while k < len(spans) and (spans[k][1] < start or spans[k][1] == start < stop):
             k += 1
         if k == len(spans):
             break
         a, b = spans[k]
-        if start >= b or stop <= a or start == stop:
+        if start == stop:
+            # Tokenizers that trim their offsets leave a token of white space without width, at its end.
+            labels[i] = ids[i] if a < start else IGNORE
             continue
-        outside = text[start:a] + text[b:stop]
+        inside, outside = text[max(a, start) : min(b, stop)], text[start:a] + text[b:stop]
+        # Some special tokens take the white space behind them along: what is left of the words begins after it.
+        if stop <= a or (outside.strip() and not inside.strip()):
+            continue
         if outside.strip():
             raise DataError(
                 f"the tokenizer joins {outside!r} of the template to the assistant's words in one token", where=where,

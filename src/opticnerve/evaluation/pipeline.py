@@ -30,6 +30,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import add_lora, has_lora
 from opticnerve.models import delta
 from opticnerve.recipe import EvaluateSpec, Recipe
+from opticnerve.starter import weights as starter
 from opticnerve.train.loop import make_accelerator, run_stage
 from opticnerve.types import Conversation, OpticNerveError
 
@@ -235,7 +236,9 @@ def _describe(dock: Dock) -> dict[str, Any]:
         "encoder_width": tower.encoder.hidden_size,
         "encoder_tokens": tower.encoder.num_tokens,
         "image_size": getattr(tower.encoder, "image_size", None),
-        "language_width": tower.connector.out_size,
+        "width": tower.connector.out_size,
+        # The starter kit's parts are Apache-2.0 all; of other parts we do not know.
+        "license": "apache-2.0" if all(starter.is_starter(b["name"]) for b in bases.values()) else "other",
     }
 
 
@@ -243,7 +246,7 @@ def _headline(dock: Dock) -> str:
     d = _describe(dock)
     return (
         f"[bold]{d['encoder']}[/bold] ({d['encoder_tokens']} × {d['encoder_width']}) → {d['connector']} → "
-        f"{d['visual_tokens']} tokens × {d['language_width']} → [bold]{d['language']}[/bold]"
+        f"{d['visual_tokens']} tokens × {d['width']} → [bold]{d['language']}[/bold]"
     )
 
 

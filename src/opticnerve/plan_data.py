@@ -1,0 +1,85 @@
+"""What a stage will read: how many samples, how many steps, how long they are, and one of them as the model gets it."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from opticnerve.data.labels import Encoded, encode
+from opticnerve.data.packing import Row, pack
+from opticnerve.data.source import draw, load_units
+from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
+from opticnerve.recipe import Stage
+from opticnerve.types import Conversation, DataError, OpticNerveError
+
+LOOK_AT = 96  # rows that are encoded to learn their length
+
+
+@dataclass
+class StageData:
+    """A stage's data as far as it could be read. `rows`: some of its training rows; `sample`: the first conversation."""
+
+    samples: int = 0
+    units: int = 0
+    steps: int | None = None
+    rows: list[Row] = field(default_factory=list)
+    longest: int = 0
+    sample: Encoded | None = None
+    bad: int = 0
+    first_bad: str = ""
+    problem: str = ""
+
+    @property
+    def length(self) -> int:
+        """Mean tokens of a row."""
+        return round(sum(map(len, self.rows)) / len(self.rows)) if self.rows else 0
+
+    @property
+    def supervised(self) -> float:
+        """Mean supervised tokens of a row."""
+        return sum(t != -100 for r in self.rows for t in r.targets) / len(self.rows) if self.rows else 0.0
+
+    @property
+    def images(self) -> float:
+        """Mean pictures of a row."""
+        return sum(len(r.images) for r in self.rows) / len(self.rows) if self.rows else 0.0
+
+
+def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
+    """Read a stage's data as training does, and encode some rows of it. What cannot be read is noted, not raised."""
+    found = StageData(steps=stage.steps)
+    bad: list[DataError] = []
+    try:
+        units = load_units(stage.data, on_error=bad.append)
+    except OpticNerveError as e:
+        found.problem = str(e)
+        return found
+    found.units = len(units)
+    found.samples = sum(len(conversations) for conversations, _ in units)
+    if found.steps is None:
+        found.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / stage.batch_size))
+    if processor is not None:
+        _encode_some(found, units, stage, processor, seed, bad)
+    found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
+    return found
+
+
+def _encode_some(
+    found: StageData, units: list[tuple[list[Conversation], int | None]], stage: Stage, processor: Any, seed: int,
+    bad: list[DataError],
+) -> None:  # fmt: skip
+    template = with_parts(CAPTION_ONLY) if stage.template == "caption" else None
+    rng = random.Random(seed)
+    # The first unit is the one that is shown; the others are a fair sample of lengths.
+    chosen = [units[0], *rng.sample(units[1:], min(LOOK_AT - 1, len(units) - 1))]
+    for unit in chosen:
+        try:
+            encoded = [encode(c, processor, template=template, max_length=stage.max_length) for c in draw(unit, rng)]
+        except DataError as e:
+            bad.append(e)
+            continue
+        found.longest = max(found.longest, *(len(e.input_ids) for e in encoded))
+        found.sample = found.sample or encoded[0]
+        found.rows.append(pack([encoded]))

@@ -1,0 +1,60 @@
+"""What all tests share: tiny models on disk, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from opticnerve.language.chat_template import CHATML
+
+
+@pytest.fixture(scope="session")
+def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """(family, kind of tokenizer) → folder of a tiny language model that speaks ChatML."""
+    made: dict[tuple[str, str], str] = {}
+
+    def make(family: str = "llama", kind: str = "byte-level") -> str:
+        if (family, kind) not in made:
+            folder = tmp_path_factory.mktemp(f"language-{family.replace(' ', '-')}")
+            made[family, kind] = tiny.save_language(folder, family, kind=kind, chat_template=CHATML)
+        return made[family, kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Family → folder of a tiny vision transformer."""
+    made: dict[str, str] = {}
+
+    def make(family: str = "clip_vision_model") -> str:
+        if family not in made:
+            made[family] = tiny.save_vision(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Architecture → `local-dir:…` name of a tiny timm model."""
+    made: dict[str, str] = {}
+
+    def make(name: str = "test_efficientnet") -> str:
+        if name not in made:
+            made[name] = tiny.save_timm(tmp_path_factory.mktemp(name) / "model", name)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """opticnerve's cache in a folder of this test module, not in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("OPTICNERVE_CACHE", str(folder))
+        yield folder
