@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
+from opticnerve.build import Dock, dock
 from opticnerve.language.chat_template import CHATML
 
 
@@ -58,3 +60,18 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("OPTICNERVE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def docked(
+    language_folder: Callable[..., str], vision_folder: Callable[..., str], private_cache: Path
+) -> Callable[..., Dock]:
+    """(language family, vision family or specification) → a fresh dock of tiny parts."""
+
+    def make(family: str = "llama", vision: Any = "clip_vision_model", **options: Any) -> Dock:
+        if isinstance(vision, str):
+            vision = {"type": "hf_vision", "name": vision_folder(vision)}
+        connector = options.pop("connector", "mlp")
+        return dock(vision, connector, language_folder(family), **options)
+
+    return make

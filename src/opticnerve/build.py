@@ -47,10 +47,12 @@ def dock(
     """Dock a vision encoder onto a language model through a fresh connector.
 
     Args:
-        vision: a name (`starter/efficientnet-lite0`, `timm/…`, a hub name or folder of a transformers vision model), or a
+        vision: a name (`starter/efficientnet-lite0`, `timm/…`, a hub name or folder of a transformers vision model), or
+        a
             mapping such as `{"type": "timm", "name": "resnet50", "layer": -1}`; None for a text-only model.
         connector, fusion: a registered name or `{"type": …, options}`.
-        language: hub name, local folder, GGUF file or starter name; or a mapping with `name`, `gguf_file`, `chat_template`.
+        language: hub name, local folder, GGUF file or starter name; or a mapping with `name`, `gguf_file`,
+        `chat_template`.
         dtype: of the weights in memory.
         seed: for the connector's first weights; None leaves torch's generator alone.
 
@@ -84,9 +86,11 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
         name = options.pop("name", None)
         if name is None:
             raise OpticNerveError("model.image.encoder needs a name: a hub name, a local folder, or starter/…")
-        check_options("encoder", spec.image.encoder.type, cls, {k: v for k, v in options.items() if k != "architecture"})
+        check_options(
+            "encoder", spec.image.encoder.type, cls, {k: v for k, v in options.items() if k != "architecture"}
+        )
         eye = cls.from_pretrained(name, **options)
-        width = brain.model.get_input_embeddings().embedding_dim
+        width = int(brain.model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
         image = join(eye, spec.image.connector.model_dump(), spec.image.fusion.model_dump(), width).to(dtype)
         towers["image"] = (name, eye)
     return assemble(brain, image, describe_bases(brain.name, brain.files, towers))
@@ -100,7 +104,9 @@ def assemble(brain: Language, image: Any, bases: dict[str, Any]) -> Dock:
         num_image_tokens=image.num_tokens if image is not None else 1,
     )
     model = OpticNerveForConditionalGeneration.from_parts(
-        brain.model, image=image, image_token_id=processor.image_token_id
+        brain.model,
+        image=image,
+        image_token_id=int(processor.image_token_id),  # type: ignore[arg-type]
     )
     return Dock(model, processor, bases)
 

@@ -1,4 +1,4 @@
-"""What a recipe will do and cost, before it runs: no weight is read or downloaded, unless a calibration is asked for."""
+"""What a recipe will do and cost, before it runs: no weight is read or downloaded, unless to calibrate."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def _stage_warnings(stage: Stage, planned: StagePlan, plan: Plan) -> list[str]:
         inner = part.removeprefix("image.").partition("(")[0]
         if (usual := _HIGH.get(inner)) and rate > usual:
             found.append(
-                f"learning rate {rate:g} for {part} is unusually high; weights like these rarely bear more than {usual:g}"
+                f"learning rate {rate:g} for {part} is unusually high; such weights rarely bear more than {usual:g}"
             )
     if data.problem:
         found.append(f"its data cannot be read: {data.problem}")
@@ -273,7 +273,7 @@ def _stage_warnings(stage: Stage, planned: StagePlan, plan: Plan) -> list[str]:
         )
     if plan.context and data.longest > plan.context:
         found.append(
-            f"a sample has {data.longest:,} tokens, the language model takes {plan.context:,}; set max_length or shorten it"
+            f"a sample has {data.longest:,} tokens, the language model takes {plan.context:,}; shorten or split it"
         )
     if data.units and data.units < stage.batch_size:
         found.append(

@@ -1,7 +1,7 @@
 """What a training step costs: bytes and arithmetic, counted on the meta device, and seconds, measured or estimated.
 
-Nothing is guessed per architecture: one micro-batch is sent through the model without memory, and autograd is asked which
-tensors it would keep for the backward pass, and torch's flop counter how much it would compute.
+Nothing is guessed per architecture: one micro-batch is sent through the model without memory; autograd is asked which
+tensors it would keep for the backward pass, and torch's flop counter how much would be computed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from opticnerve.language.lora import is_lora
 from opticnerve.types import OpticNerveError
 
-# The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3 to
-# 0.5; norms, activations and memory traffic take the rest.
+# The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3
+# to 0.5; norms, activations and memory traffic take the rest.
 EFFICIENCY = 0.4
 
 
@@ -59,7 +59,7 @@ def memory(model: nn.Module, trace: Trace, *, checkpointing: bool, process: int)
     - weights: every parameter in its dtype; tied ones once.
     - gradients: trained parameters in their dtype.
     - optimizer: AdamW's two float32 moments (8 bytes a trained parameter), and for bf16 weights a float32 master
-      (4 bytes more). While a step is taken, bf16 gradients are copied to float32, one after the other freed: not counted.
+      (4 bytes more). A step's float32 copies of bf16 gradients live for a moment and are not counted.
     - activations: see `trace_step`.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -73,8 +73,8 @@ def trace_step(model: Any, *, rows: int, length: int, images: int, supervised: i
     """Send one micro-batch of `rows` × `length` tokens and `images` pictures through the meta model, there and back.
 
     The bytes kept are those of all tensors that autograd saves for the backward pass, each storage once, parameters not
-    counted; of that, tensors whose last two sides are the length of the sequence are left out, for fused attention never
-    makes them. To it come logits and their gradient at the supervised positions, in the model's dtype and in float32:
+    counted. Tensors whose last two sides are the length of the sequence are left out: fused attention never makes them.
+    To it come logits and their gradient at the supervised positions, in the model's dtype and in float32:
     `supervised × vocabulary × (2 × 4 + bytes)`. With gradient checkpointing, each layer keeps its input alone
     (`layers × rows × length × width × bytes`), and one layer at a time is whole: `kept / layers` more.
 

@@ -19,7 +19,7 @@ LOOK_AT = 96  # rows that are encoded to learn their length
 
 @dataclass
 class StageData:
-    """A stage's data as far as it could be read. `rows`: some of its training rows; `sample`: the first conversation."""
+    """A stage's data, as far as it could be read. `rows`: some training rows; `sample`: the first conversation."""
 
     samples: int = 0
     units: int = 0

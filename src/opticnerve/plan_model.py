@@ -1,4 +1,4 @@
-"""The model that a recipe describes, without its weights: configurations are read, modules are built on the meta device."""
+"""The model that a recipe describes, without its weights: configurations are read, modules built on the meta device."""
 
 from __future__ import annotations
 
@@ -223,5 +223,5 @@ def _template(text: str) -> str:
 def _unreachable(key: str, name: str, error: OSError) -> OpticNerveError:
     first = str(error).strip().splitlines()[0]
     return OpticNerveError(
-        f"{key}: cannot read the configuration of {name!r}: {first}; give a local folder, or a hub name that can be reached"
+        f"{key}: cannot read the configuration of {name!r}: {first}; give a local folder or a hub name in reach"
     )

@@ -19,7 +19,15 @@ from opticnerve import registry
 from opticnerve.types import RecipeError
 
 Positive = Annotated[int, Field(gt=0)]
-PARTS = ("connector", "encoder", "encoder.last(N)", "language", "language.last(N)", "language.lora", "language.embeddings")
+PARTS = (
+    "connector",
+    "encoder",
+    "encoder.last(N)",
+    "language",
+    "language.last(N)",
+    "language.lora",
+    "language.embeddings",
+)
 MODALITIES = ("image", "audio")
 
 
@@ -45,7 +53,9 @@ class LanguageSpec(Strict):
 
     name: str
     gguf_file: str | None = None
-    chat_template: str | None = Field(None, description="instead of the model's own: chatml, vicuna, a Jinja template, or a file")
+    chat_template: str | None = Field(
+        None, description="instead of the model's own: chatml, vicuna, a Jinja template, or a file"
+    )
 
 
 class TowerSpec(Strict):
@@ -57,7 +67,11 @@ class TowerSpec(Strict):
 
     @model_validator(mode="after")
     def _known_parts(self) -> TowerSpec:
-        for spec, parts in ((self.encoder, registry.encoders), (self.connector, registry.connectors), (self.fusion, registry.fusions)):
+        for spec, parts in (
+            (self.encoder, registry.encoders),
+            (self.connector, registry.connectors),
+            (self.fusion, registry.fusions),
+        ):
             if spec.type not in parts.names() and ":" not in spec.type:
                 near = difflib.get_close_matches(spec.type, parts.names(), n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -79,8 +93,8 @@ class ModelSpec(Strict):
 class DataSpec(Strict):
     """One source of conversations.
 
-    `share_prefix`: questions about one picture are trained side by side behind one copy of it, each blind to the others;
-    `per_image` of them are drawn at a time.
+    `share_prefix`: questions about one picture are trained side by side behind one copy of it, each blind to the
+    others; `per_image` of them are drawn at a time.
     """
 
     path: str
@@ -174,7 +188,9 @@ class Stage(Strict):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate")
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate"
+            )
         return self
 
 
@@ -185,7 +201,9 @@ class EvaluateSpec(Strict):
     metric: Literal["vqa", "captions", "choice"] = "vqa"
     data: DataSpec
     sample: Positive | None = Field(None, description="a fixed random sample of this many questions")
-    image_dependence: Annotated[int, Field(ge=0)] = Field(500, description="questions asked again with blank and shuffled pictures")
+    image_dependence: Annotated[int, Field(ge=0)] = Field(
+        500, description="questions asked again with blank and shuffled pictures"
+    )
     max_new_tokens: Positive = 16
     batch_size: Positive = 32
 
@@ -217,7 +235,10 @@ class Recipe(Strict):
                     have = ", ".join(f"{m}.{inner}" for m in towers) or "none: the model has no tower"
                     raise ValueError(f"stages.{i}.train.{part}: which one? The model's are {have}")
                 if modality is not None and modality not in towers:
-                    raise ValueError(f"stages.{i}.train.{part}: the model has no {modality} tower; it has {', '.join(towers) or 'none'}")
+                    raise ValueError(
+                        f"stages.{i}.train.{part}: the model has no {modality} tower; "
+                        f"it has {', '.join(towers) or 'none'}"
+                    )
         return self
 
 
@@ -236,7 +257,9 @@ def split_part(part: str) -> tuple[str | None, str]:
     ):
         near = difflib.get_close_matches(inner, PARTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first four")
+        raise ValueError(
+            f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first four"
+        )
     return modality, inner
 
 
@@ -284,7 +307,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
         where = ".".join(steps[: i + 1])
         if isinstance(here, list):
             if not step.isdigit() or int(step) >= len(here):
-                raise RecipeError(f"override {key}: {where} is a list of {len(here)}; use a number from 0 to {len(here) - 1}")
+                raise RecipeError(
+                    f"override {key}: {where} is a list of {len(here)}; use a number from 0 to {len(here) - 1}"
+                )
             index: Any = int(step)
         elif isinstance(here, dict):
             # `stages.0.train.language.lora`: a part's name holds a dot itself.

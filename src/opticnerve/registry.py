@@ -1,4 +1,5 @@
-"""Parts are found by exact name; third parties add theirs by entry point or by dotted path, touching no file of ours."""
+"""Parts are found by exact name; third parties add theirs by entry point or by dotted path, touching no file of
+ours."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Registry(Generic[T]):
         """The class under `name`, or at the dotted path `package.module:Class`.
 
         Raises:
-            OpticNerveError: the name is unknown (the message lists the known ones), or a dotted path is not allowed here.
+            OpticNerveError: the name is unknown (the message lists the known ones), or a dotted path is not allowed
+            here.
         """
         if name not in self.names() and ":" in name:
             if not allow_dotted:
@@ -60,7 +62,8 @@ class Registry(Generic[T]):
             near = difflib.get_close_matches(name, self.names(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise OpticNerveError(
-                f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}; or a dotted path 'package.module:Class'"
+                f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}; "
+                "or a dotted path 'package.module:Class'"
             )
         target = self._targets[name]
         return _import(target, self.kind) if isinstance(target, str) else target

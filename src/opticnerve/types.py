@@ -66,7 +66,8 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
-    """A picture within a message: a file, encoded bytes, or an opened picture. Opened late, by `data.images.open_image`."""
+    """A picture within a message: a file, encoded bytes, or an opened picture. Opened late, by
+    `data.images.open_image`."""
 
     source: Path | bytes | PIL.Image.Image
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from opticnerve.cli.output import JsonFlag, examples, print_json
+from opticnerve.cli.output import JsonFlag, examples, print_json, quiet_libraries
 
 EPILOG = examples(
     'opticnerve ask starter "what shape is in the image?" --image picture.png',
@@ -36,6 +36,7 @@ def ask(
     from opticnerve.inference.generate import Answerer
     from opticnerve.inference.load import load_model
 
+    quiet_libraries()
     answerer = Answerer(*load_model(model))
     started = time.perf_counter()
     [answer] = answerer.answer([conversation(question, *pictures)], max_new_tokens=max_new_tokens)

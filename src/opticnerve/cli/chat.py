@@ -12,7 +12,7 @@ import typer
 
 from opticnerve.cli.ask import MODEL_HELP
 from opticnerve.cli.guard import fail
-from opticnerve.cli.output import console_for, examples
+from opticnerve.cli.output import console_for, examples, quiet_libraries
 from opticnerve.types import Conversation, ImagePart, Message, OpticNerveError, Part, TextPart
 
 EPILOG = examples(
@@ -44,6 +44,7 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history at the prompt
 
+    quiet_libraries()
     session.answerer = Answerer(*load_model(model))
     session.run()
 

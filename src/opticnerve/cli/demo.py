@@ -76,7 +76,7 @@ def _clear(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise OpticNerveError(f"{out} holds {state}; give --overwrite to delete it, or another folder with --out")
 
 
-def _three_questions(recipe: Any, out: Path, console: Any) -> Path | str:
+def _three_questions(recipe: Any, out: Path, console: Any) -> Path:
     """Three questions about one picture that training has not seen, answered on screen; returns the picture's path."""
     from opticnerve.data.source import by_picture, load_data
     from opticnerve.inference.generate import Answerer
@@ -84,6 +84,7 @@ def _three_questions(recipe: Any, out: Path, console: Any) -> Path | str:
 
     group = next(g for g in by_picture(load_data(recipe.evaluate[0].data)) if len(_varied(g)) == 3)
     picture = group[0].images[0].source
+    assert isinstance(picture, Path)
     console.print(
         f"\n[bold]Three questions about a picture it has never seen[/]\n{picture}", soft_wrap=True, highlight=False
     )
@@ -98,7 +99,7 @@ def _three_questions(recipe: Any, out: Path, console: Any) -> Path | str:
             sys.stdout.write(piece)
             sys.stdout.flush()
         console.print(f"   [dim](right: {conversation.answer})[/]", highlight=False)
-    return picture if isinstance(picture, Path) else "picture.png"
+    return picture
 
 
 def _varied(conversations: list[Conversation]) -> list[Conversation]:

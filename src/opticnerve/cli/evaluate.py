@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from opticnerve.cli.ask import MODEL_HELP
-from opticnerve.cli.output import JsonFlag, console_for, examples, print_json, read_recipe
+from opticnerve.cli.output import JsonFlag, console_for, examples, print_json, quiet_libraries, read_recipe
 from opticnerve.types import OpticNerveError
 
 EPILOG = examples(
@@ -23,14 +23,15 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Questions with their answers, or captions.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Use the `evaluate:` list of this recipe instead.")] = None,
     data_format: Annotated[str, typer.Option("--format", help="auto, vqa, captions, llava, chat or hf.")] = "auto",
+    metric: Annotated[
+        str, typer.Option(help="vqa (right answers), captions (CIDEr, BLEU-4) or choice (the true caption among ten).")
+    ] = "vqa",
     media: Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")] = None,
     sample: Annotated[int | None, typer.Option(min=1, help="A fixed random sample of so many questions.")] = None,
     image_dependence: Annotated[
         int, typer.Option(min=0, help="Ask so many questions again, with blank and with exchanged pictures.")
     ] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the results, single questions included, to this file.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results, with sample questions, to this file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a model: the share of right answers with its interval, and whether they depend on the picture."""
@@ -41,13 +42,14 @@ def evaluate(
         if not specs:
             raise OpticNerveError(f"{recipe} has no `evaluate:` list; add one, or give --data")
     else:
-        specs = [_spec(str(data), data_format, media, sample, image_dependence)]
+        specs = [_spec(str(data), data_format, metric, media, sample, image_dependence)]
     if out is not None and out.is_dir():
         raise OpticNerveError(f"--out {out} is a folder; name a file such as {out / 'results.json'}")
 
     from opticnerve.evaluation.pipeline import evaluate_model
     from opticnerve.inference.load import load_model
 
+    quiet_libraries()
     console = console_for(as_json)
     results: dict[str, Any] = evaluate_model(*load_model(model), specs, console=console)
     if out is not None:
@@ -65,15 +67,18 @@ def evaluate(
         console.print(f"wrote {out}", soft_wrap=True)
 
 
-def _spec(path: str, data_format: str, media: Path | None, sample: int | None, dependence: int) -> Any:
-    from pydantic import ValidationError
+def _spec(
+    path: str, data_format: str, metric: str, media: Path | None, sample: int | None, image_dependence: int
+) -> Any:
+    from opticnerve import recipe
 
-    from opticnerve.recipe import DataSpec, EvaluateSpec
-
-    try:
-        data = DataSpec(path=path, format=data_format, media=str(media) if media else None)  # type: ignore[arg-type]
-    except ValidationError:
-        raise OpticNerveError(
-            f"--format {data_format!r} is unknown; it is auto, vqa, captions, llava, chat or hf"
-        ) from None
-    return EvaluateSpec(name=Path(path).name, data=data, sample=sample, image_dependence=dependence)
+    # By way of the recipe's own rules, so that a wrong format or metric is explained in the same words.
+    entry = {
+        "name": Path(path).name,
+        "data": {"path": path, "format": data_format, "media": str(media) if media else None},
+        "metric": metric,
+        "sample": sample,
+        "image_dependence": image_dependence,
+    }
+    found = recipe.load({"model": {"language": {"name": "any"}}, "evaluate": [entry]})
+    return found.evaluate[0]

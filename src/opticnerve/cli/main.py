@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     # Their options alone would cost `COMMAND --help` a third of its time.
     add_completion=False,
-    # A `--help` that was not given counts as False, not as unknown: typer would import pydantic to turn None into a bool.
+    # A `--help` not given counts as False, not as unknown: typer would import pydantic to turn None into a bool.
     context_settings={
         "help_option_names": ["-h", "--help"],
         "default_map": {"help": False, "data": {"help": False}},

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opticnerve.cli.ask import MODEL_HELP
-from opticnerve.cli.output import JsonFlag, console_for, examples, print_json, size
+from opticnerve.cli.output import JsonFlag, console_for, examples, print_json, quiet_libraries, size
 
 EPILOG = examples(
     "opticnerve merge runs/demo runs/demo-merged",
@@ -22,13 +22,14 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The new folder; it must not exist yet.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a self-contained folder: LoRA added into the weights, all weights, configuration and processor in one place.
+    """Write a self-contained folder: all weights (LoRA added into them), configuration and processor in one place.
 
     A run keeps only what it trained and names the rest; a merged folder can be moved, shared and loaded anywhere.
     """
     from opticnerve.cli.places import model_folder
     from opticnerve.models.merge import merge as merged
 
+    quiet_libraries()
     written = merged(Path(model_folder(model)), out)
     total = sum(f.stat().st_size for f in written.rglob("*") if f.is_file())
     if as_json:

@@ -46,6 +46,15 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def quiet_libraries() -> None:
+    """No bars while weights are read from disk; downloads keep theirs, for they take long."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
 def is_recipe(name: str) -> bool:
     """Whether an argument that may be data or a recipe is a recipe."""
     return Path(name).suffix.lower() in (".yaml", ".yml")

@@ -17,7 +17,7 @@ def draw(source: Any, *, columns: int = 32) -> Any:
     image = open_image(source)
     # An even number of pixel rows, for two share a character.
     rows = max(2, round(columns * image.height / image.width / 2) * 2)
-    pixels = image.resize((columns, rows)).load()
+    pixels: Any = image.resize((columns, rows)).load()
     text = Text()
     for y in range(0, rows, 2):
         for x in range(columns):

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from opticnerve.cli.output import (
-    OVERRIDES_HELP, RECIPE_HELP, JsonFlag, console_for, duration, examples, print_json, read_recipe, size,
+    OVERRIDES_HELP,
+    RECIPE_HELP,
+    JsonFlag,
+    console_for,
+    duration,
+    examples,
+    print_json,
+    quiet_libraries,
+    read_recipe,
+    size,
 )  # fmt: skip
 
 EPILOG = examples(
@@ -31,16 +40,19 @@ def plan(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show shapes, visual tokens, what trains, memory, time, a masked sample and warnings, before anything is trained."""
+    """Show shapes, visual tokens, what trains, memory, time, a masked sample and warnings, before training."""
     read = read_recipe(recipe, overrides)
     console = console_for(as_json)
     with console.status("reading configurations"):
         from opticnerve import plan as planning
 
+        quiet_libraries()
         wanted = planning.weights_at_hand(read) if calibrate is None else calibrate
         dock = None
         if wanted:
-            from opticnerve.build import dock_recipe as dock
+            from opticnerve import build
+
+            dock = build.dock_recipe
         made = planning.make(read, dock=dock)
     if as_json:
         result = made.to_dict()

@@ -9,6 +9,8 @@ from opticnerve.types import OpticNerveError
 
 IGNORE = -100
 MARK = "▦"
+_TRAINED = "underline bold green"
+_STYLES = {"image": "bold blue", "special": "magenta", "text": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +42,16 @@ def pieces(encoded: Any, processor: Any) -> list[Piece]:
             found.append(Piece(_decode(tokenizer, [ids[at]]), "special", trained))
         else:
             # What a token spells may depend on its left neighbour (SentencePiece's leading space).
-            before = (
-                ids[at - 1 : at]
-                if at and ids[at - 1] not in special and ids[at - 1] != processor.image_token_id
-                else []
-            )
-            prefix = _decode(tokenizer, before)
-            text = _decode(tokenizer, [*before, *ids[at:end]])[len(prefix) :]
-            while (
-                text.endswith("\ufffd")
-                and end < len(ids)
-                and end - at < 4
-                and labels[end] == labels_kind(labels, at, end)
-            ):
+            before = [i for i in ids[max(at - 1, 0) : at] if i not in special and i != processor.image_token_id]
+            prefix = len(_decode(tokenizer, before))
+            text = _decode(tokenizer, [*before, *ids[at:end]])[prefix:]
+            # A character may be spread over up to four tokens.
+            while text.endswith("\ufffd") and end < min(len(ids), at + 4) and (labels[end] != IGNORE) == trained:
                 end += 1
-                text = _decode(tokenizer, [*before, *ids[at:end]])[len(prefix) :]
+                text = _decode(tokenizer, [*before, *ids[at:end]])[prefix:]
             found.append(Piece(text, "text", trained, end - at))
         at = end
     return found
-
-
-def labels_kind(labels: list[int], at: int, end: int) -> int:
-    """`labels[end]` if it is trained just as `labels[at]` is, else a value that it cannot have."""
-    return labels[end] if (labels[at] != IGNORE) == (labels[end] != IGNORE) else -1
 
 
 def show(found: list[Piece]) -> Any:
@@ -73,11 +62,7 @@ def show(found: list[Piece]) -> Any:
     for i, piece in enumerate(found):
         if i:
             text.append("|", style="dim")
-        style = (
-            "underline bold green"
-            if piece.trained
-            else {"image": "bold blue", "special": "magenta", "text": ""}[piece.kind]
-        )
+        style = _TRAINED if piece.trained else _STYLES[piece.kind]
         if piece.kind == "image":
             text.append(f"{MARK} image ×{piece.count}", style=style)
             continue
@@ -99,11 +84,10 @@ def legend() -> Any:
 
 def counts(encoded: Any, processor: Any) -> str:
     """One line: how many tokens of which kind."""
-    image = encoded.input_ids.count(processor.image_token_id)
-    return (
-        f"{len(encoded.input_ids)} tokens: {encoded.supervised} trained, {len(encoded.input_ids) - encoded.supervised} read "
-        f"only, {image} of them from {len(encoded.images)} picture{'' if len(encoded.images) == 1 else 's'}"
-    )
+    total, image = len(encoded.input_ids), encoded.input_ids.count(processor.image_token_id)
+    pictures = f"{len(encoded.images)} picture{'' if len(encoded.images) == 1 else 's'}"
+    read = total - encoded.supervised
+    return f"{total} tokens: {encoded.supervised} trained, {read} read only, {image} of them from {pictures}"
 
 
 def to_dict(encoded: Any, found: list[Piece]) -> dict[str, Any]:

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from opticnerve.cli.guard import Stopped, terminate_like_ctrl_c
-from opticnerve.cli.output import OVERRIDES_HELP, RECIPE_HELP, JsonFlag, console_for, examples, print_json, read_recipe
+from opticnerve.cli.output import (
+    OVERRIDES_HELP,
+    RECIPE_HELP,
+    JsonFlag,
+    console_for,
+    examples,
+    print_json,
+    quiet_libraries,
+    read_recipe,
+)
 from opticnerve.types import OpticNerveError
 
 EPILOG = examples(
@@ -45,6 +54,7 @@ def run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json:
     """Run the recipe; an interruption says what was saved and how to go on."""
     from opticnerve.evaluation.pipeline import run_recipe
 
+    quiet_libraries()
     terminate_like_ctrl_c()
     try:
         results: dict[str, Any] = run_recipe(

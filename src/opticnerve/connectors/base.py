@@ -53,7 +53,9 @@ class Connector(nn.Module, ABC):
 
     def forward(self, features: Features) -> Features:
         if features.tokens_BND.shape[-1] != self.in_size:
-            raise ValueError(f"the connector takes width {self.in_size}, the encoder gave {features.tokens_BND.shape[-1]}")
+            raise ValueError(
+                f"the connector takes width {self.in_size}, the encoder gave {features.tokens_BND.shape[-1]}"
+            )
         if self.calibrate_allowed:
             tokens_BND = (features.tokens_BND - self.input_mean) / self.input_std
             out = self.project(Features(tokens_BND, features.mask_BN))

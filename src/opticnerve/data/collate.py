@@ -41,7 +41,9 @@ class Batch:
         return int((self.group >= 0).sum())
 
     def to(self, device: Any) -> Batch:
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
         return Batch(**moved)
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -53,7 +55,9 @@ class Batch:
         length = self.group.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.group.device).tril()
         allowed = same_group & sees & causal
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+            ~allowed, torch.finfo(dtype).min
+        )[:, None]
 
 
 class Collator:

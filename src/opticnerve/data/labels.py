@@ -1,7 +1,7 @@
 """From a conversation to tokens and labels: what the model reads, and which tokens it learns.
 
-Labels are character spans of the rendered template, mapped to tokens by the tokenizer's offsets. Nothing is tokenised in
-pieces, so no template, merge rule or special token can shift a label (the bug of re-tokenising and adding lengths).
+Labels are character spans of the rendered template, mapped to tokens by the tokenizer's offsets. Nothing is tokenised
+in pieces, so no template, merge rule or special token can shift a label (the bug of re-tokenising and adding lengths).
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sample as the model gets it. `labels[i]` is `input_ids[i]` where it is learned, -100 elsewhere (unshifted)."""
+    """One sample as the model gets it. `labels[i]` is `input_ids[i]` where it is learned, -100 elsewhere
+    (unshifted)."""
 
     input_ids: list[int]
     labels: list[int]
     images: list[ImagePart]
     id: str = ""
     where: str = ""
+    media_end: int = 0
 
     @property
     def supervised(self) -> int:
@@ -54,7 +56,9 @@ def encode(
     """
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast:
-        raise OpticNerveError(f"{type(tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)")
+        raise OpticNerveError(
+            f"{type(tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)"
+        )
     template = template or processor.chat_template
     where = conversation.where or conversation.id
     _check_placeholders(conversation, processor.image_token, where)
@@ -79,7 +83,8 @@ def encode(
             f"{len(images)} pictures make {wanted} placeholders, the tokens hold {found}", where=where,
             kind="placeholder-without-image",
         )  # fmt: skip
-    return Encoded(ids, labels, images, conversation.id, where)
+    media_end = len(ids) - ids[::-1].index(processor.image_token_id) if found else 0
+    return Encoded(ids, labels, images, conversation.id, where, media_end)
 
 
 def _render(conversation: Conversation, processor: Any, template: str, *, generation_prompt: bool = False) -> str:
@@ -95,7 +100,7 @@ def _check_placeholders(conversation: Conversation, image_token: str, where: str
         if image_token in message.text:
             raise DataError(
                 f"the text of a {message.role} turn holds {image_token!r} where there is no picture", where=where,
-                kind="placeholder-without-image", remedy="give the picture as a part of the message, or change the word",
+                kind="placeholder-without-image", remedy="give the picture as a part of its own, or change the text",
             )  # fmt: skip
 
 
@@ -111,7 +116,9 @@ def _answer_spans(
         raise DataError("the chat template drops an assistant turn", where=where, kind="template")
     spans, here = [], len(pieces[0])
     if not text.startswith(pieces[0]):
-        raise DataError("the chat template writes other words around this assistant's turn", where=where, kind="template")
+        raise DataError(
+            "the chat template writes other words around this assistant's turn", where=where, kind="template"
+        )
     for answer, after in zip(answers, pieces[1:], strict=True):
         # Many templates trim what the assistant says; no other change of its words can be learned from.
         for said in dict.fromkeys((answer, answer.strip(), answer.lstrip(), answer.rstrip())):
@@ -167,8 +174,8 @@ def end_of_turn(processor: Any, template: str) -> str:
     found = [s for s in special if after.startswith(s)]
     if not found:
         raise OpticNerveError(
-            f"the chat template ends an assistant's turn with {after[:20]!r}, which starts with no special token: a model "
-            f"trained so would never stop. Write {{{{ eos_token }}}} after the assistant's content"
+            f"the chat template ends an assistant's turn with {after[:20]!r}, which starts with no special token: "
+            f"a model trained so would never stop. Write {{{{ eos_token }}}} after the assistant's content"
         )
     return max(found, key=len)
 

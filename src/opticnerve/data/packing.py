@@ -1,8 +1,8 @@
 """Samples side by side in one row, each blind to the others.
 
 A row is a list of groups; a group is a shared prefix (a picture and what stands before the question) and its branches
-(the questions with their answers). A branch sees its prefix and itself, and its positions go on from the prefix, so that
-loss and gradients are those of the separate samples; the picture is paid for once.
+(the questions with their answers). A branch sees its prefix and itself, and its positions go on from the prefix, so
+that loss and gradients are those of the separate samples; the picture is paid for once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from opticnerve.data.labels import IGNORE, Encoded
-from opticnerve.types import ImagePart
+from opticnerve.types import DataError, ImagePart
 
 
 @dataclass(slots=True)
@@ -69,24 +69,34 @@ def _extend(row: Row, ids: list[int], labels: list[int], *, start: int, group: i
 
 
 def shared_prefix(samples: Sequence[Encoded]) -> int:
-    """Tokens that all samples of a group begin with, ending before the position that predicts a first answer; 0 for one.
+    """Tokens that all samples of a group begin with, ending before the position that predicts a first answer; 0 for
+    one.
 
     Raises:
-        ValueError: the samples show different pictures, or a picture lies outside what they share.
+        DataError: the samples show different pictures, or a picture lies outside what they share.
     """
     if len(samples) == 1:
         return 0
     first = samples[0]
     if any(s.images != first.images for s in samples[1:]):
-        raise ValueError(f"samples of one group show different pictures: {', '.join(s.id for s in samples)}")
+        raise _unshareable("show different pictures", samples)
     limit = min(len(s.input_ids) for s in samples)
     limit = min([limit, *(_first_label(s) - 1 for s in samples)])
     count = 0
     while count < limit and all(s.input_ids[count] == first.input_ids[count] for s in samples[1:]):
         count += 1
     if count == 0:
-        raise ValueError(f"samples of one group share no first token: {', '.join(s.id for s in samples)}")
+        raise _unshareable("share no first token", samples)
+    if count < max(s.media_end for s in samples):
+        raise _unshareable("differ before the end of their pictures", samples)
     return count
+
+
+def _unshareable(problem: str, samples: Sequence[Encoded]) -> DataError:
+    return DataError(
+        f"samples of one group {problem}: {', '.join(s.id or s.where for s in samples)}", where=samples[0].where,
+        remedy="put the picture first in each question, or leave out share_prefix",
+    )  # fmt: skip
 
 
 def _first_label(sample: Encoded) -> int:

@@ -48,8 +48,8 @@ def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> list[Conver
 
 
 def held_out(conversation: Conversation) -> bool:
-    """Whether a sample belongs to the held-out twentieth: by its first picture's file name, so that all that is said of one
-    picture stays on one side, in every data file and on every machine."""
+    """Whether a sample belongs to the held-out twentieth: by its first picture's file name, so that all that is said of
+    one picture stays on one side, in every data file and on every machine."""
     for image in conversation.images:
         if isinstance(image.source, Path):
             return hashlib.sha256(image.source.name.encode()).digest()[0] % 20 == 0
@@ -59,8 +59,8 @@ def held_out(conversation: Conversation) -> bool:
 def load_units(
     specs: Sequence[DataSpec], *, on_error: OnError | None = None
 ) -> list[tuple[list[Conversation], int | None]]:
-    """Units of training: one conversation, or, with `share_prefix`, all questions about one picture and how many of them
-    to draw at a time."""
+    """Units of training: one conversation, or, with `share_prefix`, all questions about one picture and how many of
+    them to draw at a time."""
     units: list[tuple[list[Conversation], int | None]] = []
     for spec in specs:
         conversations = load_data(spec, on_error=on_error)

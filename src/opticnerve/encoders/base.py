@@ -14,8 +14,8 @@ class Encoder(nn.Module, ABC):
     """An eye or an ear.
 
     A subclass sets, by the end of its constructor,
-    `hidden_size` (width D of a token), `num_tokens` (tokens N of one image, fixed) and `options` (the plain keywords that
-    build the same module again with random weights: they go into `config.json`).
+    `hidden_size` (width D of a token), `num_tokens` (tokens N of one image, fixed) and `options` (the plain keywords
+    that build the same module again with random weights: they go into `config.json`).
     It never projects to the language model's width and never freezes itself.
     """
 
@@ -23,6 +23,7 @@ class Encoder(nn.Module, ABC):
     hidden_size: int
     num_tokens: int
     options: dict[str, Any]
+    files: list[str]
 
     @classmethod
     @abstractmethod
@@ -43,14 +44,16 @@ class Encoder(nn.Module, ABC):
 
     def weight_files(self) -> list[str]:
         """The files that the weights came from, for the content hash; empty when there are none."""
-        return list(getattr(self, "_weight_files", []))
+        return list(getattr(self, "files", ()))
 
 
 def last_blocks(encoder: Encoder, count: int) -> list[nn.Module]:
     """The last `count` blocks of an encoder; more than it has is an error with both numbers."""
     blocks = encoder.blocks()
     if not 0 < count <= len(blocks):
-        raise OpticNerveError(f"encoder.last({count}): this encoder has {len(blocks)} blocks; ask for 1 to {len(blocks)}")
+        raise OpticNerveError(
+            f"encoder.last({count}): this encoder has {len(blocks)} blocks; ask for 1 to {len(blocks)}"
+        )
     return blocks[-count:]
 
 
@@ -64,13 +67,11 @@ def make_image_processor(
     """
     import transformers as tf
 
-    common = {"image_mean": mean, "image_std": std, "resample": resample, "do_convert_rgb": True}
+    common: dict[str, Any] = {"image_mean": mean, "image_std": std, "resample": resample, "do_convert_rgb": True}
     if fit == "squash":
         return tf.SiglipImageProcessor(size={"height": size, "width": size}, **common)
     if fit == "crop":
-        return tf.CLIPImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **common
-        )
+        return tf.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **common)
     if fit == "pad":
         return tf.LlavaImageProcessor(
             do_pad=True, size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **common

@@ -72,7 +72,8 @@ class HFVisionEncoder(Encoder):
         config = getattr(config, "vision_config", config)
         if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
             raise OpticNerveError(f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm")
-        model, report = _model_class(config).from_pretrained(name, config=config, output_loading_info=True)
+        loaded: Any = _model_class(config).from_pretrained(name, config=config, output_loading_info=True)
+        model, report = loaded
         if report["missing_keys"] or report["mismatched_keys"]:
             raise OpticNerveError(
                 f"{name!r} lacks weights of its vision tower: missing {sorted(report['missing_keys'])[:8]}, "
@@ -89,7 +90,7 @@ class HFVisionEncoder(Encoder):
         encoder = cls(architecture=config.to_dict(), _model=model, **options)
         folder = Path(name)
         if folder.is_dir():
-            encoder._weight_files = [str(f) for f in sorted(folder.glob("*.safetensors"))]
+            encoder.files = [str(f) for f in sorted(folder.glob("*.safetensors"))]
         return encoder
 
     def forward(self, pixel_values: Tensor) -> Features:
@@ -98,9 +99,12 @@ class HFVisionEncoder(Encoder):
             tokens_BND = tokens_BND[:, self.prefix_tokens :]
         return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
 
-    def _select(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+    def _select(self, model: Any, pixel_values: Tensor) -> Tensor:
         # DINOv2 always interpolates; the others must be asked, and only when the size is not their own.
-        other_size = self.image_size != self.native_size and model.config.model_type not in ("dinov2", "dinov2_with_registers")
+        other_size = self.image_size != self.native_size and model.config.model_type not in (
+            "dinov2",
+            "dinov2_with_registers",
+        )
         extra = {"interpolate_pos_encoding": True} if other_size else {}
         if self.layer == "last":
             return model(pixel_values, **extra).last_hidden_state
@@ -115,10 +119,10 @@ class HFVisionEncoder(Encoder):
 
     def blocks(self) -> list[nn.Module]:
         """The longest ModuleList: the transformer's layers."""
-        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
+        lists: list[Any] = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
         if not lists:
             raise OpticNerveError(f"{type(self.model).__name__} has no list of layers; train `encoder` whole")
-        return list(max(lists, key=len))
+        return list(sorted(lists, key=len)[-1])
 
 
 def _config_from_dict(architecture: dict[str, Any]) -> PreTrainedConfig:
@@ -129,7 +133,7 @@ def _config_from_dict(architecture: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **architecture)
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _model_class(config: PreTrainedConfig) -> Any:
     try:
         return MODEL_MAPPING[type(config)]
     except KeyError as e:

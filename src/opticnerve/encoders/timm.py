@@ -69,7 +69,7 @@ class TimmEncoder(Encoder):
             eye = starter.eye(name)
             encoder = cls(name=eye.architecture, **{**eye.options, **options})
             eye.load_into(encoder.model)
-            encoder._weight_files = [str(eye.file())]
+            encoder.files = [str(eye.file())]
             return encoder
         encoder = cls(name=name, **options)
         pretrained = timm.create_model(name, pretrained=True, **_size_args(encoder.model, options.get("image_size")),
@@ -81,7 +81,7 @@ class TimmEncoder(Encoder):
         tokens_BND = self._tokens(self.model, pixel_values)
         return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
 
-    def _tokens(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+    def _tokens(self, model: Any, pixel_values: Tensor) -> Tensor:
         prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
         if self.layer == "last":
             out = model.forward_features(pixel_values)
@@ -121,7 +121,9 @@ class TimmEncoder(Encoder):
                 return list(found)
         named = [getattr(self.model, f"layer{i}") for i in range(1, 5) if hasattr(self.model, f"layer{i}")]
         if not named:
-            raise OpticNerveError(f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole")
+            raise OpticNerveError(
+                f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole"
+            )
         return named
 
 

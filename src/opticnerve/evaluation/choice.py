@@ -29,10 +29,11 @@ def run_choice(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """An entry of results.json's `tasks`: how often the true answer is likelier than `others` answers of other pictures.
+    """An entry of results.json's `tasks`: how often the true answer is likelier than `others` answers of other
+    pictures.
 
-    All candidates stand behind one copy of the picture. The likelihood is the mean log-probability of an answer's tokens,
-    its end-of-turn token included, so that long answers are not punished for their length.
+    All candidates stand behind one copy of the picture. The likelihood is the mean log-probability of an answer's
+    tokens, its end-of-turn token included, so that long answers are not punished for their length.
     """
     answers = [c.answer for c in conversations]
     if any(a is None for a in answers):

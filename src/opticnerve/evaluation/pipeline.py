@@ -98,6 +98,8 @@ def run_recipe(
     results.data |= found | {"seconds": seconds, "peak_memory_bytes": peak_memory()}
     results.write()
     write_card(run_dir)
+    if recipe.trackers:
+        accelerator.end_training()
     return results.data
 
 

@@ -62,16 +62,21 @@ class Answerer:
         if seed is not None:
             torch.manual_seed(seed)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        )
         stopped: list[bool] = []
         failed: list[BaseException] = []
+
+        def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((len(ids),), bool(stopped), device=ids.device)
 
         def work() -> None:
             try:
                 with torch.inference_mode():
                     self.model.generate(
                         **self.inputs([conversation]), max_new_tokens=max_new_tokens, streamer=streamer,
-                        stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), bool(stopped), device=ids.device)],
+                        stopping_criteria=[stop],
                         **sampling, **self._stops(),
                     )  # fmt: skip
             except BaseException as e:  # handed to the reader below; a thread's own traceback would reach nobody

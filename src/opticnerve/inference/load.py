@@ -1,4 +1,5 @@
-"""A model and its processor from wherever they are: a run, a stage of it, a self-contained folder, a hub name, "starter"."""
+"""A model and its processor from wherever they are: a run, a stage of it, a self-contained folder, a hub name,
+"starter"."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProc
 from opticnerve.types import OpticNerveError
 
 
-def load_model(name: str | Path, *, device: str | None = None, dtype: Any = None) -> tuple[Any, Any]:
+def load_model(
+    name: str | Path, *, device: str | None = None, dtype: Any = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """Load a docked model for use, in `eval()`.
 
     Args:
@@ -19,9 +22,12 @@ def load_model(name: str | Path, *, device: str | None = None, dtype: Any = None
             "starter" for the model that ships with the package.
         device: "cpu", "cuda", …; the first accelerator by default.
         dtype: of the weights; as it was trained by default.
+        trust_remote_code: run parts that the checkpoint names by dotted path.
     """
     folder = _resolve(str(name))
-    model = OpticNerveForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+    model = OpticNerveForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    )
     processor = OpticNerveProcessor.from_pretrained(folder)
     return model.to(device or default_device()).eval(), processor
 

@@ -1,7 +1,8 @@
 """One chat template for pictures and words, made from any language model's own.
 
-The templates of text-only models take a message's content as one string. A short prelude, itself Jinja, joins the parts of
-each message into such a string, a placeholder where a picture stands, and hands over to the model's template unchanged:
+The templates of text-only models take a message's content as one string. A short prelude, itself Jinja, joins the parts
+of each message into such a string, a placeholder where a picture stands, and hands over to the model's template
+unchanged:
 so a text-only prompt renders to the same letters as before, in every library that renders Jinja.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 IMAGE_TOKEN = "<image>"
 AUDIO_TOKEN = "<audio>"
 
-# Vicuna v1.1's form (LLaVA's `conv_vicuna_v1`), for language models without a template: it needs no special token but EOS.
+# Vicuna v1.1's form (LLaVA's `conv_vicuna_v1`), for language models without a template: it needs no special token but
+# EOS.
 PLAIN_CHAT = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ message['content'] + '\n' }}"
@@ -45,9 +47,13 @@ _PRELUDE = (
     + "{%- set joined = namespace(text='', gap='') -%}"
     + "{%- for part in message['content'] -%}"
     + "{%- if part['type'] == 'image' -%}"
-    + "{%- set joined.text = joined.text + joined.gap + '" + IMAGE_TOKEN + "' -%}{%- set joined.gap = '\n' -%}"
+    + "{%- set joined.text = joined.text + joined.gap + '"
+    + IMAGE_TOKEN
+    + "' -%}{%- set joined.gap = '\n' -%}"
     + "{%- elif part['type'] == 'audio' -%}"
-    + "{%- set joined.text = joined.text + joined.gap + '" + AUDIO_TOKEN + "' -%}{%- set joined.gap = '\n' -%}"
+    + "{%- set joined.text = joined.text + joined.gap + '"
+    + AUDIO_TOKEN
+    + "' -%}{%- set joined.gap = '\n' -%}"
     + "{%- elif part['type'] == 'text' -%}"
     + "{%- set joined.text = joined.text + joined.gap + part['text'] -%}{%- set joined.gap = '' -%}"
     + "{%- else -%}{{ raise_exception('unknown content part: ' + part['type']) }}{%- endif -%}"
@@ -63,4 +69,11 @@ def with_parts(template: str | None) -> str:
     template = template or PLAIN_CHAT
     if template.startswith(_MARK):
         return template
-    return _PRELUDE + template
+    # The prelude's last block swallows white space behind it: write out what the template alone would have begun with.
+    body = template.lstrip()
+    space = template[: len(template) - len(body)]
+    if body.startswith(("{%-", "{{-", "{#-")):
+        space = ""
+    elif body.startswith(("{%", "{#")) and body[2:3] != "+":
+        space = space.rstrip(" \t")  # chat templates are rendered with Jinja's `lstrip_blocks`
+    return _PRELUDE + (f"{{{{ {space!r} }}}}" if space else "") + body

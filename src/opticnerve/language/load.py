@@ -17,7 +17,8 @@ from opticnerve.types import OpticNerveError
 
 @dataclass(frozen=True)
 class Language:
-    """A language model, its tokenizer, and what names it: `name` as the user wrote it, the files its weights came from."""
+    """A language model, its tokenizer, and what names it: `name` as the user wrote it, the files its weights came
+    from."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -37,7 +38,8 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
     """
     folder, files = resolve(name, gguf_file=gguf_file)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         raise OpticNerveError(
             f"{name!r} lacks weights: missing {sorted(report['missing_keys'])[:8]}, "
@@ -45,7 +47,9 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise OpticNerveError(f"the tokenizer of {name!r} has neither padding nor end token; set one before docking")
+            raise OpticNerveError(
+                f"the tokenizer of {name!r} has neither padding nor end token; set one before docking"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return Language(model, tokenizer, name, tuple(files))
 

@@ -62,9 +62,7 @@ def linear_layers(language_model: nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     head = getattr(language_model, "get_output_embeddings", lambda: None)()
-    return [
-        name for name, m in language_model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head
-    ]
+    return [name for name, m in language_model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
 
 
 def is_lora(name: str) -> bool:
@@ -81,10 +79,11 @@ def merge_lora(language_model: nn.Module) -> None:
     for name, module in list(language_model.named_modules()):
         if not isinstance(module, LoraLayer):
             continue
-        base = module.get_base_layer()
+        layer: Any = module
+        base = layer.get_base_layer()
         dtype = base.weight.dtype
-        module.float()
-        module.merge(safe_merge=True)
+        layer.float()
+        layer.merge(safe_merge=True)
         base.to(dtype)
         parent_name, _, child = name.rpartition(".")
         setattr(language_model.get_submodule(parent_name) if parent_name else language_model, child, base)

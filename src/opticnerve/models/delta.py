@@ -43,7 +43,9 @@ def describe_bases(language_name: str, language_files: Iterable[str], towers: di
     files = list(language_files) or language.hub_files(language_name)
     bases: dict[str, Any] = {"language": {"name": language_name, "sha256": fingerprint(files) if files else None}}
     for modality, (name, encoder) in towers.items():
-        files = encoder.weight_files() or ([] if starter.is_starter(name) else language.hub_files(name.removeprefix("hf-hub:")))
+        files = encoder.weight_files() or (
+            [] if starter.is_starter(name) else language.hub_files(name.removeprefix("hf-hub:"))
+        )
         bases[modality] = {"name": name, "sha256": fingerprint(files) if files else None}
     return bases
 
@@ -90,13 +92,13 @@ def read(folder: Path) -> dict[str, Any]:
     """dock.json, checked for what loading needs."""
     try:
         reference = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
-        reference["bases"]["language"]["name"], reference["tensors"], reference["lora"]  # noqa: B018
+        reference["bases"]["language"]["name"], reference["tensors"], reference["lora"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
         raise OpticNerveError(f"{folder / REFERENCE} is not a dock's reference file: {e!r}") from e
     return dict(reference)
 
 
-def load(folder: Path, *, dtype: Any = None) -> OpticNerveForConditionalGeneration:
+def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) -> OpticNerveForConditionalGeneration:
     """Build the bases, check their hashes, put in what was trained; every tensor is accounted for."""
     reference = read(folder)
     if dtype in (None, "auto"):
@@ -108,14 +110,15 @@ def load(folder: Path, *, dtype: Any = None) -> OpticNerveForConditionalGenerati
     for modality, spec in config.towers.items():
         name = reference["bases"][modality]["name"]
         options = {k: v for k, v in spec["encoder"].items() if k not in ("type", "name", "architecture")}
-        encoder = registry.encoders.get(spec["encoder"]["type"]).from_pretrained(name, **options)
+        part = registry.encoders.get(spec["encoder"]["type"], allow_dotted=trust_remote_code)
+        encoder = part.from_pretrained(name, **options)
         towers[modality] = (name, encoder)
     check_bases(folder, reference["bases"], describe_bases(base.name, base.files, towers))
-    width = base.model.get_input_embeddings().embedding_dim
+    width = int(base.model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
     image = None
     if "image" in towers:
         spec = config.towers["image"]
-        image = join(towers["image"][1], spec["connector"], spec["fusion"], width).to(dtype)
+        image = join(towers["image"][1], spec["connector"], spec["fusion"], width, trust_remote_code).to(dtype)
     assert config.image_token_id is not None
     model = OpticNerveForConditionalGeneration.from_parts(base.model, image=image, image_token_id=config.image_token_id)
     if reference["lora"]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from opticnerve.encoders.base import Encoder
 from opticnerve.models.configuration import OpticNerveConfig
-from opticnerve.models.tower import build_tower
+from opticnerve.models.tower import Tower, build_tower
 from opticnerve.types import Features, OpticNerveError
+
+# `PreTrainedModel.from_pretrained` keeps `trust_remote_code` to itself; the constructor needs it for dotted paths.
+_trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 
 
 @dataclass
@@ -30,15 +35,16 @@ class OpticNerveOutput(ModelOutput):
 class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A language model with an eye.
 
-    `language_model` is any `AutoModelForCausalLM`, untouched; `image` is a `Tower` (encoder, connector, fusion). A prompt
-    without pictures goes to the language model as it came, so its logits are the bare model's, bit for bit.
+    `language_model` is any `AutoModelForCausalLM`, untouched; `image` is a `Tower` (encoder, connector, fusion). A
+    prompt without pictures goes to the language model as it came, so its logits are the bare model's, bit for bit.
     """
 
     config_class = OpticNerveConfig
     config: OpticNerveConfig
+    image: Tower
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities: ClassVar[tuple[str, ...]] = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -52,14 +58,15 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         width = self.language_model.get_input_embeddings().embedding_dim
         if "image" in config.towers:
-            self.image = build_tower(config.towers["image"], language_width=width, trust_remote_code=trust_remote_code)
+            trusted = trust_remote_code or _trusted.get()
+            self.image = build_tower(config.towers["image"], language_width=width, trust_remote_code=trusted)
         self._no_split_modules = list(getattr(self.language_model, "_no_split_modules", None) or [])
         self.post_init()
 
     @classmethod
-    def from_parts(cls, language_model: PreTrainedModel, *, image: nn.Module | None, image_token_id: int) -> Any:
+    def from_parts(cls, language_model: Any, *, image: Tower | None, image_token_id: int) -> Any:
         """Dock modules that already hold their weights; nothing is copied."""
-        towers = {"image": image.describe()} if image is not None else {}  # type: ignore[operator]
+        towers = {"image": image.describe()} if image is not None else {}
         # The configuration's constructor resets its sub-configurations: remember which attention was loaded.
         attention = language_model.config._attn_implementation
         config = OpticNerveConfig(text_config=language_model.config, towers=towers, image_token_id=image_token_id)
@@ -85,23 +92,39 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a self-contained folder, or a run's folder that holds what was trained and names its bases.
 
-        Every tensor is accounted for: missing, unexpected and mismatched ones are an error that lists them.
+        Every tensor is accounted for: missing, unexpected and mismatched ones are an error that lists them. Parts under
+        dotted paths (code from outside opticnerve) are run with `trust_remote_code=True` only.
         """
         from opticnerve.models import delta
 
+        trusted = bool(kwargs.get("trust_remote_code", False))
         folder = delta.find(pretrained_model_name_or_path)
         if folder is not None:
-            model = delta.load(folder, dtype=kwargs.get("dtype", kwargs.get("torch_dtype")))
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            model: Any = delta.load(folder, dtype=dtype, trust_remote_code=trusted)
             device_map = kwargs.get("device_map")
-            if isinstance(device_map, str | int | torch.device) and device_map not in ("auto", "balanced", "sequential"):
+            if isinstance(device_map, str | int | torch.device) and device_map not in (
+                "auto",
+                "balanced",
+                "sequential",
+            ):
                 model.to(device_map)
             return model
         wants_report = kwargs.pop("output_loading_info", False)
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        token = _trusted.set(trusted)
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        finally:
+            _trusted.reset(token)
+        model, report = loaded
         problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
         if problems:
             listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
-            raise OpticNerveError(f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}")
+            raise OpticNerveError(
+                f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
+            )
         if hasattr(model, "image"):
             restore_buffers(model.image.encoder)
         return (model, report) if wants_report else model
@@ -151,7 +174,8 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is None and image_features is None:
             if bool(placeholder_BL.any()):
                 raise ValueError(
-                    f"{int(placeholder_BL.sum())} image placeholders in the text, but 0 visual tokens: no pixel_values given"
+                    f"{int(placeholder_BL.sum())} image placeholders in the text, but 0 visual tokens: "
+                    "no pixel_values given"
                 )
             return embeds_BLD, None
         soft = self.image(pixel_values) if image_features is None else self.image.connect(image_features)
@@ -174,7 +198,8 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """One forward pass.
 
         Args:
-            input_ids: (B, L) with placeholders as the processor wrote them. pixel_values: (images, 3, H, W), the pictures
+            input_ids: (B, L) with placeholders as the processor wrote them. pixel_values: (images, 3, H, W), the
+            pictures
                 of the whole batch in the order of their placeholders. labels: (B, L), -100 where there is nothing to
                 learn. The rest as for any causal language model of transformers.
 
@@ -184,7 +209,9 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         soft = None
-        if inputs_embeds is None and (pixel_values is not None or image_features is not None or self._has_placeholder(input_ids)):
+        if inputs_embeds is None and (
+            pixel_values is not None or image_features is not None or self._has_placeholder(input_ids)
+        ):
             inputs_embeds, soft = self.embed(input_ids, pixel_values, image_features)  # type: ignore[arg-type]
             input_ids = None
         out = self.language_model(
@@ -217,25 +244,27 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         token = self.config.image_token_id
         return token is not None and input_ids is not None and bool((input_ids == token).any())
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self: Any, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Beams and several answers repeat each row; the pictures of a row are repeated as one block, in their order."""
+        """Beams and several answers repeat each row; the pictures of a row are repeated as one block, in their
+        order."""
         pixels = model_kwargs.pop("pixel_values", None)
         if pixels is not None and expand_size > 1 and input_ids is not None:
             counts = (input_ids == self.config.image_token_id).sum(1) // self.image.num_tokens
             rows = torch.split(pixels, counts.tolist())
             pixels = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
+            self, expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if pixels is not None:
             model_kwargs["pixel_values"] = pixels
         return input_ids, model_kwargs
 
 
-def restore_buffers(encoder: nn.Module) -> None:
-    """Compute again what a checkpoint does not carry: non-persistent buffers of encoders that are not transformers' own.
+def restore_buffers(encoder: Encoder) -> None:
+    """Compute again what a checkpoint does not carry: non-persistent buffers of encoders that are not transformers'
+    own.
 
     `from_pretrained` builds the model without memory and fills in what the file holds; tables that a constructor
     computes (timm's rotary embeddings, relative positions) would stay empty.
@@ -244,7 +273,7 @@ def restore_buffers(encoder: nn.Module) -> None:
     missing = [name for name, _ in encoder.named_buffers() if name not in persistent]
     if not missing:
         return
-    fresh = dict(type(encoder)(**encoder.options).named_buffers())  # type: ignore[arg-type]
+    fresh = dict(type(encoder)(**encoder.options).named_buffers())
     for name in missing:
         place = encoder.get_buffer(name)
         owner = encoder.get_submodule(name.rpartition(".")[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -73,7 +74,7 @@ def _language(model: OpticNerveForConditionalGeneration, inner: str) -> dict[str
         chosen = {id(p) for end in ends if end is not None for p in end.parameters()}
     else:
         lists = [m for m in model.language_model.modules() if isinstance(m, nn.ModuleList)]
-        blocks = max(lists, key=len) if lists else []
+        blocks: Any = max(lists, key=len) if lists else []
         count = int(re.findall(r"\d+", inner)[0])
         if not 0 < count <= len(blocks):
             raise OpticNerveError(f"{inner}: the language model has {len(blocks)} layers; ask for 1 to {len(blocks)}")

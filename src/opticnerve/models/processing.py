@@ -15,7 +15,8 @@ class OpticNerveProcessor(ProcessorMixin):
 
     Args:
         image_processor: turns a picture into `pixel_values` as the encoder wants them.
-        tokenizer: the language model's; `image_token` is added to it if it has none, without touching the vocabulary that
+        tokenizer: the language model's; `image_token` is added to it if it has none, without touching the vocabulary
+        that
             the language model knows.
         num_image_tokens: placeholders written for one picture: the connector's `num_tokens`.
         image_token: the word that stands for a picture in a prompt.
@@ -33,7 +34,9 @@ class OpticNerveProcessor(ProcessorMixin):
     ) -> None:
         assert tokenizer is not None
         if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
-            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
+            )
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)

@@ -7,13 +7,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from opticnerve import registry
+from opticnerve.connectors.base import Connector
+from opticnerve.encoders.base import Encoder
 from opticnerve.types import Features, OpticNerveError
 
 
 class Tower(nn.Module):
     """Media in, soft tokens at the language model's width out. Checks that neighbours fit when it is built."""
 
-    def __init__(self, encoder: nn.Module, connector: nn.Module, fusion: nn.Module) -> None:
+    encoder: Encoder
+    connector: Connector
+    fusion: Any
+
+    def __init__(self, encoder: Encoder, connector: Connector, fusion: nn.Module) -> None:
         super().__init__()
         if encoder.hidden_size != connector.in_size or encoder.num_tokens != connector.in_tokens:
             raise OpticNerveError(
@@ -25,7 +31,7 @@ class Tower(nn.Module):
     @property
     def num_tokens(self) -> int:
         """Soft tokens of one image: the number of placeholders that the processor writes."""
-        return int(self.connector.num_tokens)  # type: ignore[arg-type]
+        return int(self.connector.num_tokens)
 
     def forward(self, pixel_values: Tensor) -> Features:
         """`pixel_values` (B, 3, H, W) in any float dtype → `Features` (B, num_tokens, language width)."""
@@ -47,9 +53,9 @@ class Tower(nn.Module):
     def describe(self) -> dict[str, Any]:
         """The tower's entry in `OpticNerveConfig.towers`."""
         return {
-            "encoder": {"type": type_name(registry.encoders, self.encoder), **self.encoder.options},  # type: ignore[dict-item]
-            "connector": {"type": type_name(registry.connectors, self.connector), **self.connector.options},  # type: ignore[dict-item]
-            "fusion": {"type": type_name(registry.fusions, self.fusion), **self.fusion.options},  # type: ignore[dict-item]
+            "encoder": {"type": type_name(registry.encoders, self.encoder), **self.encoder.options},
+            "connector": {"type": type_name(registry.connectors, self.connector), **self.connector.options},
+            "fusion": {"type": type_name(registry.fusions, self.fusion), **self.fusion.options},
         }
 
 
@@ -60,11 +66,13 @@ def build_tower(spec: dict[str, Any], *, language_width: int, trust_remote_code:
 
 
 def join(
-    encoder: nn.Module, connector: dict[str, Any], fusion: dict[str, Any], language_width: int, trusted: bool = True
+    encoder: Encoder, connector: dict[str, Any], fusion: dict[str, Any], language_width: int, trusted: bool = True
 ) -> Tower:
     """Build the connector that fits between `encoder` and the language model, and the fusion."""
     sizes = {"in_size": encoder.hidden_size, "in_tokens": encoder.num_tokens, "out_size": language_width}
-    return Tower(encoder, make(registry.connectors, {**connector, **sizes}, trusted), make(registry.fusions, fusion, trusted))
+    return Tower(
+        encoder, make(registry.connectors, {**connector, **sizes}, trusted), make(registry.fusions, fusion, trusted)
+    )
 
 
 def make(parts: registry.Registry[Any], spec: dict[str, Any], trusted: bool = True) -> Any:
@@ -79,12 +87,14 @@ def check_options(kind: str, name: str, cls: type, options: dict[str, Any]) -> N
     """Refuse keywords that the part's constructor does not take."""
     import inspect
 
-    known = inspect.signature(cls.__init__).parameters
+    known = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return
     if unknown := sorted(set(options) - set(known)):
-        takes = [k for k in known if k not in ("self", "in_size", "out_size", "in_tokens") and not k.startswith("_")]
-        raise OpticNerveError(f"{kind} {name!r} takes no {', '.join(unknown)}; it takes {', '.join(takes) or 'no options'}")
+        takes = [k for k in known if k not in ("in_size", "out_size", "in_tokens") and not k.startswith("_")]
+        raise OpticNerveError(
+            f"{kind} {name!r} takes no {', '.join(unknown)}; it takes {', '.join(takes) or 'no options'}"
+        )
 
 
 def type_name(parts: registry.Registry[Any], module: nn.Module) -> str:

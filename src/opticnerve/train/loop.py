@@ -1,4 +1,5 @@
-"""One stage of training: freeze, step, log, save. Small, over accelerate, because staging and exact resume live here."""
+"""One stage of training: freeze, step, log, save. Small, over accelerate, because staging and exact resume live
+here."""
 
 from __future__ import annotations
 
@@ -97,7 +98,9 @@ def run_stage(
     skipped: list[str] = []
     on_error = (lambda e: skipped.append(str(e))) if stage.bad_samples == "skip" else None
     template = with_parts(CAPTION_ONLY) if stage.template == "caption" else None
-    units = usable_units(load_units(stage.data, on_error=on_error), processor, stage, template=template, on_error=on_error)
+    units = usable_units(
+        load_units(stage.data, on_error=on_error), processor, stage, template=template, on_error=on_error
+    )
     visits = Visits(
         units, stage, processor, seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes,
         template=template,
@@ -167,7 +170,11 @@ class _Run:
                         log.flush()
                         bar.update(line)
                     if self.recipe.trackers:
-                        flat = {"loss": line["loss"], "grad_norm": line["grad_norm"], "tokens_per_second": line["tokens_per_second"]}
+                        flat = {
+                            "loss": line["loss"],
+                            "grad_norm": line["grad_norm"],
+                            "tokens_per_second": line["tokens_per_second"],
+                        }
                         self.accelerator.log({f"{stage.name}/{k}": v for k, v in flat.items()}, step=self.step)
                     if self.stop:
                         raise Interrupted(self.save())
@@ -256,7 +263,7 @@ class _Run:
 @contextlib.contextmanager
 def _signals(ask: Callable[[], None]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks the loop to save and leave after its step; a second one is Python's own."""
-    before = {}
+    before: dict[Any, Any] = {}
 
     def handle(number: int, frame: Any) -> None:
         signal.signal(number, before[number])

@@ -25,7 +25,8 @@ class MasterAdamW:
         self.names = [list(group) for group in frozen.groups.values()]
         self.weights: list[list[nn.Parameter]] = [list(group.values()) for group in frozen.groups.values()]
         self.masters: list[list[torch.Tensor]] = [
-            [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in group] for group in self.weights
+            [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in group]
+            for group in self.weights
         ]
         groups = []
         for part, masters in zip(self.parts, self.masters, strict=True):
@@ -76,7 +77,8 @@ class MasterAdamW:
 
 
 def schedule(step: int, steps: int, *, warmup: float, kind: str, floor: float = 0.0) -> float:
-    """The factor on the learning rate at `step` (from 0) of `steps`: linear warm-up, then cosine, linear or constant."""
+    """The factor on the learning rate at `step` (from 0) of `steps`: linear warm-up, then cosine, linear or
+    constant."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm

@@ -45,6 +45,7 @@ class Progress:
                 self.last = now
                 left = (now - self.began) / max(1, line["step"] - self.start) * (self.steps - line["step"])
                 self.console.print(
-                    f"{self.name}: step {line['step']}/{self.steps}  loss {self.smooth:.4f}  {speed}  {left:.0f} s left",
+                    f"{self.name}: step {line['step']}/{self.steps}  loss {self.smooth:.4f}  {speed}  "
+                    f"{left:.0f} s left",
                     highlight=False,
                 )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from opticnerve.data.collate import Batch, Collator
+from opticnerve.data.images import open_image
 from opticnerve.data.labels import Encoded, encode
-from opticnerve.data.packing import pack
+from opticnerve.data.packing import Row, pack
 from opticnerve.data.source import draw
 from opticnerve.recipe import Stage
-from opticnerve.types import Conversation, DataError, OpticNerveError
+from opticnerve.types import Conversation, DataError, ImagePart, OpticNerveError
 
 Unit = tuple[list[Conversation], int | None]
 
@@ -51,7 +53,22 @@ class Visits(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         rows = self.stage.batch_size // self.stage.accumulate
         mine = range(index * rows + self.rank, (index + 1) * rows, self.world)
-        return self.collate([pack([self._encode(self.drawn(v))]) for v in mine])
+        return self.collate([self.row(v) for v in mine])
+
+    def row(self, visit: int) -> Row:
+        """The row of one visit, its pictures opened. Where bad samples are skipped, the next good visit stands in."""
+        last: DataError | None = None
+        for nearby in range(visit, visit + len(self.units)):
+            try:
+                row = pack([self._encode(self.drawn(nearby))])
+                row.images = [ImagePart(open_image(i.source, where=row.ids[0])) for i in row.images]
+                return row
+            except DataError as e:
+                if self.stage.bad_samples == "refuse":
+                    raise
+                last = e
+        assert last is not None
+        raise last
 
     def drawn(self, visit: int) -> list[Conversation]:
         """The conversations that the visit-th row of the stage trains on."""
@@ -67,7 +84,9 @@ class Visits(Dataset[Batch]):
         return self._orders[epoch]
 
     def _encode(self, conversations: list[Conversation]) -> list[Encoded]:
-        return [encode(c, self.processor, template=self.template, max_length=self.stage.max_length) for c in conversations]
+        return [
+            encode(c, self.processor, template=self.template, max_length=self.stage.max_length) for c in conversations
+        ]
 
 
 def usable_units(
@@ -77,14 +96,16 @@ def usable_units(
     *,
     template: str | None = None,
     on_error: Callable[[DataError], None] | None = None,
-    check: int = 20_000,
+    check: int = 10_000,
 ) -> list[Unit]:
-    """Encode up to `check` samples before the first step, so that a bad one is found now and not hours in.
+    """Encode up to `check` samples and open their pictures before the first step, so that a bad one is found now and
+    not hours in. (`opticnerve data check` goes through all.)
 
     With `on_error`, bad samples are handed to it and left out; without, the first one is raised.
     """
     good: list[Unit] = []
     seen = 0
+    opened: set[Path] = set()
     for conversations, count in units:
         kept = []
         for conversation in conversations:
@@ -92,6 +113,7 @@ def usable_units(
             try:
                 if seen <= check:
                     encode(conversation, processor, template=template, max_length=stage.max_length)
+                    _open_once(conversation, opened)
                 kept.append(conversation)
             except DataError as e:
                 if on_error is None:
@@ -102,3 +124,12 @@ def usable_units(
     if not good:
         raise OpticNerveError(f"stage {stage.name}: no usable sample is left")
     return good
+
+
+def _open_once(conversation: Conversation, opened: set[Path]) -> None:
+    """Open each picture file that has not been looked at yet; only good ones are remembered."""
+    for image in conversation.images:
+        if not isinstance(image.source, Path) or image.source not in opened:
+            open_image(image.source, where=conversation.where or conversation.id)
+            if isinstance(image.source, Path):
+                opened.add(image.source)

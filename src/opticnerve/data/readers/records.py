@@ -1,4 +1,5 @@
-"""A data file as a stream of records, each with its place: `file.jsonl:12`, `file.csv:12`, `file.json[12]`, `folder[12]`.
+"""A data file as a stream of records, each with its place: `file.jsonl:12`, `file.csv:12`, `file.json[12]`,
+`folder[12]`.
 
 JSONL, CSV and Parquet are read piece by piece; a JSON list is loaded whole. A bad record comes out as a `DataError`
 between the good ones; a file that cannot be read at all raises.
