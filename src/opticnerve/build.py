@@ -36,7 +36,7 @@ class Dock:
 
 
 def dock(
-    vision: Spec | None = None,
+    vision: Spec,
     connector: Spec = "mlp",
     language: str | dict[str, Any] = "starter/smollm2-135m-instruct",
     *,
@@ -47,21 +47,18 @@ def dock(
     """Dock a vision encoder onto a language model through a fresh connector.
 
     Args:
-        vision: a name (`starter/efficientnet-lite0`, `timm/…`, a hub name or folder of a transformers vision model), or
-        a
-            mapping such as `{"type": "timm", "name": "resnet50", "layer": -1}`; None for a text-only model.
+        vision: a name (`starter/efficientnet-lite0`, `timm/…`, a hub name or folder of a transformers vision model),
+            or a mapping such as `{"type": "timm", "name": "resnet50", "layer": -1}`.
         connector, fusion: a registered name or `{"type": …, options}`.
-        language: hub name, local folder, GGUF file or starter name; or a mapping with `name`, `gguf_file`,
-        `chat_template`.
+        language: hub name, local folder, GGUF file or starter name; or a mapping with `name`, `gguf_file` and
+            `chat_template`.
         dtype: of the weights in memory.
         seed: for the connector's first weights; None leaves torch's generator alone.
 
     Returns:
         A `Dock`; unpacks as `model, processor = dock(…)`.
     """
-    tower = None
-    if vision is not None:
-        tower = TowerSpec(encoder=_vision_spec(vision), connector=_part(connector), fusion=_part(fusion))
+    tower = TowerSpec(encoder=_vision_spec(vision), connector=_part(connector), fusion=_part(fusion))
     spec = LanguageSpec(name=language) if isinstance(language, str) else LanguageSpec(**language)
     return dock_spec(ModelSpec(language=spec, image=tower), dtype=dtype, seed=seed)
 
@@ -79,29 +76,24 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
         brain.tokenizer.chat_template = _template(spec.language.chat_template)
     if seed is not None:
         torch.manual_seed(seed)
-    image, towers = None, {}
-    if spec.image is not None:
-        cls = registry.encoders.get(spec.image.encoder.type)
-        options = dict(spec.image.encoder.options)
-        name = options.pop("name", None)
-        if name is None:
-            raise OpticNerveError("model.image.encoder needs a name: a hub name, a local folder, or starter/…")
-        check_options(
-            "encoder", spec.image.encoder.type, cls, {k: v for k, v in options.items() if k != "architecture"}
-        )
-        eye = cls.from_pretrained(name, **options)
-        width = int(brain.model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
-        image = join(eye, spec.image.connector.model_dump(), spec.image.fusion.model_dump(), width).to(dtype)
-        towers["image"] = (name, eye)
-    return assemble(brain, image, describe_bases(brain.name, brain.files, towers))
+    cls = registry.encoders.get(spec.image.encoder.type)
+    options = dict(spec.image.encoder.options)
+    name = options.pop("name", None)
+    if name is None:
+        raise OpticNerveError("model.image.encoder needs a name: a hub name, a local folder, or starter/…")
+    check_options("encoder", spec.image.encoder.type, cls, {k: v for k, v in options.items() if k != "architecture"})
+    eye = cls.from_pretrained(name, **options)
+    width = int(brain.model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
+    image = join(eye, spec.image.connector.model_dump(), spec.image.fusion.model_dump(), width).to(dtype)
+    return assemble(brain, image, describe_bases(brain.name, brain.files, {"image": (name, eye)}))
 
 
 def assemble(brain: Language, image: Any, bases: dict[str, Any]) -> Dock:
     """Model and processor from loaded parts."""
     processor = OpticNerveProcessor(
-        image_processor=image.encoder.image_processor() if image is not None else None,
+        image_processor=image.encoder.image_processor(),
         tokenizer=brain.tokenizer,
-        num_image_tokens=image.num_tokens if image is not None else 1,
+        num_image_tokens=image.num_tokens,
     )
     model = OpticNerveForConditionalGeneration.from_parts(
         brain.model,

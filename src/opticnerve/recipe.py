@@ -83,7 +83,7 @@ class ModelSpec(Strict):
     """What is docked onto what."""
 
     language: LanguageSpec
-    image: TowerSpec | None = None
+    image: TowerSpec
 
     @property
     def towers(self) -> dict[str, TowerSpec]:
@@ -117,10 +117,16 @@ class DataSpec(Strict):
         """`${NAME}` stands for an environment variable: recipes name no machine's folders."""
         if path is None or "$" not in path:
             return path
-        expanded = os.path.expandvars(path)
-        if missing := re.findall(r"\$\{?(\w+)", expanded):
+        if missing := re.findall(r"\$\{?(\w+)", os.path.expandvars(path)):
             raise ValueError(f"{path}: set the environment variable {missing[0]}, or write the folder")
-        return expanded
+        # Kept as it was written: a run folder that travels should name no folder of this machine.
+        return path
+
+    @model_validator(mode="after")
+    def _counts_have_a_use(self) -> DataSpec:
+        if self.per_image is not None and not self.share_prefix:
+            raise ValueError("per_image says how many questions share a picture's prefix; set share_prefix: true, too")
+        return self
 
 
 class LoraSpec(Strict):
@@ -141,7 +147,11 @@ class Stage(Strict):
     data: list[DataSpec]
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Positive = Field(8, description="samples per optimizer step, over all processes and accumulation")
+    batch_size: Positive = Field(
+        8,
+        description="rows per optimizer step, over all processes and micro-batches; a row is one sample, or the "
+        "samples that share a prefix",
+    )
     accumulate: Positive = 1
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -183,6 +193,10 @@ class Stage(Strict):
             raise ValueError("train: language already holds every part of it; remove the narrower one")
         if "encoder" in parts and any(p.startswith("encoder.last") for p in parts):
             raise ValueError("train: encoder already holds its last blocks; remove encoder.last(N)")
+        unnamed = [inner for m, inner in map(split_part, self.train) if m is None]
+        twice = [p for p in self.train if split_part(p)[0] and split_part(p)[1] in unnamed]
+        if twice:
+            raise ValueError(f"train: {', '.join(twice)} is named twice, with and without its tower; keep one")
         if self.lora is not None and "language.lora" not in parts:
             raise ValueError("lora options are given, but train names no language.lora")
         if self.steps is not None and self.epochs is not None:
@@ -258,7 +272,7 @@ def split_part(part: str) -> tuple[str | None, str]:
         near = difflib.get_close_matches(inner, PARTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first four"
+            f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first three"
         )
     return modality, inner
 

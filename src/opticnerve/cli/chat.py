@@ -135,7 +135,9 @@ class Session:
             self.console.print("  [dim](stopped)[/]", end="")
         finally:
             sys.stdout.write("\n")
-        if said.strip():
+        if not said.strip():
+            self.console.print("[dim](no words came)[/]")
+        else:
             self.messages += [asked, Message("assistant", (TextPart(said.strip()),))]
             self.shown = self.shown or self.picture is not None
 

@@ -68,7 +68,7 @@ def show(found: list[Piece]) -> Any:
             continue
         shown = piece.text.replace("\n", "↵").replace("\t", "⇥") or "∅"
         text.append(shown, style=style)
-        if piece.text.endswith("\n"):
+        if piece.text.endswith("\n") and piece is not found[-1]:
             text.append("\n")
     return text
 

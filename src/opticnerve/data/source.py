@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,9 @@ def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> list[Conver
         DataError: a bad sample, unless `on_error` takes it.
         OpticNerveError: no such file or starter name.
     """
-    path, media, trusted = spec.path, spec.media, spec.allow_outside_media
+    path = os.path.expandvars(spec.path)
+    media = os.path.expandvars(spec.media) if spec.media else None
+    trusted = spec.allow_outside_media
     if path.startswith("starter/"):
         path, media = _starter(path)
         trusted = True
@@ -48,11 +51,15 @@ def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> list[Conver
 
 
 def held_out(conversation: Conversation) -> bool:
-    """Whether a sample belongs to the held-out twentieth: by its first picture's file name, so that all that is said of
-    one picture stays on one side, in every data file and on every machine."""
+    """Whether a sample belongs to the held-out twentieth.
+
+    The hash of its first picture's file name (or bytes) decides, so that all that is said of one picture stays on one
+    side, in every data file and on every machine.
+    """
     for image in conversation.images:
-        if isinstance(image.source, Path):
-            return hashlib.sha256(image.source.name.encode()).digest()[0] % 20 == 0
+        if isinstance(image.source, Path | bytes):
+            key = image.source.name.encode() if isinstance(image.source, Path) else image.source
+            return hashlib.sha256(key).digest()[0] % 20 == 0
     return False
 
 

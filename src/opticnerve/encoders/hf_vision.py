@@ -54,7 +54,8 @@ class HFVisionEncoder(Encoder):
         self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
         self.model = _model if _model is not None else _model_class(config)(config)
         self.options = {
-            "architecture": config.to_dict(), "layer": layer, "class_token": class_token,
+            "architecture": {k: v for k, v in config.to_dict().items() if k != "_name_or_path"},
+            "layer": layer, "class_token": class_token,
             "image_size": self.image_size, "fit": fit, "mean": self.mean, "std": self.std,
         }  # fmt: skip
         grid = (self.image_size // int(config.patch_size)) ** 2

@@ -55,6 +55,8 @@ def run_recipe(
     run_dir.mkdir(parents=True, exist_ok=True)
     _keep_recipe(recipe, run_dir, resume)
     results = _Results(run_dir / "results.json", fresh=not resume)
+    for spec in recipe.evaluate:
+        load_data(spec.data)  # a bad question is found now, not when all is trained
     dock = dock_recipe(recipe)
     if console is not None:
         console.print(_headline(dock))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from opticnerve.starter import weights as starter
-from opticnerve.starter.cache import cache_dir, fingerprint, new_folder
+from opticnerve.starter.cache import cache_dir, fingerprint, new_folder, weight_files
 from opticnerve.types import OpticNerveError
 
 
@@ -37,14 +40,17 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
     GGUF weights are dequantised once into the cache, for training needs real matrices.
     """
     folder, files = resolve(name, gguf_file=gguf_file)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    with no_bars() if Path(folder).is_dir() else nullcontext():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     model, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         raise OpticNerveError(
             f"{name!r} lacks weights: missing {sorted(report['missing_keys'])[:8]}, "
             f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
         )
+    # What was asked for, not where it was found: configurations travel, folders do not.
+    model.config._name_or_path = name
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise OpticNerveError(
@@ -75,7 +81,7 @@ def resolve(name: str, *, gguf_file: str | None = None) -> tuple[str, list[str]]
         found = path / gguf_file if path.is_dir() else Path(str(cached_file(name, gguf_file)))
         return str(_dequantised(found)), [str(found)]
     if path.is_dir():
-        return name, [str(f) for f in sorted(path.glob("*.safetensors"))]
+        return name, weight_files(path)
     return name, []
 
 
@@ -86,7 +92,7 @@ def _dequantised(file: Path) -> Path:
         return target
     from transformers import GgufConfig
 
-    with new_folder(target) as new:
+    with new_folder(target) as new, no_bars():
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         # transformers 5 keeps GGUF weights packed unless told otherwise.
         model = AutoModelForCausalLM.from_pretrained(
@@ -100,16 +106,28 @@ def _dequantised(file: Path) -> Path:
     return target
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Local files load in a second: transformers' progress bars would only litter the terminal."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def hub_files(name: str) -> list[str]:
-    """The safetensors files of a hub model in the local cache, after it was loaded; empty where there are none."""
+    """The weight files of a hub model in the local cache, after it was loaded; empty where there are none."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors"], local_files_only=True))
-    except LocalEntryNotFoundError:
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):  # nothing there, or no name of the hub at all (a folder)
         return []
-    return [str(f) for f in sorted(folder.glob("*.safetensors"))]
+    return weight_files(folder)
 
 
 def tensor_fingerprint(state: dict[str, torch.Tensor]) -> str:

@@ -84,6 +84,7 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for k, v in (getattr(language_model, "all_tied_weights_keys", None) or {}).items()
         }
         model.config.dtype = language_model.dtype
+        model.config.architectures = [cls.__name__]
         if language_model.can_generate():
             model.generation_config = language_model.generation_config
         return model.eval()
@@ -111,6 +112,7 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 model.to(device_map)
             return model
         wants_report = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the others, and refused
         token = _trusted.set(trusted)
         try:
             loaded: Any = super().from_pretrained(

@@ -57,15 +57,19 @@ class OpticNerveProcessor(ProcessorMixin):
         if batched or kwargs.get("padding"):
             kwargs.setdefault("padding", True)
             kwargs.setdefault("padding_side", "left")
-        out = super().__call__(images=images, text=text, **kwargs)
-        if kwargs.get("truncation") and images is not None:
-            self._check_not_cut(text, out["input_ids"])
-        return out
+        return super().__call__(images=images, text=text, **kwargs)
 
-    def _check_not_cut(self, text: Any, input_ids: Any) -> None:
-        rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
-        for prompt, row in zip([text] if isinstance(text, str) else text, rows, strict=True):
-            wanted = prompt.count(self.image_token) * self.num_image_tokens
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As transformers', but a model without an eye has no image processor."""
+        if argument_name == "image_processor" and argument is None:
+            return type(None)
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """transformers' hook after tokenisation; `text` has its placeholders written out."""
+        rows = text_inputs["input_ids"]
+        for prompt, row in zip(text, rows.tolist() if hasattr(rows, "tolist") else rows, strict=True):
+            wanted = prompt.count(self.image_token)
             found = sum(token == self.image_token_id for token in row)
             if wanted != found:
                 raise OpticNerveError(

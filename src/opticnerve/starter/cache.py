@@ -34,6 +34,12 @@ def new_folder(target: Path) -> Iterator[Path]:
                 raise
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The files that transformers and timm read a local folder's weights from: safetensors, else torch's own."""
+    found = sorted(folder.glob("*.safetensors")) or sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])
+    return [str(f) for f in found]
+
+
 def fingerprint(files: Iterable[str | Path]) -> str:
     """SHA-256 over the contents of weight files, in name order; remembered by path, size and time of change."""
     memory = cache_dir() / "fingerprints.json"

@@ -84,10 +84,10 @@ def run_stage(
     model, processor = dock.model, dock.processor
     if stage.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if any(part.endswith("language.lora") for part in stage.train) and not has_lora(model.language_model):
-        torch.manual_seed(recipe.seed)
-        dock.lora = (stage.lora or LoraSpec()).model_dump()
-        add_lora(model.language_model, dock.lora)
+    stage = _within_context(stage, model)
+    torch.manual_seed(recipe.seed)
+    if "language.lora" in stage.train:
+        _give_lora(dock, stage)
     frozen = freeze(model, stage.train)
     trained_before |= {n for group in frozen.groups.values() for n in group}
     if accelerator.is_main_process:
@@ -114,6 +114,26 @@ def run_stage(
         run.restore()
     run.skipped = skipped
     return run.go()
+
+
+def _within_context(stage: Stage, model: Any) -> Stage:
+    """No sample may be longer than the language model's context, whether the stage says so or not."""
+    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    if not context:
+        return stage
+    return stage.model_copy(update={"max_length": min(stage.max_length or context, context)})
+
+
+def _give_lora(dock: Dock, stage: Stage) -> None:
+    """A fresh adapter for the first stage that trains one; a later stage goes on with it and may not reshape it."""
+    if not has_lora(dock.model.language_model):
+        dock.lora = (stage.lora or LoraSpec()).model_dump()
+        add_lora(dock.model.language_model, dock.lora)
+    elif stage.lora is not None and stage.lora.model_dump() != dock.lora:
+        raise OpticNerveError(
+            f"stage {stage.name}: lora is {stage.lora.model_dump()}, but an earlier stage's adapter is {dock.lora}; "
+            f"leave lora out to go on with it, or merge it and start another recipe"
+        )
 
 
 def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
