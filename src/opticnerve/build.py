@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from opticnerve import registry
-from opticnerve.language.chat_template import NAMED
+from opticnerve.language.chat_template import read_template
 from opticnerve.language.load import Language, load_language
 from opticnerve.models.delta import describe_bases
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
@@ -73,7 +72,7 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
     """The model that a validated specification describes."""
     brain = load_language(spec.language.name, dtype=dtype, gguf_file=spec.language.gguf_file)
     if spec.language.chat_template:
-        brain.tokenizer.chat_template = _template(spec.language.chat_template)
+        brain.tokenizer.chat_template = read_template(spec.language.chat_template)
     if seed is not None:
         torch.manual_seed(seed)
     cls = registry.encoders.get(spec.image.encoder.type)
@@ -117,14 +116,3 @@ def _vision_spec(vision: Spec) -> PartSpec:
 
 def _part(spec: Spec) -> PartSpec:
     return PartSpec(type=spec) if isinstance(spec, str) else PartSpec(**spec)
-
-
-def _template(text: str) -> str:
-    """A template by name, by file, or as it stands."""
-    if text in NAMED:
-        return NAMED[text]
-    if "{" in text:
-        return text
-    if not Path(text).is_file():
-        raise OpticNerveError(f"chat_template {text!r} is no file, no Jinja, and none of {', '.join(NAMED)}")
-    return Path(text).read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from opticnerve.language.lora import add_lora
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan_data import StageData, look
 from opticnerve.plan_model import Shape, Share, context_of, processor_for
-from opticnerve.recipe import LoraSpec, Recipe, Stage
+from opticnerve.recipe import DataSpec, LoraSpec, Recipe, Stage
 from opticnerve.starter import weights as starter
 from opticnerve.types import OpticNerveError
 
@@ -249,11 +249,15 @@ def _remarks(recipe: Recipe, plan: Plan, model: Any) -> list[Remark]:
         note("the recipe has no stages: there is nothing to train")
     elif not recipe.evaluate:
         warn("no `evaluate:` section: you will not know whether it works; name questions with known answers")
-    learned = {d.path for stage in recipe.stages for d in stage.data}
     for task in recipe.evaluate:
-        if task.data.path in learned:
+        if any(_overlap(task.data, d) for stage in recipe.stages for d in stage.data):
             warn(f"evaluate {task.name!r} asks about {task.data.path}, which a stage trains on; hold some data out")
     return found
+
+
+def _overlap(asked: DataSpec, learned: DataSpec) -> bool:
+    """Whether two entries may hold the same samples, by their paths and splits."""
+    return asked.path == learned.path and {asked.split, learned.split} != {"train", "held_out"}
 
 
 def _stage_warnings(stage: Stage, planned: StagePlan, plan: Plan) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from opticnerve import registry
-from opticnerve.language.chat_template import NAMED
+from opticnerve.language.chat_template import read_template
 from opticnerve.language.load import load_language_config, resolve
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import TOWERS, full_name, part_parameters
@@ -117,7 +116,7 @@ def processor_for(recipe: Recipe) -> OpticNerveProcessor:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if language.chat_template:
-        tokenizer.chat_template = _template(language.chat_template)
+        tokenizer.chat_template = read_template(language.chat_template)
     model = shadow(recipe)
     image = getattr(model, "image", None)
     return OpticNerveProcessor(
@@ -206,18 +205,6 @@ def _layers(language: nn.Module) -> int:
 
 def _count(parameters: Any) -> int:
     return sum(p.numel() for p in parameters)
-
-
-def _template(text: str) -> str:
-    """A template by name, by file, or as it stands; `build` reads it in the same way."""
-    path = Path(text)
-    if text in NAMED:
-        return NAMED[text]
-    if len(text) < 500 and path.is_file():
-        return path.read_text(encoding="utf-8")
-    if "{" not in text:
-        raise OpticNerveError(f"chat_template {text!r} is no file, no Jinja, and none of {', '.join(NAMED)}")
-    return text
 
 
 def _unreachable(key: str, name: str, error: OSError) -> OpticNerveError:

@@ -309,6 +309,10 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+# Two ways to say how long a stage is: an override of one takes the place of the other.
+_INSTEAD = {"steps": "epochs", "epochs": "steps"}
+
+
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -336,6 +340,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override {key}: {'.'.join(steps[:i])} holds a single value")
         if i == len(steps) - 1:
             here[index] = value
+            if isinstance(here, dict) and index in _INSTEAD and value is not None:
+                here.pop(_INSTEAD[index], None)
             return
         if isinstance(here, dict) and not isinstance(here.get(index), dict | list):
             here[index] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ def llava_of(made: Dock) -> Any:
     tower, language = made.model.image, made.model.language_model
     config = tf.LlavaConfig(
         vision_config=tf.CLIPVisionConfig(**{k: v for k, v in tower.encoder.options["architecture"].items() if k != "model_type"}),
-        text_config=language.config, image_token_index=made.processor.image_token_id, projector_hidden_act="gelu",
+        text_config=copy.deepcopy(language.config), image_token_index=made.processor.image_token_id, projector_hidden_act="gelu",
         vision_feature_layer=-2, vision_feature_select_strategy="default",
     )  # fmt: skip
     theirs = tf.LlavaForConditionalGeneration(config).eval()

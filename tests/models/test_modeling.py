@@ -168,15 +168,6 @@ def test_wrong_options_list_the_right_ones(docked: Callable[..., Dock]) -> None:
         docked(connector={"type": "mlp", "depht": 3})
 
 
-def test_a_model_without_an_eye(language_folder: Callable[..., str], tmp_path: Any) -> None:
-    made = dock(None, language=language_folder("llama"))
-    batch = made.processor(text="q", return_tensors="pt")
-    logits = made.model(**batch).logits
-    made.model.save_pretrained(tmp_path)
-    again = OpticNerveForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(again(**batch).logits, logits)
-
-
 def test_the_same_seed_draws_the_same_connector(docked: Callable[..., Dock]) -> None:
     one, same, other = (docked(seed=s).model.image.connector.state_dict() for s in (0, 0, 1))
     assert all(torch.equal(one[n], same[n]) for n in one)

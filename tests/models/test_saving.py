@@ -52,10 +52,14 @@ def test_save_and_load_every_encoder(
     again = some_inputs((model, processor))
     assert all(torch.equal(batch[k], again[k]) for k in batch)
     with torch.no_grad():
-        assert torch.equal(model(**again).logits, made.model(**batch).logits)
-    for (n, ours), (m, theirs) in zip(made.model.named_buffers(), model.named_buffers(), strict=True):
+        # (Not bit for bit: how a loaded tensor lies in memory may choose another kernel of a convolution.)
+        torch.testing.assert_close(model(**again).logits, made.model(**batch).logits, rtol=1e-5, atol=1e-6)
+    ours, theirs = made.model.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    for (n, one), (m, other) in zip(made.model.named_buffers(), model.named_buffers(), strict=True):
         assert n == m
-        assert torch.equal(ours, theirs), n
+        assert torch.equal(one, other), n
 
 
 @pytest.mark.parametrize("options", [ROPE, SWIN], ids=["rope", "swin"])

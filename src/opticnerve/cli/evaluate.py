@@ -70,9 +70,10 @@ def evaluate(
 def _spec(
     path: str, data_format: str, metric: str, media: Path | None, sample: int | None, image_dependence: int
 ) -> Any:
-    from opticnerve import recipe
+    from pydantic import ValidationError
 
-    # By way of the recipe's own rules, so that a wrong format or metric is explained in the same words.
+    from opticnerve.recipe import EvaluateSpec
+
     entry = {
         "name": Path(path).name,
         "data": {"path": path, "format": data_format, "media": str(media) if media else None},
@@ -80,5 +81,8 @@ def _spec(
         "sample": sample,
         "image_dependence": image_dependence,
     }
-    found = recipe.load({"model": {"language": {"name": "any"}}, "evaluate": [entry]})
-    return found.evaluate[0]
+    try:
+        return EvaluateSpec.model_validate(entry)
+    except ValidationError as e:
+        wrong = "; ".join(f"--{found['loc'][-1]}: {found['msg'].removeprefix('Value error, ')}" for found in e.errors())
+        raise OpticNerveError(wrong) from None

@@ -7,9 +7,9 @@ from typing import Any
 
 def model_folder(name: str) -> str:
     """The folder (or hub name) that holds a model: a run's last finished stage, the shipped starter, …"""
-    from opticnerve.inference.load import _resolve
+    from opticnerve.inference.load import resolve
 
-    return _resolve(name)
+    return resolve(name)
 
 
 def processor_of(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from opticnerve.encoders.base import Encoder, make_image_processor
+from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]
@@ -91,7 +92,7 @@ class HFVisionEncoder(Encoder):
         encoder = cls(architecture=config.to_dict(), _model=model, **options)
         folder = Path(name)
         if folder.is_dir():
-            encoder.files = [str(f) for f in sorted(folder.glob("*.safetensors"))]
+            encoder.files = weight_files(folder)
         return encoder
 
     def forward(self, pixel_values: Tensor) -> Features:

@@ -6,14 +6,17 @@ Source: timm's feature API, `forward_features` and `forward_intermediates`
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor, nn
 
 from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.starter import weights as starter
+from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | Literal["last"]
@@ -71,10 +74,14 @@ class TimmEncoder(Encoder):
             eye.load_into(encoder.model)
             encoder.files = [str(eye.file())]
             return encoder
-        encoder = cls(name=name, **options)
-        pretrained = timm.create_model(name, pretrained=True, **_size_args(encoder.model, options.get("image_size")),
-                                       **(options.get("model_args") or {}))  # fmt: skip
+        architecture, defaults, folder = _look_up(name)
+        model_args = {**defaults.pop("model_args", {}), **(options.pop("model_args", None) or {})}
+        encoder = cls(name=architecture, model_args=model_args, **{**defaults, **options})
+        size = _size_args(encoder.model, encoder.options["image_size"])
+        pretrained = timm.create_model(name, pretrained=True, **{**size, **model_args})
         encoder.model.load_state_dict(pretrained.state_dict())
+        if folder is not None:
+            encoder.files = weight_files(folder)
         return encoder
 
     def forward(self, pixel_values: Tensor) -> Features:
@@ -132,6 +139,24 @@ def _rows(map_4d: Tensor, model: nn.Module) -> Tensor:
     if getattr(model, "output_fmt", "NCHW") == "NHWC":
         return map_4d.flatten(1, 2)
     return map_4d.flatten(2).transpose(1, 2)
+
+
+def _look_up(name: str) -> tuple[str, dict[str, Any], Path | None]:
+    """The architecture behind `hf-hub:…` or `local-dir:…`, what its config.json says beside it, and the local folder.
+
+    So that a configuration names the architecture alone, and builds where neither hub nor folder is at hand.
+    """
+    source, colon, place = name.partition(":")
+    if not colon:
+        return name, {}, None
+    load = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
+    found, architecture, model_args = load(place)
+    defaults: dict[str, Any] = {k: list(found[k]) for k in ("mean", "std") if k in found}
+    if "input_size" in found:
+        defaults["image_size"] = int(found["input_size"][-1])
+    classes = {"num_classes": found["num_classes"]} if "num_classes" in found else {}
+    folder = Path(place) if source == "local-dir" else None
+    return architecture, {**defaults, "model_args": {**classes, **(model_args or {})}}, folder
 
 
 def _size_args(model: nn.Module, image_size: int | None) -> dict[str, Any]:

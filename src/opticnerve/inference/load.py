@@ -24,7 +24,7 @@ def load_model(
         dtype: of the weights; as it was trained by default.
         trust_remote_code: run parts that the checkpoint names by dotted path.
     """
-    folder = _resolve(str(name))
+    folder = resolve(str(name))
     model = OpticNerveForConditionalGeneration.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     )
@@ -37,7 +37,8 @@ def default_device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
 
 
-def _resolve(name: str) -> str:
+def resolve(name: str) -> str:
+    """The folder (or hub name) that a model's name stands for."""
     if name == "starter":
         from opticnerve.starter.demo import shipped_model
 

@@ -8,6 +8,10 @@ so a text-only prompt renders to the same letters as before, in every library th
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from opticnerve.types import OpticNerveError
+
 IMAGE_TOKEN = "<image>"
 AUDIO_TOKEN = "<audio>"
 
@@ -77,3 +81,14 @@ def with_parts(template: str | None) -> str:
     elif body.startswith(("{%", "{#")) and body[2:3] != "+":
         space = space.rstrip(" \t")  # chat templates are rendered with Jinja's `lstrip_blocks`
     return _PRELUDE + (f"{{{{ {space!r} }}}}" if space else "") + body
+
+
+def read_template(text: str) -> str:
+    """A template by name, as it stands, or from a file."""
+    if text in NAMED:
+        return NAMED[text]
+    if "{" in text:
+        return text
+    if not Path(text).is_file():
+        raise OpticNerveError(f"chat_template {text!r} is no file, no Jinja, and none of {', '.join(NAMED)}")
+    return Path(text).read_text(encoding="utf-8")

@@ -87,6 +87,5 @@ def merge_lora(language_model: nn.Module) -> None:
         base.to(dtype)
         parent_name, _, child = name.rpartition(".")
         setattr(language_model.get_submodule(parent_name) if parent_name else language_model, child, base)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(language_model, attribute):
-            delattr(language_model, attribute)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):  # the second also stands on transformers' class
+        vars(language_model).pop(attribute, None)

@@ -24,6 +24,7 @@ from opticnerve.language import load as language
 from opticnerve.language.lora import add_lora
 from opticnerve.models.configuration import OpticNerveConfig
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.parts import moving_buffers
 from opticnerve.models.tower import join
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import fingerprint
@@ -62,7 +63,8 @@ def save(
     """Write config.json, dock.json and trained.safetensors.
 
     Args:
-        trained: full names of all parameters that any stage so far has trained; the connectors' buffers go with them.
+        trained: full names of all parameters that any stage so far has trained; the buffers that move with them
+            and the connectors go along.
         tensors: other values for some of them (float32 masters), by full name.
     """
     import transformers
@@ -71,7 +73,8 @@ def save(
 
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    names = sorted({*trained, *(n for n in state if ".connector." in n)})
+    trained = set(trained)
+    names = sorted({*trained, *moving_buffers(model, trained), *(n for n in state if ".connector." in n)})
     chosen = {n: (tensors or {}).get(n, state[n]).detach().cpu().contiguous().clone() for n in names}
     config = model.config
     config.save_pretrained(folder)

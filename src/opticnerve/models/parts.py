@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,18 @@ def part_parameters(model: OpticNerveForConditionalGeneration, part: str) -> dic
     if not found:
         raise OpticNerveError(f"{part} has no parameters in this model")
     return found
+
+
+def moving_buffers(model: OpticNerveForConditionalGeneration, trained: Iterable[str]) -> list[str]:
+    """Full names of the persistent buffers that training moves: the connectors' calibration, and what stands beside a
+    trained parameter (a batch norm's statistics)."""
+    owners = {name.rpartition(".")[0] for name in trained}
+    kept = model.state_dict().keys()
+    return [
+        name
+        for name, _ in model.named_buffers()
+        if name in kept and (".connector." in name or name.rpartition(".")[0] in owners)
+    ]
 
 
 def full_name(model: OpticNerveForConditionalGeneration, part: str) -> str:

@@ -59,12 +59,6 @@ class OpticNerveProcessor(ProcessorMixin):
             kwargs.setdefault("padding_side", "left")
         return super().__call__(images=images, text=text, **kwargs)
 
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """As transformers', but a model without an eye has no image processor."""
-        if argument_name == "image_processor" and argument is None:
-            return type(None)
-        return super().check_argument_for_proper_class(argument_name, argument)
-
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         """transformers' hook after tokenisation; `text` has its placeholders written out."""
         rows = text_inputs["input_ids"]

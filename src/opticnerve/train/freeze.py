@@ -10,6 +10,7 @@ from torch import nn
 
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import TOWERS, full_name, part_parameters
+from opticnerve.types import OpticNerveError
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,14 @@ def freeze(model: OpticNerveForConditionalGeneration, train: Mapping[str, float]
     groups: dict[str, dict[str, nn.Parameter]] = {}
     rates: dict[str, float] = {}
     taken: set[int] = set()
-    # Narrower parts first: `encoder.last(2)` keeps its rate where `encoder` is named nowhere else.
+    # Of two parts that overlap (`language.last(1)`, `language.last(3)`), the one named first keeps what both hold.
     for part, rate in train.items():
         name = full_name(model, part)
         groups[name] = {n: p for n, p in part_parameters(model, part).items() if id(p) not in taken}
+        if not groups[name]:
+            raise OpticNerveError(
+                f"train: all of {part} belongs to parts named before it; name the narrower part first, or leave it out"
+            )
         rates[name] = rate
         taken |= {id(p) for p in groups[name].values()}
     for parameter in model.parameters():
@@ -86,11 +91,11 @@ def freeze(model: OpticNerveForConditionalGeneration, train: Mapping[str, float]
         own = list(module.parameters())
         if own and all(p.requires_grad for p in own):
             module.train()
-        elif any("lora" in n for n in getattr(module, "_modules", {})):
-            # LoRA's dropout lives beside a frozen weight.
-            for child_name, child in module.named_children():
-                if child_name.startswith("lora_"):
-                    child.train()
+        # LoRA's dropout lives beside a frozen weight.
+        lora = [child for name, child in module.named_children() if name.startswith("lora_")]
+        if any(p.requires_grad for child in lora for p in child.parameters()):
+            for child in lora:
+                child.train()
     return Frozen(_rows(model, groups, rates), groups, rates)
 
 

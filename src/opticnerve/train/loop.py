@@ -23,6 +23,7 @@ from opticnerve.data.source import load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
 from opticnerve.language.lora import add_lora, has_lora
 from opticnerve.models import delta
+from opticnerve.models.parts import moving_buffers
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.train import checkpoint
@@ -106,12 +107,10 @@ def run_stage(
         template=template,
     )  # fmt: skip
     model.to(accelerator.device)
-    if not resume or not checkpoint.checkpoints(folder):
-        calibrate(model, visits)
     optimizer = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
     run = _Run(dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console)
-    if resume:
-        run.restore()
+    if not (resume and run.restore()):
+        calibrate(model, visits)
     run.skipped = skipped
     return run.go()
 
@@ -246,7 +245,8 @@ class _Run:
 
     def save(self) -> Path:
         """A checkpoint that this stage continues from, exactly."""
-        model_buffers = {n: b.detach().cpu() for n, b in self.dock.model.named_buffers() if ".connector." in n}
+        moving = moving_buffers(self.dock.model, self.optimizer.master_tensors())
+        model_buffers = {n: self.dock.model.get_buffer(n).detach().cpu() for n in moving}
         state = {
             "optimizer": self.optimizer.state_dict(), "rng": checkpoint.rng_state(), "buffers": model_buffers,
             "samples": self.samples, "tokens": self.tokens, "elapsed": self.elapsed, "loss": self.loss,
@@ -255,16 +255,18 @@ class _Run:
             return self.folder
         return checkpoint.save(self.folder, self.step, state)
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
+        """Go back to the newest whole checkpoint; False where there is none."""
         state = checkpoint.newest(self.folder, warn=self.console.print if self.console is not None else print)
         if state is None:
-            return
+            return False
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["buffers"].items():
             self.dock.model.get_buffer(name).copy_(value)
         checkpoint.set_rng_state(state["rng"])
         self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
         self.elapsed, self.loss = state["elapsed"], state["loss"]
+        return True
 
     def _write_delta(self) -> None:
         delta.save(self.dock.model, self.folder, bases=self.dock.bases, lora=self.dock.lora, trained=self.trained)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from opticnerve.data.collate import Batch, Collator
 from opticnerve.data.images import open_image
 from opticnerve.data.labels import Encoded, encode
-from opticnerve.data.packing import Row, pack
+from opticnerve.data.packing import Row, pack, shared_prefix
 from opticnerve.data.source import draw
 from opticnerve.recipe import Stage
 from opticnerve.types import Conversation, DataError, ImagePart, OpticNerveError
@@ -107,13 +107,16 @@ def usable_units(
     seen = 0
     opened: set[Path] = set()
     for conversations, count in units:
-        kept = []
+        kept: list[Conversation] = []
+        encoded: list[Encoded] = []
         for conversation in conversations:
             seen += 1
             try:
                 if seen <= check:
-                    encode(conversation, processor, template=template, max_length=stage.max_length)
+                    made = encode(conversation, processor, template=template, max_length=stage.max_length)
                     _open_once(conversation, opened)
+                    shared_prefix([*encoded[:1], made])
+                    encoded.append(made)
                 kept.append(conversation)
             except DataError as e:
                 if on_error is None:

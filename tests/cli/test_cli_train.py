@@ -1,0 +1,148 @@
+"""`train`, `demo`, `ask`, `eval` and `merge`: what they pass on, what they refuse, what a script reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opticnerve.cli.demo import _clear
+from opticnerve.cli.train import check_folder
+from opticnerve.types import OpticNerveError
+
+RESULTS = {
+    "stages": [{"name": "align", "steps": 3, "samples": 6, "seconds": 1.5, "final_loss": 2.0}],
+    "tasks": [{"name": "t", "n": 2, "accuracy": 0.5, "ci95": [0.1, 0.9], "by_type": {"yes/no": {"n": 2, "accuracy": 0.5}},
+               "samples": [{"question": "secret"}]}],
+    "image_dependence": {"n": 2, "real": 0.5, "blank": 0.25, "shuffled": 0.0},
+    "forgetting": [{"after": "untouched", "perplexity": float("nan"), "logits_identical": None, "answers": []}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def ran_with(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The pipeline replaced by one that notes how it was called."""
+    from opticnerve.evaluation import pipeline
+
+    seen: dict[str, Any] = {}
+
+    def run_recipe(recipe: Any, run_dir: Path, **options: Any) -> dict[str, Any]:
+        seen.update(recipe=recipe, run_dir=run_dir, **options)
+        options["console"].print("progress")
+        return RESULTS
+
+    monkeypatch.setattr(pipeline, "run_recipe", run_recipe)
+    return seen
+
+
+def test_train_passes_recipe_overrides_and_command_on(
+    opticnerve: Callable[..., Any], ran_with: dict[str, Any], recipe_file: Path, tmp_path: Path
+) -> None:
+    ran = opticnerve("train", recipe_file, "stages.0.steps=7", "--out", tmp_path / "run")
+    assert ran.code == 0, ran.err
+    assert ran_with["recipe"].stages[0].steps == 7
+    assert ran_with["run_dir"] == tmp_path / "run"
+    assert ran_with["command"] == f"opticnerve train {recipe_file} stages.0.steps=7 --out {tmp_path / 'run'}"
+    assert "50.0%" in ran.out
+    assert "+25.0 points" in ran.out
+
+
+def test_train_json_is_alone_on_stdout_and_strict(
+    opticnerve: Callable[..., Any], ran_with: dict[str, Any], recipe_file: Path, tmp_path: Path
+) -> None:
+    ran = opticnerve("train", recipe_file, "--out", tmp_path / "run", "--json")
+    found = json.loads(ran.out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["run"] == str(tmp_path / "run")
+    assert found["forgetting"][0]["perplexity"] is None
+    assert "secret" not in ran.out
+    assert "progress" in ran.err
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    opticnerve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path
+) -> None:
+    from opticnerve.evaluation import pipeline
+    from opticnerve.train.loop import Interrupted
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Interrupted(tmp_path / "checkpoint-1")
+
+    monkeypatch.setattr(pipeline, "run_recipe", stop)
+    ran = opticnerve("train", recipe_file, "--out", tmp_path / "run")
+    assert ran.code == 130
+    assert "checkpoint-1" in ran.err
+    assert f"opticnerve train {recipe_file} --out {tmp_path / 'run'} --resume" in ran.err
+
+
+def test_finished_work_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "something").touch()
+    with pytest.raises(OpticNerveError, match="--resume"):
+        check_folder(tmp_path, resume=False)
+    check_folder(tmp_path, resume=True)
+    check_folder(tmp_path / "new", resume=False)
+    with pytest.raises(OpticNerveError, match="no run"):
+        check_folder(tmp_path / "new", resume=True)
+
+
+def test_overwrite_deletes_runs_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "precious").mkdir(parents=True)
+    with pytest.raises(OpticNerveError, match="no run folder"):
+        _clear(tmp_path / "mine", resume=False, overwrite=True)
+    assert (tmp_path / "mine" / "precious").is_dir()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").touch()
+    (run / "results.json").touch()
+    with pytest.raises(OpticNerveError, match="--overwrite"):
+        _clear(run, resume=False, overwrite=False)
+    _clear(run, resume=False, overwrite=True)
+    assert not run.exists()
+
+
+def test_a_run_of_tiny_parts_is_trained_asked_and_evaluated(
+    opticnerve: Callable[..., Any], recipe_file: Path, captions: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert opticnerve("train", recipe_file, "--out", run).code == 0
+    picture = captions.parent / "red.png"
+    ran = opticnerve("ask", run, "what is this?", "--image", picture, "--max-new-tokens", "3", "--json")
+    assert ran.code == 0, ran.err
+    assert set(ran.json) == {"model", "question", "images", "answer", "seconds"}
+    plain = opticnerve("ask", run, "what is this?", "--image", picture, "--max-new-tokens", "3")
+    assert plain.out == ran.json["answer"] + "\n"
+    questions = captions.parent / "questions.jsonl"
+    questions.write_text('{"image": "red.png", "question": "colour?", "answer": "red"}\n', encoding="utf-8")
+    out = tmp_path / "results.json"
+    ran = opticnerve("eval", run, "--data", questions, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["tasks"][0]["n"] == 1
+    assert json.loads(out.read_text(encoding="utf-8"))["tasks"] == ran.json["tasks"]
+    assert opticnerve("merge", run, tmp_path / "merged", "--json").json["bytes"] > 0
+    assert opticnerve("merge", run, tmp_path / "merged").code == 1
+
+
+def test_eval_wants_one_thing_to_evaluate_on(opticnerve: Callable[..., Any]) -> None:
+    for words in ((), ("--data", "a.jsonl", "--recipe", "b.yaml")):
+        ran = opticnerve("eval", "starter", *words)
+        assert ran.code == 1
+        assert "one of the two" in ran.err
+
+
+def test_plan_shows_shapes_memory_sample_and_warnings(opticnerve: Callable[..., Any], recipe_file: Path) -> None:
+    ran = opticnerve("plan", recipe_file, "--no-calibrate")
+    assert ran.code == 0, ran.err
+    for words in (
+        "visual tokens per image",
+        "Stage align",
+        "gradients",
+        "a| red| picture|",
+        "no `evaluate:`",
+        "matmul rate",
+    ):
+        assert words.replace("|", "") in ran.out.replace("|", "")
+    ran = opticnerve("plan", recipe_file, "--json", "--no-calibrate")
+    assert ran.json["sample"]["trained"] > 0
+    assert ran.json["stages"][0]["steps"] == 1

@@ -1,0 +1,188 @@
+"""Invariant 6 for runs: what was trained, with references to what was not; the same logits again, or a refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from opticnerve.build import Dock
+from opticnerve.inference.generate import Answerer
+from opticnerve.language.lora import add_lora, has_lora
+from opticnerve.models import OpticNerveForConditionalGeneration, delta
+from opticnerve.models.merge import merge
+from opticnerve.models.parts import part_parameters
+from opticnerve.types import OpticNerveError, ask
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}
+
+
+def trained(made: Dock, *parts: str) -> Dock:
+    """The dock after something has happened to the named parts."""
+    if "language.lora" in parts:
+        made.lora = dict(LORA)
+        add_lora(made.model.language_model, LORA)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for part in parts:
+            for parameter in part_parameters(made.model, part).values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        made.model.image.connector.output_scale.fill_(1.5)
+    return made
+
+
+def save(made: Dock, folder: Path, *parts: str) -> Path:
+    names = {n for p in parts for n in part_parameters(made.model, p)}
+    delta.save(made.model, folder, bases=made.bases, lora=made.lora, trained=names)
+    made.processor.save_pretrained(folder)
+    return folder
+
+
+def logits(model: Any, processor: Any) -> torch.Tensor:
+    batch = Answerer(model, processor).inputs([ask("what is it?", tiny.picture(1)), ask("q", tiny.picture(2), tiny.picture(3))])
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+PARTS = [
+    ("connector",),
+    ("connector", "language.lora"),
+    ("connector", "encoder.last(1)", "language.last(1)"),
+    ("connector", "encoder", "language"),
+    ("connector", "language.embeddings"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+def test_save_and_load(docked: Callable[..., Dock], tmp_path: Path, parts: tuple[str, ...], family: str) -> None:
+    made = trained(docked(family), *parts)
+    folder = save(made, tmp_path / "run", *parts)
+    again = AutoModelForImageTextToText.from_pretrained(folder)
+    ours, theirs = made.model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert torch.equal(logits(again, AutoProcessor.from_pretrained(folder)), logits(*made))
+    assert not again.training
+    held = set(load_file(folder / delta.TENSORS))
+    wanted = {n for p in parts for n in part_parameters(made.model, p)}
+    assert held == wanted | {n for n in ours if ".connector." in n}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama tied", "gpt2"])
+@pytest.mark.parametrize("parts", PARTS[:2], ids="+".join)
+def test_merge_makes_a_folder_of_its_own(
+    docked: Callable[..., Dock], tmp_path: Path, parts: tuple[str, ...], family: str
+) -> None:
+    made = trained(docked(family), *parts)
+    folder = save(made, tmp_path / "run", *parts)
+    out = merge(folder, tmp_path / "merged")
+    assert delta.find(out) is None
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    assert not has_lora(model.language_model)
+    torch.testing.assert_close(logits(model, AutoProcessor.from_pretrained(out)), logits(*made), rtol=1e-4, atol=1e-5)
+    with pytest.raises(OpticNerveError, match="exists already"):
+        merge(folder, out)
+
+
+def test_batch_norm_statistics_of_a_trained_eye_travel(
+    docked: Callable[..., Dock], timm_folder: Callable[..., str], tmp_path: Path
+) -> None:
+    made = docked("llama", {"type": "timm", "name": timm_folder(), "image_size": 96})
+    for module in made.model.image.encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.add_(0.3)
+            module.num_batches_tracked.add_(5)
+    again = OpticNerveForConditionalGeneration.from_pretrained(save(made, tmp_path / "run", "connector", "encoder"))
+    ours = made.model.state_dict()
+    assert all(torch.equal(t, ours[n]) for n, t in again.state_dict().items())
+
+
+class TestRefusals:
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        """A run on bases of its own, which a test may spoil."""
+        from opticnerve.build import dock
+        from opticnerve.language.chat_template import CHATML
+
+        language = tiny.save_language(tmp_path / "language", "llama", chat_template=CHATML)
+        made = dock(tiny.save_vision(tmp_path / "vision"), "mlp", language)
+        return save(trained(made, "connector", "language.lora"), tmp_path / "run", "connector", "language.lora")
+
+    def load(self, run: Path) -> Any:
+        return OpticNerveForConditionalGeneration.from_pretrained(run)
+
+    def test_another_language_model(self, run: Path) -> None:
+        tiny.save_language(run.parent / "language", "llama", seed=9)
+        with pytest.raises(OpticNerveError, match="other weights of language"):
+            self.load(run)
+
+    def test_another_eye(self, run: Path) -> None:
+        tiny.save_vision(run.parent / "vision", seed=9)
+        with pytest.raises(OpticNerveError, match="other weights of image"):
+            self.load(run)
+
+    def test_the_same_weights_written_again(self, run: Path) -> None:
+        from opticnerve.language.chat_template import CHATML
+
+        tiny.save_language(run.parent / "language", "llama", chat_template=CHATML)
+        self.load(run)
+
+    def edit(self, run: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        tensors = load_file(run / delta.TENSORS)
+        change(tensors)
+        save_file(tensors, run / delta.TENSORS, metadata={"format": "pt"})
+
+    @pytest.mark.parametrize("name", ["image.connector.layers.2.bias", "image.connector.input_mean"])
+    def test_a_missing_tensor(self, run: Path, name: str) -> None:
+        self.edit(run, lambda t: t.pop(name))
+        with pytest.raises(OpticNerveError, match=f"missing {name}"):
+            self.load(run)
+
+    def test_a_missing_adapter(self, run: Path) -> None:
+        self.edit(run, lambda t: [t.pop(n) for n in list(t) if "lora_A" in n])
+        with pytest.raises(OpticNerveError, match="missing .*lora_A"):
+            self.load(run)
+
+    def test_a_tensor_too_many(self, run: Path) -> None:
+        self.edit(run, lambda t: t.update(stray=torch.ones(1)))
+        with pytest.raises(OpticNerveError, match="stray"):
+            self.load(run)
+
+    def test_a_tensor_of_another_shape(self, run: Path) -> None:
+        self.edit(run, lambda t: t.update({"image.connector.layers.2.bias": torch.ones(3)}))
+        with pytest.raises(OpticNerveError, match=r"layers\.2\.bias is \(3,\), the model wants \(32,\)"):
+            self.load(run)
+
+    def test_a_torn_file(self, run: Path) -> None:
+        (run / delta.TENSORS).write_bytes((run / delta.TENSORS).read_bytes()[:100])
+        with pytest.raises(OpticNerveError, match="not a readable safetensors file"):
+            self.load(run)
+
+    def test_a_torn_reference(self, run: Path) -> None:
+        (run / delta.REFERENCE).write_text('{"bases": {')
+        with pytest.raises(OpticNerveError, match="not a dock's reference file"):
+            self.load(run)
+
+    def test_a_reference_without_lora(self, run: Path) -> None:
+        reference = json.loads((run / delta.REFERENCE).read_text())
+        (run / delta.REFERENCE).write_text(json.dumps({**reference, "lora": None}))
+        with pytest.raises(OpticNerveError, match="no place for"):
+            self.load(run)
+
+
+def test_bf16_and_another_precision(docked: Callable[..., Dock], tmp_path: Path) -> None:
+    made = trained(docked("llama", dtype=torch.bfloat16), "connector", "language.lora")
+    folder = save(made, tmp_path / "run", "connector", "language.lora")
+    again = OpticNerveForConditionalGeneration.from_pretrained(folder)
+    assert again.language_model.dtype == torch.bfloat16
+    assert torch.equal(logits(again, made.processor), logits(*made))
+    assert OpticNerveForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32

@@ -1,0 +1,77 @@
+"""A tiny recipe with its data, and runs that stop when told."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from opticnerve import recipe as recipes
+from opticnerve.build import Dock, dock_recipe
+from opticnerve.recipe import Recipe
+from opticnerve.train.loop import Interrupted, StageResult, run_stage
+from opticnerve.train.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny.save_captions(folder)
+    tiny.save_questions(folder)
+    return folder
+
+
+@pytest.fixture
+def make_recipe(
+    language_folder: Callable[..., str], vision_folder: Callable[..., str], timm_folder: Callable[..., str],
+    data: Path, private_cache: Path,
+) -> Callable[..., Recipe]:  # fmt: skip
+    """Stage options → a recipe of one stage. `eye` is a timm architecture or a vision family, `brain` a language family."""
+
+    def make(*, eye: str = "clip_vision_model", brain: str = "llama", precision: str = "fp32", seed: int = 0, **stage: Any) -> Recipe:
+        encoder = (
+            {"type": "hf_vision", "name": vision_folder(eye)} if eye in tiny.VISION
+            else {"type": "timm", "name": timm_folder(eye), "image_size": 64}
+        )  # fmt: skip
+        chosen = {
+            "name": "align", "train": {"connector": 1e-2}, "data": [{"path": str(data / "captions.jsonl")}],
+            "batch_size": 4, "steps": 4, **stage,
+        }  # fmt: skip
+        return recipes.load(
+            {
+                "seed": seed, "precision": precision, "stages": [chosen],
+                "model": {"language": {"name": language_folder(brain)}, "image": {"encoder": encoder}},
+            }  # fmt: skip
+        )
+
+    return make
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Dock, StageResult | None]]:
+    """Run the recipe's stage on a fresh dock, as the command does; `stop_at` sends SIGTERM after that step."""
+
+    def run(
+        recipe: Recipe, folder: str = "run", *, resume: bool = False, stop_at: int | None = None, dock: Dock | None = None
+    ) -> tuple[Dock, StageResult | None]:
+        made = dock or dock_recipe(recipe)
+        with monkeypatch.context() as patch:
+            if stop_at is not None:
+
+                def update(self: Progress, line: dict[str, Any]) -> None:
+                    if line["step"] == stop_at:
+                        signal.raise_signal(signal.SIGTERM)
+
+                patch.setattr(Progress, "update", update)
+            place = tmp_path / folder / "stages" / "0-align"
+            try:
+                return made, run_stage(made, recipe, recipe.stages[0], place, trained_before=set(), resume=resume)
+            except Interrupted:
+                assert stop_at is not None
+                return made, None
+
+    return run

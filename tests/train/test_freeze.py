@@ -1,0 +1,86 @@
+"""What a stage names is open, in train mode, at its rate; all else is frozen and in eval mode. The table adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from opticnerve.build import Dock
+from opticnerve.language.lora import add_lora, is_lora
+from opticnerve.models.parts import part_parameters
+from opticnerve.train.freeze import freeze
+from opticnerve.types import OpticNerveError
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+CHOICES: list[dict[str, float]] = [
+    {"connector": 1e-3},
+    {"encoder": 1e-5},
+    {"image.encoder.last(1)": 1e-5, "connector": 1e-3},
+    {"language": 1e-5},
+    {"language.last(1)": 1e-5, "language.embeddings": 1e-6},
+    {"connector": 1e-3, "language.lora": 1e-4},
+    {"language.lora": 1e-4, "language.embeddings": 1e-6},
+    {"connector": 1e-3, "encoder": 1e-5, "language": 1e-5},
+]
+
+
+@pytest.mark.parametrize("eye", ["clip_vision_model", "test_efficientnet"])
+@pytest.mark.parametrize("train", CHOICES, ids=lambda t: "+".join(t))
+def test_open_and_frozen(docked: Callable[..., Dock], timm_folder: Callable[..., str], eye: str, train: dict[str, float]) -> None:
+    vision = eye if eye == "clip_vision_model" else {"type": "timm", "name": timm_folder(eye), "image_size": 64}
+    model = docked("llama tied", vision).model
+    add_lora(model.language_model, {"rank": 2, "dropout": 0.1})
+    model.train()
+    frozen = freeze(model, train)
+    wanted = {n for part in train for n in part_parameters(model, part)}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == wanted
+
+    assert frozen.total == sum(p.numel() for p in model.parameters())
+    assert frozen.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert frozen.to_dict()["total"] == sum(r["parameters"] for r in frozen.to_dict()["rows"])
+    for row in frozen.rows:
+        assert row.trained == (row.learning_rate is not None)
+    assert {r.part: r.learning_rate for r in frozen.rows if r.trained} == {
+        (p if p.startswith(("language", "image.")) else f"image.{p}"): rate for p, rate in train.items()
+    }
+
+    for name, module in model.named_modules():
+        own = [p.requires_grad for p in module.parameters()]
+        if own and not any(own):
+            assert not any(m.training for m in module.modules()), f"{name} is frozen, but not in eval()"
+        if own and all(own):
+            assert all(m.training for m in module.modules()), f"{name} trains, but is in eval()"
+    dropouts = [m for n, m in model.named_modules() if n.endswith("lora_dropout")]
+    assert {m.training for m in dropouts} == {"language.lora" in train}
+
+
+def test_the_table_is_readable(docked: Callable[..., Dock]) -> None:
+    console = Console(width=120)
+    with console.capture() as seen:
+        console.print(freeze(docked().model, {"connector": 1e-3, "language.last(1)": 2e-5}).table())
+    text = seen.get()
+    for word in ("image.connector", "language.last(1)", "language (rest)", "image.encoder", "0.001", "2e-05", "frozen", "float32"):
+        assert word in text
+
+
+def test_overlapping_parts(docked: Callable[..., Dock]) -> None:
+    model = docked().model
+    frozen = freeze(model, {"language.last(1)": 1e-3, "language.last(2)": 1e-5})
+    assert all(".layers.1." in n for n in frozen.groups["language.last(1)"])
+    assert all(".layers.0." in n for n in frozen.groups["language.last(2)"])
+    with pytest.raises(OpticNerveError, match=r"all of language\.last\(1\) belongs to parts named before it"):
+        freeze(model, {"language.last(2)": 1e-5, "language.last(1)": 1e-3})
+
+
+def test_a_second_stage_freezes_what_the_first_opened(docked: Callable[..., Dock]) -> None:
+    model: Any = docked().model
+    freeze(model, {"connector": 1e-3, "language": 1e-5})
+    freeze(model, {"encoder.last(1)": 1e-5})
+    assert all("image.encoder" in n for n, p in model.named_parameters() if p.requires_grad)
+    assert not model.image.connector.training
+    assert not any(is_lora(n) for n, _ in model.named_parameters())
+    assert isinstance(model, torch.nn.Module)

@@ -1,0 +1,143 @@
+"""Which samples a step sees depends on seed, stage and step alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opticnerve.build import Dock
+from opticnerve.recipe import DataSpec, Stage
+from opticnerve.train.visits import Visits, usable_units
+from opticnerve.types import Conversation, DataError, OpticNerveError, ask
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+
+class FakeTokenizer:
+    pad_token_id = 0
+
+
+class FakeProcessor:
+    tokenizer, image_processor = FakeTokenizer(), None
+
+
+def stage(**options: Any) -> Stage:
+    given = {"name": "s", "train": {"connector": 1e-3}, "data": [DataSpec(path="x")], "batch_size": 4, **options}
+    return Stage(**given)
+
+
+def units(count: int, each: int = 1, per_image: int | None = None) -> list[tuple[list[Conversation], int | None]]:
+    return [([ask(f"{i}/{k}", answer="a") for k in range(each)], per_image) for i in range(count)]
+
+
+def seen(visits: Visits, first: int, count: int) -> list[str]:
+    return [c.messages[0].text for v in range(first, first + count) for c in visits.drawn(v)]
+
+
+@given(count=st.integers(1, 12), seed=st.integers(0, 5))
+def test_every_unit_once_an_epoch_in_another_order(count: int, seed: int) -> None:
+    visits = Visits(units(count), stage(steps=9), FakeProcessor(), seed=seed)
+    epochs = [seen(visits, e * count, count) for e in range(3)]
+    assert all(Counter(e) == Counter(epochs[0]) for e in epochs)
+    assert len(set(epochs[0])) == count
+    assert epochs[1] == seen(visits, count, count)
+    other = Visits(units(count), stage(steps=9), FakeProcessor(), seed=seed)
+    assert seen(other, count, count) == epochs[1]
+
+
+def test_orders_differ_by_epoch_seed_and_stage() -> None:
+    made = [Visits(units(20), stage(steps=9, name=n), FakeProcessor(), seed=s) for s, n in ((0, "s"), (1, "s"), (0, "t"))]
+    orders = [tuple(seen(v, 0, 20)) for v in made] + [tuple(seen(made[0], 20, 20))]
+    assert len(set(orders)) == 4
+
+
+def test_questions_are_drawn_anew_and_never_twice_at_once() -> None:
+    visits = Visits(units(1, each=8, per_image=3), stage(steps=9), FakeProcessor(), seed=0)
+    draws = [tuple(sorted(seen(visits, v, 1))) for v in range(10)]
+    assert all(len(set(d)) == 3 for d in draws)
+    assert len(set(draws)) > 1
+
+
+def test_steps() -> None:
+    assert Visits(units(10), stage(), FakeProcessor(), seed=0).steps == 3
+    assert Visits(units(10), stage(epochs=2), FakeProcessor(), seed=0).steps == 5
+    assert Visits(units(10), stage(epochs=0.1), FakeProcessor(), seed=0).steps == 1
+    assert len(Visits(units(10), stage(steps=7, accumulate=2), FakeProcessor(), seed=0)) == 14
+
+
+@pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_micro_batches_and_processes_share_a_step_out(docked: Callable[..., Dock], accumulate: int, world: int) -> None:
+    """Together they see the samples that one process sees in one batch."""
+    processor = docked().processor
+    some = [([ask(f"question {i}", tiny.picture(i), answer="yes")], None) for i in range(8)]
+    some = [([Conversation(c.messages, id=str(i)) for c in u[0]], None) for i, u in enumerate(some)]
+    one = Visits(some, stage(steps=2), processor, seed=0)[1]
+    parts = [
+        Visits(some, stage(steps=2, accumulate=accumulate), processor, seed=0, rank=r, world=world)[accumulate + k]
+        for k in range(accumulate) for r in range(world)
+    ]  # fmt: skip
+    assert Counter(i for p in parts for i in p.ids) == Counter(one.ids)
+    assert sum(p.supervised for p in parts) == one.supervised
+
+
+def test_an_uneven_split_is_refused() -> None:
+    with pytest.raises(OpticNerveError, match="batch_size 4 does not split evenly over 1 micro-batches and 3 processes"):
+        Visits(units(4), stage(), FakeProcessor(), seed=0, world=3)
+
+
+def test_a_micro_batch_is_the_same_whenever_it_is_made(docked: Callable[..., Dock]) -> None:
+    processor = docked().processor
+    some: Any = [([ask(f"question {i}", tiny.picture(i), answer="yes")], None) for i in range(5)]
+    visits = Visits(some, stage(steps=6), processor, seed=0)
+    later = [visits[i] for i in (5, 0, 3)][2]
+    again = Visits(some, stage(steps=6), processor, seed=0)[3]
+    assert later.ids == again.ids
+    assert torch.equal(later.input_ids, again.input_ids)
+    assert torch.equal(later.pixel_values, again.pixel_values)
+
+
+class TestUsableUnits:
+    @pytest.fixture
+    def processor(self, docked: Callable[..., Dock]) -> Any:
+        return docked().processor
+
+    def some(self) -> list[Any]:
+        good, bad = ask("q", answer="a"), Conversation(ask("no answer").messages, where="file.jsonl:2")
+        return [([good], None), ([bad, good], 1), ([bad], None)]
+
+    def test_refuse(self, processor: Any) -> None:
+        with pytest.raises(DataError, match=r"file\.jsonl:2: nothing to learn"):
+            usable_units(self.some(), processor, stage())
+
+    def test_skip(self, processor: Any) -> None:
+        told: list[DataError] = []
+        kept = usable_units(self.some(), processor, stage(), on_error=told.append)
+        assert [len(u[0]) for u in kept] == [1, 1]
+        assert len(told) == 2
+
+    def test_nothing_left(self, processor: Any) -> None:
+        with pytest.raises(OpticNerveError, match="no usable sample is left"):
+            usable_units(self.some()[2:], processor, stage(), on_error=lambda e: None)
+
+    def test_too_long(self, processor: Any) -> None:
+        with pytest.raises(DataError, match="more than max_length 5"):
+            usable_units(self.some()[:1], processor, stage(max_length=5))
+
+    def test_a_picture_behind_the_question_cannot_be_shared(self, processor: Any) -> None:
+        """Found before the first step, not when the group is drawn."""
+        from opticnerve.types import ImagePart, Message, TextPart
+
+        picture = ImagePart(tiny.picture())
+        group = [
+            Conversation((Message("user", (TextPart(f"{q}?"), picture)), Message("assistant", (TextPart("a"),))), id=q)
+            for q in ("this", "that")
+        ]
+        with pytest.raises(DataError, match="this, that"):
+            usable_units([(group, None)], processor, stage())
