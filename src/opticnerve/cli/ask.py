@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from opticnerve.cli.output import JsonFlag, examples, print_json, quiet_libraries
+from opticnerve.cli.output import JsonFlag, TrustFlag, examples, print_json, quiet_libraries
 
 EPILOG = examples(
     'opticnerve ask starter "what shape is in the image?" --image picture.png',
@@ -24,6 +24,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     image: ImageOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 64,
+    trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Ask a model one question, about a picture or about none. The answer is what is printed on stdout."""
@@ -37,7 +38,7 @@ def ask(
     from opticnerve.inference.load import load_model
 
     quiet_libraries()
-    answerer = Answerer(*load_model(model))
+    answerer = Answerer(*load_model(model, trust_remote_code=trust_remote_code))
     started = time.perf_counter()
     [answer] = answerer.answer([conversation(question, *pictures)], max_new_tokens=max_new_tokens)
     if as_json:

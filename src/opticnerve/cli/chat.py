@@ -12,7 +12,7 @@ import typer
 
 from opticnerve.cli.ask import MODEL_HELP
 from opticnerve.cli.guard import fail
-from opticnerve.cli.output import console_for, examples, quiet_libraries
+from opticnerve.cli.output import TrustFlag, console_for, examples, quiet_libraries
 from opticnerve.types import Conversation, ImagePart, Message, OpticNerveError, Part, TextPart
 
 EPILOG = examples(
@@ -32,6 +32,7 @@ def chat(
     image: Annotated[Path | None, typer.Option("--image", "-i", help="The picture to talk about.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest word.")] = 0.0,
+    trust_remote_code: TrustFlag = False,
 ) -> None:
     """Talk with a model: answers appear as they are made, and it remembers what was said."""
     session = Session(max_new_tokens=max_new_tokens, temperature=temperature)
@@ -45,7 +46,7 @@ def chat(
         import readline  # noqa: F401  arrow keys and history at the prompt
 
     quiet_libraries()
-    session.answerer = Answerer(*load_model(model))
+    session.answerer = Answerer(*load_model(model, trust_remote_code=trust_remote_code))
     session.run()
 
 

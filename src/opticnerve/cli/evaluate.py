@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from opticnerve.cli.ask import MODEL_HELP
-from opticnerve.cli.output import JsonFlag, console_for, examples, print_json, quiet_libraries, read_recipe
+from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, print_json, quiet_libraries, read_recipe
 from opticnerve.types import OpticNerveError
 
 EPILOG = examples(
@@ -32,6 +32,7 @@ def evaluate(
         int, typer.Option(min=0, help="Ask so many questions again, with blank and with exchanged pictures.")
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the results, with sample questions, to this file.")] = None,
+    trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a model: the share of right answers with its interval, and whether they depend on the picture."""
@@ -51,7 +52,9 @@ def evaluate(
 
     quiet_libraries()
     console = console_for(as_json)
-    results: dict[str, Any] = evaluate_model(*load_model(model), specs, console=console)
+    results: dict[str, Any] = evaluate_model(
+        *load_model(model, trust_remote_code=trust_remote_code), specs, console=console
+    )
     if out is not None:
         import json
 

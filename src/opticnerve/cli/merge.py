@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opticnerve.cli.ask import MODEL_HELP
-from opticnerve.cli.output import JsonFlag, console_for, examples, print_json, quiet_libraries, size
+from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, print_json, quiet_libraries, size
 
 EPILOG = examples(
     "opticnerve merge runs/demo runs/demo-merged",
@@ -20,6 +20,7 @@ EPILOG = examples(
 def merge(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     out: Annotated[Path, typer.Argument(help="The new folder; it must not exist yet.")],
+    trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a self-contained folder: all weights (LoRA added into them), configuration and processor in one place.
@@ -30,7 +31,7 @@ def merge(
     from opticnerve.models.merge import merge as merged
 
     quiet_libraries()
-    written = merged(Path(model_folder(model)), out)
+    written = merged(Path(model_folder(model)), out, trust_remote_code=trust_remote_code)
     total = sum(f.stat().st_size for f in written.rglob("*") if f.is_file())
     if as_json:
         print_json({"source": model, "out": str(written), "bytes": total})

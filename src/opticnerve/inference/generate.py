@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from transformers import TextIteratorStreamer
 
 from opticnerve.data.images import open_image
-from opticnerve.types import Conversation
+from opticnerve.data.labels import end_of_turn
+from opticnerve.types import Conversation, OpticNerveError
 
 
 class Answerer:
@@ -116,5 +118,9 @@ class Answerer:
     def _stops(self) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
         known = self.model.generation_config.eos_token_id
-        ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+        ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id}
+        # What training taught to end a turn is the template's word, which need not be the tokenizer's end token.
+        with contextlib.suppress(OpticNerveError):  # a template without one still answers, up to max_new_tokens
+            ends.add(tokenizer.convert_tokens_to_ids(end_of_turn(self.processor, self.processor.chat_template)))
+        ends -= {None}
         return {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}

@@ -11,7 +11,7 @@ from opticnerve.starter.cache import new_folder
 from opticnerve.types import OpticNerveError
 
 
-def merge(source: Path, out: Path) -> Path:
+def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Load `source`, add LoRA into the weights, and save everything under `out`: weights, configuration, processor.
 
     Raises:
@@ -19,7 +19,9 @@ def merge(source: Path, out: Path) -> Path:
     """
     if out.exists():
         raise OpticNerveError(f"{out} exists already; choose another folder")
-    model = OpticNerveForConditionalGeneration.from_pretrained(source, dtype="auto")
+    model = OpticNerveForConditionalGeneration.from_pretrained(
+        source, dtype="auto", trust_remote_code=trust_remote_code
+    )
     if has_lora(model.language_model):
         merge_lora(model.language_model)
     with new_folder(out) as new:

@@ -1,0 +1,77 @@
+"""The nouns: conversations, their parts, and errors that survive a process border."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from opticnerve.types import (
+    AudioPart,
+    Conversation,
+    DataError,
+    Features,
+    ImagePart,
+    Message,
+    OpticNerveError,
+    RecipeError,
+    TextPart,
+    ask,
+)
+
+
+def test_ask() -> None:
+    talk = ask("what?", Path("a.png"), b"bytes", answer="a dog", kind="other")
+    assert [i.source for i in talk.images] == [Path("a.png"), b"bytes"]
+    assert talk.messages[0].text == "what?"
+    assert talk.answer == "a dog"
+    assert talk.meta == {"kind": "other"}
+    assert talk.prompt().answer is None
+    assert talk.prompt().images == talk.images
+    assert ask("q").answer is None
+    assert ask("q").prompt() == ask("q")
+
+
+def test_chat_format() -> None:
+    talk = Conversation(
+        (
+            Message("system", (TextPart("s"),)),
+            Message("user", (TextPart("a"), ImagePart(Path("x.png")), TextPart("b"), AudioPart(b"wav"))),
+        )
+    )
+    assert talk.to_chat() == [
+        {"role": "system", "content": [{"type": "text", "text": "s"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "a"}, {"type": "image", "image": "x.png"},
+                {"type": "text", "text": "b"}, {"type": "audio", "audio": b"wav"},
+            ],
+        },
+    ]  # fmt: skip
+    assert talk.messages[1].text == "ab"
+    assert [a.source for a in talk.audios] == [b"wav"]
+
+
+def test_prompt_of_nothing() -> None:
+    assert Conversation(()).prompt() == Conversation(())
+    assert Conversation(()).answer is None
+
+
+def test_data_errors_cross_process_borders() -> None:
+    error = DataError("is empty", where="a.jsonl:3", remedy="write something", kind="empty")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "a.jsonl:3: is empty (write something)"
+    assert (again.problem, again.where, again.remedy, again.kind) == ("is empty", "a.jsonl:3", "write something", "empty")
+    assert isinstance(again, OpticNerveError)
+    assert str(DataError("x")) == "x"
+    assert isinstance(RecipeError("x"), ValueError)
+
+
+def test_features_are_checked() -> None:
+    Features(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    for tokens, mask in ((torch.ones(2, 3), torch.ones(2, 3)), (torch.ones(2, 3, 4), torch.ones(2, 4))):
+        with pytest.raises(ValueError, match="Features want tokens"):
+            Features(tokens, mask)
