@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from opticnerve import registry
 from opticnerve.language import load as language
@@ -73,7 +72,6 @@ def save(
     import opticnerve
 
     folder.mkdir(parents=True, exist_ok=True)
-    trained = list(trained)
     state = model.state_dict()
     trained = set(trained)
     names = sorted({*trained, *moving_buffers(model, trained), *(n for n in state if ".connector." in n)})
@@ -91,15 +89,6 @@ def save(
         "tensors": {n: list(t.shape) for n, t in chosen.items()},
     }
     (folder / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
-
-
-def moving_buffers(model: nn.Module, trained: Iterable[str]) -> list[str]:
-    """Persistent buffers that training may change: the connectors' calibration, and the statistics of opened batch norms
-    (buffers that live beside a trained parameter)."""
-    owners = {name.rpartition(".")[0] for name in trained}
-    persistent = set(model.state_dict())
-    names = (n for n, _ in model.named_buffers() if n in persistent)
-    return [n for n in names if ".connector." in n or n.rpartition(".")[0] in owners]
 
 
 def read(folder: Path) -> dict[str, Any]:
