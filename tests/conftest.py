@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from opticnerve.build import Dock, dock
 from opticnerve.language.chat_template import CHATML
 

@@ -17,7 +17,16 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-@pytest.mark.parametrize("module", ["opticnerve.recipe", "opticnerve.registry", "opticnerve.types", "opticnerve.starter.weights", "opticnerve.cli.main"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "opticnerve.recipe",
+        "opticnerve.registry",
+        "opticnerve.types",
+        "opticnerve.starter.weights",
+        "opticnerve.cli.main",
+    ],
+)
 def test_the_command_line_starts_without_torch(module: str) -> None:
     heavy = "[m for m in ('torch', 'transformers', 'timm', 'matplotlib', 'datasets') if m in sys.modules]"
     assert python(f"import sys, opticnerve_launch, {module}; print({heavy})").strip() == "[]"

@@ -45,7 +45,9 @@ def test_dumped_and_read_again(tmp_path: Path) -> None:
     assert load(path) == load(GOOD)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda p: p.name
+)
 def test_every_ready_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PHOTOS", str(tmp_path))
     read = load(path)
@@ -115,7 +117,11 @@ class TestOverrides:
             ("stages.0.steps=50", lambda r: r.stages[0].steps, 50),
             ("seed=3", lambda r: r.seed, 3),
             ("precision=fp32", lambda r: r.precision, "fp32"),
-            ("stages.1.train.language.lora=1e-4", lambda r: r.stages[1].train, {"connector": 2e-5, "language.lora": 1e-4}),
+            (
+                "stages.1.train.language.lora=1e-4",
+                lambda r: r.stages[1].train,
+                {"connector": 2e-5, "language.lora": 1e-4},
+            ),
             ("stages.0.train.connector=5e-4", lambda r: r.stages[0].train, {"connector": 5e-4}),
             ("stages.0.train.encoder.last(2)=1e-5", lambda r: r.stages[0].train["encoder.last(2)"], 1e-5),
             ("stages.0.train.image.encoder.last(2)=1e-5", lambda r: r.stages[0].train["image.encoder.last(2)"], 1e-5),
@@ -191,7 +197,9 @@ def test_split_part(part: str, split: tuple[str | None, str]) -> None:
     assert split_part(part) == split
 
 
-@pytest.mark.parametrize("part", ["", "connectors", "encoder.last", "encoder.last()", "encoder.last(-1)", "image", "language.lora.x"])
+@pytest.mark.parametrize(
+    "part", ["", "connectors", "encoder.last", "encoder.last()", "encoder.last(-1)", "image", "language.lora.x"]
+)
 def test_no_such_part(part: str) -> None:
     with pytest.raises(ValueError, match="there is no part"):
         split_part(part)

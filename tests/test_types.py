@@ -64,7 +64,12 @@ def test_data_errors_cross_process_borders() -> None:
     error = DataError("is empty", where="a.jsonl:3", remedy="write something", kind="empty")
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) == "a.jsonl:3: is empty (write something)"
-    assert (again.problem, again.where, again.remedy, again.kind) == ("is empty", "a.jsonl:3", "write something", "empty")
+    assert (again.problem, again.where, again.remedy, again.kind) == (
+        "is empty",
+        "a.jsonl:3",
+        "write something",
+        "empty",
+    )
     assert isinstance(again, OpticNerveError)
     assert str(DataError("x")) == "x"
     assert isinstance(RecipeError("x"), ValueError)

@@ -181,7 +181,9 @@ def save_timm(folder: Path, name: str = "test_efficientnet", *, seed: int = 2, *
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
     config = {k: v for k, v in model.pretrained_cfg.items() if isinstance(v, str | int | float | list | tuple)}
     (folder / "config.json").write_text(
-        json.dumps({"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": config, "model_args": model_args})
+        json.dumps(
+            {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": config, "model_args": model_args}
+        )
     )
     return f"local-dir:{folder}"
 
@@ -211,7 +213,13 @@ def save_questions(folder: Path, pictures: int = 4, each: int = 3) -> Path:
     for i in range(pictures):
         picture(100 + i).save(folder / f"q{i}.png")
         lines += [
-            json.dumps({"image": f"q{i}.png", "question": f"is {k} in the picture?", "answer": ["yes", "no", "red"][(i + k) % 3]})
+            json.dumps(
+                {
+                    "image": f"q{i}.png",
+                    "question": f"is {k} in the picture?",
+                    "answer": ["yes", "no", "red"][(i + k) % 3],
+                }
+            )
             for k in range(each)
         ]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")

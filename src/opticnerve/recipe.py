@@ -5,6 +5,7 @@ Validation only: nothing here imports torch.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -284,7 +285,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         RecipeError: names the key, what is wrong with it, and the nearest valid key.
     """
     if isinstance(source, Mapping):
-        raw, origin = dict(source), "recipe"
+        raw, origin = copy.deepcopy(dict(source)), "recipe"
     else:
         path = Path(source)
         origin = str(path)
@@ -318,7 +319,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"override {override!r} is not key=value, such as stages.0.steps=50")
     # YAML 1.1 reads 1e-3 as a string; people mean a number.
-    value = float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
+    try:
+        value = float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise RecipeError(f"override {key}: {text!r} is not readable YAML: {e}") from e
     steps = re.findall(r"[^.()]+(?:\.last\(\d+\))?", key) if ".last(" in key else key.split(".")
     here: Any = raw
     for i, step in enumerate(steps):

@@ -125,5 +125,5 @@ def test_depth(depth: int) -> None:
 def test_refusals() -> None:
     with pytest.raises(OpticNerveError, match="depth is at least 2, not 1"):
         MLPConnector(**SIZES, depth=1)
-    with pytest.raises(OpticNerveError, match="unknown activation 'gelo'; known: .*gelu"):
+    with pytest.raises(OpticNerveError, match=r"unknown activation 'gelo'; known: .*gelu"):
         MLPConnector(**SIZES, activation="gelo")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from opticnerve.data.collate import Batch, Collator
 from opticnerve.data.labels import encode
 from opticnerve.data.packing import pack
@@ -55,7 +55,9 @@ def test_pictures_stand_in_the_order_of_their_placeholders(processor: Any) -> No
 
 def test_the_mask_lets_nobody_look_across(processor: Any) -> None:
     picture = tiny.picture(1)
-    row = rows_of(processor, [ask("q one", picture, answer="a"), ask("q two", picture, answer="b")], [ask("text", answer="c")])
+    row = rows_of(
+        processor, [ask("q one", picture, answer="a"), ask("q two", picture, answer="b")], [ask("text", answer="c")]
+    )
     short = rows_of(processor, [ask("q", answer="a")])
     batch = Collator(processor)([row, short])
     assert not batch.plain

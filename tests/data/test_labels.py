@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import tiny
 from opticnerve.data.labels import IGNORE, Encoded, encode, end_of_turn
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.language.chat_template import CAPTION_ONLY, CHATML, PLAIN_CHAT, with_parts
@@ -139,7 +140,9 @@ class TestEveryTemplateAndTokenizer:
 
 
 @pytest.mark.parametrize("kind", tiny.TOKENIZERS)
-@pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "gemma", "phi-3", "vicuna", "chatml", "plain chat", "caption only"])
+@pytest.mark.parametrize(
+    "name", ["smollm2", "qwen2.5", "gemma", "phi-3", "vicuna", "chatml", "plain chat", "caption only"]
+)
 def test_generation_starts_from_what_training_saw(name: str, kind: str) -> None:
     """(Not tested where a template's cue and its assistant's turn differ, or a tokenizer joins "\n\n" at the end alone.)"""
     proc, talk = processor(name, kind), turns([ONE, "what is this?"], "a dog")
@@ -156,7 +159,8 @@ FRAGMENTS = st.sampled_from(
      "the circle", "<<SYS>>", "<think>", "{{", "{% if %}", "\u200d", "\ufeff", "e\u0301", "\t", "\r\n", "model"]
 )  # fmt: skip
 TEXTS = st.lists(
-    FRAGMENTS | st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\ue0f0\ue0f1"), max_size=8), max_size=5
+    FRAGMENTS | st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\ue0f0\ue0f1"), max_size=8),
+    max_size=5,
 ).map("".join)
 
 
@@ -174,16 +178,17 @@ def test_any_words(name: str, kind: str, texts: list[str], system: str | None, s
     said: list[Any] = list(texts)
     for i in range(0, min(2 * shown, len(said)), 2):
         said[i] = [ONE, said[i]]
+    if name == "caption only":  # its form is a picture and its caption: no words stand before
+        said[::2] = [[ONE]] * len(said[::2])
+    assume("<image>" not in "".join([*texts, system or ""]))
     talk = turns(*said, system=system if case.system else None)
     answers = [m.text for m in talk.messages if m.role == "assistant"]
-    try:
-        encoded = encode(talk, proc)
-    except DataError as e:
+    if name == "qwen3" and any(a.startswith("\n") or "</think>" in a for a in answers):
         # The one lawful way out: a template that strips in a way of its own.
-        assert name == "qwen3"
-        assert "template" in e.kind
-        assert any(a.startswith("\n") or "</think>" in a for a in answers)
+        with contextlib.suppress(DataError):
+            encode(talk, proc)
         return
+    encoded = encode(talk, proc)
     ids = [i for i, label in enumerate(encoded.labels) if label != IGNORE]
     found = proc.tokenizer.decode([encoded.input_ids[i] for i in ids], skip_special_tokens=False)
     wanted = "".join((a.strip() if case.trims else a) + case.end for a in answers)
@@ -195,19 +200,29 @@ def test_any_words(name: str, kind: str, texts: list[str], system: str | None, s
 @pytest.mark.parametrize("name", CASES)
 def test_text_only_prompts_render_to_the_same_letters(name: str) -> None:
     case, proc = CASES[name], processor(name)
-    for talk in (turns("q"), turns("  a\n", "b ", "c"), turns("x", "y", system="s") if case.system else turns("x", "y")):
+    for talk in (
+        turns("q"),
+        turns("  a\n", "b ", "c"),
+        turns("x", "y", system="s") if case.system else turns("x", "y"),
+    ):
         for cue in (True, False):
             strings = [{"role": m.role, "content": m.text} for m in talk.messages]
             bare = proc.tokenizer.apply_chat_template(
                 strings, chat_template=case.template, tokenize=False, add_generation_prompt=cue
             )
             for chat in (strings, talk.to_chat()):
-                ours = proc.apply_chat_template(chat, chat_template=with_parts(case.template), add_generation_prompt=cue)
+                ours = proc.apply_chat_template(
+                    chat, chat_template=with_parts(case.template), add_generation_prompt=cue
+                )
                 assert ours == bare
 
 
-@pytest.mark.parametrize("start", ["\n", "\n\n", "  ", " \n  ", "x ", "{%- set a = 1 %}", "  {% if true %}{% endif %}\n"])
-@pytest.mark.parametrize("rest", ["{% for m in messages %}\n{{ m.content }}{% endfor %}", "{{ messages[0].content }}", "{# c #} y"])
+@pytest.mark.parametrize(
+    "start", ["\n", "\n\n", "  ", " \n  ", "x ", "{%- set a = 1 %}", "  {% if true %}{% endif %}\n"]
+)
+@pytest.mark.parametrize(
+    "rest", ["{% for m in messages %}\n{{ m.content }}{% endfor %}", "{{ messages[0].content }}", "{# c #} y"]
+)
 def test_a_templates_first_white_space_survives(start: str, rest: str) -> None:
     chat, words = [{"role": "user", "content": "q"}], processor().tokenizer
     bare = words.apply_chat_template(chat, chat_template=start + rest, tokenize=False)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from opticnerve.data.labels import IGNORE, Encoded
 from opticnerve.data.packing import Row, pack, shared_prefix
 from opticnerve.types import DataError, ImagePart
@@ -50,8 +50,16 @@ def test_each_sample_reads_exactly_itself(made: list[list[Encoded]]) -> None:
     row = pack(made)
     samples = [s for group in made for s in group]
     assert row.ids == [s.id for s in samples]
-    ends = [i for i in range(len(row)) if i + 1 == len(row) or (row.group[i + 1], row.branch[i + 1]) != (row.group[i], row.branch[i])]
-    ends = [i for i in ends if row.branch[i] or all(row.branch[j] == 0 for j in range(len(row)) if row.group[j] == row.group[i])]
+    ends = [
+        i
+        for i in range(len(row))
+        if i + 1 == len(row) or (row.group[i + 1], row.branch[i + 1]) != (row.group[i], row.branch[i])
+    ]
+    ends = [
+        i
+        for i in ends
+        if row.branch[i] or all(row.branch[j] == 0 for j in range(len(row)) if row.group[j] == row.group[i])
+    ]
     assert len(ends) == len(samples)
     for end, one in zip(ends, samples, strict=True):
         seen = seen_by(row, end)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers as tf
 
+import tiny
 from opticnerve.encoders.base import last_blocks
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.types import OpticNerveError
@@ -34,7 +34,11 @@ class TestEveryFamily:
         with torch.no_grad():
             out = bare(pixels(), output_hidden_states=True)
             features = encoder(pixels())
-        states = [out.last_hidden_state] if layer == "last" else [out.hidden_states[i] for i in (layer if isinstance(layer, list) else [layer])]
+        states = (
+            [out.last_hidden_state]
+            if layer == "last"
+            else [out.hidden_states[i] for i in (layer if isinstance(layer, list) else [layer])]
+        )
         wanted = torch.cat(states, -1)[:, PREFIX[family] if class_token == "drop" else 0 :]
         assert torch.equal(features.tokens_BND, wanted)
         assert features.tokens_BND.shape == (2, encoder.num_tokens, encoder.hidden_size)
@@ -98,12 +102,21 @@ def test_the_vision_tower_of_a_two_tower_model(tmp_path: Any) -> None:
     both = tf.CLIPModel(
         tf.CLIPConfig(
             vision_config=tiny.vision_config("clip_vision_model").to_dict(),
-            text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40},
+            text_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "vocab_size": 40,
+            },
         )
     )
     both.save_pretrained(tmp_path)
     encoder = HFVisionEncoder.from_pretrained(str(tmp_path)).eval()
-    assert all(torch.equal(t, both.vision_model.state_dict()[n.removeprefix("model.").removeprefix("vision_model.")]) for n, t in encoder.state_dict().items())
+    assert all(
+        torch.equal(t, both.vision_model.state_dict()[n.removeprefix("model.").removeprefix("vision_model.")])
+        for n, t in encoder.state_dict().items()
+    )
 
 
 class TestRefusals:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import timm
 import torch
 
+import tiny
 from opticnerve.encoders.base import last_blocks
 from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.types import OpticNerveError
@@ -64,9 +64,20 @@ def test_tokens_of_a_vit(name: str, layer: Any, class_token: str) -> None:
         if layer == "last":
             wanted = model.forward_features(pixels(64))[:, prefix if class_token == "drop" else 0 :]
         else:
-            ((tokens, first),) = model.forward_intermediates(
-                pixels(64), indices=[layer], intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
-            ) if prefix else [(model.forward_intermediates(pixels(64), indices=[layer], intermediates_only=True, output_fmt="NLC")[0], None)]
+            ((tokens, first),) = (
+                model.forward_intermediates(
+                    pixels(64), indices=[layer], intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+                )
+                if prefix
+                else [
+                    (
+                        model.forward_intermediates(
+                            pixels(64), indices=[layer], intermediates_only=True, output_fmt="NLC"
+                        )[0],
+                        None,
+                    )
+                ]
+            )
             wanted = tokens if class_token == "drop" or first is None else torch.cat([first, tokens], 1)
     assert torch.equal(features.tokens_BND, wanted)
     assert features.tokens_BND.shape == (2, encoder.num_tokens, encoder.hidden_size)
@@ -87,7 +98,9 @@ def test_swins_map_has_its_channels_last() -> None:
 @pytest.mark.parametrize("name", [*CNNS, *VITS])
 def test_image_processor_and_options(name: str) -> None:
     encoder = TimmEncoder(name=name, image_size=64).eval()
-    out = encoder.image_processor()([tiny.picture(1, 70), tiny.picture(2).resize((90, 30))], return_tensors="pt")["pixel_values"]
+    out = encoder.image_processor()([tiny.picture(1, 70), tiny.picture(2).resize((90, 30))], return_tensors="pt")[
+        "pixel_values"
+    ]
     assert out.shape == (2, 3, 64, 64)
     assert encoder(out).tokens_BND.shape == (2, encoder.num_tokens, encoder.hidden_size)
     again = TimmEncoder(**encoder.options).eval()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from opticnerve.build import Dock, dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import default_device, load_model
@@ -65,7 +65,9 @@ class TestAnswer:
         try:
             with torch.no_grad():
                 head.zero_()[end] = 0
-                hook = model.language_model.lm_head.register_forward_hook(lambda m, a, out: out.index_fill(-1, torch.tensor([end]), 9.0))
+                hook = model.language_model.lm_head.register_forward_hook(
+                    lambda m, a, out: out.index_fill(-1, torch.tensor([end]), 9.0)
+                )
             assert answerer.answer([ASKED[1]], max_new_tokens=50) == [""]
         finally:
             hook.remove()
@@ -83,7 +85,9 @@ def test_generation_stops_at_the_end_of_turn_of_the_template(
 ) -> None:
     """The end that training teaches is the template's, which need not be the tokenizer's."""
     llama3 = (Path(__file__).parent.parent / "templates/llama-3.jinja").read_text()
-    made = dock(vision_folder(), "mlp", {"name": language_folder("llama"), "chat_template": llama3.replace("bos_token + ", "")})
+    made = dock(
+        vision_folder(), "mlp", {"name": language_folder("llama"), "chat_template": llama3.replace("bos_token + ", "")}
+    )
     stops = Answerer(made.model, made.processor)._stops()["eos_token_id"]
     tokenizer = made.processor.tokenizer
     assert {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")} <= set(stops)
@@ -97,7 +101,9 @@ class TestStream:
 
     def test_closing_stops_the_model(self, answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
         steps: list[int] = []
-        handle = answerer.model.language_model.lm_head.register_forward_pre_hook(lambda *_: (steps.append(1), time.sleep(0.01))[0])
+        handle = answerer.model.language_model.lm_head.register_forward_pre_hook(
+            lambda *_: (steps.append(1), time.sleep(0.01))[0]
+        )
         before = threads()
         stream = answerer.stream(ASKED[2], max_new_tokens=400)
         next(stream)

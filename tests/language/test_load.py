@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from opticnerve.language.load import load_language, load_language_config, resolve
 from opticnerve.types import OpticNerveError
 
@@ -34,7 +34,10 @@ def test_tokenizers_come_back_as_they_were(language_folder: Callable[..., str], 
     bare = tiny.tokenizer(kind)
     text = "<|im_start|>user\nIs it naïve? 🦊 狐<|im_end|>\n"
     assert loaded(text)["input_ids"] == bare(text)["input_ids"]
-    assert loaded(text, return_offsets_mapping=True)["offset_mapping"] == bare(text, return_offsets_mapping=True)["offset_mapping"]
+    assert (
+        loaded(text, return_offsets_mapping=True)["offset_mapping"]
+        == bare(text, return_offsets_mapping=True)["offset_mapping"]
+    )
 
 
 def test_precision(language_folder: Callable[..., str]) -> None:

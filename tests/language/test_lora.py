@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from opticnerve.language.lora import add_lora, has_lora, is_lora, linear_layers, merge_lora
 from opticnerve.types import OpticNerveError
 
@@ -20,7 +20,9 @@ def test_fresh_adapters_change_nothing_and_merged_ones_stay(family: str) -> None
     add_lora(model, {"rank": 3})
     assert has_lora(model)
     assert torch.equal(model(IDS).logits, before)
-    assert {n.replace(".base_layer", ""): p.requires_grad for n, p in model.named_parameters() if not is_lora(n)} == open_before
+    assert {
+        n.replace(".base_layer", ""): p.requires_grad for n, p in model.named_parameters() if not is_lora(n)
+    } == open_before
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

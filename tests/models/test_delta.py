@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import tiny
 from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import add_lora, has_lora
@@ -47,7 +47,9 @@ def save(made: Dock, folder: Path, *parts: str) -> Path:
 
 
 def logits(model: Any, processor: Any) -> torch.Tensor:
-    batch = Answerer(model, processor).inputs([ask("what is it?", tiny.picture(1)), ask("q", tiny.picture(2), tiny.picture(3))])
+    batch = Answerer(model, processor).inputs(
+        [ask("what is it?", tiny.picture(1)), ask("q", tiny.picture(2), tiny.picture(3))]
+    )
     with torch.no_grad():
         return model(**batch).logits
 
@@ -149,7 +151,7 @@ class TestRefusals:
 
     def test_a_missing_adapter(self, run: Path) -> None:
         self.edit(run, lambda t: [t.pop(n) for n in list(t) if "lora_A" in n])
-        with pytest.raises(OpticNerveError, match="missing .*lora_A"):
+        with pytest.raises(OpticNerveError, match=r"missing .*lora_A"):
             self.load(run)
 
     def test_a_tensor_too_many(self, run: Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers as tf
 
+import tiny
 from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.types import ask

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from opticnerve.build import Dock, dock
 from opticnerve.language.lora import add_lora, is_lora
 from opticnerve.models.parts import full_name, part_parameters
@@ -42,7 +42,9 @@ def test_last_blocks(llama: Dock) -> None:
     assert names(llama, "encoder.last(1)") == all_names(llama, "image.encoder.model.encoder.layers.2.")
     two = names(llama, "encoder.last(2)")
     assert two == names(llama, "encoder.last(1)") | all_names(llama, "image.encoder.model.encoder.layers.1.")
-    assert names(llama, "language.last(1)") == {n for n in all_names(llama, "language_model.model.layers.1.") if not is_lora(n)}
+    assert names(llama, "language.last(1)") == {
+        n for n in all_names(llama, "language_model.model.layers.1.") if not is_lora(n)
+    }
     for part, have in (("encoder.last(4)", 3), ("language.last(3)", 2), ("language.last(0)", 2)):
         with pytest.raises(OpticNerveError, match=f"{have} "):
             names(llama, part)
@@ -52,7 +54,10 @@ def test_language(llama: Dock) -> None:
     everything = all_names(llama, "language_model.")
     assert names(llama, "language.lora") == {n for n in everything if is_lora(n)}
     assert names(llama, "language") == {n for n in everything if not is_lora(n)}
-    assert names(llama, "language.embeddings") == {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"}
+    assert names(llama, "language.embeddings") == {
+        "language_model.model.embed_tokens.weight",
+        "language_model.lm_head.weight",
+    }
     # Two matrices for each of seven linear layers in two blocks; the LM head has none.
     assert len(names(llama, "language.lora")) == 2 * 7 * 2
 
@@ -77,7 +82,7 @@ def test_every_family_has_its_parts(docked: Callable[..., Dock], family: str) ->
 def test_blocks_of_timm_models(docked: Callable[..., Dock], timm_folder: Callable[..., str], name: str) -> None:
     made = docked("llama", {"type": "timm", "name": timm_folder(name), "image_size": 96})
     count = len(made.model.image.encoder.blocks())
-    assert 1 < count
+    assert count > 1
     one, every = names(made, "encoder.last(1)"), names(made, f"encoder.last({count})")
     assert one < every <= names(made, "encoder")
     with pytest.raises(OpticNerveError, match=f"has {count} blocks"):
@@ -85,7 +90,7 @@ def test_blocks_of_timm_models(docked: Callable[..., Dock], timm_folder: Callabl
 
 
 def test_unknown_and_absent_parts(docked: Callable[..., Dock], llama: Dock) -> None:
-    with pytest.raises(ValueError, match="there is no part 'conector'.*'connector'"):
+    with pytest.raises(ValueError, match=r"there is no part 'conector'.*'connector'"):
         names(llama, "conector")
     with pytest.raises(OpticNerveError, match="no audio tower"):
         names(llama, "audio.connector")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from opticnerve.build import Dock
 from opticnerve.models import OpticNerveProcessor
 from opticnerve.types import OpticNerveError
@@ -43,13 +43,17 @@ def test_batches_are_padded_on_the_left(processor: Any) -> None:
 def test_truncation_never_cuts_through_a_picture(processor: Any) -> None:
     text = "<image>" + "word " * 30
     whole = processor(images=[tiny.picture()], text=text, return_tensors="pt")["input_ids"]
-    cut = processor(images=[tiny.picture()], text=text, return_tensors="pt", truncation=True, max_length=24)["input_ids"]
+    cut = processor(images=[tiny.picture()], text=text, return_tensors="pt", truncation=True, max_length=24)[
+        "input_ids"
+    ]
     assert torch.equal(cut, whole[:, :24])
     with pytest.raises(OpticNerveError, match="10 of its 16 placeholders are left"):
         processor(images=[tiny.picture()], text=text, return_tensors="pt", truncation=True, max_length=10)
     # A picture that is cut away whole leaves its features behind: an error too.
     with pytest.raises(OpticNerveError, match="0 of its 16 placeholders"):
-        processor(images=[tiny.picture()], text="word " * 30 + "<image>", return_tensors="pt", truncation=True, max_length=10)
+        processor(
+            images=[tiny.picture()], text="word " * 30 + "<image>", return_tensors="pt", truncation=True, max_length=10
+        )
 
 
 def test_the_vocabulary_of_the_language_model_is_untouched(docked: Callable[..., Dock]) -> None:
@@ -63,15 +67,17 @@ def test_round_trip(processor: Any, tmp_path: Path) -> None:
     again = OpticNerveProcessor.from_pretrained(tmp_path)
     for name in ("num_image_tokens", "image_token", "image_token_id", "chat_template"):
         assert getattr(again, name) == getattr(processor, name)
-    one, other = (
-        p(images=[tiny.picture()], text="<image> 🦊 what?", return_tensors="pt") for p in (processor, again)
-    )
+    one, other = (p(images=[tiny.picture()], text="<image> 🦊 what?", return_tensors="pt") for p in (processor, again))
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_chat_in_transformers_own_form(processor: Any) -> None:
-    chat = [{"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "what?"}]}]
-    out = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "what?"}]}
+    ]
+    out = processor.apply_chat_template(
+        chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
     assert int((out["input_ids"] == processor.image_token_id).sum()) == 16
     assert out["pixel_values"].shape[0] == 1
     text = processor.apply_chat_template(chat, add_generation_prompt=True)

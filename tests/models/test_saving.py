@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import opticnerve
+import tiny
 from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveConfig, OpticNerveForConditionalGeneration, OpticNerveProcessor
@@ -40,7 +40,11 @@ def some_inputs(made: Any) -> Any:
 
 @pytest.mark.parametrize("name", [*tiny.VISION, *TIMM])
 def test_save_and_load_every_encoder(
-    name: str, docked: Callable[..., Dock], vision_folder: Callable[..., str], timm_folder: Callable[..., str], tmp_path: Path
+    name: str,
+    docked: Callable[..., Dock],
+    vision_folder: Callable[..., str],
+    timm_folder: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
     spec = encoder_spec(name, vision_folder, timm_folder)
     made = docked("llama", {"type": "hf_vision", "name": spec} if isinstance(spec, str) else spec)
@@ -63,7 +67,9 @@ def test_save_and_load_every_encoder(
 
 
 @pytest.mark.parametrize("options", [ROPE, SWIN], ids=["rope", "swin"])
-def test_tables_that_no_file_holds_are_computed_again(options: dict[str, Any], docked: Callable[..., Dock], tmp_path: Path) -> None:
+def test_tables_that_no_file_holds_are_computed_again(
+    options: dict[str, Any], docked: Callable[..., Dock], tmp_path: Path
+) -> None:
     from opticnerve.encoders.timm import TimmEncoder
     from opticnerve.models.tower import join
 
@@ -72,7 +78,9 @@ def test_tables_that_no_file_holds_are_computed_again(options: dict[str, Any], d
     eye = TimmEncoder(**options).eval()
     hidden = set(dict(eye.named_buffers())) - set(eye.state_dict())
     tower = join(eye, {"type": "linear"}, {"type": "splice"}, 32)
-    model = OpticNerveForConditionalGeneration.from_parts(base.model.language_model, image=tower, image_token_id=base.processor.image_token_id)
+    model = OpticNerveForConditionalGeneration.from_parts(
+        base.model.language_model, image=tower, image_token_id=base.processor.image_token_id
+    )
     pixels = torch.randn(2, 3, eye.image_size, eye.image_size)
     model.save_pretrained(tmp_path)
     again = OpticNerveForConditionalGeneration.from_pretrained(tmp_path)
@@ -112,12 +120,19 @@ def test_bf16_comes_back_as_bf16(saved: Path, tmp_path: Path) -> None:
     model = OpticNerveForConditionalGeneration.from_pretrained(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     model.save_pretrained(tmp_path / "half")
-    assert {p.dtype for p in AutoModelForImageTextToText.from_pretrained(tmp_path / "half").parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in AutoModelForImageTextToText.from_pretrained(tmp_path / "half").parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_the_pipeline_answers(saved: Path) -> None:
     pipe = pipeline("image-text-to-text", model=str(saved), device="cpu")
-    chat = [{"role": "user", "content": [{"type": "image", "image": tiny.picture(1)}, {"type": "text", "text": "what is it?"}]}]
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": tiny.picture(1)}, {"type": "text", "text": "what is it?"}],
+        }
+    ]
     said = pipe(text=chat, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
     made = (AutoModelForImageTextToText.from_pretrained(saved), AutoProcessor.from_pretrained(saved))
     (answer,) = Answerer(*made).answer([ask("what is it?", tiny.picture(1))], max_new_tokens=6)
@@ -152,7 +167,9 @@ class TestTensorsAreAccountedFor:
             OpticNerveForConditionalGeneration.from_pretrained(saved)
 
 
-def test_a_saved_folder_names_no_other_folder(timm_folder: Callable[..., str], docked: Callable[..., Dock], tmp_path: Path) -> None:
+def test_a_saved_folder_names_no_other_folder(
+    timm_folder: Callable[..., str], docked: Callable[..., Dock], tmp_path: Path
+) -> None:
     """Self-contained: it loads where the encoder's own folder is gone."""
     made = docked("llama", {"type": "timm", "name": timm_folder(), "image_size": 96})
     made.model.save_pretrained(tmp_path)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tiny
 from opticnerve.build import Dock
 from opticnerve.data.collate import Batch, Collator
 from opticnerve.data.labels import encode
@@ -138,6 +138,8 @@ def test_the_loss_is_transformers_own(llama: Dock) -> None:
     batch = Collator(llama.processor)([pack([[encoded]])])
     loss, count = NextToken(llama.model)(batch)
     out = llama.model(
-        input_ids=torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels]), pixel_values=batch.pixel_values
+        input_ids=torch.tensor([encoded.input_ids]),
+        labels=torch.tensor([encoded.labels]),
+        pixel_values=batch.pixel_values,
     )
     assert float(out.loss.detach()) == pytest.approx(float(loss.detach()) / int(count), rel=1e-5)

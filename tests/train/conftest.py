@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from opticnerve import recipe as recipes
 from opticnerve.build import Dock, dock_recipe
 from opticnerve.recipe import Recipe
@@ -32,7 +32,9 @@ def make_recipe(
 ) -> Callable[..., Recipe]:  # fmt: skip
     """Stage options → a recipe of one stage. `eye` is a timm architecture or a vision family, `brain` a language family."""
 
-    def make(*, eye: str = "clip_vision_model", brain: str = "llama", precision: str = "fp32", seed: int = 0, **stage: Any) -> Recipe:
+    def make(
+        *, eye: str = "clip_vision_model", brain: str = "llama", precision: str = "fp32", seed: int = 0, **stage: Any
+    ) -> Recipe:
         encoder = (
             {"type": "hf_vision", "name": vision_folder(eye)} if eye in tiny.VISION
             else {"type": "timm", "name": timm_folder(eye), "image_size": 64}
@@ -41,12 +43,8 @@ def make_recipe(
             "name": "align", "train": {"connector": 1e-2}, "data": [{"path": str(data / "captions.jsonl")}],
             "batch_size": 4, "steps": 4, **stage,
         }  # fmt: skip
-        return recipes.load(
-            {
-                "seed": seed, "precision": precision, "stages": [chosen],
-                "model": {"language": {"name": language_folder(brain)}, "image": {"encoder": encoder}},
-            }  # fmt: skip
-        )
+        model = {"language": {"name": language_folder(brain)}, "image": {"encoder": encoder}}
+        return recipes.load({"seed": seed, "precision": precision, "stages": [chosen], "model": model})
 
     return make
 
@@ -56,7 +54,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     """Run the recipe's stage on a fresh dock, as the command does; `stop_at` sends SIGTERM after that step."""
 
     def run(
-        recipe: Recipe, folder: str = "run", *, resume: bool = False, stop_at: int | None = None, dock: Dock | None = None
+        recipe: Recipe,
+        folder: str = "run",
+        *,
+        resume: bool = False,
+        stop_at: int | None = None,
+        dock: Dock | None = None,
     ) -> tuple[Dock, StageResult | None]:
         made = dock or dock_recipe(recipe)
         with monkeypatch.context() as patch:

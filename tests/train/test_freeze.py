@@ -30,7 +30,9 @@ CHOICES: list[dict[str, float]] = [
 
 @pytest.mark.parametrize("eye", ["clip_vision_model", "test_efficientnet"])
 @pytest.mark.parametrize("train", CHOICES, ids=lambda t: "+".join(t))
-def test_open_and_frozen(docked: Callable[..., Dock], timm_folder: Callable[..., str], eye: str, train: dict[str, float]) -> None:
+def test_open_and_frozen(
+    docked: Callable[..., Dock], timm_folder: Callable[..., str], eye: str, train: dict[str, float]
+) -> None:
     vision = eye if eye == "clip_vision_model" else {"type": "timm", "name": timm_folder(eye), "image_size": 64}
     model = docked("llama tied", vision).model
     add_lora(model.language_model, {"rank": 2, "dropout": 0.1})
@@ -63,7 +65,16 @@ def test_the_table_is_readable(docked: Callable[..., Dock]) -> None:
     with console.capture() as seen:
         console.print(freeze(docked().model, {"connector": 1e-3, "language.last(1)": 2e-5}).table())
     text = seen.get()
-    for word in ("image.connector", "language.last(1)", "language (rest)", "image.encoder", "0.001", "2e-05", "frozen", "float32"):
+    for word in (
+        "image.connector",
+        "language.last(1)",
+        "language (rest)",
+        "image.encoder",
+        "0.001",
+        "2e-05",
+        "frozen",
+        "float32",
+    ):
         assert word in text
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from opticnerve.build import Dock, dock_recipe
 from opticnerve.data.source import load_data
 from opticnerve.inference.generate import Answerer
@@ -66,7 +66,8 @@ class TestFrozenStays:
             assert torch.equal(made.model(**words).logits, logits)
 
     @pytest.mark.parametrize(
-        "parts", [{"encoder.last(1)": 1e-3}, {"language.last(1)": 1e-3}, {"language.embeddings": 1e-3}, {"language": 1e-3}]
+        "parts",
+        [{"encoder.last(1)": 1e-3}, {"language.last(1)": 1e-3}, {"language.embeddings": 1e-3}, {"language": 1e-3}],
     )
     def test_any_part_alone(self, make_recipe: Make, train: Train, parts: dict[str, float]) -> None:
         recipe = make_recipe(train=parts, brain="llama tied")
@@ -85,7 +86,9 @@ class TestFrozenStays:
         made = dock_recipe(recipe)
         before = snapshot(made.model.language_model)
         train(recipe, dock=made)
-        after = {n.replace(".base_layer", ""): t for n, t in made.model.language_model.state_dict().items() if not is_lora(n)}
+        after = {
+            n.replace(".base_layer", ""): t for n, t in made.model.language_model.state_dict().items() if not is_lora(n)
+        }
         assert not same(before, after)
         assert all(float(t.abs().max()) > 0 for n, t in made.model.state_dict().items() if "lora_B" in n)
 
@@ -125,7 +128,9 @@ def test_what_a_stage_leaves(make_recipe: Make, train: Train, tmp_path: Path) ->
     assert first["step"] == 1
     assert first["learning_rate"].keys() == {"image.connector"}
     table = json.loads((folder / "freeze.json").read_text())
-    assert sum(r["parameters"] for r in table["rows"]) == table["total"] == sum(p.numel() for p in made.model.parameters())
+    assert (
+        sum(r["parameters"] for r in table["rows"]) == table["total"] == sum(p.numel() for p in made.model.parameters())
+    )
     again = OpticNerveForConditionalGeneration.from_pretrained(folder)
     assert not same(made.model.state_dict(), again.state_dict())
     conversation = load_data(recipe.stages[0].data[0])[0]
@@ -135,9 +140,11 @@ def test_what_a_stage_leaves(make_recipe: Make, train: Train, tmp_path: Path) ->
 def test_accumulated_steps_draw_the_same_curve(make_recipe: Make, train: Train, tmp_path: Path) -> None:
     for accumulate in (1, 2, 4):
         train(make_recipe(accumulate=accumulate, steps=5), f"by{accumulate}")
-    curves = [[(x["loss"], x["grad_norm"], x["tokens"]) for x in lines(stage_folder(tmp_path, f"by{a}"))] for a in (1, 2, 4)]
+    curves = [
+        [(x["loss"], x["grad_norm"], x["tokens"]) for x in lines(stage_folder(tmp_path, f"by{a}"))] for a in (1, 2, 4)
+    ]
     for curve in curves[1:]:
-        assert [c for c in curve] == [pytest.approx(c, rel=2e-5) for c in curves[0]]
+        assert list(curve) == [pytest.approx(c, rel=2e-5) for c in curves[0]]
 
 
 RESUMED: dict[str, dict[str, Any]] = {
@@ -221,13 +228,17 @@ class TestBadInput:
         (path.parent / "2.png").write_bytes((path.parent / "2.png").read_bytes()[:200])
         return path
 
-    def test_refused_before_the_first_step(self, make_recipe: Make, train: Train, spoiled: Path, tmp_path: Path) -> None:
+    def test_refused_before_the_first_step(
+        self, make_recipe: Make, train: Train, spoiled: Path, tmp_path: Path
+    ) -> None:
         with pytest.raises(DataError, match=r"2\.png"):
             train(make_recipe(data=[{"path": str(spoiled)}]))
         assert not (stage_folder(tmp_path) / "metrics.jsonl").exists()
 
     def test_skipped(self, make_recipe: Make, train: Train, spoiled: Path) -> None:
-        _, result = train(make_recipe(data=[{"path": str(spoiled)}], bad_samples="skip", epochs=1, steps=None, batch_size=5))
+        _, result = train(
+            make_recipe(data=[{"path": str(spoiled)}], bad_samples="skip", epochs=1, steps=None, batch_size=5)
+        )
         assert len(result.skipped) == 1
         assert "2.png" in result.skipped[0]
         assert result.samples == 5

@@ -81,7 +81,10 @@ def test_the_state_continues_exactly(dtype: torch.dtype) -> None:
 
 
 def test_parameters_without_a_gradient_stay() -> None:
-    used, unused = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    used, unused = (
+        nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16)),
+        nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16)),
+    )
     adam = optimizer({"p": {"used": used, "unused": unused}}, {"p": 1e-1}, decay=0.1)
     used.grad = torch.ones_like(used)
     adam.step(1.0, 1.0)

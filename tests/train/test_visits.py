@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from opticnerve.build import Dock
 from opticnerve.recipe import DataSpec, Stage
 from opticnerve.train.visits import Visits, usable_units
@@ -53,7 +53,9 @@ def test_every_unit_once_an_epoch_in_another_order(count: int, seed: int) -> Non
 
 
 def test_orders_differ_by_epoch_seed_and_stage() -> None:
-    made = [Visits(units(20), stage(steps=9, name=n), FakeProcessor(), seed=s) for s, n in ((0, "s"), (1, "s"), (0, "t"))]
+    made = [
+        Visits(units(20), stage(steps=9, name=n), FakeProcessor(), seed=s) for s, n in ((0, "s"), (1, "s"), (0, "t"))
+    ]
     orders = [tuple(seen(v, 0, 20)) for v in made] + [tuple(seen(made[0], 20, 20))]
     assert len(set(orders)) == 4
 
@@ -88,7 +90,9 @@ def test_micro_batches_and_processes_share_a_step_out(docked: Callable[..., Dock
 
 
 def test_an_uneven_split_is_refused() -> None:
-    with pytest.raises(OpticNerveError, match="batch_size 4 does not split evenly over 1 micro-batches and 3 processes"):
+    with pytest.raises(
+        OpticNerveError, match="batch_size 4 does not split evenly over 1 micro-batches and 3 processes"
+    ):
         Visits(units(4), stage(), FakeProcessor(), seed=0, world=3)
 
 

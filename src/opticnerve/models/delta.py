@@ -108,7 +108,8 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
         dtype = reference["dtype"]
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = OpticNerveConfig.from_pretrained(folder)
-    base = language.load_language(reference["bases"]["language"]["name"], dtype=dtype)
+    named = reference["bases"]["language"]
+    base = language.load_language(named["name"], dtype=dtype, gguf_file=named.get("gguf_file"))
     towers = {}
     for modality, spec in config.towers.items():
         name = reference["bases"][modality]["name"]
