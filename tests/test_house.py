@@ -32,6 +32,7 @@ def test_the_command_line_starts_without_torch(module: str) -> None:
     assert python(f"import sys, opticnerve_launch, {module}; print({heavy})").strip() == "[]"
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_it() -> None:
     code = "import opticnerve, transformers; print(type(transformers.AutoConfig.for_model('opticnerve')).__name__)"
     assert python(code).strip() == "OpticNerveConfig"

@@ -84,7 +84,8 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
     eye = cls.from_pretrained(name, **options)
     width = int(brain.model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
     image = join(eye, spec.image.connector.model_dump(), spec.image.fusion.model_dump(), width).to(dtype)
-    return assemble(brain, image, describe_bases(brain.name, brain.files, {"image": (name, eye)}))
+    bases = describe_bases(brain.name, brain.files, {"image": (name, eye)}, gguf_file=spec.language.gguf_file)
+    return assemble(brain, image, bases)
 
 
 def assemble(brain: Language, image: Any, bases: dict[str, Any]) -> Dock:

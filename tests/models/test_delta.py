@@ -188,3 +188,25 @@ def test_bf16_and_another_precision(docked: Callable[..., Dock], tmp_path: Path)
     assert again.language_model.dtype == torch.bfloat16
     assert torch.equal(logits(again, made.processor), logits(*made))
     assert OpticNerveForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_gguf_file_within_a_folder_is_found_again(
+    language_folder: Callable[..., str],
+    vision_folder: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """(Dequantising itself is the starter's daily bread; here it is stood in for.)"""
+    from opticnerve.build import dock
+    from opticnerve.language import load
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/small.gguf").write_bytes(b"weights")
+    monkeypatch.setattr(load, "_dequantised", lambda file: Path(language_folder("llama")))
+    made = dock(vision_folder(), "mlp", {"name": str(tmp_path / "base"), "gguf_file": "small.gguf"})
+    folder = save(made, tmp_path / "run", "connector")
+    again = OpticNerveForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(logits(again, made.processor), logits(*made))
+    (tmp_path / "base/small.gguf").write_bytes(b"other weights")
+    with pytest.raises(OpticNerveError, match="other weights of language"):
+        OpticNerveForConditionalGeneration.from_pretrained(folder)

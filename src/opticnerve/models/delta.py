@@ -39,10 +39,14 @@ def find(name: Any) -> Path | None:
     return folder if (folder / REFERENCE).is_file() else None
 
 
-def describe_bases(language_name: str, language_files: Iterable[str], towers: dict[str, Any]) -> dict[str, Any]:
+def describe_bases(
+    language_name: str, language_files: Iterable[str], towers: dict[str, Any], *, gguf_file: str | None = None
+) -> dict[str, Any]:
     """The references: `language` and, per modality, `encoder`: how each is called, and the hash of its weight files."""
     files = list(language_files) or language.hub_files(language_name)
     bases: dict[str, Any] = {"language": {"name": language_name, "sha256": fingerprint(files) if files else None}}
+    if gguf_file is not None:
+        bases["language"]["gguf_file"] = gguf_file
     for modality, (name, encoder) in towers.items():
         files = encoder.weight_files() or (
             [] if starter.is_starter(name) else language.hub_files(name.removeprefix("hf-hub:"))
