@@ -17,7 +17,7 @@ from opticnerve.data.collate import Batch, Collator
 from opticnerve.data.labels import encode
 from opticnerve.data.packing import pack
 from opticnerve.objectives.next_token import NextToken, supervised_logits
-from opticnerve.types import Conversation, ask
+from opticnerve.types import Conversation, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 PACKABLE = ("llama", "llama tied", "qwen2", "mistral", "phi", "gemma2", "gpt2", "opt")
@@ -143,3 +143,15 @@ def test_the_loss_is_transformers_own(llama: Dock) -> None:
         pixel_values=batch.pixel_values,
     )
     assert float(out.loss.detach()) == pytest.approx(float(loss.detach()) / int(count), rel=1e-5)
+
+
+def test_a_packed_row_longer_than_a_sliding_window_is_refused(docked: Callable[..., Dock]) -> None:
+    """Our mask would replace the language model's own, window and all."""
+    dock = docked("mistral")
+    questions = [ask("is it red?", answer="yes"), ask("is it blue?", answer="no")]
+    batch = batch_of(dock, [[questions]])
+    dock.model.language_model.config.sliding_window = batch.input_ids.shape[1]
+    NextToken(dock.model)(batch)
+    dock.model.language_model.config.sliding_window = 4
+    with pytest.raises(OpticNerveError, match="attends within 4"):
+        NextToken(dock.model)(batch)

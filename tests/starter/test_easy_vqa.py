@@ -141,4 +141,4 @@ def test_a_second_call_writes_nothing_and_a_stale_marker_everything(prepared: di
     (folder / "prepared.json").write_text("{}")
     prepare(folder)
     assert len(rows(prepared["captions"])) == 3_542
-    assert not [p for p in folder.rglob(".*")]
+    assert not list(folder.rglob(".*"))

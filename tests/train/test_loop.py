@@ -305,3 +305,27 @@ def test_a_later_stage_may_not_reshape_the_adapter(make_recipe: Make, train: Tra
     made, _ = train(recipe, "one")
     with pytest.raises(OpticNerveError, match="lora"):
         train(make_recipe(train={"language.lora": 1e-2}, lora={"rank": 3}), "two", dock=made)
+
+
+class TestGradientCheckpointing:
+    """Activations are computed again, also in a frozen language model, and nothing else changes."""
+
+    def test_same_run_but_layers_run_twice(
+        self, make_recipe: Make, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        calls = {"now": 0}
+        forward = LlamaMLP.forward
+
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls["now"] += 1
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(LlamaMLP, "forward", counted)
+        plain, _ = train(make_recipe(), "plain")
+        once, calls["now"] = calls["now"], 0
+        again, _ = train(make_recipe(gradient_checkpointing=True), "again")
+        assert calls["now"] == 2 * once
+        assert same(plain.model.state_dict(), again.model.state_dict()) == []
+        assert not any(m.training for m in again.model.modules())

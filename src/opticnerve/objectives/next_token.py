@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opticnerve.types import OpticNerveError
+
 IGNORE = -100
 
 
@@ -26,6 +28,8 @@ class NextToken(nn.Module):
         model = self.model
         embeds_BLD, _ = model.embed(batch.input_ids, batch.pixel_values)
         keep_BL = batch.targets != IGNORE
+        if not batch.plain:
+            _check_window(model.language_model.config, batch.input_ids.shape[1])
         logits_MV = supervised_logits(
             model.language_model,
             keep_BL,
@@ -35,6 +39,16 @@ class NextToken(nn.Module):
         )
         loss = F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="sum")
         return loss, keep_BL.sum()
+
+
+def _check_window(config: Any, length: int) -> None:
+    """A mask of ours replaces the language model's own, sliding windows included: refuse rows that would notice."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if window and length > window:
+        raise OpticNerveError(
+            f"a packed row has {length} tokens, but {config.model_type} attends within {window}: lower per_image, or "
+            f"set share_prefix: false"
+        )
 
 
 def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, Subset
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve.build import Dock
 from opticnerve.data.source import load_units
@@ -32,7 +33,7 @@ from opticnerve.train.freeze import Frozen, freeze
 from opticnerve.train.optim import MasterAdamW, schedule
 from opticnerve.train.progress import Progress
 from opticnerve.train.visits import Visits, usable_units
-from opticnerve.types import DataError, OpticNerveError
+from opticnerve.types import OpticNerveError
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,6 +42,10 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, saved: Path) -> None:
         super().__init__(f"stopped; saved to {saved}")
         self.checkpoint = saved
+
+
+class Diverged(OpticNerveError):
+    """The loss stopped being a number."""
 
 
 @dataclass
@@ -78,18 +83,18 @@ def run_stage(
 
     Raises:
         Interrupted: stopped by a signal, after saving.
-        OpticNerveError: the loss stopped being a number; the message names step and samples.
+        Diverged: the loss stopped being a number; the message names step and samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = accelerator or make_accelerator(recipe, folder.parent.parent)
     model, processor = dock.model, dock.processor
-    if stage.gradient_checkpointing:
-        model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stage = _within_context(stage, model)
     torch.manual_seed(recipe.seed)
     if "language.lora" in stage.train:
         _give_lora(dock, stage)
     frozen = freeze(model, stage.train)
+    if stage.gradient_checkpointing:
+        _checkpoint_layers(model.language_model)
     trained_before |= {n for group in frozen.groups.values() for n in group}
     if accelerator.is_main_process:
         _write_json(folder / "freeze.json", frozen.to_dict())
@@ -112,7 +117,12 @@ def run_stage(
     if not (resume and run.restore()):
         calibrate(model, visits)
     run.skipped = skipped
-    return run.go()
+    try:
+        return run.go()
+    finally:
+        model.eval()
+        if stage.gradient_checkpointing:
+            model.language_model.gradient_checkpointing_disable()
 
 
 def _within_context(stage: Stage, model: Any) -> Stage:
@@ -133,6 +143,18 @@ def _give_lora(dock: Dock, stage: Stage) -> None:
             f"stage {stage.name}: lora is {stage.lora.model_dump()}, but an earlier stage's adapter is {dock.lora}; "
             f"leave lora out to go on with it, or merge it and start another recipe"
         )
+
+
+def _checkpoint_layers(language_model: Any) -> None:
+    """Compute activations again instead of keeping them, in frozen layers, too.
+
+    transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
+    stay as `freeze` left them.
+    """
+    language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in language_model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
@@ -199,7 +221,9 @@ class _Run:
                         raise Interrupted(self.save())
                     if stage.save_every and self.step % stage.save_every == 0 and self.step < steps:
                         self.save()
-            except (OpticNerveError, DataError):
+            except Diverged:
+                raise  # the weights may be broken already: the checkpoints before are worth more
+            except OpticNerveError:
                 if self.step:
                     self.save()  # bad input never loses finished work
                 raise
@@ -221,12 +245,14 @@ class _Run:
                 loss, _ = self.objective(batch)
                 # Summed over processes by all-reduce, which averages: hence the number of processes.
                 (loss * (accelerator.num_processes / supervised)).backward()
+            if accelerator.num_processes == 1:  # all-reduce wants the gradients where autograd left them
+                self.optimizer.collect()
             total += loss.detach()
         total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
         self.loss = float(total) / supervised
         if not math.isfinite(self.loss):
             ids = [i for b in batches for i in b.ids]
-            raise OpticNerveError(
+            raise Diverged(
                 f"stage {self.stage.name}, step {self.step + 1}: the loss is {self.loss}; samples {', '.join(ids[:8])}"
                 f"{' …' if len(ids) > 8 else ''}. Lower the learning rate, or look at them with `opticnerve data show`"
             )

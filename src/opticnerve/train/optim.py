@@ -41,12 +41,16 @@ class MasterAdamW:
         for names, weights, masters in zip(self.names, self.weights, self.masters, strict=True):
             yield from zip(names, weights, masters, strict=True)
 
+    def collect(self) -> None:
+        """Move bf16 gradients into the float32 masters, adding up: no sum over micro-batches is made in bf16."""
+        for _, weight, master in self.pairs():
+            if master is not weight and weight.grad is not None:
+                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                weight.grad = None
+
     def step(self, factor: float, clip: float | None) -> float:
         """One step at `factor` × each part's learning rate; returns the gradient norm before clipping."""
-        for _, weight, master in self.pairs():
-            if master is not weight:
-                master.grad = weight.grad.float() if weight.grad is not None else None
-                weight.grad = None
+        self.collect()
         masters = [m for _, _, m in self.pairs()]
         norm = torch.nn.utils.clip_grad_norm_(masters, clip if clip is not None else math.inf)
         for group in self.adam.param_groups:
