@@ -137,6 +137,10 @@ class LoraSpec(Strict):
     alpha: float | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | list[str] = "all-linear"
+    when: Literal["always", "media"] = Field(
+        "always",
+        description="media: the adapter works on prompts with a picture alone; text alone meets the bare model",
+    )
 
 
 class Stage(Strict):

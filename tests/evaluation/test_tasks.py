@@ -147,3 +147,18 @@ def test_one_picture_or_none_cannot_be_shuffled(tmp_path: Path) -> None:
         image_dependence(looks, questions(tmp_path, 1))
     with pytest.raises(OpticNerveError, match="no picture"):
         image_dependence(looks, [*questions(tmp_path), ask("?", answer="x")])
+
+
+def test_balanced_questions_give_no_clue_by_their_words() -> None:
+    from opticnerve.evaluation.image_dependence import balanced
+
+    skewed = [ask("is it red?", pictured(i), answer="no" if i % 10 else "yes") for i in range(100)]
+    fixed = [ask("is it there?", pictured(i), answer="yes") for i in range(20)]
+    chosen = balanced([*skewed, *fixed], 10)
+    assert sorted(c.answer or "" for c in chosen) == ["no"] * 5 + ["yes"] * 5
+    assert chosen == balanced([*skewed, *fixed], 10)
+    assert balanced(fixed, 10) == []
+
+
+def pictured(number: int) -> bytes:
+    return str(number).encode()

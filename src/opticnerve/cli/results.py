@@ -26,10 +26,13 @@ def show_results(results: dict[str, Any], console: Any) -> None:
         console.print(_tasks(tasks))
     for title, found in _dependences(results):
         table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("questions")
         for name in ("real picture", "blank picture", "another's picture", "real minus blank"):
             table.add_column(name, justify="right")
-        difference = found["real"] - found["blank"]
-        table.add_row(*(f"{found[k]:.1%}" for k in ("real", "blank", "shuffled")), f"{100 * difference:+.1f} points")
+        for sampling, one in {found.get("sampling", ""): found, **(found.get("other_samples") or {})}.items():
+            difference = one["real"] - one["blank"]
+            shares = (f"{one[k]:.1%}" for k in ("real", "blank", "shuffled"))
+            table.add_row(sampling, *shares, f"{100 * difference:+.1f} points")
         console.print(table)
     if forgetting := results.get("forgetting"):
         table = _table("What the language model kept", "after", "perplexity", "text-only logits unchanged")

@@ -198,8 +198,25 @@ def _image_dependence(run: RunFolder) -> str:
         f"{title}\n\n![Accuracy with the real, a blank and another sample's picture](plots/image-dependence.png)\n\n"
         f"The same {d['n']:,} questions: {percent(d['real'])} right with the real picture, {percent(d['blank'])} with "
         f"a blank one, {percent(d['shuffled'])} with another sample's. "
-        f"**Real minus blank: {points(d['real'] - d['blank'])}.**"
+        f"**Real minus blank: {points(d['real'] - d['blank'])}.**{_samplings(d)}"
     )
+
+
+def _samplings(d: dict[str, Any]) -> str:
+    """How the questions were chosen, and what another choice gives."""
+    text = ""
+    if d.get("sampling") == "balanced":
+        text = (
+            "\n\nThe questions are balanced: each comes with each of its answers equally often, about different "
+            "pictures, so that its words alone give no clue."
+        )
+    for sampling, other in (d.get("other_samples") or {}).items():
+        text += (
+            f" On {other['n']:,} questions {sampling}, words alone give clues: {percent(other['real'])} real, "
+            f"{percent(other['blank'])} blank, {percent(other['shuffled'])} another's "
+            f"({points(other['real'] - other['blank'])})."
+        )
+    return text
 
 
 def _forgetting(run: RunFolder) -> str:
@@ -225,6 +242,13 @@ def _forgetting(run: RunFolder) -> str:
         parts.append(f"Perplexity on {tokens:,} tokens of English prose written for opticnerve (lower is better).")
     if reused := [f"{plain(e['after'])} as {plain(e['same_as'])}" for e in entries if e.get("same_as")]:
         parts.append(f"Not computed again where the logits are the same bit by bit: {', '.join(reused)}.")
+    for e in entries:
+        if forced := e.get("perplexity_adapter_on"):
+            parts.append(
+                f"The adapter works on prompts with a picture alone (`lora.when: media`), so text alone meets the "
+                f"untouched model. Forced to work on text after {plain(e['after'])}, it would make the perplexity "
+                f"{forced:.2f} ({forced / base - 1:+.1%})."
+            )
     parts.append(_answers_side_by_side(entries))
     return "\n\n".join(p for p in parts if p)
 

@@ -17,7 +17,7 @@ from typing import Any
 import PIL.Image
 
 from opticnerve.data.images import open_image
-from opticnerve.evaluation.metrics import summarise
+from opticnerve.evaluation.metrics import normalise_answer, summarise
 from opticnerve.evaluation.tasks import Generate, Progress, answer_all, score_answers
 from opticnerve.types import Conversation, ImagePart, OpticNerveError
 
@@ -60,6 +60,32 @@ def image_dependence(
         scored = summarise(score_answers(seen, answer_all(generate, seen, report)))
         result[name], intervals[name] = scored["accuracy"], scored["ci95"]
     return {**result, "ci95": intervals, "real_minus_blank": result["real"] - result["blank"], "seed": seed}
+
+
+def balanced(conversations: Sequence[Conversation], count: int, *, seed: int = 0) -> list[Conversation]:
+    """Up to about `count` questions in which the words alone give no clue: each question comes with each of its answers
+    equally often, about different pictures (the balancing of VQA v2, Goyal et al. 2017, section 3).
+
+    Without it, a model that sees nothing may still be right most of the time: nine in ten of easy-VQA's "is there a red
+    shape?" are a no. Questions that have one answer only are left out.
+    """
+    rng = random.Random(seed)
+    by_question: dict[str, dict[str, list[Conversation]]] = {}
+    for c in conversations:
+        key = c.prompt().messages[-1].text.strip().lower()
+        by_question.setdefault(key, {}).setdefault(normalise_answer(c.answer or ""), []).append(c)
+    sets: list[list[Conversation]] = []
+    for answers in by_question.values():
+        if len(answers) > 1:
+            shuffled = [rng.sample(found, len(found)) for found in answers.values()]
+            sets += [list(one_of_each) for one_of_each in zip(*shuffled, strict=False)]
+    rng.shuffle(sets)
+    chosen: list[Conversation] = []
+    for one_of_each in sets:
+        if len(chosen) >= count:
+            break
+        chosen += one_of_each
+    return chosen
 
 
 def with_pictures(c: Conversation, change: Callable[[ImagePart, str], ImagePart]) -> Conversation:

@@ -23,11 +23,11 @@ from opticnerve.data.source import by_picture, fixed_sample, load_data
 from opticnerve.evaluation import tasks
 from opticnerve.evaluation.card import write_card
 from opticnerve.evaluation.choice import run_choice
-from opticnerve.evaluation.forgetting import forgetting_entry
-from opticnerve.evaluation.image_dependence import image_dependence
+from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
+from opticnerve.evaluation.image_dependence import balanced, image_dependence
 from opticnerve.evaluation.waiting import Waiting
 from opticnerve.inference.generate import Answerer
-from opticnerve.language.lora import add_lora, has_lora
+from opticnerve.language.lora import has_lora
 from opticnerve.models import delta
 from opticnerve.recipe import EvaluateSpec, Recipe
 from opticnerve.starter import weights as starter
@@ -131,11 +131,28 @@ def evaluate_model(
         if spec.metric == "vqa":
             found["tasks"][-1]["most_frequent_answer"] = tasks.most_frequent_answer(conversations)
         if spec.image_dependence and spec.metric == "vqa" and "image_dependence" not in found:
-            some = fixed_sample([c for c in conversations if c.prompt().images], spec.image_dependence, seed=1)
-            if len(some) > 1:
-                with Waiting(console, "image dependence: the same questions, blank and shuffled pictures") as bar:
-                    found["image_dependence"] = image_dependence(generate, some, progress=bar.update)
+            seen = [c for c in load_data(spec.data) if c.prompt().images]
+            found["image_dependence"] = _dependence(generate, seen, spec.image_dependence, console)
     return found
+
+
+def _dependence(
+    generate: tasks.Generate, conversations: list[Conversation], count: int, console: Any
+) -> dict[str, Any] | None:
+    """Image dependence on a balanced sample and on questions as they come; the latter alone if none can be balanced."""
+    measured = {}
+    for sampling, some in (
+        ("balanced", balanced(conversations, count, seed=1)),
+        ("as they come", fixed_sample(conversations, count, seed=1)),
+    ):
+        if len({c.images[0].source for c in some if isinstance(c.images[0].source, Path | bytes)}) > 1:
+            with Waiting(console, f"image dependence, questions {sampling}: real, blank, shuffled pictures") as bar:
+                measured[sampling] = image_dependence(generate, some, progress=bar.update)
+    if not measured:
+        return None
+    sampling, first = next(iter(measured.items()))
+    others = {k: v for k, v in measured.items() if k != sampling}
+    return {**first, "sampling": sampling} | ({"other_samples": others} if others else {})
 
 
 def machine() -> dict[str, Any]:
@@ -198,6 +215,11 @@ def _measure_text(dock: Dock, results: _Results, after: str, console: Any, secon
                 after, dock.model, dock.processor.tokenizer, generate, untouched=untouched, reuse_identical=True
             )
         )
+    if (dock.lora or {}).get("when") == "media":
+        # What the adapter would do to text if it did not step aside: the language model called by itself knows no gate.
+        with Waiting(console, f"text alone, adapter forced on, after {after}"):
+            forced = perplexity(dock.model.language_model, dock.processor.tokenizer)
+        entries[-1]["perplexity_adapter_on"] = forced["perplexity"]
     seconds["forgetting"] = seconds.get("forgetting", 0.0) + time.perf_counter() - begun
     results.write()
 
@@ -207,7 +229,7 @@ def _load_stage(dock: Dock, folder: Path, trained: set[str]) -> None:
     reference = delta.read(folder)
     if reference["lora"] and not has_lora(dock.model.language_model):
         dock.lora = reference["lora"]
-        add_lora(dock.model.language_model, reference["lora"])
+        dock.model.give_lora(reference["lora"])
     with torch.no_grad():
         delta.put(dock.model, folder, reference["tensors"])
     trained |= {n for n in reference["tensors"] if n in dict(dock.model.named_parameters())}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from opticnerve.types import OpticNerveError
 
-DEFAULTS: dict[str, Any] = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": "all-linear"}
+DEFAULTS: dict[str, Any] = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": "all-linear", "when": "always"}
 
 
 def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch.dtype | None = None) -> None:
@@ -19,7 +21,7 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
 
     Args:
         options: `rank`; `alpha` (2 × rank by default); `dropout`; `targets`: "all-linear" (every linear layer but the
-            LM head), or a list of module-name endings such as [q_proj, v_proj].
+            LM head), or a list of module-name endings such as [q_proj, v_proj]; `when`: see `Gate`.
         dtype: of the adapter weights; the language model's own by default. (peft's default, float32 beside bf16
             weights, casts every activation and is a third slower on a CPU.)
     """
@@ -51,10 +53,52 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
     for name, parameter in language_model.named_parameters():
         # peft freezes and opens weights as it goes; what trains is the stage's business alone.
         parameter.requires_grad_(frozen.get(name.replace(".base_layer", ""), False))
+    if chosen["when"] == "media":
+        Gate.install(language_model)
     dtype = dtype or next(p.dtype for p in language_model.parameters())
     for name, parameter in language_model.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.to(dtype)
+
+
+class Gate:
+    """Which rows of a batch the adapter works on (`when: media`).
+
+    An adapter that learned to answer about pictures has no business with text alone: rows without a picture are left to
+    the bare language model, bit for bit, so that nothing it knew is forgotten. Phi-4-Multimodal's mixture of LoRAs does
+    so per modality (Abouelenin et al. 2025, section 2).
+    """
+
+    def __init__(self) -> None:
+        self.rows_B: Tensor | None = None
+
+    @classmethod
+    def install(cls, language_model: nn.Module) -> None:
+        """Hook a gate onto the output of every adapter."""
+        gate = cls()
+        for name, module in language_model.named_modules():
+            if name.rpartition(".")[0].endswith("lora_B"):
+                module.register_forward_hook(gate)
+        language_model.lora_gate = gate  # type: ignore[assignment]
+
+    def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        if self.rows_B is None:
+            return None
+        return out * self.rows_B.to(out.dtype).view(-1, *[1] * (out.ndim - 1))
+
+
+@contextmanager
+def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[None]:
+    """Within it, the adapter works on the rows where `rows_B` is True; on all of them for None, or without a gate."""
+    gate = getattr(language_model, "lora_gate", None)
+    if gate is None:
+        yield
+        return
+    before, gate.rows_B = gate.rows_B, rows_B
+    try:
+        yield
+    finally:
+        gate.rows_B = before
 
 
 def linear_layers(language_model: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ class OpticNerveConfig(PreTrainedConfig):
             beside `type` (a registered name or a dotted path) stand the plain keywords that build the part.
         image_token_id: the id that the processor writes where a picture stands. It may lie beyond the language model's
             vocabulary: it is replaced before the embedding table is asked.
+        lora: options of the adapter on the language model, as for `add_lora`; None where there is none.
     """
 
     model_type = "opticnerve"
@@ -27,6 +28,7 @@ class OpticNerveConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         towers: dict[str, dict[str, Any]] | None = None,
         image_token_id: int | None = None,
+        lora: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -37,6 +39,7 @@ class OpticNerveConfig(PreTrainedConfig):
         self.text_config: PreTrainedConfig = text_config
         self.towers: dict[str, dict[str, Any]] = towers or {}
         self.image_token_id = image_token_id
+        self.lora = lora
         kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False)))
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(key, getattr(text_config, key, None))

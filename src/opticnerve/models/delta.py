@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from opticnerve import registry
 from opticnerve.language import load as language
-from opticnerve.language.lora import add_lora
 from opticnerve.models.configuration import OpticNerveConfig
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import moving_buffers
@@ -130,7 +129,7 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
     assert config.image_token_id is not None
     model = OpticNerveForConditionalGeneration.from_parts(base.model, image=image, image_token_id=config.image_token_id)
     if reference["lora"]:
-        add_lora(model.language_model, reference["lora"])
+        model.give_lora(reference["lora"])
     put(model, folder, reference["tensors"])
     model.config._name_or_path = str(folder)
     return model.eval()

@@ -22,8 +22,10 @@ def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     model = OpticNerveForConditionalGeneration.from_pretrained(
         source, dtype="auto", trust_remote_code=trust_remote_code
     )
-    if has_lora(model.language_model):
+    # An adapter that steps aside for text alone cannot be a sum of weights: it goes along as it is.
+    if has_lora(model.language_model) and (model.config.lora or {}).get("when", "always") == "always":
         merge_lora(model.language_model)
+        model.config.lora = None
     with new_folder(out) as new:
         model.save_pretrained(new)
         OpticNerveProcessor.from_pretrained(source).save_pretrained(new)

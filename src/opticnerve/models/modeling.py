@@ -12,12 +12,17 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from opticnerve.encoders.base import Encoder
+from opticnerve.language.lora import adapter_on, add_lora
 from opticnerve.models.configuration import OpticNerveConfig
 from opticnerve.models.tower import Tower, build_tower
 from opticnerve.types import Features, OpticNerveError
 
 # `PreTrainedModel.from_pretrained` keeps `trust_remote_code` to itself; the constructor needs it for dotted paths.
 _trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
+
+
+# While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
+_rows: ContextVar[Tensor | None] = ContextVar("rows_with_media", default=None)
 
 
 @dataclass
@@ -60,6 +65,8 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if "image" in config.towers:
             trusted = trust_remote_code or _trusted.get()
             self.image = build_tower(config.towers["image"], language_width=width, trust_remote_code=trusted)
+        if config.lora:
+            add_lora(self.language_model, config.lora)
         self._no_split_modules = list(getattr(self.language_model, "_no_split_modules", None) or [])
         self.post_init()
 
@@ -155,6 +162,11 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def give_lora(self, options: dict[str, Any]) -> None:
+        """Put an adapter on the language model; the configuration remembers it. (`options`: as for `add_lora`.)"""
+        add_lora(self.language_model, options)
+        self.config.lora = options
+
     # -- the flow -------------------------------------------------------------------------------------------------
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
@@ -211,22 +223,24 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         soft = None
+        rows_B = self._adapter_rows(input_ids, inputs_embeds)
         if inputs_embeds is None and (
             pixel_values is not None or image_features is not None or self._has_placeholder(input_ids)
         ):
             inputs_embeds, soft = self.embed(input_ids, pixel_values, image_features)  # type: ignore[arg-type]
             input_ids = None
-        out = self.language_model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **{k: v for k, v in kwargs.items() if k not in ("return_dict", "num_items_in_batch")},
-            return_dict=True,
-        )
+        with adapter_on(self.language_model, rows_B):
+            out = self.language_model(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **{k: v for k, v in kwargs.items() if k not in ("return_dict", "num_items_in_batch")},
+                return_dict=True,
+            )
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -241,6 +255,32 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=out.get("attentions"),
             image_hidden_states=soft,
         )
+
+    def rows_with_media(self, input_ids: Tensor) -> Tensor | None:
+        """(B,) bool: the rows that hold a picture; None where the adapter does not ask (no gate on it)."""
+        if getattr(self.language_model, "lora_gate", None) is None:
+            return None
+        return input_ids.eq(self.config.image_token_id or -1).any(1)
+
+    def _adapter_rows(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+        """The rows that the adapter works on in this forward pass."""
+        rows_B = _rows.get()
+        if rows_B is None:
+            return None if input_ids is None else self.rows_with_media(input_ids)
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        # Beams and several answers stand beside each other, each prompt's together.
+        return rows_B.repeat_interleave(given.shape[0] // rows_B.shape[0])
+
+    def generate(self: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As for any model of transformers. Which rows hold a picture is settled by the prompt, once, for all steps."""
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        rows_B = self.rows_with_media(input_ids) if isinstance(input_ids, Tensor) and input_ids.ndim == 2 else None
+        token = _rows.set(rows_B)
+        try:
+            return GenerationMixin.generate(self, inputs, **kwargs)
+        finally:
+            _rows.reset(token)
 
     def _has_placeholder(self, input_ids: Tensor | None) -> bool:
         token = self.config.image_token_id

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opticnerve.language.lora import adapter_on
 from opticnerve.types import OpticNerveError
 
 IGNORE = -100
@@ -30,13 +31,14 @@ class NextToken(nn.Module):
         keep_BL = batch.targets != IGNORE
         if not batch.plain:
             _check_window(model.language_model.config, batch.input_ids.shape[1])
-        logits_MV = supervised_logits(
-            model.language_model,
-            keep_BL,
-            inputs_embeds=embeds_BLD,
-            position_ids=batch.positions,
-            attention_mask=batch.attention_mask(embeds_BLD.dtype),
-        )
+        with adapter_on(model.language_model, model.rows_with_media(batch.input_ids)):
+            logits_MV = supervised_logits(
+                model.language_model,
+                keep_BL,
+                inputs_embeds=embeds_BLD,
+                position_ids=batch.positions,
+                attention_mask=batch.attention_mask(embeds_BLD.dtype),
+            )
         loss = F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="sum")
         return loss, keep_BL.sum()
 

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opticnerve.build import Dock
 from opticnerve.data.source import load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
-from opticnerve.language.lora import add_lora, has_lora
+from opticnerve.language.lora import has_lora
 from opticnerve.models import delta
 from opticnerve.models.parts import moving_buffers
 from opticnerve.objectives.next_token import NextToken
@@ -137,7 +137,7 @@ def _give_lora(dock: Dock, stage: Stage) -> None:
     """A fresh adapter for the first stage that trains one; a later stage goes on with it and may not reshape it."""
     if not has_lora(dock.model.language_model):
         dock.lora = (stage.lora or LoraSpec()).model_dump()
-        add_lora(dock.model.language_model, dock.lora)
+        dock.model.give_lora(dock.lora)
     elif stage.lora is not None and stage.lora.model_dump() != dock.lora:
         raise OpticNerveError(
             f"stage {stage.name}: lora is {stage.lora.model_dump()}, but an earlier stage's adapter is {dock.lora}; "
