@@ -115,7 +115,8 @@ def usable_units(
                 if seen <= check:
                     made = encode(conversation, processor, template=template, max_length=stage.max_length)
                     _open_once(conversation, opened)
-                    shared_prefix([*encoded[:1], made])
+                    if count != 1:  # one at a time shares nothing
+                        shared_prefix([*encoded[:1], made])
                     encoded.append(made)
                 kept.append(conversation)
             except DataError as e:
