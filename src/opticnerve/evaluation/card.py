@@ -335,10 +335,13 @@ processor = AutoProcessor.from_pretrained("{where}")
 question = [{{"type": "image", "image": "picture.png"}}, {{"type": "text", "text": "what is in the picture?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": question}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
 )
 output = model.generate(**inputs, max_new_tokens=32)
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
 
 
