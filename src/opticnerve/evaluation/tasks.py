@@ -70,7 +70,7 @@ def run_vqa(
         "name": name,
         "harness": f"opticnerve {'VQA soft accuracy' if soft else 'exact match'} {harness_version()}",
         **summarise(scores),
-        "by_type": accuracy_by_type(scores, [str(c.meta.get("type", "all")) for c in conversations]),
+        "by_type": accuracy_by_type(scores, [str(c.meta.get("type") or "all") for c in conversations]),
         "samples": [_with_picture(samples[i], conversations[i], run_dir, f"{name}-{i}") for i in kept],
     }
 
