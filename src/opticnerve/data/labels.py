@@ -62,7 +62,7 @@ def encode(
     template = template or processor.chat_template
     where = conversation.where or conversation.id
     _check_placeholders(conversation, processor.image_token, where)
-    text = _render(conversation, processor, template, generation_prompt=not learn)
+    text = render(conversation, processor, template, generation_prompt=not learn)
     spans = _answer_spans(conversation, text, processor, template, where) if learn else []
     text, spans = _expand(text, spans, processor.image_token, processor.replace_image_token())
     starts_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -87,7 +87,8 @@ def encode(
     return Encoded(ids, labels, images, conversation.id, where, media_end)
 
 
-def _render(conversation: Conversation, processor: Any, template: str, *, generation_prompt: bool = False) -> str:
+def render(conversation: Conversation, processor: Any, template: str, *, generation_prompt: bool = False) -> str:
+    """A conversation as the template writes it, a placeholder word where a picture stands."""
     chat = [
         {"role": m["role"], "content": [p if p["type"] == "text" else {"type": p["type"]} for p in m["content"]]}
         for m in conversation.to_chat()
@@ -110,7 +111,7 @@ def _answer_spans(
     """Character spans of each assistant's words with the end-of-turn token behind them, in the rendered text."""
     answers = [m.text for m in conversation.messages if m.role == "assistant"]
     end = end_of_turn(processor, template)
-    marked = _render(_mark(conversation), processor, template)
+    marked = render(_mark(conversation), processor, template)
     pieces = _split_at_marks(marked, len(answers))
     if pieces is None:
         raise DataError("the chat template drops an assistant turn", where=where, kind="template")
@@ -167,7 +168,7 @@ def end_of_turn(processor: Any, template: str) -> str:
     # The last turn alone: in between, the first special token might belong to the next speaker.
     from opticnerve.types import ask
 
-    probe = _render(_mark(ask("q", answer="a")), processor, template)
+    probe = render(_mark(ask("q", answer="a")), processor, template)
     after = probe.partition(_CLOSE)[2].lstrip()
     tokenizer = processor.tokenizer
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)

@@ -15,8 +15,7 @@ from opticnerve.data.labels import IGNORE, encode
 from opticnerve.data.packing import pack
 from opticnerve.evaluation.metrics import choice_rank
 from opticnerve.evaluation.tasks import harness_version
-from opticnerve.language.lora import adapter_on
-from opticnerve.objectives.next_token import supervised_logits
+from opticnerve.objectives.next_token import batch_logits
 from opticnerve.types import Conversation, Message, OpticNerveError, TextPart
 
 
@@ -62,13 +61,8 @@ def answer_scores(model: Any, processor: Any, conversation: Conversation, candid
     ]
     batch = Collator(processor)([pack([samples])]).to(model.device)
     with torch.inference_mode():
-        embeds_BLD, _ = model.embed(batch.input_ids, batch.pixel_values)
         keep_BL = batch.targets != IGNORE
-        with adapter_on(model.language_model, model.rows_with_media(batch.input_ids)):
-            logits_MV = supervised_logits(
-                model.language_model, keep_BL, inputs_embeds=embeds_BLD, position_ids=batch.positions,
-                attention_mask=batch.attention_mask(embeds_BLD.dtype),
-            )  # fmt: skip
+        logits_MV = batch_logits(model, batch, keep_BL)
         log_p_M = -F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="none")
     branch_M = batch.branch[keep_BL]
     first = 0 if len(candidates) == 1 else 1

@@ -112,7 +112,8 @@ def evaluate_model(
     found: dict[str, Any] = {"tasks": []}
     answerer = Answerer(model, processor)
     for spec in specs:
-        conversations = fixed_sample(load_data(spec.data), spec.sample)
+        everything = load_data(spec.data)
+        conversations = fixed_sample(everything, spec.sample)
         if spec.metric == "choice":
             with Waiting(console, f"{spec.name}: true caption against nine others") as bar:
                 found["tasks"].append(run_choice(model, processor, conversations, name=spec.name, progress=bar.update))
@@ -131,7 +132,7 @@ def evaluate_model(
         if spec.metric == "vqa":
             found["tasks"][-1]["most_frequent_answer"] = tasks.most_frequent_answer(conversations)
         if spec.image_dependence and spec.metric == "vqa" and "image_dependence" not in found:
-            seen = [c for c in load_data(spec.data) if c.prompt().images]
+            seen = [c for c in everything if c.prompt().images]
             found["image_dependence"] = _dependence(generate, seen, spec.image_dependence, console)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 from opticnerve.data.images import open_image
-from opticnerve.data.labels import end_of_turn
+from opticnerve.data.labels import end_of_turn, render
 from opticnerve.types import Conversation, OpticNerveError
 
 
@@ -109,11 +109,7 @@ class Answerer:
 
     def render(self, prompt: Conversation) -> str:
         """The prompt as text, the template's cue for the assistant at its end."""
-        chat = [
-            {"role": m["role"], "content": [p if p["type"] == "text" else {"type": p["type"]} for p in m["content"]]}
-            for m in prompt.to_chat()
-        ]
-        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+        return render(prompt, self.processor, self.processor.chat_template, generation_prompt=True)
 
     def _stops(self) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer

@@ -61,14 +61,12 @@ def save(
     bases: dict[str, Any],
     lora: dict[str, Any] | None,
     trained: Iterable[str],
-    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write config.json, dock.json and trained.safetensors.
 
     Args:
         trained: full names of all parameters that any stage so far has trained; the buffers that move with them
             and the connectors go along.
-        tensors: other values for some of them (float32 masters), by full name.
     """
     import transformers
 
@@ -78,7 +76,7 @@ def save(
     state = model.state_dict()
     trained = set(trained)
     names = sorted({*trained, *moving_buffers(model, trained), *(n for n in state if ".connector." in n)})
-    chosen = {n: (tensors or {}).get(n, state[n]).detach().cpu().contiguous().clone() for n in names}
+    chosen = {n: state[n].detach().cpu().contiguous().clone() for n in names}
     config = model.config
     config.save_pretrained(folder)
     save_file(chosen, folder / TENSORS, metadata={"format": "pt"})

@@ -26,21 +26,25 @@ class NextToken(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
-        model = self.model
-        embeds_BLD, _ = model.embed(batch.input_ids, batch.pixel_values)
         keep_BL = batch.targets != IGNORE
-        if not batch.plain:
-            _check_window(model.language_model.config, batch.input_ids.shape[1])
-        with adapter_on(model.language_model, model.rows_with_media(batch.input_ids)):
-            logits_MV = supervised_logits(
-                model.language_model,
-                keep_BL,
-                inputs_embeds=embeds_BLD,
-                position_ids=batch.positions,
-                attention_mask=batch.attention_mask(embeds_BLD.dtype),
-            )
+        logits_MV = batch_logits(self.model, batch, keep_BL)
         loss = F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="sum")
         return loss, keep_BL.sum()
+
+
+def batch_logits(model: Any, batch: Any, keep_BL: Tensor) -> Tensor:
+    """Logits (M, V) of a batch's rows at the M positions where `keep_BL` is True, pictures and packing and all."""
+    embeds_BLD, _ = model.embed(batch.input_ids, batch.pixel_values)
+    if not batch.plain:
+        _check_window(model.language_model.config, batch.input_ids.shape[1])
+    with adapter_on(model.language_model, model.rows_with_media(batch.input_ids)):
+        return supervised_logits(
+            model.language_model,
+            keep_BL,
+            inputs_embeds=embeds_BLD,
+            position_ids=batch.positions,
+            attention_mask=batch.attention_mask(embeds_BLD.dtype),
+        )
 
 
 def _check_window(config: Any, length: int) -> None:
