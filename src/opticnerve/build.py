@@ -13,8 +13,8 @@ from opticnerve.language.load import Language, load_language
 from opticnerve.models.delta import describe_bases
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.processing import OpticNerveProcessor
-from opticnerve.models.tower import check_options, join
-from opticnerve.recipe import LanguageSpec, ModelSpec, PartSpec, Recipe, TowerSpec
+from opticnerve.models.tower import Tower, check_options, join, language_sizes
+from opticnerve.recipe import LanguageSpec, ModelSpec, PartSpec, Recipe, TilingSpec, TowerSpec
 from opticnerve.types import OpticNerveError
 
 Spec = str | dict[str, Any]
@@ -35,20 +35,25 @@ class Dock:
 
 
 def dock(
-    vision: Spec,
+    vision: Spec | None = None,
     connector: Spec = "mlp",
     language: str | dict[str, Any] = "starter/smollm2-135m-instruct",
     *,
     fusion: Spec = "splice",
+    tiling: dict[str, Any] | None = None,
+    audio: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int | None = 0,
 ) -> Dock:
-    """Dock a vision encoder onto a language model through a fresh connector.
+    """Dock an eye, an ear or both onto a language model through fresh connectors.
 
     Args:
         vision: a name (`starter/efficientnet-lite0`, `timm/…`, a hub name or folder of a transformers vision model),
             or a mapping such as `{"type": "timm", "name": "resnet50", "layer": -1}`.
-        connector, fusion: a registered name or `{"type": …, options}`.
+        connector, fusion: of the eye: a registered name or `{"type": …, options}`.
+        tiling: `{"type": "anyres", options}` to show the eye pictures in tiles.
+        audio: the ear: `{"encoder": {"type": "whisper", "name": …}, "connector": …, "fusion": …}`, the last two as
+            above and by default as for the eye.
         language: hub name, local folder, GGUF file or starter name; or a mapping with `name`, `gguf_file` and
             `chat_template`.
         dtype: of the weights in memory.
@@ -57,9 +62,19 @@ def dock(
     Returns:
         A `Dock`; unpacks as `model, processor = dock(…)`.
     """
-    tower = TowerSpec(encoder=_vision_spec(vision), connector=_part(connector), fusion=_part(fusion))
+    towers: dict[str, Any] = {}
+    if vision is not None:
+        towers["image"] = TowerSpec(
+            encoder=_vision_spec(vision), connector=_part(connector), fusion=_part(fusion),
+            tiling=None if tiling is None else TilingSpec(**tiling),
+        )  # fmt: skip
+    if audio is not None:
+        spoken = {"connector": connector, "fusion": fusion, **audio}
+        towers["audio"] = TowerSpec(**{part: _part(option) for part, option in spoken.items()})
+    if not towers:
+        raise OpticNerveError("nothing is docked: give vision, audio or both")
     spec = LanguageSpec(name=language) if isinstance(language, str) else LanguageSpec(**language)
-    return dock_spec(ModelSpec(language=spec, image=tower), dtype=dtype, seed=seed)
+    return dock_spec(ModelSpec(language=spec, **towers), dtype=dtype, seed=seed)
 
 
 def dock_recipe(recipe: Recipe) -> Dock:
@@ -75,30 +90,32 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
         brain.tokenizer.chat_template = read_template(spec.language.chat_template)
     if seed is not None:
         torch.manual_seed(seed)
-    cls = registry.encoders.get(spec.image.encoder.type)
-    options = dict(spec.image.encoder.options)
-    name = options.pop("name", None)
-    if name is None:
-        raise OpticNerveError("model.image.encoder needs a name: a hub name, a local folder, or starter/…")
-    check_options("encoder", spec.image.encoder.type, cls, {k: v for k, v in options.items() if k != "architecture"})
-    eye = cls.from_pretrained(name, **options)
-    width = int(brain.model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
-    image = join(eye, spec.image.connector.model_dump(), spec.image.fusion.model_dump(), width).to(dtype)
-    bases = describe_bases(brain.name, brain.files, {"image": (name, eye)}, gguf_file=spec.language.gguf_file)
-    return assemble(brain, image, bases)
+    encoders = {m: load_encoder(m, tower.encoder) for m, tower in spec.towers.items()}
+    sizes = language_sizes(brain.model)
+    towers: dict[str, Tower] = {}
+    for modality, tower in spec.towers.items():
+        towers[modality] = join(encoders[modality][1], tower.parts(), sizes)
+        towers[modality].fusion.start(brain.model.get_input_embeddings())
+        towers[modality].to(dtype)
+    bases = describe_bases(brain.name, brain.files, encoders, gguf_file=spec.language.gguf_file)
+    return assemble(brain, towers, bases)
 
 
-def assemble(brain: Language, image: Any, bases: dict[str, Any]) -> Dock:
+def load_encoder(modality: str, spec: PartSpec) -> tuple[Any, Any]:
+    """The name of the weights (or names, or None) and the encoder that holds them."""
+    cls = registry.encoders.get(spec.type)
+    if cls.modality != modality:
+        raise OpticNerveError(f"model.{modality}.encoder: {spec.type!r} is for {cls.modality}, not for {modality}")
+    name, options = cls.take_name(spec.options)
+    check_options("encoder", spec.type, cls, {k: v for k, v in options.items() if k != "architecture"})
+    return name, cls.from_pretrained(name, **options)
+
+
+def assemble(brain: Language, towers: dict[str, Tower], bases: dict[str, Any]) -> Dock:
     """Model and processor from loaded parts."""
-    processor = OpticNerveProcessor(
-        image_processor=image.encoder.image_processor(),
-        tokenizer=brain.tokenizer,
-        num_image_tokens=image.num_tokens,
-    )
+    processor = OpticNerveProcessor.from_tower(towers, brain.tokenizer)
     model = OpticNerveForConditionalGeneration.from_parts(
-        brain.model,
-        image=image,
-        image_token_id=int(processor.image_token_id),  # type: ignore[arg-type]
+        brain.model, towers, image_token_id=processor.image_token_id, audio_token_id=processor.audio_token_id
     )
     return Dock(model, processor, bases)
 

@@ -127,7 +127,7 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
     process = cost.process_bytes()
     model = parts.shadow(recipe)
     machine = cost.device()
-    visual = model.image.num_tokens if hasattr(model, "image") else None
+    visual = max((_most_placeholders(t) for t in model.towers.values()), default=None)
     plan = Plan(
         recipe.name,
         recipe.precision,
@@ -171,12 +171,29 @@ def _stage(stage: Stage, model: Any, data: StageData, process: int, visual: int)
     # Batches are padded to their longest row.
     longest = max((len(r) for r in data.rows), default=length)
     padded = min(longest, math.ceil(1.25 * length)) if data.rows else length
-    images = math.ceil(rows * (data.images if data.rows else 1)) if visual else 0
+    media = {m: math.ceil(rows * data.media(m) * _pieces(t)) for m, t in model.towers.items()}
     supervised = math.ceil(rows * (data.supervised or 32))
-    trace = cost.trace_step(model, rows=rows, length=padded, images=images, supervised=supervised)
+    trace = cost.Trace(0, 0, 0)
+    if stage.objective.type == "next_token":
+        trace = cost.trace_step(model, rows=rows, length=padded, media=media, supervised=supervised)
     needed = cost.memory(model, trace, checkpointing=stage.gradient_checkpointing, process=process)
     again = 4 / 3 if stage.gradient_checkpointing else 1.0  # the forward pass of the layers is done twice
     return StagePlan(stage.name, shares, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
+
+
+def _most_placeholders(tower: Any) -> int:
+    """Tokens that one picture (or window of sound) takes in the text, at most."""
+    tiled = tower.tiling is not None and tower.num_placeholders > 1
+    return int(tower.tiling.spec.max_tokens if tiled else tower.num_placeholders)
+
+
+def _pieces(tower: Any) -> int:
+    """Tiles of a picture in the middle of what the tiling allows; 1 where there are no tiles."""
+    if tower.tiling is None:
+        return 1
+    spec = tower.tiling.spec
+    tiles = sorted(spec.num_tiles(*point) for point in spec.pinpoints)
+    return int(tiles[len(tiles) // 2])
 
 
 def _adapt(model: Any, stage: Stage, where: Any) -> None:
@@ -188,6 +205,9 @@ def _adapt(model: Any, stage: Stage, where: Any) -> None:
 def _time(planned: StagePlan, stage: Stage, docked: Any, processor: Any, rate: float, kind: str) -> None:
     """Seconds of a stage: one real step on a short batch, or arithmetic over the machine's matmul rate."""
     steps = planned.data.steps
+    if not planned.flops:
+        planned.timing = f"not estimated for objective {stage.objective.type}"
+        return
     if docked is not None and planned.data.rows:
         per_row = _measure(stage, docked, processor, planned.data, kind)
         planned.timing = "a short batch was timed with the real weights"
@@ -239,12 +259,15 @@ def _remarks(recipe: Recipe, plan: Plan, model: Any) -> list[Remark]:
     for stage, planned in zip(recipe.stages, plan.stages, strict=True):
         for text in _stage_warnings(stage, planned, plan):
             warn(f"stage {stage.name}: {text}")
-    tower = recipe.model.image
-    if tower is not None and (native := parts.native_size(model)) and native != model.image.encoder.image_size:
-        note(f"the encoder sees {model.image.encoder.image_size} px and was pretrained with {native} px")
-    trains = {part.removeprefix("image.") for stage in recipe.stages for part in stage.train}
-    if recipe.stages and tower is not None and "connector" not in trains:
-        warn("no stage trains the connector, which starts with random weights: the pictures would be noise")
+    eye = model.image.encoder if "image" in model.towers else None
+    if eye is not None and (native := parts.native_size(eye)) and native != eye.image_size:
+        note(f"the encoder sees {eye.image_size} px and was pretrained with {native} px")
+    trains = {parts.full_name(model, part) for stage in recipe.stages for part in stage.train}
+    for modality, tower in model.towers.items() if recipe.stages else ():
+        for half, module in (("connector", tower.connector), ("fusion", tower.fusion)):
+            if f"{modality}.{half}" not in trains and any(True for _ in module.parameters()):
+                noise = "pictures" if modality == "image" else "sounds"
+                warn(f"no stage trains {modality}.{half}, which starts with random weights: the {noise} would be noise")
     if not recipe.stages:
         note("the recipe has no stages: there is nothing to train")
     elif not recipe.evaluate:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.language.lora import is_lora
-from opticnerve.types import OpticNerveError
+from opticnerve.models.prompt import Prompt
+from opticnerve.types import Features, OpticNerveError
 
 # The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3
 # to 0.5; norms, activations and memory traffic take the rest.
@@ -69,8 +70,10 @@ def memory(model: nn.Module, trace: Trace, *, checkpointing: bool, process: int)
     return Memory(process, weights, gradients, optimizer, trace.kept, trace.checkpointed, checkpointing)
 
 
-def trace_step(model: Any, *, rows: int, length: int, images: int, supervised: int) -> Trace:
-    """Send one micro-batch of `rows` × `length` tokens and `images` pictures through the meta model, there and back.
+def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], supervised: int) -> Trace:
+    """Send one micro-batch of `rows` × `length` tokens and its media through the meta model, there and back.
+
+    `media`: by modality, how many pieces (images or tiles, windows of sound) the micro-batch holds.
 
     The bytes kept are those of all tensors that autograd saves for the backward pass, each storage once, parameters not
     counted. Tensors whose last two sides are the length of the sequence are left out: fused attention never makes them.
@@ -87,27 +90,30 @@ def trace_step(model: Any, *, rows: int, length: int, images: int, supervised: i
     language = model.language_model
     width = model.get_input_embeddings().embedding_dim
     dtype = model.get_input_embeddings().weight.dtype
-    tower = getattr(model, "image", None)
     saved = _Saved(model, length)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda t: t):
-            soft = None
-            if tower is not None and images:
-                size = int(tower.encoder.image_size)
-                soft = tower(torch.empty(images, 3, size, size, dtype=dtype)).tokens_BND
+            prompt = Prompt()
+            for modality, tower in model.towers.items():
+                if pieces := media.get(modality):
+                    soft = _soft_tokens(tower, pieces, dtype)
+                    prompt.soft[modality] = soft.tokens_BND
+                    prompt.seen[modality] = tower.fusion.imagine(rows, length, soft)
             embeds = torch.empty(rows, length, width, dtype=dtype)
-            opened = model.get_input_embeddings().weight.requires_grad or (soft is not None and soft.requires_grad)
-            embeds.requires_grad_(opened)
+            opened = model.get_input_embeddings().weight.requires_grad
+            embeds.requires_grad_(opened or any(s.requires_grad for s in prompt.soft.values()))
             # A mask of its own, for deriving one would ask the meta device for values.
             mask = torch.empty(rows, 1, length, length, dtype=dtype)
             positions = torch.empty(rows, length, dtype=torch.long)
-            hidden = language.base_model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-            )[0]
+            with model.looking(prompt):
+                hidden = language.base_model(
+                    inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+                )[0]
         if hidden.requires_grad:
-            hidden.backward(torch.empty_like(hidden))
-        if soft is not None and soft.requires_grad:
-            soft.backward(torch.empty_like(soft))
+            hidden.backward(torch.empty_like(hidden), retain_graph=True)
+        for soft_BND in prompt.soft.values():
+            if soft_BND.requires_grad:
+                soft_BND.backward(torch.empty_like(soft_BND))
     for parameter in model.parameters():
         parameter.grad = None
     vocabulary = language.get_output_embeddings().weight.shape[0]
@@ -117,6 +123,14 @@ def trace_step(model: Any, *, rows: int, length: int, images: int, supervised: i
     layers = max((len(m) for m in language.modules() if isinstance(m, nn.ModuleList)), default=1)
     inputs = layers * rows * length * width * dtype.itemsize
     return Trace(saved.bytes + logits, inputs + saved.bytes // layers + logits, flops)
+
+
+def _soft_tokens(tower: Any, pieces: int, dtype: torch.dtype) -> Features:
+    """What connector and encoder make of so many pieces; arranging tiles costs nothing."""
+    features = tower.encoder(torch.empty(pieces, *tower.encoder.media_shape, dtype=dtype))
+    words = [torch.empty(pieces, 16, dtype=torch.long)] * 2 if tower.wants_text else []
+    soft: Features = tower.connector(features, *words)
+    return soft
 
 
 class _Saved:

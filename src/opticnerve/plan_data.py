@@ -41,10 +41,11 @@ class StageData:
         """Mean supervised tokens of a row."""
         return sum(t != -100 for r in self.rows for t in r.targets) / len(self.rows) if self.rows else 0.0
 
-    @property
-    def images(self) -> float:
-        """Mean pictures of a row."""
-        return sum(len(r.images) for r in self.rows) / len(self.rows) if self.rows else 0.0
+    def media(self, modality: str) -> float:
+        """Mean pictures (or sounds) of a row."""
+        if not self.rows:
+            return 1.0
+        return sum(len(r.images if modality == "image" else r.audios) for r in self.rows) / len(self.rows)
 
 
 def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
@@ -60,7 +61,7 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
     found.samples = sum(len(conversations) for conversations, _ in units)
     if found.steps is None:
         found.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / stage.batch_size))
-    if processor is not None:
+    if processor is not None and stage.objective.type == "next_token":
         _encode_some(found, units, stage, processor, seed, bad)
     found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,10 @@ from opticnerve import registry
 from opticnerve.language.chat_template import read_template
 from opticnerve.language.load import load_language_config, resolve
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.parts import TOWERS, full_name, part_parameters
+from opticnerve.models.parts import HALVES, TOWERS, full_name, part_parameters, prefixes
 from opticnerve.models.processing import OpticNerveProcessor
-from opticnerve.models.tower import check_options, join
+from opticnerve.models.tower import check_options, join, language_sizes
 from opticnerve.recipe import LanguageSpec, PartSpec, Recipe
-from opticnerve.starter import weights as starter
 from opticnerve.types import OpticNerveError
 
 
@@ -56,15 +54,14 @@ def shadow(recipe: Recipe) -> Any:
     config = language_config(recipe.model.language)
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        image = None
-        if recipe.model.image is not None:
-            tower = recipe.model.image
-            width = language.get_input_embeddings().embedding_dim
-            image = join(encoder(tower.encoder), tower.connector.model_dump(), tower.fusion.model_dump(), width).to(
-                dtype
-            )
-    # The real id is the tokenizer's business; shapes do not depend on it.
-    return OpticNerveForConditionalGeneration.from_parts(language, image=image, image_token_id=int(config.vocab_size))
+        sizes = language_sizes(language)
+        towers = {
+            m: join(encoder(m, tower.encoder), tower.parts(), sizes).to(dtype)
+            for m, tower in recipe.model.towers.items()
+        }
+    # The real ids are the tokenizer's business; shapes do not depend on them.
+    size = int(config.get_text_config().vocab_size)
+    return OpticNerveForConditionalGeneration.from_parts(language, towers, image_token_id=size, audio_token_id=size + 1)
 
 
 def language_config(spec: LanguageSpec) -> Any:
@@ -75,31 +72,18 @@ def language_config(spec: LanguageSpec) -> Any:
         raise _unreachable("model.language", spec.name, e) from e
 
 
-def encoder(spec: PartSpec) -> Any:
+def encoder(modality: str, spec: PartSpec) -> Any:
     """The encoder with its architecture's shapes. Call under `torch.device("meta")`."""
-    options = dict(spec.options)
-    name = options.pop("name", None)
-    if name is None:
-        raise OpticNerveError("model.image.encoder needs a name: a hub name, a local folder, or starter/…")
     cls = registry.encoders.get(spec.type)
-    check_options("encoder", spec.type, cls, {k: v for k, v in options.items() if k != "architecture"})
-    if starter.is_starter(name):
-        eye = starter.eye(name)
-        return cls(name=eye.architecture, **{**eye.options, **options})
-    known = inspect.signature(cls.__init__).parameters
-    if "architecture" in known:
-        with torch.device("cpu"):
-            try:
-                config = AutoConfig.from_pretrained(name)
-            except OSError as e:
-                raise _unreachable("model.image.encoder", name, e) from e
-        config = getattr(config, "vision_config", config)
-        return cls(architecture=config.to_dict(), **{k: v for k, v in options.items() if k != "architecture"})
-    if "name" in known:
-        return cls(name=name, **options)
-    raise OpticNerveError(
-        f"plan cannot foresee the encoder {spec.type!r}: its constructor takes neither `name` nor `architecture`"
-    )
+    if cls.modality != modality:
+        raise OpticNerveError(f"model.{modality}.encoder: {spec.type!r} is for {cls.modality}, not for {modality}")
+    name, options = cls.take_name(spec.options)
+    options.pop("architecture", None)
+    check_options("encoder", spec.type, cls, options)
+    try:
+        return cls.planned(name, **options)
+    except OSError as e:
+        raise _unreachable(f"model.{modality}.encoder", name, e) from e
 
 
 def processor_for(recipe: Recipe) -> OpticNerveProcessor:
@@ -117,13 +101,7 @@ def processor_for(recipe: Recipe) -> OpticNerveProcessor:
         tokenizer.pad_token = tokenizer.eos_token
     if language.chat_template:
         tokenizer.chat_template = read_template(language.chat_template)
-    model = shadow(recipe)
-    image = getattr(model, "image", None)
-    return OpticNerveProcessor(
-        image_processor=image.encoder.image_processor() if image is not None else None,
-        tokenizer=tokenizer,
-        num_image_tokens=image.num_tokens if image is not None else 1,
-    )
+    return OpticNerveProcessor.from_tower(shadow(recipe).towers, tokenizer)
 
 
 def context_of(config: Any) -> int | None:
@@ -145,21 +123,23 @@ def shapes(recipe: Recipe, model: Any) -> list[Shape]:
         if tower is None or spec is None:
             continue
         eye = tower.encoder
-        side = int(eye.image_size)
+        shape = " × ".join(map(str, eye.media_shape))
+        what = f"{eye.image_size} × {eye.image_size} pixels" if name == "image" else "a window of sound"
+        tiles = f", up to {tower.tiling.spec.max_tokens} in tiles" if tower.tiling is not None else ""
         kind = f"{spec.encoder.type} {spec.encoder.options.get('name', '')}".strip()
         found += [
-            Shape("picture", f"{side} × {side} pixels", f"3 × {side} × {side}", 0),
+            Shape("picture" if name == "image" else "sound", what, shape, 0),
             Shape(f"{name}.encoder", kind, f"{eye.num_tokens} × {eye.hidden_size}", _count(eye.parameters())),
             Shape(
                 f"{name}.connector",
                 spec.connector.type,
-                f"{tower.num_tokens} × {width}",
+                f"{tower.num_tokens} × {width}{tiles}",
                 _count(tower.connector.parameters()),
             ),
             Shape(
                 f"{name}.fusion",
                 spec.fusion.type,
-                f"{tower.num_tokens} placeholders",
+                f"{tower.num_placeholders} placeholder{'s' if tower.num_placeholders > 1 else ''}",
                 _count(tower.fusion.parameters()),
             ),
         ]
@@ -179,19 +159,18 @@ def open_parts(model: Any, train: dict[str, float]) -> list[Share]:
         shares.append(Share(full_name(model, part), _count(mine), True, rate))
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in taken)
-    wholes = [(f"{m}.{half}", getattr(getattr(model, m), half)) for m in TOWERS if hasattr(model, m)
-              for half in ("encoder", "connector")]  # fmt: skip
-    for name, module in [*wholes, ("language", model.language_model)]:
-        rest = [p for p in module.parameters() if id(p) not in taken]
+    wholes = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in HALVES]
+    for name, start in [*wholes, ("language", ("language_model.",))]:
+        mine = [p for n, p in model.named_parameters() if n.startswith(start)]
+        rest = [p for p in mine if id(p) not in taken]
         if rest:
-            whole = len(rest) == len(list(module.parameters()))
+            whole = len(rest) == len(mine)
             shares.append(Share(name if whole else f"{name} (rest)", _count(rest), False, None))
     return shares
 
 
-def native_size(model: Any) -> int | None:
-    """The input size that the encoder was pretrained with, if it says so."""
-    eye = model.image.encoder
+def native_size(eye: Any) -> int | None:
+    """The input size that an eye was pretrained with, if it says so."""
     if isinstance(size := getattr(eye, "native_size", None), int):
         return size
     settings = getattr(getattr(eye, "model", None), "pretrained_cfg", None) or {}

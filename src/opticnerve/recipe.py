@@ -27,6 +27,7 @@ from opticnerve.recipe_schema import (
     PartSpec,
     Recipe,
     Stage,
+    TilingSpec,
     TowerSpec,
     split_part,
 )
@@ -34,7 +35,7 @@ from opticnerve.types import RecipeError
 
 __all__ = [
     "MODALITIES", "PARTS", "DataSpec", "EvaluateSpec", "LanguageSpec", "LoraSpec", "ModelSpec", "PartSpec", "Recipe",
-    "Stage", "TowerSpec", "dump", "load", "split_part",
+    "Stage", "TilingSpec", "TowerSpec", "dump", "load", "split_part",
 ]  # fmt: skip
 
 

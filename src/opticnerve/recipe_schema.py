@@ -16,6 +16,7 @@ PARTS = (
     "connector",
     "encoder",
     "encoder.last(N)",
+    "fusion",
     "language",
     "language.last(N)",
     "language.lora",
@@ -41,6 +42,13 @@ class PartSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
+def _check_known(spec: PartSpec, parts: registry.Registry[Any]) -> None:
+    if spec.type not in parts.names() and ":" not in spec.type:
+        near = difflib.get_close_matches(spec.type, parts.names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {parts.kind} {spec.type!r}{hint} Known: {', '.join(parts.names())}")
+
+
 class LanguageSpec(Strict):
     """A causal language model: hub name, local folder, `.gguf` file, or `starter/…`."""
 
@@ -51,12 +59,30 @@ class LanguageSpec(Strict):
     )
 
 
+class TilingSpec(Strict):
+    """An image cut into tiles, with the whole of it as a thumbnail; see `opticnerve.models.tiling`."""
+
+    type: Literal["anyres"] = "anyres"
+    pinpoints: list[tuple[Positive, Positive]] | None = Field(
+        None, description="canvases as [height, width], in pixels: multiples of the encoder's image size"
+    )
+    unpad: bool | None = None
+    newline: bool | None = None
+    thumbnail: bool = True
+
+
 class TowerSpec(Strict):
     """An eye or an ear with its connector and its way into the language model."""
 
     encoder: PartSpec
     connector: PartSpec = PartSpec(type="mlp")
     fusion: PartSpec = PartSpec(type="splice")
+    tiling: TilingSpec | None = None
+
+    def parts(self) -> dict[str, Any]:
+        """What `opticnerve.models.tower.join` takes."""
+        made = {"connector": self.connector.model_dump(), "fusion": self.fusion.model_dump()}
+        return made if self.tiling is None else {**made, "tiling": self.tiling.model_dump(exclude_none=True)}
 
     @model_validator(mode="after")
     def _known_parts(self) -> TowerSpec:
@@ -65,10 +91,7 @@ class TowerSpec(Strict):
             (self.connector, registry.connectors),
             (self.fusion, registry.fusions),
         ):
-            if spec.type not in parts.names() and ":" not in spec.type:
-                near = difflib.get_close_matches(spec.type, parts.names(), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown {parts.kind} {spec.type!r}{hint} Known: {', '.join(parts.names())}")
+            _check_known(spec, parts)
         return self
 
 
@@ -76,7 +99,16 @@ class ModelSpec(Strict):
     """What is docked onto what."""
 
     language: LanguageSpec
-    image: TowerSpec
+    image: TowerSpec | None = None
+    audio: TowerSpec | None = None
+
+    @model_validator(mode="after")
+    def _something_is_docked(self) -> ModelSpec:
+        if not self.towers:
+            raise ValueError("nothing is docked onto the language model; give image: or audio: an encoder")
+        if self.audio is not None and self.audio.tiling is not None:
+            raise ValueError("audio.tiling: tiling is for pictures; remove it")
+        return self
 
     @property
     def towers(self) -> dict[str, TowerSpec]:
@@ -100,6 +132,7 @@ class DataSpec(Strict):
     share_prefix: bool = False
     per_image: Positive | None = None
     allow_outside_media: bool = False
+    frames: Positive = Field(8, description="pictures taken of a video, at equal distances")
     split: Literal["all", "train", "held_out"] = Field(
         "all", description="one picture in twenty, chosen by the hash of its file name, is held out"
     )
@@ -139,7 +172,7 @@ class Stage(Strict):
     """An objective, its data, and what trains. Every part that `train` does not name is frozen and in `eval()`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    objective: Literal["next_token"] = "next_token"
+    objective: PartSpec = PartSpec(type="next_token")
     train: dict[str, Annotated[float, Field(gt=0, lt=10)]]
     data: list[DataSpec]
     steps: Positive | None = None
@@ -162,6 +195,18 @@ class Stage(Strict):
     save_every: Positive | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = False
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective_by_name(cls, objective: Any) -> Any:
+        """`objective: next_token` is short for `objective: {type: next_token}`."""
+        return {"type": objective} if isinstance(objective, str) else objective
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, objective: PartSpec) -> PartSpec:
+        _check_known(objective, registry.objectives)
+        return objective
 
     @field_validator("train")
     @classmethod
@@ -263,12 +308,12 @@ def split_part(part: str) -> tuple[str | None, str]:
     for m in MODALITIES:
         if part.startswith(m + "."):
             modality, inner = m, part[len(m) + 1 :]
-    if not re.fullmatch(r"connector|encoder(\.last\(\d+\))?|language(\.lora|\.embeddings|\.last\(\d+\))?", inner) or (
-        modality and inner.startswith("language")
-    ):
+    tower_part = r"connector|fusion|encoder(\.last\(\d+\))?"
+    language_part = r"language(\.lora|\.embeddings|\.last\(\d+\))?"
+    if not re.fullmatch(f"{tower_part}|{language_part}", inner) or (modality and inner.startswith("language")):
         near = difflib.get_close_matches(inner, PARTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first three"
+            f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first four"
         )
     return modality, inner

@@ -68,6 +68,11 @@ class Registry(Generic[T]):
         target = self._targets[name]
         return _import(target, self.kind) if isinstance(target, str) else target
 
+    def points_to(self, name: str, cls: type) -> bool:
+        """Whether `name` stands for `cls`; nothing is imported to find out."""
+        target = self._targets[name]
+        return target is cls or target == f"{cls.__module__}:{cls.__qualname__}"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
@@ -86,6 +91,9 @@ encoders: Registry[Any] = Registry(
     builtin={
         "hf_vision": "opticnerve.encoders.hf_vision:HFVisionEncoder",
         "timm": "opticnerve.encoders.timm:TimmEncoder",
+        "pair": "opticnerve.encoders.pair:PairEncoder",
+        "patches": "opticnerve.encoders.patches:PatchesEncoder",
+        "whisper": "opticnerve.encoders.whisper:WhisperEncoder",
     },
 )
 connectors: Registry[Any] = Registry(
@@ -94,10 +102,25 @@ connectors: Registry[Any] = Registry(
     builtin={
         "linear": "opticnerve.connectors.linear:LinearConnector",
         "mlp": "opticnerve.connectors.mlp:MLPConnector",
+        "pixel_shuffle": "opticnerve.connectors.pixel_shuffle:PixelShuffleConnector",
+        "qformer": "opticnerve.connectors.qformer:QFormerConnector",
+        "resampler": "opticnerve.connectors.resampler:ResamplerConnector",
+        "abstractor": "opticnerve.connectors.abstractor:AbstractorConnector",
     },
 )
 fusions: Registry[Any] = Registry(
     "fusion",
     group="opticnerve.fusions",
-    builtin={"splice": "opticnerve.fusion.splice:Splice"},
+    builtin={
+        "splice": "opticnerve.fusion.splice:Splice",
+        "cross_attention": "opticnerve.fusion.gated_cross_attention:GatedCrossAttention",
+    },
+)
+objectives: Registry[Any] = Registry(
+    "objective",
+    group="opticnerve.objectives",
+    builtin={
+        "next_token": "opticnerve.objectives.next_token:NextToken",
+        "qformer_pretraining": "opticnerve.objectives.qformer_pretraining:QFormerPretraining",
+    },
 )

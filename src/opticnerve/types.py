@@ -5,13 +5,14 @@ Nothing here needs torch at run time, so that the command line can print its hel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import PIL.Image
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -74,9 +75,10 @@ class ImagePart:
 
 @dataclass(frozen=True, slots=True)
 class AudioPart:
-    """A sound within a message: a file or encoded bytes."""
+    """A sound within a message: a file, encoded bytes, or samples already opened (float32, mono, at the ear's rate).
+    Opened late, by `data.audio.open_audio`."""
 
-    source: Path | bytes
+    source: Path | bytes | NDArray[Any]
 
 
 Part = TextPart | ImagePart | AudioPart
@@ -121,6 +123,11 @@ class Conversation:
     def audios(self) -> list[AudioPart]:
         return list(self.media(AudioPart))
 
+    @property
+    def pieces(self) -> list[ImagePart | AudioPart]:
+        """All pictures, then all sounds."""
+        return [*self.images, *self.audios]
+
     def prompt(self) -> Conversation:
         """The same conversation without its last assistant turn: what the model is asked to continue."""
         kept = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
@@ -146,9 +153,16 @@ def _part_to_chat(part: Part) -> dict[str, Any]:
             return {"type": "audio", "audio": str(source) if isinstance(source, Path) else source}
 
 
-def ask(question: str, *images: Path | bytes | PIL.Image.Image, answer: str | None = None, **meta: Any) -> Conversation:
-    """A one-question conversation about the given pictures; with `answer`, one to learn from."""
-    parts: tuple[Part, ...] = (*(ImagePart(i) for i in images), TextPart(question))
+def ask(
+    question: str,
+    *images: Path | bytes | PIL.Image.Image,
+    audios: Sequence[Path | bytes | NDArray[Any]] = (),
+    answer: str | None = None,
+    **meta: Any,
+) -> Conversation:
+    """A one-question conversation about the given pictures and sounds; with `answer`, one to learn from."""
+    media: list[Part] = [*map(ImagePart, images), *map(AudioPart, audios)]
+    parts: tuple[Part, ...] = (*media, TextPart(question))
     messages: tuple[Message, ...] = (Message("user", parts),)
     if answer is not None:
         messages += (Message("assistant", (TextPart(answer),)),)

@@ -35,9 +35,9 @@ def test_counts_padding_and_pictures(processor: Any) -> None:
     assert batch.tokens == len(short) + len(long)
     assert batch.samples == 2
     assert batch.supervised == sum(t != -100 for t in short.targets + long.targets)
-    assert batch.pixel_values is not None
-    assert batch.pixel_values.shape == (2, 3, 32, 32)
-    assert batch.pixel_values.dtype == torch.float32
+    pixels = batch.media["pixel_values"]
+    assert pixels.shape == (2, 3, 32, 32)
+    assert pixels.dtype == torch.float32
     assert batch.plain
     assert batch.attention_mask(torch.float32) is None
     pad = slice(len(short), None)
@@ -50,7 +50,7 @@ def test_pictures_stand_in_the_order_of_their_placeholders(processor: Any) -> No
     row = rows_of(processor, [ask("q", second, answer="a")], [ask("q", first, answer="a")])
     batch = Collator(processor)([row])
     alone = processor.image_processor([second, first], return_tensors="pt")["pixel_values"]
-    assert torch.equal(batch.pixel_values, alone)
+    assert torch.equal(batch.media["pixel_values"], alone)
 
 
 def test_the_mask_lets_nobody_look_across(processor: Any) -> None:

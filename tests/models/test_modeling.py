@@ -93,7 +93,7 @@ def test_beams_look_at_their_own_pictures(llama: Dock, how: dict[str, int]) -> N
     batch = inputs(llama, ask("one and two", P[0], P[1]), ask("q", P[2]), ask("text alone"))
     options = {"max_new_tokens": 6, "do_sample": False, **how}
     ours = llama.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
-    embeds, _ = llama.model.embed(batch["input_ids"], batch["pixel_values"])
+    embeds = llama.model.read(batch["input_ids"], pixel_values=batch["pixel_values"]).embeds_BLD
     theirs = llama.model.language_model.generate(
         inputs_embeds=embeds, attention_mask=batch["attention_mask"], pad_token_id=0, **options
     )

@@ -77,9 +77,10 @@ def test_tables_that_no_file_holds_are_computed_again(
     torch.manual_seed(0)
     eye = TimmEncoder(**options).eval()
     hidden = set(dict(eye.named_buffers())) - set(eye.state_dict())
-    tower = join(eye, {"type": "linear"}, {"type": "splice"}, 32)
+    spec = {"connector": {"type": "linear"}, "fusion": {"type": "splice"}}
+    tower = join(eye, spec, {"language_size": 32, "language_layers": 2})
     model = OpticNerveForConditionalGeneration.from_parts(
-        base.model.language_model, image=tower, image_token_id=base.processor.image_token_id
+        base.model.language_model, {"image": tower}, image_token_id=base.processor.image_token_id
     )
     pixels = torch.randn(2, 3, eye.image_size, eye.image_size)
     model.save_pretrained(tmp_path)

@@ -46,7 +46,7 @@ def loss_and_gradients(dock: Dock, batches: Sequence[Batch]) -> tuple[float, dic
     assert count
     # The eye's class-token output and last layer norm go unused: no gradient at all.
     gradients = {n: p.grad.clone() for n, p in dock.model.named_parameters() if p.grad is not None}
-    assert any("image.encoder" in n for n in gradients) or not any(b.pixel_values is not None for b in batches)
+    assert any("image.encoder" in n for n in gradients) or not any(b.media for b in batches)
     return total, gradients
 
 
@@ -125,11 +125,10 @@ def test_accumulated_equals_one_batch(llama: Dock) -> None:
 def test_the_picture_gets_a_gradient_from_every_branch(llama: Dock) -> None:
     picture = tiny.picture(5)
     both = batch_of(llama, [[[ask("q one", picture, answer="yes"), ask("q two", picture, answer="no")]]])
-    assert both.pixel_values is not None
-    both.pixel_values.requires_grad_()
+    pixels = both.media["pixel_values"].requires_grad_()
     NextToken(llama.model)(both)[0].backward()
-    assert both.pixel_values.grad is not None
-    assert bool((both.pixel_values.grad != 0).any())
+    assert pixels.grad is not None
+    assert bool((pixels.grad != 0).any())
 
 
 def test_the_loss_is_transformers_own(llama: Dock) -> None:
@@ -140,7 +139,7 @@ def test_the_loss_is_transformers_own(llama: Dock) -> None:
     out = llama.model(
         input_ids=torch.tensor([encoded.input_ids]),
         labels=torch.tensor([encoded.labels]),
-        pixel_values=batch.pixel_values,
+        **batch.media,
     )
     assert float(out.loss.detach()) == pytest.approx(float(loss.detach()) / int(count), rel=1e-5)
 

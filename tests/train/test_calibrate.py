@@ -27,7 +27,7 @@ def test_soft_tokens_weigh_what_words_weigh(make_recipe: Callable[..., Recipe], 
     made = dock_recipe(recipe)
     before = made.model.image.connector.layers[0].weight.clone()
     calibrate(made.model, visits_of(recipe, made))
-    pixels = torch.cat([visits_of(recipe, made)[i].pixel_values for i in range(4)])
+    pixels = torch.cat([visits_of(recipe, made)[i].media["pixel_values"] for i in range(4)])
     with torch.no_grad():
         soft = made.model.get_image_features(pixels).float()
         wanted = float(made.model.get_input_embeddings().weight.float().std())

@@ -25,7 +25,7 @@ class FakeTokenizer:
 
 
 class FakeProcessor:
-    tokenizer, image_processor = FakeTokenizer(), None
+    tokenizer, image_processor, feature_extractor = FakeTokenizer(), None, None
 
 
 def stage(**options: Any) -> Stage:
@@ -104,7 +104,7 @@ def test_a_micro_batch_is_the_same_whenever_it_is_made(docked: Callable[..., Doc
     again = Visits(some, stage(steps=6), processor, seed=0)[3]
     assert later.ids == again.ids
     assert torch.equal(later.input_ids, again.input_ids)
-    assert torch.equal(later.pixel_values, again.pixel_values)
+    assert torch.equal(later.media["pixel_values"], again.media["pixel_values"])
 
 
 class TestUsableUnits:

@@ -17,22 +17,27 @@ EPILOG = examples(
 )
 MODEL_HELP = "A run's folder, a stage's folder, a merged folder, a hub name, or `starter`."
 ImageOption = Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; may be given several times.")]
+AudioOption = Annotated[list[Path] | None, typer.Option("--audio", "-a", help="A sound; may be given several times.")]
 
 
 def ask(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     image: ImageOption = None,
+    audio: AudioOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 64,
     trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Ask a model one question, about a picture or about none. The answer is what is printed on stdout."""
+    """Ask a model one question, about a picture, a sound, or none. The answer is what is printed on stdout."""
+    from opticnerve.data.audio import open_audio
     from opticnerve.data.images import open_image
     from opticnerve.types import ask as conversation
 
     # Before the model is loaded: a wrong path should not take seconds to be found.
     pictures = [open_image(path) for path in image or []]
+    for path in audio or []:
+        open_audio(path)
 
     from opticnerve.inference.generate import Answerer
     from opticnerve.inference.load import load_model
@@ -40,10 +45,12 @@ def ask(
     quiet_libraries()
     answerer = Answerer(*load_model(model, trust_remote_code=trust_remote_code))
     started = time.perf_counter()
-    [answer] = answerer.answer([conversation(question, *pictures)], max_new_tokens=max_new_tokens)
+    [answer] = answerer.answer(
+        [conversation(question, *pictures, audios=audio or ())], max_new_tokens=max_new_tokens
+    )
     if as_json:
-        images = [str(path) for path in image or []]
+        found = {"images": [str(path) for path in image or []], "audios": [str(path) for path in audio or []]}
         seconds = round(time.perf_counter() - started, 3)
-        print_json({"model": model, "question": question, "images": images, "answer": answer, "seconds": seconds})
+        print_json({"model": model, "question": question, **found, "answer": answer, "seconds": seconds})
     else:
         typer.echo(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -27,22 +28,28 @@ def pieces(encoded: Any, processor: Any) -> list[Piece]:
     """Split an `Encoded` into what is shown; a character spread over several tokens is one piece of several tokens."""
     tokenizer = processor.tokenizer
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+    media = {
+        processor.image_token_id: ("image", math.inf if processor.counts_by_size else processor.num_image_tokens),
+        processor.audio_token_id: ("sound", processor.num_audio_tokens),
+    }
+    media.pop(None, None)
     ids, labels = encoded.input_ids, encoded.labels
     found: list[Piece] = []
     at = 0
     while at < len(ids):
         trained = labels[at] != IGNORE
         end = at + 1
-        if ids[at] == processor.image_token_id:
-            # One block a picture, also where two pictures stand side by side.
-            while end < len(ids) and ids[end] == ids[at] and end - at < processor.num_image_tokens:
+        if ids[at] in media:
+            # One block a picture, also where two pictures of the same size stand side by side.
+            name, most = media[ids[at]]
+            while end < len(ids) and ids[end] == ids[at] and end - at < most:
                 end += 1
-            found.append(Piece("image", "image", trained, end - at))
+            found.append(Piece(name, "image", trained, end - at))
         elif ids[at] in special:
             found.append(Piece(_decode(tokenizer, [ids[at]]), "special", trained))
         else:
             # What a token spells may depend on its left neighbour (SentencePiece's leading space).
-            before = [i for i in ids[max(at - 1, 0) : at] if i not in special and i != processor.image_token_id]
+            before = [i for i in ids[max(at - 1, 0) : at] if i not in special and i not in media]
             prefix = len(_decode(tokenizer, before))
             text = _decode(tokenizer, [*before, *ids[at:end]])[prefix:]
             # A character may be spread over up to four tokens.
@@ -64,7 +71,7 @@ def show(found: list[Piece]) -> Any:
             text.append("|", style="dim")
         style = _TRAINED if piece.trained else _STYLES[piece.kind]
         if piece.kind == "image":
-            text.append(f"{MARK} image ×{piece.count}", style=style)
+            text.append(f"{MARK} {piece.text} ×{piece.count}", style=style)
             continue
         shown = piece.text.replace("\n", "↵").replace("\t", "⇥") or "∅"
         text.append(shown, style=style)

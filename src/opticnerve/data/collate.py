@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opticnerve.data.audio import open_audio
 from opticnerve.data.images import open_image
 from opticnerve.data.labels import IGNORE
 from opticnerve.data.packing import Row
@@ -19,7 +20,9 @@ class Batch:
     """What a training step takes.
 
     `input_ids`, `positions`, `targets`, `group`, `branch`: (B, L) int64, padded on the right (group -1).
-    `pixel_values`: (images, 3, H, W) float32, or None. `plain`: every row is one sample, a causal mask is enough.
+    `media`: tensors by the names of the model's inputs: `pixel_values` (images or tiles, 3, H, W), `image_sizes`,
+    `qformer_input_ids`, `input_features` (windows, mels, frames), …; empty where there are none.
+    `plain`: every row is one sample, a causal mask is enough.
     """
 
     input_ids: Tensor
@@ -27,7 +30,7 @@ class Batch:
     targets: Tensor
     group: Tensor
     branch: Tensor
-    pixel_values: Tensor | None
+    media: dict[str, Tensor]
     plain: bool
     ids: list[str]
     samples: int
@@ -44,6 +47,7 @@ class Batch:
         moved: dict[str, Any] = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
         }
+        moved["media"] = {k: v.to(device, non_blocking=True) for k, v in self.media.items()}
         return Batch(**moved)
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -61,10 +65,10 @@ class Batch:
 
 
 class Collator:
-    """Rows → `Batch`, with the processor's image processor and padding token."""
+    """Rows → `Batch`, with the processor's image processor, feature extractor and padding token."""
 
     def __init__(self, processor: Any) -> None:
-        self.image_processor = processor.image_processor
+        self.processor = processor
         self.pad = processor.tokenizer.pad_token_id
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
@@ -73,16 +77,30 @@ class Collator:
         def pad(name: str, value: int) -> Tensor:
             return torch.tensor([getattr(r, name) + [value] * (length - len(r)) for r in rows])
 
-        pictures = [open_image(i.source, where=r.ids[0]) for r in rows for i in r.images]
-        pixels = self.image_processor(pictures, return_tensors="pt")["pixel_values"] if pictures else None
         return Batch(
             input_ids=pad("input_ids", self.pad),
             positions=pad("positions", 0),
             targets=pad("targets", IGNORE),
             group=pad("group", -1),
             branch=pad("branch", 0),
-            pixel_values=pixels,
+            media=self.media(rows),
             plain=all(r.plain for r in rows),
             ids=[i for r in rows for i in r.ids],
             samples=sum(len(r.ids) for r in rows),
         )
+
+    def media(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The rows' pictures and sounds as the model's inputs."""
+        found: dict[str, Tensor] = {}
+        pictures = [open_image(i.source, where=r.ids[0]) for r in rows for i in r.images]
+        if pictures:
+            made = self.processor.image_processor(pictures, return_tensors="pt")
+            found |= {k: made[k] for k in ("pixel_values", "image_sizes") if k in made}
+            if self.processor.reads_questions:
+                found |= self.processor.read_questions([q for r in rows for q in r.questions])
+        sounds = [(a, r.ids[0]) for r in rows for a in r.audios]
+        if sounds:
+            rate = self.processor.feature_extractor.sampling_rate
+            samples = [open_audio(a.source, where=where, rate=rate) for a, where in sounds]
+            found["input_features"] = self.processor.extract(samples)[0]
+        return found

@@ -6,10 +6,12 @@ in pieces, so no template, merge rule or special token can shift a label (the bu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from opticnerve.types import Conversation, DataError, ImagePart, OpticNerveError, TextPart
+from opticnerve.data.audio import open_audio
+from opticnerve.data.images import image_size
+from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError, TextPart
 
 IGNORE = -100
 # Characters of Unicode's private use area: no template, no tokenizer and no text means anything by them.
@@ -19,7 +21,7 @@ _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One sample as the model gets it. `labels[i]` is `input_ids[i]` where it is learned, -100 elsewhere
-    (unshifted)."""
+    (unshifted). `questions`: for each picture the words of its turn, where a Q-Former reads them."""
 
     input_ids: list[int]
     labels: list[int]
@@ -27,6 +29,8 @@ class Encoded:
     id: str = ""
     where: str = ""
     media_end: int = 0
+    audios: list[AudioPart] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
 
     @property
     def supervised(self) -> int:
@@ -61,10 +65,11 @@ def encode(
         )
     template = template or processor.chat_template
     where = conversation.where or conversation.id
-    _check_placeholders(conversation, processor.image_token, where)
+    _check_placeholders(conversation, processor, where)
     text = render(conversation, processor, template, generation_prompt=not learn)
     spans = _answer_spans(conversation, text, processor, template, where) if learn else []
-    text, spans = _expand(text, spans, processor.image_token, processor.replace_image_token())
+    blocks = media_blocks(conversation, processor)
+    text, spans = _expand(text, spans, blocks, where)
     starts_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     out = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not starts_itself, verbose=False)
     ids, offsets = out["input_ids"], out["offset_mapping"]
@@ -76,15 +81,51 @@ def encode(
         )  # fmt: skip
     if learn and all(label == IGNORE for label in labels):
         raise DataError("nothing to learn from: no token is an assistant's", where=where, kind="no-assistant-turn")
-    images = conversation.images
-    wanted, found = len(images) * processor.num_image_tokens, ids.count(processor.image_token_id)
-    if wanted != found:
-        raise DataError(
-            f"{len(images)} pictures make {wanted} placeholders, the tokens hold {found}", where=where,
-            kind="placeholder-without-image",
-        )  # fmt: skip
-    media_end = len(ids) - ids[::-1].index(processor.image_token_id) if found else 0
-    return Encoded(ids, labels, images, conversation.id, where, media_end)
+    media_end = 0
+    for token, number in _placeholder_ids(processor).items():
+        wanted, found = sum(blocks.get(token, ())), ids.count(number)
+        if wanted != found:
+            raise DataError(
+                f"{len(blocks.get(token, ()))} {token} make {wanted} placeholders, the tokens hold {found}",
+                where=where, kind="placeholder-without-image",
+            )  # fmt: skip
+        media_end = max(media_end, len(ids) - ids[::-1].index(number) if found else 0)
+    questions = picture_questions(conversation) if processor.reads_questions else []
+    return Encoded(ids, labels, conversation.images, conversation.id, where, media_end, conversation.audios, questions)
+
+
+def media_blocks(conversation: Conversation, processor: Any) -> dict[str, list[int]]:
+    """By placeholder word, how many of it each picture (or sound) of the conversation takes, in order.
+
+    Raises:
+        DataError: the model takes no pictures (or no sound).
+    """
+    where = conversation.where or conversation.id
+    blocks: dict[str, list[int]] = {}
+    if images := conversation.images:
+        if processor.image_token is None:
+            raise DataError("a sample with a picture, but the model has no eye", where=where, kind="modality")
+        sized = processor.counts_by_size
+        sizes = [image_size(i.source, where=where) if sized else (0, 0) for i in images]
+        blocks[processor.image_token] = [processor.image_placeholders(*s) for s in sizes]
+    if audios := conversation.audios:
+        if processor.audio_token is None:
+            raise DataError("a sample with sound, but the model has no ear", where=where, kind="modality")
+        rate = processor.feature_extractor.sampling_rate
+        blocks[processor.audio_token] = [
+            processor.audio_placeholders(len(open_audio(a.source, where=where, rate=rate))) for a in audios
+        ]
+    return blocks
+
+
+def picture_questions(conversation: Conversation) -> list[str]:
+    """For each picture the words of the turn that shows it: what an instruction-aware Q-Former reads."""
+    return [m.text.strip() for m in conversation.messages for p in m.parts if isinstance(p, ImagePart)]
+
+
+def _placeholder_ids(processor: Any) -> dict[str, int]:
+    pairs = ((processor.image_token, processor.image_token_id), (processor.audio_token, processor.audio_token_id))
+    return {token: number for token, number in pairs if token is not None}
 
 
 def render(conversation: Conversation, processor: Any, template: str, *, generation_prompt: bool = False) -> str:
@@ -96,13 +137,16 @@ def render(conversation: Conversation, processor: Any, template: str, *, generat
     return str(processor.apply_chat_template(chat, chat_template=template, add_generation_prompt=generation_prompt))
 
 
-def _check_placeholders(conversation: Conversation, image_token: str, where: str) -> None:
+def _check_placeholders(conversation: Conversation, processor: Any, where: str) -> None:
     for message in conversation.messages:
-        if image_token in message.text:
-            raise DataError(
-                f"the text of a {message.role} turn holds {image_token!r} where there is no picture", where=where,
-                kind="placeholder-without-image", remedy="give the picture as a part of its own, or change the text",
-            )  # fmt: skip
+        for token in _placeholder_ids(processor):
+            if token in message.text:
+                kind = "picture" if token == processor.image_token else "sound"
+                raise DataError(
+                    f"the text of a {message.role} turn holds {token!r} where there is no {kind}",
+                    remedy=f"give the {kind} as a part of its own, or change the text",
+                    where=where, kind="placeholder-without-image",
+                )  # fmt: skip
 
 
 def _answer_spans(
@@ -181,18 +225,25 @@ def end_of_turn(processor: Any, template: str) -> str:
     return max(found, key=len)
 
 
-def _expand(text: str, spans: list[tuple[int, int]], token: str, block: str) -> tuple[str, list[tuple[int, int]]]:
-    """Each placeholder word becomes a block of them; spans behind it move along."""
-    if token not in text:
-        return text, spans
-    grows = len(block) - len(token)
-    starts = []
-    at = text.find(token)
-    while at >= 0:
-        starts.append(at)
-        at = text.find(token, at + len(token))
-    moved = [(a + grows * sum(s < a for s in starts), b + grows * sum(s < b for s in starts)) for a, b in spans]
-    return text.replace(token, block), moved
+def _expand(
+    text: str, spans: list[tuple[int, int]], blocks: dict[str, list[int]], where: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """Each placeholder word becomes as many of it as its picture takes; spans behind it move along."""
+    for token, counts in blocks.items():
+        pieces = text.split(token)
+        if len(pieces) != len(counts) + 1:
+            raise DataError(
+                f"{len(counts)} {token} in the sample, {len(pieces) - 1} in the rendered chat template", where=where,
+                kind="template",
+            )  # fmt: skip
+        starts, at = [], 0
+        for piece in pieces[:-1]:
+            starts.append(at + len(piece))
+            at = starts[-1] + len(token)
+        grows = [(start, (count - 1) * len(token)) for start, count in zip(starts, counts, strict=True)]
+        spans = [tuple(x + sum(g for s, g in grows if s < x) for x in span) for span in spans]  # type: ignore[misc]
+        text = "".join(p + token * n for p, n in zip(pieces, [*counts, 0], strict=True))
+    return text, spans
 
 
 def _label(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from opticnerve.data.labels import IGNORE, Encoded
-from opticnerve.types import DataError, ImagePart
+from opticnerve.types import AudioPart, DataError, ImagePart
 
 
 @dataclass(slots=True)
@@ -28,6 +28,8 @@ class Row:
     group: list[int] = field(default_factory=list)
     branch: list[int] = field(default_factory=list)
     images: list[ImagePart] = field(default_factory=list)
+    audios: list[AudioPart] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -51,6 +53,8 @@ def _append(row: Row, number: int, samples: Sequence[Encoded]) -> None:
     shared = shared_prefix(samples)
     first = samples[0]
     row.images += first.images
+    row.audios += first.audios
+    row.questions += first.questions
     row.ids += [s.id for s in samples]
     if shared == 0:
         _extend(row, first.input_ids, first.labels, start=0, group=number, branch=0)
@@ -78,8 +82,10 @@ def shared_prefix(samples: Sequence[Encoded]) -> int:
     if len(samples) == 1:
         return 0
     first = samples[0]
-    if any(s.images != first.images for s in samples[1:]):
+    if any(s.images != first.images or s.audios != first.audios for s in samples[1:]):
         raise _unshareable("show different pictures", samples)
+    if any(s.questions != first.questions for s in samples[1:]):
+        raise _unshareable("ask an instruction-aware Q-Former different questions", samples)
     limit = min(len(s.input_ids) for s in samples)
     limit = min([limit, *(_first_label(s) - 1 for s in samples)])
     count = 0

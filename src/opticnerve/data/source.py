@@ -53,12 +53,12 @@ def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> list[Conver
 def held_out(conversation: Conversation) -> bool:
     """Whether a sample belongs to the held-out twentieth.
 
-    The hash of its first picture's file name (or bytes) decides, so that all that is said of one picture stays on one
-    side, in every data file and on every machine.
+    The hash of its first picture's (or sound's) file name (or bytes) decides, so that all that is said of one picture
+    stays on one side, in every data file and on every machine.
     """
-    for image in conversation.images:
-        if isinstance(image.source, Path | bytes):
-            key = image.source.name.encode() if isinstance(image.source, Path) else image.source
+    for part in conversation.pieces:
+        if isinstance(part.source, Path | bytes):
+            key = part.source.name.encode() if isinstance(part.source, Path) else part.source
             return hashlib.sha256(key).digest()[0] % 20 == 0
     return False
 
@@ -86,7 +86,7 @@ def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]
     """Conversations about the same pictures, together; in order of first appearance."""
     groups: dict[Any, list[Conversation]] = {}
     for conversation in conversations:
-        key = tuple(i.source if isinstance(i.source, Path | bytes) else id(i.source) for i in conversation.images)
+        key = tuple(p.source if isinstance(p.source, Path | bytes) else id(p.source) for p in conversation.pieces)
         # Text-only samples share no picture; each stays by itself.
         groups.setdefault(key or id(conversation), []).append(conversation)
     return list(groups.values())

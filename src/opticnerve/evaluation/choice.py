@@ -70,4 +70,4 @@ def answer_scores(model: Any, processor: Any, conversation: Conversation, candid
 
 
 def _same_picture(a: Conversation, b: Conversation) -> bool:
-    return [i.source for i in a.images] == [i.source for i in b.images]
+    return [p.source for p in a.pieces] == [p.source for p in b.pieces]

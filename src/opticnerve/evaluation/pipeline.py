@@ -253,11 +253,14 @@ def _keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> None:
 
 
 def _describe(dock: Dock) -> dict[str, Any]:
-    bases, tower = dock.bases, dock.model.image
+    bases, towers = dock.bases, dock.model.towers
+    modality, tower = next(iter(towers.items()))
+    parts = dock.model.config.towers[modality]
     return {
-        "encoder": bases["image"]["name"],
-        "connector": dock.model.config.towers["image"]["connector"]["type"],
-        "fusion": dock.model.config.towers["image"]["fusion"]["type"],
+        "encoder": encoder_name(bases[modality]["name"], parts["encoder"]["type"]),
+        "connector": parts["connector"]["type"],
+        "fusion": parts["fusion"]["type"],
+        "modalities": list(towers),
         "language": bases["language"]["name"],
         "visual_tokens": tower.num_tokens,
         "encoder_width": tower.encoder.hidden_size,
@@ -265,8 +268,15 @@ def _describe(dock: Dock) -> dict[str, Any]:
         "image_size": getattr(tower.encoder, "image_size", None),
         "width": tower.connector.out_size,
         # The starter kit's parts are Apache-2.0 all; of other parts we do not know.
-        "license": "apache-2.0" if all(starter.is_starter(b["name"]) for b in bases.values()) else "other",
+        "license": "apache-2.0" if all(starter.is_starter(str(b["name"])) for b in bases.values()) else "other",
     }
+
+
+def encoder_name(name: Any, kind: str) -> str:
+    """How reports call an encoder: by its weights' name, or names, or by its type where it has none."""
+    if isinstance(name, dict):
+        return " + ".join(encoder_name(n, kind) for n in name.values())
+    return str(name) if name is not None else kind
 
 
 def _headline(dock: Dock) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
+from opticnerve.data.audio import RATE, open_audio
 from opticnerve.data.images import open_image
-from opticnerve.data.labels import end_of_turn, render
+from opticnerve.data.labels import end_of_turn, picture_questions, render
 from opticnerve.types import Conversation, OpticNerveError
 
 
@@ -99,12 +100,18 @@ class Answerer:
         """Tensors on the model's device for prompts (a last assistant turn is left out)."""
         prompts = [c.prompt() for c in conversations]
         texts = [self.render(c) for c in prompts]
-        pictures = [[open_image(i.source, where=c.where or c.id) for i in c.images] for c in prompts]
-        flat = [p for row in pictures for p in row]
+        pictures = [open_image(i.source, where=c.where or c.id) for c in prompts for i in c.images]
+        extractor = self.processor.feature_extractor
+        rate = extractor.sampling_rate if extractor is not None else RATE
+        sounds = [open_audio(a.source, where=c.where or c.id, rate=rate) for c in prompts for a in c.audios]
+        more: dict[str, Any] = {"audio": sounds, "sampling_rate": rate} if sounds else {}
+        if pictures and self.processor.reads_questions:
+            more["questions"] = [q for c in prompts for q in picture_questions(c)]
         tokenizer = self.processor.tokenizer
         starts_itself = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
         return self.processor(
-            text=texts, images=flat or None, return_tensors="pt", add_special_tokens=not starts_itself, padding=True,
+            text=texts, images=pictures or None, return_tensors="pt", add_special_tokens=not starts_itself, padding=True,
+            **more,
         ).to(self.model.device)  # fmt: skip
 
     def render(self, prompt: Conversation) -> str:

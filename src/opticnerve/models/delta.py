@@ -23,8 +23,8 @@ from opticnerve import registry
 from opticnerve.language import load as language
 from opticnerve.models.configuration import OpticNerveConfig
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.parts import moving_buffers
-from opticnerve.models.tower import join
+from opticnerve.models.parts import is_docked, moving_buffers
+from opticnerve.models.tower import join, language_sizes
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import fingerprint
 from opticnerve.types import OpticNerveError
@@ -47,11 +47,20 @@ def describe_bases(
     if gguf_file is not None:
         bases["language"]["gguf_file"] = gguf_file
     for modality, (name, encoder) in towers.items():
-        files = encoder.weight_files() or (
-            [] if starter.is_starter(name) else language.hub_files(name.removeprefix("hf-hub:"))
-        )
+        files = encoder.weight_files() or [f for n in _names(name) for f in _hub_files(n)]
         bases[modality] = {"name": name, "sha256": fingerprint(files) if files else None}
     return bases
+
+
+def _names(name: Any) -> list[str]:
+    """The names of an encoder's weights: one, none, or several where encoders stand side by side."""
+    if isinstance(name, dict):
+        return [n for inner in name.values() for n in _names(inner)]
+    return [] if name is None else [str(name)]
+
+
+def _hub_files(name: str) -> list[str]:
+    return [] if starter.is_starter(name) else language.hub_files(name.removeprefix("hf-hub:"))
 
 
 def save(
@@ -66,7 +75,7 @@ def save(
 
     Args:
         trained: full names of all parameters that any stage so far has trained; the buffers that move with them
-            and the connectors go along.
+            and all that docking added (connectors, fusions) go along.
     """
     import transformers
 
@@ -75,7 +84,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     trained = set(trained)
-    names = sorted({*trained, *moving_buffers(model, trained), *(n for n in state if ".connector." in n)})
+    names = sorted({*trained, *moving_buffers(model, trained), *filter(is_docked, state)})
     chosen = {n: state[n].detach().cpu().contiguous().clone() for n in names}
     config = model.config
     config.save_pretrained(folder)
@@ -114,18 +123,18 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
     towers = {}
     for modality, spec in config.towers.items():
         name = reference["bases"][modality]["name"]
-        options = {k: v for k, v in spec["encoder"].items() if k not in ("type", "name", "architecture")}
         part = registry.encoders.get(spec["encoder"]["type"], allow_dotted=trust_remote_code)
+        options = part.loading_options({k: v for k, v in spec["encoder"].items() if k != "type"})
         encoder = part.from_pretrained(name, **options)
         towers[modality] = (name, encoder)
     check_bases(folder, reference["bases"], describe_bases(base.name, base.files, towers))
-    width = int(base.model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
-    image = None
-    if "image" in towers:
-        spec = config.towers["image"]
-        image = join(towers["image"][1], spec["connector"], spec["fusion"], width, trust_remote_code).to(dtype)
-    assert config.image_token_id is not None
-    model = OpticNerveForConditionalGeneration.from_parts(base.model, image=image, image_token_id=config.image_token_id)
+    sizes = language_sizes(base.model)
+    made = {
+        m: join(encoder, config.towers[m], sizes, trust_remote_code).to(dtype) for m, (_, encoder) in towers.items()
+    }
+    model = OpticNerveForConditionalGeneration.from_parts(
+        base.model, made, image_token_id=config.image_token_id, audio_token_id=config.audio_token_id
+    )
     if reference["lora"]:
         model.give_lora(reference["lora"])
     put(model, folder, reference["tensors"])
@@ -161,7 +170,7 @@ def put(model: OpticNerveForConditionalGeneration, folder: Path, expected: dict[
                     state[name].copy_(tensor)
     except (OSError, SafetensorError) as e:
         raise OpticNerveError(f"{folder / TENSORS} is not a readable safetensors file: {e}") from e
-    lacking = [n for n in state if ".connector." in n and n not in names]
+    lacking = [n for n in state if is_docked(n) and n not in names]
     problems += [f"missing {n}" for n in lacking]
     if problems:
         raise OpticNerveError(f"{folder} does not fit its own base: {'; '.join(problems[:12])}")

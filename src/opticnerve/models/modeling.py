@@ -1,7 +1,9 @@
-"""`OpticNerveForConditionalGeneration`: eyes docked onto a causal language model, by transformers' conventions."""
+"""`OpticNerveForConditionalGeneration`: eyes and ears docked onto a causal language model, by transformers'
+conventions."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from opticnerve.encoders.base import Encoder
-from opticnerve.language.lora import adapter_on, add_lora
+from opticnerve.language.lora import add_lora
 from opticnerve.models.configuration import OpticNerveConfig
-from opticnerve.models.tower import Tower, build_tower
+from opticnerve.models.expand import MEDIA_KEYS, repeat_media
+from opticnerve.models.prompt import Prompt, keep, kept, looking
+from opticnerve.models.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
 from opticnerve.types import Features, OpticNerveError
 
 # `PreTrainedModel.from_pretrained` keeps `trust_remote_code` to itself; the constructor needs it for dotted paths.
@@ -27,7 +30,8 @@ _rows: ContextVar[Tensor | None] = ContextVar("rows_with_media", default=None)
 
 @dataclass
 class OpticNerveOutput(ModelOutput):
-    """As transformers' `LlavaCausalLMOutputWithPast`: `logits` (B, L, V), and `image_hidden_states` (images, N, D)."""
+    """As transformers' `LlavaCausalLMOutputWithPast`: `logits` (B, L, V), and `image_hidden_states` (images, N, D),
+    `audio_hidden_states` (windows, N, D): the soft tokens."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -35,21 +39,24 @@ class OpticNerveOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+    audio_hidden_states: Tensor | None = None
 
 
 class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A language model with an eye.
+    """A language model with an eye, an ear, or both.
 
-    `language_model` is any `AutoModelForCausalLM`, untouched; `image` is a `Tower` (encoder, connector, fusion). A
-    prompt without pictures goes to the language model as it came, so its logits are the bare model's, bit for bit.
+    `language_model` is any `AutoModelForCausalLM`, untouched; `image` and `audio` are `Tower`s (encoder, connector,
+    fusion). A prompt without media goes to the language model as it came, so its logits are the bare model's, bit for
+    bit.
     """
 
     config_class = OpticNerveConfig
     config: OpticNerveConfig
     image: Tower
+    audio: Tower
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]
+    input_modalities = ("image", "audio", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -61,29 +68,35 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: OpticNerveConfig, *, trust_remote_code: bool = False) -> None:
         super().__init__(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        width = self.language_model.get_input_embeddings().embedding_dim
-        if "image" in config.towers:
-            trusted = trust_remote_code or _trusted.get()
-            self.image = build_tower(config.towers["image"], language_width=width, trust_remote_code=trusted)
+        sizes = language_sizes(self.language_model)
+        trusted = trust_remote_code or _trusted.get()
+        for modality, spec in config.towers.items():
+            setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
         if config.lora:
             add_lora(self.language_model, config.lora)
         self._no_split_modules = list(getattr(self.language_model, "_no_split_modules", None) or [])
+        self._wire()
         self.post_init()
 
     @classmethod
-    def from_parts(cls, language_model: Any, *, image: Tower | None, image_token_id: int) -> Any:
-        """Dock modules that already hold their weights; nothing is copied."""
-        towers = {"image": image.describe()} if image is not None else {}
+    def from_parts(
+        cls, language_model: Any, towers: dict[str, Tower], *, image_token_id: int | None = None,
+        audio_token_id: int | None = None,
+    ) -> Any:  # fmt: skip
+        """Dock modules that already hold their weights; nothing is copied. `towers`: by modality."""
         # The configuration's constructor resets its sub-configurations: remember which attention was loaded.
         attention = language_model.config._attn_implementation
-        config = OpticNerveConfig(text_config=language_model.config, towers=towers, image_token_id=image_token_id)
+        config = OpticNerveConfig(
+            text_config=language_model.config, towers={m: t.describe() for m, t in towers.items()},
+            image_token_id=image_token_id, audio_token_id=audio_token_id,
+        )  # fmt: skip
         config._attn_implementation = attention
         model = cls.__new__(cls)
         PreTrainedModel.__init__(model, config)
         language_model.config._attn_implementation = attention
         model.language_model = language_model
-        if image is not None:
-            model.image = image
+        for modality, tower in towers.items():
+            setattr(model, modality, tower)
         model._no_split_modules = list(getattr(language_model, "_no_split_modules", None) or [])
         # post_init would draw new random weights for parts that have theirs already; only its bookkeeping is wanted.
         model.all_tied_weights_keys = {
@@ -94,7 +107,17 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.config.architectures = [cls.__name__]
         if language_model.can_generate():
             model.generation_config = language_model.generation_config
+        model._wire()
         return model.eval()
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """By modality: `image`, `audio`, as far as the model has them."""
+        return {m: getattr(self, m) for m in MEDIA_INPUT if m in self.config.towers}
+
+    def _wire(self) -> None:
+        for tower in self.towers.values():
+            tower.fusion.wire(self.language_model)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,8 +157,8 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise OpticNerveError(
                 f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
             )
-        if hasattr(model, "image"):
-            restore_buffers(model.image.encoder)
+        for modality, tower in model.towers.items():
+            restore_buffers(tower, model.config.towers[modality], language_sizes(model.language_model))
         return (model, report) if wants_report else model
 
     # -- what transformers asks for -------------------------------------------------------------------------------
@@ -157,7 +180,8 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Random weights of a fresh model; encoders and language models draw their own when they are built."""
-        if isinstance(module, nn.Linear) and any(module is m for m in self.image.connector.modules()):
+        connectors = [t.connector for t in self.towers.values()]
+        if isinstance(module, nn.Linear) and any(module is m for c in connectors for m in c.modules()):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -169,36 +193,76 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # -- the flow -------------------------------------------------------------------------------------------------
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, *question: Tensor) -> Tensor:
         """Soft tokens of pictures: (images, 3, H, W) → (images, num_tokens, language width)."""
-        return self.image(pixel_values).tokens_BND
+        return self.image(pixel_values, image_sizes, question or None).tokens_BND
 
-    def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Features | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Text and picture as one row of embeddings (B, L, D), and the soft tokens.
+    def get_audio_features(self, input_features: Tensor) -> Tensor:
+        """Soft tokens of sound: (windows, mels, frames) → (windows, num_tokens, language width)."""
+        return self.audio(input_features).tokens_BND
 
-        `image_features`: what `image.encode` gave (a cache of frozen features), instead of `pixel_values`.
+    def read(self, input_ids: Tensor, *, group: Tensor | None = None, **media: Any) -> Prompt:
+        """Text and media as the language model takes them.
+
+        Args:
+            input_ids: (B, L) with placeholders. group: (B, L), which sample of a packed row each position belongs to.
+            media: `pixel_values`, `image_sizes`, `qformer_input_ids`, `qformer_attention_mask`, `input_features`, as
+                `forward` takes them, or `image_features`, `audio_features`: what a tower's `encode` gave (a cache of
+                frozen features).
+
+        Raises:
+            ValueError: the number of placeholders is not that of the soft tokens; the message has both.
         """
-        if self.config.image_token_id is None:
-            return self.get_input_embeddings()(input_ids), None
-        placeholder_BL = input_ids == self.config.image_token_id
-        # The placeholder's id may lie beyond the embedding table; its own embedding is overwritten anyway.
-        embeds_BLD = self.get_input_embeddings()(input_ids.masked_fill(placeholder_BL, 0))
-        if pixel_values is None and image_features is None:
-            if bool(placeholder_BL.any()):
+        places: dict[str, Any] = {m: input_ids == self.config.token_id(m) for m in self.towers}
+        known_BL = input_ids
+        for place_BL in places.values():
+            # A placeholder's id may lie beyond the embedding table; its own embedding is overwritten anyway.
+            known_BL = known_BL.masked_fill(place_BL, 0)
+        prompt = Prompt(self.get_input_embeddings()(known_BL), rows_B=self.rows_with_media(input_ids))
+        for modality, tower in self.towers.items():
+            place_BL, fusion = places[modality], tower.fusion
+            soft = self._soft(modality, tower, media)
+            if soft is not None:
+                prompt.embeds_BLD = fusion.embed(prompt.embeds_BLD, place_BL, soft)  # type: ignore[arg-type]
+                prompt.seen[modality] = fusion.see(place_BL, soft, group)
+                prompt.soft[modality] = soft.tokens_BND
+            elif bool(place_BL.any()):
                 raise ValueError(
-                    f"{int(placeholder_BL.sum())} image placeholders in the text, but 0 visual tokens: "
-                    "no pixel_values given"
+                    f"{int(place_BL.sum())} {modality} placeholders in the text, but 0 visual tokens: "
+                    f"no {MEDIA_INPUT[modality]} given"
                 )
-            return embeds_BLD, None
-        soft = self.image(pixel_values) if image_features is None else self.image.connect(image_features)
-        return self.image.fusion(embeds_BLD, placeholder_BL, soft), soft.tokens_BND
+            elif _must_take_part(tower):
+                prompt.embeds_BLD = fusion.idle(prompt.embeds_BLD, tower.blank())  # type: ignore[arg-type]
+        return prompt
+
+    def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
+        features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
+        if features is None and given is None:
+            return None
+        sizes = media.get("image_sizes") if modality == "image" else None
+        ids, mask = media.get("qformer_input_ids"), media.get("qformer_attention_mask")
+        text = None if ids is None else (ids, torch.ones_like(ids) if mask is None else mask)
+        if features is None:
+            assert given is not None
+            features = tower.encode(given)
+        return tower.connect(features, sizes, text)
+
+    def looking(self, prompt: Prompt) -> AbstractContextManager[None]:
+        """Within it, a forward pass of `language_model` sees the prompt's media."""
+        return looking(self.language_model, {m: t.fusion for m, t in self.towers.items()}, prompt)
+
+    def recompute(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """`context_fn` for gradient checkpointing: a layer that is run again sees what it saw the first time."""
+        seen = {m: t.fusion.seen for m, t in self.towers.items()}
+        gate = getattr(self.language_model, "lora_gate", None)
+        return nullcontext(), self.looking(Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None))
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -206,30 +270,44 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         image_features: Features | None = None,
+        audio_features: Features | None = None,
         **kwargs: Any,
     ) -> OpticNerveOutput:
         """One forward pass.
 
         Args:
-            input_ids: (B, L) with placeholders as the processor wrote them. pixel_values: (images, 3, H, W), the
-            pictures
-                of the whole batch in the order of their placeholders. labels: (B, L), -100 where there is nothing to
-                learn. The rest as for any causal language model of transformers.
+            input_ids: (B, L) with placeholders as the processor wrote them.
+            pixel_values: (images, 3, H, W), the pictures of the whole batch in the order of their placeholders; with
+                tiling the tiles of all of them, and image_sizes (images, 2) their heights and widths.
+            input_features: (windows, mels, frames), the sound of the whole batch in the order of its placeholders.
+            labels: (B, L), -100 where there is nothing to learn.
+            qformer_input_ids, qformer_attention_mask: (images, T), the questions, where the connector reads them.
+            The rest as for any causal language model of transformers.
 
         Raises:
-            ValueError: the number of placeholders is not the number of visual tokens.
+            ValueError: the number of placeholders is not the number of soft tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        soft = None
-        rows_B = self._adapter_rows(input_ids, inputs_embeds)
-        if inputs_embeds is None and (
-            pixel_values is not None or image_features is not None or self._has_placeholder(input_ids)
-        ):
-            inputs_embeds, soft = self.embed(input_ids, pixel_values, image_features)  # type: ignore[arg-type]
-            input_ids = None
-        with adapter_on(self.language_model, rows_B):
+        media: dict[str, Any] = {
+            "pixel_values": pixel_values, "image_sizes": image_sizes, "input_features": input_features,
+            "qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask,
+            "image_features": image_features, "audio_features": audio_features,
+        }  # fmt: skip
+        prompt = Prompt()
+        if input_ids is not None and (any(v is not None for v in media.values()) or self._has_placeholder(input_ids)):
+            prompt = self.read(input_ids, **media)
+            input_ids, inputs_embeds = None, prompt.embeds_BLD
+        else:
+            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+            earlier = kept(past_key_values)
+            prompt.seen = {m: getattr(self, m).fusion.later(s, length) for m, s in earlier.items()}
+            prompt.rows_B = None if input_ids is None else self.rows_with_media(input_ids)
+        prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
+        with self.looking(prompt):
             out = self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
@@ -241,6 +319,8 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 **{k: v for k, v in kwargs.items() if k not in ("return_dict", "num_items_in_batch")},
                 return_dict=True,
             )
+        cache = out.get("past_key_values")
+        keep(cache, prompt.seen)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -250,27 +330,36 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return OpticNerveOutput(
             loss=loss,
             logits=out.logits,
-            past_key_values=out.get("past_key_values"),
+            past_key_values=cache,
             hidden_states=out.get("hidden_states"),
             attentions=out.get("attentions"),
-            image_hidden_states=soft,
+            image_hidden_states=prompt.soft.get("image"),
+            audio_hidden_states=prompt.soft.get("audio"),
         )
 
     def rows_with_media(self, input_ids: Tensor) -> Tensor | None:
-        """(B,) bool: the rows that hold a picture; None where the adapter does not ask (no gate on it)."""
+        """(B,) bool: the rows that hold media; None where the adapter does not ask (no gate on it)."""
         if getattr(self.language_model, "lora_gate", None) is None:
             return None
-        return input_ids.eq(self.config.image_token_id or -1).any(1)
+        return self._placeholders(input_ids).any(1)
 
-    def _adapter_rows(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+    def _placeholders(self, input_ids: Tensor) -> Tensor:
+        found_BL = torch.zeros_like(input_ids, dtype=torch.bool)
+        for modality in self.towers:
+            found_BL |= input_ids == self.config.token_id(modality)
+        return found_BL
+
+    def _has_placeholder(self, input_ids: Tensor) -> bool:
+        return bool(self._placeholders(input_ids).any())
+
+    def _adapter_rows(self, rows_B: Tensor | None, given: Tensor | None) -> Tensor | None:
         """The rows that the adapter works on in this forward pass."""
-        rows_B = _rows.get()
-        if rows_B is None:
-            return None if input_ids is None else self.rows_with_media(input_ids)
-        given = input_ids if input_ids is not None else inputs_embeds
+        settled_B = _rows.get()
+        if settled_B is None:
+            return rows_B
         assert given is not None
         # Beams and several answers stand beside each other, each prompt's together.
-        return rows_B.repeat_interleave(given.shape[0] // rows_B.shape[0])
+        return settled_B.repeat_interleave(given.shape[0] // settled_B.shape[0])
 
     def generate(self: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As for any model of transformers. Which rows hold a picture is settled by the prompt, once, for all steps."""
@@ -282,41 +371,43 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         finally:
             _rows.reset(token)
 
-    def _has_placeholder(self, input_ids: Tensor | None) -> bool:
-        token = self.config.image_token_id
-        return token is not None and input_ids is not None and bool((input_ids == token).any())
-
     def _expand_inputs_for_generation(  # type: ignore[override]
         self: Any, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Beams and several answers repeat each row; the pictures of a row are repeated as one block, in their
-        order."""
-        pixels = model_kwargs.pop("pixel_values", None)
-        if pixels is not None and expand_size > 1 and input_ids is not None:
-            counts = (input_ids == self.config.image_token_id).sum(1) // self.image.num_tokens
-            rows = torch.split(pixels, counts.tolist())
-            pixels = torch.cat([row for row in rows for _ in range(expand_size)])
+        """Beams and several answers repeat each row; the media of a row are repeated as one block, in their order."""
+        media = {k: model_kwargs.pop(k) for k in MEDIA_KEYS if model_kwargs.get(k) is not None}
+        if media and expand_size > 1 and input_ids is not None:
+            places = {m: (input_ids == self.config.token_id(m)).sum(1).tolist() for m in self.towers}
+            media = repeat_media(media, places, self.towers, expand_size)
         input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
             self, expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixels is not None:
-            model_kwargs["pixel_values"] = pixels
-        return input_ids, model_kwargs
+        return input_ids, {**model_kwargs, **media}
 
 
-def restore_buffers(encoder: Encoder) -> None:
-    """Compute again what a checkpoint does not carry: non-persistent buffers of encoders that are not transformers'
-    own.
+def _must_take_part(tower: Tower) -> bool:
+    """Whether trained weights of a tower that has nothing to do must still get a gradient: other processes wait."""
+    return (
+        torch.is_grad_enabled()
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+        and any(p.requires_grad for p in tower.parameters())
+    )
+
+
+def restore_buffers(tower: Tower, spec: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Compute again what a checkpoint does not carry: non-persistent buffers of parts that are not transformers' own.
 
     `from_pretrained` builds the model without memory and fills in what the file holds; tables that a constructor
     computes (timm's rotary embeddings, relative positions) would stay empty.
     """
-    persistent = set(encoder.state_dict())
-    missing = [name for name, _ in encoder.named_buffers() if name not in persistent]
+    persistent = set(tower.state_dict())
+    missing = [name for name, _ in tower.named_buffers() if name not in persistent]
     if not missing:
         return
-    fresh = dict(type(encoder)(**encoder.options).named_buffers())
+    fresh = dict(build_tower(spec, sizes, trust_remote_code=True).named_buffers())
     for name in missing:
-        place = encoder.get_buffer(name)
-        owner = encoder.get_submodule(name.rpartition(".")[0])
+        place = tower.get_buffer(name)
+        owner = tower.get_submodule(name.rpartition(".")[0])
         owner._buffers[name.rpartition(".")[2]] = fresh[name].to(device=place.device, dtype=place.dtype)

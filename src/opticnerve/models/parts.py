@@ -11,10 +11,12 @@ from torch import nn
 from opticnerve.encoders.base import last_blocks
 from opticnerve.language.lora import is_lora
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-from opticnerve.recipe import split_part
+from opticnerve.recipe import MODALITIES, split_part
 from opticnerve.types import OpticNerveError
 
-TOWERS = ("image", "audio")
+TOWERS = MODALITIES
+# What each word for a part of a tower stands for, as beginnings of names within it.
+HALVES = {"encoder": ("encoder.",), "connector": ("connector.", "tiling."), "fusion": ("fusion.",)}
 
 
 def part_parameters(model: OpticNerveForConditionalGeneration, part: str) -> dict[str, nn.Parameter]:
@@ -45,6 +47,16 @@ def moving_buffers(model: OpticNerveForConditionalGeneration, trained: Iterable[
     ]
 
 
+def prefixes(modality: str, half: str) -> tuple[str, ...]:
+    """Beginnings of the full names of what belongs to one half of a tower: `image.connector.`, …"""
+    return tuple(f"{modality}.{start}" for start in HALVES[half])
+
+
+def is_docked(name: str) -> bool:
+    """Whether a tensor of the model belongs to what docking added: a connector, a tiling, a fusion."""
+    return name.startswith(tuple(s for m in TOWERS for half in ("connector", "fusion") for s in prefixes(m, half)))
+
+
 def full_name(model: OpticNerveForConditionalGeneration, part: str) -> str:
     """`connector` → `image.connector`: the word for a part that is clear without its recipe."""
     modality, inner = split_part(part)
@@ -63,10 +75,11 @@ def _tower(model: nn.Module, modality: str | None, inner: str, part: str) -> dic
     if not hasattr(model, modality):
         raise OpticNerveError(f"{part}: the model has no {modality} tower")
     tower = getattr(model, modality)
-    if inner == "connector":
-        return {n: p for n, p in model.named_parameters() if n.startswith(f"{modality}.connector.")}
-    if inner == "encoder":
-        return {n: p for n, p in model.named_parameters() if n.startswith(f"{modality}.encoder.")}
+    if inner in HALVES:
+        found = {n: p for n, p in model.named_parameters() if n.startswith(prefixes(modality, inner))}
+        if not found and inner == "fusion":
+            raise OpticNerveError(f"{part}: a fusion of this type has no weights; leave it out of `train`")
+        return found
     count = int(re.findall(r"\d+", inner)[0])
     chosen = {id(p) for block in last_blocks(tower.encoder, count) for p in block.parameters()}
     return {n: p for n, p in model.named_parameters() if id(p) in chosen}

@@ -7,22 +7,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opticnerve.language.lora import adapter_on
+from opticnerve.objectives.base import Objective
 from opticnerve.types import OpticNerveError
 
 IGNORE = -100
 
 
-class NextToken(nn.Module):
-    """(batch) → (loss sum, count): the sum over supervised tokens, so that any split of a batch adds up exactly.
+class NextToken(Objective):
+    """The assistant's next token: the sum over supervised tokens, so that any split of a batch adds up exactly.
 
     The LM head runs on the supervised positions alone: a hook on it gathers them, so that whatever a language model
     does to its logits afterwards (scaling, soft caps) still happens.
     """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
@@ -34,16 +30,16 @@ class NextToken(nn.Module):
 
 def batch_logits(model: Any, batch: Any, keep_BL: Tensor) -> Tensor:
     """Logits (M, V) of a batch's rows at the M positions where `keep_BL` is True, pictures and packing and all."""
-    embeds_BLD, _ = model.embed(batch.input_ids, batch.pixel_values)
+    prompt = model.read(batch.input_ids, group=None if batch.plain else batch.group, **batch.media)
     if not batch.plain:
         _check_window(model.language_model.config, batch.input_ids.shape[1])
-    with adapter_on(model.language_model, model.rows_with_media(batch.input_ids)):
+    with model.looking(prompt):
         return supervised_logits(
             model.language_model,
             keep_BL,
-            inputs_embeds=embeds_BLD,
+            inputs_embeds=prompt.embeds_BLD,
             position_ids=batch.positions,
-            attention_mask=batch.attention_mask(embeds_BLD.dtype),
+            attention_mask=batch.attention_mask(prompt.embeds_BLD.dtype),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.parts import TOWERS, full_name, part_parameters
+from opticnerve.models.parts import HALVES, full_name, part_parameters, prefixes
 from opticnerve.types import OpticNerveError
 
 
@@ -102,11 +102,11 @@ def freeze(model: OpticNerveForConditionalGeneration, train: Mapping[str, float]
 def _rows(
     model: OpticNerveForConditionalGeneration, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]
 ) -> list[Row]:
-    """The table: each trained part, and what is left frozen of the encoder, the connector and the language model."""
+    """The table: each trained part, and what is left frozen of encoder, connector, fusion and language model."""
     rows = []
     trained = {id(p) for g in groups.values() for p in g.values()}
-    wholes = [(f"{m}.{half}", f"{m}.{half}.") for m in TOWERS if hasattr(model, m) for half in ("encoder", "connector")]
-    for whole, prefix in [*wholes, ("language", "language_model.")]:
+    wholes = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in HALVES]
+    for whole, prefix in [*wholes, ("language", ("language_model.",))]:
         mine = {n: p for n, p in model.named_parameters() if n.startswith(prefix)}
         rest = [p for p in mine.values() if id(p) not in trained]
         for name, group in groups.items():

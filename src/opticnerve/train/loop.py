@@ -19,13 +19,14 @@ from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, Subset
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opticnerve import registry
 from opticnerve.build import Dock
 from opticnerve.data.source import load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
 from opticnerve.language.lora import has_lora
 from opticnerve.models import delta
 from opticnerve.models.parts import moving_buffers
-from opticnerve.objectives.next_token import NextToken
+from opticnerve.models.tower import MEDIA_INPUT, check_options
 from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.calibrate import calibrate
@@ -94,7 +95,7 @@ def run_stage(
         _give_lora(dock, stage)
     frozen = freeze(model, stage.train)
     if stage.gradient_checkpointing:
-        _checkpoint_layers(model.language_model)
+        _checkpoint_layers(model)
     trained_before |= {n for group in frozen.groups.values() for n in group}
     if accelerator.is_main_process:
         _write_json(folder / "freeze.json", frozen.to_dict())
@@ -104,16 +105,19 @@ def run_stage(
     skipped: list[str] = []
     on_error = (lambda e: skipped.append(str(e))) if stage.bad_samples == "skip" else None
     template = with_parts(CAPTION_ONLY) if stage.template == "caption" else None
+    objective = _objective(stage, model)
+    collate = objective.collator(processor, stage, recipe.seed)
     units = usable_units(
-        load_units(stage.data, on_error=on_error), processor, stage, template=template, on_error=on_error
-    )
+        load_units(stage.data, on_error=on_error), processor, stage, template=template, on_error=on_error,
+        collate=collate,
+    )  # fmt: skip
     visits = Visits(
         units, stage, processor, seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes,
-        template=template,
+        template=template, collate=collate,
     )  # fmt: skip
     model.to(accelerator.device)
     optimizer = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
-    run = _Run(dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console)
+    run = _Run(dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console, objective)
     if not (resume and run.restore()):
         calibrate(model, visits)
     run.skipped = skipped
@@ -123,6 +127,14 @@ def run_stage(
         model.eval()
         if stage.gradient_checkpointing:
             model.language_model.gradient_checkpointing_disable()
+
+
+def _objective(stage: Stage, model: Any) -> Any:
+    """What the stage minimises, with the recipe's options."""
+    spec = stage.objective
+    cls = registry.objectives.get(spec.type)
+    check_options("objective", spec.type, cls, spec.options)
+    return cls(model, **spec.options)
 
 
 def _within_context(stage: Stage, model: Any) -> Stage:
@@ -145,14 +157,16 @@ def _give_lora(dock: Dock, stage: Stage) -> None:
         )
 
 
-def _checkpoint_layers(language_model: Any) -> None:
+def _checkpoint_layers(model: Any) -> None:
     """Compute activations again instead of keeping them, in frozen layers, too.
 
     transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
     stay as `freeze` left them.
     """
-    language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in language_model.modules():
+    model.language_model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": model.recompute}
+    )
+    for module in model.language_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
 
@@ -174,14 +188,14 @@ class _Run:
 
     def __init__(
         self, dock: Dock, recipe: Recipe, stage: Stage, folder: Path, frozen: Frozen, optimizer: MasterAdamW,
-        visits: Visits, accelerator: Accelerator, trained: set[str], console: Any,
+        visits: Visits, accelerator: Accelerator, trained: set[str], console: Any, objective: Any,
     ) -> None:  # fmt: skip
         self.dock, self.recipe, self.stage, self.folder, self.frozen = dock, recipe, stage, folder, frozen
         self.optimizer, self.visits, self.accelerator, self.trained = optimizer, visits, accelerator, trained
         self.console = console
-        self.objective: Any = NextToken(dock.model)
-        if accelerator.num_processes > 1:
-            self.objective = accelerator.prepare_model(self.objective)
+        self.objective = self.wrapped = objective
+        if accelerator.num_processes > 1 and not objective.whole_step:
+            self.wrapped = accelerator.prepare_model(objective)
         self.step, self.samples, self.tokens, self.elapsed, self.loss = 0, 0, 0, 0.0, math.nan
         self.skipped: list[str] = []
         self.stop = False
@@ -235,19 +249,11 @@ class _Run:
         accelerator = self.accelerator
         batches = [b.to(accelerator.device) for b in batches]
         counts = torch.tensor([sum(b.supervised for b in batches), sum(b.tokens for b in batches),
-                               sum(b.samples for b in batches)], device=accelerator.device)  # fmt: skip
+                               sum(b.samples for b in batches), *_media_counts(batches)],
+                              device=accelerator.device)  # fmt: skip
         counts = accelerator.reduce(counts) if accelerator.num_processes > 1 else counts
-        supervised, tokens, samples = counts.tolist()
-        total = torch.zeros((), device=accelerator.device)
-        for k, batch in enumerate(batches):
-            last = k == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                loss, _ = self.objective(batch)
-                # Summed over processes by all-reduce, which averages: hence the number of processes.
-                (loss * (accelerator.num_processes / supervised)).backward()
-            if accelerator.num_processes == 1:  # all-reduce wants the gradients where autograd left them
-                self.optimizer.collect()
-            total += loss.detach()
+        supervised, tokens, samples, *pieces = counts.tolist()
+        total = self._backward(batches, supervised)
         total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
         self.loss = float(total) / supervised
         if not math.isfinite(self.loss):
@@ -256,6 +262,7 @@ class _Run:
                 f"stage {self.stage.name}, step {self.step + 1}: the loss is {self.loss}; samples {', '.join(ids[:8])}"
                 f"{' …' if len(ids) > 8 else ''}. Lower the learning rate, or look at them with `opticnerve data show`"
             )
+        self._let_rest(pieces)
         factor = schedule(self.step, self.visits.steps, warmup=self.stage.warmup, kind=self.stage.schedule)
         norm = self.optimizer.step(factor, self.stage.clip)
         self.step += 1
@@ -265,7 +272,36 @@ class _Run:
             "step": self.step, "loss": self.loss, "tokens": int(tokens), "supervised_tokens": int(supervised),
             "samples": int(samples), "grad_norm": norm,
             "learning_rate": {part: rate * factor for part, rate in self.frozen.rates.items()},
+            **({"metrics": dict(self.objective.metrics)} if self.objective.metrics else {}),
         }  # fmt: skip
+
+    def _backward(self, batches: list[Any], supervised: int) -> torch.Tensor:
+        """Gradients of the mean loss over all micro-batches of all processes; this process's loss sum."""
+        accelerator, total = self.accelerator, torch.zeros((), device=self.accelerator.device)
+        if self.objective.whole_step:
+            alone = self.optimizer.collect if accelerator.num_processes == 1 else None
+            return total + self.objective.backward(batches, 1.0 / supervised, after_each=alone)
+        for k, batch in enumerate(batches):
+            last = k == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                loss, _ = self.wrapped(batch)
+                # Summed over processes by all-reduce, which averages: hence the number of processes.
+                (loss * (accelerator.num_processes / supervised)).backward()
+            if accelerator.num_processes == 1:  # all-reduce wants the gradients where autograd left them
+                self.optimizer.collect()
+            total += loss.detach()
+        return total
+
+    def _let_rest(self, pieces: list[int]) -> None:
+        """A tower that saw nothing in this step, on any process, does not move: as on one process, where its weights
+        have no gradient. (Beside others a process gives them the gradient zero, which Adam's momentum would follow.)"""
+        if self.accelerator.num_processes == 1 or self.objective.whole_step:
+            return
+        for count, modality in zip(pieces, MEDIA_INPUT, strict=True):
+            tower = getattr(self.dock.model, modality, None)
+            if not count and tower is not None:
+                for parameter in tower.parameters():
+                    parameter.grad = None
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -306,6 +342,12 @@ class _Run:
     def _progress(self, steps: int) -> Progress:
         quiet = self.console is None or not self.accelerator.is_main_process
         return Progress(self.stage.name, steps, start=self.step, console=None if quiet else self.console)
+
+
+def _media_counts(batches: list[Any]) -> list[int]:
+    """Pieces of media in a step's batches, by modality."""
+    given = [getattr(b, "media", {}) for b in batches]
+    return [sum(len(media[key]) for media in given if key in media) for key in MEDIA_INPUT.values()]
 
 
 @contextlib.contextmanager

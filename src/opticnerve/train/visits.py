@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from opticnerve.data.audio import RATE, open_audio
 from opticnerve.data.collate import Batch, Collator
 from opticnerve.data.images import open_image
 from opticnerve.data.labels import Encoded, encode
 from opticnerve.data.packing import Row, pack, shared_prefix
 from opticnerve.data.source import draw
 from opticnerve.recipe import Stage
-from opticnerve.types import Conversation, DataError, ImagePart, OpticNerveError
+from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError
 
+# What an objective makes of the conversations of each row of a micro-batch.
+Collate = Callable[[Sequence[Sequence[Conversation]]], Any]
 Unit = tuple[list[Conversation], int | None]
 
 
@@ -27,11 +30,12 @@ class Visits(Dataset[Batch]):
     Args:
         units: what `data.source.load_units` gave.
         rank, world: this process and how many there are; each takes every world-th row of a micro-batch.
+        collate: an objective's own way from the conversations of each row to a batch, instead of tokens with labels.
     """
 
     def __init__(
         self, units: list[Unit], stage: Stage, processor: Any, *, seed: int, rank: int = 0, world: int = 1,
-        template: str | None = None,
+        template: str | None = None, collate: Collate | None = None,
     ) -> None:  # fmt: skip
         if stage.batch_size % (stage.accumulate * world):
             raise OpticNerveError(
@@ -40,7 +44,8 @@ class Visits(Dataset[Batch]):
             )
         self.units, self.stage, self.processor, self.template = units, stage, processor, template
         self.seed, self.rank, self.world = seed, rank, world
-        self.collate = Collator(processor)
+        self.collate, self.own_collate = Collator(processor), collate
+        self.rate = processor.feature_extractor.sampling_rate if processor.feature_extractor is not None else RATE
         if stage.steps is not None:
             self.steps = stage.steps
         else:
@@ -53,6 +58,8 @@ class Visits(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         rows = self.stage.batch_size // self.stage.accumulate
         mine = range(index * rows + self.rank, (index + 1) * rows, self.world)
+        if self.own_collate is not None:
+            return self.own_collate([self._usable(v) for v in mine])
         return self.collate([self.row(v) for v in mine])
 
     def row(self, visit: int) -> Row:
@@ -62,10 +69,27 @@ class Visits(Dataset[Batch]):
             try:
                 row = pack([self._encode(self.drawn(nearby))])
                 row.images = [ImagePart(open_image(i.source, where=row.ids[0])) for i in row.images]
+                row.audios = [AudioPart(open_audio(a.source, where=row.ids[0], rate=self.rate)) for a in row.audios]
                 return row
             except DataError as e:
                 if self.stage.bad_samples == "refuse":
                     raise
+                last = e
+        assert last is not None
+        raise last
+
+    def _usable(self, visit: int) -> list[Conversation]:
+        """The conversations of one visit; where bad samples are skipped, of the next good one."""
+        assert self.own_collate is not None
+        if self.stage.bad_samples == "refuse":
+            return self.drawn(visit)
+        last: DataError | None = None
+        for nearby in range(visit, visit + len(self.units)):
+            try:
+                conversations = self.drawn(nearby)
+                self.own_collate([conversations])
+                return conversations
+            except DataError as e:
                 last = e
         assert last is not None
         raise last
@@ -97,11 +121,13 @@ def usable_units(
     template: str | None = None,
     on_error: Callable[[DataError], None] | None = None,
     check: int = 10_000,
+    collate: Collate | None = None,
 ) -> list[Unit]:
     """Encode up to `check` samples and open their pictures before the first step, so that a bad one is found now and
     not hours in. (`opticnerve data check` goes through all.)
 
-    With `on_error`, bad samples are handed to it and left out; without, the first one is raised.
+    `collate`: an objective's own, which then does the looking. With `on_error`, bad samples are handed to it and left
+    out; without, the first one is raised.
     """
     good: list[Unit] = []
     seen = 0
@@ -112,9 +138,12 @@ def usable_units(
         for conversation in conversations:
             seen += 1
             try:
-                if seen <= check:
+                if collate is not None:
+                    if seen <= check:
+                        collate([[conversation]])
+                elif seen <= check:
                     made = encode(conversation, processor, template=template, max_length=stage.max_length)
-                    _open_once(conversation, opened)
+                    _open_once(conversation, opened)  # sounds were opened to be counted
                     if count != 1:  # one at a time shares nothing
                         shared_prefix([*encoded[:1], made])
                     encoded.append(made)

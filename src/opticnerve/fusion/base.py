@@ -1,0 +1,117 @@
+"""What every fusion promises: connected features enter a language model whose own weights stay as they are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opticnerve.types import Features
+
+
+class Fusion(nn.Module, ABC):
+    """The way of one modality's soft tokens into the language model.
+
+    Args:
+        language_size: width of the language model's embeddings. language_layers: how many layers it has.
+
+    `options` holds the plain keywords that build the same module again (without the sizes, which come from the
+    language model). `seen` is what the layers know of the pictures of the prompt in hand, None between prompts.
+    """
+
+    def __init__(self, *, language_size: int, language_layers: int) -> None:
+        super().__init__()
+        self.language_size, self.language_layers = language_size, language_layers
+        self.options: dict[str, Any] = {}
+        self.seen: Any = None
+
+    @abstractmethod
+    def placeholders(self, num_tokens: int) -> int:
+        """Placeholders that the processor writes for a picture (or window of sound) of `num_tokens` soft tokens."""
+
+    @abstractmethod
+    def embed(self, embeds_BLD: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
+        """Embeddings (B, L, D) with something in the places of the placeholders (a bool mask, (B, L)).
+
+        `features`: soft tokens, one row for each picture, in the order of the placeholders.
+
+        Raises:
+            ValueError: placeholders and features disagree; the message has both numbers.
+        """
+
+    def see(self, placeholder_BL: Tensor, features: Features, group_BL: Tensor | None = None) -> Any:
+        """What the layers need to know of the pictures of this prompt; None where they need nothing.
+
+        It outlives the forward pass: it travels with the cache and serves every later token (see `later`).
+        `group_BL`: which sample of a packed row each position belongs to.
+        """
+        return None
+
+    def imagine(self, rows: int, length: int, features: Features) -> Any:
+        """`see` for shapes alone (the meta device): `rows` of `length` tokens, the pictures spread evenly."""
+        return None
+
+    def later(self, seen: Any, length: int) -> Any:
+        """`seen` for the next `length` tokens behind those that it was made for."""
+        return seen
+
+    @contextmanager
+    def seeing(self, seen: Any) -> Iterator[None]:
+        """Within it, a forward pass of the language model sees what `see` gave."""
+        before, self.seen = self.seen, seen
+        try:
+            yield
+        finally:
+            self.seen = before
+
+    def wire(self, language_model: nn.Module) -> None:
+        """Called once, when the language model is docked: a fusion that acts within its layers hooks itself there."""
+
+    def start(self, embeddings: nn.Module) -> None:
+        """Called once for a fresh dock, with the language model's embedding table: first weights that depend on it."""
+
+    def idle(self, embeds_BLD: Tensor, features: Features) -> Tensor:
+        """The same embeddings, bit for bit, made to depend on every weight of this fusion and on `features`.
+
+        With several processes, each must give every trained weight a gradient in every step, also where its share of
+        the batch holds no picture.
+        """
+        touched = features.tokens_BND.sum() * 0
+        for parameter in self.parameters():
+            touched = touched + parameter.sum() * 0
+        return embeds_BLD + touched.to(embeds_BLD.dtype)
+
+
+def check_count(wanted: int, found: int, kind: str = "image") -> None:
+    """The processor wrote as many placeholders as there are soft tokens, or it is an error with both numbers."""
+    if wanted != found:
+        raise ValueError(
+            f"{wanted} {kind} placeholders in the text, but {found} visual tokens from the pictures; "
+            f"let the processor write the placeholders, and never truncate after it has"
+        )
+
+
+def decoder_layers(language_model: nn.Module, count: int) -> list[nn.Module]:
+    """The language model's layers, from input to output: its longest list of modules."""
+    lists = [m for m in language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    assert lists, f"no list of {count} layers in {type(language_model).__name__}"
+    return list(lists[0])
+
+
+def scatter_rows(features: Features, counts_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures of a batch, laid out by the rows that show them.
+
+    `features`: (images, N, D) in reading order; `counts_B`: how many each row shows. Returns tokens (B, M, N, D), zero
+    where a row shows fewer than M, and the mask (B, M, N).
+    """
+    tokens_IND, mask_IN = features.tokens_BND, features.mask_BN
+    most = max(1, int(counts_B.max()))
+    place = torch.arange(most, device=counts_B.device) < counts_B[:, None]  # (B, M)
+    tokens = tokens_IND.new_zeros(*place.shape, *tokens_IND.shape[1:])
+    mask = mask_IN.new_zeros(*place.shape, mask_IN.shape[1])
+    tokens[place], mask[place] = tokens_IND, mask_IN
+    return tokens, mask
