@@ -114,9 +114,29 @@ def language_config(family: str, vocabulary: int) -> Any:
         case "opt":
             return tf.OPTConfig(**tokens, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
                                 max_position_embeddings=512, word_embed_proj_dim=32)  # fmt: skip
+        case "llama 3":
+            scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                      "original_max_position_embeddings": 256, "rope_theta": 500_000.0}  # fmt: skip
+            return tf.LlamaConfig(**common, rope_parameters=scaled, tie_word_embeddings=False)
+        case "gpt_neox" | "falcon":
+            own = {"num_key_value_heads": 4} if family == "gpt_neox" else {}
+            return tf.AutoConfig.for_model(family, **{**common, **own})
+        case "bloom" | "mpt":
+            names = ("n_layer", "n_head") if family == "bloom" else ("n_layers", "n_heads")
+            width = {"hidden_size": 32} if family == "bloom" else {"d_model": 32, "max_seq_len": 512}
+            return tf.AutoConfig.for_model(family, **tokens, **width, **dict(zip(names, (2, 4), strict=True)))
+        case "gemma" | "gemma3_text" | "qwen3":
+            return tf.AutoConfig.for_model(family, **common, head_dim=8)
+        case _ if family in MORE_FAMILIES:
+            return tf.AutoConfig.for_model(family, **common)
     raise KeyError(family)
 
 
+# Beside FAMILIES: tried where every family matters and one try is enough.
+MORE_FAMILIES = (
+    "llama 3", "qwen3", "gemma", "gemma3_text", "phi3", "smollm3", "gpt_neox", "falcon", "bloom", "mpt", "olmo2",
+    "stablelm", "granite", "starcoder2", "cohere",
+)  # fmt: skip
 FAMILIES = ("llama", "llama tied", "qwen2", "mistral", "phi", "gemma2", "gpt2", "opt")
 
 

@@ -13,9 +13,11 @@ import torch
 
 from opticnerve import plan_cost as cost
 from opticnerve import plan_model as parts
+from opticnerve import registry
 from opticnerve.data.collate import Collator
 from opticnerve.data.labels import Encoded
 from opticnerve.language.lora import add_lora
+from opticnerve.models.delta import weight_names
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan_data import StageData, look
 from opticnerve.plan_model import Shape, Share, context_of, processor_for
@@ -158,7 +160,9 @@ def context_length(recipe: Recipe) -> int | None:
 
 def weights_at_hand(recipe: Recipe) -> bool:
     """Whether a calibration would download nothing: every weight comes from the starter kit or a local folder."""
-    names = [recipe.model.language.name, *(str(t.encoder.options.get("name")) for t in recipe.model.towers.values())]
+    names = [recipe.model.language.name]
+    for tower in recipe.model.towers.values():
+        names += weight_names(registry.encoders.get(tower.encoder.type).take_name(tower.encoder.options)[0])
     return all(starter.is_starter(n) or Path(n.removeprefix("local-dir:")).exists() for n in names)
 
 

@@ -270,7 +270,7 @@ GOOD = talk(("user", "Hi"), ("assistant", "Hello"))
         (talk(("user", "a"), ("assistant", [{"type": "image", "image": "1.png"}])), "image-in-answer", "turn 2"),
         (talk(("user", [{"type": "image"}]), ("assistant", "b")), "placeholder-without-image", "1 image part"),
         (talk(("user", "a"), ("assistant", "b"), images=["1.png"]), "image-without-placeholder", "lists 1"),
-        (talk(("user", [{"type": "video"}]), ("assistant", "b")), "unknown-part", "'video'"),
+        (talk(("user", [{"type": "scent"}]), ("assistant", "b")), "unknown-part", "'scent'"),
         (talk(("user", [{"type": "text"}]), ("assistant", "b")), "missing-field", "text"),
         (talk(("user", [{"type": "image", "image": 5}]), ("assistant", "b")), "wrong-type", "int 5"),
         (talk(("user", [{"type": "image", "image": "no.png"}]), ("assistant", "b")), "missing-image", "no.png"),

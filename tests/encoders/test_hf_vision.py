@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +120,122 @@ def test_the_vision_tower_of_a_two_tower_model(tmp_path: Any) -> None:
     )
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8,
+}  # fmt: skip
+WORDS: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40,
+}  # fmt: skip
+
+
+def whole_model(kind: str, folder: Path) -> Any:
+    """A small model with an eye and more, saved; returns the eye."""
+    seen = {**SMALL, "image_size": 32}
+    llama = {"model_type": "llama", **WORDS}
+    opt = {
+        "model_type": "opt", "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "vocab_size": 40, "word_embed_proj_dim": 16,
+    }  # fmt: skip
+    queries: dict[str, Any] = {"qformer_config": {**WORDS, "encoder_hidden_size": 24}, "num_query_tokens": 4}
+    made: Any
+    match kind:
+        case "llava":
+            clip = {"model_type": "clip_vision_model", **seen}
+            config: Any = tf.LlavaConfig(vision_config=clip, text_config=llama, image_token_index=39)
+            made = tf.LlavaForConditionalGeneration(config)
+            eye = made.model.vision_tower
+        case "blip-2":
+            made = tf.Blip2ForConditionalGeneration(tf.Blip2Config(vision_config=seen, text_config=opt, **queries))
+            eye = made.vision_model
+        case "instructblip":
+            made = tf.InstructBlipForConditionalGeneration(
+                tf.InstructBlipConfig(vision_config=seen, text_config=opt, **queries)
+            )
+            eye = made.vision_model
+        case "siglip 2":
+            flexible = {**SMALL, "num_patches": 16}
+            made = tf.Siglip2Model(tf.Siglip2Config(vision_config=flexible, text_config=WORDS))
+            eye = made.vision_model
+        case "smolvlm":
+            made = tf.SmolVLMForConditionalGeneration(
+                tf.SmolVLMConfig(vision_config=seen, text_config=llama, scale_factor=2)
+            )
+            eye = made.model.vision_model
+    made.save_pretrained(folder)
+    return eye.eval()
+
+
+@pytest.mark.parametrize("kind", ["llava", "blip-2", "instructblip", "siglip 2", "smolvlm"])
+def test_the_eye_of_a_whole_model(kind: str, tmp_path: Path) -> None:
+    eye = whole_model(kind, tmp_path).state_dict()
+    encoder = HFVisionEncoder.from_pretrained(str(tmp_path))
+    found = encoder.model.state_dict()
+    assert found.keys() == eye.keys()
+    assert all(torch.equal(found[n], eye[n]) for n in eye)
+    assert encoder.native_size == 32 and encoder.num_tokens == 16
+
+
+def test_llava_s_own_names(tmp_path: Path) -> None:
+    """Checkpoints from before transformers 5 call the eye `vision_tower.vision_model.…`."""
+    from safetensors.torch import load_file, save_file
+
+    eye = whole_model("llava", tmp_path).state_dict()
+    old = {n.replace("vision_tower.", "vision_tower.vision_model."): t
+           for n, t in load_file(tmp_path / "model.safetensors").items()}  # fmt: skip
+    assert any(n.startswith("vision_tower.vision_model.encoder.") for n in old)
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = HFVisionEncoder.from_pretrained(str(tmp_path)).model.state_dict()
+    assert all(torch.equal(found[n], eye[n]) for n in eye)
+
+
+def test_loading_an_eye_alone_says_nothing_of_the_rest(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    whole_model("llava", tmp_path)
+    before = logging.get_verbosity()
+    capfd.readouterr()
+    HFVisionEncoder.from_pretrained(str(tmp_path))
+    assert "language_model" not in "".join(capfd.readouterr())
+    assert logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize("kind", [*tiny.VISION, "blip-2", "siglip 2", "smolvlm"])
+@pytest.mark.parametrize("size", [None, 48])
+def test_planned_from_the_configuration_alone(
+    kind: str, size: int | None, tmp_path: Path, vision_folder: Callable[..., str]
+) -> None:
+    """On the meta device, and with a forward pass there: `plan` counts one."""
+    if kind in tiny.VISION:
+        tmp_path = Path(vision_folder(kind))
+    else:
+        whole_model(kind, tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+    with torch.device("meta"):
+        planned = HFVisionEncoder.planned(str(tmp_path), image_size=size)
+        out = planned.eval()(torch.empty(3, 3, planned.image_size, planned.image_size)).tokens_BND
+    assert out.is_meta and out.shape == (3, planned.num_tokens, planned.hidden_size)
+    assert all(t.is_meta for t in [*planned.parameters(), *planned.buffers()])
+    assert planned.num_tokens == (size or 32) ** 2 // 64
+
+
+@pytest.mark.parametrize("kind", ["dinov3_vit", "siglip2_vision_model", "idefics3_vision", "blip_2_vision_model"])
+def test_a_whole_model_around_it_comes_back(kind: str, docked: Callable[..., Any], tmp_path: Path) -> None:
+    """`from_pretrained` builds without memory; what no file holds (rotary frequencies) must be right afterwards."""
+    config = tf.AutoConfig.for_model(
+        kind, **SMALL, **({"num_patches": 16} if "siglip2" in kind else {"image_size": 32})
+    )
+    if kind == "blip_2_vision_model":
+        config.initializer_range = 0.1  # its own leaves nothing to see
+    torch.manual_seed(0)
+    HFVisionEncoder(architecture=config.to_dict()).model.save_pretrained(tmp_path / "eye")
+    model = docked("llama", {"type": "hf_vision", "name": str(tmp_path / "eye")}).model
+    model.save_pretrained(tmp_path / "whole")
+    again = type(model).from_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        torch.testing.assert_close(again.image(pixels()).tokens_BND, model.image(pixels()).tokens_BND)
+    assert not torch.allclose(model.image(pixels()).tokens_BND[0], model.image(pixels()).tokens_BND[1])
+
+
 class TestRefusals:
     def test_layer(self, vision_folder: Callable[..., str]) -> None:
         with pytest.raises(OpticNerveError, match="layer 9: this encoder has hidden states 0 to 3"):
@@ -146,6 +263,40 @@ class TestRefusals:
         save_file(tensors, tmp_path / "v/model.safetensors", metadata={"format": "pt"})
         with pytest.raises(OpticNerveError, match=r"lacks weights of its vision tower.*fc1\.weight"):
             HFVisionEncoder.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "says"),
+        [
+            ("vit_mae", {}, r"gives 5 tokens for 16 patches .*type: timm"),  # it hides three quarters of them
+            ("swin", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}, "tokens for|takes no"),
+            ("pixtral", {}, r"not a row of tokens for each"),  # it packs a batch into one row
+            ("videomae", {}, r"takes no batch of square pictures"),
+        ],
+    )
+    def test_models_that_are_no_plain_vision_transformer(self, kind: str, options: Any, says: str) -> None:
+        sizes = {**SMALL, **options} if kind != "swin" else {"patch_size": 4, **options}
+        config = tf.AutoConfig.for_model(kind, image_size=32, **sizes)
+        with pytest.raises(OpticNerveError, match=says):
+            HFVisionEncoder(architecture=config.to_dict())
+
+    def test_a_size_that_cannot_be_interpolated(self) -> None:
+        config = tf.AutoConfig.for_model("aimv2_vision_model", image_size=32, **SMALL)
+        with pytest.raises(OpticNerveError, match=r"pictures of 48 px.*its own size is 32 px"):
+            HFVisionEncoder(architecture=config.to_dict(), image_size=48)
+
+    def test_pictures_that_are_not_square(self) -> None:
+        config = tiny.vision_config("vit").to_dict() | {"image_size": [32, 48]}
+        with pytest.raises(OpticNerveError, match=r"image_size is \[32, 48\]; only square"):
+            HFVisionEncoder(architecture=config)
+
+    def test_missing_weights_of_a_whole_model(self, tmp_path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        whole_model("blip-2", tmp_path)
+        kept = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if "vision_model" not in n}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(OpticNerveError, match="lacks weights of its vision tower"):
+            HFVisionEncoder.from_pretrained(str(tmp_path))
 
     def test_fit(self, vision_folder: Callable[..., str]) -> None:
         with pytest.raises(OpticNerveError, match="unknown fit 'stretch'; known: squash, crop, pad"):

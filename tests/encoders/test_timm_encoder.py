@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +114,95 @@ def test_image_processor_and_options(name: str) -> None:
     assert encoder.std == list(data["std"])
 
 
+# Families by what is special about them, each as small as timm or its keywords make it.
+SPREAD: dict[str, dict[str, Any]] = {
+    "test_byobnet": {}, "test_convnext": {}, "test_convnext2": {}, "test_convnext3": {}, "test_efficientnet": {},
+    "test_efficientnet_gn": {}, "test_efficientnet_ln": {}, "test_efficientnet_evos": {}, "test_nfnet": {},
+    "test_resnet": {}, "resnet10t": {}, "regnetx_002": {}, "mobilenetv3_small_050": {}, "mobilenetv4_conv_small_035": {},
+    "fastvit_t8": {},  # reparametrised convolutions
+    "test_mambaout": {}, "pvt_v2_b0": {}, "edgenext_xx_small": {},
+    "test_maxvit": {}, "test_coatnet": {},  # convolution and attention, tables for one size
+    "test_vit": {}, "test_vit2": {}, "test_vit3": {}, "test_vit4": {}, "test_vit_relpos": {},
+    "vit_tiny_patch16_224": {"model_args": {"depth": 2}},
+    "vit_small_patch14_reg4_dinov2": {"image_size": 56, "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}},
+    "vit_base_patch16_siglip_224": {"model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}},
+    "eva02_tiny_patch14_224": {"image_size": 56, "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}},
+    "deit_tiny_distilled_patch16_224": {"model_args": {"depth": 2}},  # two class tokens
+    "beit_base_patch16_224": {"model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}},
+    "cait_xxs24_224": {"model_args": {"depth": 2}},
+    "swin_tiny_patch4_window7_224": {"model_args": SWIN},
+    "swinv2_tiny_window8_256": {"model_args": SWIN},
+    "naflexvit_base_patch16_gap": {"model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}},
+    "hiera_tiny_224": {"image_size": 224, "model_args": {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 1]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_families(name: str) -> None:
+    """What is declared is what comes, and it is what timm's own `forward_features` and `forward_intermediates` give."""
+    options = {"image_size": 64, **SPREAD[name]}
+    encoder = TimmEncoder(name=name, **options).eval()
+    size = encoder.image_size
+    keywords = {**options.get("model_args", {}), **({"img_size": size} if takes_size(encoder.model) else {})}
+    model = timm.create_model(name, pretrained=False, **keywords).eval()
+    model.load_state_dict(encoder.model.state_dict())
+    inner = TimmEncoder(name=name, layer=-1, **options).eval()
+    inner.model.load_state_dict(encoder.model.state_dict())
+    with torch.no_grad():
+        out, features = model.forward_features(pixels(size)), encoder(pixels(size))
+        last = model.forward_intermediates(pixels(size), indices=[-1], intermediates_only=True)[0]
+        found = inner(pixels(size)).tokens_BND
+    assert features.tokens_BND.shape == (2, encoder.num_tokens, encoder.hidden_size)
+    assert torch.equal(features.tokens_BND, rows_of(out, model))
+    assert torch.equal(found, last.flatten(2).transpose(1, 2))
+    assert found.shape == (2, inner.num_tokens, inner.hidden_size)
+    assert encoder.blocks()
+    again = TimmEncoder(**encoder.options).eval()
+    again.load_state_dict(encoder.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(pixels(size)).tokens_BND, features.tokens_BND)
+
+
+def takes_size(model: Any) -> bool:
+    return any("img_size" in inspect.signature(c.__init__).parameters for c in type(model).__mro__)
+
+
+def rows_of(out: torch.Tensor, model: Any) -> torch.Tensor:
+    """By the shape alone: a map with its channels first, or last where the width says so; or tokens."""
+    if out.ndim == 3:
+        return out[:, getattr(model, "num_prefix_tokens", 0) :]
+    return out.flatten(2).transpose(1, 2) if out.shape[1] == model.num_features else out.flatten(1, 2)
+
+
+@pytest.mark.parametrize("name", ["coat_tiny", "crossvit_tiny_240"])
+def test_several_maps_are_refused_where_one_can_be_asked_for(name: str) -> None:
+    with pytest.raises(OpticNerveError, match=rf"'{name}': its forward_features gives several maps.*use layer: -1"):
+        TimmEncoder(name=name)
+
+
+def test_tokens_of_which_timm_does_not_say_what_they_are() -> None:
+    with torch.device("meta"):
+        with pytest.raises(OpticNerveError, match="gives 197 tokens, no square map"):
+            TimmEncoder(name="volo_d1_224")
+        assert TimmEncoder(name="volo_d1_224", layer=-1).num_tokens == 196
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_planned(timm_folder: Callable[..., str], name: str) -> None:
+    """From the configuration alone, on the meta device; the folder's weights are not read."""
+    place = Path(timm_folder(name).removeprefix("local-dir:"))
+    with torch.device("meta"):
+        planned = TimmEncoder.planned(f"local-dir:{place}", image_size=64, layer=-1)
+        out = planned.eval()(torch.empty(2, 3, 64, 64)).tokens_BND
+    loaded = TimmEncoder.from_pretrained(f"local-dir:{place}", image_size=64, layer=-1)
+    assert planned.options == loaded.options
+    assert out.is_meta and out.shape == (2, loaded.num_tokens, loaded.hidden_size)
+    assert TimmEncoder.planned(name).options["name"] == name
+    starter = TimmEncoder.planned("starter/efficientnet-lite0", image_size=64)
+    assert starter.options["name"] == "tf_efficientnet_lite0"
+    assert list(starter.mean) == [0.5, 0.5, 0.5]  # (FACTS of the starter's own weights, not timm's)
+
+
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
 def test_weights_from_a_local_folder(timm_folder: Callable[..., str], name: str) -> None:
     encoder = TimmEncoder.from_pretrained(timm_folder(name), image_size=64).eval()
@@ -149,6 +240,10 @@ class TestRefusals:
     def test_name(self) -> None:
         with pytest.raises(OpticNerveError, match="timm knows no model 'test_efficientnett'"):
             TimmEncoder(name="test_efficientnett")
+
+    def test_model_args(self) -> None:
+        with pytest.raises(OpticNerveError, match="cannot be built with model_args .*'depht'"):
+            TimmEncoder(name="test_vit", model_args={"depht": 2})
 
     def test_layer(self) -> None:
         with pytest.raises(OpticNerveError, match="gives no features at layer 40"):

@@ -26,7 +26,12 @@ class Connector(nn.Module, ABC):
 
     A subclass implements `project` and, where it changes the number of tokens, `num_tokens`; `options` holds the plain
     keywords that build the same module again (without the sizes, which come from the neighbours).
+    `keeps_grid`: the tokens that come out are a square map in raster order if those that go in are (queries that gather
+    from everywhere are none). `wants_text`: `project` also takes the question's token ids and their mask.
     """
+
+    keeps_grid: bool = True
+    wants_text: bool = False
 
     input_mean: Tensor
     input_std: Tensor
@@ -49,21 +54,21 @@ class Connector(nn.Module, ABC):
 
     @abstractmethod
     def project(self, features: Features) -> Features:
-        """(B, in_tokens, in_size) → (B, num_tokens, out_size)."""
+        """(B, in_tokens, in_size) → (B, num_tokens, out_size). Where `wants_text`, it also takes ids and mask (B, T)."""
 
-    def forward(self, features: Features) -> Features:
+    def forward(self, features: Features, *text: Tensor) -> Features:
         if features.tokens_BND.shape[-1] != self.in_size:
             raise ValueError(
                 f"the connector takes width {self.in_size}, the encoder gave {features.tokens_BND.shape[-1]}"
             )
         if self.calibrate_allowed:
             tokens_BND = (features.tokens_BND - self.input_mean) / self.input_std
-            out = self.project(Features(tokens_BND, features.mask_BN))
+            out = self.project(Features(tokens_BND, features.mask_BN), *text)
             return Features(out.tokens_BND * self.output_scale, out.mask_BN)
-        return self.project(features)
+        return self.project(features, *text)
 
     @torch.no_grad()
-    def calibrate(self, features: Features, embedding_std: float) -> None:
+    def calibrate(self, features: Features, embedding_std: float, *text: Tensor) -> None:
         """Measure: each input channel to mean 0 and deviation 1; the output to `embedding_std`.
 
         `features`: what the encoder gives for a few dozen pictures. Called once, before the first step of the first
@@ -77,6 +82,6 @@ class Connector(nn.Module, ABC):
         floor = 1e-3 * std_D.mean().clamp_min(1e-6)
         self.input_mean.copy_(seen_MD.mean(0))
         self.input_std.copy_(std_D.clamp_min(floor))
-        out = self.forward(features)
+        out = self.forward(features, *text)
         self.output_scale.copy_(embedding_std / out.tokens_BND[out.mask_BN].float().std().clamp_min(1e-6))
         self.calibrated.fill_(True)

@@ -12,6 +12,7 @@ import hashlib
 import io
 import re
 import struct
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,17 @@ from PIL.Image import Transpose
 
 from opticnerve.types import DataError
 
-Source = Path | str | bytes | PIL.Image.Image
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame of a video, named and not yet decoded: number `index` of the `of` that are taken (see `data.video`)."""
+
+    source: Path | bytes
+    index: int
+    of: int
+
+
+Source = Path | str | bytes | PIL.Image.Image | Frame
 
 MAX_PIXELS = 64_000_000
 
@@ -45,7 +56,8 @@ def open_image(source: Source, *, where: str = "", max_pixels: int = MAX_PIXELS)
     """A loaded picture of mode RGB, 8 bits a channel, upright.
 
     Args:
-        source: a file, encoded bytes, a `data:` URL, or a picture already opened. Nothing is ever fetched.
+        source: a file, encoded bytes, a `data:` URL, a picture already opened, or the frame of a video. Nothing is ever
+            fetched.
         where: what the error shall name, e.g. `captions.jsonl:12`.
         max_pixels: pictures with more are refused by their header, before anything is decoded.
 
@@ -60,8 +72,12 @@ def open_image(source: Source, *, where: str = "", max_pixels: int = MAX_PIXELS)
     Raises:
         DataError: kind `missing-image` (no such file), `url` (http addresses are not fetched), or `unreadable-image`:
             a folder, an empty or truncated file, no image at all, more than `max_pixels`, no pixels,
-            floating-point pixels (their range is not known).
+            floating-point pixels (their range is not known). For a frame, see `data.video.frames`.
     """
+    if isinstance(source, Frame):
+        from opticnerve.data.video import open_frame  # it opens its pictures here
+
+        return open_frame(source, where=where, max_pixels=max_pixels)
     name = _name(source)
     try:
         image = source if isinstance(source, PIL.Image.Image) else _open(_locate(source, name, where))
@@ -84,9 +100,17 @@ def open_image(source: Source, *, where: str = "", max_pixels: int = MAX_PIXELS)
 
 
 def image_digest(source: Source, *, where: str = "") -> str:
-    """SHA-256 of the stored bytes, decoded or not: equal for equal files. For an opened picture, of its pixels."""
+    """SHA-256 of the stored bytes, decoded or not: equal for equal files. For an opened picture, of its pixels; for a
+    frame, of its video's bytes and its number."""
     if isinstance(source, PIL.Image.Image):
         return hashlib.sha256(repr((source.mode, source.size)).encode() + source.tobytes()).hexdigest()
+    if isinstance(source, Frame):
+        from opticnerve.data.video import picture_of_folder
+
+        if (picture := picture_of_folder(source, where=where)) is not None:
+            return image_digest(picture, where=where)
+        video = image_digest(source.source, where=where)
+        return hashlib.sha256(f"{video} {source.index} {source.of}".encode()).hexdigest()
     name = _name(source)
     located = _locate(source, name, where)
     if isinstance(located, bytes):
@@ -215,3 +239,26 @@ def _too_big(pixels: str, name: str, where: str, max_pixels: int) -> DataError:
         where,
         "make it smaller; a small file that unfolds to so many pixels may be a decompression bomb",
     )
+
+
+def image_size(source: Source, *, where: str = "") -> tuple[int, int]:
+    """Height and width of a picture as `open_image` gives it (upright); of a file only the header is read.
+
+    Raises:
+        DataError: as `open_image`, as far as a header shows it.
+    """
+    if isinstance(source, PIL.Image.Image):
+        return source.height, source.width
+    if isinstance(source, Frame):
+        opened = open_image(source, where=where)
+        return opened.height, opened.width
+    name = _name(source)
+    try:
+        with _open(_locate(source, name, where)) as image:
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except DataError:
+        raise
+    except Exception:  # whatever is wrong with it, opening it says so in full
+        opened = open_image(source, where=where)
+        return opened.height, opened.width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -14,33 +15,77 @@ class Encoder(nn.Module, ABC):
     """An eye or an ear.
 
     A subclass sets, by the end of its constructor,
-    `hidden_size` (width D of a token), `num_tokens` (tokens N of one image, fixed) and `options` (the plain keywords
-    that build the same module again with random weights: they go into `config.json`).
+    `hidden_size` (width D of a token), `num_tokens` (tokens N of one piece of media, fixed) and `options` (the plain
+    keywords that build the same module again with random weights: they go into `config.json`). An eye also sets
+    `image_size`, the side of its square input in pixels.
     It never projects to the language model's width and never freezes itself.
     """
 
     modality: ClassVar[Literal["image", "audio"]] = "image"
+    needs_name: ClassVar[bool] = True
+    """False where there are no pretrained weights to name (raw patches)."""
     hidden_size: int
     num_tokens: int
+    image_size: int
     options: dict[str, Any]
     files: list[str]
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, name: str, **options: Any) -> Encoder:
+    def from_pretrained(cls, name: Any, **options: Any) -> Encoder:
         """The encoder with its pretrained weights, by hub name, local folder or starter name."""
 
-    @abstractmethod
-    def forward(self, pixel_values: Tensor) -> Features:
-        """`pixel_values` (B, 3, H, W) float → `Features` of (B, num_tokens, hidden_size)."""
+    @classmethod
+    def planned(cls, name: Any, **options: Any) -> Encoder:
+        """The same module with random weights: configurations are read, no weight is. (`plan` calls it on the meta
+        device.)
+
+        By default the constructor is called with `name` if it takes one.
+        """
+        if "name" in inspect.signature(cls.__init__).parameters:
+            options["name"] = name
+        elif cls.needs_name:
+            raise OpticNerveError(f"{cls.__name__} cannot be foreseen: give it a classmethod `planned(name, **options)`")
+        return cls(**options)
+
+    @classmethod
+    def take_name(cls, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Split a recipe's options into what names the weights and the rest.
+
+        Raises:
+            OpticNerveError: there is no name, and this encoder needs one.
+        """
+        rest = dict(options)
+        name = rest.pop("name", None)
+        if name is None and cls.needs_name:
+            raise OpticNerveError(f"{cls.__name__} needs a name: a hub name, a local folder, or starter/…")
+        return name, rest
+
+    @classmethod
+    def loading_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Of `self.options` as a configuration keeps them, those that `from_pretrained` takes beside the name."""
+        return {k: v for k, v in options.items() if k not in ("name", "architecture")}
 
     @abstractmethod
+    def forward(self, media: Tensor) -> Features:
+        """(B, *media_shape) float → `Features` of (B, num_tokens, hidden_size)."""
+
     def image_processor(self) -> Any:
         """The transformers image processor that turns pictures into this encoder's `pixel_values`."""
+        raise OpticNerveError(f"{type(self).__name__} sees no pictures")
+
+    def feature_extractor(self) -> Any:
+        """The transformers feature extractor that turns sound into this encoder's `input_features`."""
+        raise OpticNerveError(f"{type(self).__name__} hears no sound")
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The encoder's blocks from input to output: what `encoder.last(N)` counts."""
+
+    @property
+    def media_shape(self) -> tuple[int, ...]:
+        """Shape of one piece of media as `forward` takes it, without the batch."""
+        return (3, self.image_size, self.image_size)
 
     def weight_files(self) -> list[str]:
         """The files that the weights came from, for the content hash; empty when there are none."""

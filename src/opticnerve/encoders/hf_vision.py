@@ -1,4 +1,4 @@
-"""CLIP-ViT, SigLIP, DINOv2, ViT and their like from transformers as an eye.
+"""CLIP-ViT, SigLIP, SigLIP 2, DINOv2, ViT and their like from transformers as an eye.
 
 The wrapped model is transformers' own, untouched: feature selection follows LLaVA
 (`LlavaModel.get_image_features`: a hidden layer, with or without the class token).
@@ -6,31 +6,67 @@ The wrapped model is transformers' own, untouched: feature selection follows LLa
 
 from __future__ import annotations
 
+import copy
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging
 
 from opticnerve.encoders.base import Encoder, make_image_processor
+from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]
 
+# Vision models that transformers has, but not in its table of AutoModel.
+_UNLISTED = {"blip_2_vision_model": "Blip2VisionModel", "instructblip_vision_model": "InstructBlipVisionModel"}
+
+# SigLIP 2 for any shape of picture (NaFlex): it takes rows of patches instead of a picture.
+_FLEXIBLE = "siglip2_vision_model"
+
+# Where whole models keep their eye: CLIP and SigLIP, LLaVA (old and new names), BLIP-2, Idefics3 and SmolVLM.
+_TOWER = {r"^(model\.)?vision_(model|tower)\.(vision_model\.)?": ""}
+
+# These look at the values of a mask of patches to see whether one is needed. The meta device has no values, so there
+# they get attention of a kind for which transformers makes no mask: no patch of ours is padding.
+_LOOKS_AT_MASK = ("idefics3_vision", "smolvlm_vision")
+AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+
 
 class HFVisionEncoder(Encoder):
-    """A vision model of transformers, cut at a hidden layer.
+    """A vision transformer of transformers, cut at a hidden layer.
+
+    Sources: Radford et al. 2021 (CLIP), Zhai et al. 2023 (SigLIP), Tschannen et al. 2025 (SigLIP 2), Oquab et al. 2023
+    (DINOv2), Dosovitskiy et al. 2021 (ViT). The flexible (NaFlex) SigLIP 2 is given square pictures, too, cut into its
+    patches here; SigLIP 2 of fixed resolution is a SigLIP to transformers.
 
     Args:
         architecture: the vision model's configuration as a dict with `model_type` (`clip_vision_model`,
-            `siglip_vision_model`, `dinov2`, `vit`, …).
+            `siglip_vision_model`, `siglip2_vision_model`, `dinov2`, `vit`, `blip_2_vision_model`, …).
         layer: "last" for the model's last hidden state (after its final norm), a whole number for an entry of
             `hidden_states` (-2 in LLaVA-1.5), or a list of them, joined along the width.
         class_token: "drop" leaves out class and register tokens, "keep" keeps them first.
         image_size: side of the square input; other than the model's own interpolates its position embeddings.
-        fit, mean, std: picture preparation where the checkpoint brings none of its own.
+        fit, mean, std, resample: picture preparation (see `make_image_processor`); the checkpoint's own by default. A
+            "crop" takes the largest square in the middle, also where a checkpoint (DINOv2's) takes a smaller one.
     """
 
     def __init__(
@@ -43,57 +79,63 @@ class HFVisionEncoder(Encoder):
         fit: str = "squash",
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        resample: int = 3,
         _model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
         config = _config_from_dict(architecture)
-        self.layer, self.class_token, self.fit = layer, class_token, fit
-        self.native_size = int(config.image_size)
+        self.layer, self.class_token, self.fit, self.resample = layer, class_token, fit, resample
+        self.native_size, self.patch_size = _sizes(config)
         self.image_size = image_size or self.native_size
         self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
-        self.model = _model if _model is not None else _model_class(config)(config)
+        self.model = _model if _model is not None else _build(config)
         self.options = {
-            "architecture": {k: v for k, v in config.to_dict().items() if k != "_name_or_path"},
-            "layer": layer, "class_token": class_token,
-            "image_size": self.image_size, "fit": fit, "mean": self.mean, "std": self.std,
+            "architecture": _plain(config),
+            "layer": layer, "class_token": class_token, "image_size": self.image_size,
+            "fit": fit, "mean": self.mean, "std": self.std, "resample": resample,
         }  # fmt: skip
-        grid = (self.image_size // int(config.patch_size)) ** 2
-        with torch.device("meta"):
-            shadow = _model_class(config)(config).eval()
-            shape = self._select(shadow, torch.empty(1, 3, self.image_size, self.image_size)).shape
-        self.prefix_tokens = int(shape[1]) - grid
-        self.num_tokens = grid if class_token == "drop" else int(shape[1])
-        self.hidden_size = int(shape[2])
+        tokens, self.hidden_size = self._probe(config)
+        grid = (self.image_size // self.patch_size) ** 2
+        self.prefix_tokens = tokens - grid
+        if self.prefix_tokens < 0:
+            raise OpticNerveError(
+                f"{config.model_type} gives {tokens} tokens for {grid} patches ({self.image_size} px in patches of "
+                f"{self.patch_size}): it is no plain vision transformer; try type: timm"
+            )
+        self.num_tokens = grid if class_token == "drop" else tokens
 
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> HFVisionEncoder:
-        """`name`: hub name or local folder; of a two-tower model (CLIP, SigLIP) the vision tower is taken."""
-        config = AutoConfig.from_pretrained(name)
-        config = getattr(config, "vision_config", config)
-        if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
-            raise OpticNerveError(f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm")
-        loaded: Any = _model_class(config).from_pretrained(name, config=config, output_loading_info=True)
+        """`name`: hub name or local folder; of a model with more to it (CLIP, LLaVA, BLIP-2) the eye is taken.
+
+        Raises:
+            OpticNerveError: there is no vision transformer in it, or weights of it are missing.
+        """
+        config = _vision_config(name)
+        with _quiet():  # of all that is not the eye; what is missing is told below
+            loaded: Any = _model_class(config).from_pretrained(
+                name, config=config, key_mapping=_TOWER, output_loading_info=True
+            )
         model, report = loaded
         if report["missing_keys"] or report["mismatched_keys"]:
             raise OpticNerveError(
                 f"{name!r} lacks weights of its vision tower: missing {sorted(report['missing_keys'])[:8]}, "
                 f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
             )
-        try:
-            own = AutoImageProcessor.from_pretrained(name)
-        except OSError:
-            own = None  # a bare folder of weights: the options say how pictures are prepared
-        if own is not None:
-            options.setdefault("mean", list(own.image_mean))
-            options.setdefault("std", list(own.image_std))
-            options.setdefault("fit", "crop" if getattr(own, "do_center_crop", False) else "squash")
-        encoder = cls(architecture=config.to_dict(), _model=model, **options)
+        encoder = cls(architecture=config.to_dict(), _model=model, **{**_preparation(name), **options})
         folder = Path(name)
         if folder.is_dir():
             encoder.files = weight_files(folder)
         return encoder
+
+    @classmethod
+    def planned(cls, name: str, **options: Any) -> HFVisionEncoder:
+        """The same shapes from the configuration alone; how the checkpoint prepares pictures is not looked up."""
+        with torch.device("cpu"):
+            config = _vision_config(name)
+        return cls(architecture=config.to_dict(), **options)
 
     def forward(self, pixel_values: Tensor) -> Features:
         tokens_BND = self._select(self.model, pixel_values)
@@ -102,22 +144,54 @@ class HFVisionEncoder(Encoder):
         return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
 
     def _select(self, model: Any, pixel_values: Tensor) -> Tensor:
-        # DINOv2 always interpolates; the others must be asked, and only when the size is not their own.
-        other_size = self.image_size != self.native_size and model.config.model_type not in (
-            "dinov2",
-            "dinov2_with_registers",
-        )
-        extra = {"interpolate_pos_encoding": True} if other_size else {}
+        inputs: dict[str, Any] = {"pixel_values": pixel_values}
+        if model.config.model_type == _FLEXIBLE:
+            inputs = self._flexible(pixel_values)
+        elif self.image_size != self.native_size and _can_be_asked_to_interpolate(model):
+            inputs["interpolate_pos_encoding"] = True
         if self.layer == "last":
-            return model(pixel_values, **extra).last_hidden_state
-        states = model(pixel_values, output_hidden_states=True, **extra).hidden_states
+            return model(**inputs).last_hidden_state
+        states = model(**inputs, output_hidden_states=True).hidden_states
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
         if not all(isinstance(i, int) and -len(states) <= i < len(states) for i in layers):
             raise OpticNerveError(f"layer {self.layer!r}: this encoder has hidden states 0 to {len(states) - 1}")
         return torch.cat([states[i] for i in layers], dim=-1)
 
+    def _flexible(self, pixel_values: Tensor) -> dict[str, Any]:
+        """What SigLIP 2 takes: rows of patches as `Siglip2ImageProcessor` cuts them, and the grid's height and width.
+
+        No patch is padding, so no mask is needed: to transformers, None is a mask of ones.
+        """
+        side = self.image_size // self.patch_size
+        shapes_B2 = torch.full((pixel_values.shape[0], 2), side, device="cpu")  # read as numbers, one by one
+        rows = cut_patches(pixel_values[..., : side * self.patch_size, : side * self.patch_size], self.patch_size)
+        return {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": shapes_B2}
+
+    def _probe(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """Tokens (class and register tokens too) and width, from a pass on the meta device: shapes, no arithmetic."""
+        with torch.device("meta"):
+            shadow = _build(copy.deepcopy(config)).eval()
+            pixels = torch.empty(2, 3, self.image_size, self.image_size)
+            try:
+                shape = self._select(shadow, pixels).shape
+            except OpticNerveError:
+                raise
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
+                # Each family says in its own way that it wants more than pixels, or cannot take this size.
+                raise OpticNerveError(
+                    f"{config.model_type} takes no batch of square pictures of {self.image_size} px: "
+                    f"{str(e).strip()}; its own size is {self.native_size} px"
+                ) from e
+        if len(shape) != 3 or shape[0] != 2:
+            raise OpticNerveError(
+                f"{config.model_type} gives {tuple(shape)} for 2 pictures, not a row of tokens for each; try type: timm"
+            )
+        return int(shape[1]), int(shape[2])
+
     def image_processor(self) -> Any:
-        return make_image_processor(size=self.image_size, mean=self.mean, std=self.std, fit=self.fit)
+        return make_image_processor(
+            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample
+        )
 
     def blocks(self) -> list[nn.Module]:
         """The longest ModuleList: the transformer's layers."""
@@ -125,6 +199,32 @@ class HFVisionEncoder(Encoder):
         if not lists:
             raise OpticNerveError(f"{type(self.model).__name__} has no list of layers; train `encoder` whole")
         return list(sorted(lists, key=len)[-1])
+
+
+def _vision_config(name: str) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(name)
+    config = getattr(config, "vision_config", config)
+    if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
+        raise OpticNerveError(f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm")
+    return config
+
+
+def _preparation(name: str) -> dict[str, Any]:
+    """How the checkpoint prepares pictures, as this encoder's options; nothing where it does not say."""
+    try:
+        own: Any = AutoImageProcessor.from_pretrained(name)
+    except OSError:
+        return {}  # a bare folder of weights: the options say how pictures are prepared
+    except ValueError as e:
+        raise OpticNerveError(f"{name!r}: how it prepares pictures cannot be read: {e}") from e
+    said = {key: getattr(own, f"image_{key}", None) for key in ("mean", "std")}
+    found: dict[str, Any] = {key: list(value) for key, value in said.items() if value is not None}
+    found["fit"] = "crop" if getattr(own, "do_center_crop", False) else "squash"
+    if type(own).__name__.startswith("LlavaImageProcessor") and getattr(own, "do_pad", False):
+        found["fit"] = "pad"
+    if (resample := getattr(own, "resample", None)) is not None:
+        found["resample"] = int(resample)
+    return found
 
 
 def _config_from_dict(architecture: dict[str, Any]) -> PreTrainedConfig:
@@ -135,8 +235,54 @@ def _config_from_dict(architecture: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **architecture)
 
 
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """The configuration as it comes back from a JSON file (the numbers of labels as text, for one)."""
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {k: v for k, v in found.items() if k != "_name_or_path"}
+
+
 def _model_class(config: PreTrainedConfig) -> Any:
+    if config.model_type in _UNLISTED:
+        return getattr(transformers, _UNLISTED[config.model_type])
     try:
         return MODEL_MAPPING[type(config)]
     except KeyError as e:
         raise OpticNerveError(f"transformers has no model for {type(config).__name__}") from e
+
+
+def _sizes(config: Any) -> tuple[int, int]:
+    """Side of the pictures that the model was trained on, and of its patches, in pixels."""
+    patch = _side(config.patch_size, "patch_size")
+    if config.model_type == _FLEXIBLE:  # it says how many patches its table of positions holds
+        return isqrt(config.num_patches) * patch, patch
+    return _side(config.image_size, "image_size"), patch
+
+
+def _side(value: Any, key: str) -> int:
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1:
+        raise OpticNerveError(f"the model's {key} is {value}; only square pictures and patches are taken")
+    return int(sides.pop())
+
+
+def _build(config: PreTrainedConfig) -> Any:
+    """The model with random weights, on the default device."""
+    model = _model_class(config)(config)
+    if config.model_type in _LOOKS_AT_MASK and next(model.parameters()).is_meta:
+        model.set_attn_implementation("sdpa_without_mask")
+    return model
+
+
+def _can_be_asked_to_interpolate(model: nn.Module) -> bool:
+    """DINO interpolates unasked; CLIP, SigLIP, ViT and BLIP must be asked, and only when the size is not their own."""
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

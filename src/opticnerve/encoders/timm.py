@@ -6,6 +6,8 @@ Source: timm's feature API, `forward_features` and `forward_intermediates`
 
 from __future__ import annotations
 
+import inspect
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,21 +70,28 @@ class TimmEncoder(Encoder):
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> TimmEncoder:
         """`name`: a timm architecture (weights from the hub), `hf-hub:…`, `local-dir:…`, or a starter name."""
+        encoder = cls.planned(name, **options)
         if starter.is_starter(name):
             eye = starter.eye(name)
-            encoder = cls(name=eye.architecture, **{**eye.options, **options})
             eye.load_into(encoder.model)
             encoder.files = [str(eye.file())]
             return encoder
-        architecture, defaults, folder = _look_up(name)
-        model_args = {**defaults.pop("model_args", {}), **(options.pop("model_args", None) or {})}
-        encoder = cls(name=architecture, model_args=model_args, **{**defaults, **options})
         size = _size_args(encoder.model, encoder.options["image_size"])
-        pretrained = timm.create_model(name, pretrained=True, **{**size, **model_args})
+        pretrained = timm.create_model(name, pretrained=True, **{**size, **encoder.options["model_args"]})
         encoder.model.load_state_dict(pretrained.state_dict())
-        if folder is not None:
-            encoder.files = weight_files(folder)
+        if name.startswith("local-dir:"):
+            encoder.files = weight_files(Path(name.removeprefix("local-dir:")))
         return encoder
+
+    @classmethod
+    def planned(cls, name: str, **options: Any) -> TimmEncoder:
+        """The same module with random weights; of `hf-hub:…` and `local-dir:…` the configuration is read."""
+        if starter.is_starter(name):
+            eye = starter.eye(name)
+            return cls(name=eye.architecture, **{**eye.options, **options})
+        architecture, defaults = _look_up(name)
+        model_args = {**defaults.pop("model_args", {}), **(options.pop("model_args", None) or {})}
+        return cls(name=architecture, model_args=model_args, **{**defaults, **options})
 
     def forward(self, pixel_values: Tensor) -> Features:
         tokens_BND = self._tokens(self.model, pixel_values)
@@ -92,8 +101,15 @@ class TimmEncoder(Encoder):
         prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
         if self.layer == "last":
             out = model.forward_features(pixel_values)
+            if not isinstance(out, Tensor):
+                raise OpticNerveError(f"its forward_features gives several maps ({type(out).__name__}); use layer: -1")
             if out.ndim == 4:
                 return _rows(out, model)
+            if not hasattr(model, "num_prefix_tokens") and isqrt(out.shape[1]) ** 2 != out.shape[1]:
+                raise OpticNerveError(
+                    f"its forward_features gives {out.shape[1]} tokens, no square map, and timm does not say which of "
+                    "them are class tokens; use layer: -1"
+                )
             return out[:, prefix:] if self.class_token == "drop" else out
         keep = bool(prefix) and self.class_token == "keep"
         extra = {"return_prefix_tokens": True} if keep else {}
@@ -111,10 +127,14 @@ class TimmEncoder(Encoder):
             shadow = _create(name, image_size, model_args).eval()
             try:
                 shape = self._tokens(shadow, torch.empty(1, 3, self.image_size, self.image_size)).shape
-            except (AttributeError, AssertionError, IndexError) as e:
+            except OpticNerveError as e:
+                raise OpticNerveError(f"timm model {name!r}: {e}") from e
+            except (AttributeError, AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError) as e:
+                # timm's models say in as many ways that they have no such layer, or do not take such a picture.
+                other = "another layer" if self.layer == "last" else "layer: last"
                 raise OpticNerveError(
-                    f"timm model {name!r} gives no features at layer {self.layer!r} for {self.image_size} px: {e}; "
-                    f"try layer: last, or another image_size"
+                    f"timm model {name!r} gives no features at layer {self.layer!r} for {self.image_size} px: "
+                    f"{str(e).strip() or type(e).__name__}; try {other}, or another image_size"
                 ) from e
         return shape[1], shape[2]
 
@@ -126,12 +146,11 @@ class TimmEncoder(Encoder):
             found = getattr(self.model, attribute, None)
             if isinstance(found, (nn.Sequential, nn.ModuleList)):
                 return list(found)
-        named = [getattr(self.model, f"layer{i}") for i in range(1, 5) if hasattr(self.model, f"layer{i}")]
-        if not named:
-            raise OpticNerveError(
-                f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole"
-            )
-        return named
+        for word in ("layer", "s", "level"):  # ResNets, RegNets, DLA: layer1, layer2, …
+            named = [getattr(self.model, f"{word}{i}") for i in range(6) if hasattr(self.model, f"{word}{i}")]
+            if len(named) > 2:
+                return named
+        raise OpticNerveError(f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole")
 
 
 def _rows(map_4d: Tensor, model: nn.Module) -> Tensor:
@@ -141,27 +160,27 @@ def _rows(map_4d: Tensor, model: nn.Module) -> Tensor:
     return map_4d.flatten(2).transpose(1, 2)
 
 
-def _look_up(name: str) -> tuple[str, dict[str, Any], Path | None]:
-    """The architecture behind `hf-hub:…` or `local-dir:…`, what its config.json says beside it, and the local folder.
+def _look_up(name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture behind `hf-hub:…` or `local-dir:…`, and what its config.json says beside it.
 
     So that a configuration names the architecture alone, and builds where neither hub nor folder is at hand.
     """
     source, colon, place = name.partition(":")
     if not colon:
-        return name, {}, None
+        return name, {}
     load = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
     found, architecture, model_args = load(place)
     defaults: dict[str, Any] = {k: list(found[k]) for k in ("mean", "std") if k in found}
     if "input_size" in found:
         defaults["image_size"] = int(found["input_size"][-1])
     classes = {"num_classes": found["num_classes"]} if "num_classes" in found else {}
-    folder = Path(place) if source == "local-dir" else None
-    return architecture, {**defaults, "model_args": {**classes, **(model_args or {})}}, folder
+    return architecture, {**defaults, "model_args": {**classes, **(model_args or {})}}
 
 
 def _size_args(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """ViTs are built for one input size; convolutional networks take any."""
-    return {"img_size": image_size} if image_size and hasattr(model, "patch_embed") else {}
+    """Models with tables of positions are built for one input size; convolutional networks take any."""
+    takes_size = any("img_size" in inspect.signature(c.__init__).parameters for c in type(model).__mro__)
+    return {"img_size": image_size} if image_size and takes_size else {}
 
 
 def _create(name: str, image_size: int | None, model_args: dict[str, Any]) -> nn.Module:
@@ -172,4 +191,6 @@ def _create(name: str, image_size: int | None, model_args: dict[str, Any]) -> nn
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise OpticNerveError(f"timm knows no model {name!r}{hint}; `timm.list_models('*…*')` searches") from e
+    except TypeError as e:
+        raise OpticNerveError(f"timm model {name!r} cannot be built with model_args {model_args}: {e}") from e
     return timm.create_model(name, pretrained=False, **_size_args(plain, image_size), **model_args)

@@ -47,15 +47,15 @@ def describe_bases(
     if gguf_file is not None:
         bases["language"]["gguf_file"] = gguf_file
     for modality, (name, encoder) in towers.items():
-        files = encoder.weight_files() or [f for n in _names(name) for f in _hub_files(n)]
+        files = encoder.weight_files() or [f for n in weight_names(name) for f in _hub_files(n)]
         bases[modality] = {"name": name, "sha256": fingerprint(files) if files else None}
     return bases
 
 
-def _names(name: Any) -> list[str]:
+def weight_names(name: Any) -> list[str]:
     """The names of an encoder's weights: one, none, or several where encoders stand side by side."""
     if isinstance(name, dict):
-        return [n for inner in name.values() for n in _names(inner)]
+        return [n for inner in name.values() for n in weight_names(inner)]
     return [] if name is None else [str(name)]
 
 

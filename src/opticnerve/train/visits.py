@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -51,6 +52,12 @@ class Visits(Dataset[Batch]):
         else:
             self.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / stage.batch_size))
         self._orders: dict[int, list[int]] = {}
+
+    def whole(self) -> Visits:
+        """The same visits as one process alone sees them."""
+        alone = copy.copy(self)
+        alone.rank, alone.world = 0, 1
+        return alone
 
     def __len__(self) -> int:
         return self.steps * self.stage.accumulate

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from opticnerve.data.images import decode_data_url, is_url
+from opticnerve.data.images import Frame, decode_data_url, is_url
 from opticnerve.data.readers.records import Record
+from opticnerve.data.video import spaced
 from opticnerve.types import AudioPart, DataError, ImagePart
 
 IMAGE_FIELDS = ("image", "image_path", "file_name", "filepath")
@@ -21,13 +22,15 @@ class Context:
 
     `name` begins the ids of records that have none. `media` is the folder in which pictures and sounds are looked for;
     a path that leads out of it is refused unless `allow_outside_media`, so that a data file from elsewhere cannot make
-    us read whatever it names. `prompts`: what the user says to have a picture captioned.
+    us read whatever it names. `prompts`: what the user says to have a picture captioned. `frames`: pictures taken of a
+    video.
     """
 
     name: str
     media: Path
     allow_outside_media: bool = False
     prompts: Sequence[str] = ()
+    frames: int = 8
     _root: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +49,16 @@ class Context:
         """One picture or a list of them: path, `data:` URL, bytes, or datasets' `{"bytes": …, "path": …}`."""
         values = value if isinstance(value, list) else [value]
         return [ImagePart(self._medium(v, where, "image")) for v in values]
+
+    def video(self, value: Any, where: str) -> list[ImagePart]:
+        """A video's frames as pictures, not yet decoded: a file, a folder of pictures, bytes, or a list of pictures."""
+        if isinstance(value, list):
+            pictures = self.images(value, where)
+            if not pictures:
+                raise DataError("the video is an empty list of pictures", where=where, kind="wrong-type")
+            return [pictures[index] for index in spaced(len(pictures), self.frames)]
+        source = self._medium(value, where, "video")
+        return [ImagePart(Frame(source, index, self.frames)) for index in range(self.frames)]  # type: ignore[arg-type]
 
     def audio(self, value: Any, where: str) -> AudioPart:
         return AudioPart(self._medium(value, where, "audio"))

@@ -2,7 +2,8 @@
 
 `{"id", "image": "1.jpg" or a list, "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
 {"from": "gpt", "value": "a circle"}]}`, optionally with `system`. Each `<image>` becomes the next picture, at its
-place; the line break which sets it off from the words goes with it.
+place; the line break which sets it off from the words goes with it. In a record with `video` (a file, or a list of
+several) instead of `image`, each `<video>` or `<image>` becomes the frames of the next video, as in LLaVA-NeXT's data.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from opticnerve.data.readers.records import Record
 from opticnerve.data.readers.rules import IMAGE_MARKER
 from opticnerve.types import Conversation, DataError, ImagePart, Message, Part, Role, TextPart
 
+VIDEO_MARKER = "<video>"
 ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -34,12 +36,23 @@ def llava(record: Record, context: Context) -> Iterator[Conversation]:
             raise missing(turn, ("from and value",), "speaker and words in a turn", where)
         turns.append((_role(text(turn["from"], "from", where), where), text(turn["value"], "value", where)))
 
-    given = find(record, ("image", "images"))
-    pictures = context.images(given, where) if given is not None and given != "" else []
-    _check_counts(sum(words.count(IMAGE_MARKER) for _, words in turns), len(pictures), where)
+    given, video = find(record, ("image", "images")), find(record, ("video", "videos"))
+    if given in (None, "") and video is not None:
+        clips = [context.video(v, where) for v in (video if isinstance(video, list) else [video])]
+        turns = [(role, words.replace(VIDEO_MARKER, IMAGE_MARKER)) for role, words in turns]
+        _check_counts(_markers(turns), len(clips), where, "video")
+        turns = [(role, words.replace(IMAGE_MARKER, IMAGE_MARKER * context.frames)) for role, words in turns]
+        pictures = [frame for clip in clips for frame in clip]
+    else:
+        pictures = context.images(given, where) if given is not None and given != "" else []
+        _check_counts(_markers(turns), len(pictures), where, "picture")
     queue = iter(pictures)
     messages = tuple(Message(role, _parts(words, queue)) for role, words in turns)
     yield Conversation(messages, context.id(record), where)
+
+
+def _markers(turns: list[tuple[Role, str]]) -> int:
+    return sum(words.count(IMAGE_MARKER) for _, words in turns)
 
 
 def _parts(words: str, pictures: Iterator[ImagePart]) -> tuple[Part, ...]:
@@ -62,19 +75,19 @@ def _parts(words: str, pictures: Iterator[ImagePart]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _check_counts(markers: int, pictures: int, where: str) -> None:
-    if markers < pictures:
+def _check_counts(markers: int, given: int, where: str, what: str) -> None:
+    if markers < given:
         raise DataError(
-            f"{pictures} picture(s) but {markers} {IMAGE_MARKER} in the text",
+            f"{given} {what}(s) but {markers} {IMAGE_MARKER} in the text",
             where=where,
-            remedy=f"write {IMAGE_MARKER} in a human turn where each picture belongs",
+            remedy=f"write {IMAGE_MARKER} in a human turn where each {what} belongs",
             kind="image-without-placeholder",
         )
-    if markers > pictures:
+    if markers > given:
         raise DataError(
-            f"{markers} {IMAGE_MARKER} in the text but {pictures} picture(s)",
+            f"{markers} {IMAGE_MARKER} in the text but {given} {what}(s)",
             where=where,
-            remedy="name the picture in the field image, or remove the marker",
+            remedy=f"name the {what} in the field {'image' if what == 'picture' else what}, or remove the marker",
             kind="placeholder-without-image",
         )
 

@@ -15,6 +15,7 @@ from opticnerve.data.readers.records import Record, records
 from opticnerve.data.readers.rules import check_conversation
 from opticnerve.data.readers.vqa import group_by_image as grouped
 from opticnerve.data.readers.vqa import vqa
+from opticnerve.data.video import MAX_COUNT
 from opticnerve.types import Conversation, DataError
 
 OnError = Callable[[DataError], None]
@@ -36,6 +37,7 @@ class DataSource:
     limit: int | None = None
     allow_outside_media: bool = False
     group_by_image: bool = False
+    frames: int = 8
 
     def read(self, on_error: OnError | None = None) -> Iterator[Conversation]:
         return read(
@@ -46,6 +48,7 @@ class DataSource:
             limit=self.limit,
             allow_outside_media=self.allow_outside_media,
             group_by_image=self.group_by_image,
+            frames=self.frames,
             on_error=on_error,
         )
 
@@ -59,6 +62,7 @@ def read(
     limit: int | None = None,
     allow_outside_media: bool = False,
     group_by_image: bool = False,
+    frames: int = 8,
     on_error: OnError | None = None,
 ) -> Iterator[Conversation]:
     """The conversations of a data file, one after another; pictures are named, not opened.
@@ -72,6 +76,7 @@ def read(
         limit: stop after so many conversations.
         allow_outside_media: read files outside `media`, too. For data you trust.
         group_by_image: vqa only: all questions on a picture become one conversation.
+        frames: how many pictures are taken of a video, at equal distances (chat and llava).
         on_error: gets each sample that cannot be used, and reading goes on; without it the first one is raised.
 
     Raises:
@@ -83,7 +88,9 @@ def read(
         raise _format_error(path, f"unknown format {format!r}", f"choose one of {', '.join(FORMATS)}")
     if limit is not None and limit < 0:
         raise _format_error(path, f"limit is {limit}", "give 0 or more")
-    found = _found(path, format, media, prompt, allow_outside_media, group_by_image, on_error or _raise)
+    if not 0 < frames <= MAX_COUNT:
+        raise _format_error(path, f"frames is {frames}", f"give 1 to {MAX_COUNT}")
+    found = _found(path, format, media, prompt, allow_outside_media, group_by_image, frames, on_error or _raise)
     return islice(found, limit)
 
 
@@ -99,6 +106,7 @@ def _found(
     prompt: str | list[str] | None,
     allow_outside_media: bool,
     group_by_image: bool,
+    frames: int,
     on_error: OnError,
 ) -> Iterator[Conversation]:
     stream = records(path)
@@ -114,7 +122,8 @@ def _found(
     folder = Path(media) if media is not None else path if path.is_dir() else path.parent
     if not folder.is_dir():
         raise DataError(f"the media folder {folder} does not exist", where=str(path), kind="missing-file")
-    context = Context(path.stem, folder, allow_outside_media, [prompt] if isinstance(prompt, str) else prompt or ())
+    prompts = [prompt] if isinstance(prompt, str) else prompt or ()
+    context = Context(path.stem, folder, allow_outside_media, prompts, frames)
     if not head:
         raise _empty(path)
     good = _converted(chain(head, stream), _CONVERTERS[format], context, on_error)

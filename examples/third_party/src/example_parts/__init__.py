@@ -1,0 +1,1 @@
+"""Parts for opticnerve from outside opticnerve."""

@@ -1,0 +1,186 @@
+"""Two eyes side by side on one picture, such as SigLIP for what is named and DINOv2 for where it is.
+
+Source: Karamcheti et al. 2024, Prismatic VLMs, section 4.2 (features joined along the width). Joining along the row of
+tokens instead is what Eagle calls sequence append (Shi et al. 2024).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from opticnerve import registry
+from opticnerve.encoders.base import Encoder
+from opticnerve.types import Features, OpticNerveError
+
+PARTS = ("first", "second")
+
+
+class PairEncoder(Encoder):
+    """Two encoders, each with its own weights, on the same pixels.
+
+    There is one `pixel_values`, prepared as the first encoder wants it: its size, fit, resampling, mean and deviation.
+    Before the second encoder the pixels are normalised anew to the second's mean and deviation; its own fit and
+    resampling are not used. Both must take pictures of the same size.
+
+    Args:
+        first, second: encoders as in a recipe, `{"type": "hf_vision", "name": …, options}`; in a configuration the
+            options that build them again instead of the name.
+        join: "channels" puts the two vectors of each place together (as many tokens as each encoder gives, which must
+            be the same number), "tokens" puts the second's row of tokens behind the first's (of the same width).
+    """
+
+    scale_311: Tensor
+    shift_311: Tensor
+
+    def __init__(
+        self,
+        *,
+        first: dict[str, Any],
+        second: dict[str, Any],
+        join: Literal["channels", "tokens"] = "channels",
+        _encoders: list[Encoder] | None = None,
+    ) -> None:
+        super().__init__()
+        if join not in ("channels", "tokens"):
+            raise OpticNerveError(f"join is 'channels' or 'tokens', not {join!r}")
+        one, other = _encoders or [
+            _part_class(part, spec)(**_rest(part, spec)) for part, spec in zip(PARTS, (first, second), strict=True)
+        ]
+        _check_sizes(one, other)
+        self.first, self.second, self.join = one, other, join
+        self.image_size = one.image_size
+        if join == "channels":
+            _check_same("num_tokens", one, other, "tokens", "join the channels")
+            self.num_tokens, self.hidden_size = one.num_tokens, one.hidden_size + other.hidden_size
+        else:
+            _check_same("hidden_size", one, other, "channels", "join the tokens")
+            self.num_tokens, self.hidden_size = one.num_tokens + other.num_tokens, one.hidden_size
+        self.options = {
+            "first": {"type": first["type"], **one.options},
+            "second": {"type": second["type"], **other.options},
+            "join": join,
+        }
+        mine, theirs = one.image_processor(), other.image_processor()
+        mean_3, std_3 = (torch.tensor(v) for v in (mine.image_mean, mine.image_std))
+        other_mean_3, other_std_3 = (torch.tensor(v) for v in (theirs.image_mean, theirs.image_std))
+        # (x · std + mean − other mean) / other std, as one product and one sum.
+        self.register_buffer("scale_311", (std_3 / other_std_3).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift_311", ((mean_3 - other_mean_3) / other_std_3).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, name: dict[str, Any], **options: Any) -> PairEncoder:
+        """`name`: `{"first": …, "second": …}`, as each encoder's own `from_pretrained` takes it."""
+        encoder = cls._assemble(name, options, lambda part: part.from_pretrained)
+        files = [e.weight_files() for e in (encoder.first, encoder.second)]
+        encoder.files = [f for found in files for f in found]
+        return encoder
+
+    @classmethod
+    def planned(cls, name: dict[str, Any], **options: Any) -> PairEncoder:
+        return cls._assemble(name, options, lambda part: part.planned)
+
+    @classmethod
+    def _assemble(
+        cls, name: dict[str, Any], options: dict[str, Any], maker: Callable[[Any], Callable[..., Encoder]]
+    ) -> PairEncoder:
+        classes = {part: _part_class(part, options.get(part)) for part in PARTS}
+        made = [maker(classes[part])(name[part], **_rest(part, options[part])) for part in PARTS]
+        return cls(**options, _encoders=made)
+
+    @classmethod
+    def take_name(cls, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The names of both encoders as `{"first": …, "second": …}`, and the options without them."""
+        names, rest = {}, dict(options)
+        for part in PARTS:
+            part_class = _part_class(part, options.get(part))
+            mine = _rest(part, options[part], may_name=True)
+            try:
+                names[part], left = part_class.take_name(mine)
+            except OpticNerveError as e:
+                raise OpticNerveError(f"encoder.{part}: {e}") from e
+            rest[part] = {"type": options[part]["type"], **left}
+        return names, rest
+
+    @classmethod
+    def loading_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        kept = dict(options)
+        for part in PARTS:
+            part_class = _part_class(part, options.get(part))
+            inner = {k: v for k, v in options[part].items() if k != "type"}
+            kept[part] = {"type": options[part]["type"], **part_class.loading_options(inner)}
+        return kept
+
+    def forward(self, pixel_values: Tensor) -> Features:
+        one = self.first(pixel_values)
+        other = self.second(pixel_values * self.scale_311 + self.shift_311)
+        if self.join == "tokens":
+            return Features(
+                torch.cat([one.tokens_BND, other.tokens_BND], dim=1), torch.cat([one.mask_BN, other.mask_BN], dim=1)
+            )
+        return Features(torch.cat([one.tokens_BND, other.tokens_BND], dim=2), one.mask_BN & other.mask_BN)
+
+    def image_processor(self) -> Any:
+        return self.first.image_processor()
+
+    def blocks(self) -> list[nn.Module]:
+        """Pairs of blocks, counted from the end: `encoder.last(2)` is the last two of each encoder."""
+        pairs = zip_longest(reversed(self.first.blocks()), reversed(self.second.blocks()))
+        blocks: list[nn.Module] = [nn.ModuleList([b for b in pair if b is not None]) for pair in pairs]
+        return blocks[::-1]
+
+
+def _part_class(part: str, spec: Any) -> type[Encoder]:
+    """The class of one of the two.
+
+    Only registered names: a pair's configuration may come from a downloaded folder, and a dotted path in it would run
+    code that nobody has agreed to.
+    """
+    if not isinstance(spec, dict) or "type" not in spec:
+        raise OpticNerveError(f"encoder.{part} wants a mapping with a type, such as hf_vision or timm, not {spec!r}")
+    if spec["type"] not in registry.encoders.names() and ":" in str(spec["type"]):
+        raise OpticNerveError(
+            f"encoder.{part}: {spec['type']!r} is a dotted path; a pair takes registered encoders only, so give yours "
+            "a name by an entry point of the group opticnerve.encoders"
+        )
+    found: type[Encoder] = registry.encoders.get(spec["type"])
+    if found.modality != "image":
+        raise OpticNerveError(f"encoder.{part}: {spec['type']!r} is for {found.modality}; a pair looks at pictures")
+    return found
+
+
+def _rest(part: str, spec: dict[str, Any], *, may_name: bool = False) -> dict[str, Any]:
+    """The options of one of the two without its type; unknown ones are an error that lists the known ones."""
+    options = {k: v for k, v in spec.items() if k != "type"}
+    known = inspect.signature(registry.encoders.get(spec["type"])).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    unknown = sorted(set(options) - set(known) - ({"name"} if may_name else set()))
+    if unknown and not takes_all:
+        takes = ", ".join(k for k in known if not k.startswith("_"))
+        raise OpticNerveError(
+            f"encoder.{part}: {spec['type']!r} takes no {', '.join(unknown)}; it takes {takes or 'no options'}"
+        )
+    return options
+
+
+def _check_sizes(first: Encoder, second: Encoder) -> None:
+    if first.image_size != second.image_size:
+        raise OpticNerveError(
+            f"the two encoders see one picture, but the first takes {first.image_size} px and the second "
+            f"{second.image_size} px; set image_size on one of them"
+        )
+
+
+def _check_same(attribute: str, first: Encoder, second: Encoder, what: str, to_do: str) -> None:
+    mine, theirs = getattr(first, attribute), getattr(second, attribute)
+    if mine != theirs:
+        other = "join: tokens" if what == "tokens" else "join: channels"
+        raise OpticNerveError(
+            f"to {to_do}, both encoders must give as many {what}; the first gives {mine}, the second {theirs}: "
+            f"choose others (a patch size, image_size, layer or class_token), or {other}"
+        )

@@ -1,0 +1,78 @@
+"""No encoder at all: pixels, cut into patches, go straight to the connector and into the language model.
+
+Source: Bavishi et al. 2023, Fuyu-8B (https://www.adept.ai/blog/fuyu-8b): "image patches are linearly projected into
+the first layer of the transformer". With the connector `linear` and the fusion `splice` this is early fusion.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from opticnerve.encoders.base import Encoder, make_image_processor
+from opticnerve.encoders.cut_patches import cut_patches
+from opticnerve.types import Features, OpticNerveError
+
+
+class PatchesEncoder(Encoder):
+    """Normalised pixels as tokens; there are no weights, pretrained or other.
+
+    A token is one patch: its rows from top to bottom, in a row its pixels from left to right, of a pixel red, green
+    and blue (the order of `FuyuImageProcessor.patchify_image`). Tokens come in raster order. Fuyu takes pictures of any
+    size and writes a newline token behind each row of patches; here pictures are square and there is none.
+
+    Args:
+        image_size: side of the square picture in pixels.
+        patch_size: side of a patch in pixels (30 in Fuyu); `image_size` must be a multiple of it.
+        fit: how a picture is made square: "squash", "crop" or "pad".
+        mean, std: normalisation per channel (0.5 each in Fuyu).
+    """
+
+    needs_name: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 240,
+        patch_size: int = 30,
+        fit: str = "squash",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if patch_size < 1 or image_size < 1 or image_size % patch_size:
+            raise OpticNerveError(
+                f"pictures of {image_size} px do not divide into patches of {patch_size} px; "
+                f"image_size must be a multiple of patch_size"
+            )
+        self.image_size, self.patch_size, self.fit = image_size, patch_size, fit
+        self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
+        self.num_tokens = (image_size // patch_size) ** 2
+        self.hidden_size = 3 * patch_size**2
+        self.options = {
+            "image_size": image_size, "patch_size": patch_size, "fit": fit, "mean": self.mean, "std": self.std,
+        }  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, name: None = None, **options: Any) -> PatchesEncoder:
+        """`name` must be None: patches have no weights."""
+        if name is not None:
+            raise OpticNerveError(f"patches have no weights to load; remove the name {name!r}")
+        return cls(**options)
+
+    @classmethod
+    def planned(cls, name: None = None, **options: Any) -> PatchesEncoder:
+        return cls.from_pretrained(name, **options)
+
+    def forward(self, pixel_values: Tensor) -> Features:
+        tokens_BND = cut_patches(pixel_values, self.patch_size)
+        return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
+
+    def image_processor(self) -> Any:
+        return make_image_processor(size=self.image_size, mean=self.mean, std=self.std, fit=self.fit)
+
+    def blocks(self) -> list[nn.Module]:
+        """None: there is nothing to train in it."""
+        return []

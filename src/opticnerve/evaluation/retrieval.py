@@ -1,0 +1,148 @@
+"""What a `DualEncoder` knows: finding the caption of a picture, the picture of a caption, and the class of a picture.
+
+R@K is the share of queries with a right one among the K nearest, the field's measure since Hodosh et al. 2013 (Framing
+Image Description as a Ranking Task, section 5). A tie is no win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from opticnerve.data.images import image_digest
+from opticnerve.data.pairs import caption_of
+from opticnerve.evaluation.metrics import summarise
+from opticnerve.evaluation.tasks import harness_version
+from opticnerve.inference.embeddings import Embedder, Progress, Vectors
+from opticnerve.inference.zero_shot import Templates, ZeroShotClassifier
+from opticnerve.types import Conversation, OpticNerveError
+
+KS = (1, 5, 10)
+_BLOCK = 1024  # queries whose similarities are held at a time
+
+
+def ranks(query_QD: Vectors, found_MD: Vectors, right: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """For each query the rank (from 1) of the best of its right candidates; wrong ones as near count as nearer.
+
+    `right[q]`: the rows of `found_MD` that are right for query q, one or more.
+    """
+    if len(query_QD) != len(right) or not all(right):
+        raise OpticNerveError(f"{len(query_QD)} queries, {sum(map(bool, right))} of them with something right to find")
+    out = []
+    for start in range(0, len(right), _BLOCK):
+        near_BM = query_QD[start : start + _BLOCK] @ found_MD.T
+        right_BM = np.zeros(near_BM.shape, dtype=bool)
+        for row, columns in enumerate(right[start : start + _BLOCK]):
+            right_BM[row, list(columns)] = True
+        best_B = np.where(right_BM, near_BM, -np.inf).max(1)
+        out.append(1 + ((near_BM >= best_B[:, None]) & ~right_BM).sum(1))
+    return np.concatenate(out)
+
+
+def recalls(found: npt.NDArray[np.int64], right: Sequence[Sequence[int]], candidates: int) -> dict[str, Any]:
+    """R@1, R@5, R@10 from ranks, each with `n`, `accuracy`, `ci95` and `chance`; and the median rank.
+
+    A K that is no smaller than the number of candidates says nothing and is left out.
+    """
+    entry: dict[str, Any] = {"n": len(found), "candidates": candidates, "median_rank": float(np.median(found))}
+    for k in KS:
+        if k < candidates:
+            by_chance = [_chance(k, len(r), candidates) for r in right]
+            entry[f"R@{k}"] = {
+                **summarise([float(rank <= k) for rank in found]), "chance": sum(by_chance) / len(by_chance),
+            }  # fmt: skip
+    return entry
+
+
+def run_retrieval(
+    embedder: Embedder, conversations: Sequence[Conversation], *, name: str, progress: Progress | None = None
+) -> dict[str, Any]:
+    """An entry of results.json's `tasks`: image→text and text→image retrieval over captioned pictures.
+
+    Conversations are pairs as for training. Several with the same picture (by its content) give it several captions,
+    any of which is right; the same words under several pictures are one text, for which any of these is right.
+    """
+    image_ids, text_ids, sources, texts = [], [], [], []
+    known_images: dict[str, int] = {}
+    known_texts: dict[str, int] = {}
+    for c in conversations:
+        words, source = caption_of(c), c.images[0].source
+        digest = image_digest(source, where=c.where or c.id)
+        if digest not in known_images:
+            known_images[digest] = len(sources)
+            sources.append(source)
+        if words not in known_texts:
+            known_texts[words] = len(texts)
+            texts.append(words)
+        image_ids.append(known_images[digest])
+        text_ids.append(known_texts[words])
+    if len(sources) < 2 or len(texts) < 2:
+        raise OpticNerveError(
+            f"retrieval among {len(sources)} pictures and {len(texts)} captions: give at least two of each"
+        )
+    right_texts = _right(image_ids, text_ids, len(sources))
+    right_images = _right(text_ids, image_ids, len(texts))
+    image_ID, text_TD = embedder.images(sources, progress=progress), embedder.texts(texts)
+    return {
+        "name": name,
+        "harness": f"opticnerve retrieval {harness_version()}",
+        "n": len(conversations),
+        "image_to_text": recalls(ranks(image_ID, text_TD, right_texts), right_texts, len(texts)),
+        "text_to_image": recalls(ranks(text_TD, image_ID, right_images), right_images, len(sources)),
+    }
+
+
+def run_zero_shot(
+    embedder: Embedder,
+    conversations: Sequence[Conversation],
+    *,
+    name: str,
+    classes: Sequence[str] | None = None,
+    templates: Templates = "photo",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """An entry of results.json's `tasks`: each picture's answer chosen among all classes by its nearness alone.
+
+    Args:
+        classes: the closed set; by default all answers that occur.
+
+    Raises:
+        OpticNerveError: fewer than two classes, or an answer outside the closed set.
+    """
+    answers = [caption_of(c) for c in conversations]
+    classes = sorted(set(answers)) if classes is None else list(classes)
+    if outside := sorted(set(answers) - set(classes)):
+        raise OpticNerveError(
+            f"{len(outside)} answers are none of the {len(classes)} classes: {', '.join(map(repr, outside[:5]))}"
+            f"{' …' if len(outside) > 5 else ''}; add them, or leave these pictures out"
+        )
+    classifier = ZeroShotClassifier(embedder, classes, templates)
+    image_ND = embedder.images([c.images[0].source for c in conversations], progress=progress)
+    best_N = classifier.from_vectors(image_ND).argmax(1)
+    place = {c: i for i, c in enumerate(classes)}
+    return {
+        "name": name,
+        "harness": f"opticnerve zero-shot {harness_version()}",
+        **summarise([float(place[a] == b) for a, b in zip(answers, best_N, strict=True)]),
+        "classes": len(classes),
+        "chance": 1 / len(classes),
+    }
+
+
+def _right(queries: Sequence[int], found: Sequence[int], count: int) -> list[list[int]]:
+    """For each query the distinct candidates that it occurs with."""
+    pairs: list[set[int]] = [set() for _ in range(count)]
+    for q, f in zip(queries, found, strict=True):
+        pairs[q].add(f)
+    return [sorted(p) for p in pairs]
+
+
+def _chance(k: int, right: int, candidates: int) -> float:
+    """That k of the candidates, drawn at random, hold a right one."""
+    missed = 1.0
+    for drawn in range(k):
+        missed *= max(0, candidates - right - drawn) / (candidates - drawn)
+    return 1.0 - missed

