@@ -168,7 +168,7 @@ def test_weights_at_hand(make_recipe: Callable[..., Any]) -> None:
     ("stages", "extra", "words"),
     [
         ([{"train": {"connector": 1e-3, "language": 1e-3}}], {}, "unusually high"),
-        ([{"train": {"language.lora": 1e-4}}], {}, "no stage trains the connector"),
+        ([{"train": {"language.lora": 1e-4}}], {}, "no stage trains image.connector"),
         ([STAGES[0]], {}, "no `evaluate:`"),
         ([{**STAGES[0], "batch_size": 64}], {}, "larger than the data"),
         ([{**STAGES[0], "data": [{"path": "nowhere.jsonl"}]}], {}, "cannot be read"),

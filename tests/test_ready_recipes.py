@@ -24,6 +24,7 @@ from opticnerve import recipe as recipes
 from opticnerve.language.chat_template import CHATML
 from opticnerve.starter.demo import recipe_path
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"starter", "starter-full", "starter-audio", "photos"}  # these need no hub
 READY = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml") if p.stem not in OURS)
@@ -283,6 +284,16 @@ def test_the_first_sample_teaches_its_answer(plans: Plans, name: str) -> None:
     assert all(s["samples"] and not s["bad_samples"] for s in plan["stages"])
     assert plan["sample"]["answer"].strip().startswith(KNOWN[name].answer)
     assert plan["asked"] and all(plan["asked"])
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_caption_stage_shows_the_picture_alone(plans: Plans, name: str) -> None:
+    """As LLaVA's `preprocess_plain`: what the user says in the data file has no place in it."""
+    [first, *_] = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))["stages"]
+    text = plans[name]["sample"]["text"]
+    asks = "What is" in text or "写真" in text or "Transcribe" in text
+    alone = first.get("template") == "caption" or first.get("objective") == "qformer_pretraining"
+    assert asks != alone
 
 
 def test_the_q_former_is_bert_base_with_cross_attention(plans: Plans) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def test_dumped_and_read_again(tmp_path: Path) -> None:
     "path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_every_ready_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PHOTOS", str(tmp_path))
+    for variable in set(re.findall(r"\$\{(\w+)\}", path.read_text())):
+        monkeypatch.setenv(variable, str(tmp_path))
     read = load(path)
     assert read.stages
     assert load(yaml.safe_load(recipes.dump(read))) == read
@@ -87,7 +89,7 @@ REFUSED = {
     "two stages of one name": ({**GOOD, "stages": [GOOD["stages"][0]] * 2}, r"two stages have the same name"),
     "an unknown encoder": (
         {**GOOD, "model": {**GOOD["model"], "image": {"encoder": {"type": "hf_visoin", "name": "x"}}}},
-        r"model\.image: unknown encoder 'hf_visoin'; did you mean 'hf_vision'\? Known: hf_vision, timm",
+        r"model\.image: unknown encoder 'hf_visoin'; did you mean 'hf_vision'\? Known: hf_vision, pair, patches, timm, whisper",
     ),
     "an unknown connector": (
         {**GOOD, "model": {**GOOD["model"], "image": {**GOOD["model"]["image"], "connector": {"type": "mpl"}}}},

@@ -110,7 +110,7 @@ def test_a_run_of_tiny_parts_is_trained_asked_and_evaluated(
     picture = captions.parent / "red.png"
     ran = opticnerve("ask", run, "what is this?", "--image", picture, "--max-new-tokens", "3", "--json")
     assert ran.code == 0, ran.err
-    assert set(ran.json) == {"model", "question", "images", "answer", "seconds"}
+    assert set(ran.json) == {"model", "question", "images", "audios", "answer", "seconds"}
     plain = opticnerve("ask", run, "what is this?", "--image", picture, "--max-new-tokens", "3")
     assert plain.out == ran.json["answer"] + "\n"
     questions = captions.parent / "questions.jsonl"

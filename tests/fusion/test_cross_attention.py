@@ -57,7 +57,9 @@ def last(dock: Dock, conversation: Any) -> torch.Tensor:
 
 
 def turns(*parts: Any) -> Conversation:
-    return Conversation((Message("user", tuple(ImagePart(p) if not isinstance(p, str) else TextPart(p) for p in parts)),))
+    return Conversation(
+        (Message("user", tuple(ImagePart(p) if not isinstance(p, str) else TextPart(p) for p in parts)),)
+    )
 
 
 class TestIdeficsLayer:

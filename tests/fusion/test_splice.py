@@ -26,19 +26,25 @@ def test_in_order(places: list[list[bool]]) -> None:
 
 def test_masked_tokens_are_left_out() -> None:
     features = Features(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[True, False, True]]))
-    out = Splice(language_size=2, language_layers=2).embed(torch.zeros(1, 3, 1), torch.tensor([[True, False, True]]), features)
+    out = Splice(language_size=2, language_layers=2).embed(
+        torch.zeros(1, 3, 1), torch.tensor([[True, False, True]]), features
+    )
     assert out.flatten().tolist() == [1.0, 0.0, 3.0]
 
 
 def test_a_mismatch_has_both_numbers() -> None:
     features = Features(torch.ones(1, 3, 1), torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="2 image placeholders in the text, but 3 visual tokens"):
-        Splice(language_size=2, language_layers=2).embed(torch.zeros(1, 3, 1), torch.tensor([[True, False, True]]), features)
+        Splice(language_size=2, language_layers=2).embed(
+            torch.zeros(1, 3, 1), torch.tensor([[True, False, True]]), features
+        )
 
 
 def test_gradients_reach_words_and_pictures() -> None:
     embeds, soft = torch.zeros(1, 3, 2, requires_grad=True), torch.ones(1, 1, 2, requires_grad=True)
-    out = Splice(language_size=2, language_layers=2).embed(embeds, torch.tensor([[False, True, False]]), Features(soft, torch.ones(1, 1, dtype=torch.bool)))
+    out = Splice(language_size=2, language_layers=2).embed(
+        embeds, torch.tensor([[False, True, False]]), Features(soft, torch.ones(1, 1, dtype=torch.bool))
+    )
     out.sum().backward()
     assert embeds.grad is not None
     assert soft.grad is not None
@@ -48,5 +54,7 @@ def test_gradients_reach_words_and_pictures() -> None:
 
 def test_half_precision_words_take_float_pictures() -> None:
     features = Features(torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
-    out = Splice(language_size=2, language_layers=2).embed(torch.zeros(1, 2, 2, dtype=torch.bfloat16), torch.tensor([[True, False]]), features)
+    out = Splice(language_size=2, language_layers=2).embed(
+        torch.zeros(1, 2, 2, dtype=torch.bfloat16), torch.tensor([[True, False]]), features
+    )
     assert out.dtype == torch.bfloat16

@@ -135,7 +135,10 @@ def test_packed_equals_unpacked(both: Dock) -> None:
 def test_save_and_load(both: Dock, tmp_path: Path) -> None:
     both.model.save_pretrained(tmp_path)
     both.processor.save_pretrained(tmp_path)
-    model, processor = tf.AutoModelForImageTextToText.from_pretrained(tmp_path), tf.AutoProcessor.from_pretrained(tmp_path)
+    model, processor = (
+        tf.AutoModelForImageTextToText.from_pretrained(tmp_path),
+        tf.AutoProcessor.from_pretrained(tmp_path),
+    )
     assert isinstance(model, OpticNerveForConditionalGeneration)
     batch = inputs(both, ask("both", P[0], audios=[sound(0)]))
     again = Answerer(model, processor).inputs([ask("both", P[0], audios=[sound(0)])])

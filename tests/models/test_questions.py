@@ -96,7 +96,10 @@ def test_other_questions_cannot_share_a_picture(curious: Dock) -> None:
 def test_save_and_load(curious: Dock, tmp_path: Path) -> None:
     curious.model.save_pretrained(tmp_path)
     curious.processor.save_pretrained(tmp_path)
-    model, processor = tf.AutoModelForImageTextToText.from_pretrained(tmp_path), tf.AutoProcessor.from_pretrained(tmp_path)
+    model, processor = (
+        tf.AutoModelForImageTextToText.from_pretrained(tmp_path),
+        tf.AutoProcessor.from_pretrained(tmp_path),
+    )
     assert processor.reads_questions
     before = Answerer(curious.model, curious.processor).inputs([ask("what colour?", P[0])])
     after = Answerer(model, processor).inputs([ask("what colour?", P[0])])

@@ -79,7 +79,9 @@ def test_trains_packed_as_unpacked(tiled: Dock) -> None:
         tiled.model.zero_grad()
         loss, _ = NextToken(tiled.model)(Collator(tiled.processor)(rows))
         loss.backward()
-        return float(loss.detach()), {n: p.grad.clone() for n, p in tiled.model.named_parameters() if p.grad is not None}
+        return float(loss.detach()), {
+            n: p.grad.clone() for n, p in tiled.model.named_parameters() if p.grad is not None
+        }
 
     packed, together = total([pack([[e] for e in encoded])])
     apart, separate = total([pack([[e]]) for e in encoded])
@@ -92,7 +94,10 @@ def test_trains_packed_as_unpacked(tiled: Dock) -> None:
 def test_save_and_load(tiled: Dock, tmp_path: Path) -> None:
     tiled.model.save_pretrained(tmp_path)
     tiled.processor.save_pretrained(tmp_path)
-    model, processor = tf.AutoModelForImageTextToText.from_pretrained(tmp_path), tf.AutoProcessor.from_pretrained(tmp_path)
+    model, processor = (
+        tf.AutoModelForImageTextToText.from_pretrained(tmp_path),
+        tf.AutoProcessor.from_pretrained(tmp_path),
+    )
     before, after = Answerer(tiled.model, tiled.processor).inputs(ASKED), Answerer(model, processor).inputs(ASKED)
     assert all(torch.equal(before[k], after[k]) for k in before)
     with torch.no_grad():

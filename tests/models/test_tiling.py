@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,6 +232,18 @@ def test_saved_and_loaded_it_makes_the_same_tiles(tmp_path: Path) -> None:
     seen = picture(50, 33)
     for key, value in made(seen, return_tensors="pt").items():
         torch.testing.assert_close(again(seen, return_tensors="pt")[key], value, rtol=0, atol=0)
+
+
+def test_a_new_program_loads_it(tmp_path: Path) -> None:
+    """Importing the models alone makes it known to transformers."""
+    tiling().image_processor(tf.CLIPImageProcessor()).save_pretrained(tmp_path)
+    code = (
+        "import sys, opticnerve.models, transformers; "
+        "print(type(transformers.AutoImageProcessor.from_pretrained(sys.argv[1])).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert said.strip() == "TilingImageProcessor"
 
 
 def test_an_image_processor_without_normalisation_is_refused() -> None:

@@ -67,8 +67,10 @@ def run(recipe: Any, folder: Path, processes: int) -> tuple[list[dict[str, Any]]
         started.append(
             subprocess.Popen(
                 [sys.executable, "-c", WORKER, str(folder / "recipe.yaml"), str(folder / "run")],
-                env=environment | (ranks if processes > 1 else {}), stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
+                env=environment | (ranks if processes > 1 else {}),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         )
     for process in started:
         _, errors = process.communicate(timeout=300)

@@ -45,9 +45,7 @@ def ask(
     quiet_libraries()
     answerer = Answerer(*load_model(model, trust_remote_code=trust_remote_code))
     started = time.perf_counter()
-    [answer] = answerer.answer(
-        [conversation(question, *pictures, audios=audio or ())], max_new_tokens=max_new_tokens
-    )
+    [answer] = answerer.answer([conversation(question, *pictures, audios=audio or ())], max_new_tokens=max_new_tokens)
     if as_json:
         found = {"images": [str(path) for path in image or []], "audios": [str(path) for path in audio or []]}
         seconds = round(time.perf_counter() - started, 3)

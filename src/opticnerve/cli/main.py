@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from opticnerve import __version__
-from opticnerve.cli import ask, chat, data, demo, evaluate, merge, plan, train
+from opticnerve.cli import ask, chat, data, demo, evaluate, import_, merge, parts, plan, train
 from opticnerve.cli.guard import MEANING, guarded, show_tracebacks
 
 _CODES = "\n\n".join(f"[cyan]{code}[/]  {meaning}" for code, meaning in MEANING.items())
@@ -25,7 +25,7 @@ EPILOG = f"""[bold]A first run[/]
 
 app = typer.Typer(
     name="opticnerve",
-    help="Dock any pretrained eye onto any pretrained language model, and make a vision-language model of the two.",
+    help="Dock any pretrained eye or ear onto any pretrained language model, and make one model of them.",
     epilog=EPILOG,
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -64,6 +64,8 @@ app.command("ask", epilog=ask.EPILOG)(guarded(ask.ask))
 app.command("chat", epilog=chat.EPILOG)(guarded(chat.chat))
 app.command("eval", epilog=evaluate.EPILOG)(guarded(evaluate.evaluate))
 app.command("merge", epilog=merge.EPILOG)(guarded(merge.merge))
+app.command("import", epilog=import_.EPILOG)(guarded(import_.import_))
+app.command("parts", epilog=parts.EPILOG)(guarded(parts.parts))
 app.add_typer(data.app, name="data")
 
 

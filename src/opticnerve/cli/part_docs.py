@@ -14,7 +14,7 @@ from typing import Any
 from opticnerve.types import OpticNerveError
 
 # Keywords that come from a part's neighbours, not from a recipe.
-GIVEN = ("in_size", "out_size", "in_tokens", "language_size", "language_layers")
+GIVEN = ("in_size", "out_size", "in_tokens", "language_size", "language_layers", "model")
 REQUIRED, FROM_THE_NAME = "required", "from the name"
 
 
@@ -57,9 +57,11 @@ class _Class:
     def value(self, name: str) -> Any:
         """A plain class attribute's value; None where there is none."""
         for n in self.node.body:
-            target = n.target if isinstance(n, ast.AnnAssign) else n.targets[0] if isinstance(n, ast.Assign) else None
-            if isinstance(target, ast.Name) and target.id == name and isinstance(n.value, ast.Constant):  # type: ignore[union-attr]
-                return n.value.value  # type: ignore[union-attr]
+            if not isinstance(n, ast.Assign | ast.AnnAssign) or not isinstance(n.value, ast.Constant):
+                continue
+            target = n.target if isinstance(n, ast.AnnAssign) else n.targets[0]
+            if isinstance(target, ast.Name) and target.id == name:
+                return n.value.value
         return None
 
 
@@ -92,7 +94,7 @@ def lineage(target: str) -> list[_Class]:
 def summary(doc: str) -> str:
     """The first sentence."""
     first = " ".join(doc.partition("\n\n")[0].split())
-    return re.split(r"(?<=[.!?]) (?=[A-Z0-9`])", first)[0]
+    return re.split(r"(?<!et al\.)(?<=[.!?]) (?=[A-Z0-9`])", first)[0]
 
 
 def _find(module: str, name: str) -> _Class:
@@ -187,8 +189,9 @@ def _arguments(doc: str, names: set[str]) -> dict[str, str]:
         if set(m[1].split(", ")) <= names
     ]
     said: dict[str, str] = {}
-    for item, following in zip(items, [*items[1:], None], strict=True):
-        text = " ".join(block[item.end() : following.start() if following else None].split())
+    ends = [*(m.start() for m in items[1:]), len(block)]
+    for item, end in zip(items, ends, strict=False):
+        text = " ".join(block[item.end() : end].split())
         said |= dict.fromkeys(item[1].split(", "), text)
     return said
 
@@ -200,8 +203,8 @@ def _without_sections(doc: str) -> str:
 
 
 def _source(*docs: str) -> str:
-    """Where the part comes from: what stands behind "Source", or the paragraphs that cite, or the whole."""
+    """Where the part comes from: what stands behind "Source", or the paragraphs that cite; empty if none does."""
     paragraphs = [" ".join(p.split()) for doc in docs for p in doc.split("\n\n")]
     named = [m[1] for p in paragraphs if (m := re.search(r"\bSources?: (.*)", p))]
     citing = [p for p in paragraphs if re.search(r"et al\.|https?://", p)]
-    return " ".join(named or citing or paragraphs[:1])
+    return " ".join(named or citing)

@@ -117,8 +117,9 @@ def _show(kind: str, name: str, page: Any, console: Any) -> None:
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("option", "default", "meaning"):
             table.add_column(column, style="bold" if column == "option" else None)
-        for option in page.options:
-            table.add_row(Text(option.name), Text(option.default), Text(option.meaning))
+        for before, option in zip([None, *page.options], page.options, strict=False):
+            same = before is not None and option.meaning and option.meaning == before.meaning
+            table.add_row(Text(option.name), Text(option.default), Text("as above" if same else option.meaning))
         console.print(table)
     else:
         console.print("It has no options.")

@@ -70,7 +70,7 @@ def render(made: Any, console: Any) -> None:
     console.print(_shapes(made))
     if made.visual_tokens:
         of = f" of the {made.context:,} that the language model takes" if made.context else ""
-        console.print(f"[bold]{made.visual_tokens}[/] visual tokens per image{of}\n")
+        console.print(f"[bold]{made.visual_tokens:,}[/] {_per_piece(made)}{of}\n")
     for stage in made.stages:
         _stage(stage, console)
     if made.stages:
@@ -95,6 +95,17 @@ def render(made: Any, console: Any) -> None:
 
         style = "bold yellow" if remark.level == "warning" else "dim"
         console.print(Text.assemble((f"{remark.level}:", style), " ", remark.text), soft_wrap=True)
+
+
+def _per_piece(made: Any) -> str:
+    """What a picture (or, where there is no eye, a window of sound) costs: the words behind the number."""
+    eye = any(s.part == "picture" for s in made.shapes)
+    tower, piece = ("image", "image") if eye else ("audio", "window of sound")
+    [soft] = [int(s.output.split(" ")[0]) for s in made.shapes if s.part == f"{tower}.connector"]
+    if made.visual_tokens < soft:
+        return f"token in the text and {soft:,} beside it per {piece},"
+    most = ", at most," if made.visual_tokens > soft else ""
+    return f"{'visual ' if eye else ''}tokens per {piece}{most}"
 
 
 def _shapes(made: Any) -> Any:

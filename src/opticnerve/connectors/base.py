@@ -54,7 +54,7 @@ class Connector(nn.Module, ABC):
 
     @abstractmethod
     def project(self, features: Features) -> Features:
-        """(B, in_tokens, in_size) → (B, num_tokens, out_size). Where `wants_text`, it also takes ids and mask (B, T)."""
+        """(B, in_tokens, in_size) → (B, num_tokens, out_size). Where `wants_text`, also ids and mask (B, T)."""
 
     def forward(self, features: Features, *text: Tensor) -> Features:
         if features.tokens_BND.shape[-1] != self.in_size:

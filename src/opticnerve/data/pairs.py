@@ -89,11 +89,6 @@ class PairCollator:
         )
 
 
-def collator(processor: Any, stage: Any = None, seed: int = 0) -> PairCollator:
-    """The collator of a stage: its `max_length` is the captions'. (`seed`: nothing here is drawn.)"""
-    return PairCollator(processor, max_length=getattr(stage, "max_length", None))
-
-
 def caption_of(conversation: Conversation) -> str:
     """The words of the only assistant turn, where there is exactly one picture.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -15,12 +16,16 @@ from opticnerve.types import Conversation, DataError, OpticNerveError
 
 OnError = Callable[[DataError], None]
 
-# Names that stand for data of the starter kit: (file within what `prepare` made, its format).
+# Names that stand for data of the starter kit: the module that prepares it, and the file among those that it makes.
 STARTER = {
-    "starter/easy-vqa/captions": "captions",
-    "starter/easy-vqa/train-questions": "questions",
-    "starter/easy-vqa/test-questions": "test",
-    "starter/easy-vqa/conversations": "conversations",
+    "starter/easy-vqa/captions": ("easy_vqa", "captions"),
+    "starter/easy-vqa/train-questions": ("easy_vqa", "questions"),
+    "starter/easy-vqa/test-questions": ("easy_vqa", "test"),
+    "starter/easy-vqa/conversations": ("easy_vqa", "conversations"),
+    "starter/spoken-words/captions": ("spoken_words", "captions"),
+    "starter/spoken-words/train": ("spoken_words", "questions"),
+    "starter/spoken-words/held-out-voices": ("spoken_words", "held-out-voices"),
+    "starter/spoken-words/held-out-words": ("spoken_words", "held-out-words"),
 }
 
 
@@ -45,6 +50,7 @@ def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> list[Conver
         limit=spec.limit,
         allow_outside_media=trusted,
         group_by_image=spec.group_by_image,
+        frames=spec.frames,
         on_error=on_error,
     )
     return [c for c in found if spec.split == "all" or held_out(c) == (spec.split == "held_out")]
@@ -111,7 +117,6 @@ def fixed_sample(conversations: Sequence[Conversation], count: int | None, *, se
 def _starter(name: str) -> tuple[str, str]:
     if name not in STARTER:
         raise OpticNerveError(f"unknown starter data {name!r}; known: {', '.join(STARTER)}")
-    from opticnerve.starter import easy_vqa
-
-    made = easy_vqa.prepare()
-    return str(made[STARTER[name]]), str(made["media"])
+    module, key = STARTER[name]
+    made = importlib.import_module(f"opticnerve.starter.{module}").prepare()
+    return str(made[key]), str(made["media"])

@@ -45,7 +45,9 @@ class Encoder(nn.Module, ABC):
         if "name" in inspect.signature(cls.__init__).parameters:
             options["name"] = name
         elif cls.needs_name:
-            raise OpticNerveError(f"{cls.__name__} cannot be foreseen: give it a classmethod `planned(name, **options)`")
+            raise OpticNerveError(
+                f"{cls.__name__} cannot be foreseen: it needs a classmethod `planned(name, **options)`"
+            )
         return cls(**options)
 
     @classmethod

@@ -179,7 +179,8 @@ def _look_up(name: str) -> tuple[str, dict[str, Any]]:
 
 def _size_args(model: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Models with tables of positions are built for one input size; convolutional networks take any."""
-    takes_size = any("img_size" in inspect.signature(c.__init__).parameters for c in type(model).__mro__)
+    constructors: list[Any] = [c for c in type(model).__mro__ if issubclass(c, nn.Module)]
+    takes_size = any("img_size" in inspect.signature(c).parameters for c in constructors)
     return {"img_size": image_size} if image_size and takes_size else {}
 
 

@@ -65,27 +65,22 @@ def run_retrieval(
     Conversations are pairs as for training. Several with the same picture (by its content) give it several captions,
     any of which is right; the same words under several pictures are one text, for which any of these is right.
     """
-    image_ids, text_ids, sources, texts = [], [], [], []
-    known_images: dict[str, int] = {}
-    known_texts: dict[str, int] = {}
-    for c in conversations:
-        words, source = caption_of(c), c.images[0].source
-        digest = image_digest(source, where=c.where or c.id)
-        if digest not in known_images:
-            known_images[digest] = len(sources)
-            sources.append(source)
-        if words not in known_texts:
-            known_texts[words] = len(texts)
-            texts.append(words)
-        image_ids.append(known_images[digest])
-        text_ids.append(known_texts[words])
+    texts = list(dict.fromkeys(caption_of(c) for c in conversations))
+    digests = [image_digest(c.images[0].source, where=c.where or c.id) for c in conversations]
+    sources = {d: c.images[0].source for d, c in zip(digests, conversations, strict=True)}
+    image_of = {d: i for i, d in enumerate(sources)}
+    text_of = {t: i for i, t in enumerate(texts)}
     if len(sources) < 2 or len(texts) < 2:
         raise OpticNerveError(
             f"retrieval among {len(sources)} pictures and {len(texts)} captions: give at least two of each"
         )
-    right_texts = _right(image_ids, text_ids, len(sources))
-    right_images = _right(text_ids, image_ids, len(texts))
-    image_ID, text_TD = embedder.images(sources, progress=progress), embedder.texts(texts)
+    pairs = {(image_of[d], text_of[caption_of(c)]) for d, c in zip(digests, conversations, strict=True)}
+    right_texts: list[list[int]] = [[] for _ in sources]
+    right_images: list[list[int]] = [[] for _ in texts]
+    for image, text in sorted(pairs):
+        right_texts[image].append(text)
+        right_images[text].append(image)
+    image_ID, text_TD = embedder.images(list(sources.values()), progress=progress), embedder.texts(texts)
     return {
         "name": name,
         "harness": f"opticnerve retrieval {harness_version()}",
@@ -130,14 +125,6 @@ def run_zero_shot(
         "classes": len(classes),
         "chance": 1 / len(classes),
     }
-
-
-def _right(queries: Sequence[int], found: Sequence[int], count: int) -> list[list[int]]:
-    """For each query the distinct candidates that it occurs with."""
-    pairs: list[set[int]] = [set() for _ in range(count)]
-    for q, f in zip(queries, found, strict=True):
-        pairs[q].add(f)
-    return [sorted(p) for p in pairs]
 
 
 def _chance(k: int, right: int, candidates: int) -> float:

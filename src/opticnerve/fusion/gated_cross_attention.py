@@ -135,7 +135,7 @@ class GatedCrossAttention(Fusion):
                 f"{heads} heads do not divide the language model's width {language_size}; give `heads` a divisor of it"
             )
         if every < 1:
-            raise OpticNerveError(f"every is 1 or more, not {every}; 1 puts a layer before each of the language model's")
+            raise OpticNerveError(f"every is 1 or more, not {every}; 1 puts a layer before each of the model's own")
         if gate not in ("scalar", "vector"):
             raise OpticNerveError(f"gate is 'scalar' or 'vector', not {gate!r}")
         if activation not in ACT2FN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,13 @@ def save_embeddings(
     """
     if vectors.ndim != 2 or len(vectors) != len(ids):
         raise OpticNerveError(f"vectors of shape {vectors.shape} for {len(ids)} ids; give one row for each id")
-    if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if list(ids).count(i) > 1)
-        raise OpticNerveError(f"the id {twice!r} occurs more than once; ids tell search results apart")
+    commonest, times = Counter(ids).most_common(1)[0] if ids else ("", 0)
+    if times > 1:
+        raise OpticNerveError(f"the id {commonest!r} occurs {times} times; search results are told apart by it")
     lengths_N = np.linalg.norm(vectors.astype(np.float32), axis=1)
     if not np.isfinite(lengths_N).all() or not (lengths_N > 0).all():
         bad = int(np.flatnonzero(~(np.isfinite(lengths_N) & (lengths_N > 0)))[0])
-        raise OpticNerveError(
-            f"the vector of {ids[bad]!r} has length {lengths_N[bad]}; it has no direction to search by"
-        )
+        raise OpticNerveError(f"the vector of {ids[bad]!r} has length {lengths_N[bad]}: it points nowhere")
     ready_ND = np.ascontiguousarray(vectors / lengths_N[:, None], dtype=np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     written = {"vectors": folder / f"{name}.npy", "ids": folder / f"{name}.ids.jsonl"}

@@ -110,8 +110,8 @@ class Answerer:
         tokenizer = self.processor.tokenizer
         starts_itself = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
         return self.processor(
-            text=texts, images=pictures or None, return_tensors="pt", add_special_tokens=not starts_itself, padding=True,
-            **more,
+            text=texts, images=pictures or None, return_tensors="pt", padding=True,
+            add_special_tokens=not starts_itself, **more,
         ).to(self.model.device)  # fmt: skip
 
     def render(self, prompt: Conversation) -> str:

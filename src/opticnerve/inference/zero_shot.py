@@ -1,7 +1,8 @@
-"""Zero-shot classification: a picture belongs to the class whose name it lies nearest (Radford et al. 2021, section 3.1).
+"""Zero-shot classification: a picture belongs to the class whose name it lies nearest.
 
-A class is the mean of its name in several sentences, each of length 1, and the mean brought to length 1 again: CLIP's
-prompt ensemble (section 3.1.4).
+Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, section 3.1. A class
+is the mean of its name in several sentences, each of length 1, and the mean brought to length 1 again: CLIP's prompt
+ensemble (section 3.1.4).
 """
 
 from __future__ import annotations
@@ -115,9 +116,8 @@ def _templates(templates: Templates) -> Sequence[str]:
         if templates in TEMPLATES:
             return TEMPLATES[templates]
         if "{}" not in templates:
-            raise OpticNerveError(
-                f"unknown templates {templates!r}; known: {', '.join(TEMPLATES)}; or write {{}} in it"
-            )
+            known = ", ".join(TEMPLATES)
+            raise OpticNerveError(f"unknown templates {templates!r}; known: {known}; one of your own needs a {{}}")
         return (templates,)
     if not templates:
         raise OpticNerveError("the list of templates is empty")

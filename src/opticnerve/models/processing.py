@@ -26,7 +26,7 @@ class _Attributes:
 
 
 class OpticNerveProcessor(ProcessorMixin):
-    """An image processor, a feature extractor and a tokenizer, by transformers' conventions; the first two as needed.
+    """A tokenizer, and an image processor and a feature extractor as needed, by transformers' conventions.
 
     Args:
         image_processor: turns a picture into `pixel_values` as the encoder wants them.

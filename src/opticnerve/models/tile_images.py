@@ -6,15 +6,17 @@ A model that works tile by tile wants the tiles alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoImageProcessor, BatchFeature, LlavaNextImageProcessor
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessorKwargs
 
 from opticnerve.models.configuration import OpticNerveConfig
-from opticnerve.models.tiling import TilingSpec
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.tiling import TilingSpec
 
 
 class TilingImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):

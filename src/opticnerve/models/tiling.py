@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+from opticnerve.models.tile_images import TilingImageProcessor, tiling_image_processor
 from opticnerve.types import Features, OpticNerveError
-
-if TYPE_CHECKING:
-    from opticnerve.models.tile_images import TilingImageProcessor
 
 # LLaVA-NeXT's canvases in tiles: height × width.
 SHAPES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -232,8 +230,6 @@ class Tiling(nn.Module):
 
     def image_processor(self, encoder_image_processor: Any) -> TilingImageProcessor:
         """The image processor that cuts pictures into this tiling's tiles, normalised as the encoder wants them."""
-        from opticnerve.models.tile_images import tiling_image_processor
-
         return tiling_image_processor(self.spec, encoder_image_processor)
 
 

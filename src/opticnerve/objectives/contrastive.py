@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
+from opticnerve.data.pairs import PairBatch, PairCollator
+from opticnerve.objectives.base import Objective
+from opticnerve.objectives.gather import gather, processes
 from opticnerve.types import OpticNerveError
 
 MAX_SCALE = 100.0
@@ -84,11 +86,8 @@ def siglip_loss(
     return loss_BN.sum()
 
 
-class Contrastive(nn.Module):
+class Contrastive(Objective):
     """(batch) → (loss sum, count) for a `DualEncoder`, over the pairs of all processes.
-
-    A batch has `input_ids`, `attention_mask`, `pixel_values` (or `image_features`, pooled vectors from a cache), and,
-    as int64 (B,), `caption_keys` and `image_keys`: equal numbers for equal captions, equal pictures.
 
     Args:
         model: `embed(batch)` gives normalised float32 (image_BD, text_BD); `config.loss` is "clip" or "siglip";
@@ -97,13 +96,20 @@ class Contrastive(nn.Module):
             are no negatives of each other. "refuse" raises and names them; "mask" leaves such pairs out of the loss.
     """
 
+    whole_step = True
+
     def __init__(self, model: Any, *, duplicates: Literal["refuse", "mask"] = "refuse") -> None:
-        super().__init__()
+        super().__init__(model)
         if duplicates not in ("refuse", "mask"):
             raise OpticNerveError(f"duplicates is 'refuse' or 'mask', not {duplicates!r}")
-        self.model, self.duplicates = model, duplicates
+        self.duplicates = duplicates
 
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def collator(cls, processor: Any, stage: Any, seed: int) -> PairCollator:
+        """What makes batches of captioned pictures; the stage's `max_length` is the captions'."""
+        return PairCollator(processor, max_length=stage.max_length)
+
+    def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The float32 loss sum over this process's pairs, and their number."""
         self._bound_temperature()
         image_BD, text_BD = self.model.embed(batch)
@@ -153,13 +159,14 @@ class Contrastive(nn.Module):
             graded = [(e, g) for e, g in zip(again, (image_grad_BD, text_grad_BD), strict=True) if e.requires_grad]
             if graded:
                 torch.autograd.backward([e for e, _ in graded], [g for _, g in graded])
-            if after_each is not None and _world() == 1:
+            if after_each is not None and processes()[1] == 1:
                 after_each()
         return loss
 
     def _loss(self, image_BD: Tensor, text_BD: Tensor, batches: Sequence[Any]) -> Tensor:
         negatives = self._negatives(image_BD, text_BD, batches)
         scale = self.model.logit_scale.float().exp()
+        self.metrics = {"logit_scale": float(scale.detach())}
         if self.model.config.loss == "clip":
             return clip_loss(image_BD, text_BD, scale, negatives)
         return siglip_loss(image_BD, text_BD, scale, self.model.logit_bias.float(), negatives)
@@ -167,15 +174,9 @@ class Contrastive(nn.Module):
     def _negatives(self, image_BD: Tensor, text_BD: Tensor, batches: Sequence[Any]) -> Negatives:
         _check_pairs(image_BD, text_BD)
         keys_B2 = torch.cat([torch.stack([b.caption_keys, b.image_keys], 1) for b in batches]).to(image_BD.device)
-        first, keys_N2 = 0, keys_B2
-        image_ND, text_ND = image_BD, text_BD
-        if _world() > 1:
-            _check_even(len(image_BD), image_BD.device)
-            first = dist.get_rank() * len(image_BD)
-            image_ND, text_ND = torch.cat(all_gather(image_BD)), torch.cat(all_gather(text_BD))
-            found = [torch.empty_like(keys_B2) for _ in range(_world())]
-            dist.all_gather(found, keys_B2)
-            keys_N2 = torch.cat(found)
+        _check_even(len(image_BD), image_BD.device)
+        first = processes()[0] * len(image_BD)
+        image_ND, text_ND, keys_N2 = gather(image_BD), gather(text_BD), gather(keys_B2)
         if len(image_ND) < 2:
             raise OpticNerveError("a batch of 1 pair has no negatives and teaches nothing; set batch_size to 2 or more")
         if self.duplicates == "refuse":
@@ -203,9 +204,7 @@ def _check_pairs(image_BD: Tensor, text_BD: Tensor) -> None:
 
 def _check_even(pairs: int, device: torch.device) -> None:
     """All processes must bring the same number of pairs; each learns of it, so that none waits for the others."""
-    found = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(_world())]
-    dist.all_gather(found, torch.tensor([pairs], device=device))
-    counts = [int(n) for n in found]
+    counts = gather(torch.tensor([pairs], device=device)).tolist()
     if len(set(counts)) > 1:
         raise OpticNerveError(
             f"the processes bring different numbers of pairs ({', '.join(map(str, counts))}); "
@@ -238,12 +237,8 @@ def _refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _sum_gradients(model: nn.Module) -> None:
-    if _world() > 1:
+    if processes()[1] > 1:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)

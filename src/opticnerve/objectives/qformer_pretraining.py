@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.captions import CaptionBatch, CaptionCollator
 from opticnerve.objectives.base import Objective
-from opticnerve.objectives.base import Objective
 from opticnerve.objectives.gather import gather, gather_padded, processes, shared_uniform
 from opticnerve.types import Features, OpticNerveError
 
