@@ -169,8 +169,8 @@ def save_timm(_: str, folder: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
-    architecture, options = "vit_tiny_patch16_224", {"img_size": PICTURE, "depth": 4, "num_classes": 0}
-    model = timm.create_model(architecture, pretrained=False, **options)
+    architecture, options = "vit_tiny_patch16_224", {"depth": 4}
+    model = timm.create_model(architecture, pretrained=False, img_size=PICTURE, num_classes=0, **options)
     folder.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
     settings = {"input_size": [3, PICTURE, PICTURE], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}

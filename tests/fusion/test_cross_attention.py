@@ -235,10 +235,10 @@ class TestTraining:
             torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=2e-5, msg=name)
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, opened: Dock) -> None:
-        from opticnerve.train.loop import _checkpoint_layers
+        from opticnerve.train.prepare import checkpoint_layers
 
         plain = loss_of(opened, [[[c]] for c in self.SAMPLES])
-        _checkpoint_layers(opened.model)
+        checkpoint_layers(opened.model)
         again = loss_of(opened, [[[c]] for c in self.SAMPLES])
         assert again[0] == pytest.approx(plain[0], rel=1e-6)
         assert again[1].keys() == plain[1].keys()

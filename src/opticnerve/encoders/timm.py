@@ -194,4 +194,4 @@ def _create(name: str, image_size: int | None, model_args: dict[str, Any]) -> nn
         raise OpticNerveError(f"timm knows no model {name!r}{hint}; `timm.list_models('*…*')` searches") from e
     except TypeError as e:
         raise OpticNerveError(f"timm model {name!r} cannot be built with model_args {model_args}: {e}") from e
-    return timm.create_model(name, pretrained=False, **_size_args(plain, image_size), **model_args)
+    return timm.create_model(name, pretrained=False, **{**model_args, **_size_args(plain, image_size)})

@@ -31,7 +31,8 @@ from opticnerve.language.lora import has_lora
 from opticnerve.models import delta
 from opticnerve.recipe import EvaluateSpec, Recipe
 from opticnerve.starter import weights as starter
-from opticnerve.train.loop import make_accelerator, run_stage
+from opticnerve.train.loop import run_stage
+from opticnerve.train.prepare import make_accelerator
 from opticnerve.types import Conversation, OpticNerveError
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,44 +25,8 @@ from opticnerve.testing.contract import (
     stir,
     through_json,
 )
+from opticnerve.testing.docked import LAYERS, PICTURES, SOFT, WIDTH, Docked, dock, elsewhere
 from opticnerve.types import Features
-
-SOFT, WIDTH, LAYERS = 3, 32, 4  # soft tokens of a picture; the language model's width and layers
-# Pictures of each row of the batch in hand: one, two, none. Each is followed by a word.
-PICTURES = (1, 2, 0)
-LENGTH = 12
-
-
-@dataclass
-class Docked:
-    """A fusion wired into a language model of its own."""
-
-    part: Any
-    language: Any
-    unused: tuple[str, ...]
-    rebuild: Callable[[], Fusion]
-
-    def prompt(self, pictures: Sequence[int] = PICTURES) -> tuple[Tensor, Tensor, Features]:
-        """Word ids (B, L), the mask of placeholders (B, L) and soft tokens, one row for each picture."""
-        ids_BL = torch.randint(1, 50, (len(pictures), LENGTH))
-        placeholder_BL = torch.zeros(len(pictures), LENGTH, dtype=torch.bool)
-        each = self.part.placeholders(SOFT)
-        for row, count in enumerate(pictures):
-            for k in range(count):
-                start = 1 + k * (each + 1)
-                placeholder_BL[row, start : start + each] = True
-        shown = sum(pictures)
-        features = Features(torch.randn(shown, SOFT, WIDTH), torch.ones(shown, SOFT, dtype=torch.bool))
-        return ids_BL, placeholder_BL, features
-
-    def embed(self, ids_BL: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
-        return self.part.embed(self.language.get_input_embeddings()(ids_BL), placeholder_BL, features)
-
-    def hidden(self, ids_BL: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
-        """The language model's last hidden states (B, L, D), as the docked model computes them."""
-        embeds_BLD = self.embed(ids_BL, placeholder_BL, features)
-        with self.part.seeing(self.part.see(placeholder_BL, features)):
-            return self.language.model(inputs_embeds=embeds_BLD, use_cache=False).last_hidden_state
 
 
 def check_fusion(make: Callable[..., Fusion], *, unused: tuple[str, ...] = ()) -> None:
@@ -81,7 +42,7 @@ def check_fusion(make: Callable[..., Fusion], *, unused: tuple[str, ...] = ()) -
     """
     sizes = {"language_size": WIDTH, "language_layers": LAYERS}
     fusion = make(**sizes)
-    docked = _dock(fusion, lambda: type(fusion)(**sizes, **through_json(fusion.options)), unused)
+    docked = dock(fusion, lambda: type(fusion)(**sizes, **through_json(fusion.options)), unused)
     stir(fusion)
     rules = (
         is_a_fusion, options_are_json, saves_and_loads, is_deterministic, embeds_in_the_placeholders,
@@ -89,21 +50,6 @@ def check_fusion(make: Callable[..., Fusion], *, unused: tuple[str, ...] = ()) -
         generates_with_a_cache, gradients_flow, idles, moves_to_bfloat16, moves_to_another_device, compiles,
     )  # fmt: skip
     apply(rules, docked, type(fusion).__name__)
-
-
-def _dock(fusion: Fusion, rebuild: Callable[[], Fusion], unused: tuple[str, ...]) -> Docked:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        config = tf.LlamaConfig(
-            vocab_size=50, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64,
-        )  # fmt: skip
-        language = tf.LlamaForCausalLM(config).eval()
-        stir(language)
-    language.requires_grad_(False)
-    fusion.eval().start(language.get_input_embeddings())
-    fusion.wire(language)
-    return Docked(fusion, language, unused, rebuild)
 
 
 def is_a_fusion(d: Docked) -> None:
@@ -120,7 +66,7 @@ def is_a_fusion(d: Docked) -> None:
 def saves_and_loads(d: Docked) -> None:
     """`options` build the same module again, and its state dict carries all else that it learned: written to a
     safetensors file, read into a rebuilt module and wired, it gives the same numbers, bit for bit."""
-    again = _dock(d.rebuild(), d.rebuild, d.unused)
+    again = dock(d.rebuild(), d.rebuild, d.unused)
     expect_options(again.part, d.part)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "part.safetensors"
@@ -228,11 +174,11 @@ def generates_with_a_cache(d: Docked) -> None:
     ids_BL, placeholder_BL, features = d.prompt()
     whole = d.hidden(ids_BL, placeholder_BL, features)
     with torch.no_grad():
-        embeds_BLD, start = d.embed(ids_BL, placeholder_BL, features), LENGTH - 2
+        embeds_BLD, start = d.embed(ids_BL, placeholder_BL, features), d.length - 2
         seen = d.part.see(placeholder_BL[:, :start], features)
         with d.part.seeing(seen):
             out = d.language.model(inputs_embeds=embeds_BLD[:, :start], use_cache=True)
-        for at in range(start, LENGTH):
+        for at in range(start, d.length):
             with d.part.seeing(d.part.later(seen, 1)):
                 step = embeds_BLD[:, at : at + 1]
                 out = d.language.model(inputs_embeds=step, past_key_values=out.past_key_values, use_cache=True)
@@ -277,7 +223,7 @@ def moves_to_bfloat16(d: Docked) -> None:
     the rounding."""
     ids_BL, placeholder_BL, features = d.prompt()
     wanted = d.hidden(ids_BL, placeholder_BL, features).detach()
-    half = _moved(d, torch.bfloat16)
+    half = elsewhere(d, torch.bfloat16)
     (tokens_BND,) = moved((features.tokens_BND,), torch.bfloat16)
     out = half.hidden(ids_BL, placeholder_BL, Features(tokens_BND, features.mask_BN)).detach()
     expect(out.dtype == torch.bfloat16, f"hidden states come out as {out.dtype}")
@@ -295,18 +241,9 @@ def moves_to_another_device(d: Docked) -> None:
         ids_BL, placeholder_BL, features = d.prompt()
         wanted = d.hidden(ids_BL, placeholder_BL, features).detach()
         ids, places, tokens, mask = moved((ids_BL, placeholder_BL, features.tokens_BND, features.mask_BN), "cuda")
-        out = _moved(d, "cuda").hidden(ids, places, Features(tokens, mask)).detach()
+        out = elsewhere(d, "cuda").hidden(ids, places, Features(tokens, mask)).detach()
         gap = float((out.cpu() - wanted).norm() / wanted.norm())
         expect(gap <= 1e-2, f"on cuda, the numbers are {gap:.1%} away")
-
-
-def _moved(d: Docked, to: Any) -> Docked:
-    """The same weights elsewhere, wired anew."""
-    made = _dock(d.rebuild(), d.rebuild, d.unused)
-    made.part.load_state_dict(d.part.state_dict())
-    made.part.to(to)
-    made.language.to(to)
-    return made
 
 
 def compiles(d: Docked) -> None:

@@ -15,23 +15,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, Subset
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opticnerve import registry
 from opticnerve.build import Dock
 from opticnerve.data.source import load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
-from opticnerve.language.lora import has_lora
 from opticnerve.models import delta
 from opticnerve.models.parts import moving_buffers
-from opticnerve.models.tower import MEDIA_INPUT, check_options
-from opticnerve.recipe import LoraSpec, Recipe, Stage
+from opticnerve.models.tower import MEDIA_INPUT
+from opticnerve.recipe import Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.calibrate import calibrate
 from opticnerve.train.freeze import Frozen, freeze
 from opticnerve.train.optim import MasterAdamW, schedule
+from opticnerve.train.prepare import checkpoint_layers, give_lora, make_accelerator, make_objective, within_context
 from opticnerve.train.progress import Progress
 from opticnerve.train.visits import Visits, usable_units
 from opticnerve.types import OpticNerveError
@@ -89,13 +86,13 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = accelerator or make_accelerator(recipe, folder.parent.parent)
     model, processor = dock.model, dock.processor
-    stage = _within_context(stage, model)
+    stage = within_context(stage, model)
     torch.manual_seed(recipe.seed)
     if "language.lora" in stage.train:
-        _give_lora(dock, stage)
+        give_lora(dock, stage)
     frozen = freeze(model, stage.train)
     if stage.gradient_checkpointing:
-        _checkpoint_layers(model)
+        checkpoint_layers(model)
     trained_before |= {n for group in frozen.groups.values() for n in group}
     if accelerator.is_main_process:
         _write_json(folder / "freeze.json", frozen.to_dict())
@@ -105,7 +102,7 @@ def run_stage(
     skipped: list[str] = []
     on_error = (lambda e: skipped.append(str(e))) if stage.bad_samples == "skip" else None
     template = with_parts(CAPTION_ONLY) if stage.template == "caption" else None
-    objective = _objective(stage, model)
+    objective = make_objective(stage, model)
     collate = objective.collator(processor, stage, recipe.seed)
     units = usable_units(
         load_units(stage.data, on_error=on_error), processor, stage, template=template, on_error=on_error,
@@ -127,62 +124,6 @@ def run_stage(
         model.eval()
         if stage.gradient_checkpointing:
             model.language_model.gradient_checkpointing_disable()
-
-
-def _objective(stage: Stage, model: Any) -> Any:
-    """What the stage minimises, with the recipe's options."""
-    spec = stage.objective
-    cls = registry.objectives.get(spec.type)
-    check_options("objective", spec.type, cls, spec.options)
-    return cls(model, **spec.options)
-
-
-def _within_context(stage: Stage, model: Any) -> Stage:
-    """No sample may be longer than the language model's context, whether the stage says so or not."""
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
-    if not context:
-        return stage
-    return stage.model_copy(update={"max_length": min(stage.max_length or context, context)})
-
-
-def _give_lora(dock: Dock, stage: Stage) -> None:
-    """A fresh adapter for the first stage that trains one; a later stage goes on with it and may not reshape it."""
-    if not has_lora(dock.model.language_model):
-        dock.lora = (stage.lora or LoraSpec()).model_dump()
-        dock.model.give_lora(dock.lora)
-    elif stage.lora is not None and stage.lora.model_dump() != dock.lora:
-        raise OpticNerveError(
-            f"stage {stage.name}: lora is {stage.lora.model_dump()}, but an earlier stage's adapter is {dock.lora}; "
-            f"leave lora out to go on with it, or merge it and start another recipe"
-        )
-
-
-def _checkpoint_layers(model: Any) -> None:
-    """Compute activations again instead of keeping them, in frozen layers, too.
-
-    transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
-    stay as `freeze` left them.
-    """
-    model.language_model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": model.recompute}
-    )
-    for module in model.language_model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-
-
-def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
-    """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters)."""
-    accelerator = Accelerator(
-        log_with=recipe.trackers or None,
-        project_dir=str(run_dir),
-        dataloader_config=DataLoaderConfiguration(),
-        # A connector may carry weights that only its pretraining, or only its use, needs.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if recipe.trackers:
-        accelerator.init_trackers(recipe.name)
-    return accelerator
 
 
 class _Run:

@@ -14,6 +14,7 @@ from opticnerve.data.video import spaced
 from opticnerve.types import AudioPart, DataError, ImagePart
 
 IMAGE_FIELDS = ("image", "image_path", "file_name", "filepath")
+AUDIO_FIELDS = ("audio", "audio_path")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class Context:
             return [pictures[index] for index in spaced(len(pictures), self.frames)]
         source = self._medium(value, where, "video")
         return [ImagePart(Frame(source, index, self.frames)) for index in range(self.frames)]  # type: ignore[arg-type]
+
+    def media_of(self, record: Record) -> list[ImagePart] | list[AudioPart]:
+        """What a record is about: its pictures, or the sound (or sounds) that it names instead."""
+        if find(record, IMAGE_FIELDS) is None and (value := find(record, AUDIO_FIELDS)) is not None:
+            return [self.audio(v, record.where) for v in (value if isinstance(value, list) else [value])]
+        return self.images(take(record, IMAGE_FIELDS, "picture"), record.where)
 
     def audio(self, value: Any, where: str) -> AudioPart:
         return AudioPart(self._medium(value, where, "audio"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opticnerve.data.readers.captions import CAPTION_FIELDS, captions
 from opticnerve.data.readers.chat import chat
-from opticnerve.data.readers.fields import IMAGE_FIELDS, Context
+from opticnerve.data.readers.fields import AUDIO_FIELDS, IMAGE_FIELDS, Context
 from opticnerve.data.readers.llava import llava
 from opticnerve.data.readers.records import Record, records
 from opticnerve.data.readers.rules import check_conversation
@@ -172,7 +172,7 @@ def _matches(record: Record) -> list[str]:
         return any(record.fields.get(n) is not None for n in names)
 
     fits = {
-        "captions": has(*IMAGE_FIELDS) and has(*CAPTION_FIELDS),
+        "captions": has(*IMAGE_FIELDS, *AUDIO_FIELDS) and has(*CAPTION_FIELDS),
         "vqa": has("question") and has("answer", "answers"),
         "llava": has("conversations"),
         "chat": has("messages"),

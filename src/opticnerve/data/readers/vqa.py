@@ -1,4 +1,4 @@
-"""Questions about pictures: `{"image": "1.jpg", "question": "what shape?", "answer": "circle"}`.
+"""Questions about pictures: `{"image": "1.jpg", "question": "what shape?", "answer": "circle"}`; about sound: `audio`.
 
 Optional: `answers` (all accepted ones: strings, or VQAv2's `{"answer": …}`), `type` (or `answer_type`,
 `question_type`), `id`. `Conversation.meta` carries `{"answers": […], "type": …}` to evaluation. With `answers` alone
@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from opticnerve.data.audio import audio_digest
 from opticnerve.data.images import image_digest
-from opticnerve.data.readers.fields import IMAGE_FIELDS, Context, find, missing, take, text
+from opticnerve.data.readers.fields import Context, find, missing, take, text
 from opticnerve.data.readers.records import Record
 from opticnerve.types import Conversation, DataError, Message, TextPart
 
@@ -25,8 +26,8 @@ def vqa(record: Record, context: Context) -> Iterator[Conversation]:
     where = record.where
     question = text(take(record, ("question",), "question"), "question", where)
     answer, accepted = _answers(record)
-    pictures = context.images(take(record, IMAGE_FIELDS, "picture"), where)
-    messages = (Message("user", (*pictures, TextPart(question))), Message("assistant", (TextPart(answer),)))
+    media = context.media_of(record)
+    messages = (Message("user", (*media, TextPart(question))), Message("assistant", (TextPart(answer),)))
     yield Conversation(messages, context.id(record), where, {"answers": accepted, "type": find(record, TYPE_FIELDS)})
 
 
@@ -38,7 +39,9 @@ def group_by_image(conversations: Iterable[Conversation]) -> Iterator[Conversati
     """
     groups: dict[tuple[Any, ...], list[Conversation]] = {}
     for conversation in conversations:
-        key = tuple(p.source if isinstance(p.source, Path) else image_digest(p.source) for p in conversation.images)
+        pictures = (p.source if isinstance(p.source, Path) else image_digest(p.source) for p in conversation.images)
+        sounds = (a.source if isinstance(a.source, Path) else audio_digest(a.source) for a in conversation.audios)
+        key = (*pictures, *sounds)
         groups.setdefault(key, []).append(conversation)
     for members in groups.values():
         messages = list(members[0].messages)

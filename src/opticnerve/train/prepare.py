@@ -1,0 +1,73 @@
+"""What must stand before the first step: the engine, the objective, the adapter, the layers that compute twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from opticnerve import registry
+from opticnerve.build import Dock
+from opticnerve.language.lora import has_lora
+from opticnerve.models.tower import check_options
+from opticnerve.recipe import LoraSpec, Recipe, Stage
+from opticnerve.types import OpticNerveError
+
+
+def make_objective(stage: Stage, model: Any) -> Any:
+    """What the stage minimises, with the recipe's options."""
+    spec = stage.objective
+    cls = registry.objectives.get(spec.type)
+    check_options("objective", spec.type, cls, spec.options)
+    return cls(model, **spec.options)
+
+
+def within_context(stage: Stage, model: Any) -> Stage:
+    """No sample may be longer than the language model's context, whether the stage says so or not."""
+    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    if not context:
+        return stage
+    return stage.model_copy(update={"max_length": min(stage.max_length or context, context)})
+
+
+def give_lora(dock: Dock, stage: Stage) -> None:
+    """A fresh adapter for the first stage that trains one; a later stage goes on with it and may not reshape it."""
+    if not has_lora(dock.model.language_model):
+        dock.lora = (stage.lora or LoraSpec()).model_dump()
+        dock.model.give_lora(dock.lora)
+    elif stage.lora is not None and stage.lora.model_dump() != dock.lora:
+        raise OpticNerveError(
+            f"stage {stage.name}: lora is {stage.lora.model_dump()}, but an earlier stage's adapter is {dock.lora}; "
+            f"leave lora out to go on with it, or merge it and start another recipe"
+        )
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Compute activations again instead of keeping them, in frozen layers, too.
+
+    transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
+    stay as `freeze` left them.
+    """
+    model.language_model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": model.recompute}
+    )
+    for module in model.language_model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
+    """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters)."""
+    accelerator = Accelerator(
+        log_with=recipe.trackers or None,
+        project_dir=str(run_dir),
+        dataloader_config=DataLoaderConfiguration(),
+        # A connector may carry weights that only its pretraining, or only its use, needs.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if recipe.trackers:
+        accelerator.init_trackers(recipe.name)
+    return accelerator
