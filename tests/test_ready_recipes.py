@@ -105,7 +105,7 @@ KNOWN = {
         64, CLIP_224, QWEN_1_5, (("image.connector", "image.fusion"),) * 2, placeholders=1, shape="3 × 224 × 224"
     ),
     "prismatic-dinosiglip-7b": Known(
-        729, 304_370_688 + SO400M, VICUNA, (("image.connector", "language"),), connector=mlp(2176, 4096, 3),
+        729, 304_370_688 - 640 * 1024 + SO400M, VICUNA, (("image.connector", "language"),), connector=mlp(2176, 4096, 3),
         shape="3 × 384 × 384", width=2176,
     ),
     "fuyu-qwen2.5-1.5b": Known(

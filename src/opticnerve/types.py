@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from opticnerve.data.images import Frame
+
 
 class OpticNerveError(ValueError):
     """Something a user can put right: the message says what is wrong, where, and what to do."""
@@ -67,10 +69,10 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
-    """A picture within a message: a file, encoded bytes, or an opened picture. Opened late, by
+    """A picture within a message: a file, encoded bytes, an opened picture, or a frame of a video. Opened late, by
     `data.images.open_image`."""
 
-    source: Path | bytes | PIL.Image.Image
+    source: Path | bytes | PIL.Image.Image | Frame
 
 
 @dataclass(frozen=True, slots=True)

@@ -372,7 +372,7 @@ class IdlesLoudly(GatedCrossAttention):
         (TouchesTheWords, "embeds in the placeholders", "words beside the placeholders changed"),
         (SplicesMaskedTokens, "ignores masked tokens", "other numbers in masked tokens"),
         (SplicesMaskedTokens, "does not mix the batch", "row 0 alone and in a batch differ"),
-        (ForgetsTheCache, "generates with a cache", "word 10, generated with a cache, differs"),
+        (ForgetsTheCache, "generates with a cache", "word 6, generated with a cache, differs"),
         (LeaksBetweenRows, "sees the picture", "the picture of a row changes other rows"),
         (ScalesTheWords, "leaves text alone", "text alone differs"),
         (IdlesLoudly, "idles", "idle changed the embeddings"),

@@ -7,7 +7,7 @@ Sources: Flamingo's perceiver resampler (Alayrac et al. 2022, section 2.1) in th
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
@@ -86,6 +86,19 @@ class ResamplerConnector(Connector):
 
     def project(self, features: Features) -> Features:
         context_BND = self.modality_projection(features.tokens_BND)
-        latents_BMD = self.perceiver_resampler(context=context_BND, attention_mask=features.mask_BN.to(torch.long))
+        # transformers looks at the mask's values; the meta device, where `plan` counts, has none.
+        mask_BN = features.mask_BN.to(torch.long)
+        if mask_BN.is_meta:
+            latents_BMD = self._shapes_alone(context_BND)
+        else:
+            latents_BMD = self.perceiver_resampler(context=context_BND, attention_mask=mask_BN)
         any_B1 = features.mask_BN.any(1, keepdim=True)
         return Features(latents_BMD, any_B1.expand(-1, self.num_latents))
+
+    def _shapes_alone(self, context_BND: Tensor) -> Tensor:
+        """The resampler's layers without their mask."""
+        sampler = self.perceiver_resampler
+        latents_BMD = sampler.latents.unsqueeze(0).expand(context_BND.shape[0], -1, -1)
+        for layer in sampler.layers:
+            latents_BMD = layer(latents_BMD, context_BND, attention_mask=None, position_ids=None)
+        return sampler.norm(latents_BMD)

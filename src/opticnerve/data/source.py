@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from opticnerve.data.images import Frame
 from opticnerve.data.readers import read
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError, OpticNerveError
@@ -63,8 +64,9 @@ def held_out(conversation: Conversation) -> bool:
     stays on one side, in every data file and on every machine.
     """
     for part in conversation.pieces:
-        if isinstance(part.source, Path | bytes):
-            key = part.source.name.encode() if isinstance(part.source, Path) else part.source
+        source = part.source.source if isinstance(part.source, Frame) else part.source
+        if isinstance(source, Path | bytes):
+            key = source.name.encode() if isinstance(source, Path) else source
             return hashlib.sha256(key).digest()[0] % 20 == 0
     return False
 
@@ -92,7 +94,9 @@ def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]
     """Conversations about the same pictures, together; in order of first appearance."""
     groups: dict[Any, list[Conversation]] = {}
     for conversation in conversations:
-        key = tuple(p.source if isinstance(p.source, Path | bytes) else id(p.source) for p in conversation.pieces)
+        key = tuple(
+            p.source if isinstance(p.source, Path | bytes | Frame) else id(p.source) for p in conversation.pieces
+        )
         # Text-only samples share no picture; each stays by itself.
         groups.setdefault(key or id(conversation), []).append(conversation)
     return list(groups.values())

@@ -16,7 +16,7 @@ from typing import Any
 
 import PIL.Image
 
-from opticnerve.data.images import open_image
+from opticnerve.data.images import Frame, image_digest, open_image
 from opticnerve.evaluation.metrics import normalise_answer, summarise
 from opticnerve.evaluation.tasks import Generate, Progress, answer_all, score_answers
 from opticnerve.types import Conversation, ImagePart, OpticNerveError
@@ -121,6 +121,8 @@ def _key(part: ImagePart) -> str:
     source = part.source
     if isinstance(source, Path):
         return f"file {source.resolve()}"
+    if isinstance(source, Frame):
+        return f"frame {source.index}/{source.of} {image_digest(source)}"
     data = source if isinstance(source, bytes) else f"{source.mode} {source.size}".encode() + source.tobytes()
     return f"bytes {hashlib.sha256(data).hexdigest()}"
 

@@ -1,7 +1,7 @@
 """Captioned pictures: `{"image": "1.jpg", "caption": "a red circle"}` → the user shows the picture, the model says it.
 
-Field names: `image`, `image_path`, `file_name` or `filepath` (`audio` or `audio_path` for sound); `caption`, `captions` or `text`, the first found. A list
-of captions makes one sample each, with ids `…#0`, `…#1`.
+Field names: `image`, `image_path`, `file_name` or `filepath` (`audio` or `audio_path` for sound); `caption`, `captions`
+or `text`, the first found. A list of captions makes one sample each, with ids `…#0`, `…#1`.
 """
 
 from __future__ import annotations
