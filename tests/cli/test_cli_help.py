@@ -8,7 +8,21 @@ import sys
 
 import pytest
 
-COMMANDS = ["", "demo", "plan", "train", "ask", "chat", "eval", "merge", "import", "parts", "data", "data check", "data show"]
+COMMANDS = [
+    "",
+    "demo",
+    "plan",
+    "train",
+    "ask",
+    "chat",
+    "eval",
+    "merge",
+    "import",
+    "parts",
+    "data",
+    "data check",
+    "data show",
+]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "peft", "timm", "pydantic", "numpy", "PIL")
 PROBE = f"""
 import json, sys, opticnerve_launch

@@ -39,8 +39,8 @@ class OpticNerveProcessor(ProcessorMixin):
         num_audio_tokens: placeholders written for one window of sound; None where there is no ear.
         audio_token: the word that stands for a sound in a prompt.
         tiling: a `TilingSpec` as a dict, where the number of placeholders depends on a picture's size.
-        qformer_words: what the `qformer_tokenizer` is for: "questions" beside each picture (InstructBLIP), or "captions"
-            in BLIP-2's first stage alone; None where there is none.
+        qformer_words: what the `qformer_tokenizer` is for: "questions" beside each picture (InstructBLIP), or
+            "captions" in BLIP-2's first stage alone; None where there is none.
         chat_template: Jinja; the tokenizer's own, made to take pictures and sound, by default.
     """
 
