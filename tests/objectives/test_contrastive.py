@@ -261,7 +261,8 @@ def _measure(rank: int, loss: str) -> dict[str, Any]:
     mine = batch.part(rank * 4, rank * 4 + 4)
     # As the training loop does it: gradients averaged over processes, so the loss is multiplied by their number.
     model = TwoTowers(loss, dropout=0.0)
-    total, _ = nn.parallel.DistributedDataParallel(Contrastive(model, duplicates="mask"))(mine)
+    wrapped = nn.parallel.DistributedDataParallel(Contrastive(model, duplicates="mask"))  # its hooks live as long as it
+    total, _ = wrapped(mine)
     (total * (2 / PAIRS)).backward()
     one_pass = gradients(model)
     # GradCache, which sums by itself.

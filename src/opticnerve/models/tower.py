@@ -59,7 +59,7 @@ class Tower(nn.Module):
     @property
     def reads_words(self) -> bool:
         """Whether the connector has a tokenizer of its own, for questions or for its pretraining."""
-        return bool(getattr(self.connector, "reads_words", False))
+        return self.wants_text or getattr(self.connector, "tokenizer_name", None) is not None
 
     def forward(self, media: Tensor, sizes: Tensor | None = None, text: Sequence[Tensor] | None = None) -> Features:
         """`media` (pieces, *encoder.media_shape) in any float dtype → `Features`, one row for each image or window.
