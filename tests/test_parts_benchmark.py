@@ -48,7 +48,7 @@ def result(accuracy: float) -> dict[str, Any]:
         "accuracy": accuracy, "ci95": [accuracy - 0.05, accuracy + 0.05], "n": 300, "tokens": 16, "in_text": 16,
         "connector": 1000, "trained": 2000, "seconds": 80.0, "budget": parts.BUDGET, "torch": "2", "transformers": "5",
         "most_frequent_answer": {"answer": "yes", "accuracy": 0.38, "ci95": [0.33, 0.44], "n": 300},
-        "machine": {"cores": 2, "cpu": "a CPU"},
+        "machine": {"cores": 2, "cpu": "a CPU"}, "threads": 1,
     }  # fmt: skip
 
 

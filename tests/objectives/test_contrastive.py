@@ -122,6 +122,12 @@ def test_twins_count_as_if_they_were_not_there(loss: str) -> None:
     a, b = text[3], F.normalize(torch.ones(4), dim=0)
     assert torch.equal(first_row(a, True), first_row(b, True))
     assert not torch.equal(first_row(a, False), first_row(b, False))
+    three = Negatives(text[:3], text[:3])
+    if loss == "clip":
+        without = clip_loss(image[:1], text[:1], scale, three)
+    else:
+        without = siglip_loss(image[:1], text[:1], scale, bias, three)
+    torch.testing.assert_close(first_row(a, True), without)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------

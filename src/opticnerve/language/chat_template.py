@@ -32,10 +32,14 @@ CHATML = (
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 
-# LLaVA's alignment form (`conv_plain`): the picture, then its caption, and nothing else to spend tokens on.
+# LLaVA's alignment form (`conv_plain`, `preprocess_plain`): the picture, then its caption, and nothing else to spend
+# tokens on; what the user says beside a picture is left out.
+_IMAGES = "'" + IMAGE_TOKEN + "' * message['content'].count('" + IMAGE_TOKEN + "')"
+_SOUNDS = "'" + AUDIO_TOKEN + "' * message['content'].count('" + AUDIO_TOKEN + "')"
 CAPTION_ONLY = (
-    "{%- for message in messages -%}{{ message['content'] }}"
-    "{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}{{ message['content'] }}{{ eos_token }}"
+    "{%- else -%}{{ (" + _IMAGES + " + " + _SOUNDS + ") or message['content'] }}{%- endif -%}{%- endfor -%}"
 )
 
 # Names that a recipe may give as `model.language.chat_template`.
