@@ -19,8 +19,10 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +240,9 @@ def run(row: Row, budget: dict[str, Any]) -> dict[str, Any]:
         "accuracy": task["accuracy"],
         "ci95": task["ci95"],
         "n": task["n"],
+        "by_type": task["by_type"],
         "most_frequent_answer": task["most_frequent_answer"],
+        "question_alone": question_alone(row, budget),
         "tokens": tower.num_tokens if tower.tiling is None else tower.tiling.count(PICTURE, PICTURE),
         "in_text": tower.num_placeholders,
         "connector": sum(p.numel() for half in (tower.connector, tower.fusion) for p in half.parameters()),
@@ -250,6 +254,39 @@ def run(row: Row, budget: dict[str, Any]) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "example": {k: task["samples"][0][k] for k in ("question", "answer", "prediction") if k in task["samples"][0]},
     }
+
+
+@cache
+def _question_alone(base: str, questions: int) -> dict[str, Any]:
+    from opticnerve import recipe as recipes
+    from opticnerve.data.source import fixed_sample, load_data
+    from opticnerve.evaluation.metrics import summarise
+
+    row = next(r for r in ROWS if r.base == base and not r.change)
+    recipe = recipes.load(ROOT / "recipes" / f"{base}.yaml", row.overrides({**BUDGET, "questions": questions}))
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for spec in recipe.stages[-1].data:
+        for c in load_data(spec):
+            answers[c.prompt().messages[-1].text][str(c.answer)] += 1
+    [task] = recipe.evaluate
+    right = []
+    for c in fixed_sample(load_data(task.data), task.sample):
+        usual = answers[c.prompt().messages[-1].text].most_common(1)
+        right.append(float(bool(usual) and usual[0][0] == c.answer))
+    return dict(summarise(right))
+
+
+def question_alone(row: Row, budget: dict[str, Any]) -> dict[str, Any]:
+    """The score of a reader who knows each question's most frequent answer in the training data and never looks.
+
+    What a part must beat to have shown that it sees, or hears.
+    """
+    return _question_alone(row.base, int(budget["questions"]))
+
+
+def blind(found: dict[str, Any]) -> bool:
+    """Whether the interval of a row's accuracy reaches down to that score."""
+    return bool(found["ci95"][0] <= found["question_alone"]["accuracy"])
 
 
 def identity(row: Row, budget: dict[str, Any]) -> dict[str, Any]:
@@ -296,25 +333,34 @@ def table(results: dict[str, Any]) -> str:
         f"Each row is `recipes/starter.yaml` with the change in its line: {align} steps of {captions} captions, then "
         f"{instruct} steps of {pictures} pictures with four questions each, then {first['n']} test questions, the same "
         "for all, with the 95 % interval of the accuracy. So little training compares beginnings, not what a part can "
-        "do. *From scratch*: the weights named there were random at the start and trained along; such a row shows that "
-        "the part trains and answers, and nothing of its pretrained form. Whisper has data of its own, those of "
-        "`recipes/starter-audio.yaml`; frames of a video are pictures. "
+        "do. † marks rows that are not surely above what the questions alone give away: they train and answer, but "
+        "have not shown under this budget that they look. *From scratch*: the weights named there were random at the "
+        "start and trained along; such a row says nothing of the part's pretrained form. Whisper has data of its own, "
+        "those of `recipes/starter-audio.yaml`; frames of a video are pictures. "
         f"Measured with {first['threads']} of {machine['cores']} cores ({machine['cpu']}), torch {first['torch']}, "
         f"transformers {first['transformers']}, by `python benchmarks/parts.py`.",
         "",
         "| kind | part | change | accuracy | tokens a piece | connector and fusion | all that trains | seconds |",
         "|---|---|---|---|---|---|---|---|",
         f"| baseline | always “{always['answer']}”, the most frequent answer | | {percent(always)} | | | | |",
+        "| baseline | the question alone: its most frequent answer in the training data, no look at the picture | | "
+        f"{percent(first['question_alone'])} | | | | |",
     ]
     for row, found in shown:
         change = "; ".join(c.replace("'{random}/", "'…/").replace("{random}/", "…/") for c in row.change)
         scratch = f" *({row.scratch} from scratch)*" if row.scratch else ""
         rival = found["most_frequent_answer"]
-        alone = f"; always “{rival['answer']}” {percent(rival)}" if row.base != "starter" else ""
+        guess = percent(found["question_alone"])
+        alone = (
+            f"; always “{rival['answer']}” {percent(rival)}, the question alone {guess}"
+            if row.base != "starter"
+            else ""
+        )
         tokens = str(found["tokens"]) + ("" if found["in_text"] > 1 else f", {found['in_text']} of them in the text")
+        score = f"{percent(found)}{' †' if blind(found) else ''}{alone}"
         lines.append(
-            f"| {row.kind} | {row.title}{scratch} | {f'`{change}`' if change else ''} | {percent(found)}{alone} | "
-            f"{tokens} | {found['connector']:,} | {found['trained']:,} | {found['seconds']:.0f} |"
+            f"| {row.kind} | {row.title}{scratch} | {f'`{change}`' if change else ''} | {score} | {tokens} | "
+            f"{found['connector']:,} | {found['trained']:,} | {found['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -347,6 +393,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = QUICK if asked.quick else BUDGET
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not asked.quick else {}
     results = {r.name: results[r.name] for r in ROWS if r.name in results}
+    for row in ROWS:
+        if row.name in results and "question_alone" not in results[row.name]:  # kept by an earlier version
+            results[row.name]["question_alone"] = question_alone(row, results[row.name]["budget"])
     wanted = asked.rows.split(",") if asked.rows else [r.name for r in ROWS]
     if unknown := sorted(set(wanted) - {r.name for r in ROWS}):
         parser.error(f"no such row: {', '.join(unknown)}; the rows: {', '.join(r.name for r in ROWS)}")
@@ -363,6 +412,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             partial.replace(RESULTS)
 
     failed = [] if asked.table else run_all(rows, budget, results, keep)
+    if asked.table:
+        keep(results)
     if asked.quick:
         print(table(results))
     else:

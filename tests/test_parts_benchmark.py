@@ -47,6 +47,7 @@ def result(accuracy: float) -> dict[str, Any]:
     return {
         "accuracy": accuracy, "ci95": [accuracy - 0.05, accuracy + 0.05], "n": 300, "tokens": 16, "in_text": 16,
         "connector": 1000, "trained": 2000, "seconds": 80.0, "budget": parts.BUDGET, "torch": "2", "transformers": "5",
+        "question_alone": {"accuracy": 0.695, "ci95": [0.63, 0.755], "n": 200},
         "most_frequent_answer": {"answer": "yes", "accuracy": 0.38, "ci95": [0.33, 0.44], "n": 300},
         "machine": {"cores": 2, "cpu": "a CPU"}, "threads": 1,
     }  # fmt: skip
@@ -61,8 +62,10 @@ def test_the_table_is_written_between_the_markers(tmp_path: Path) -> None:
         assert text.startswith(f"before\n{parts.BEGIN}\n") and text.endswith(f"{parts.END}\nafter\n")
         assert "old" not in text
         assert "| always “yes”, the most frequent answer | | 38.0% (33%–44%) |" in text
+        assert "no look at the picture | | 69.5% (63%–76%) |" in text
         assert "79.0% (74%–84%) | 16 |" in text
-        assert "60.0% (55%–65%); always “yes” 38.0% (33%–44%) | 16 |" in text
+        assert "40.0% (35%–45%) † | 16 |" in text, "a row that the question alone would explain is marked"
+        assert "60.0% (55%–65%) †; always “yes” 38.0% (33%–44%), the question alone 69.5% (63%–76%) | 16 |" in text
         assert "*(encoder from scratch)*" in text
     (tmp_path / "none.md").write_text("no markers")
     with pytest.raises(SystemExit, match="wants one"):
@@ -88,3 +91,14 @@ def test_a_row_that_fails_is_named_and_the_next_one_runs(monkeypatch: pytest.Mon
     failed = parts.run_all(rows, parts.BUDGET, results, lambda found: kept.append(set(found)))
     assert failed == ["linear: ValueError: no such thing"]
     assert kept[-1] == {"mlp"}
+
+
+def test_what_the_questions_alone_give_away() -> None:
+    """easy-VQA's questions do: more than two thirds of the test questions are answered without any picture."""
+    pytest.importorskip("torch")
+    row = next(r for r in parts.ROWS if r.name == "mlp")
+    score = parts.question_alone(row, {**parts.BUDGET, "questions": 1000})
+    assert score["n"] == 1000
+    assert 0.6 < score["accuracy"] < 0.72
+    assert parts.blind({"ci95": [0.63, 0.76], "question_alone": score})
+    assert not parts.blind({"ci95": [0.75, 0.86], "question_alone": score})

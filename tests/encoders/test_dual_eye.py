@@ -1,0 +1,134 @@
+"""The eye of a DualEncoder sees the same when it is docked onto a language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+import tiny
+from opticnerve.build import Dock, dock
+from opticnerve.build_dual import dual
+from opticnerve.encoders.dual_eye import DualEncoderEye
+from opticnerve.models.dual_encoder import DualEncoder
+from opticnerve.types import OpticNerveError
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+TYPE = "opticnerve.encoders.dual_eye:DualEncoderEye"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny BERT and its tokenizer."""
+    folder, words = tmp_path_factory.mktemp("bert"), tiny.tokenizer()
+    torch.manual_seed(0)
+    tf.BertModel(
+        tf.BertConfig(
+            vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+    ).save_pretrained(folder)
+    words.pad_token = words.eos_token
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(params=["hf_vision", "timm"])
+def trained(
+    request: pytest.FixtureRequest, reader: str, tmp_path: Path, vision_folder: Callable[..., str],
+    timm_folder: Callable[..., str],
+) -> tuple[Any, Path]:  # fmt: skip
+    """A DualEncoder whose eye has moved, and its folder."""
+    name = vision_folder("siglip_vision_model") if request.param == "hf_vision" else timm_folder()
+    made = dual({"type": request.param, "name": name}, reader, projection_dim=8)
+    with torch.no_grad():
+        for parameter in made.model.image.encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    made.model.save_pretrained(tmp_path / "dual")
+    made.processor.save_pretrained(tmp_path / "dual")
+    return made, tmp_path / "dual"
+
+
+def test_it_sees_what_the_dual_encoder_sees(trained: tuple[Any, Path]) -> None:
+    made, folder = trained
+    eye = DualEncoderEye.from_pretrained(str(folder))
+    inner = made.model.image.encoder.eval()
+    pixels = torch.randn(2, *eye.media_shape)
+    with torch.no_grad():
+        torch.testing.assert_close(eye(pixels).tokens_BND, inner(pixels).tokens_BND, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(t, inner.state_dict()[n]) for n, t in eye.inner.state_dict().items())
+    assert (eye.num_tokens, eye.hidden_size) == (inner.num_tokens, inner.hidden_size)
+    assert eye.image_processor().to_dict() == inner.image_processor().to_dict()
+    assert len(eye.blocks()) == len(inner.blocks())
+    assert eye.weight_files() == [str(folder / "model.safetensors")]
+    # Built again from its options, as a configuration does it, and foreseen without weights.
+    assert DualEncoderEye(**eye.options).state_dict().keys() == eye.state_dict().keys()
+    with torch.device("meta"):
+        assert DualEncoderEye.planned(str(folder)).num_tokens == eye.num_tokens
+
+
+def test_docked_by_one_line_saved_and_loaded(
+    trained: tuple[Any, Path], language_folder: Callable[..., str], tmp_path: Path
+) -> None:
+    made, folder = trained
+    docked: Dock = dock({"type": TYPE, "name": str(folder)}, "mlp", language_folder("llama"))
+    pixels = docked.processor.image_processor([tiny.picture(1)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        wanted = made.model.image.encoder.eval()(pixels).tokens_BND
+        torch.testing.assert_close(docked.model.image.encode(pixels).tokens_BND, wanted, rtol=1e-5, atol=1e-5)
+    docked.model.save_pretrained(tmp_path / "whole")
+    again = type(docked.model).from_pretrained(tmp_path / "whole", trust_remote_code=True)
+    with torch.no_grad():
+        # (Convolutions round by where their weights lie in memory.)
+        torch.testing.assert_close(again.image.encode(pixels).tokens_BND, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recipe_may_cut_it_at_another_layer(trained: tuple[Any, Path]) -> None:
+    _, folder = trained
+    last, earlier = (DualEncoderEye.from_pretrained(str(folder), encoder={"layer": layer}) for layer in ("last", -2))
+    pixels = torch.randn(1, *last.media_shape)
+    assert last(pixels).tokens_BND.shape != earlier(pixels).tokens_BND.shape or not torch.allclose(
+        last(pixels).tokens_BND, earlier(pixels).tokens_BND
+    )
+    assert earlier.options["encoder"]["layer"] == -2
+
+
+def test_other_folders_and_broken_weights(trained: tuple[Any, Path], language_folder: Callable[..., str]) -> None:
+    _, folder = trained
+    with pytest.raises(OpticNerveError, match="holds no DualEncoder"):
+        DualEncoderEye.from_pretrained(language_folder("llama"))
+    with pytest.raises(OpticNerveError, match="takes no layers; it takes"):
+        DualEncoderEye.from_pretrained(str(folder), encoder={"layers": 1})
+    with pytest.raises(OpticNerveError, match="not 'patches'"):
+        DualEncoderEye.from_pretrained(str(folder), encoder={"type": "patches"})
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    victim = next(n for n in state if n.startswith("image.encoder."))
+    del state[victim]
+    save_file({**state, "image.encoder.other": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(OpticNerveError, match="missing.*left over other"):
+        DualEncoderEye.from_pretrained(str(folder))
+
+
+def test_dual_takes_a_causal_language_model_and_names_its_bases(
+    language_folder: Callable[..., str], vision_folder: Callable[..., str]
+) -> None:
+    eye = {"type": "hf_vision", "name": vision_folder("vit")}
+    made = dual(eye, {"name": language_folder("llama"), "max_length": 20}, projection_dim=8, loss="siglip")
+    assert made.model.text.encoder.pooling == "last"
+    assert made.processor.max_length == 20
+    assert made.bases["text"]["name"] == language_folder("llama")
+    assert all(len(b["sha256"]) == 64 for b in made.bases.values())
+    model, processor = made
+    batch = processor(images=[tiny.picture(1)], text=["a dog"], return_tensors="pt")
+    assert model(**batch).logits_per_image.shape == (1, 1)
+    assert isinstance(model, DualEncoder)
+    assert json.dumps(model.config.to_dict())
+    for bad, message in (({"pooling": "mean"}, "needs a name"), ({"name": "x", "pool": "mean"}, "takes no pool")):
+        with pytest.raises(OpticNerveError, match=message):
+            dual(eye, bad)

@@ -1,0 +1,109 @@
+"""A text becomes one vector, whichever family reads it and whatever stands beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+import tiny
+from opticnerve.encoders.text import HFTextEncoder
+from opticnerve.starter import minilm
+from opticnerve.types import OpticNerveError
+
+LONG = "the quick brown fox jumps over the lazy dog, and a triangle is green"
+
+
+def reader(family: str = "bert", **options: Any) -> HFTextEncoder:
+    """A tiny text encoder with random weights and its tokenizer."""
+    words = tiny.tokenizer()
+    torch.manual_seed(3)
+    if family in tiny.FAMILIES:
+        return HFTextEncoder.from_loaded(tiny.language_model(family, len(words)), words, **options)
+    config = tf.AutoConfig.for_model(
+        family, vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    made = HFTextEncoder(architecture=config.to_dict(), **options)
+    return HFTextEncoder.from_loaded(made.model, words, **options)
+
+
+@pytest.mark.parametrize(("family", "pooling"), [
+    ("bert", "mean"), ("bert", "first"), ("llama", "last"), ("gpt2", "last"), ("opt", "last"), ("llama", "mean"),
+])  # fmt: skip
+def test_a_text_has_one_vector_whatever_stands_beside_it(family: str, pooling: Any) -> None:
+    """Alone, or padded on either side beside a longer text: the same vector."""
+    encoder = reader(family, pooling=pooling).eval()
+    with torch.no_grad():
+        alone = encoder(
+            **{k: v for k, v in encoder.tokenizer("a dog", return_tensors="pt").items() if k != "token_type_ids"}
+        )
+        for side in ("left", "right"):
+            encoder.tokenizer.padding_side = side
+            both = encoder.tokenizer(["a dog", LONG], padding=True, return_tensors="pt")
+            found = encoder(both["input_ids"], both["attention_mask"])
+            torch.testing.assert_close(found[:1], alone, rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(found[0], found[1])
+
+
+def test_pooling_is_the_familys_own_by_default() -> None:
+    assert [reader(f).pooling for f in ("bert", "llama", "clip_text_model", "siglip_text_model")] == [
+        "mean", "last", "pooler", "pooler",
+    ]  # fmt: skip
+    mean, first = reader("bert", pooling="mean"), reader("bert", pooling="first")
+    ids = torch.tensor([[5, 6, 7]])
+    states = mean.model(ids).last_hidden_state
+    torch.testing.assert_close(mean(ids), states.mean(1))
+    torch.testing.assert_close(first(ids), states[:, 0])
+    assert mean.model.pooler is None  # BERT's own head is not carried along for nothing
+
+
+def test_of_a_causal_model_the_last_hidden_state_is_taken_not_the_logits() -> None:
+    whole = tiny.language_model("llama", len(tiny.tokenizer()))
+    encoder = HFTextEncoder.from_loaded(whole, tiny.tokenizer())
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = whole(ids, output_hidden_states=True).hidden_states[-1][:, -1]
+    torch.testing.assert_close(encoder(ids), wanted)
+    assert not any("lm_head" in n for n, _ in encoder.named_parameters())
+
+
+def test_bad_text_encoders() -> None:
+    with pytest.raises(OpticNerveError, match="encoder with a decoder"):
+        HFTextEncoder(architecture={"model_type": "t5"}, pooling="mean")
+    with pytest.raises(OpticNerveError, match="one of mean, first, last, pooler, not 'max'"):
+        reader(pooling="max")
+    with pytest.raises(OpticNerveError, match="max_length is 99, but bert has 64"):
+        reader(max_length=99)
+    with pytest.raises(OpticNerveError, match="without a single token"):
+        reader()(torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
+
+
+def test_a_text_encoder_from_a_folder(tmp_path: Path) -> None:
+    encoder = reader("bert")
+    encoder.model.save_pretrained(tmp_path)  # without the head that mean pooling never reads
+    encoder.tokenizer.save_pretrained(tmp_path)
+    again = HFTextEncoder.from_pretrained(str(tmp_path)).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(ids), encoder.eval()(ids))
+    assert again.weight_files() == [str(tmp_path / "model.safetensors")]
+    with pytest.raises(OpticNerveError, match="missing.*pooler"):
+        HFTextEncoder.from_pretrained(str(tmp_path), pooling="pooler")
+
+
+@pytest.mark.slow
+def test_the_starters_bert_knows_what_is_alike() -> None:
+    try:
+        minilm.WEIGHTS.locate()
+    except OpticNerveError as e:
+        pytest.skip(str(e))
+    encoder = HFTextEncoder.from_pretrained("starter/minilm")
+    assert (encoder.pooling, encoder.hidden_size) == ("mean", 384)
+    batch = encoder.tokenizer(["a dog", "a puppy", "a spreadsheet of taxes"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        vectors = torch.nn.functional.normalize(encoder(batch["input_ids"], batch["attention_mask"]), dim=1)
+    dog_puppy, dog_taxes = float(vectors[0] @ vectors[1]), float(vectors[0] @ vectors[2])
+    assert dog_puppy > 0.7
+    assert dog_taxes < 0.3
