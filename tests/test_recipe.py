@@ -89,7 +89,7 @@ REFUSED = {
     "two stages of one name": ({**GOOD, "stages": [GOOD["stages"][0]] * 2}, r"two stages have the same name"),
     "an unknown encoder": (
         {**GOOD, "model": {**GOOD["model"], "image": {"encoder": {"type": "hf_visoin", "name": "x"}}}},
-        r"model\.image: unknown encoder 'hf_visoin'; did you mean 'hf_vision'\? Known: hf_vision, pair, patches, timm, whisper",
+        r"model\.image: unknown encoder 'hf_visoin'; did you mean 'hf_vision'\? Known: dual_encoder, hf_vision, pair, patches, timm, whisper",
     ),
     "an unknown connector": (
         {**GOOD, "model": {**GOOD["model"], "image": {**GOOD["model"]["image"], "connector": {"type": "mpl"}}}},

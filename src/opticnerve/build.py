@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ import torch
 from opticnerve import registry
 from opticnerve.language.chat_template import read_template
 from opticnerve.language.load import Language, load_language
+from opticnerve.language.lora import has_lora
+from opticnerve.models import delta
 from opticnerve.models.delta import describe_bases
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.processing import OpticNerveProcessor
@@ -32,6 +36,21 @@ class Dock:
     def __iter__(self) -> Any:
         """So that `model, processor = dock(…)` reads as one expects."""
         return iter((self.model, self.processor))
+
+    def save(self, folder: Path, trained: Iterable[str]) -> None:
+        """What was trained, with references to what was not, and the processor."""
+        delta.save(self.model, folder, bases=self.bases, lora=self.lora, trained=trained)
+        self.processor.save_pretrained(folder)
+
+    def load_stage(self, folder: Path) -> set[str]:
+        """Bring the model to where a finished stage left it; returns the names of all parameters trained so far."""
+        reference = delta.read(folder)
+        if reference["lora"] and not has_lora(self.model.language_model):
+            self.lora = reference["lora"]
+            self.model.give_lora(reference["lora"])
+        with torch.no_grad():
+            delta.put(self.model, folder, reference["tensors"])
+        return {n for n in reference["tensors"] if n in dict(self.model.named_parameters())}
 
 
 def dock(
@@ -80,7 +99,7 @@ def dock(
 def dock_recipe(recipe: Recipe) -> Dock:
     """The model that a recipe describes, in the recipe's precision."""
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    return dock_spec(recipe.model, dtype=dtype, seed=recipe.seed)
+    return dock_spec(recipe.docked, dtype=dtype, seed=recipe.seed)
 
 
 def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from opticnerve.build import Spec, load_encoder
 from opticnerve.build import _vision_spec as vision_spec
+from opticnerve.build_parts import base_of, load_text_encoder
 from opticnerve.encoders.pooling import EyePooling
-from opticnerve.encoders.text import HFTextEncoder, text_encoders
-from opticnerve.language.load import hub_files, load_language
 from opticnerve.models.dual_encoder import DualEncoder
 from opticnerve.models.dual_processing import DualEncoderProcessor
-from opticnerve.models.tower import check_options
+from opticnerve.models.whole import load_whole, save_whole
+from opticnerve.recipe import DualSpec, Recipe
 from opticnerve.starter import minilm
-from opticnerve.starter import weights as starter
-from opticnerve.starter.cache import fingerprint
-from opticnerve.types import OpticNerveError
 
 
 @dataclass
@@ -28,10 +27,31 @@ class DualDock:
     model: DualEncoder
     processor: DualEncoderProcessor
     bases: dict[str, Any]
+    lora: None = None
 
     def __iter__(self) -> Any:
         """So that `model, processor = dual(…)` reads as one expects."""
         return iter((self.model, self.processor))
+
+    def save(self, folder: Path, trained: Iterable[str]) -> None:
+        """A folder of its own (`DualEncoder.from_pretrained` loads it), and what it was made of."""
+        save_whole(self.model, self.processor, folder, self.bases, trained)
+
+    def load_stage(self, folder: Path) -> set[str]:
+        """Bring the model to where a finished stage left it; returns the names of all parameters trained so far."""
+        return load_whole(self.model, folder)
+
+
+def dual_recipe(recipe: Recipe) -> DualDock:
+    """The dual encoder that a recipe describes, in the recipe's precision."""
+    spec = recipe.model
+    assert isinstance(spec, DualSpec)
+    return dual(
+        spec.image.encoder.model_dump(), spec.text.encoder.model_dump(), pooling=spec.image.pooling,
+        projection_dim=spec.projection_dim, image_projection=spec.image.projection,
+        text_projection=spec.text.projection, loss=spec.loss, seed=recipe.seed,
+        dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+    )  # fmt: skip
 
 
 def dual(
@@ -66,30 +86,5 @@ def dual(
     processor = DualEncoderProcessor(
         eye.image_processor(), reader.tokenizer, max_length=reader.max_length, padding=reader.padding
     )
-    bases = {"image": _base(eye_name, eye), "text": _base(reader_name, reader)}
+    bases = {"image": base_of(eye_name, eye), "text": base_of(reader_name, reader)}
     return DualDock(model.to(dtype), processor, bases)  # type: ignore[arg-type]
-
-
-def load_text_encoder(spec: dict[str, Any]) -> tuple[str, Any]:
-    """The name of the weights and the text encoder that holds them, with its tokenizer."""
-    options = dict(spec)
-    kind, name = options.pop("type", "hf_text"), options.pop("name", None)
-    if name is None:
-        raise OpticNerveError("the text encoder needs a name: a hub name, a local folder, or starter/…")
-    cls = text_encoders.get(kind)
-    check_options("text encoder", kind, cls, options)
-    language = starter.is_starter(name) and name in starter.LANGUAGES
-    if cls is HFTextEncoder and (language or name.endswith(".gguf")):
-        brain = load_language(name)
-        encoder = cls.from_loaded(brain.model, brain.tokenizer, **options)
-        encoder.files = list(brain.files)
-        return name, encoder
-    return name, cls.from_pretrained(name, **options)
-
-
-def _base(name: Any, encoder: Any) -> dict[str, Any]:
-    """How the weights are called, and the hash of their files."""
-    files = encoder.weight_files()
-    if not files and isinstance(name, str) and not starter.is_starter(name):
-        files = hub_files(name.removeprefix("hf-hub:"))
-    return {"name": name, "sha256": fingerprint(files) if files else None}

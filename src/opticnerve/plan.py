@@ -155,13 +155,13 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
 
 def context_length(recipe: Recipe) -> int | None:
     """How many tokens the recipe's language model takes."""
-    return context_of(parts.language_config(recipe.model.language))
+    return context_of(parts.language_config(recipe.docked.language))
 
 
 def weights_at_hand(recipe: Recipe) -> bool:
     """Whether a calibration would download nothing: every weight comes from the starter kit or a local folder."""
-    names = [recipe.model.language.name]
-    for tower in recipe.model.towers.values():
+    names = [recipe.docked.language.name]
+    for tower in recipe.docked.towers.values():
         names += weight_names(registry.encoders.get(tower.encoder.type).take_name(tower.encoder.options)[0])
     return all(starter.is_starter(n) or Path(n.removeprefix("local-dir:")).exists() for n in names)
 

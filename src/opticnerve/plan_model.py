@@ -51,13 +51,13 @@ def shadow(recipe: Recipe) -> Any:
         OpticNerveError: a configuration cannot be read, or the parts do not fit each other.
     """
     dtype = dtype_of(recipe)
-    config = language_config(recipe.model.language)
+    config = language_config(recipe.docked.language)
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config, dtype=dtype)
         sizes = language_sizes(language)
         towers = {
             m: join(encoder(m, tower.encoder), tower.parts(), sizes).to(dtype)
-            for m, tower in recipe.model.towers.items()
+            for m, tower in recipe.docked.towers.items()
         }
     # The real ids are the tokenizer's business; shapes do not depend on them.
     size = int(config.get_text_config().vocab_size)
@@ -92,7 +92,7 @@ def processor_for(recipe: Recipe) -> OpticNerveProcessor:
     Raises:
         OpticNerveError: the tokenizer is not at hand.
     """
-    language = recipe.model.language
+    language = recipe.docked.language
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(language.name, gguf_file=language.gguf_file)[0])
     except OSError as e:
@@ -119,7 +119,7 @@ def shapes(recipe: Recipe, model: Any) -> list[Shape]:
     found = []
     for name in TOWERS:
         tower = getattr(model, name, None)
-        spec = recipe.model.towers.get(name)
+        spec = recipe.docked.towers.get(name)
         if tower is None or spec is None:
             continue
         eye = tower.encoder
@@ -144,7 +144,7 @@ def shapes(recipe: Recipe, model: Any) -> list[Shape]:
             ),
         ]
     language = model.language_model
-    name = recipe.model.language.name
+    name = recipe.docked.language.name
     layers = _layers(language)
     kind = f"{language.config.model_type} {name}, {layers} layers"
     return [*found, Shape("language", kind, f"tokens × {width}", _count(language.parameters()))]

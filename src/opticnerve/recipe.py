@@ -16,26 +16,24 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from opticnerve.recipe_schema import (
+from opticnerve.recipe_model import (
     MODALITIES,
     PARTS,
-    DataSpec,
-    EvaluateSpec,
+    ClassifierSpec,
+    DualSpec,
     LanguageSpec,
-    LoraSpec,
     ModelSpec,
     PartSpec,
-    Recipe,
-    Stage,
     TilingSpec,
     TowerSpec,
     split_part,
 )
+from opticnerve.recipe_schema import DataSpec, EvaluateSpec, LoraSpec, Recipe, Stage
 from opticnerve.types import RecipeError
 
 __all__ = [
-    "MODALITIES", "PARTS", "DataSpec", "EvaluateSpec", "LanguageSpec", "LoraSpec", "ModelSpec", "PartSpec", "Recipe",
-    "Stage", "TilingSpec", "TowerSpec", "dump", "load", "split_part",
+    "MODALITIES", "PARTS", "ClassifierSpec", "DataSpec", "DualSpec", "EvaluateSpec", "LanguageSpec", "LoraSpec",
+    "ModelSpec", "PartSpec", "Recipe", "Stage", "TilingSpec", "TowerSpec", "dump", "load", "split_part",
 ]  # fmt: skip
 
 
@@ -113,11 +111,15 @@ def _override(raw: dict[str, Any], override: str) -> None:
         here = here[index]
 
 
+# pydantic names the kind of model that it took `model:` for.
+_KINDS: dict[Any, type[BaseModel]] = {c.KIND: c for c in (ModelSpec, DualSpec, ClassifierSpec)}
+
+
 def _explain(error: ValidationError) -> list[str]:
     """pydantic's findings as sentences with the key and the remedy."""
     lines = []
     for found in error.errors():
-        key = ".".join(str(p) for p in found["loc"]) or "recipe"
+        key = ".".join(str(p) for i, p in enumerate(found["loc"]) if not (i == 1 and p in _KINDS)) or "recipe"
         if found["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(found["loc"][-1]), _keys_at(found["loc"][:-1]), n=1)
             known = _keys_at(found["loc"][:-1])
@@ -135,8 +137,11 @@ def _explain(error: ValidationError) -> list[str]:
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     """Valid keys of the mapping at a location, by walking the models."""
     here: Any = Recipe
-    for step in location:
+    for place, step in enumerate(location):
         if isinstance(step, int):
+            continue
+        if place == 1 and step in _KINDS:
+            here = _KINDS[step]
             continue
         field = getattr(here, "model_fields", {}).get(step)
         if field is None:

@@ -2,117 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from opticnerve import registry
-
-Positive = Annotated[int, Field(gt=0)]
-PARTS = (
-    "connector",
-    "encoder",
-    "encoder.last(N)",
-    "fusion",
-    "language",
-    "language.last(N)",
-    "language.lora",
-    "language.embeddings",
-)
-MODALITIES = ("image", "audio")
-
-
-class Strict(BaseModel):
-    """Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PartSpec(BaseModel):
-    """A part by exact name (or dotted path), with that part's own options beside it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    type: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-def _check_known(spec: PartSpec, parts: registry.Registry[Any]) -> None:
-    if spec.type not in parts.names() and ":" not in spec.type:
-        near = difflib.get_close_matches(spec.type, parts.names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {parts.kind} {spec.type!r}{hint} Known: {', '.join(parts.names())}")
-
-
-class LanguageSpec(Strict):
-    """A causal language model: hub name, local folder, `.gguf` file, or `starter/…`."""
-
-    name: str
-    gguf_file: str | None = None
-    chat_template: str | None = Field(
-        None, description="instead of the model's own: chatml, vicuna, a Jinja template, or a file"
-    )
-
-
-class TilingSpec(Strict):
-    """An image cut into tiles, with the whole of it as a thumbnail; see `opticnerve.models.tiling`."""
-
-    type: Literal["anyres"] = "anyres"
-    pinpoints: list[tuple[Positive, Positive]] | None = Field(
-        None, description="canvases as [height, width], in pixels: multiples of the encoder's image size"
-    )
-    unpad: bool | None = None
-    newline: bool | None = None
-    thumbnail: bool = True
-
-
-class TowerSpec(Strict):
-    """An eye or an ear with its connector and its way into the language model."""
-
-    encoder: PartSpec
-    connector: PartSpec = PartSpec(type="mlp")
-    fusion: PartSpec = PartSpec(type="splice")
-    tiling: TilingSpec | None = None
-
-    def parts(self) -> dict[str, Any]:
-        """What `opticnerve.models.tower.join` takes."""
-        made = {"connector": self.connector.model_dump(), "fusion": self.fusion.model_dump()}
-        return made if self.tiling is None else {**made, "tiling": self.tiling.model_dump(exclude_none=True)}
-
-    @model_validator(mode="after")
-    def _known_parts(self) -> TowerSpec:
-        for spec, parts in (
-            (self.encoder, registry.encoders),
-            (self.connector, registry.connectors),
-            (self.fusion, registry.fusions),
-        ):
-            _check_known(spec, parts)
-        return self
-
-
-class ModelSpec(Strict):
-    """What is docked onto what."""
-
-    language: LanguageSpec
-    image: TowerSpec | None = None
-    audio: TowerSpec | None = None
-
-    @model_validator(mode="after")
-    def _something_is_docked(self) -> ModelSpec:
-        if not self.towers:
-            raise ValueError("nothing is docked onto the language model; give image: or audio: an encoder")
-        if self.audio is not None and self.audio.tiling is not None:
-            raise ValueError("audio.tiling: tiling is for pictures; remove it")
-        return self
-
-    @property
-    def towers(self) -> dict[str, TowerSpec]:
-        return {m: t for m in MODALITIES if (t := getattr(self, m, None)) is not None}
+from opticnerve.recipe_model import PARTS, AnyModelSpec, ModelSpec, PartSpec, Positive, Strict, check_known
+from opticnerve.types import RecipeError
 
 
 class DataSpec(Strict):
@@ -195,6 +93,11 @@ class Stage(Strict):
     save_every: Positive | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = False
+    cache_features: bool = Field(
+        False,
+        description="see each picture once with the frozen image encoder, and keep what it saw on disk for all epochs, "
+        "stages and recipes",
+    )
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -205,7 +108,7 @@ class Stage(Strict):
     @field_validator("objective")
     @classmethod
     def _known_objective(cls, objective: PartSpec) -> PartSpec:
-        _check_known(objective, registry.objectives)
+        check_known(objective, registry.objectives)
         return objective
 
     @field_validator("train")
@@ -213,8 +116,6 @@ class Stage(Strict):
     def _something_trains(cls, train: dict[str, float]) -> dict[str, float]:
         if not train:
             raise ValueError(f"a stage with nothing to train; name at least one part: {', '.join(PARTS)}")
-        for part in train:
-            split_part(part)
         return train
 
     @field_validator("data")
@@ -226,17 +127,19 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Stage:
-        parts = {split_part(p)[1] for p in self.train}
+        parts = {_without_tower(p)[1] for p in self.train}
         if "language.lora" in parts and "language" in parts:
             raise ValueError("train: language and language.lora both change the same weights; keep one of them")
         if "language.lora" in parts and any(p.startswith("language.last") for p in parts):
             raise ValueError("train: language.last(N) and language.lora both change the same weights; keep one of them")
         if "language" in parts and any(p.startswith("language.") and p != "language.lora" for p in parts):
             raise ValueError("train: language already holds every part of it; remove the narrower one")
-        if "encoder" in parts and any(p.startswith("encoder.last") for p in parts):
-            raise ValueError("train: encoder already holds its last blocks; remove encoder.last(N)")
-        unnamed = [inner for m, inner in map(split_part, self.train) if m is None]
-        twice = [p for p in self.train if split_part(p)[0] and split_part(p)[1] in unnamed]
+        split = [_without_tower(p) for p in self.train]
+        for tower in (t for t, inner in split if inner == "encoder"):
+            if any(i.startswith("encoder.last") and (t == tower or None in (t, tower)) for t, i in split):
+                raise ValueError("train: encoder already holds its last blocks; remove encoder.last(N)")
+        unnamed = [inner for m, inner in map(_without_tower, self.train) if m is None]
+        twice = [p for p in self.train if _without_tower(p)[0] and _without_tower(p)[1] in unnamed]
         if twice:
             raise ValueError(f"train: {', '.join(twice)} is named twice, with and without its tower; keep one")
         if self.lora is not None and "language.lora" not in parts:
@@ -254,7 +157,7 @@ class EvaluateSpec(Strict):
     """Questions with known answers, asked after the last stage (and what is measured along with them)."""
 
     name: str = "held-out questions"
-    metric: Literal["vqa", "captions", "choice"] = "vqa"
+    metric: Literal["vqa", "captions", "choice", "retrieval", "zero_shot"] = "vqa"
     data: DataSpec
     sample: Positive | None = Field(None, description="a fixed random sample of this many questions")
     image_dependence: Annotated[int, Field(ge=0)] = Field(
@@ -262,6 +165,18 @@ class EvaluateSpec(Strict):
     )
     max_new_tokens: Positive = 16
     batch_size: Positive = 32
+    templates: str | list[str] = Field(
+        "photo", description="zero_shot: sentences around a class's name, {} where it stands, or plain, photo, clip"
+    )
+    classes: list[str] | None = Field(None, description="zero_shot: the closed set; by default all captions that occur")
+
+
+# What each kind of model can be asked.
+_METRICS = {
+    "docked": ("vqa", "captions", "choice"),
+    "dual": ("retrieval", "zero_shot"),
+    "classifier": ("vqa",),
+}
 
 
 class Recipe(Strict):
@@ -270,50 +185,83 @@ class Recipe(Strict):
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["bf16", "fp32"] = "bf16"
-    model: ModelSpec
-    stages: list[Stage] = []
-    evaluate: list[EvaluateSpec] = []
+    model: AnyModelSpec
+    stages: list[Stage] = Field(default_factory=list)
+    evaluate: list[EvaluateSpec] = Field(default_factory=list)
     forgetting: bool = True
-    trackers: list[str] = []
+    forgetting_tokens: Positive | None = Field(
+        20_480, description="tokens of the held-out text that perplexity is measured on"
+    )
+    trackers: list[str] = Field(default_factory=list)
+
+    @property
+    def docked(self) -> ModelSpec:
+        """The model, where it is a docked language model.
+
+        Raises:
+            RecipeError: it is of another kind.
+        """
+        if not isinstance(self.model, ModelSpec):
+            raise RecipeError(
+                f"recipe {self.name} describes {self.model.WHAT}; this works for a docked language model alone "
+                f"(`opticnerve train` takes both)"
+            )
+        return self.model
 
     @model_validator(mode="after")
     def _parts_exist(self) -> Recipe:
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: two stages have the same name; the names are {', '.join(names)}")
-        towers = self.model.towers
         for i, stage in enumerate(self.stages):
             for part in stage.train:
-                modality, inner = split_part(part)
-                if inner.startswith("language"):
-                    continue
-                if modality is None and len(towers) != 1:
-                    have = ", ".join(f"{m}.{inner}" for m in towers) or "none: the model has no tower"
-                    raise ValueError(f"stages.{i}.train.{part}: which one? The model's are {have}")
-                if modality is not None and modality not in towers:
-                    raise ValueError(
-                        f"stages.{i}.train.{part}: the model has no {modality} tower; "
-                        f"it has {', '.join(towers) or 'none'}"
-                    )
+                try:
+                    self.model.check_part(part)
+                except ValueError as e:
+                    raise ValueError(f"stages.{i}.train.{part}: {e}") from None
         return self
 
+    @model_validator(mode="after")
+    def _objectives_and_metrics_fit(self) -> Recipe:
+        mine, kinds = self.model.KIND, OBJECTIVES
+        for i, stage in enumerate(self.stages):
+            name = stage.objective.type
+            # An objective of a third party may be for any kind of model; it says so itself.
+            if any(name in o for o in kinds.values()) and name not in kinds[mine]:
+                raise ValueError(
+                    f"stages.{i}.objective: {name} does not train {self.model.WHAT}; write "
+                    f"objective: {' or '.join(kinds[mine])}"
+                )
+            if stage.cache_features and (reason := self._cannot_cache(stage)):
+                raise ValueError(f"stages.{i}.cache_features: {reason}; leave it out")
+        for i, spec in enumerate(self.evaluate):
+            if spec.metric not in _METRICS[mine]:
+                raise ValueError(
+                    f"evaluate.{i}.metric: {spec.metric} is not for {self.model.WHAT}; "
+                    f"known for it: {', '.join(_METRICS[mine])}"
+                )
+        return self
 
-def split_part(part: str) -> tuple[str | None, str]:
-    """`"image.connector"` → `("image", "connector")`, `"language.lora"` → `(None, "language.lora")`.
+    def _cannot_cache(self, stage: Stage) -> str | None:
+        """Why this stage's pictures cannot be seen once and for all, if they cannot."""
+        eyes = [p for p in stage.train if not p.startswith(("text.", "audio."))]
+        if any(_without_tower(p)[1].startswith("encoder") for p in eyes):
+            return "the stage trains the image encoder, so what it sees changes"
+        if self.model.image is None:
+            return "the model has no image tower"
+        if isinstance(self.model, ModelSpec) and self.model.image.tiling is not None:
+            return "pictures in tiles are not cached"
+        return None
 
-    Raises:
-        ValueError: no such part; the message lists them.
-    """
-    modality, inner = None, part
-    for m in MODALITIES:
-        if part.startswith(m + "."):
-            modality, inner = m, part[len(m) + 1 :]
-    tower_part = r"connector|fusion|encoder(\.last\(\d+\))?"
-    language_part = r"language(\.lora|\.embeddings|\.last\(\d+\))?"
-    if not re.fullmatch(f"{tower_part}|{language_part}", inner) or (modality and inner.startswith("language")):
-        near = difflib.get_close_matches(inner, PARTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first four"
-        )
-    return modality, inner
+
+OBJECTIVES = {
+    "docked": ("next_token", "qformer_pretraining"),
+    "dual": ("contrastive",),
+    "classifier": ("classification",),
+}
+
+
+def _without_tower(part: str) -> tuple[str | None, str]:
+    """`"image.encoder"` → `("image", "encoder")`; a part of no tower as it is."""
+    tower, dot, inner = part.partition(".")
+    return (tower, inner) if dot and tower in ("image", "audio", "text") else (None, part)

@@ -94,6 +94,7 @@ encoders: Registry[Any] = Registry(
         "pair": "opticnerve.encoders.pair:PairEncoder",
         "patches": "opticnerve.encoders.patches:PatchesEncoder",
         "whisper": "opticnerve.encoders.whisper:WhisperEncoder",
+        "dual_encoder": "opticnerve.encoders.dual_eye:DualEncoderEye",
     },
 )
 connectors: Registry[Any] = Registry(
@@ -121,6 +122,8 @@ objectives: Registry[Any] = Registry(
     group="opticnerve.objectives",
     builtin={
         "next_token": "opticnerve.objectives.next_token:NextToken",
+        "contrastive": "opticnerve.objectives.contrastive:Contrastive",
+        "classification": "opticnerve.objectives.classification:Classification",
         "qformer_pretraining": "opticnerve.objectives.qformer_pretraining:QFormerPretraining",
     },
 )

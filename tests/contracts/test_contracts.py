@@ -73,6 +73,11 @@ ENCODERS: dict[str, dict[str, Case]] = {
             {"unused": ("first.model.post_layernorm.", "second.model.embeddings.mask_token")},
         ),
     },
+    "dual_encoder": {
+        "siglip": Case(
+            {"encoder": {"type": "hf_vision", **vision("siglip_vision_model")}}, {"unused": ("inner.model.head.",)}
+        ),
+    },
     "patches": {"small": Case({"image_size": 24, "patch_size": 6})},
     "whisper": {
         # (Its positions are sinusoids.)

@@ -47,13 +47,13 @@ def evaluate(
     if out is not None and out.is_dir():
         raise OpticNerveError(f"--out {out} is a folder; name a file such as {out / 'results.json'}")
 
-    from opticnerve.evaluation.pipeline import evaluate_model
-    from opticnerve.inference.load import load_model
+    from opticnerve.evaluation.evaluate import evaluate_model
+    from opticnerve.evaluation.kinds import load_any
 
     quiet_libraries()
     console = console_for(as_json)
     results: dict[str, Any] = evaluate_model(
-        *load_model(model, trust_remote_code=trust_remote_code), specs, console=console
+        *load_any(model, trust_remote_code=trust_remote_code), specs, console=console
     )
     if out is not None:
         import json

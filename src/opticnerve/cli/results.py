@@ -22,8 +22,11 @@ def show_results(results: dict[str, Any], console: Any) -> None:
                 duration(s["seconds"]),
             )
         console.print(table)
-    if tasks := results.get("tasks"):
-        console.print(_tasks(tasks))
+    tasks = results.get("tasks") or []
+    if ranked := [t for t in tasks if "image_to_text" in t]:
+        console.print(_retrieval(ranked, results.get("untrained")))
+    if answered := [t for t in tasks if "image_to_text" not in t]:
+        console.print(_tasks(answered))
     for title, found in _dependences(results):
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("questions")
@@ -57,12 +60,24 @@ def _tasks(tasks: list[dict[str, Any]]) -> Any:
         low, high = task.get("ci95") or (None, None)
         interval = f"{low:.1%} to {high:.1%}" if low is not None and high is not None else ""
         if task.get("accuracy") is not None:
-            table.add_row(task["name"], f"{task['n']:,}", f"{task['accuracy']:.1%}", interval, style="bold")
+            name = task["name"] + (f" ({task['classes']:,} classes)" if "classes" in task else "")
+            table.add_row(name, f"{task['n']:,}", f"{task['accuracy']:.1%}", interval, style="bold")
+            if "chance" in task:
+                table.add_row("  chance", "", f"{task['chance']:.2%}", "")
         else:
             scores = ", ".join(f"{k} {v:.3f}" for k, v in task.items() if isinstance(v, float))
             table.add_row(task["name"], f"{task['n']:,}", scores, "", style="bold")
         for kind, part in (task.get("by_type") or {}).items():
             table.add_row(f"  {kind}", f"{part['n']:,}", f"{part['accuracy']:.1%}", "")
+    return table
+
+
+def _retrieval(tasks: list[dict[str, Any]], untrained: list[dict[str, Any]] | None) -> Any:
+    from opticnerve.evaluation.card_kinds import RETRIEVAL_HEAD, retrieval_rows
+
+    table = _table("Retrieval (in brackets: chance)", *RETRIEVAL_HEAD)
+    for row in retrieval_rows(tasks, untrained):
+        table.add_row(*row)
     return table
 
 

@@ -13,6 +13,7 @@ from opticnerve.data.audio import open_audio
 from opticnerve.data.images import open_image
 from opticnerve.data.labels import IGNORE
 from opticnerve.data.packing import Row
+from opticnerve.types import Features
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Batch:
 
     `input_ids`, `positions`, `targets`, `group`, `branch`: (B, L) int64, padded on the right (group -1).
     `media`: tensors by the names of the model's inputs: `pixel_values` (images or tiles, 3, H, W), `image_sizes`,
-    `qformer_input_ids`, `input_features` (windows, mels, frames), …; empty where there are none.
+    `qformer_input_ids`, `input_features` (windows, mels, frames), …, or `image_features` (`Features`, what the frozen
+    eye saw); empty where there are none.
     `plain`: every row is one sample, a causal mask is enough.
     """
 
@@ -30,7 +32,7 @@ class Batch:
     targets: Tensor
     group: Tensor
     branch: Tensor
-    media: dict[str, Tensor]
+    media: dict[str, Any]
     plain: bool
     ids: list[str]
     samples: int
@@ -47,7 +49,7 @@ class Batch:
         moved: dict[str, Any] = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
         }
-        moved["media"] = {k: v.to(device, non_blocking=True) for k, v in self.media.items()}
+        moved["media"] = {k: _moved(v, device) for k, v in self.media.items()}
         return Batch(**moved)
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -64,8 +66,19 @@ class Batch:
         )[:, None]
 
 
+def _moved(media: Any, device: Any) -> Any:
+    if isinstance(media, Features):
+        return Features(media.tokens_BND.to(device), media.mask_BN.to(device))
+    return media.to(device, non_blocking=True)
+
+
 class Collator:
-    """Rows → `Batch`, with the processor's image processor, feature extractor and padding token."""
+    """Rows → `Batch`, with the processor's image processor, feature extractor and padding token.
+
+    `features`: a `FeatureStore` that knows what the frozen eye saw; pictures are then not opened.
+    """
+
+    features: Any = None
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -89,15 +102,18 @@ class Collator:
             samples=sum(len(r.ids) for r in rows),
         )
 
-    def media(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def media(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The rows' pictures and sounds as the model's inputs."""
-        found: dict[str, Tensor] = {}
-        pictures = [open_image(i.source, where=r.ids[0]) for r in rows for i in r.images]
-        if pictures:
+        found: dict[str, Any] = {}
+        shown = [(i.source, r.ids[0]) for r in rows for i in r.images]
+        if shown and self.features is not None:
+            found["image_features"] = self.features.rows(*zip(*shown, strict=True))
+        elif shown:
+            pictures = [open_image(source, where=where) for source, where in shown]
             made = self.processor.image_processor(pictures, return_tensors="pt")
             found |= {k: made[k] for k in ("pixel_values", "image_sizes") if k in made}
-            if self.processor.reads_questions:
-                found |= self.processor.read_questions([q for r in rows for q in r.questions])
+        if shown and self.processor.reads_questions:
+            found |= self.processor.read_questions([q for r in rows for q in r.questions])
         sounds = [(a, r.ids[0]) for r in rows for a in r.audios]
         if sounds:
             rate = self.processor.feature_extractor.sampling_rate

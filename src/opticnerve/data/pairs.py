@@ -59,7 +59,11 @@ class PairCollator:
 
     Args:
         processor: a `DualEncoderProcessor`; it cuts captions at `max_length` tokens (its own by default).
+
+    `features`: a `FeatureStore` that knows what the frozen eye saw; pictures are then not opened.
     """
+
+    features: Any = None
 
     def __init__(self, processor: Any, *, max_length: int | None = None) -> None:
         self.processor, self.max_length = processor, max_length
@@ -72,20 +76,25 @@ class PairCollator:
         """
         conversations = [c for row in rows for c in row]
         captions = [caption_of(c) for c in conversations]
-        pictures = [open_image(c.images[0].source, where=c.where or c.id) for c in conversations]
+        sources, places = [c.images[0].source for c in conversations], [c.where or c.id for c in conversations]
+        pictures, seen = None, None
+        if self.features is None:
+            pictures = [open_image(s, where=where) for s, where in zip(sources, places, strict=True)]
+        else:
+            seen = self.features.rows(sources, places).tokens_BND[:, 0]
         limit = {} if self.max_length is None else {"max_length": self.max_length}
         batch = self.processor(images=pictures, text=captions, return_tensors="pt", **limit)
-        sources = [c.images[0].source for c in conversations]
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         return PairBatch(
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
-            pixel_values=batch["pixel_values"],
+            pixel_values=batch.get("pixel_values"),
             caption_keys=_keys(" ".join(c.lower().split()) for c in captions),
             image_keys=_keys(image_digest(s) for s in sources),
             captions=captions,
             ids=[c.id for c in conversations],
+            image_features=seen,
         )
 
 

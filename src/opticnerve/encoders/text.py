@@ -28,7 +28,7 @@ from transformers import (
 from opticnerve.registry import Registry
 from opticnerve.starter.cache import weight_files
 from opticnerve.starter.minilm import bert_folder
-from opticnerve.types import OpticNerveError
+from opticnerve.types import Features, OpticNerveError
 
 Pooling = Literal["mean", "first", "last", "pooler"]
 
@@ -133,15 +133,27 @@ class HFTextEncoder(nn.Module):
 
         Padding may stand on either side.
         """
-        if self.pooling == "pooler":
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return self.states_and_vector(input_ids, attention_mask)[1]
+
+    def states_and_vector(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Features, Tensor]:
+        """The states of the tokens, real ones first (`Features` of (B, L, width)), and the vector that `forward` gives.
+
+        Raises:
+            OpticNerveError: a text without a single token.
+        """
         mask_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.pooling == "pooler":
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            return Features(out.last_hidden_state, mask_BL.bool()), out.pooler_output
         if not bool(mask_BL.any(1).all()):
             raise OpticNerveError("a text without a single token cannot be encoded; remove it from the batch")
         # Real tokens first: positions start at 0, and no causal token sees padding, wherever the padding stood.
         order_BL = mask_BL.argsort(dim=1, descending=True, stable=True)
         input_ids, mask_BL = input_ids.gather(1, order_BL), mask_BL.gather(1, order_BL)
         states_BLD = self.model(input_ids=input_ids, attention_mask=mask_BL).last_hidden_state
+        return Features(states_BLD, mask_BL.bool()), self._pooled(states_BLD, mask_BL)
+
+    def _pooled(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         if self.pooling == "first":
             return states_BLD[:, 0]
         if self.pooling == "last":

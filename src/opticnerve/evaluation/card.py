@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from opticnerve.evaluation import card_kinds
 from opticnerve.evaluation.markdown import as_typed, duration, percent, plain, points, slug, table
 from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.evaluation.plots import image_dependence_plot, loss_plot, samples_plot
@@ -31,6 +32,13 @@ def write_card(run_dir: Path) -> Path:
         _summary, _warnings, _docked, _freeze, _curves, _tasks, _image_dependence, _forgetting, _samples, _cost,
         _reproduce, _use, _limits,
     ]  # fmt: skip
+    if card_kinds.of_two_towers(run):
+        vqa = any("by_type" in t for t in run.results.get("tasks") or [])
+        sections = [
+            card_kinds.summary, *([_warnings] if vqa else []), card_kinds.parts, _freeze, _curves,
+            *([_tasks, _image_dependence, _samples] if vqa else [card_kinds.tasks]), _cost, _reproduce, card_kinds.use,
+            _limits,
+        ]  # fmt: skip
     body = "\n\n".join(text.strip() for section in sections if (text := section(run)))
     card = run.path / "card.md"
     card.write_text(f"---\n{_front_matter(run)}---\n\n{body}\n", encoding="utf-8")
@@ -39,19 +47,26 @@ def write_card(run_dir: Path) -> Path:
 
 def _front_matter(run: RunFolder) -> str:
     model = run.results.get("model") or {}
-    named = [str(model[k]) for k in ("language", "encoder") if model.get(k)]
+    named = [str(model[k]) for k in ("language", "text", "encoder") if model.get(k)]
     front: dict[str, Any] = {
         # Which licence applies follows from the docked parts; only the recipe's author can say.
         "license": model.get("license", "other"),
         "library_name": "opticnerve",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["opticnerve", "vision-language-model", "image-text-to-text", *named],
+        "pipeline_tag": _pipeline(model),
+        "tags": ["opticnerve", "vision-language-model", _pipeline(model), *named],
     }
     if bases := [n for n in named if re.fullmatch(r"[\w.-]+/[\w.-]+", n)]:
         front["base_model"] = bases
     if results := [_model_index(t) for t in run.results.get("tasks") or [] if t.get("accuracy") is not None]:
         front["model-index"] = [{"name": run.path.resolve().name, "results": results}]
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+
+
+def _pipeline(model: dict[str, Any]) -> str:
+    kind = str(model.get("kind", ""))
+    if kind.startswith("dual"):
+        return "zero-shot-image-classification"
+    return "visual-question-answering" if kind else "image-text-to-text"
 
 
 def _model_index(task: dict[str, Any]) -> dict[str, Any]:

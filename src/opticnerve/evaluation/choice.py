@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import IGNORE, encode
-from opticnerve.data.packing import pack
 from opticnerve.evaluation.metrics import choice_rank
 from opticnerve.evaluation.tasks import harness_version
-from opticnerve.objectives.next_token import batch_logits
-from opticnerve.types import Conversation, Message, OpticNerveError, TextPart
+from opticnerve.inference.likelihood import answer_scores
+from opticnerve.types import Conversation, OpticNerveError
 
 
 def run_choice(
@@ -50,23 +43,6 @@ def run_choice(
         if progress is not None:
             progress(done, len(conversations))
     return {"name": name, "harness": f"opticnerve choice of {others + 1} {harness_version()}", **choice_rank(rows)}
-
-
-def answer_scores(model: Any, processor: Any, conversation: Conversation, candidates: Sequence[str]) -> list[float]:
-    """Mean log-probability per token of each candidate as the answer to a conversation's prompt."""
-    prompt = conversation.prompt()
-    samples = [
-        encode(replace(prompt, messages=(*prompt.messages, Message("assistant", (TextPart(a),)))), processor)
-        for a in candidates
-    ]
-    batch = Collator(processor)([pack([samples])]).to(model.device)
-    with torch.inference_mode():
-        keep_BL = batch.targets != IGNORE
-        logits_MV = batch_logits(model, batch, keep_BL)
-        log_p_M = -F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="none")
-    branch_M = batch.branch[keep_BL]
-    first = 0 if len(candidates) == 1 else 1
-    return [float(log_p_M[branch_M == k + first].mean()) for k in range(len(candidates))]
 
 
 def _same_picture(a: Conversation, b: Conversation) -> bool:

@@ -6,6 +6,7 @@ batching.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -52,7 +53,7 @@ def run_vqa(
         keep: how many samples to keep for the card, about half of them wrong ones if there are so many.
         progress: called with (done, total).
         run_dir: if given, the kept samples' pictures are saved small under `run_dir/samples`, so that the run folder
-            can be moved; otherwise their own paths are noted.
+            can be moved, and all answers under `run_dir/answers`; otherwise the pictures' own paths are noted.
 
     Raises:
         DataError: a question has no reference. OpticNerveError: no questions, or `generate` lost some.
@@ -65,6 +66,8 @@ def run_vqa(
         {**_describe(c), "answer": _most_common(r), "prediction": p, "right": s >= 0.5}
         for c, p, r, s in zip(conversations, predictions, references, scores, strict=True)
     ]
+    if run_dir is not None:
+        _keep_answers(run_dir, name, conversations, samples, scores)
     kept = _mixed([s["right"] for s in samples], keep)
     return {
         "name": name,
@@ -171,6 +174,28 @@ def _most_common(references: list[str]) -> str:
     return max(references, key=references.count)
 
 
+def _keep_answers(
+    run_dir: Path, name: str, conversations: Sequence[Conversation], samples: list[dict[str, Any]], scores: list[float]
+) -> None:
+    """Every question with its answer, a line each, in `run_dir/answers/NAME.jsonl`."""
+    folder = run_dir / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {
+            "id": c.id, "type": c.meta.get("type"), "question": s["question"], "answer": s["answer"],
+            "prediction": s["prediction"], "right": score,
+        }
+        for c, s, score in zip(conversations, samples, scores, strict=True)
+    ]  # fmt: skip
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / f"{slug(name)}.jsonl").write_text(text, encoding="utf-8")
+
+
+def slug(name: str) -> str:
+    """A name as a file may be called."""
+    return "".join(ch if ch.isalnum() or ch in "-_" else "-" for ch in name)
+
+
 def _describe(c: Conversation) -> dict[str, Any]:
     prompt = c.prompt()
     texts = [p.text.strip() for p in prompt.messages[-1].parts if isinstance(p, TextPart)] if prompt.messages else []
@@ -188,7 +213,7 @@ def _with_picture(sample: dict[str, Any], c: Conversation, run_dir: Path | None,
         return sample
     folder = run_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / ("".join(ch if ch.isalnum() or ch in "-_" else "-" for ch in stem) + ".png")
+    target = folder / (slug(stem) + ".png")
     picture = open_image(images[0].source, where=c.where or c.id)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     picture.save(target)

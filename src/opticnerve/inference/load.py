@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProcessor
 from opticnerve.types import OpticNerveError
@@ -25,11 +26,24 @@ def load_model(
         trust_remote_code: run parts that the checkpoint names by dotted path.
     """
     folder = resolve(str(name))
+    if kind_of(folder) != "docked":
+        use = "`opticnerve classify`, `embed` and `eval` take it" if kind_of(folder) == "dual" else "`eval` takes it"
+        raise OpticNerveError(f"{name} holds no docked language model but a {kind_of(folder)} model; {use}")
     model = OpticNerveForConditionalGeneration.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     )
     processor = OpticNerveProcessor.from_pretrained(folder)
     return model.to(device or default_device()).eval(), processor
+
+
+def kind_of(name: str) -> str:
+    """What a folder (or hub name) holds: "docked", "dual" or "classifier", by its config.json."""
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    return _KINDS.get(str(config.get("model_type")), "docked")
+
+
+# By `model_type` of config.json; whatever else is tried as a docked model, whose loading says what is wrong.
+_KINDS = {"opticnerve_dual_encoder": "dual", "opticnerve_fusion_classifier": "classifier"}
 
 
 def default_device() -> str:

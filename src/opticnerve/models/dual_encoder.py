@@ -25,6 +25,7 @@ from opticnerve.encoders.text import text_encoders
 from opticnerve.models.dual_configuration import DualEncoderConfig
 from opticnerve.models.dual_towers import ImageTower, TextTower
 from opticnerve.models.tower import make, type_name
+from opticnerve.models.whole import restore_tables
 from opticnerve.types import OpticNerveError
 
 PARTS = (
@@ -53,6 +54,8 @@ class DualEncoder(PreTrainedModel):
 
     `logit_scale` is the logarithm of what cosines are multiplied by; `logit_bias`, SigLIP's alone, is added.
     """
+
+    WHOLES = ("image.encoder.", "image.projection.", "text.encoder.", "text.projection.", "logit_")
 
     config_class = DualEncoderConfig
     config: DualEncoderConfig
@@ -149,7 +152,7 @@ class DualEncoder(PreTrainedModel):
             raise OpticNerveError(
                 f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
             )
-        _restore_buffers(model.image.encoder)
+        restore_tables(model.image.encoder)
         return (model, report) if wants_report else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -241,16 +244,3 @@ def _keywords(projection: dict[str, Any] | bool) -> dict[str, Any] | None:
     if isinstance(projection, dict):
         return projection
     return {"bias": False} if projection else None
-
-
-def _restore_buffers(encoder: Encoder) -> None:
-    """Compute again the non-persistent buffers of an eye that is not transformers' own: `from_pretrained` builds the
-    model without memory, and tables that a constructor computes (timm's rotary embeddings) would stay empty."""
-    persistent = set(encoder.state_dict())
-    missing = [name for name, _ in encoder.named_buffers() if name not in persistent]
-    if missing:
-        fresh = dict(type(encoder)(**encoder.options).named_buffers())
-        for name in missing:
-            place = encoder.get_buffer(name)
-            owner = encoder.get_submodule(name.rpartition(".")[0])
-            owner._buffers[name.rpartition(".")[2]] = fresh[name].to(device=place.device, dtype=place.dtype)

@@ -19,12 +19,17 @@ TOWERS = MODALITIES
 HALVES = {"encoder": ("encoder.",), "connector": ("connector.", "tiling."), "fusion": ("fusion.",)}
 
 
-def part_parameters(model: OpticNerveForConditionalGeneration, part: str) -> dict[str, nn.Parameter]:
+def part_parameters(model: Any, part: str) -> dict[str, nn.Parameter]:
     """Full name → parameter of one part. Tied weights appear once.
+
+    Models that are no docked language model (`DualEncoder`, `FusionClassifier`) know their parts themselves.
 
     Raises:
         OpticNerveError: the model has no such part, or the part has no parameters; the message names the remedy.
     """
+    if not is_docked_model(model):
+        own: dict[str, nn.Parameter] = model.part_parameters(part)
+        return own
     modality, inner = split_part(part)
     if inner.startswith("language"):
         found = _language(model, inner)
@@ -35,7 +40,20 @@ def part_parameters(model: OpticNerveForConditionalGeneration, part: str) -> dic
     return found
 
 
-def moving_buffers(model: OpticNerveForConditionalGeneration, trained: Iterable[str]) -> list[str]:
+def is_docked_model(model: Any) -> bool:
+    """Whether the model is a language model with towers docked onto it."""
+    return isinstance(model, OpticNerveForConditionalGeneration)
+
+
+def wholes(model: Any) -> list[tuple[str, tuple[str, ...]]]:
+    """What the freeze table sums up: each label, and the beginnings of the names under it."""
+    if not is_docked_model(model):
+        return [(start.rstrip("._"), (start,)) for start in model.WHOLES]
+    towers = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in HALVES]
+    return [*towers, ("language", ("language_model.",))]
+
+
+def moving_buffers(model: Any, trained: Iterable[str]) -> list[str]:
     """Full names of the persistent buffers that training moves: the connectors' calibration, and what stands beside a
     trained parameter (a batch norm's statistics)."""
     owners = {name.rpartition(".")[0] for name in trained}
@@ -57,8 +75,10 @@ def is_docked(name: str) -> bool:
     return name.startswith(tuple(s for m in TOWERS for half in ("connector", "fusion") for s in prefixes(m, half)))
 
 
-def full_name(model: OpticNerveForConditionalGeneration, part: str) -> str:
+def full_name(model: Any, part: str) -> str:
     """`connector` → `image.connector`: the word for a part that is clear without its recipe."""
+    if not is_docked_model(model):
+        return part
     modality, inner = split_part(part)
     return inner if inner.startswith("language") else f"{modality or _only_tower(model, part)}.{inner}"
 

@@ -7,35 +7,49 @@ from typing import Any
 
 import torch
 
+from opticnerve.models.parts import is_docked_model
 from opticnerve.models.tower import MEDIA_INPUT
 from opticnerve.train.visits import Visits
+from opticnerve.types import Features
 
 
 @torch.no_grad()
 def calibrate(model: Any, visits: Visits, *, pieces: int = 64) -> None:
-    """Set the calibration buffers of every connector that wants it and has none, on the stage's first media."""
+    """Set the calibration buffers of every connector that wants it and has none, on the stage's first media.
+
+    Models without connectors are left as they are.
+    """
+    if not is_docked_model(model):
+        return
     waiting = {
         m: t for m, t in model.towers.items() if t.connector.calibrate_allowed and not bool(t.connector.calibrated)
     }
-    found: dict[str, list[torch.Tensor]] = {m: [] for m in waiting}
+    found: dict[str, list[Features]] = {m: [] for m in waiting}
     for index in range(len(visits) if waiting else 0):
         batch = visits[index]
         media = getattr(batch, "media", vars(batch))
-        for modality in waiting:
-            pieces_seen = media.get(MEDIA_INPUT[modality])
-            found[modality] += () if pieces_seen is None else pieces_seen
-        if all(len(seen) >= pieces for seen in found.values()):
+        for modality, tower in waiting.items():
+            features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
+            if features is not None:
+                found[modality].append(features)
+            elif given is not None:
+                found[modality].append(tower.encode(given))
+        if all(sum(len(f.mask_BN) for f in seen) >= pieces for seen in found.values()):
             break
     weights = model.get_input_embeddings().weight
     for modality, tower in waiting.items():
         if found[modality]:
-            _measure(tower, torch.stack(found[modality][:pieces]), float(weights.float().std()))
+            seen = found[modality]
+            features = Features(
+                torch.cat([f.tokens_BND.to(weights.device) for f in seen])[:pieces],
+                torch.cat([f.mask_BN.to(weights.device) for f in seen])[:pieces],
+            )
+            _measure(tower, features, float(weights.float().std()))
 
 
-def _measure(tower: Any, media: torch.Tensor, embedding_std: float) -> None:
+def _measure(tower: Any, features: Features, embedding_std: float) -> None:
     connector = tower.connector
     dtype = next(connector.parameters()).dtype
-    features = tower.encode(media)
     text: list[torch.Tensor] = []
     if tower.wants_text:
         # One word stands for every question: what is measured is the scale of what comes out.

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.parts import HALVES, full_name, part_parameters, prefixes
+from opticnerve.models.parts import full_name, part_parameters, wholes
 from opticnerve.types import OpticNerveError
 
 
@@ -65,7 +64,7 @@ class Frozen:
         return table
 
 
-def freeze(model: OpticNerveForConditionalGeneration, train: Mapping[str, float]) -> Frozen:
+def freeze(model: Any, train: Mapping[str, float]) -> Frozen:
     """Open the named parts at their learning rates, freeze all others, set train and eval modes.
 
     A module is in `train()` only if it holds a trained parameter itself or is one of the trained part's modules
@@ -99,14 +98,11 @@ def freeze(model: OpticNerveForConditionalGeneration, train: Mapping[str, float]
     return Frozen(_rows(model, groups, rates), groups, rates)
 
 
-def _rows(
-    model: OpticNerveForConditionalGeneration, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]
-) -> list[Row]:
-    """The table: each trained part, and what is left frozen of encoder, connector, fusion and language model."""
+def _rows(model: Any, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]) -> list[Row]:
+    """The table: each trained part, and what is left frozen of each whole (encoder, connector, language model, …)."""
     rows = []
     trained = {id(p) for g in groups.values() for p in g.values()}
-    wholes = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in HALVES]
-    for whole, prefix in [*wholes, ("language", ("language_model.",))]:
+    for whole, prefix in wholes(model):
         mine = {n: p for n, p in model.named_parameters() if n.startswith(prefix)}
         rest = [p for p in mine.values() if id(p) not in trained]
         for name, group in groups.items():

@@ -17,15 +17,14 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
-from opticnerve.build import Dock
 from opticnerve.data.source import load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
-from opticnerve.models import delta
-from opticnerve.models.parts import moving_buffers
+from opticnerve.models.parts import is_docked_model, moving_buffers
 from opticnerve.models.tower import MEDIA_INPUT
 from opticnerve.recipe import Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.calibrate import calibrate
+from opticnerve.train.feature_cache import see_all
 from opticnerve.train.freeze import Frozen, freeze
 from opticnerve.train.optim import MasterAdamW, schedule
 from opticnerve.train.prepare import checkpoint_layers, give_lora, make_accelerator, make_objective, within_context
@@ -63,7 +62,7 @@ class StageResult:
 
 
 def run_stage(
-    dock: Dock,
+    dock: Any,
     recipe: Recipe,
     stage: Stage,
     folder: Path,
@@ -73,9 +72,10 @@ def run_stage(
     console: Any = None,
     accelerator: Accelerator | None = None,
 ) -> StageResult:
-    """Train one stage in place and write its folder: freeze.json, metrics.jsonl, checkpoints, the delta.
+    """Train one stage in place and write its folder: freeze.json, metrics.jsonl, checkpoints, the model.
 
     Args:
+        dock: a `Dock`, a `DualDock` or a `ClassifierDock`.
         trained_before: names of parameters that earlier stages trained; this stage's are added to it.
         resume: continue from the newest whole checkpoint in `folder`, if there is one.
 
@@ -113,6 +113,9 @@ def run_stage(
         template=template, collate=collate,
     )  # fmt: skip
     model.to(accelerator.device)
+    if stage.cache_features:
+        with accelerator.main_process_first():
+            visits.use_features(see_all(model, processor, visits.pictures(), console=console))
     optimizer = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
     run = _Run(dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console, objective)
     if not (resume and run.restore()):
@@ -130,7 +133,7 @@ class _Run:
     """The state of a stage in progress."""
 
     def __init__(
-        self, dock: Dock, recipe: Recipe, stage: Stage, folder: Path, frozen: Frozen, optimizer: MasterAdamW,
+        self, dock: Any, recipe: Recipe, stage: Stage, folder: Path, frozen: Frozen, optimizer: MasterAdamW,
         visits: Visits, accelerator: Accelerator, trained: set[str], console: Any, objective: Any,
     ) -> None:  # fmt: skip
         self.dock, self.recipe, self.stage, self.folder, self.frozen = dock, recipe, stage, folder, frozen
@@ -185,7 +188,7 @@ class _Run:
                     self.save()  # bad input never loses finished work
                 raise
         if self.accelerator.is_main_process:
-            self._write_delta()
+            self.dock.save(self.folder, self.trained)
         return StageResult(stage.name, steps, self.samples, self.tokens, self.elapsed, self.loss, self.skipped)
 
     def _one_step(self, batches: list[Any]) -> dict[str, Any]:
@@ -238,7 +241,7 @@ class _Run:
     def _let_rest(self, pieces: list[int]) -> None:
         """A tower that saw nothing in this step, on any process, does not move: as on one process, where its weights
         have no gradient. (Beside others a process gives them the gradient zero, which Adam's momentum would follow.)"""
-        if self.accelerator.num_processes == 1 or self.objective.whole_step:
+        if self.accelerator.num_processes == 1 or not is_docked_model(self.dock.model):
             return
         for count, modality in zip(pieces, MEDIA_INPUT, strict=True):
             tower = getattr(self.dock.model, modality, None)
@@ -273,10 +276,6 @@ class _Run:
         self.elapsed, self.loss = state["elapsed"], state["loss"]
         return True
 
-    def _write_delta(self) -> None:
-        delta.save(self.dock.model, self.folder, bases=self.dock.bases, lora=self.dock.lora, trained=self.trained)
-        self.dock.processor.save_pretrained(self.folder)
-
     # -- around it ------------------------------------------------------------------------------------------------
 
     def _ask_to_stop(self) -> None:
@@ -290,7 +289,11 @@ class _Run:
 def _media_counts(batches: list[Any]) -> list[int]:
     """Pieces of media in a step's batches, by modality."""
     given = [getattr(b, "media", {}) for b in batches]
-    return [sum(len(media[key]) for media in given if key in media) for key in MEDIA_INPUT.values()]
+    counts = []
+    for modality, key in MEDIA_INPUT.items():
+        seen = [len(media[f"{modality}_features"].mask_BN) for media in given if f"{modality}_features" in media]
+        counts.append(sum(seen) + sum(len(media[key]) for media in given if key in media))
+    return counts
 
 
 @contextlib.contextmanager

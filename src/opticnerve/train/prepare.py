@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opticnerve import registry
 from opticnerve.build import Dock
 from opticnerve.language.lora import has_lora
+from opticnerve.models.parts import is_docked_model
 from opticnerve.models.tower import check_options
 from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.types import OpticNerveError
@@ -27,7 +28,7 @@ def make_objective(stage: Stage, model: Any) -> Any:
 
 def within_context(stage: Stage, model: Any) -> Stage:
     """No sample may be longer than the language model's context, whether the stage says so or not."""
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    context = getattr(getattr(model.config, "text_config", None), "max_position_embeddings", None)
     if not context:
         return stage
     return stage.model_copy(update={"max_length": min(stage.max_length or context, context)})
@@ -51,6 +52,8 @@ def checkpoint_layers(model: Any) -> None:
     transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
     stay as `freeze` left them.
     """
+    if not is_docked_model(model):
+        raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out")
     model.language_model.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": model.recompute}
     )

@@ -45,13 +45,29 @@ class Visits(Dataset[Batch]):
             )
         self.units, self.stage, self.processor, self.template = units, stage, processor, template
         self.seed, self.rank, self.world = seed, rank, world
-        self.collate, self.own_collate = Collator(processor), collate
-        self.rate = processor.feature_extractor.sampling_rate if processor.feature_extractor is not None else RATE
+        self.collate: Any = Collator(processor) if collate is None else collate
+        self.own_collate = collate
+        extractor = getattr(processor, "feature_extractor", None)
+        self.rate = extractor.sampling_rate if extractor is not None else RATE
         if stage.steps is not None:
             self.steps = stage.steps
         else:
             self.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / stage.batch_size))
         self._orders: dict[int, list[int]] = {}
+
+    def use_features(self, store: Any) -> None:
+        """Take what the frozen eye saw from a `FeatureStore` instead of opening pictures."""
+        self.collate.features = store
+
+    def pictures(self) -> list[tuple[Any, str]]:
+        """Every picture of the stage, once where it is a file, with the sample that shows it."""
+        found: dict[Any, tuple[Any, str]] = {}
+        for conversations, _ in self.units:
+            for c in conversations:
+                for i in c.images:
+                    key = i.source if isinstance(i.source, Path | bytes) else id(i.source)
+                    found.setdefault(key, (i.source, c.where or c.id))
+        return list(found.values())
 
     def whole(self) -> Visits:
         """The same visits as one process alone sees them."""
@@ -75,7 +91,8 @@ class Visits(Dataset[Batch]):
         for nearby in range(visit, visit + len(self.units)):
             try:
                 row = pack([self._encode(self.drawn(nearby))])
-                row.images = [ImagePart(open_image(i.source, where=row.ids[0])) for i in row.images]
+                if self.collate.features is None:
+                    row.images = [ImagePart(open_image(i.source, where=row.ids[0])) for i in row.images]
                 row.audios = [AudioPart(open_audio(a.source, where=row.ids[0], rate=self.rate)) for a in row.audios]
                 return row
             except DataError as e:
@@ -147,7 +164,7 @@ def usable_units(
             try:
                 if collate is not None:
                     if seen <= check:
-                        collate([[conversation]])
+                        getattr(collate, "check", lambda c: collate([[c]]))(conversation)
                 elif seen <= check:
                     made = encode(conversation, processor, template=template, max_length=stage.max_length)
                     _open_once(conversation, opened)  # sounds were opened to be counted

@@ -1,0 +1,45 @@
+"""How likely a docked language model finds given answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from opticnerve.data.collate import Collator
+from opticnerve.data.labels import IGNORE, encode
+from opticnerve.data.packing import pack
+from opticnerve.objectives.next_token import batch_logits
+from opticnerve.types import Conversation, Message, TextPart
+
+
+def answer_scores(
+    model: Any,
+    processor: Any,
+    conversation: Conversation,
+    candidates: Sequence[str],
+    *,
+    over: Literal["mean", "sum"] = "mean",
+) -> list[float]:
+    """Log-probability of each candidate as the answer to a conversation's prompt, its end-of-turn token included.
+
+    All candidates stand behind one copy of the picture. `over`: the "mean" of an answer's tokens, so that long ones
+    are not punished for their length, or their "sum", the logarithm of the answer's probability.
+    """
+    prompt = conversation.prompt()
+    samples = [
+        encode(replace(prompt, messages=(*prompt.messages, Message("assistant", (TextPart(a),)))), processor)
+        for a in candidates
+    ]
+    batch = Collator(processor)([pack([samples])]).to(model.device)
+    with torch.inference_mode():
+        keep_BL = batch.targets != IGNORE
+        logits_MV = batch_logits(model, batch, keep_BL)
+        log_p_M = -F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="none")
+    branch_M = batch.branch[keep_BL]
+    first = 0 if len(candidates) == 1 else 1
+    found = [log_p_M[branch_M == k + first] for k in range(len(candidates))]
+    return [float(x.mean() if over == "mean" else x.sum()) for x in found]

@@ -1,0 +1,130 @@
+"""Predictors: `scores(conversation, choices)`, whatever stands behind it. What `LateFusion` combines.
+
+(The zero-shot predictor of a dual encoder is `zero_shot.ZeroShotPredictor`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opticnerve.data.answers import question_of
+from opticnerve.data.images import open_image
+from opticnerve.inference.likelihood import answer_scores
+from opticnerve.inference.load import default_device, resolve
+from opticnerve.models.classifier_processing import FusionClassifierProcessor
+from opticnerve.models.fusion_classifier import FusionClassifier
+from opticnerve.models.late_fusion import check_choices
+from opticnerve.types import Conversation, Features, Message, OpticNerveError, TextPart
+
+_CHUNK = 2048  # questions whose pictures are held as features at a time
+
+
+class VLMPredictor:
+    """A docked language model, by the likelihood of each choice as its answer.
+
+    The sum of an answer's log-probabilities, not their mean: it is the probability that the model says just this and
+    ends there, so the choices' shares are what it would say if it could say nothing else.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    def scores(self, conversation: Conversation, choices: Sequence[str]) -> list[float]:
+        """Probabilities of the choices, in their order."""
+        check_choices(choices)
+        logs = answer_scores(self.model, self.processor, conversation, choices, over="sum")
+        shares: list[float] = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
+        return shares
+
+
+class TextOnlyPredictor(VLMPredictor):
+    """The same with the pictures and sounds left out: what the question alone gives away."""
+
+    def scores(self, conversation: Conversation, choices: Sequence[str]) -> list[float]:
+        """Probabilities of the choices, in their order."""
+        messages = tuple(
+            Message(m.role, tuple(p for p in m.parts if isinstance(p, TextPart))) for m in conversation.messages
+        )
+        return super().scores(replace(conversation, messages=messages), choices)
+
+
+class ClassifierPredictor:
+    """A `FusionClassifier` with its processor.
+
+    Args: model, processor: as from `build_classifier.classifier`. batch_size: questions, or pictures, at a time.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, batch_size: int = 64) -> None:
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+
+    def scores(self, conversation: Conversation, choices: Sequence[str]) -> list[float]:
+        """Probabilities of the choices, in their order; their shares add up to 1, whatever the other answers get.
+
+        Raises:
+            OpticNerveError: a choice that the classifier does not know.
+        """
+        check_choices(choices)
+        places = [self.processor.place_of(c) for c in choices]
+        row_C = self.probabilities([conversation])[0, places]
+        shares: list[float] = (row_C / row_C.sum()).tolist()
+        return shares
+
+    def answers(self, conversations: Sequence[Conversation]) -> list[str]:
+        """The likeliest answer to each question."""
+        return [self.processor.answers[i] for i in self.probabilities(conversations).argmax(1).tolist()]
+
+    @torch.inference_mode()
+    def probabilities(self, conversations: Sequence[Conversation]) -> torch.Tensor:
+        """(questions, answers), float64. A picture that many questions are about is seen once."""
+        if not conversations:
+            raise OpticNerveError("there is nothing to ask: the list of questions is empty")
+        self.model.eval()
+        found = []
+        for start in range(0, len(conversations), _CHUNK):
+            chunk = conversations[start : start + _CHUNK]
+            questions = [question_of(c) for c in chunk]
+            pictures = {_key(c): (c.images[0].source, c.where or c.id) for c in chunk}
+            place = {key: i for i, key in enumerate(pictures)}
+            seen = self._see(list(pictures.values()))
+            for first in range(0, len(chunk), self.batch_size):
+                part = slice(first, first + self.batch_size)
+                batch = self.processor(text=questions[part], return_tensors="pt").to(self.model.device)
+                rows = [place[_key(c)] for c in chunk[part]]
+                if isinstance(seen, Features):
+                    media: dict[str, Any] = {"image_features": Features(seen.tokens_BND[rows], seen.mask_BN[rows])}
+                else:
+                    media = {"pixel_values": seen[rows]}
+                logits_BA = self.model(batch["input_ids"], batch["attention_mask"], **media).logits
+                found.append(logits_BA.double().softmax(1).cpu())
+        return torch.cat(found)
+
+    def _see(self, pictures: list[tuple[Any, str]]) -> Any:
+        """Features of the pictures; their pixels for early fusion, which has no eye."""
+        seen = []
+        for start in range(0, len(pictures), self.batch_size):
+            opened = [open_image(s, where=where) for s, where in pictures[start : start + self.batch_size]]
+            pixels = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+            seen.append(pixels.to(self.model.device) if self.model.image is None else self.model.image.encode(pixels))
+        if self.model.image is None:
+            return torch.cat(seen)
+        return Features(torch.cat([f.tokens_BND for f in seen]), torch.cat([f.mask_BN for f in seen]))
+
+
+def load_classifier(
+    name: str | Path, *, device: str | None = None, trust_remote_code: bool = False
+) -> ClassifierPredictor:
+    """A classifier from a run's folder, a folder of `save_pretrained`, or a hub name."""
+    folder = resolve(str(name))
+    model = FusionClassifier.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    processor = FusionClassifierProcessor.from_pretrained(folder)
+    return ClassifierPredictor(model.to(device or default_device()).eval(), processor)
+
+
+def _key(conversation: Conversation) -> Any:
+    source = conversation.images[0].source
+    return source if isinstance(source, str | bytes | Path) else id(source)

@@ -1,0 +1,60 @@
+"""What a frozen text encoder made of a text, remembered: questions come again and again, about other pictures."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opticnerve.models.fusion_heads import Read
+from opticnerve.types import Features
+
+MOST = 4096
+"""Texts that are remembered; the one not seen for longest goes first."""
+
+
+class TextMemory:
+    """Reads through a text encoder; while that is frozen, each text only once.
+
+    Not a module: what it remembers is no state of the model.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+        self._known: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> Read:
+        """Token ids and mask (B, L) → `Read`, padded on the right."""
+        if any(p.requires_grad for p in self.encoder.parameters()) and torch.is_grad_enabled():
+            self._known.clear()
+            return _read(self.encoder, input_ids, attention_mask)
+        keys = [ids[mask.bool()].cpu().numpy().tobytes() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        missing = {k: i for i, k in enumerate(keys) if k not in self._known}
+        if missing:
+            rows = list(missing.values())
+            with torch.no_grad():
+                read = _read(self.encoder, input_ids[rows], attention_mask[rows])
+            for row, key in enumerate(missing):
+                self._known[key] = (
+                    read.states.tokens_BND[row, : int(read.states.mask_BN[row].sum())],
+                    read.vector_BD[row],
+                )
+        found = [self._known[k] for k in keys]
+        for key in keys:
+            self._known.move_to_end(key)
+        while len(self._known) > max(MOST, len(keys)):
+            self._known.popitem(last=False)
+        states_BLD = torch.nn.utils.rnn.pad_sequence([s for s, _ in found], batch_first=True)
+        lengths_B1 = torch.tensor([[len(s)] for s, _ in found], device=states_BLD.device)
+        mask_BL = torch.arange(states_BLD.shape[1], device=states_BLD.device) < lengths_B1
+        return Read(Features(states_BLD, mask_BL), torch.stack([v for _, v in found]))
+
+    def forget(self) -> None:
+        """After the encoder's weights have changed."""
+        self._known.clear()
+
+
+def _read(encoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Read:
+    return Read(*encoder.states_and_vector(input_ids, attention_mask))
