@@ -75,3 +75,9 @@ def docked(
         return dock(vision, connector, language_folder(family), **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny BERT and its tokenizer."""
+    return tiny.save_bert(tmp_path_factory.mktemp("bert"))

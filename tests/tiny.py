@@ -208,6 +208,19 @@ def save_timm(folder: Path, name: str = "test_efficientnet", *, seed: int = 2, *
     return f"local-dir:{folder}"
 
 
+def save_bert(folder: Path, *, seed: int = 3) -> str:
+    """A tiny BERT and its tokenizer."""
+    words = tokenizer()
+    torch.manual_seed(seed)
+    config = tf.BertConfig(
+        vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    tf.BertModel(config).save_pretrained(folder)
+    words.pad_token = words.eos_token
+    words.save_pretrained(folder)
+    return str(folder)
+
+
 def picture(seed: int = 0, size: int = 40) -> PIL.Image.Image:
     """Noise: no two seeds look alike to any encoder."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)

@@ -21,9 +21,11 @@ from opticnerve.recipe_model import (
     PARTS,
     ClassifierSpec,
     DualSpec,
+    EyeSpec,
     LanguageSpec,
     ModelSpec,
     PartSpec,
+    TextSpec,
     TilingSpec,
     TowerSpec,
     split_part,
@@ -32,8 +34,8 @@ from opticnerve.recipe_schema import DataSpec, EvaluateSpec, LoraSpec, Recipe, S
 from opticnerve.types import RecipeError
 
 __all__ = [
-    "MODALITIES", "PARTS", "ClassifierSpec", "DataSpec", "DualSpec", "EvaluateSpec", "LanguageSpec", "LoraSpec",
-    "ModelSpec", "PartSpec", "Recipe", "Stage", "TilingSpec", "TowerSpec", "dump", "load", "split_part",
+    "MODALITIES", "PARTS", "ClassifierSpec", "DataSpec", "DualSpec", "EvaluateSpec", "EyeSpec", "LanguageSpec",
+    "LoraSpec", "ModelSpec", "PartSpec", "Recipe", "Stage", "TextSpec", "TilingSpec", "TowerSpec", "dump", "load", "split_part",
 ]  # fmt: skip
 
 

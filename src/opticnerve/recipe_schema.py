@@ -186,13 +186,14 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     model: AnyModelSpec
-    stages: list[Stage] = Field(default_factory=list)
-    evaluate: list[EvaluateSpec] = Field(default_factory=list)
+    # (pydantic copies defaults)
+    stages: list[Stage] = []  # noqa: RUF012
+    evaluate: list[EvaluateSpec] = []  # noqa: RUF012
     forgetting: bool = True
     forgetting_tokens: Positive | None = Field(
         20_480, description="tokens of the held-out text that perplexity is measured on"
     )
-    trackers: list[str] = Field(default_factory=list)
+    trackers: list[str] = []  # noqa: RUF012
 
     @property
     def docked(self) -> ModelSpec:

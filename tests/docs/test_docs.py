@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = {  # heading in docs/recipes.md → model in opticnerve.recipe
     "The recipe": "Recipe", "model.language": "LanguageSpec", "model.image": "TowerSpec", "stages": "Stage",
-    "stages.lora": "LoraSpec", "stages.data": "DataSpec", "evaluate": "EvaluateSpec",
+    "stages.lora": "LoraSpec", "stages.data": "DataSpec", "evaluate": "EvaluateSpec", "A dual encoder": "DualSpec", "Its eye": "EyeSpec", "Its text encoder": "TextSpec",
+    "A fusion classifier": "ClassifierSpec",
 }  # fmt: skip
 
 # Reads {"recipes": {where: text}, "data": {where: [file name, text]}, "values": {model: {key: value}}} from stdin.

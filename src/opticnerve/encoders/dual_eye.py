@@ -2,6 +2,8 @@
 
 In a recipe: `encoder: {type: dual_encoder, name: FOLDER}`. Only the encoder is taken; the projection into the space
 shared with words stays behind, for the connector takes its place.
+Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision; Liu et al. 2023,
+Visual Instruction Tuning, section 4.1, where such an eye meets a language model.
 """
 
 from __future__ import annotations

@@ -1,0 +1,88 @@
+"""Whatever can say `scores(conversation, choices)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from opticnerve.build import Dock
+from opticnerve.build_classifier import ClassifierDock, classifier
+from opticnerve.inference.likelihood import answer_scores
+from opticnerve.inference.predictors import ClassifierPredictor, TextOnlyPredictor, VLMPredictor, load_classifier
+from opticnerve.models.late_fusion import LateFusion
+from opticnerve.types import DataError, OpticNerveError, ask
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+CHOICES = ["yes", "no", "red"]
+
+
+@pytest.fixture
+def chooser(bert_folder: str, vision_folder: Callable[..., str]) -> ClassifierDock:
+    eye = {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}
+    return classifier(eye, bert_folder, timing="intermediate", answers=["no", "red", "yes"], width=16, heads=2, depth=1)
+
+
+def test_a_vlm_scores_by_the_probability_of_the_whole_answer(docked: Callable[..., Dock]) -> None:
+    dock = docked()
+    question = ask("is it red?", tiny.picture(0))
+    scores = VLMPredictor(dock.model, dock.processor).scores(question, CHOICES)
+    alone = [answer_scores(dock.model, dock.processor, question, [c], over="sum")[0] for c in CHOICES]
+    shares = [math.exp(a) for a in alone]
+    assert scores == pytest.approx([s / sum(shares) for s in shares], rel=1e-3)
+    assert VLMPredictor(dock.model, dock.processor).scores(question, CHOICES[::-1]) == pytest.approx(
+        scores[::-1], rel=1e-3
+    )
+
+
+def test_text_only_does_not_look(docked: Callable[..., Dock]) -> None:
+    dock = docked()
+    blind, sees = TextOnlyPredictor(dock.model, dock.processor), VLMPredictor(dock.model, dock.processor)
+    a, b = (ask("is it red?", tiny.picture(i)) for i in range(2))
+    assert blind.scores(a, CHOICES) == blind.scores(b, CHOICES)
+    assert sees.scores(a, CHOICES) != sees.scores(b, CHOICES)
+
+
+def test_a_classifier_alone_in_a_batch_and_loaded(chooser: ClassifierDock, tmp_path: Path) -> None:
+    predictor = ClassifierPredictor(*chooser, batch_size=2)
+    tiny.picture(7).save(tmp_path / "a.png")
+    questions = [ask(f"is it {w}?", tiny.picture(i % 2)) for i, w in enumerate(["red", "blue", "a very big circle"])]
+    questions += [ask("what?", tmp_path / "a.png"), ask("which?", tmp_path / "a.png")]
+    together = predictor.probabilities(questions)
+    for row, question in zip(together, questions, strict=True):
+        torch.testing.assert_close(predictor.probabilities([question])[0], row, rtol=1e-4, atol=1e-6)
+    assert predictor.answers(questions) == [["no", "red", "yes"][i] for i in together.argmax(1)]
+    few = predictor.scores(questions[0], ["yes", "NO"])
+    assert few == pytest.approx((together[0, [2, 0]] / together[0, [2, 0]].sum()).tolist(), rel=1e-4)
+    chooser.save(tmp_path / "kept", [])
+    assert load_classifier(tmp_path / "kept", device="cpu").answers(questions) == predictor.answers(questions)
+
+
+def test_kinds_of_models_together(docked: Callable[..., Dock], chooser: ClassifierDock) -> None:
+    dock = docked()
+    predictors: list[Any] = [VLMPredictor(dock.model, dock.processor), ClassifierPredictor(*chooser)]
+    question = ask("is it red?", tiny.picture(0))
+    apart = [p.scores(question, CHOICES) for p in predictors]
+    assert LateFusion(predictors).scores(question, CHOICES) == pytest.approx(
+        [sum(s) / 2 for s in zip(*apart, strict=True)]
+    )
+
+
+def test_bad_input(chooser: ClassifierDock, docked: Callable[..., Dock]) -> None:
+    predictor, question = ClassifierPredictor(*chooser), ask("is it red?", tiny.picture(0))
+    with pytest.raises(OpticNerveError, match=r"'yess' is none of the 3 in the closed set; the nearest is 'yes'"):
+        predictor.scores(question, ["yess", "no"])
+    with pytest.raises(OpticNerveError, match="1 choices"):
+        predictor.scores(question, ["yes"])
+    with pytest.raises(DataError, match="0 pictures and 1 questions"):
+        predictor.answers([ask("is it red?")])
+    with pytest.raises(OpticNerveError, match="the list of questions is empty"):
+        predictor.answers([])
+    dock = docked()
+    with pytest.raises(OpticNerveError, match="2 choices, 1 of them different"):
+        VLMPredictor(dock.model, dock.processor).scores(question, ["yes", "yes"])

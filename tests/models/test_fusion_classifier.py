@@ -1,0 +1,199 @@
+"""The three timings: what each depends on, what it can learn, and that it comes back as it was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opticnerve.build_classifier import ClassifierDock, classifier
+from opticnerve.data.answers import answer_set
+from opticnerve.models.fusion_classifier import FusionClassifier
+from opticnerve.models.fusion_heads import EarlyHead, IntermediateHead, LateHead, Read
+from opticnerve.types import Features, OpticNerveError, ask
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+ANSWERS = ["no", "red", "yes"]
+TIMINGS = ["early", "intermediate", "late"]
+SMALL: dict[str, dict[str, Any]] = {
+    "early": {"width": 16, "pixels": 8},
+    "intermediate": {"width": 16, "depth": 1, "heads": 2},
+    "late": {"width": 16},
+}
+
+
+@pytest.fixture
+def made(bert_folder: str, vision_folder: Callable[..., str]) -> Callable[..., ClassifierDock]:
+    def make(timing: Any, **options: Any) -> ClassifierDock:
+        eye = None if timing == "early" else {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}
+        return classifier(eye, bert_folder, timing=timing, answers=ANSWERS, **{**SMALL[timing], **options})
+
+    return make
+
+
+def inputs(dock: ClassifierDock, texts: list[str], seed: int = 0) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    side = 8 if dock.model.image is None else dock.model.image.encoder.image_size
+    words = dock.processor(text=texts, return_tensors="pt")
+    pixels = torch.randn(len(texts), 3, side, side)
+    return {"input_ids": words["input_ids"], "attention_mask": words["attention_mask"], "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_saved_and_loaded_it_says_the_same(timing: str, made: Callable[..., ClassifierDock], tmp_path: Path) -> None:
+    dock = made(timing)
+    dock.model.save_pretrained(tmp_path)
+    dock.processor.save_pretrained(tmp_path)
+    given = inputs(dock, ["what colour is it?", "is it red?"])
+    again = FusionClassifier.from_pretrained(tmp_path)
+    assert torch.equal(again(**given).logits, dock.model(**given).logits)
+    assert again.config.answers == type(dock.processor).from_pretrained(tmp_path).answers == ANSWERS
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_padding_changes_nothing(timing: str, made: Callable[..., ClassifierDock]) -> None:
+    dock = made(timing)
+    long, short = "what colour is the big circle on the left?", "red?"
+    both = inputs(dock, [short, long])
+    alone = {**inputs(dock, [short]), "pixel_values": both["pixel_values"][:1]}
+    torch.testing.assert_close(dock.model(**both).logits[:1], dock.model(**alone).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_questions_that_are_remembered_say_the_same(timing: str, made: Callable[..., ClassifierDock]) -> None:
+    dock = made(timing)
+    given = inputs(dock, ["is it red?", "what is it?", "is it red?"])
+    for parameter in dock.model.text.parameters():
+        parameter.requires_grad_(True)
+    live = dock.model(**given).logits
+    for parameter in dock.model.text.parameters():
+        parameter.requires_grad_(False)
+    first, again = dock.model(**given).logits, dock.model(**given).logits
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, live, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        state = {n: t + 0.1 for n, t in dock.model.state_dict().items()}
+    dock.model.load_state_dict(state)
+    fresh = made(timing)
+    fresh.model.load_state_dict(state)
+    assert torch.equal(dock.model(**given).logits, fresh.model(**given).logits), "it answered from old weights"
+
+
+def test_late_branches_see_or_read_and_never_both(made: Callable[..., ClassifierDock]) -> None:
+    dock = made("late")
+    a, b = inputs(dock, ["is it red?", "what is it?"]), inputs(dock, ["how many?", "is it blue?"], seed=1)
+    for alone, own, other in (("image", "pixel_values", "input_ids"), ("text", "input_ids", "pixel_values")):
+        dock.model.combine = alone
+        mine = dock.model(**a).logits
+        keys = ("input_ids", "attention_mask") if other == "input_ids" else (other,)
+        assert torch.equal(dock.model(**{**a, **{k: b[k] for k in keys}}).logits, mine)
+        keys = ("input_ids", "attention_mask") if own == "input_ids" else (own,)
+        assert not torch.equal(dock.model(**{**a, **{k: b[k] for k in keys}}).logits, mine)
+
+
+@pytest.mark.parametrize("timing", ["early", "intermediate"])
+def test_fused_ones_depend_on_both(timing: str, made: Callable[..., ClassifierDock]) -> None:
+    dock = made(timing)
+    a, b = inputs(dock, ["is it red?"]), inputs(dock, ["how many?"], seed=1)
+    mine = dock.model(**a).logits
+    assert not torch.allclose(dock.model(**{**a, "pixel_values": b["pixel_values"]}).logits, mine)
+    assert not torch.allclose(dock.model(**{**b, "pixel_values": a["pixel_values"]}).logits, mine)
+
+
+def test_places_count_for_intermediate_fusion(made: Callable[..., ClassifierDock]) -> None:
+    dock = made("intermediate")
+    given = inputs(dock, ["where is it?"])
+    seen = dock.model.image.encode(given.pop("pixel_values"))
+    turned = Features(seen.tokens_BND.flip(1), seen.mask_BN)
+    assert not torch.allclose(
+        dock.model(**given, image_features=seen).logits, dock.model(**given, image_features=turned).logits
+    )
+
+
+def exclusive_or(head: Any, see: Callable[[torch.Tensor], Any], *, steps: int) -> float:
+    """Train a head on answers that are the exclusive or of a bit in the picture and one in the text."""
+    torch.manual_seed(0)
+    eye_64, read_64 = torch.randint(0, 2, (64,)), torch.randint(0, 2, (64,))
+    targets_64 = eye_64 ^ read_64
+    codes = torch.randn(2, 6)
+    text = Features(codes[read_64][:, None].repeat(1, 3, 1), torch.ones(64, 3, dtype=torch.bool))
+    read = Read(text, codes[read_64])
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        head(see(eye_64), read).loss(targets_64).backward()
+        optimizer.step()
+    head.eval()
+    return float((head(see(eye_64), read).logits_BA.argmax(1) == targets_64).float().mean())
+
+
+def test_what_needs_both_is_learned_by_fusing_before_the_decision_and_never_after() -> None:
+    codes = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+
+    def tokens(bits: torch.Tensor) -> Features:
+        return Features(codes[bits][:, None].repeat(1, 4, 1), torch.ones(len(bits), 4, dtype=torch.bool))
+
+    def pixels(bits: torch.Tensor) -> torch.Tensor:
+        return (bits[:, None, None, None] * 2.0 - 1).expand(-1, 3, 4, 4)
+
+    torch.manual_seed(0)
+    intermediate = IntermediateHead(5, 4, 6, 2, width=16, heads=2, depth=1, dropout=0.0)
+    assert exclusive_or(intermediate, tokens, steps=150) == 1.0
+    assert exclusive_or(EarlyHead(6, 2, pixels=4, width=32, dropout=0.0), pixels, steps=150) == 1.0
+    for rule in ("mean", "vote", "product", "learned"):
+        late = LateHead(5, 6, 2, combine=rule, width=16, dropout=0.0)
+        assert exclusive_or(late, tokens, steps=150) < 0.8, "two blind predictors cannot know an exclusive or"
+
+
+def test_one_combination_after_another(made: Callable[..., ClassifierDock], tmp_path: Path) -> None:
+    dock = made("late")
+    given = inputs(dock, ["is it red?", "what is it?"])
+    dock.model.combine = "product"
+    logits = dock.model(**given).logits
+    dock.model.save_pretrained(tmp_path)
+    again = FusionClassifier.from_pretrained(tmp_path)
+    assert again.combine == "product"
+    assert torch.equal(again(**given).logits, logits)
+    torch.testing.assert_close(logits.exp().sum(1), torch.ones(2))
+    with pytest.raises(OpticNerveError, match="not 'sum' for late fusion"):
+        dock.model.combine = "sum"
+    with pytest.raises(OpticNerveError, match="for late fusion alone; not 'mean' for intermediate"):
+        made("intermediate").model.combine = "mean"
+
+
+def test_bad_input(made: Callable[..., ClassifierDock], bert_folder: str) -> None:
+    early, late = made("early"), made("late")
+    given = inputs(late, ["is it red?"])
+    with pytest.raises(ValueError, match="exactly one of pixel_values and image_features"):
+        late.model(given["input_ids"])
+    with pytest.raises(ValueError, match="1 pictures for 2 questions"):
+        late.model(given["input_ids"].repeat(2, 1), pixel_values=given["pixel_values"])
+    with pytest.raises(OpticNerveError, match="early fusion reads 3 × 8 × 8 pixels; got"):
+        early.model(given["input_ids"], pixel_values=torch.zeros(1, 3, 9, 9))
+    for answers, message in (
+        ([], "is empty"),
+        (["yes"], "'yes' is the only answer"),
+        (["a", "a"], "more than once: 'a'"),
+    ):
+        with pytest.raises(OpticNerveError, match=message):
+            classifier(None, bert_folder, timing="early", answers=answers)
+    with pytest.raises(OpticNerveError, match="late fusion needs an image encoder"):
+        classifier(None, bert_folder, timing="late", answers=ANSWERS)
+    with pytest.raises(OpticNerveError, match="early fusion: .*hights"):
+        classifier(None, bert_folder, timing="early", answers=ANSWERS, hights=3)
+    with pytest.raises(OpticNerveError, match="no part 'connector'; its parts: image.encoder"):
+        late.model.part_parameters("connector")
+
+
+def test_the_closed_set_of_data() -> None:
+    questions = [ask("q", answer=a) for a in ("Yes", "no ", "yes", "red")]
+    assert answer_set(questions) == ANSWERS
+    with pytest.raises(OpticNerveError, match="'yes' is the only answer"):
+        answer_set(questions[:1])
+    with pytest.raises(OpticNerveError, match="there are no answers"):
+        answer_set([])
+    with pytest.raises(OpticNerveError, match="3 different answers, which is no closed set"):
+        answer_set(questions, most=2)

@@ -1,0 +1,162 @@
+"""Dual encoders and fusion classifiers go through the same loop as docked models, by the same promises."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from opticnerve import recipe as recipes
+from opticnerve.evaluation.kinds import dock_any, load_any
+from opticnerve.evaluation.pipeline import run_recipe
+from opticnerve.recipe import Recipe
+from opticnerve.train.loop import Interrupted, run_stage
+from opticnerve.train.progress import Progress
+from opticnerve.types import DataError, OpticNerveError, RecipeError
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+CONTRASTIVE = {"type": "contrastive", "duplicates": "mask"}
+KINDS = ["dual", "early", "intermediate", "late"]
+
+
+@pytest.fixture
+def make(bert_folder: str, vision_folder: Callable[..., str], tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe of a kind of model, with one stage; keywords change the stage."""
+    captions, questions = tiny.save_captions(tmp_path, 8), tiny.save_questions(tmp_path)
+
+    def made(kind: str, *, evaluate: bool = False, **stage: Any) -> Recipe:
+        eye = {"encoder": {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}}
+        model: dict[str, Any] = {"text": {"encoder": {"name": bert_folder}}}
+        if kind == "dual":
+            model |= {"image": eye, "projection_dim": 8}
+            own = {"objective": CONTRASTIVE, "train": {"image.projection": 1e-2, "text.projection": 1e-2}}
+            asked = [{"name": n, "metric": n, "data": {"path": str(captions)}} for n in ("retrieval", "zero_shot")]
+        else:
+            small = {"width": 16, "depth": 1, "dropout": 0.1} | ({"pixels": 8} if kind == "early" else {})
+            model |= {"timing": kind, "options": small | ({"heads": 2} if kind == "intermediate" else {})}
+            model |= {"image": eye} if kind != "early" else {}
+            own = {"objective": "classification", "train": {"classifier": 1e-2}}
+            asked = [{"name": "vqa", "data": {"path": str(questions)}, "image_dependence": 4}]
+        data = [{"path": str(captions if kind == "dual" else questions)}]
+        chosen = {"name": "learn", "batch_size": 4, "steps": 6, "data": data, **own, **stage}
+        return recipes.load(
+            {
+                "precision": "fp32", "model": model, "stages": [chosen], "forgetting": False,
+                "evaluate": asked if evaluate else [],
+            }
+        )  # fmt: skip
+
+    return made
+
+
+def train(recipe: Recipe, folder: Path, **options: Any) -> tuple[Any, list[float]]:
+    dock = dock_any(recipe)
+    run_stage(dock, recipe, recipe.stages[0], folder / "stages" / "0-learn", trained_before=set(), **options)
+    lines = (folder / "stages" / "0-learn" / "metrics.jsonl").read_text().splitlines()
+    return dock, [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_frozen_does_not_move_and_the_rest_does(kind: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make(kind)
+    before = {n: t.clone() for n, t in dock_any(recipe).model.state_dict().items()}
+    dock, losses = train(recipe, tmp_path / "run")
+    parts = tuple(f"{p}." for p in recipe.stages[0].train)
+    moved = {n for n, t in dock.model.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved
+    assert all(n.startswith(parts) for n in moved)
+    assert len(losses) == recipe.stages[0].steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not(
+    kind: str, make: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make(kind)
+    whole, curve = train(recipe, tmp_path / "whole")
+
+    def stop(self: Progress, line: dict[str, Any]) -> None:
+        if line["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", stop)
+        with pytest.raises(Interrupted):
+            train(recipe, tmp_path / "cut")
+    resumed, again = train(recipe, tmp_path / "cut", resume=True)
+    assert again == curve
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["dual", "intermediate", "late"])
+def test_cached_features_are_the_live_eye(kind: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
+    _, live = train(make(kind), tmp_path / "live")
+    _, first = train(make(kind, cache_features=True), tmp_path / "first")
+    _, second = train(make(kind, cache_features=True), tmp_path / "second")
+    assert first == pytest.approx(live, rel=1e-5)
+    assert second == first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_run_its_card_and_the_model_it_leaves(kind: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make(kind, evaluate=True)
+    results = run_recipe(recipe, tmp_path / "run")
+    card = (tmp_path / "run" / "card.md").read_text()
+    assert results["model"]["kind"] in card
+    if kind == "dual":
+        # Eight pictures with six captions: two of the captions have two pictures each.
+        assert results["tasks"][0]["text_to_image"]["R@1"]["chance"] == pytest.approx((4 / 8 + 2 * 2 / 8) / 6)
+        assert [t["name"] for t in results["untrained"]] == ["retrieval", "zero_shot"]
+        assert "R@1 untrained" in card
+    else:
+        rows = [json.loads(line) for line in (tmp_path / "run" / "answers" / "vqa.jsonl").read_text().splitlines()]
+        assert len(rows) == results["tasks"][0]["n"]
+        assert sum(r["right"] for r in rows) / len(rows) == pytest.approx(results["tasks"][0]["accuracy"])
+    model, _ = load_any(str(tmp_path / "run"))
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items() if n in kept)
+    # A finished run resumed does nothing anew.
+    again = run_recipe(recipe, tmp_path / "run", resume=True)
+    assert again["stages"] == results["stages"]
+
+
+def test_an_answer_outside_the_closed_set_names_the_sample(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make("late")
+    model = recipe.model.model_copy(update={"answers": ["yes", "perhaps"]})
+    with pytest.raises(DataError, match=r"none of the 2 in the closed set.*'yes', 'perhaps'.*model\.answers"):
+        train(recipe.model_copy(update={"model": model}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "message"),
+    [
+        ("dual", {"train": {"connector": 1e-3}}, "a dual encoder has no part 'connector'"),
+        ("dual", {"train": {"image.projektion": 1e-3}}, "did you mean 'image.projection'"),
+        ("dual", {"objective": "next_token"}, "next_token does not train a dual encoder; write objective: contrastive"),
+        ("late", {"objective": CONTRASTIVE}, "does not train a fusion classifier; write objective: classification"),
+        (
+            "dual", {"train": {"image.encoder.last(1)": 1e-3}, "cache_features": True},
+            "the stage trains the image encoder, so what it sees changes",
+        ),
+        ("early", {"cache_features": True}, "the model has no image tower"),
+        ("dual", {"train": {"text.encoder": 1e-3, "text.encoder.last(1)": 1e-3}}, "already holds its last blocks"),
+    ],
+)  # fmt: skip
+def test_recipes_that_contradict_themselves(
+    kind: str, stage: dict[str, Any], message: str, make: Callable[..., Recipe]
+) -> None:
+    with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
+        make(kind, **stage)
+
+
+def test_gradient_checkpointing_is_for_language_models(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(OpticNerveError, match="gradient_checkpointing is for docked language models"):
+        train(make("dual", gradient_checkpointing=True), tmp_path / "run")
