@@ -35,7 +35,8 @@ from opticnerve.types import RecipeError
 
 __all__ = [
     "MODALITIES", "PARTS", "ClassifierSpec", "DataSpec", "DualSpec", "EvaluateSpec", "EyeSpec", "LanguageSpec",
-    "LoraSpec", "ModelSpec", "PartSpec", "Recipe", "Stage", "TextSpec", "TilingSpec", "TowerSpec", "dump", "load", "split_part",
+    "LoraSpec", "ModelSpec", "PartSpec", "Recipe", "Stage", "TextSpec", "TilingSpec", "TowerSpec", "dump", "load",
+    "split_part",
 ]  # fmt: skip
 
 

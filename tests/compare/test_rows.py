@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretended import pretend
 from rich.console import Console
 
 from opticnerve.compare import perform as performing
 from opticnerve.compare import rows
 from opticnerve.compare.rows import How, Row, run_rows
 from opticnerve.types import OpticNerveError
-
-from .conftest import pretend
 
 RECIPE = {"name": "r", "seed": 0, "stages": [{"name": "instruct", "steps": 3}]}
 FIRST = Row("first", {"first": "the first"}, RECIPE)
@@ -44,7 +43,9 @@ def test_another_recipe_sets_the_old_run_aside(performed: list[dict[str, Any]], 
     [outcome] = run_rows([longer], [0], tmp_path, How(console=console))
     assert len(performed) == 2
     assert not outcome.kept
-    assert json.loads((tmp_path / "rows/first/seed-0.old-1/row.json").read_text())["identity"] == rows.identity(FIRST, 0)
+    assert json.loads((tmp_path / "rows/first/seed-0.old-1/row.json").read_text())["identity"] == rows.identity(
+        FIRST, 0
+    )
     assert "set aside as seed-0.old-1" in console.export_text()
 
 
@@ -88,7 +89,7 @@ def test_a_begun_row_is_handed_the_same_folder(monkeypatch: pytest.MonkeyPatch, 
             stops["left"] -= 1
             begun.write_text("half")
             raise KeyboardInterrupt
-        assert begun.read_text() == "half"
+        assert begun.exists() == (spec["systems"] == ["first"])
         return pretend(spec)
 
     monkeypatch.setattr(rows, "_here", perform)

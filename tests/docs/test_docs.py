@@ -192,7 +192,7 @@ def test_commands_and_their_options_exist(without_torch: dict[str, Any]) -> None
     for where, text in code_words():
         for call in re.findall(r"(?:^|\s)opticnerve ([a-z][^|&;]*)", text):
             words = call.split()
-            name = " ".join(words[:2]) if words[0] == "data" else words[0]
+            name = " ".join(words[:2]) if words[0] in ("data", "compare") else words[0]
             assert name in commands, f"{where}: there is no command `opticnerve {name}`"
             seen.add(name)
             for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", call):

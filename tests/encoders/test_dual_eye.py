@@ -132,3 +132,16 @@ def test_dual_takes_a_causal_language_model_and_names_its_bases(
     for bad, message in (({"pooling": "mean"}, "needs a name"), ({"name": "x", "pool": "mean"}, "takes no pool")):
         with pytest.raises(OpticNerveError, match=message):
             dual(eye, bad)
+
+
+def test_the_auto_classes_and_a_pipeline_take_the_folder(trained: tuple[Any, Path]) -> None:
+    made, folder = trained
+    assert type(tf.AutoProcessor.from_pretrained(folder)) is type(made.processor)
+    assert isinstance(tf.AutoModel.from_pretrained(folder), DualEncoder)
+    classify = tf.pipeline("zero-shot-image-classification", model=str(folder))
+    found = classify(tiny.picture(0), candidate_labels=["a dog", "a circle"], hypothesis_template="{}")
+    inputs = made.processor(images=tiny.picture(0), text=["a dog", "a circle"], return_tensors="pt")
+    with torch.no_grad():
+        wanted = made.model.eval()(**inputs).logits_per_image.softmax(1)[0]
+    shares = {f["label"]: f["score"] for f in found}
+    assert [shares["a dog"], shares["a circle"]] == pytest.approx(wanted.tolist(), abs=1e-4)

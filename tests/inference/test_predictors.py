@@ -63,6 +63,25 @@ def test_a_classifier_alone_in_a_batch_and_loaded(chooser: ClassifierDock, tmp_p
     assert load_classifier(tmp_path / "kept", device="cpu").answers(questions) == predictor.answers(questions)
 
 
+def test_pictures_that_do_not_fit_in_memory_together_are_seen_in_turns(
+    chooser: ClassifierDock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = ClassifierPredictor(*chooser, batch_size=1)
+    pictures = [tiny.picture(i) for i in range(3)]
+    questions = [ask("is it red?", pictures[i % 3]) for i in range(5)]
+    together = predictor.probabilities(questions)
+    shown: list[int] = []
+    encode = chooser.model.image.encode
+    monkeypatch.setattr(chooser.model.image, "encode", lambda pixels: shown.append(len(pixels)) or encode(pixels))
+    assert torch.equal(predictor.probabilities(questions), together)
+    assert sum(shown) == 3, "a picture of several questions is seen once"
+    eye = chooser.model.image.encoder
+    monkeypatch.setattr("opticnerve.inference.predictors._NUMBERS", 2 * eye.num_tokens * eye.hidden_size)
+    shown.clear()
+    assert torch.equal(predictor.probabilities(questions), together)
+    assert sum(shown) == 5  # two questions at a time: pictures 0 and 1, 2 and 0, 1
+
+
 def test_kinds_of_models_together(docked: Callable[..., Dock], chooser: ClassifierDock) -> None:
     dock = docked()
     predictors: list[Any] = [VLMPredictor(dock.model, dock.processor), ClassifierPredictor(*chooser)]
@@ -79,6 +98,8 @@ def test_bad_input(chooser: ClassifierDock, docked: Callable[..., Dock]) -> None
         predictor.scores(question, ["yess", "no"])
     with pytest.raises(OpticNerveError, match="1 choices"):
         predictor.scores(question, ["yes"])
+    with pytest.raises(OpticNerveError, match="'yes', 'YES': two of these are one answer"):
+        predictor.scores(question, ["yes", "YES"])
     with pytest.raises(DataError, match="0 pictures and 1 questions"):
         predictor.answers([ask("is it red?")])
     with pytest.raises(OpticNerveError, match="the list of questions is empty"):

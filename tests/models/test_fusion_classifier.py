@@ -11,6 +11,7 @@ import torch
 
 from opticnerve.build_classifier import ClassifierDock, classifier
 from opticnerve.data.answers import answer_set
+from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.models.fusion_classifier import FusionClassifier
 from opticnerve.models.fusion_heads import EarlyHead, IntermediateHead, LateHead, Read
 from opticnerve.types import Features, OpticNerveError, ask
@@ -80,6 +81,78 @@ def test_questions_that_are_remembered_say_the_same(timing: str, made: Callable[
     fresh = made(timing)
     fresh.model.load_state_dict(state)
     assert torch.equal(dock.model(**given).logits, fresh.model(**given).logits), "it answered from old weights"
+
+
+def test_nothing_is_remembered_while_dropout_is_at_work(made: Callable[..., ClassifierDock]) -> None:
+    dock = made("late", combine="text", dropout=0.0)
+    given = inputs(dock, ["what is it?"])
+    for parameter in dock.model.text.parameters():
+        parameter.requires_grad_(False)
+    calm = dock.model(**given).logits
+    dock.model.train()
+    assert not torch.equal(dock.model(**given).logits, dock.model(**given).logits)
+    assert torch.equal(dock.model.eval()(**given).logits, calm)
+
+
+def test_what_is_remembered_follows_weights_and_precision(made: Callable[..., ClassifierDock]) -> None:
+    dock, fresh = made("late", combine="text"), made("late", combine="text")
+    given = inputs(dock, ["what is it?"])
+    before = dock.model(**given).logits
+    for model in (dock.model, fresh.model):
+        with torch.no_grad():
+            model.text.encoder.model.embeddings.word_embeddings.weight.mul_(3)
+    after = dock.model(**given).logits
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, fresh.model(**given).logits)
+    dock.model.to(torch.bfloat16)
+    made_anew = FusionClassifier.from_parts(
+        dock.model.image.encoder, dock.model.text.encoder, timing="late", answers=ANSWERS, combine="text", width=16
+    ).to(torch.bfloat16)
+    made_anew.load_state_dict(dock.model.state_dict())
+    assert torch.equal(dock.model(**given).logits, made_anew(**given).logits)
+
+
+def test_training_goes_on_from_what_was_remembered_without_gradients(made: Callable[..., ClassifierDock]) -> None:
+    dock = made("intermediate")
+    given = inputs(dock, ["is it red?"])
+    for parameter in dock.model.text.parameters():
+        parameter.requires_grad_(False)
+    with torch.inference_mode():
+        dock.model(**given)
+    dock.model(**given, labels=torch.tensor([1])).loss.backward()
+    assert dock.model.classifier.read[1].weight.grad.any()
+
+
+def test_memory_is_bounded(made: Callable[..., ClassifierDock], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opticnerve.models.text_memory.MOST", 2)
+    dock = made("late")
+    for word in ("red", "blue", "green", "dog"):
+        with torch.no_grad():
+            dock.model(**inputs(dock, [f"is it {word}?"]))
+    assert len(dock.model._memory._known) == 2
+
+
+@pytest.mark.parametrize("timing", ["intermediate", "late"])
+@pytest.mark.parametrize("family", ["clip_text_model", "siglip_text_model", "llama"])
+def test_any_text_encoder_reads(family: str, timing: Any, made: Callable[..., ClassifierDock]) -> None:
+    own: dict[str, Any] = {
+        "clip_text_model": {"eos_token_id": 49, "bos_token_id": 48, "pad_token_id": 0},
+        "siglip_text_model": {"projection_size": 24, "max_position_embeddings": 8},
+        "llama": {"eos_token_id": 49, "bos_token_id": 48, "pad_token_id": 0},
+    }[family]
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    reader = HFTextEncoder(architecture={"model_type": family, **shape, "num_attention_heads": 2, **own})
+    eye = made("late").model.image.encoder
+    model = FusionClassifier.from_parts(eye, reader, timing=timing, answers=ANSWERS, **SMALL[timing])
+    ids = torch.tensor([[48, 5, 6, 49, 0, 0], [48, 5, 6, 7, 8, 49]])
+    given = {"attention_mask": (ids != 0).long(), "pixel_values": torch.randn(2, 3, 32, 32)}
+    end = 6 if family == "siglip_text_model" else 4  # SigLIP pools the last place and is always padded to it
+    mask_1L, pixels = given["attention_mask"][:1, :end], given["pixel_values"][:1]
+    alone = model(ids[:1, :end], attention_mask=mask_1L, pixel_values=pixels).logits
+    logits = model(ids, **given).logits
+    assert logits.shape == (2, 3)
+    torch.testing.assert_close(logits[:1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_late_branches_see_or_read_and_never_both(made: Callable[..., ClassifierDock]) -> None:
@@ -173,10 +246,14 @@ def test_bad_input(made: Callable[..., ClassifierDock], bert_folder: str) -> Non
         late.model(given["input_ids"].repeat(2, 1), pixel_values=given["pixel_values"])
     with pytest.raises(OpticNerveError, match="early fusion reads 3 × 8 × 8 pixels; got"):
         early.model(given["input_ids"], pixel_values=torch.zeros(1, 3, 9, 9))
+    with pytest.raises(ValueError, match="early fusion reads pixels, not features"):
+        early.model(given["input_ids"], image_features=late.model.image.encode(given["pixel_values"]))
     for answers, message in (
         ([], "is empty"),
         (["yes"], "'yes' is the only answer"),
         (["a", "a"], "more than once: 'a'"),
+        (["yes", "no", "Yes "], "more than once: 'yes', 'Yes '"),
+        (["yes", " "], "answer 2 of 2 is blank"),
     ):
         with pytest.raises(OpticNerveError, match=message):
             classifier(None, bert_folder, timing="early", answers=answers)
@@ -184,6 +261,15 @@ def test_bad_input(made: Callable[..., ClassifierDock], bert_folder: str) -> Non
         classifier(None, bert_folder, timing="late", answers=ANSWERS)
     with pytest.raises(OpticNerveError, match="early fusion: .*hights"):
         classifier(None, bert_folder, timing="early", answers=ANSWERS, hights=3)
+    for options, message in (
+        ({"pixels": 0}, "pixels is a whole number from 1; got 0"),
+        ({"depth": 1.5}, "depth is a whole number from 1; got 1.5"),
+        ({"combine": "vote"}, "combine is for late fusion alone; leave 'vote' out"),
+    ):
+        with pytest.raises(OpticNerveError, match=message):
+            classifier(None, bert_folder, timing="early", answers=ANSWERS, **options)
+    with pytest.raises(OpticNerveError, match="a width of 10 cannot be shared by 4 heads"):
+        made("intermediate", width=10, heads=4)
     with pytest.raises(OpticNerveError, match="no part 'connector'; its parts: image.encoder"):
         late.model.part_parameters("connector")
 

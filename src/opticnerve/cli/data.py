@@ -125,7 +125,8 @@ def _entries(
         return
     recipe = read_recipe(source)
     length = None
-    if not quick:
+    # Dual encoders and classifiers cut long texts instead of refusing them.
+    if not quick and recipe.model.KIND == "docked":
         from opticnerve.plan import processor_for
 
         length = _token_counter(processor_for(recipe), _context(recipe))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from opticnerve import __version__
-from opticnerve.cli import ask, chat, data, demo, evaluate, import_, merge, parts, plan, train, vectors
+from opticnerve.cli import ask, chat, compare, data, demo, evaluate, import_, look, merge, parts, plan, train, vectors
 from opticnerve.cli.guard import MEANING, guarded, show_tracebacks
 
 _CODES = "\n\n".join(f"[cyan]{code}[/]  {meaning}" for code, meaning in MEANING.items())
@@ -68,6 +68,8 @@ app.command("import", epilog=import_.EPILOG)(guarded(import_.import_))
 app.command("parts", epilog=parts.EPILOG)(guarded(parts.parts))
 app.command("classify", epilog=vectors.CLASSIFY_EPILOG)(guarded(vectors.classify))
 app.command("embed", epilog=vectors.EMBED_EPILOG)(guarded(vectors.embed))
+app.command("look", epilog=look.EPILOG)(guarded(look.look))
+app.add_typer(compare.app, name="compare")
 app.add_typer(data.app, name="data")
 
 

@@ -12,7 +12,7 @@ import typer
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
 TrustFlag = Annotated[bool, typer.Option("--trust-remote-code", help="Run parts that the model names by dotted path.")]
-RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-full, photos."
+RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-contrastive, photos, …"
 OVERRIDES_HELP = "Changes to the recipe, such as [cyan]stages.0.steps=50[/] or [cyan]precision=fp32[/]."
 
 

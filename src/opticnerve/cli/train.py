@@ -78,7 +78,12 @@ def finish(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     console = console_for(False)
     show_results(results, console)
     console.print(f"\nThe run card: [bold]{folder / 'card.md'}[/]", soft_wrap=True)
-    console.print(f'Ask it: [green]opticnerve ask {folder} "what is in the image?" --image FILE[/]', soft_wrap=True)
+    kind = (results.get("model") or {}).get("kind", "")
+    if kind.startswith("dual"):
+        use = f'opticnerve classify {folder} --image FILE --classes "cat, dog"'
+        console.print(f"Use it: [green]{use}[/]", soft_wrap=True)
+    elif not kind:
+        console.print(f'Ask it: [green]opticnerve ask {folder} "what is in the image?" --image FILE[/]', soft_wrap=True)
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:

@@ -131,13 +131,18 @@ def question_of(conversation: Conversation) -> str:
     return words
 
 
+def normal(answer: str) -> str:
+    """An answer as it is compared: lower case, single spaces."""
+    return " ".join(answer.lower().split())
+
+
 def answer_set(conversations: Iterable[Conversation], *, most: int = 10_000) -> list[str]:
     """Every answer that occurs, once, sorted: a closed set. (Upper and lower case are one answer.)
 
     Raises:
         OpticNerveError: fewer than two of them, or more than `most`.
     """
-    found = sorted({" ".join(str(c.answer).lower().split()) for c in conversations if c.answer})
+    found = sorted({normal(c.answer) for c in conversations if c.answer} - {""})
     if len(found) < 2:
         only = f"{found[0]!r} is the only answer" if found else "there are no answers"
         raise OpticNerveError(f"{only} in the data; a classifier wants at least two")

@@ -53,10 +53,12 @@ class HFTextEncoder(nn.Module):
             most 512.
         padding: "longest" pads to the batch's longest text, "max_length" to `max_length` always, as SigLIP was trained.
 
-    Sets `hidden_size` (width D of a text's vector) and `options` (the keywords that build the module again).
+    Sets `hidden_size` (width D of a text's vector), `state_size` (width of its tokens' states, which differs where a
+    pooler projects) and `options` (the keywords that build the module again).
     """
 
     hidden_size: int
+    state_size: int
     options: dict[str, Any]
     files: list[str]
     tokenizer: Any = None
@@ -83,7 +85,7 @@ class HFTextEncoder(nn.Module):
         self.model: Any = _model if _model is not None else _model_class(config)(config)
         if self.pooling != "pooler" and isinstance(getattr(self.model, "pooler", None), nn.Module):
             self.model.pooler = None  # BERT's [CLS] head: it would be weights that nothing reads
-        self.hidden_size = _width(config, self.pooling)
+        self.hidden_size, self.state_size = _width(config, self.pooling), int(config.hidden_size)
         self.options = {
             "architecture": {k: v for k, v in config.to_dict().items() if k != "_name_or_path"},
             "pooling": self.pooling, "max_length": self.max_length, "padding": self.padding,
@@ -125,6 +127,8 @@ class HFTextEncoder(nn.Module):
                 raise OpticNerveError(f"the tokenizer of {model.config.model_type} has neither padding nor end token")
             tokenizer.pad_token = tokenizer.eos_token
         encoder = cls(architecture=model.config.to_dict(), _model=model, **options)
+        # A text by itself has one type of tokens; pipelines pass on whatever the tokenizer names.
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
         encoder.tokenizer = tokenizer
         return encoder.eval()
 

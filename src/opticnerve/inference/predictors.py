@@ -21,7 +21,8 @@ from opticnerve.models.fusion_classifier import FusionClassifier
 from opticnerve.models.late_fusion import check_choices
 from opticnerve.types import Conversation, Features, Message, OpticNerveError, TextPart
 
-_CHUNK = 2048  # questions whose pictures are held as features at a time
+# Questions, and numbers of features (1 GiB in float32), whose pictures are held at a time.
+_QUESTIONS, _NUMBERS = 2048, 2**28
 
 
 class VLMPredictor:
@@ -66,10 +67,12 @@ class ClassifierPredictor:
         """Probabilities of the choices, in their order; their shares add up to 1, whatever the other answers get.
 
         Raises:
-            OpticNerveError: a choice that the classifier does not know.
+            OpticNerveError: a choice that the classifier does not know, or two that are one answer to it.
         """
         check_choices(choices)
         places = [self.processor.place_of(c) for c in choices]
+        if len(set(places)) < len(places):
+            raise OpticNerveError(f"{', '.join(map(repr, choices))}: two of these are one answer to the classifier")
         row_C = self.probabilities([conversation])[0, places]
         shares: list[float] = (row_C / row_C.sum()).tolist()
         return shares
@@ -84,9 +87,9 @@ class ClassifierPredictor:
         if not conversations:
             raise OpticNerveError("there is nothing to ask: the list of questions is empty")
         self.model.eval()
-        found = []
-        for start in range(0, len(conversations), _CHUNK):
-            chunk = conversations[start : start + _CHUNK]
+        found, most = [], self._most()
+        for start in range(0, len(conversations), most):
+            chunk = conversations[start : start + most]
             questions = [question_of(c) for c in chunk]
             pictures = {_key(c): (c.images[0].source, c.where or c.id) for c in chunk}
             place = {key: i for i, key in enumerate(pictures)}
@@ -102,6 +105,12 @@ class ClassifierPredictor:
                 logits_BA = self.model(batch["input_ids"], batch["attention_mask"], **media).logits
                 found.append(logits_BA.double().softmax(1).cpu())
         return torch.cat(found)
+
+    def _most(self) -> int:
+        """Questions at a time, so that what is seen of their pictures fits in memory."""
+        eye = self.model.image
+        each = 3 * self.model.classifier.pixels**2 if eye is None else eye.encoder.num_tokens * eye.encoder.hidden_size
+        return max(self.batch_size, min(_QUESTIONS, _NUMBERS // each))
 
     def _see(self, pictures: list[tuple[Any, str]]) -> Any:
         """Features of the pictures; their pixels for early fusion, which has no eye."""

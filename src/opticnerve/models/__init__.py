@@ -1,13 +1,34 @@
 """Docked models by transformers' conventions; importing this registers them with the Auto classes."""
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
 
+from opticnerve.models.classifier_configuration import FusionClassifierConfig
+from opticnerve.models.classifier_processing import FusionClassifierProcessor
 from opticnerve.models.configuration import OpticNerveConfig
+from opticnerve.models.dual_configuration import DualEncoderConfig
+from opticnerve.models.dual_encoder import DualEncoder
+from opticnerve.models.dual_processing import DualEncoderProcessor
+from opticnerve.models.fusion_classifier import FusionClassifier
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.processing import OpticNerveProcessor
 
-AutoConfig.register("opticnerve", OpticNerveConfig, exist_ok=True)
+for config in (OpticNerveConfig, DualEncoderConfig, FusionClassifierConfig):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
 AutoModelForImageTextToText.register(OpticNerveConfig, OpticNerveForConditionalGeneration, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(DualEncoderConfig, DualEncoder, exist_ok=True)
+AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)
+AutoModel.register(FusionClassifierConfig, FusionClassifier, exist_ok=True)
 AutoProcessor.register(OpticNerveConfig, OpticNerveProcessor, exist_ok=True)
+AutoProcessor.register(DualEncoderConfig, DualEncoderProcessor, exist_ok=True)
+AutoProcessor.register(FusionClassifierConfig, FusionClassifierProcessor, exist_ok=True)
 
-__all__ = ["OpticNerveConfig", "OpticNerveForConditionalGeneration", "OpticNerveProcessor"]
+__all__ = [
+    "DualEncoder", "DualEncoderConfig", "DualEncoderProcessor", "FusionClassifier", "FusionClassifierConfig",
+    "FusionClassifierProcessor", "OpticNerveConfig", "OpticNerveForConditionalGeneration", "OpticNerveProcessor",
+]  # fmt: skip

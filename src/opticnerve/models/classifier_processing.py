@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from opticnerve.data.answers import normal
 from opticnerve.models.dual_processing import DualEncoderProcessor
 from opticnerve.types import OpticNerveError
 
@@ -47,8 +48,3 @@ class FusionClassifierProcessor(DualEncoderProcessor):
                 f"the answer {answer!r} is none of the {len(self.answers)} in the closed set{hint}. The set: {shown}"
             )
         return known[normal(answer)]
-
-
-def normal(answer: str) -> str:
-    """An answer as it is compared."""
-    return " ".join(answer.lower().split())

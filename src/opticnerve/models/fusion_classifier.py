@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from opticnerve import registry
+from opticnerve.data.answers import normal
 from opticnerve.encoders.base import Encoder, last_blocks
 from opticnerve.encoders.text import text_encoders
 from opticnerve.models.classifier_configuration import FusionClassifierConfig, Timing
@@ -91,13 +92,14 @@ class FusionClassifier(PreTrainedModel):
                 if config.timing == "early"
                 else f"{config.timing} fusion needs an image encoder"
             )
+        if config.timing != "late" and config.combine != "mean":
+            raise OpticNerveError(f"combine is for late fusion alone; leave {config.combine!r} out")
         check_answers(config.answers)
         self.image = None if eye is None else Eye(eye)
         self.text = Reader(reader)
         options = {**config.head, **({"combine": config.combine} if config.timing == "late" else {})}
-        self.classifier = make_head(config.timing, eye, reader.hidden_size, len(config.answers), options)
+        self.classifier = make_head(config.timing, eye, reader, len(config.answers), options)
         self._memory = TextMemory(reader)
-        self.register_load_state_dict_post_hook(lambda *_: self._memory.forget())
 
     @classmethod
     def from_parts(
@@ -244,10 +246,16 @@ class FusionClassifier(PreTrainedModel):
 
 
 def check_answers(answers: list[str]) -> None:
-    """Raise where the closed set is none: empty, of one answer, or with one twice."""
+    """Raise where the closed set is none: empty, of one answer, with a blank one, or with one twice."""
     if not answers:
         raise OpticNerveError("the closed set of answers is empty; name at least two")
     if len(answers) == 1:
         raise OpticNerveError(f"{answers[0]!r} is the only answer, and would always be right; name at least two")
-    if twice := sorted({a for a in answers if answers.count(a) > 1}):
-        raise OpticNerveError(f"answers named more than once: {', '.join(map(repr, twice))}")
+    names = [normal(a) for a in answers]
+    if "" in names:
+        raise OpticNerveError(f"answer {names.index('') + 1} of {len(names)} is blank; leave it out")
+    if twice := [a for a, n in zip(answers, names, strict=True) if names.count(n) > 1]:
+        raise OpticNerveError(
+            f"answers named more than once: {', '.join(map(repr, twice))}; keep one of each (upper and lower case are "
+            f"one answer)"
+        )

@@ -82,6 +82,8 @@ class IntermediateHead(nn.Module):
         depth: int = 2, dropout: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
+        if width % heads:
+            raise OpticNerveError(f"a width of {width} cannot be shared by {heads} heads; make it a multiple")
         self.see = nn.Sequential(nn.LayerNorm(eye_size), nn.Linear(eye_size, width))
         self.read = nn.Sequential(nn.LayerNorm(text_size), nn.Linear(text_size, width))
         self.places_ND = nn.Parameter(torch.randn(eye_tokens, width) * 0.02)
@@ -165,13 +167,20 @@ def mean_of(features: Features) -> Tensor:
     return (features.tokens_BND * weight_BN1).sum(1) / weight_BN1.sum(1)
 
 
-def make_head(timing: str, eye: Any, text_size: int, answers: int, options: dict[str, Any]) -> nn.Module:
-    """The head of a timing around an eye (None for early) and a text encoder's width."""
+def make_head(timing: str, eye: Any, reader: Any, answers: int, options: dict[str, Any]) -> nn.Module:
+    """The head of a timing over an eye (None for early) and a text encoder.
+
+    Raises:
+        OpticNerveError: an option that the head does not know, or a number that makes no network.
+    """
+    for name in ("width", "depth", "heads", "pixels"):
+        if name in options and not (isinstance(options[name], int) and options[name] > 0):
+            raise OpticNerveError(f"{timing} fusion: {name} is a whole number from 1; got {options[name]!r}")
     kinds: dict[str, Any] = {"early": EarlyHead, "intermediate": IntermediateHead, "late": LateHead}
     sizes = {
-        "early": (text_size, answers),
-        "intermediate": () if eye is None else (eye.hidden_size, eye.num_tokens, text_size, answers),
-        "late": () if eye is None else (eye.hidden_size, text_size, answers),
+        "early": (reader.hidden_size, answers),
+        "intermediate": () if eye is None else (eye.hidden_size, eye.num_tokens, reader.state_size, answers),
+        "late": () if eye is None else (eye.hidden_size, reader.hidden_size, answers),
     }
     try:
         head: nn.Module = kinds[timing](*sizes[timing], **options)

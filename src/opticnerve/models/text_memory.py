@@ -16,31 +16,38 @@ MOST = 4096
 
 
 class TextMemory:
-    """Reads through a text encoder; while that is frozen, each text only once.
+    """Reads through a text encoder; while that stays as it is, each text only once.
 
-    Not a module: what it remembers is no state of the model.
+    Nothing is remembered while the encoder trains or its dropout is at work, nor across a change of its weights, their
+    precision, or their device. Not a module: what it remembers is no state of the model.
     """
 
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
         self._known: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+        self._weights: list[tuple[int, int]] = []
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Read:
         """Token ids and mask (B, L) → `Read`, padded on the right."""
-        if any(p.requires_grad for p in self.encoder.parameters()) and torch.is_grad_enabled():
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
+        if learns or any(m.training for m in self.encoder.modules()):
             self._known.clear()
             return _read(self.encoder, input_ids, attention_mask)
-        keys = [ids[mask.bool()].cpu().numpy().tobytes() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        weights = [_mark(p) for p in self.encoder.parameters()]
+        if weights != self._weights:
+            self._known.clear()
+            self._weights = weights
+        ids_BL, mask_BL = input_ids.cpu(), attention_mask.cpu().bool()
+        keys = [ids[mask].numpy().tobytes() for ids, mask in zip(ids_BL, mask_BL, strict=True)]
         missing = {k: i for i, k in enumerate(keys) if k not in self._known}
         if missing:
             rows = list(missing.values())
             with torch.no_grad():
                 read = _read(self.encoder, input_ids[rows], attention_mask[rows])
             for row, key in enumerate(missing):
-                self._known[key] = (
-                    read.states.tokens_BND[row, : int(read.states.mask_BN[row].sum())],
-                    read.vector_BD[row],
-                )
+                states_LD = read.states.tokens_BND[row, : int(read.states.mask_BN[row].sum())]
+                # Copies: a view would keep all of its batch in memory.
+                self._known[key] = states_LD.clone(), read.vector_BD[row].clone()
         found = [self._known[k] for k in keys]
         for key in keys:
             self._known.move_to_end(key)
@@ -48,12 +55,13 @@ class TextMemory:
             self._known.popitem(last=False)
         states_BLD = torch.nn.utils.rnn.pad_sequence([s for s, _ in found], batch_first=True)
         lengths_B1 = torch.tensor([[len(s)] for s, _ in found], device=states_BLD.device)
-        mask_BL = torch.arange(states_BLD.shape[1], device=states_BLD.device) < lengths_B1
-        return Read(Features(states_BLD, mask_BL), torch.stack([v for _, v in found]))
+        real_BL = torch.arange(states_BLD.shape[1], device=states_BLD.device) < lengths_B1
+        return Read(Features(states_BLD, real_BL), torch.stack([v for _, v in found]))
 
-    def forget(self) -> None:
-        """After the encoder's weights have changed."""
-        self._known.clear()
+
+def _mark(weight: Tensor) -> tuple[int, int]:
+    """Where a weight lies, and how often it has been written to there (which inference tensors do not count)."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _read(encoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Read:

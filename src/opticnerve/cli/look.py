@@ -1,0 +1,107 @@
+"""`opticnerve look`: where in a picture a model looks while it answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opticnerve.cli.ask import MODEL_HELP
+from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, print_json, quiet_libraries
+
+EPILOG = examples(
+    'opticnerve look starter "what shape is in the image?" --image picture.png -o where.png',
+    'opticnerve look starter "what color is it?" --image picture.png --method attention --layer 20 --head 3 -o head.png',
+    'opticnerve look runs/mine "what is this?" -i picture.png --method rollout --method relevance -o both.png --json',
+    note="An occlusion map always stands beside the method: attention alone can mislead. docs/look.md says how to read "
+    "them.",
+)
+ImageOption = Annotated[
+    list[Path] | None, typer.Option("--image", "-i", help="The picture, exactly one.", show_default=False)
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        "-m",
+        help="attention, rollout, relevance, cross_attention, gradient or occlusion; may be given several times. "
+        "By default relevance; cross_attention for models that have it; gradient where soft tokens have no place.",
+        show_default=False,
+    ),
+]
+_ONE = "for attention and cross_attention: one {}, from 0; the mean over all by default."
+
+
+def look(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    image: ImageOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("where.png"),
+    method: MethodOption = None,
+    layer: Annotated[int | None, typer.Option(help=_ONE.format("layer"), show_default=False)] = None,
+    head: Annotated[int | None, typer.Option(help=_ONE.format("head"), show_default=False)] = None,
+    grid: Annotated[int, typer.Option(help="Cells on each side of the occlusion map.")] = 6,
+    patch: Annotated[int, typer.Option(help="Side of the square that covers, in cells.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 24,
+    trust_remote_code: TrustFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw where in the picture a model looks for each word of its answer. Weights are taken as float32."""
+    from opticnerve.data.images import open_image
+    from opticnerve.types import OpticNerveError
+    from opticnerve.types import ask as conversation
+
+    # Before the model is loaded: a wrong path should not take seconds to be found.
+    if len(image or []) != 1:
+        raise OpticNerveError(f"give exactly one --image FILE to look at, not {len(image or [])}")
+    if output.suffix.lower() != ".png":
+        raise OpticNerveError(f"the map is written as PNG: -o {output.with_suffix('.png')}, not {output}")
+    assert image is not None
+    picture = open_image(image[0])
+
+    import torch
+
+    from opticnerve.evaluation.look_plot import look_plot
+    from opticnerve.inference import looking
+    from opticnerve.inference.load import load_model
+
+    for name in method or []:
+        if name not in looking.METHODS:
+            raise OpticNerveError(f"unknown method {name!r}; known: {', '.join(looking.METHODS)}")
+    quiet_libraries()
+    parts = load_model(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    looked = looking.look(
+        *parts, conversation(question, picture), methods=method, layer=layer, head=head, grid=grid, patch=patch,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    look_plot(looked, picture, question, output)
+    if as_json:
+        print_json({"model": model, "question": question, "image": image[0], "output": output, **_plain(looked)})
+        return
+    console = console_for(as_json)
+    typer.echo(looked.answer)
+    for found in looked.maps:
+        places = (f"{w.text} at {_percent(found.peak(i))}" for i, w in enumerate(looked.words))
+        console.print(f"{found.method}: {', '.join(places)}", markup=False, highlight=False)
+    console.print(f"written: {output}", markup=False, highlight=False)
+
+
+def _percent(place: tuple[float, float]) -> str:
+    return f"{place[0]:.0%} from the left, {place[1]:.0%} from the top"
+
+
+def _plain(looked: Any) -> dict[str, Any]:
+    """Words, and for each method its grids (rows from the top) and the place of the highest cell (0 to 1)."""
+    words = [{"text": w.text, "tokens": len(w.tokens), "log_p": p} for w, p in zip(looked.words, looked.log_p, strict=True)]
+    maps = [
+        {
+            "method": m.method,
+            "note": m.note,
+            "grids": m.grid_WHH.astype(float).tolist(),
+            "peaks": [dict(zip(("x", "y"), m.peak(i), strict=True)) for i in range(len(looked.words))],
+            "on_picture": m.on_picture,
+        }
+        for m in looked.maps
+    ]
+    return {"answer": looked.answer, "words": words, "maps": maps, "box": list(looked.box)}

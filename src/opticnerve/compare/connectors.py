@@ -1,0 +1,155 @@
+"""How to fuse: connectors between one eye and one language model, under one budget and with one feature cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opticnerve.compare import plots
+from opticnerve.compare.base import Base, Raw, stage_of
+from opticnerve.compare.experiment import Budget, Experiment
+from opticnerve.compare.findings import ALL, Findings, System
+from opticnerve.compare.report import Report, accuracy_table, number, points, verdict
+from opticnerve.compare.rows import Row
+from opticnerve.compare.stats import Estimate, rank_correlation
+
+BUDGET: Budget = {
+    "seeds": 2,
+    "questions": 300,
+    "align": {"steps": 30, "batch": 8},
+    "instruct": {"steps": 70, "batch": 2},
+}
+QUICK: Budget = {
+    "seeds": 1,
+    "questions": 12,
+    "align": {"steps": 1, "batch": 2},
+    "instruct": {"steps": 2, "batch": 2},
+}
+FUSION_RATE = 2.0e-3
+# Square pictures of 64 px, 16 patches: what an eye of 128 px with a 4 × 4 map gives, in number.
+PATCHES: Raw = {"type": "patches", "image_size": 64, "patch_size": 16}
+
+# Name → title, and what changes under `model.image`.
+CONNECTORS: dict[str, tuple[str, Raw]] = {
+    "linear": ("linear", {"connector": {"type": "linear"}}),
+    "mlp": ("mlp, 2 layers", {"connector": {"type": "mlp"}}),
+    "pixel-shuffle": ("pixel_shuffle, 2 × 2", {"connector": {"type": "pixel_shuffle", "scale": 2, "depth": 2}}),
+    "qformer": ("qformer, 16 queries", {"connector": {"type": "qformer", "num_queries": 16, "depth": 2}}),
+    "resampler": (
+        "resampler, 16 latents",
+        {"connector": {"type": "resampler", "num_latents": 16, "depth": 2, "heads": 8, "head_dim": 32}},
+    ),
+    "abstractor": ("abstractor, 16 tokens", {"connector": {"type": "abstractor", "out_tokens": 16, "depth": 1}}),
+    "cross-attention": (
+        "cross-attention before every 5th layer",
+        {"connector": {"type": "mlp"}, "fusion": {"type": "cross_attention", "every": 5}},
+    ),
+    "patches": ("raw patches, no encoder", {"connector": {"type": "mlp"}, "encoder": PATCHES}),
+}
+
+
+def rows(base: Base, budget: Budget) -> list[Row]:
+    """The base with each connector in turn."""
+    return [_row(base, budget, name) for name in CONNECTORS]
+
+
+def _row(base: Base, budget: Budget, name: str) -> Row:
+    title, change = CONNECTORS[name]
+    stages = []
+    for stage, told in ((base.captions, budget["align"]), (base.questions, budget["instruct"])):
+        train = {p: rate for p, rate in stage.train.items() if p.removeprefix("image.") != "fusion"}
+        train |= {"fusion": FUSION_RATE} if "fusion" in change else {}
+        if "encoder" in change:  # patches are pixels, cut: nothing of an eye trains, and nothing is worth caching
+            train = {p: r for p, r in train.items() if "encoder" not in p}
+        cached = base.can_cache and "encoder" not in change and not any("encoder" in p for p in train)
+        stages.append(
+            stage_of(stage, steps=told["steps"], batch_size=told["batch"], train=train, cache_features=cached)
+        )
+    recipe = base.docked(name, stages, budget["questions"], image={"fusion": {"type": "splice"}} | change)
+    return Row(name, {name: title}, recipe)
+
+
+def report(findings: Findings, folder: Path) -> Report:
+    """The table, accuracy against each cost, and which differences are real."""
+    base, b = findings.base, findings.budget
+    names = [n for n in CONNECTORS if n in findings]
+    more = [
+        ("visual tokens", _tokens),
+        ("parameters of connector and fusion", lambda s: number(s.mean("between_parameters"))),
+        ("all that trains", lambda s: number(s.mean("trained"))),
+        ("training seconds", lambda s: number(s.mean("train_seconds"))),
+    ]
+    text = accuracy_table(findings, names, more=more)
+    costs = {
+        "tokens": ("visual_tokens", "visual tokens of a picture", False),
+        "parameters": ("between_parameters", "parameters of connector and fusion", True),
+        "seconds": ("train_seconds", "seconds of training", False),
+    }
+    images = []
+    for file, (fact, words, log) in costs.items():
+        shown = {
+            findings[n].title: (cost, found) for n in names
+            if (cost := findings[n].mean(fact)) is not None and (found := findings.estimate(n)) is not None
+        }  # fmt: skip
+        note = f"{len(findings.groups[ALL]):,} questions, {len(findings.seeds)} seed(s); whiskers are 95 % intervals"
+        plots.scatter(shown, folder / f"{file}.png", title=f"Accuracy against {words}", note=note, x=words, log=log)
+        images.append(f"![Accuracy against {words}]({file}.png)")
+    align, instruct = b["align"], b["instruct"]
+    said = Report(
+        "Which connector",
+        f"{base.name} with one part changed in each row: what stands between the eye and the language model. Eye, "
+        f"language model, data, steps and learning rates are the same for all; “raw patches” has no eye, and the mlp "
+        f"reads pixels. In brackets: 95 % intervals over seeds and questions.",
+        f"{align['steps']} steps of {align['batch']} captions, then {instruct['steps']} steps of {instruct['batch']} "
+        f"rows of questions; frozen eyes saw each picture once, in one feature cache for all rows (not counted in the "
+        f"seconds).",
+        [("Accuracy and cost", text), ("Accuracy against cost", "\n\n".join(images))],
+    )
+    said.shows = _shows(findings, names)
+    said.does_not = [
+        "So few steps show which connector learns fastest from little, not which is best after long training: those "
+        "with attention of their own (qformer, resampler, abstractor) start from random weights and are known for "
+        "wanting more data.",
+        "Where several rows have equal numbers of visual tokens, the tokens explain nothing between them.",
+    ]  # fmt: skip
+    return said
+
+
+def _shows(findings: Findings, names: list[str]) -> list[str]:
+    if len(names) < 2:
+        return []
+    means = {n: float(findings[n].table_SQ.mean()) for n in names}
+    ranked = sorted(names, key=lambda n: -means[n])
+    best, last = ranked[0], ranked[-1]
+    gaps: dict[str, Estimate] = {n: g for n in ranked[1:] if (g := findings.versus(best, n)) is not None}
+    level = [findings[n].title for n, g in gaps.items() if not g.sure]
+    title = findings[best].title
+    said = [
+        f"Highest: {title}, {100 * means[best]:.1f} %; lowest: {findings[last].title}, {100 * means[last]:.1f} %. "
+        f"Between them: {points(gaps[last])}.",
+        f"Not told apart from {title} (their differences' intervals hold zero): {', '.join(level)}."
+        if level
+        else f"{title} is ahead of every other row, each with an interval above zero.",
+    ]
+    for fact, words in (
+        ("visual_tokens", "visual tokens"),
+        ("between_parameters", "parameters between eye and language model"),
+        ("train_seconds", "seconds of training"),
+    ):
+        pairs = [(c, means[n]) for n in names if (c := findings[n].mean(fact)) is not None]
+        rho = rank_correlation([c for c, _ in pairs], [a for _, a in pairs])
+        if rho == rho:  # not NaN
+            strength = "no clear" if abs(rho) < 0.5 else "a positive" if rho > 0 else "a negative"
+            said.append(
+                f"More {words}: {strength} rank correlation with accuracy ({rho:+.2f}, over {len(pairs)} rows)."
+            )
+    if "linear" in names and "mlp" in names:
+        said.append(verdict("The mlp", "the linear map", findings.versus("mlp", "linear"), ", all questions"))
+    return said
+
+
+def _tokens(system: System) -> str:
+    beside = any(f.get("fusion") == "cross_attention" for f in system.facts.values())
+    return number(system.mean("visual_tokens")) + (", beside the text" if beside else "")
+
+
+EXPERIMENT = Experiment("connectors", BUDGET, QUICK, rows, report)

@@ -1,0 +1,109 @@
+"""An experiment from its base recipe to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opticnerve.compare import report as reports
+from opticnerve.compare.base import Base, scaled
+from opticnerve.compare.findings import Findings, collect
+from opticnerve.compare.rows import How, Outcome, Row, finished, folder_of, run_rows
+from opticnerve.types import OpticNerveError
+
+Budget = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared.
+
+    Args:
+        budget: `seeds`, `questions`, and mappings with `steps` and `batch`; quick: the same, for a try. rows: the rows
+            that the budget makes of a base. report: what the findings say; it may draw into the folder. isolated: rows
+            run in processes of their own, for their peaks of memory.
+    """
+
+    name: str
+    budget: Budget
+    quick: Budget
+    rows: Callable[[Base, Budget], list[Row]]
+    report: Callable[[Findings, Path], reports.Report]
+    isolated: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an experiment left: its rows, and its report if there was anything to report."""
+
+    outcomes: list[Outcome]
+    report: Path | None
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [o for o in self.outcomes if o.error is not None]
+
+
+def run(
+    experiment: Experiment, base: Base, out: Path, *, report: Path | None = None, seeds: int | None = None,
+    scale: float = 1.0, only: Sequence[str] | None = None, quick: bool = False, keep_models: bool = False,
+    command: str = "", console: Any = None,
+) -> Done:  # fmt: skip
+    """Run the rows that are not finished, and write the report of all that are.
+
+    Args:
+        report: its folder, `out/report` by default. seeds: how many trainings of each row; the budget's by default.
+        scale: on the number of steps of every stage. only: names of rows; those that they need come along.
+        command: what the user typed, for the report.
+
+    Raises:
+        OpticNerveError: the base lacks something, or there is no such row. KeyboardInterrupt: stopped, and saved.
+    """
+    budget = stretched(experiment.quick if quick else experiment.budget, scale)
+    many = seeds or budget["seeds"]
+    rows = experiment.rows(base, budget)
+    chosen = choose(rows, only)
+    if console is not None:
+        console.print(f"{len(chosen)} rows × {many} seed(s), in {out}", highlight=False)
+    how = How(experiment.isolated, budget.get("memory_steps", 0), keep_models, console)
+    ran = {(o.row.name, o.seed): o for o in run_rows(chosen, range(many), out, how)}
+    outcomes = []
+    for seed in range(many):
+        for row in rows:
+            if (row.name, seed) in ran:
+                outcomes.append(ran[row.name, seed])
+            elif (record := finished(out, row, seed)) is not None:
+                outcomes.append(Outcome(row, seed, folder_of(out, row, seed), record, kept=True))
+    if not any(o.record for o in outcomes):
+        return Done(outcomes, None)
+    findings = collect(base, budget, outcomes)
+    folder = report or out / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    said = experiment.report(findings, folder)
+    path = reports.write(said, findings, folder, command=command, experiment=experiment.name)
+    return Done(outcomes, path)
+
+
+def stretched(budget: Budget, scale: float) -> Budget:
+    """The budget with `scale` times the steps everywhere."""
+    if scale <= 0:
+        raise OpticNerveError(f"scale multiplies the number of steps; give a number above 0, not {scale:g}")
+
+    def stretch(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: stretch(k, v) for k, v in value.items()}
+        return scaled(value, scale) if key == "steps" else value
+
+    return {k: stretch(k, v) for k, v in budget.items()}
+
+
+def choose(rows: Sequence[Row], only: Sequence[str] | None) -> list[Row]:
+    """The rows of those names, and those that they need, in the experiment's order."""
+    names = [r.name for r in rows]
+    if unknown := sorted(set(only or ()) - set(names)):
+        raise OpticNerveError(f"no such row: {', '.join(unknown)}; the rows: {', '.join(names)}")
+    wanted = set(only or names)
+    wanted |= {n for r in rows if r.name in wanted for n in r.needs}
+    return [r for r in rows if r.name in wanted]

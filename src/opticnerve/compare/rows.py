@@ -1,0 +1,272 @@
+"""Rows of an experiment: which there are, which are finished, and how the others are run, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import opticnerve
+from opticnerve.compare.base import Raw
+from opticnerve.evaluation.markdown import duration
+from opticnerve.types import OpticNerveError
+
+SPEC, OUTCOME, RECORD, LOG = "spec.json", "outcome.json", "row.json", "log.txt"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an experiment.
+
+    Args:
+        name: also its folder's. systems: what it answers the questions as, name → title; a training may be asked in
+            several ways. recipe: what is trained, None where nothing is. asks: further ways to ask, `{"ask": …}` as in
+            `opticnerve.compare.asking`. needs: rows of the same seed whose models it asks. keep_weights: such a model
+            is this row's.
+    """
+
+    name: str
+    systems: dict[str, str]
+    recipe: Raw | None = None
+    asks: tuple[Raw, ...] = ()
+    needs: tuple[str, ...] = ()
+    keep_weights: bool = False
+
+
+@dataclass
+class Outcome:
+    """A row with one seed: its record if it is finished, what went wrong if it is not."""
+
+    row: Row
+    seed: int
+    folder: Path
+    record: dict[str, Any] | None = None
+    error: str | None = None
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class How:
+    """How rows are run.
+
+    Args:
+        isolated: each in a process of its own, so that its peak of memory is its own. memory_steps: the peak of
+            training alone is measured, with the first seed, by so many steps of each stage in a further process; 0 for
+            not at all.
+        keep_models: leave the weights of finished rows on disk.
+    """
+
+    isolated: bool = False
+    memory_steps: int = 0
+    keep_models: bool = False
+    console: Any = field(default=None, compare=False)
+
+
+class Broken(Exception):
+    """A row's process came to an end without a result; the message is its last words."""
+
+
+def identity(row: Row, seed: int) -> str:
+    """What a result belongs to: another recipe, way of asking or version of opticnerve makes it void."""
+    told = {"recipe": with_seed(row, seed), "asks": row.asks, "systems": list(row.systems), "needs": row.needs}
+    text = json.dumps([opticnerve.__version__, told], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def with_seed(row: Row, seed: int) -> Raw | None:
+    return None if row.recipe is None else row.recipe | {"seed": seed}
+
+
+def folder_of(out: Path, row: Row, seed: int) -> Path:
+    return out / "rows" / row.name / f"seed-{seed}"
+
+
+def finished(out: Path, row: Row, seed: int) -> dict[str, Any] | None:
+    """The record of a finished row, if it belongs to this very row."""
+    path = folder_of(out, row, seed) / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record if record.get("identity") == identity(row, seed) else None
+
+
+def run_rows(rows: Sequence[Row], seeds: Sequence[int], out: Path, how: How) -> list[Outcome]:
+    """Run what is not finished, all rows of a seed before the next seed; what fails is noted, and the next one runs.
+
+    Raises:
+        KeyboardInterrupt: stopped; finished rows are kept, a begun one has been saved.
+    """
+    outcomes: dict[tuple[str, int], Outcome] = {}
+    wanted = [(row, seed) for seed in seeds for row in rows]
+    seconds: dict[str, list[float]] = {}
+    for number, (row, seed) in enumerate(wanted, 1):
+        outcome = outcomes[row.name, seed] = Outcome(row, seed, folder_of(out, row, seed))
+        outcome.record = finished(out, row, seed)
+        outcome.kept = outcome.record is not None
+        missing = [n for n in row.needs if (n, seed) not in outcomes or outcomes[n, seed].record is None]
+        if outcome.record is None and missing:
+            outcome.error = f"needs {', '.join(missing)}, which did not finish"
+        elif outcome.record is None:
+            probe = how.memory_steps if seed == seeds[0] else 0
+            _run_one(outcome, [folder_of(out, r, seed) for n in row.needs for r in rows if r.name == n], how, probe)
+        if outcome.record is not None:
+            seconds.setdefault(row.name, []).append(outcome.record["wall_seconds"])
+        if how.console is not None:
+            later = [r for r, s in wanted[number:] if finished(out, r, s) is None]
+            how.console.print(
+                _line(outcome, number, len(wanted), time_left(later, seconds)), highlight=False, soft_wrap=True
+            )
+    if not how.keep_models:
+        for outcome in outcomes.values():
+            if outcome.record is not None :
+                _drop_weights(outcome.folder)
+    return list(outcomes.values())
+
+
+def time_left(later: Sequence[Row], seconds: dict[str, list[float]]) -> float | None:
+    """From what the same rows took with other seeds, else from the mean of all that is known."""
+    known = [s for each in seconds.values() for s in each]
+    if not later or not known:
+        return None
+    usual = sum(known) / len(known)
+    return sum(sum(s) / len(s) if (s := seconds.get(row.name)) else usual for row in later)
+
+
+def _run_one(outcome: Outcome, needs: list[Path], how: How, probe: int) -> None:
+    row, seed, folder = outcome.row, outcome.seed, outcome.folder
+    mine = identity(row, seed)
+    _make_room(folder, mine, how.console)
+    spec = {
+        "recipe": with_seed(row, seed), "folder": str(folder), "asks": list(row.asks), "systems": list(row.systems),
+        "needs": [str(n) for n in needs],
+    }  # fmt: skip
+    _write(folder / SPEC, {"identity": mine, **spec})
+    begun = time.perf_counter()
+    perform = in_process if how.isolated else _here
+    try:
+        if how.console is None:
+            found = perform(spec)
+        else:
+            with how.console.status(f"{row.name}, seed {seed} …"):
+                found = perform(spec)
+        took = time.perf_counter() - begun
+        if probe and spec["recipe"] is not None:
+            found["facts"]["peak_training_bytes"] = _peak_of_training(spec, probe)
+    except Exception as e:  # whatever it is, the other rows are worth their time
+        outcome.error = str(e) if isinstance(e, OpticNerveError | Broken) else f"{type(e).__name__}: {e}"
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return
+    (folder / "error.txt").unlink(missing_ok=True)
+    outcome.record = {
+        "identity": mine, "row": row.name, "seed": seed, "opticnerve": opticnerve.__version__,
+        "wall_seconds": round(took, 3), **found,
+    }  # fmt: skip
+    _write(folder / RECORD, outcome.record)
+
+
+def _make_room(folder: Path, mine: str, console: Any) -> None:
+    """A run of another recipe is set aside, not deleted: it may have taken hours."""
+    spec = folder / SPEC
+    if spec.is_file() and json.loads(spec.read_text(encoding="utf-8")).get("identity") != mine:
+        aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+        folder.rename(aside)
+        if console is not None:
+            console.print(f"{folder} was run by another recipe; it is set aside as {aside.name}", style="dim")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _here(spec: dict[str, Any]) -> dict[str, Any]:
+    from opticnerve.compare.perform import perform
+
+    return perform(spec)
+
+
+def in_process(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run a row in a process of its own; what it prints stands in its folder's log.txt.
+
+    Raises:
+        OpticNerveError: what the row raised. Broken: it died without a word.
+        KeyboardInterrupt: this process or that one was stopped; the row has been saved.
+    """
+    folder = Path(spec["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    told, outcome = folder / "worker.json", folder / OUTCOME
+    _write(told, spec | {"outcome": str(outcome), "parent": os.getpid()})
+    outcome.unlink(missing_ok=True)
+    with (folder / LOG).open("ab") as log:
+        # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes on exactly one.
+        child = subprocess.Popen(
+            [sys.executable, "-m", "opticnerve.compare.worker", str(told)], stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                child.kill()
+            raise
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if not outcome.is_file():
+        last = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise Broken(f"its process ended with code {code}; {folder / LOG} ends with: {' '.join(last) or '(nothing)'}")
+    found: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))
+    outcome.unlink()
+    told.unlink()
+    if "error" in found:
+        raise Broken(found["error"])
+    return found
+
+
+def _peak_of_training(spec: dict[str, Any], steps: int) -> int:
+    """Peak memory of a process that does nothing but take some steps of each stage."""
+    folder = Path(spec["folder"]) / "memory"
+    shutil.rmtree(folder, ignore_errors=True)
+    stages = [s | {"steps": steps, "epochs": None, "save_every": None} for s in spec["recipe"]["stages"]]
+    recipe = spec["recipe"] | {"stages": stages, "evaluate": [], "forgetting": False}
+    try:
+        found = in_process({"recipe": recipe, "folder": str(folder), "asks": [], "systems": [], "needs": []})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return int(found["facts"]["peak_memory_bytes"])
+
+
+def _drop_weights(folder: Path) -> None:
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+
+
+def _line(outcome: Outcome, number: int, count: int, left: float | None) -> str:
+    head = f"{number:>3}/{count}  {outcome.row.name:<28} seed {outcome.seed}  "
+    if outcome.record is None:
+        return f"{head}[red]failed[/]: {_escaped(str(outcome.error))}"
+    shown = [f"{outcome.record['facts']['accuracy'][s]:.1%}" for s in outcome.row.systems
+             if s in outcome.record["facts"].get("accuracy", {})]  # fmt: skip
+    took = "kept" if outcome.kept else duration(outcome.record["wall_seconds"])
+    wait = "" if left is None else f"; about {duration(left)} left"
+    return f"{head}{', '.join(shown) or outcome.record.get('diverged', '')}  ({took}{wait})"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,140 @@
+"""How sure a comparison is: intervals over seeds and questions, and differences on the same questions.
+
+Two things vary between one training and the next: its seed, and the questions that happen to be asked. The bootstrap
+(Efron & Tibshirani 1993, chapter 8) here resamples both: seeds with replacement, then questions with replacement, the
+same questions for every seed and every row, for they were all asked the same. With few seeds their part is
+underestimated (by (S - 1)/S in variance); with one seed the interval is over questions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opticnerve.evaluation.metrics import wilson_interval
+from opticnerve.evaluation.plots import smooth
+
+Array = NDArray[np.float64]
+
+DRAWS = 2000
+_AT_ONCE = 250  # draws whose counts of questions are held in memory at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval, over `seeds` trainings and `questions` questions."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    questions: int
+
+    @property
+    def sure(self) -> int:
+        """Of a difference: 1 if surely above zero, -1 if surely below, 0 if the interval holds zero."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+def over_seeds(scores_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
+    """The mean score and its interval; None where there is nothing to average.
+
+    Args:
+        scores_SQ: (seeds, questions), scores in [0, 1].
+    """
+    scores_SQ = _table(scores_SQ)
+    seeds, questions = scores_SQ.shape
+    if not scores_SQ.size:
+        return None
+    mean = float(scores_SQ.mean())
+    if scores_SQ.min() == scores_SQ.max():
+        # Resampling equal scores gives an interval of no width, which nobody should believe.
+        low, high = wilson_interval(mean * questions, questions)
+        return Estimate(mean, low, high, seeds, questions)
+    rng = np.random.default_rng(seed)
+    ends = _ends(_seed_means(scores_SQ, _counts(rng, questions, draws), rng))
+    return Estimate(mean, *ends, seeds, questions)
+
+
+def difference(first_SQ: Any, second_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
+    """First minus second on the same questions, paired by question; seeds are drawn for each by itself.
+
+    Args:
+        first_SQ, second_SQ: (seeds, questions) each; numbers of seeds may differ, columns are the same questions.
+    """
+    first_SQ, second_SQ = _table(first_SQ), _table(second_SQ)
+    if first_SQ.shape[1] != second_SQ.shape[1]:
+        raise ValueError(f"{first_SQ.shape[1]} questions against {second_SQ.shape[1]}; give both the same ones")
+    if not first_SQ.size or not second_SQ.size:
+        return None
+    rng = np.random.default_rng(seed)
+    counts = _counts(rng, first_SQ.shape[1], draws)
+    gaps = _seed_means(first_SQ, counts, rng) - _seed_means(second_SQ, counts, rng)
+    mean = float(first_SQ.mean() - second_SQ.mean())
+    return Estimate(mean, *_ends(gaps), min(len(first_SQ), len(second_SQ)), first_SQ.shape[1])
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: from -1 to 1; NaN where one of the two does not vary."""
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return float("nan")
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+
+
+def steps_to(loss: Sequence[float], threshold: float) -> int | None:
+    """The first step (from 1) from which on the smoothed loss has reached the threshold; None if it never does."""
+    below = np.flatnonzero(smooth(np.asarray(loss, dtype=float)) <= threshold)
+    return int(below[0]) + 1 if len(below) else None
+
+
+def failed(loss: Sequence[float]) -> str | None:
+    """Why a loss curve counts as a failed training, if it does: it is not finite, or ends no lower than it began."""
+    values = np.asarray(loss, dtype=float)
+    if not len(values) or not np.isfinite(values).all():
+        return "the loss is not finite"
+    tenth = max(1, len(values) // 10)
+    first, last = values[:tenth].mean(), values[-tenth:].mean()
+    if len(values) > 1 and last >= first:
+        return f"the loss ends at {last:.3g} and began at {first:.3g}"
+    return None
+
+
+def _table(scores: Any) -> Array:
+    table = np.asarray(scores, dtype=float)
+    if table.ndim != 2:
+        raise ValueError(f"scores want the shape (seeds, questions), not {table.shape}")
+    return table
+
+
+def _counts(rng: np.random.Generator, questions: int, draws: int) -> Array:
+    """How often each question is in each draw: (draws, questions), as shares of the draw."""
+    chunks = [
+        rng.multinomial(questions, np.full(questions, 1 / questions), size=min(_AT_ONCE, draws - start)).astype(
+            np.float32
+        )
+        for start in range(0, draws, _AT_ONCE)
+    ]
+    return np.concatenate(chunks) / questions  # type: ignore[return-value]
+
+
+def _seed_means(scores_SQ: Array, counts_BQ: Array, rng: np.random.Generator) -> Array:
+    """(B,): of each draw, the mean over seeds drawn with replacement."""
+    by_seed_BS = counts_BQ @ scores_SQ.T
+    seeds = len(scores_SQ)
+    picks_BS = rng.integers(0, seeds, size=(len(counts_BQ), seeds))
+    return np.take_along_axis(by_seed_BS, picks_BS, axis=1).mean(1)  # type: ignore[no-any-return]
+
+
+def _ends(values: Array) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _ranks(values: Sequence[float]) -> Array:
+    """Ranks from 0; equal values share the mean of theirs."""
+    array = np.asarray(values, dtype=float)
+    return np.array([((array < v).sum() + (array <= v).sum() - 1) / 2 for v in array], dtype=float)

@@ -1,0 +1,322 @@
+"""The three experiments: their recipes, what they refuse, and their way from rows to a report."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pretended import pretend
+
+import tiny
+from opticnerve import recipe as recipes
+from opticnerve.compare import base as bases
+from opticnerve.compare import connectors, fusion, rows, stages
+from opticnerve.compare.base import Base
+from opticnerve.compare.experiment import choose, run, stretched
+from opticnerve.starter.demo import recipe_path
+from opticnerve.types import OpticNerveError
+
+EXPERIMENTS = {
+    n: importlib.import_module(f"opticnerve.compare.{n}").EXPERIMENT for n in ("fusion", "connectors", "stages")
+}
+
+
+@pytest.fixture
+def raw(
+    tmp_path: Path, language_folder: Callable[..., str], vision_folder: Callable[..., str], private_cache: Path
+) -> dict[str, Any]:
+    """A recipe of tiny parts with everything that an experiment wants."""
+    captions, questions = tiny.save_captions(tmp_path / "data"), tiny.save_questions(tmp_path / "data")
+    asked = {"path": str(questions)}
+    return {
+        "name": "tiny", "precision": "fp32",
+        "model": {
+            "language": {"name": language_folder()},
+            "image": {"encoder": {"type": "hf_vision", "name": vision_folder()}},
+        },
+        "stages": [
+            {"name": "align", "train": {"connector": 1e-3}, "data": [{"path": str(captions)}], "template": "caption", "steps": 1},
+            {"name": "instruct", "train": {"connector": 1e-3, "language.lora": 1e-3}, "lora": {"rank": 2},
+             "data": [asked | {"share_prefix": True, "per_image": 2}], "steps": 1},
+        ],
+        "evaluate": [{"data": asked}],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def base(raw: dict[str, Any]) -> Base:
+    return Base(recipes.load(raw), name="tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def starter() -> Base:
+    return Base(recipes.load(recipe_path("starter")), name="starter")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_of_the_starter_is_a_valid_recipe(name: str, starter: Base) -> None:
+    experiment = EXPERIMENTS[name]
+    for budget in (experiment.budget, experiment.quick):
+        made = experiment.rows(starter, budget)
+        assert len({r.name for r in made}) == len(made)
+        systems = [s for r in made for s in r.systems]
+        assert len(set(systems)) == len(systems)
+        asked = set()
+        for row in made:
+            for ask in row.asks:
+                asked.add(json.dumps(ask["questions"], sort_keys=True))
+            if row.recipe is not None:
+                read = recipes.load(row.recipe)
+                asked |= {json.dumps(e.model_dump(mode="json"), sort_keys=True) for e in read.evaluate}
+        assert len(asked) == 1, "all rows are asked the same questions"
+
+
+def test_the_three_timings_differ_in_when_alone(starter: Base) -> None:
+    made = {r.name: r.recipe for r in fusion.rows(starter, fusion.BUDGET)}
+    early, middle, late = (made[t] for t in fusion.TIMINGS)
+    assert early is not None
+    assert middle is not None
+    assert late is not None
+    assert [r["model"]["timing"] for r in (early, middle, late)] == ["early", "intermediate", "late"]
+    assert early["model"]["image"] is None
+    assert middle["model"]["image"] == late["model"]["image"]
+    assert [r["stages"][0]["cache_features"] for r in (early, middle, late)] == [False, True, True]
+    splice, cross = made["vlm-splice"], made["vlm-cross-attention"]
+    assert splice is not None
+    assert cross is not None
+    assert splice["model"]["image"]["fusion"]["type"] == "splice"
+    assert cross["model"]["image"]["fusion"] == {"type": "cross_attention", "every": 5}
+    assert all(s["train"]["fusion"] == 2.0e-3 for s in cross["stages"])
+
+
+def test_classifiers_of_the_second_budget_see_as_many_questions(starter: Base) -> None:
+    made = {r.name: r.recipe for r in fusion.rows(starter, fusion.BUDGET)}
+    seen = starter.questions_in(fusion.BUDGET["instruct"]["steps"], fusion.BUDGET["instruct"]["batch"])
+    assert 2.5 < seen / (fusion.BUDGET["instruct"]["steps"] * fusion.BUDGET["instruct"]["batch"]) <= 4
+    for timing in fusion.TIMINGS:
+        recipe = made["same-" + timing]
+        assert recipe is not None
+        stage = recipe["stages"][0]
+        assert not any(d["share_prefix"] for d in stage["data"])
+        assert 0 <= stage["steps"] * stage["batch_size"] - seen < stage["batch_size"]
+
+
+def test_rows_without_a_first_stage_read_as_many_tokens(base: Base) -> None:
+    from opticnerve import plan_data, plan_model
+
+    budget = stages.BUDGET
+    processor = plan_model.processor_for(base.recipe)
+    read = {}
+    for row in stages.rows(base, budget):
+        assert row.recipe is not None
+        recipe = recipes.load(row.recipe)
+        read[row.name] = sum(
+            plan_data.look(s, processor, seed=0).length * s.batch_size * (s.steps or 0) for s in recipe.stages
+        )
+    assert max(read.values()) / min(read.values()) < 1.02
+
+
+def test_what_opens_in_each_way_of_staging(starter: Base) -> None:
+    made = {r.name: r.recipe for r in stages.rows(starter, stages.BUDGET)}
+    opens = {n: [set(s["train"]) for s in r["stages"]] for n, r in made.items() if r is not None}
+    assert opens["align-instruct"] == [{"connector"}, {"connector", "language.lora"}]
+    assert opens["instruct-only"] == [{"connector", "language.lora"}]
+    assert opens["at-once"] == [{"encoder", "connector", "language"}]
+    assert opens["connector-only"] == [{"connector"}, {"connector"}]
+    assert opens["align-instruct-full"] == [{"connector"}, {"connector", "language"}]
+    when = {n: r["stages"][-1]["lora"]["when"] for n, r in made.items() if r is not None and r["stages"][-1]["lora"]}
+    assert when == {"align-instruct": "always", "align-instruct-aside": "media", "instruct-only": "always"}
+
+
+def test_connectors_change_one_thing(starter: Base) -> None:
+    made = {r.name: r.recipe for r in connectors.rows(starter, connectors.BUDGET)}
+    assert list(made) == list(connectors.CONNECTORS)
+    first = made["mlp"]
+    assert first is not None
+    for name, recipe in made.items():
+        assert recipe is not None
+        image = recipe["model"]["image"]
+        changed = {k for k in image if image[k] != first["model"]["image"][k]}
+        assert changed <= {"connector", "fusion", "encoder"}
+        assert len(changed) == (name != "mlp")
+        assert all(s["cache_features"] == (name != "patches") for s in recipe["stages"])
+
+
+def test_tiles_are_not_cached(raw: dict[str, Any]) -> None:
+    tiled = raw | {"model": raw["model"] | {"image": raw["model"]["image"] | {"tiling": {"type": "anyres"}}}}
+    made = connectors.rows(Base(recipes.load(tiled)), connectors.BUDGET)
+    assert not any(s["cache_features"] for r in made if r.recipe for s in r.recipe["stages"])
+
+
+def change(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    if key == "stages":
+        return raw | {"stages": raw["stages"][1:]}
+    if key == "evaluate":
+        return raw | {"evaluate": []}
+    if key == "image":
+        audio = {"encoder": {"type": "whisper", "name": "x"}}
+        return raw | {"model": {"language": raw["model"]["language"], "audio": audio},
+                      "stages": [s | {"train": {"connector": 1e-3}, "lora": None} for s in raw["stages"]]}  # fmt: skip
+    dual = {"image": {"encoder": raw["model"]["image"]["encoder"]}, "text": {"encoder": {"name": "x"}}}
+    stage = {"name": "s", "objective": "contrastive", "train": {"temperature": 1e-3}, "data": raw["stages"][0]["data"]}
+    return raw | {"model": dual, "stages": [stage], "evaluate": []}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("stages", r"has 1 stage\(s\); compare wants at least two: captions in the first, questions in the last"),
+        ("evaluate", "asks no test questions; add an entry with `metric: vqa`"),
+        ("image", "has the towers audio; compare wants one that sees"),
+        ("dual", "describes a dual encoder; compare varies the recipe of a docked language model"),
+    ],
+)
+def test_what_a_base_lacks_is_said(raw: dict[str, Any], key: str, message: str) -> None:
+    with pytest.raises(OpticNerveError, match=message):
+        Base(recipes.load(change(raw, key)), name="mine.yaml")
+
+
+def test_open_answers_are_no_closed_set(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert base.answers == ["no", "red", "yes"]
+    monkeypatch.setattr(bases, "MOST_ANSWERS", 2)
+    with pytest.raises(OpticNerveError, match=r"stage instruct: the data hold 3 different answers.*need none"):
+        fusion.rows(Base(base.recipe, name="tiny.yaml"), fusion.QUICK)
+
+
+def test_the_words_alone(base: Base) -> None:
+    """Each of three questions has four pictures and answers in turn: the most frequent is right on two of four."""
+    assert np.mean(base.question_alone(None)) == pytest.approx(0.5)
+
+
+def test_scale_stretches_steps_and_nothing_else() -> None:
+    assert stretched({"seeds": 2, "a": {"steps": 10, "batch": 4}}, 0.25) == {"seeds": 2, "a": {"steps": 2, "batch": 4}}
+    assert stretched({"a": {"steps": 1}}, 0.01) == {"a": {"steps": 1}}
+    with pytest.raises(OpticNerveError, match="above 0"):
+        stretched({}, 0)
+
+
+def test_rows_bring_what_they_need(starter: Base) -> None:
+    made = fusion.rows(starter, fusion.QUICK)
+    assert [r.name for r in choose(made, ["ensemble"])] == ["vlm-splice", "intermediate", "ensemble"]
+    assert choose(made, None) == made
+    with pytest.raises(OpticNerveError, match="no such row: medium; the rows: vlm-splice"):
+        choose(made, ["medium"])
+
+
+# -- from rows to a report --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_ends_in_a_report(
+    name: str, base: Base, performed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Base, "question_alone", lambda self, count: [float(i % 3 == 0) for i in range(40)])
+    done = run(EXPERIMENTS[name], base, tmp_path / "out", seeds=2, quick=True, command=f"opticnerve compare {name}")
+    assert done.failures == []
+    assert done.report == tmp_path / "out" / "report" / "report.md"
+    text = done.report.read_text()
+    for heading in ("What this shows", "What it does not show", "How it was made", "**Budget.**"):
+        assert heading in text
+    assert f"`opticnerve compare {name}`" in text
+    for link in {part.split(")")[0] for part in text.split("](")[1:]}:
+        assert (done.report.parent / link).stat().st_size > 0
+    lines = (done.report.parent / "results.csv").read_text().splitlines()
+    systems = [s for r in EXPERIMENTS[name].rows(base, EXPERIMENTS[name].quick) for s in r.systems]
+    groups = 3 + (2 if name == "fusion" else 0)  # all, yes/no, shape; needs both, words mislead
+    assert len(lines) == 1 + len(systems) * 2 * groups
+
+    again = run(EXPERIMENTS[name], base, tmp_path / "out", seeds=2, quick=True)
+    assert all(o.kept for o in again.outcomes)
+
+
+def test_rows_run_alone_are_reported_with_those_that_are_there(
+    base: Base, performed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"quick": True}
+    run(connectors.EXPERIMENT, base, tmp_path, only=["mlp"], **options)
+    done = run(connectors.EXPERIMENT, base, tmp_path, only=["qformer"], **options)
+    assert [o.row.name for o in done.outcomes] == ["mlp", "qformer"]
+    assert done.report is not None
+    assert "mlp, 2 layers" in done.report.read_text()
+
+
+def test_a_failed_row_is_in_the_report(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def perform(spec: dict[str, Any]) -> dict[str, Any]:
+        if spec["systems"] == ["qformer"]:
+            raise OpticNerveError("too many | queries")
+        return pretend(spec)
+
+    monkeypatch.setattr(rows, "_here", perform)
+    done = run(connectors.EXPERIMENT, base, tmp_path, quick=True)
+    assert [o.row.name for o in done.failures] == ["qformer"]
+    assert done.report is not None
+    assert "- `qformer`, seed 0: too many \\| queries" in done.report.read_text()
+
+
+def test_nothing_finished_is_no_report(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def perform(spec: dict[str, Any]) -> dict[str, Any]:
+        raise OpticNerveError("no")
+
+    monkeypatch.setattr(rows, "_here", perform)
+    assert run(connectors.EXPERIMENT, base, tmp_path, quick=True).report is None
+
+
+def test_intermediate_ahead_is_said_when_it_is(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Branches alone are right on the first 30 of 40; the last ten need both, and intermediate fusion gets them."""
+
+    def right(system: str, seed: int, question: int) -> float:
+        plain = system.removeprefix("same-")
+        return float(question < {"intermediate": 40, "picture-alone": 20}.get(plain, 30))
+
+    monkeypatch.setattr(rows, "_here", lambda spec: pretend(spec, right))
+    monkeypatch.setattr(Base, "question_alone", lambda self, count: [float(i < 30) for i in range(40)])
+    done = run(fusion.EXPERIMENT, base, tmp_path, quick=True)
+    assert done.report is not None
+    text = done.report.read_text()
+    assert "10 of 40 questions (25%) need both modalities" in text
+    assert "Intermediate fusion is ahead of early fusion, at about equal seconds, needs both: +100.0 points" in text
+    assert "The VLM by splice is behind intermediate fusion, all questions" in text
+
+
+def test_a_training_that_diverged_counts_as_a_failure_to_converge(
+    base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def perform(spec: dict[str, Any]) -> dict[str, Any]:
+        found = pretend(spec)
+        if spec["systems"] == ["at-once"] and spec["recipe"]["seed"] == 1:
+            return {"systems": {}, "facts": {"machine": {}}, "diverged": "step 3: the loss is nan"}
+        return found
+
+    monkeypatch.setattr(rows, "in_process", perform)
+    done = run(stages.EXPERIMENT, base, tmp_path, quick=True, seeds=2)
+    assert done.failures == []
+    assert done.report is not None
+    text = done.report.read_text()
+    assert "1 of 2: step 3: the loss is nan" in text
+    assert "Failed trainings: “everything at once, all weights” 1, of 12 in all" in text
+
+
+def test_a_saying_holds_only_where_all_seeds_agree() -> None:
+    assert stages.holds([1.0, 1.1], [1.2, 1.3]) == "holds"
+    assert stages.holds([1.2, 1.3], [1.0, 1.1]) == "does not hold"
+    assert stages.holds([1.0, 1.25], [1.2, 1.3]) == "is not decided"
+    assert stages.holds([1.0], [1.2]) == "holds with one seed"
+
+
+@pytest.mark.slow
+def test_one_row_for_real(base: Base, tmp_path: Path) -> None:
+    """Tiny parts, one step: the way through the pipeline, in this process."""
+    done = run(connectors.EXPERIMENT, base, tmp_path, only=["linear"], quick=True)
+    assert done.failures == []
+    [outcome] = done.outcomes
+    assert outcome.record is not None
+    facts = outcome.record["facts"]
+    assert facts["visual_tokens"] == 16
+    assert facts["between_parameters"] == 24 * 32 + 32
+    assert facts["optimizer_bytes"] == 8 * facts["trained"]  # float32 weights are their own masters
+    assert len((outcome.folder / "answers" / "questions.jsonl").read_text().splitlines()) == 12
