@@ -1,4 +1,4 @@
-"""Does a map of where a model looks fall on the object? easy-VQA's test pictures, whose shape can be found by its colour.
+"""Does a map of where a model looks fall on the object? On easy-VQA's test pictures, whose shape its colour tells.
 
     python benchmarks/look.py --model starter --pictures 60                   # writes docs/reports/look
     python benchmarks/look.py --model starter --model runs/flamingo           # a splice and a cross-attention model
@@ -118,10 +118,10 @@ def report(table: list[dict[str, Any]], rows: list[dict[str, Any]], command: str
     lines = [
         "# Does the map fall on the object?",
         "",
-        f"{table[0]['n']} test pictures of easy-VQA, one question of colour or shape each; the map explains the model's own "
-        "greedy answer. *Mass*: mean share of the map, made non-negative and summing to 1, on the object's pixels; "
-        f"chance is the object's share of the area, {area:.1%}. *Most*: what the best map on the same grid would reach. "
-        "*Pointing*: how often the highest cell lies on the object. Intervals: 95 % bootstrap over pictures.",
+        f"{table[0]['n']} test pictures of easy-VQA, one question of colour or shape each; the map explains the "
+        "model's own greedy answer. *Mass*: mean share of the map, made non-negative and summing to 1, on the object's "
+        f"pixels; chance is the object's share of the area, {area:.1%}. *Most*: what the best map on the same grid "
+        "would reach. *Pointing*: how often the highest cell lies on the object. Intervals: 95 % bootstrap over pictures.",
         "",
         "| model | method | mass | 95 % | × chance | most | pointing | 95 % |",
         "|---|---|---|---|---|---|---|---|",
@@ -144,8 +144,8 @@ def report(table: list[dict[str, Any]], rows: list[dict[str, Any]], command: str
             f"{model}: {right} of {len(occluded)} answers are right. "
             + (f"Not told from chance: {', '.join(flat)}. " if flat else "No method is at chance. ")
             + (f"Below chance: {', '.join(off)}. " if off else "")
-            + f"On {weak} of {len(occluded)} pictures no covered square costs the answer more than {WEAK} nats: the model is "
-            "that sure of it, and the occlusion map shows what is left of the differences.",
+            + f"On {weak} of {len(occluded)} pictures no covered square costs the answer more than {WEAK} nats: "
+            "the model is that sure of it, and the occlusion map shows what is left of the differences.",
             "",
         ]
     lines += [
@@ -155,8 +155,8 @@ def report(table: list[dict[str, Any]], rows: list[dict[str, Any]], command: str
         command,
         "```",
         "",
-        f"{seconds / 60:.1f} minutes on {platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, torch {torch.__version__}; float32.",
+        f"{seconds / 60:.1f} minutes on {platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} "
+        f"cores, Python {platform.python_version()}, torch {torch.__version__}; float32.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -179,7 +179,10 @@ def main() -> None:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    title, note = "Does the map fall on the object?", f"{len(asked)} test pictures of easy-VQA; bars with 95 % intervals"
+    title, note = (
+        "Does the map fall on the object?",
+        f"{len(asked)} test pictures of easy-VQA; bars with 95 % intervals",
+    )
     shares_plot(table, chosen.out / "where.png", title=title, note=note)
     command = " ".join(["python benchmarks/look.py", *sys.argv[1:]])
     page = report(table, rows, command, time.perf_counter() - started)

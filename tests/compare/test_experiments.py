@@ -15,7 +15,7 @@ from pretended import pretend
 import tiny
 from opticnerve import recipe as recipes
 from opticnerve.compare import base as bases
-from opticnerve.compare import connectors, fusion, rows, stages
+from opticnerve.compare import connectors, fusion, rows, stages, stages_report
 from opticnerve.compare.base import Base
 from opticnerve.compare.experiment import choose, run, stretched
 from opticnerve.starter.demo import recipe_path
@@ -267,11 +267,11 @@ def test_nothing_finished_is_no_report(base: Base, monkeypatch: pytest.MonkeyPat
 
 
 def test_intermediate_ahead_is_said_when_it_is(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Branches alone are right on the first 30 of 40; the last ten need both, and intermediate fusion gets them."""
+    """The words answer the first 20 of 40, the picture the 10th to the 30th; intermediate fusion alone the last ten."""
 
     def right(system: str, seed: int, question: int) -> float:
-        plain = system.removeprefix("same-")
-        return float(question < {"intermediate": 40, "picture-alone": 20}.get(plain, 30))
+        known = {"intermediate": range(40), "question-alone": range(20), "picture-alone": range(10, 30)}
+        return float(question in known.get(system.removeprefix("same-"), range(30)))
 
     monkeypatch.setattr(rows, "_here", lambda spec: pretend(spec, right))
     monkeypatch.setattr(Base, "question_alone", lambda self, count: [float(i < 30) for i in range(40)])
@@ -301,11 +301,27 @@ def test_a_training_that_diverged_counts_as_a_failure_to_converge(
     assert "Failed trainings: “everything at once, all weights” 1, of 12 in all" in text
 
 
+def test_where_nothing_is_forgotten_no_saying_is_proved(
+    base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def perform(spec: dict[str, Any], after: float) -> dict[str, Any]:
+        found = pretend(spec)
+        first = spec["systems"] == ["align-instruct"]
+        found["facts"]["forgetting"][-1]["perplexity"] = after * (0.9 if first else 1.0)
+        return found
+
+    for after, words in ((30.0, "cannot be seen, for neither forgets, here"), (40.0, "holds with one seed here")):
+        monkeypatch.setattr(rows, "in_process", lambda spec, after=after: perform(spec, after))
+        done = run(stages.EXPERIMENT, base, tmp_path / str(after), quick=True)
+        assert done.report is not None
+        assert f"That aligning the connector first protects the language model {words}" in done.report.read_text()
+
+
 def test_a_saying_holds_only_where_all_seeds_agree() -> None:
-    assert stages.holds([1.0, 1.1], [1.2, 1.3]) == "holds"
-    assert stages.holds([1.2, 1.3], [1.0, 1.1]) == "does not hold"
-    assert stages.holds([1.0, 1.25], [1.2, 1.3]) == "is not decided"
-    assert stages.holds([1.0], [1.2]) == "holds with one seed"
+    assert stages_report.holds([1.0, 1.1], [1.2, 1.3]) == "holds"
+    assert stages_report.holds([1.2, 1.3], [1.0, 1.1]) == "does not hold"
+    assert stages_report.holds([1.0, 1.25], [1.2, 1.3]) == "is not decided"
+    assert stages_report.holds([1.0], [1.2]) == "holds with one seed"
 
 
 @pytest.mark.slow

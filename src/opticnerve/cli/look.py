@@ -12,7 +12,7 @@ from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, pr
 
 EPILOG = examples(
     'opticnerve look starter "what shape is in the image?" --image picture.png -o where.png',
-    'opticnerve look starter "what color is it?" --image picture.png --method attention --layer 20 --head 3 -o head.png',
+    'opticnerve look starter "what color is it?" -i picture.png --method attention --layer 20 --head 3 -o head.png',
     'opticnerve look runs/mine "what is this?" -i picture.png --method rollout --method relevance -o both.png --json',
     note="An occlusion map always stands beside the method: attention alone can mislead. docs/look.md says how to read "
     "them.",
@@ -93,7 +93,9 @@ def _percent(place: tuple[float, float]) -> str:
 
 def _plain(looked: Any) -> dict[str, Any]:
     """Words, and for each method its grids (rows from the top) and the place of the highest cell (0 to 1)."""
-    words = [{"text": w.text, "tokens": len(w.tokens), "log_p": p} for w, p in zip(looked.words, looked.log_p, strict=True)]
+    words = [
+        {"text": w.text, "tokens": len(w.tokens), "log_p": p} for w, p in zip(looked.words, looked.log_p, strict=True)
+    ]
     maps = [
         {
             "method": m.method,

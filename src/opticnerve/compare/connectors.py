@@ -106,9 +106,8 @@ def report(findings: Findings, folder: Path) -> Report:
     )
     said.shows = _shows(findings, names)
     said.does_not = [
-        "So few steps show which connector learns fastest from little, not which is best after long training: those "
-        "with attention of their own (qformer, resampler, abstractor) start from random weights and are known for "
-        "wanting more data.",
+        "So few steps show which connector learns fastest from little, not which is best after long training. All of "
+        "them start from random weights; so do the layers of cross-attention.",
         "Where several rows have equal numbers of visual tokens, the tokens explain nothing between them.",
     ]  # fmt: skip
     return said

@@ -128,7 +128,7 @@ def run_rows(rows: Sequence[Row], seeds: Sequence[int], out: Path, how: How) -> 
             )
     if not how.keep_models:
         for outcome in outcomes.values():
-            if outcome.record is not None :
+            if outcome.record is not None and not outcome.row.keep_weights:
                 _drop_weights(outcome.folder)
     return list(outcomes.values())
 

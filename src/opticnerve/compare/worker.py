@@ -19,10 +19,10 @@ def main(path: str) -> int:
     """Perform the row and write its outcome; 130 if it was stopped (and saved), 1 if it failed."""
     spec: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     threading.Thread(target=_stop_with, args=(spec["parent"],), daemon=True).start()
-    from opticnerve.compare.perform import perform
-
     code = 0
     try:
+        from opticnerve.compare.perform import perform
+
         found = perform(spec)
     except KeyboardInterrupt:
         return 130

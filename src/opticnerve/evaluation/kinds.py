@@ -34,7 +34,7 @@ def load_any(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     if kind == "dual":
         return load_dual_encoder(resolve(name), trust_remote_code=trust_remote_code)
     if kind == "classifier":
-        found = load_classifier(resolve(name))
+        found = load_classifier(resolve(name), trust_remote_code=trust_remote_code)
         return found.model, found.processor
     return load_model(name, trust_remote_code=trust_remote_code)
 

@@ -1,7 +1,7 @@
 """Where a model looks, as a picture: one panel for each word of the answer, one row for each method.
 
-Cells are drawn as what they are: no smoothing, for a map of 4 × 4 tokens knows nothing between them. The picture is grey
-beneath the map, so that no colour of its own is taken for weight.
+Cells are drawn as what they are: no smoothing, for a map of 4 × 4 tokens knows nothing between them. The picture is
+grey beneath the map, so that no colour of its own is taken for weight.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def look_plot(looked: Looked, picture: PIL.Image.Image, question: str, path: Pat
     characters = int(width * 9)
     figure.text(0.15 / width, 1 - 0.14 / height, _wrap(question, characters, 1), **title)
     figure.text(
-        0.15 / width, 1 - 0.44 / height, _wrap(f"answer: {looked.answer}", characters, 1),
+        0.15 / width, 1 - 0.44 / height, _wrap(_seen(f"answer: {looked.answer}"), characters, 1),
         **{**title, "fontsize": 11, "fontweight": "normal"},
     )  # fmt: skip
     shown = np.asarray(picture.convert("RGB"))
@@ -64,6 +64,11 @@ def _method(figure: Figure, found: Map, x: float, y: float) -> None:
     figure.text(x, y, found.method.replace("_", "-"), fontsize=11, fontweight="bold", color=INK, va="top", **_words())
     size = figure.get_figheight()
     figure.text(x, y - 0.24 / size, _wrap(found.note, 19, 8), fontsize=8.5, color="#5A6069", va="top", **_words())
+
+
+def _seen(text: str) -> str:
+    """Without control characters, for which no font has a form."""
+    return "".join(c if c.isprintable() else "·" for c in text)
 
 
 def _bare(axes: Axes, shown: NDArray[Any]) -> None:
@@ -91,7 +96,7 @@ def _panel(axes: Axes, shown: NDArray[Any], looked: Looked, found: Map, word: in
     axes.set_xlim(-0.5, shown.shape[1] - 0.5)
     axes.set_ylim(shown.shape[0] - 0.5, -0.5)
     _frame(axes)
-    axes.set_title(_wrap(looked.words[word].text, 14, 1), loc="left", fontsize=11, color=INK, pad=4, **_words())
+    axes.set_title(_wrap(_seen(looked.words[word].text), 14, 1), loc="left", fontsize=11, color=INK, pad=4, **_words())
     axes.set_title(_highest(found, word), loc="right", fontsize=8.5, color="#5A6069", pad=4)
 
 

@@ -4,8 +4,8 @@ All take a `Forced` answer and give, for each of its T tokens, a weight for each
 that of the position which foretells a token: what it gathers is what the token is chosen by.
 
 Sources: Abnar & Zuidema 2020, Quantifying Attention Flow in Transformers, section 3 (rollout); Chefer, Gur & Wolf 2021,
-Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers, section 3.1, equations
-5 and 6 (relevance); Shrikumar et al. 2016, Not Just a Black Box (gradient × input).
+Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers, section 3.1,
+equations 5 and 6 (relevance); Shrikumar et al. 2016, Not Just a Black Box (gradient × input).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opticnerve.types import OpticNerveError
 
 @contextmanager
 def eager_attention(language_model: Any) -> Iterator[None]:
-    """Within it the language model computes its attention step by step: fused kernels keep the weights to themselves."""
+    """Within it the language model computes attention step by step: fused kernels keep the weights to themselves."""
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")
     try:

@@ -131,8 +131,8 @@ def check(model: Any, conversation: Conversation) -> None:
         raise OpticNerveError("this model has no eye; `look` shows where in a picture a model looks")
     if len(conversation.images) != 1 or conversation.audios:
         raise OpticNerveError(
-            f"`look` explains an answer about one picture; this question comes with {len(conversation.images)} pictures "
-            f"and {len(conversation.audios)} sounds"
+            f"`look` explains an answer about one picture; this question comes with {len(conversation.images)} "
+            f"pictures and {len(conversation.audios)} sounds"
         )
     if model.image.tiling is not None:
         raise OpticNerveError(

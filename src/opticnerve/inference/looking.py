@@ -40,7 +40,7 @@ Box = tuple[float, float, float, float]
 class Map:
     """One method's maps, one for each word: `grid_WHH` (words, rows, columns).
 
-    Occlusion is in nats of log-probability and may be negative; all else is non-negative and sums to 1 over the picture.
+    Occlusion is in nats of log-probability and may be negative; all else is non-negative and sums to 1 on the picture.
     `on_picture`: by word, the share of the row that falls on the picture at all, where there is such a row.
     """
 
@@ -177,8 +177,8 @@ def check_method(model: Any, method: str) -> None:
         count = tower.encoder.num_tokens
         if isqrt(count) ** 2 != count:
             raise OpticNerveError(
-                f"the encoder gives {count} tokens, which make no square map of the picture (class tokens among them?); "
-                "--method occlusion needs no map"
+                f"the encoder gives {count} tokens, which make no square map of the picture (class tokens among "
+                "them?); --method occlusion needs no map"
             )
     if needs == "any":
         return

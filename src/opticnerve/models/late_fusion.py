@@ -34,8 +34,8 @@ def combine(probabilities_MBC: Tensor, how: Combination, weights_M: Tensor | Non
     """M predictors' probabilities of C choices for B questions → one row of probabilities for each, (B, C).
 
     - mean: their average.
-    - vote: each predictor votes for its likeliest choice (of equal ones the first). The row is (votes + mean) / (M + 1):
-      the mean breaks ties and never outweighs a vote.
+    - vote: each predictor votes for its likeliest choice (of equal ones the first). The row is (votes + mean) /
+      (M + 1): the mean breaks ties and never outweighs a vote.
     - product: what they say as if independent; the geometric mean, normalised.
     - learned: a product with weights, p ∝ Π p_m^(w_m), w ≥ 0.
 
