@@ -121,7 +121,7 @@ def report(table: list[dict[str, Any]], rows: list[dict[str, Any]], command: str
         f"{table[0]['n']} test pictures of easy-VQA, one question of colour or shape each; the map explains the "
         "model's own greedy answer. *Mass*: mean share of the map, made non-negative and summing to 1, on the object's "
         f"pixels; chance is the object's share of the area, {area:.1%}. *Most*: what the best map on the same grid "
-        "would reach. *Pointing*: how often the highest cell lies on the object. Intervals: 95 % bootstrap over pictures.",
+        "would reach. *Pointing*: how often the highest cell lies on the object. Intervals: 95 % bootstrap.",
         "",
         "| model | method | mass | 95 % | × chance | most | pointing | 95 % |",
         "|---|---|---|---|---|---|---|---|",

@@ -13,7 +13,7 @@ from opticnerve.compare.rows import Row
 from opticnerve.compare.stats import Estimate, rank_correlation
 
 BUDGET: Budget = {
-    "seeds": 2,
+    "seeds": 1,
     "questions": 300,
     "align": {"steps": 30, "batch": 8},
     "instruct": {"steps": 70, "batch": 2},

@@ -18,13 +18,13 @@ from opticnerve.compare.stats import over_seeds
 # Steps × rows. The classifiers' steps are such that they train for about as many seconds as the language models do.
 BUDGET: Budget = {
     "seeds": 2,
-    "questions": 400,
-    "align": {"steps": 40, "batch": 8},
-    "instruct": {"steps": 90, "batch": 2},
-    "contrastive": {"steps": 150, "batch": 64},
-    "early": {"steps": 300, "batch": 64},
-    "intermediate": {"steps": 500, "batch": 64},
-    "late": {"steps": 1000, "batch": 64},
+    "questions": 250,
+    "align": {"steps": 30, "batch": 8},
+    "instruct": {"steps": 70, "batch": 2},
+    "contrastive": {"steps": 120, "batch": 64},
+    "early": {"steps": 400, "batch": 64},
+    "intermediate": {"steps": 400, "batch": 64},
+    "late": {"steps": 500, "batch": 64},
     "same_batch": 16,  # of the classifiers that see as many questions as the language models
 }
 QUICK: Budget = {
@@ -42,6 +42,9 @@ CLASSIFIER = {"classifier": 1.0e-3}
 CONTRASTIVE = {"image.projection": 1.0e-3, "text.projection": 1.0e-3, "text.encoder": 1.0e-4, "temperature": 1.0e-3}
 CROSS_ATTENTION: Raw = {"type": "cross_attention", "every": 5}
 CROSS_ATTENTION_RATE = 2.0e-3
+
+# Narrower than by default, so that minutes are enough.
+HEADS: dict[str, Raw] = {"intermediate": {"width": 128}}
 
 TIMINGS = ("early", "intermediate", "late")
 RULES = {
@@ -121,7 +124,7 @@ def _classifier(base: Base, timing: str, prefix: str, told: Raw, many: int, aske
     )  # fmt: skip
     name = prefix + timing
     late = timing == "late"
-    recipe = base.classifier(name, timing, stage, None if late else many)
+    recipe = base.classifier(name, timing, stage, None if late else many, **HEADS.get(timing, {}))
     if not late:
         return Row(name, {name: f"{timing} fusion"}, recipe, keep_weights=name == "intermediate")
     systems = {prefix + system: title for system, title in RULES.values()}

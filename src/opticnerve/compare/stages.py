@@ -11,10 +11,10 @@ from opticnerve.compare.stages_report import TITLES, report
 
 BUDGET: Budget = {
     "seeds": 2,
-    "questions": 200,
-    "align": {"steps": 30, "batch": 8},
-    "instruct": {"steps": 60, "batch": 2},
-    "forgetting_tokens": 4096,
+    "questions": 100,
+    "align": {"steps": 20, "batch": 8},
+    "instruct": {"steps": 36, "batch": 2},
+    "forgetting_tokens": 2048,
     "memory_steps": 2,
 }
 QUICK: Budget = {
