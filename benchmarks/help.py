@@ -11,7 +11,10 @@ import subprocess
 import sys
 import time
 
-COMMANDS = ["", "demo", "plan", "train", "ask", "chat", "eval", "merge", "data check", "data show"]
+COMMANDS = [
+    "", "demo", "plan", "train", "ask", "chat", "eval", "merge", "import", "parts", "classify", "embed", "look",
+    "compare fusion", "compare connectors", "compare stages", "data check", "data show",
+]  # fmt: skip
 
 
 def measure(words: list[str]) -> tuple[float, float]:
