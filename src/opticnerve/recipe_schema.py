@@ -93,6 +93,11 @@ class Stage(Strict):
     save_every: Positive | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = False
+    pack: Positive | None = Field(
+        None,
+        description="stand the samples of a micro-batch side by side in rows of at most so many tokens, each blind to "
+        "the others, instead of padding them; the loss stays the same",
+    )
     cache_features: bool = Field(
         False,
         description="see each picture once with the frozen image encoder, and keep what it saw on disk for all epochs, "
@@ -233,6 +238,8 @@ class Recipe(Strict):
                     f"stages.{i}.objective: {name} does not train {self.model.WHAT}; write "
                     f"objective: {' or '.join(kinds[mine])}"
                 )
+            if stage.pack is not None and name != "next_token":
+                raise ValueError(f"stages.{i}.pack: {name} takes samples by themselves; leave it out")
             if stage.cache_features and (reason := self._cannot_cache(stage)):
                 raise ValueError(f"stages.{i}.cache_features: {reason}; leave it out")
         for i, spec in enumerate(self.evaluate):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tiny
 from opticnerve.data.labels import IGNORE, Encoded
-from opticnerve.data.packing import Row, pack, shared_prefix
+from opticnerve.data.packing import Row, fit, pack, shared_prefix
 from opticnerve.types import DataError, ImagePart
 
 PICTURE = ImagePart(tiny.picture(0))
@@ -119,3 +119,34 @@ def test_torch_free() -> None:
     """Packing is lists: a data worker needs no tensor for it."""
     assert all(isinstance(x, int) for x in pack([[sample([1, 2, 3], 1)]]).targets)
     assert torch.tensor(pack([[sample([1, 2, 3], 1)]]).targets).dtype == torch.int64
+
+
+@given(st.lists(groups(), min_size=1, max_size=6), st.integers(1, 60))
+def test_fitted_rows_hold_the_same_samples_each_reading_itself(made: list[list[list[Encoded]]], budget: int) -> None:
+    rows = [pack(one) for one in made]
+    fitted = fit(rows, budget)
+    assert sorted(i for r in fitted for i in r.ids) == sorted(i for r in rows for i in r.ids)
+    assert sum(map(len, fitted)) == sum(map(len, rows))
+    assert len(fitted) * max(map(len, fitted)) <= len(rows) * max(map(len, rows))
+    assert all(len(r) <= budget for r in fitted if len(r) not in map(len, rows))
+
+    def read(some: list[Row]) -> list[tuple[list[int], list[int], int]]:
+        """What each learned position reads, at which places, and what it learns."""
+        found = []
+        for row in some:
+            for i, target in enumerate(row.targets):
+                if target != IGNORE:
+                    seen = seen_by(row, i)
+                    found.append(([row.input_ids[j] for j in seen], [row.positions[j] for j in seen], target))
+        return sorted(found)
+
+    assert read(fitted) == read(rows)
+
+
+def test_the_arrangement_with_the_fewest_positions() -> None:
+    rows = [pack([[sample([1] * n, 1, name=str(n))]]) for n in (3, 7, 5, 2, 12)]
+    fitted = fit(rows, 10)
+    assert [r.ids for r in fitted] == [["3", "5"], ["7", "2"], ["12"]]
+    assert fitted[0].group == [0] * 3 + [1] * 5
+    # Six of one length in rows of at most five: two rows of three, not one of five and one that is padded.
+    assert [len(r) for r in fit([pack([[sample([1] * 4, 1)]]) for _ in range(6)], 20)] == [12, 12]

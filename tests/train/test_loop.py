@@ -18,7 +18,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import is_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import part_parameters
-from opticnerve.recipe import Recipe
+from opticnerve.recipe import PartSpec, Recipe
 from opticnerve.train import checkpoint
 from opticnerve.types import DataError, OpticNerveError, ask
 
@@ -329,3 +329,25 @@ class TestGradientCheckpointing:
         assert calls["now"] == 2 * once
         assert same(plain.model.state_dict(), again.model.state_dict()) == []
         assert not any(m.training for m in again.model.modules())
+
+
+@pytest.mark.parametrize("fusion", ["splice", "cross_attention"])
+def test_packed_steps_are_padded_steps(
+    fusion: str, make_recipe: Callable[..., Recipe], train: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    """The same samples, the same loss and gradients, less padding."""
+
+    def run(name: str, **stage: Any) -> list[dict[str, Any]]:
+        recipe = make_recipe(batch_size=6, data=[{"path": str(data / "questions.jsonl")}], **stage)
+        assert recipe.docked.image is not None
+        tower = recipe.docked.image.model_copy(update={"fusion": PartSpec(type=fusion)})
+        train(recipe.model_copy(update={"model": recipe.docked.model_copy(update={"image": tower})}), name)
+        lines = (tmp_path / name / "stages" / "0-align" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    padded, packed = run("padded"), run("packed", pack=200)
+    for a, b in zip(padded, packed, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert (b["samples"], b["tokens"], b["supervised_tokens"]) == (a["samples"], a["tokens"], a["supervised_tokens"])
+    assert sum(b["fill"] for b in packed) >= sum(a["fill"] for a in padded)

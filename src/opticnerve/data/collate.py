@@ -45,6 +45,11 @@ class Batch:
     def tokens(self) -> int:
         return int((self.group >= 0).sum())
 
+    @property
+    def places(self) -> int:
+        """Positions that are computed, padding included."""
+        return self.input_ids.numel()
+
     def to(self, device: Any) -> Batch:
         moved: dict[str, Any] = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()

@@ -7,6 +7,7 @@ that loss and gradients are those of the separate samples; the picture is paid f
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,52 @@ def pack(groups: Sequence[Sequence[Encoded]]) -> Row:
     for number, samples in enumerate(groups):
         _append(row, number, samples)
     return row
+
+
+def fit(rows: Sequence[Row], budget: int) -> list[Row]:
+    """The same samples side by side, in rows of at most `budget` tokens, with as little padding as can be found.
+
+    For each number of rows the samples are dealt out, the longest first, each to the shortest row so far (Graham 1969,
+    Bounds on Multiprocessing Timing Anomalies); of all that keep the budget the one with the fewest positions wins,
+    padding included, so never more than samples in rows of their own have. A row that is longer by itself stays alone.
+    Which samples a step sees does not change, only how they stand: loss and gradients are those of the rows apart.
+    """
+    lengths = [len(r) for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    limit = max([budget, *lengths])
+    best: list[list[int]] = [[i] for i in order]
+    fewest = len(rows) * max(lengths)
+    for count in range(len(rows) - 1, 0, -1):
+        dealt = _deal(order, lengths, count)
+        longest = max(sum(lengths[i] for i in members) for members in dealt)
+        if longest > limit:
+            break  # fewer rows are only longer
+        alone = all(len(members) == 1 or sum(lengths[i] for i in members) <= budget for members in dealt)
+        if alone and count * longest < fewest:
+            best, fewest = dealt, count * longest
+    return [_side_by_side([rows[i] for i in sorted(members)]) for members in sorted(best, key=min)]
+
+
+def _deal(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    heap = [(0, k) for k in range(count)]
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for i in order:
+        filled, k = heapq.heappop(heap)
+        dealt[k].append(i)
+        heapq.heappush(heap, (filled + lengths[i], k))
+    return dealt
+
+
+def _side_by_side(rows: Sequence[Row]) -> Row:
+    if len(rows) == 1:
+        return rows[0]
+    joined, groups = Row(), 0
+    for row in rows:
+        for name in ("input_ids", "positions", "targets", "branch", "images", "audios", "questions", "ids"):
+            getattr(joined, name).extend(getattr(row, name))
+        joined.group += [g + groups for g in row.group]
+        groups += max(row.group) + 1
+    return joined
 
 
 def _append(row: Row, number: int, samples: Sequence[Encoded]) -> None:

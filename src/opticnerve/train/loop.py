@@ -218,6 +218,7 @@ class _Run:
             "step": self.step, "loss": self.loss, "tokens": int(tokens), "supervised_tokens": int(supervised),
             "samples": int(samples), "grad_norm": norm,
             "learning_rate": {part: rate * factor for part, rate in self.frozen.rates.items()},
+            **_fill(batches),
             **({"metrics": dict(self.objective.metrics)} if self.objective.metrics else {}),
         }  # fmt: skip
 
@@ -284,6 +285,12 @@ class _Run:
     def _progress(self, steps: int) -> Progress:
         quiet = self.console is None or not self.accelerator.is_main_process
         return Progress(self.stage.name, steps, start=self.step, console=None if quiet else self.console)
+
+
+def _fill(batches: list[Any]) -> dict[str, float]:
+    """The share of this process's positions that hold a token and no padding."""
+    places = sum(getattr(b, "places", 0) for b in batches)
+    return {"fill": round(sum(b.tokens for b in batches) / places, 4)} if places else {}
 
 
 def _media_counts(batches: list[Any]) -> list[int]:

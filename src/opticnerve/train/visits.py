@@ -15,7 +15,7 @@ from opticnerve.data.audio import RATE, open_audio
 from opticnerve.data.collate import Batch, Collator
 from opticnerve.data.images import open_image
 from opticnerve.data.labels import Encoded, encode
-from opticnerve.data.packing import Row, pack, shared_prefix
+from opticnerve.data.packing import Row, fit, pack, shared_prefix
 from opticnerve.data.source import draw
 from opticnerve.recipe import Stage
 from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError
@@ -83,7 +83,8 @@ class Visits(Dataset[Batch]):
         mine = range(index * rows + self.rank, (index + 1) * rows, self.world)
         if self.own_collate is not None:
             return self.own_collate([self._usable(v) for v in mine])
-        return self.collate([self.row(v) for v in mine])
+        apart = [self.row(v) for v in mine]
+        return self.collate(apart if self.stage.pack is None else fit(apart, self.stage.pack))
 
     def row(self, visit: int) -> Row:
         """The row of one visit, its pictures opened. Where bad samples are skipped, the next good visit stands in."""
