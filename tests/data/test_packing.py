@@ -148,5 +148,7 @@ def test_the_arrangement_with_the_fewest_positions() -> None:
     fitted = fit(rows, 10)
     assert [r.ids for r in fitted] == [["3", "5"], ["7", "2"], ["12"]]
     assert fitted[0].group == [0] * 3 + [1] * 5
-    # Six of one length in rows of at most five: two rows of three, not one of five and one that is padded.
-    assert [len(r) for r in fit([pack([[sample([1] * 4, 1)]]) for _ in range(6)], 20)] == [12, 12]
+    # Three rows of eight, not one of 20 and a second that is padded to it.
+    assert [len(r) for r in fit([pack([[sample([1] * n, 1)]]) for n in (8, 4, 4, 2, 2, 2, 2)], 20)] == [8, 8, 8]
+    # All of one length: nothing to gain, so nothing changes.
+    assert [len(r) for r in fit([pack([[sample([1] * 4, 1)]]) for _ in range(6)], 20)] == [4] * 6
