@@ -106,6 +106,20 @@ def test_rank_correlation() -> None:
     assert math.isnan(stats.rank_correlation([16, 16], [0.1, 0.2]))
 
 
+def test_a_rank_correlation_of_few_rows_may_be_chance() -> None:
+    eight = list(range(8))
+    assert stats.rank_chance(eight, eight) < 0.01
+    assert stats.rank_chance(eight, [1, 0, 7, 2, 3, 6, 4, 5]) > 0.05  # 0.62
+    assert stats.rank_chance([16, 16, 4, 16, 16, 16, 16, 16], eight) > 0.2  # one row differs: it says little
+
+
+def test_one_lucky_batch_is_not_convergence() -> None:
+    loss = [3.0] * 60
+    loss[20] = 0.1
+    assert stats.steps_to(loss, 1.0) is None
+    assert stats.steps_to([3.0] * 30 + [0.5] * 30, 1.0) == 38  # the window of ten holds eight of the low ones
+
+
 def test_curves_reach_a_loss_or_fail() -> None:
     assert stats.steps_to([4.0, 3.0, 2.0, 1.0], 2.0) == 3
     assert stats.steps_to([4.0, 3.0], 1.0) is None

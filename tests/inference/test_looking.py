@@ -13,7 +13,7 @@ import transformers as tf
 import tiny
 from opticnerve.build import Dock
 from opticnerve.inference import attention_maps, looking
-from opticnerve.inference.forced import Forced, split_words
+from opticnerve.inference.forced import Forced, Word, split_words
 from opticnerve.inference.occlusion import edges, occlusion
 from opticnerve.types import OpticNerveError, ask
 
@@ -130,6 +130,11 @@ class TestWords:
         if text.isascii():
             assert [w.text for w in words] == text.split()
 
+    def test_a_words_weights_are_the_mean_of_its_tokens(self) -> None:
+        words = [Word("ab", (0, 1)), Word("c", (2,))]
+        weight_THW = torch.tensor([[[0.0, 1.0]], [[0.5, 0.5]], [[1.0, 0.0]]])
+        assert looking._words(weight_THW, words, torch.mean).tolist() == [[[0.25, 0.75]], [[1.0, 0.0]]]
+
     def test_nothing(self) -> None:
         assert split_words([], tiny.tokenizer()) == ("", [])
 
@@ -150,6 +155,9 @@ class TestForced:
         assert torch.allclose(f.log_p(f.pixels_CHW[None])[0], log_p, atol=1e-5)
         assert torch.allclose(f.log_p(f.pixels_CHW.repeat(3, 1, 1, 1)), log_p.expand(3, -1), atol=1e-5)
         assert dock.model.language_model.config._attn_implementation == "sdpa"
+        found = f.ids_1L[0, f.visual_V]
+        assert (found == dock.model.config.image_token_id).all()
+        assert len(found) == int((f.ids_1L == dock.model.config.image_token_id).sum())
         weights, eager = attention_maps.self_attention(f)
         assert torch.allclose(eager, log_p, atol=1e-5)
         assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:-1]), atol=1e-5)
@@ -318,3 +326,14 @@ class TestSeenBox:
     def test_padded(self) -> None:
         size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
         assert looking.seen_box(tf.LlavaImageProcessor(do_pad=True, **size), 100, 60) == (0, -20, 100, 80)
+
+
+def test_models_that_keep_their_kernel_are_refused(spliced: Dock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers logs a warning where a model cannot be switched (Falcon); its weights would be wrong."""
+    language_model = spliced.model.language_model
+    monkeypatch.setattr(type(language_model), "set_attn_implementation", lambda self, name: None)
+    with (
+        pytest.raises(OpticNerveError, match="does not let its attention be computed step by step"),
+        attention_maps.eager_attention(language_model),
+    ):
+        pass

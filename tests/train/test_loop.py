@@ -349,5 +349,9 @@ def test_packed_steps_are_padded_steps(
     for a, b in zip(padded, packed, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-        assert (b["samples"], b["tokens"], b["supervised_tokens"]) == (a["samples"], a["tokens"], a["supervised_tokens"])
+        assert (b["samples"], b["tokens"], b["supervised_tokens"]) == (
+            a["samples"],
+            a["tokens"],
+            a["supervised_tokens"],
+        )
     assert sum(b["fill"] for b in packed) >= sum(a["fill"] for a in padded)

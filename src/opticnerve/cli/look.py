@@ -56,7 +56,7 @@ def look(
     if len(image or []) != 1:
         raise OpticNerveError(f"give exactly one --image FILE to look at, not {len(image or [])}")
     if output.suffix.lower() != ".png":
-        raise OpticNerveError(f"the map is written as PNG: -o {output.with_suffix('.png')}, not {output}")
+        raise OpticNerveError(f"the map is written as PNG: give -o a name that ends in .png, not {output}")
     assert image is not None
     picture = open_image(image[0])
 

@@ -10,7 +10,7 @@ from opticnerve.compare.experiment import Budget, Experiment
 from opticnerve.compare.findings import ALL, Findings, System
 from opticnerve.compare.report import Report, accuracy_table, number, points, verdict
 from opticnerve.compare.rows import Row
-from opticnerve.compare.stats import Estimate, rank_correlation
+from opticnerve.compare.stats import Estimate, rank_chance, rank_correlation
 
 BUDGET: Budget = {
     "seeds": 1,
@@ -124,7 +124,7 @@ def _shows(findings: Findings, names: list[str]) -> list[str]:
     title = findings[best].title
     said = [
         f"Highest: {title}, {100 * means[best]:.1f} %; lowest: {findings[last].title}, {100 * means[last]:.1f} %. "
-        f"Between them: {points(gaps[last])}.",
+        f"Between them: {points(gaps[last])} (the two were picked on these questions, so this interval is too narrow).",
         f"Not told apart from {title} (their differences' intervals hold zero): {', '.join(level)}."
         if level
         else f"{title} is ahead of every other row, each with an interval above zero.",
@@ -137,9 +137,11 @@ def _shows(findings: Findings, names: list[str]) -> list[str]:
         pairs = [(c, means[n]) for n in names if (c := findings[n].mean(fact)) is not None]
         rho = rank_correlation([c for c, _ in pairs], [a for _, a in pairs])
         if rho == rho:  # not NaN
-            strength = "no clear" if abs(rho) < 0.5 else "a positive" if rho > 0 else "a negative"
+            p = rank_chance([c for c, _ in pairs], [a for _, a in pairs])
+            strength = "no clear" if p > 0.05 else "a positive" if rho > 0 else "a negative"
             said.append(
-                f"More {words}: {strength} rank correlation with accuracy ({rho:+.2f}, over {len(pairs)} rows)."
+                f"More {words}: {strength} rank correlation with accuracy ({rho:+.2f} over {len(pairs)} rows, "
+                f"p = {p:.2g})."
             )
     if "linear" in names and "mlp" in names:
         said.append(verdict("The mlp", "the linear map", findings.versus("mlp", "linear"), ", all questions"))

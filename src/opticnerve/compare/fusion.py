@@ -94,9 +94,11 @@ def rows(base: Base, budget: Budget) -> list[Row]:
         Row("contrastive", {"zero-shot": "contrastive, zero-shot (question not read)"}, base.dual("contrastive", stage),
             asks=({"ask": "zero_shot", "system": "zero-shot", **shared},))
     )  # fmt: skip
+    parts = ("intermediate", "vlm-splice")
     made.append(
         Row("ensemble", {"ensemble": "late: intermediate and VLM splice, mean"},
-            asks=({"ask": "ensemble", "system": "ensemble", **shared},), needs=("intermediate", "vlm-splice"))
+            asks=({"ask": "ensemble", "system": "ensemble", **shared},), needs=parts,
+            of=tuple(r.recipe for r in made if r.name in parts and r.recipe is not None))
     )  # fmt: skip
     return made
 
@@ -189,7 +191,7 @@ def _shows(findings: Findings, baseline: float) -> list[str]:
     said = []
     if findings.groups.get(BOTH):
         many, everything = len(findings.groups[BOTH]), len(findings.groups[ALL])
-        said.append(f"{many} of {everything} questions ({many / everything:.0%}) need both modalities.")
+        said.append(f"{many} of {everything} questions ({many / everything:.0%}) are answered by neither branch alone.")
     for prefix, under in (("", "about equal seconds"), (SAME, "equal numbers of questions")):
         mine = prefix + "intermediate"
         for group in (BOTH, LOOK, ALL):

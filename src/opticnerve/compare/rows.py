@@ -32,7 +32,7 @@ class Row:
         name: also its folder's. systems: what it answers the questions as, name → title; a training may be asked in
             several ways. recipe: what is trained, None where nothing is. asks: further ways to ask, `{"ask": …}` as in
             `opticnerve.compare.asking`. needs: rows of the same seed whose models it asks. keep_weights: such a model
-            is this row's.
+            is this row's. of: the recipes of those rows, for its result is as old as theirs.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Row:
     asks: tuple[Raw, ...] = ()
     needs: tuple[str, ...] = ()
     keep_weights: bool = False
+    of: tuple[Raw, ...] = ()
 
 
 @dataclass
@@ -78,7 +79,14 @@ class Broken(Exception):
 
 def identity(row: Row, seed: int) -> str:
     """What a result belongs to: another recipe, way of asking or version of opticnerve makes it void."""
-    told = {"recipe": with_seed(row, seed), "asks": row.asks, "systems": list(row.systems), "needs": row.needs}
+    told: dict[str, Any] = {
+        "recipe": with_seed(row, seed),
+        "asks": row.asks,
+        "systems": list(row.systems),
+        "needs": row.needs,
+    }
+    if row.of:
+        told["of"] = [recipe | {"seed": seed} for recipe in row.of]
     text = json.dumps([opticnerve.__version__, told], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -231,8 +239,8 @@ def in_process(spec: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _peak_of_training(spec: dict[str, Any], steps: int) -> int:
-    """Peak memory of a process that does nothing but take some steps of each stage."""
+def _peak_of_training(spec: dict[str, Any], steps: int) -> int | None:
+    """Peak memory of a process that does nothing but take some steps of each stage; None if it diverged."""
     folder = Path(spec["folder"]) / "memory"
     shutil.rmtree(folder, ignore_errors=True)
     stages = [s | {"steps": steps, "epochs": None, "save_every": None} for s in spec["recipe"]["stages"]]
@@ -241,7 +249,7 @@ def _peak_of_training(spec: dict[str, Any], steps: int) -> int:
         found = in_process({"recipe": recipe, "folder": str(folder), "asks": [], "systems": [], "needs": []})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return int(found["facts"]["peak_memory_bytes"])
+    return None if "diverged" in found else int(found["facts"]["peak_memory_bytes"])
 
 
 def _drop_weights(folder: Path) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.evaluation.metrics import wilson_interval
-from opticnerve.evaluation.plots import smooth
 
 Array = NDArray[np.float64]
 
@@ -85,10 +84,28 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 
+def rank_chance(x: Sequence[float], y: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> float:
+    """How often a rank correlation as strong comes about when `y` is shuffled: the p of a permutation test."""
+    found, rng = abs(rank_correlation(x, y)), np.random.default_rng(seed)
+    shuffled = (abs(rank_correlation(x, rng.permutation(np.asarray(y)).tolist())) for _ in range(draws))
+    return (1 + sum(s >= found - 1e-9 for s in shuffled)) / (1 + draws)
+
+
+def window(steps: int) -> int:
+    """Steps that a loss is averaged over: one batch is luck; a quarter of a short run, ten steps of a longer one."""
+    return max(1, min(10, steps // 4))
+
+
+def running(loss: Sequence[float]) -> Array:
+    """The mean over each full window: (steps - window + 1,), the first of them at step `window`."""
+    values = np.asarray(loss, dtype=float)
+    return np.lib.stride_tricks.sliding_window_view(values, window(len(values))).mean(-1)  # type: ignore[no-any-return]
+
+
 def steps_to(loss: Sequence[float], threshold: float) -> int | None:
-    """The first step (from 1) from which on the smoothed loss has reached the threshold; None if it never does."""
-    below = np.flatnonzero(smooth(np.asarray(loss, dtype=float)) <= threshold)
-    return int(below[0]) + 1 if len(below) else None
+    """The first step (from 1) at which the loss, averaged over the window that ends there, is at the threshold."""
+    below = np.flatnonzero(running(loss) <= threshold)
+    return int(below[0]) + window(len(loss)) if len(below) else None
 
 
 def failed(loss: Sequence[float]) -> str | None:

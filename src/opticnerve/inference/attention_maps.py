@@ -27,6 +27,11 @@ def eager_attention(language_model: Any) -> Iterator[None]:
     """Within it the language model computes attention step by step: fused kernels keep the weights to themselves."""
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")
+    if language_model.config._attn_implementation != "eager":
+        raise OpticNerveError(
+            f"{type(language_model).__name__} does not let its attention be computed step by step; "
+            f"take --method gradient or occlusion"
+        )
     try:
         yield
     finally:
