@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from opticnerve.build import Dock
 from opticnerve.recipe import DataSpec, Stage
-from opticnerve.train.visits import Visits, usable_units
+from opticnerve.train.visits import Visits, samples_to_check, usable_units
 from opticnerve.types import Conversation, DataError, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -145,3 +145,12 @@ class TestUsableUnits:
         ]
         with pytest.raises(DataError, match="this, that"):
             usable_units([(group, None)], processor, stage())
+
+
+@pytest.mark.parametrize(
+    ("stage", "wanted"),
+    [({"steps": 20}, 1_000), ({"steps": 1_000}, 8_000), ({"epochs": 1}, 10_000), ({"steps": 9_999}, 10_000)],
+)
+def test_how_many_samples_are_looked_at_first(stage: dict[str, Any], wanted: int) -> None:
+    made = Stage(name="s", train={"connector": 1e-3}, data=[DataSpec(path="a.jsonl")], batch_size=4, **stage)
+    assert samples_to_check(made) == wanted

@@ -12,9 +12,9 @@ from opticnerve.compare.stages_report import TITLES, report
 BUDGET: Budget = {
     "seeds": 2,
     "questions": 100,
-    "align": {"steps": 20, "batch": 8},
-    "instruct": {"steps": 36, "batch": 2},
-    "forgetting_tokens": 2048,
+    "align": {"steps": 16, "batch": 8},
+    "instruct": {"steps": 28, "batch": 2},
+    "forgetting_tokens": 1024,
     "memory_steps": 2,
 }
 QUICK: Budget = {

@@ -29,7 +29,7 @@ from opticnerve.train.freeze import Frozen, freeze
 from opticnerve.train.optim import MasterAdamW, schedule
 from opticnerve.train.prepare import checkpoint_layers, give_lora, make_accelerator, make_objective, within_context
 from opticnerve.train.progress import Progress
-from opticnerve.train.visits import Visits, usable_units
+from opticnerve.train.visits import Visits, samples_to_check, usable_units
 from opticnerve.types import OpticNerveError
 
 
@@ -106,7 +106,7 @@ def run_stage(
     collate = objective.collator(processor, stage, recipe.seed)
     units = usable_units(
         load_units(stage.data, on_error=on_error), processor, stage, template=template, on_error=on_error,
-        collate=collate,
+        collate=collate, check=samples_to_check(stage),
     )  # fmt: skip
     visits = Visits(
         units, stage, processor, seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes,

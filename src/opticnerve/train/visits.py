@@ -138,6 +138,18 @@ class Visits(Dataset[Batch]):
         ]
 
 
+MOST_CHECKED = 10_000
+
+
+def samples_to_check(stage: Stage) -> int:
+    """How many samples are looked at before the first step: a stage of few steps need not wait for what it will hardly
+    see, and a long one not for all of a big file."""
+    if stage.steps is None:
+        return MOST_CHECKED
+    seen = stage.steps * stage.batch_size * max(s.per_image or 1 for s in stage.data)
+    return min(MOST_CHECKED, max(1_000, 2 * seen))
+
+
 def usable_units(
     units: Iterable[Unit],
     processor: Any,
@@ -145,7 +157,7 @@ def usable_units(
     *,
     template: str | None = None,
     on_error: Callable[[DataError], None] | None = None,
-    check: int = 10_000,
+    check: int = MOST_CHECKED,
     collate: Collate | None = None,
 ) -> list[Unit]:
     """Encode up to `check` samples and open their pictures before the first step, so that a bad one is found now and
