@@ -26,7 +26,14 @@ from opticnerve.starter.demo import recipe_path
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"starter", "starter-full", "starter-audio", "starter-contrastive", "photos"}  # these need no hub
+OURS = {
+    "starter",
+    "starter-full",
+    "starter-audio",
+    "starter-contrastive",
+    "starter-fusion",
+    "photos",
+}  # these need no hub
 READY = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml") if p.stem not in OURS)
 PLAN_ALL = """
 import json, sys, traceback
