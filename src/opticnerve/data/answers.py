@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opticnerve.data.batches import SampleBatch
 from opticnerve.data.images import open_image
 from opticnerve.types import Conversation, DataError, Features, OpticNerveError
 
 
 @dataclass
-class AnswerBatch:
+class AnswerBatch(SampleBatch):
     """B questions.
 
     `input_ids`, `attention_mask`: (B, L). `pixel_values`: (B, 3, H, W), or None where `image_features`, what a frozen
@@ -29,26 +30,8 @@ class AnswerBatch:
     image_features: Features | None = None
 
     @property
-    def supervised(self) -> int:
-        """What the loss is a mean over: the questions."""
-        return len(self.ids)
-
-    @property
     def tokens(self) -> int:
         return int(self.attention_mask.sum())
-
-    @property
-    def samples(self) -> int:
-        return len(self.ids)
-
-    def to(self, device: Any) -> AnswerBatch:
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
-        }
-        if self.image_features is not None:
-            seen = self.image_features
-            moved["image_features"] = Features(seen.tokens_BND.to(device), seen.mask_BN.to(device))
-        return AnswerBatch(**moved)
 
 
 class AnswerCollator:

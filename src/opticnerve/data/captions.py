@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opticnerve.data.batches import SampleBatch
 from opticnerve.data.images import open_image
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 
 @dataclass
-class CaptionBatch:
+class CaptionBatch(SampleBatch):
     """Image–caption pairs.
 
     `pixel_values` (B, 3, H, W); `text_ids`, `text_mask` (B, L): the caption between [CLS] and [SEP], padded on the
@@ -29,23 +30,8 @@ class CaptionBatch:
     ids: list[str]
 
     @property
-    def samples(self) -> int:
-        return len(self.ids)
-
-    @property
-    def supervised(self) -> int:
-        """The losses are means over a pair's parts, so pairs are what is counted."""
-        return len(self.ids)
-
-    @property
     def tokens(self) -> int:
         return int(self.text_mask.sum())
-
-    def to(self, device: Any) -> CaptionBatch:
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
-        }
-        return CaptionBatch(**moved)
 
 
 class CaptionCollator:

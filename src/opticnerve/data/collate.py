@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from opticnerve.data.audio import open_audio
+from opticnerve.data.batches import Moving
 from opticnerve.data.images import open_image
 from opticnerve.data.labels import IGNORE
 from opticnerve.data.packing import Row
-from opticnerve.types import Features
 
 
 @dataclass
-class Batch:
+class Batch(Moving):
     """What a training step takes.
 
     `input_ids`, `positions`, `targets`, `group`, `branch`: (B, L) int64, padded on the right (group -1).
@@ -50,13 +50,6 @@ class Batch:
         """Positions that are computed, padding included."""
         return self.input_ids.numel()
 
-    def to(self, device: Any) -> Batch:
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
-        }
-        moved["media"] = {k: _moved(v, device) for k, v in self.media.items()}
-        return Batch(**moved)
-
     def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
         """Additive mask (B, 1, L, L): 0 where i may see j, the least number elsewhere; None where causal is enough."""
         if self.plain:
@@ -69,12 +62,6 @@ class Batch:
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
             ~allowed, torch.finfo(dtype).min
         )[:, None]
-
-
-def _moved(media: Any, device: Any) -> Any:
-    if isinstance(media, Features):
-        return Features(media.tokens_BND.to(device), media.mask_BN.to(device))
-    return media.to(device, non_blocking=True)
 
 
 class Collator:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opticnerve.data.batches import SampleBatch
 from opticnerve.data.images import image_digest, open_image
 from opticnerve.types import Conversation, DataError
 
 
 @dataclass
-class PairBatch:
+class PairBatch(SampleBatch):
     """B pairs.
 
     `input_ids`, `attention_mask`: (B, L) int64. `pixel_values`: (B, 3, H, W) float32, or None where `image_features`
@@ -33,23 +34,8 @@ class PairBatch:
     image_features: Tensor | None = None
 
     @property
-    def supervised(self) -> int:
-        """What the loss is a mean over: the pairs."""
-        return len(self.ids)
-
-    @property
     def tokens(self) -> int:
         return int(self.attention_mask.sum())
-
-    @property
-    def samples(self) -> int:
-        return len(self.ids)
-
-    def to(self, device: Any) -> PairBatch:
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
-        }
-        return PairBatch(**moved)
 
 
 class PairCollator:

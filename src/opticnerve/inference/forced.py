@@ -52,7 +52,7 @@ class Forced:
         self.model, self.tower = model, model.image
         answerer = Answerer(model, processor)
         inputs = answerer.inputs([conversation])
-        stops = answerer._stops()
+        stops = answerer.stops()
         with torch.inference_mode():
             out_1L = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **stops)
         prompt_1P = inputs["input_ids"]

@@ -44,7 +44,7 @@ class Answerer:
             chosen = order[start : start + batch_size]
             inputs = self.inputs([conversations[i] for i in chosen])
             with torch.inference_mode():
-                out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **self._stops())
+                out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **self.stops())
             texts = self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text.strip()
@@ -80,7 +80,7 @@ class Answerer:
                     self.model.generate(
                         **self.inputs([conversation]), max_new_tokens=max_new_tokens, streamer=streamer,
                         stopping_criteria=[stop],
-                        **sampling, **self._stops(),
+                        **sampling, **self.stops(),
                     )  # fmt: skip
             except BaseException as e:  # handed to the reader below; a thread's own traceback would reach nobody
                 failed.append(e)
@@ -118,7 +118,8 @@ class Answerer:
         """The prompt as text, the template's cue for the assistant at its end."""
         return render(prompt, self.processor, self.processor.chat_template, generation_prompt=True)
 
-    def _stops(self) -> dict[str, Any]:
+    def stops(self) -> dict[str, Any]:
+        """What `generate` is told of ends: the tokens that end an answer, and the one that pads."""
         tokenizer = self.processor.tokenizer
         known = self.model.generation_config.eos_token_id
         ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id}

@@ -8,11 +8,11 @@ one prompt likewise between its samples).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from opticnerve.data.labels import encode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.prompt import kept
 from opticnerve.types import Conversation, OpticNerveError
@@ -35,15 +35,15 @@ def answer_about(
     if any([p.source for p in c.pieces] != first for c in prompts[1:]):
         raise OpticNerveError("these questions show different pictures; ask them with Answerer.answer")
     model, tokenizer = answerer.model, answerer.processor.tokenizer
-    whole = answerer.inputs(prompts[:1])
-    rows = [_tokens(answerer, whole, p) for p in prompts]
+    encoded = [encode(p, answerer.processor, learn=False) for p in prompts]
+    rows, media_end = [e.input_ids for e in encoded], encoded[0].media_end
     shared = _common(rows)
-    media_end = int((model._placeholders(whole["input_ids"])[0]).nonzero().max()) + 1 if first else 0
     if shared < media_end:
         raise OpticNerveError(
             f"the questions differ at token {shared}, before the end of their pictures at {media_end}; put the picture "
             f"first in each"
         )
+    whole = answerer.inputs(prompts[:1])
     prefix = {k: v for k, v in whole.items() if k not in ("input_ids", "attention_mask")}
     answers: list[str] = []
     for start in range(0, len(rows), batch_size):
@@ -58,29 +58,11 @@ def answer_about(
         ids_BL, mask_BL = _padded(part, shared, tokenizer.pad_token_id)
         out_BL = model.generate(
             input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), past_key_values=cache,
-            max_new_tokens=max_new_tokens, do_sample=False, **answerer._stops(),
+            max_new_tokens=max_new_tokens, do_sample=False, **answerer.stops(),
         )  # fmt: skip
         texts = answerer.processor.batch_decode(out_BL[:, ids_BL.shape[1] :], skip_special_tokens=True)
         answers += [t.strip() for t in texts]
     return answers
-
-
-def _tokens(answerer: Answerer, whole: Any, prompt: Conversation) -> list[int]:
-    """A prompt's tokens with its placeholders; their number is that of the first, whose pictures it shows."""
-    processor = answerer.processor
-    text, counts = answerer.render(prompt), {}
-    for modality in answerer.model.towers:
-        token = getattr(processor, f"{modality}_token")
-        found = int((whole["input_ids"] == answerer.model.config.token_id(modality)).sum())
-        counts[token] = (found, text.count(token))
-    for token, (found, mentioned) in counts.items():
-        if mentioned:
-            # (Pictures of different sizes have different numbers of tokens; a single one has all of them.)
-            if found % mentioned or (mentioned > 1 and getattr(processor, "counts_by_size", False)):
-                raise OpticNerveError("pictures of different sizes; ask them with Answerer.answer")
-            text = text.replace(token, token * (found // mentioned))
-    starts_itself = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
-    return list(processor.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"])
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
