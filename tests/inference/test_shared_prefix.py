@@ -65,3 +65,13 @@ def test_what_cannot_be_shared(docked: Callable[..., Dock]) -> None:
     beside = docked(fusion="cross_attention")
     with pytest.raises(OpticNerveError, match="beside the text; use Answerer.answer"):
         answer_about(Answerer(beside.model, beside.processor), asked(tiny.picture(0)))
+
+
+def test_a_connector_that_reads_the_question_sees_each_picture_anew(
+    docked: Callable[..., Dock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its soft tokens differ with the question: there is no prefix to share."""
+    dock = docked()
+    monkeypatch.setattr(type(dock.processor), "reads_questions", True)
+    with pytest.raises(OpticNerveError, match="reads the question with the picture"):
+        answer_about(Answerer(dock.model, dock.processor), asked(tiny.picture(0)))

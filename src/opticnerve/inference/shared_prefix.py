@@ -34,6 +34,8 @@ def answer_about(
     first = [p.source for p in prompts[0].pieces]
     if any([p.source for p in c.pieces] != first for c in prompts[1:]):
         raise OpticNerveError("these questions show different pictures; ask them with Answerer.answer")
+    if answerer.processor.reads_questions:
+        raise OpticNerveError("this connector reads the question with the picture; use Answerer.answer")
     model, tokenizer = answerer.model, answerer.processor.tokenizer
     encoded = [encode(p, answerer.processor, learn=False) for p in prompts]
     rows, media_end = [e.input_ids for e in encoded], encoded[0].media_end
