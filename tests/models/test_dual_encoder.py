@@ -17,7 +17,7 @@ from opticnerve.data.pairs import PairCollator
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.encoders.timm import TimmEncoder
-from opticnerve.models.dual_encoder import PARTS, DualEncoder
+from opticnerve.models.dual_encoder import DualEncoder
 from opticnerve.models.dual_processing import DualEncoderProcessor
 from opticnerve.objectives.contrastive import Contrastive
 from opticnerve.types import OpticNerveError, ask
@@ -181,7 +181,7 @@ def test_half_precision_gives_float32_embeddings() -> None:
 
 def test_parts_cover_every_parameter_once() -> None:
     model, _ = dual(loss="siglip")
-    wholes = [p for p in PARTS if "last" not in p]
+    wholes = [p for p in DualEncoder.PARTS if "last" not in p]
     names = [n for part in wholes for n in model.part_parameters(part)]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
     last = model.part_parameters("text.encoder.last(1)")

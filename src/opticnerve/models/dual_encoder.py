@@ -6,35 +6,26 @@ with other parts, another loss, and other parts frozen.
 
 from __future__ import annotations
 
-import re
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from opticnerve import registry
-from opticnerve.encoders.base import Encoder, last_blocks
+from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.pooling import EyePooling
 from opticnerve.encoders.text import text_encoders
 from opticnerve.models.dual_configuration import DualEncoderConfig
 from opticnerve.models.dual_towers import ImageTower, TextTower
+from opticnerve.models.strict import trusts
 from opticnerve.models.tower import make, type_name
-from opticnerve.models.whole import restore_tables
+from opticnerve.models.two_towers import TwoTowerModel
+from opticnerve.recipe import DualSpec
 from opticnerve.types import OpticNerveError
-
-PARTS = (
-    "image.encoder", "image.encoder.last(N)", "image.projection", "text.encoder", "text.encoder.last(N)",
-    "text.projection", "temperature",
-)  # fmt: skip
-
-# `PreTrainedModel.from_pretrained` keeps `trust_remote_code` to itself; the constructor needs it for dotted paths.
-_trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 
 
 @dataclass
@@ -49,26 +40,24 @@ class DualEncoderOutput(ModelOutput):
     image_embeds: Tensor | None = None
 
 
-class DualEncoder(PreTrainedModel):
+class DualEncoder(TwoTowerModel):
     """An eye (`image`) and a text encoder (`text`), each an `EmbeddingTower`, and the learned temperature.
 
     `logit_scale` is the logarithm of what cosines are multiplied by; `logit_bias`, SigLIP's alone, is added.
     """
 
+    PARTS = DualSpec.PARTS
     WHOLES = ("image.encoder.", "image.projection.", "text.encoder.", "text.projection.", "logit_")
+    STARTS = {"temperature": ("logit_scale", "logit_bias")}  # noqa: RUF012
 
     config_class = DualEncoderConfig
     config: DualEncoderConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]
-    _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: DualEncoderConfig, *, trust_remote_code: bool = False) -> None:
         super().__init__(config)
-        trusted = trust_remote_code or _trusted.get()
+        trusted = trusts(trust_remote_code)
         self._assemble(
             make(registry.encoders, config.image["encoder"], trusted),
             make(text_encoders, config.text["encoder"], trusted),
@@ -120,43 +109,8 @@ class DualEncoder(PreTrainedModel):
             },
             projection_dim=projection_dim, **options,
         )  # fmt: skip
-        model = cls.__new__(cls)
-        PreTrainedModel.__init__(model, config)
-        model._assemble(image, text)
-        # post_init would draw new random weights for parts that have theirs already; only its bookkeeping is wanted.
-        model.all_tied_weights_keys = {}
-        model.config.dtype = next(model.parameters()).dtype
-        model.config.architectures = [cls.__name__]
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder of `save_pretrained` or a hub name.
-
-        Every tensor is accounted for: missing, unexpected and mismatched ones are an error that lists them. Parts under
-        dotted paths (code from outside opticnerve) are run with `trust_remote_code=True` only.
-        """
-        wants_report = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the others, and refused
-        token = _trusted.set(bool(kwargs.get("trust_remote_code", False)))
-        try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        finally:
-            _trusted.reset(token)
-        model, report = loaded
-        problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
-        if problems:
-            listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
-            raise OpticNerveError(
-                f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
-            )
-        restore_tables(model.image.encoder)
-        return (model, report) if wants_report else model
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Each part draws its own first weights when it is built."""
+        made: DualEncoder = cls._around(config, image, text)
+        return made
 
     # -- the flow -------------------------------------------------------------------------------------------------
 
@@ -215,29 +169,6 @@ class DualEncoder(PreTrainedModel):
             return image_text_contrastive_loss(logits_TB)
         sign_TB = 2 * torch.eye(texts, device=logits_TB.device) - 1
         return -F.logsigmoid(sign_TB * logits_TB).sum(1).mean()
-
-    # -- training -------------------------------------------------------------------------------------------------
-
-    def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
-        """Full name → parameter of one of `PARTS`, the words that a stage uses.
-
-        Raises:
-            OpticNerveError: no such part, or one without parameters in this model.
-        """
-        found: dict[str, nn.Parameter] = {}
-        if match := re.fullmatch(r"(image|text)\.encoder\.last\((\d+)\)", part):
-            blocks = last_blocks(getattr(self, match[1]).encoder, int(match[2]))
-            chosen = {id(p) for block in blocks for p in block.parameters()}
-            found = {n: p for n, p in self.named_parameters() if id(p) in chosen}
-        elif part == "temperature":
-            found = {n: p for n, p in self.named_parameters() if n in ("logit_scale", "logit_bias")}
-        elif part in PARTS:
-            found = {n: p for n, p in self.named_parameters() if n.startswith(part + ".")}
-        else:
-            raise OpticNerveError(f"a DualEncoder has no part {part!r}; its parts: {', '.join(PARTS)}")
-        if not found:
-            raise OpticNerveError(f"{part} has no parameters in this model")
-        return found
 
 
 def _keywords(projection: dict[str, Any] | bool) -> dict[str, Any] | None:

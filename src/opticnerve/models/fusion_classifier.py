@@ -6,30 +6,25 @@ compared with each other, and with a vision-language model, on the same question
 
 from __future__ import annotations
 
-import re
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from opticnerve import registry
 from opticnerve.data.answers import normal
-from opticnerve.encoders.base import Encoder, last_blocks
+from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.text import text_encoders
 from opticnerve.models.classifier_configuration import FusionClassifierConfig, Timing
 from opticnerve.models.fusion_heads import COMBINATIONS, Scores, make_head
+from opticnerve.models.strict import trusts
 from opticnerve.models.text_memory import TextMemory
 from opticnerve.models.tower import make, type_name
-from opticnerve.models.whole import restore_tables
+from opticnerve.models.two_towers import TwoTowerModel
+from opticnerve.recipe import ClassifierSpec
 from opticnerve.types import Features, OpticNerveError
-
-PARTS = ("image.encoder", "image.encoder.last(N)", "text.encoder", "text.encoder.last(N)", "classifier")
-
-_trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 
 
 @dataclass
@@ -65,21 +60,18 @@ class Reader(nn.Module):
         self.encoder = encoder
 
 
-class FusionClassifier(PreTrainedModel):
+class FusionClassifier(TwoTowerModel):
     """`image` (None for early fusion), `text`, and the head `classifier`; the answers stand in the configuration."""
 
+    PARTS = ClassifierSpec.PARTS
     WHOLES = ("image.encoder.", "text.encoder.", "classifier.")
 
     config_class = FusionClassifierConfig
     config: FusionClassifierConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]
-    _supports_sdpa = True
 
     def __init__(self, config: FusionClassifierConfig, *, trust_remote_code: bool = False) -> None:
         super().__init__(config)
-        trusted = trust_remote_code or _trusted.get()
+        trusted = trusts(trust_remote_code)
         eye = make(registry.encoders, config.image["encoder"], trusted) if config.image else None
         self._assemble(eye, make(text_encoders, config.text["encoder"], trusted))
         self.post_init()
@@ -124,40 +116,8 @@ class FusionClassifier(PreTrainedModel):
             image=None if eye is None else {"encoder": eye},
             text={"encoder": {"type": type_name(text_encoders, text), **text.options}},
         )  # fmt: skip
-        model = cls.__new__(cls)
-        PreTrainedModel.__init__(model, config)
-        model._assemble(image, text)
-        # post_init would draw new random weights for parts that have theirs already; only its bookkeeping is wanted.
-        model.all_tied_weights_keys = {}
-        model.config.dtype = next(model.parameters()).dtype
-        model.config.architectures = [cls.__name__]
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder of `save_pretrained` or a hub name; every tensor is accounted for.
-
-        Parts under dotted paths (code from outside opticnerve) are run with `trust_remote_code=True` only.
-        """
-        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # listed and refused below
-        token = _trusted.set(bool(kwargs.get("trust_remote_code", False)))
-        try:
-            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        finally:
-            _trusted.reset(token)
-        model, report = loaded
-        problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
-        if problems:
-            listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
-            raise OpticNerveError(
-                f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
-            )
-        if model.image is not None:
-            restore_tables(model.image.encoder)
-        return model
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Each part draws its own first weights when it is built."""
+        made: FusionClassifier = cls._around(config, image, text)
+        return made
 
     # -- the flow -------------------------------------------------------------------------------------------------
 
@@ -221,28 +181,6 @@ class FusionClassifier(PreTrainedModel):
         scores = self.score(input_ids, attention_mask, pixel_values, image_features)
         loss = None if labels is None else scores.loss(labels) / len(labels)
         return FusionClassifierOutput(loss=loss, logits=scores.logits_BA)
-
-    # -- training -------------------------------------------------------------------------------------------------
-
-    def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
-        """Full name → parameter of one of `PARTS`, the words that a stage uses.
-
-        Raises:
-            OpticNerveError: no such part, or one without parameters in this model.
-        """
-        found: dict[str, nn.Parameter] = {}
-        if match := re.fullmatch(r"(image|text)\.encoder\.last\((\d+)\)", part):
-            half = getattr(self, match[1])
-            blocks = [] if half is None else last_blocks(half.encoder, int(match[2]))
-            chosen = {id(p) for block in blocks for p in block.parameters()}
-            found = {n: p for n, p in self.named_parameters() if id(p) in chosen}
-        elif part in PARTS:
-            found = {n: p for n, p in self.named_parameters() if n.startswith(part + ".")}
-        else:
-            raise OpticNerveError(f"a FusionClassifier has no part {part!r}; its parts: {', '.join(PARTS)}")
-        if not found:
-            raise OpticNerveError(f"{part} has no parameters in this model")
-        return found
 
 
 def check_answers(answers: list[str]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,9 @@ from opticnerve.language.lora import add_lora
 from opticnerve.models.configuration import OpticNerveConfig
 from opticnerve.models.expand import MEDIA_KEYS, repeat_media
 from opticnerve.models.prompt import Prompt, keep, kept, looking
+from opticnerve.models.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
-from opticnerve.types import Features, OpticNerveError
-
-# `PreTrainedModel.from_pretrained` keeps `trust_remote_code` to itself; the constructor needs it for dotted paths.
-_trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
-
+from opticnerve.types import Features
 
 # While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
 _rows: ContextVar[Tensor | None] = ContextVar("rows_with_media", default=None)
@@ -42,7 +40,7 @@ class OpticNerveOutput(ModelOutput):
     audio_hidden_states: Tensor | None = None
 
 
-class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, GenerationMixin):
     """A language model with an eye, an ear, or both.
 
     `language_model` is any `AutoModelForCausalLM`, untouched; `image` and `audio` are `Tower`s (encoder, connector,
@@ -69,7 +67,7 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         sizes = language_sizes(self.language_model)
-        trusted = trust_remote_code or _trusted.get()
+        trusted = trusts(trust_remote_code)
         for modality, spec in config.towers.items():
             setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
         if config.lora:
@@ -141,25 +139,14 @@ class OpticNerveForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ):
                 model.to(device_map)
             return model
-        wants_report = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the others, and refused
-        token = _trusted.set(trusted)
-        try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        finally:
-            _trusted.reset(token)
-        model, report = loaded
-        problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
-        if problems:
-            listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
-            raise OpticNerveError(
-                f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
-            )
-        for modality, tower in model.towers.items():
-            restore_buffers(tower, model.config.towers[modality], language_sizes(model.language_model))
-        return (model, report) if wants_report else model
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def restore_tables(self) -> None:
+        """Encoders, connectors and fusions may be no models of transformers."""
+        sizes = language_sizes(self.language_model)
+        for modality, tower in self.towers.items():
+            spec = self.config.towers[modality]
+            restore_buffers(tower, partial(build_tower, spec, sizes, trust_remote_code=True))
 
     # -- what transformers asks for -------------------------------------------------------------------------------
 
@@ -394,20 +381,3 @@ def _must_take_part(tower: Tower) -> bool:
         and torch.distributed.get_world_size() > 1
         and any(p.requires_grad for p in tower.parameters())
     )
-
-
-def restore_buffers(tower: Tower, spec: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Compute again what a checkpoint does not carry: non-persistent buffers of parts that are not transformers' own.
-
-    `from_pretrained` builds the model without memory and fills in what the file holds; tables that a constructor
-    computes (timm's rotary embeddings, relative positions) would stay empty.
-    """
-    persistent = set(tower.state_dict())
-    missing = [name for name, _ in tower.named_buffers() if name not in persistent]
-    if not missing:
-        return
-    fresh = dict(build_tower(spec, sizes, trust_remote_code=True).named_buffers())
-    for name in missing:
-        place = tower.get_buffer(name)
-        owner = tower.get_submodule(name.rpartition(".")[0])
-        owner._buffers[name.rpartition(".")[2]] = fresh[name].to(device=place.device, dtype=place.dtype)

@@ -45,16 +45,3 @@ def load_whole(model: Any, folder: Path) -> set[str]:
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise OpticNerveError(f"{folder} does not hold this model: {e}") from e
     return trained
-
-
-def restore_tables(encoder: Any) -> None:
-    """Compute again the non-persistent buffers of an eye that is not transformers' own: `from_pretrained` builds the
-    model without memory, and tables that a constructor computes (timm's rotary embeddings) would stay empty."""
-    persistent = set(encoder.state_dict())
-    missing = [name for name, _ in encoder.named_buffers() if name not in persistent]
-    if missing:
-        fresh = dict(type(encoder)(**encoder.options).named_buffers())
-        for name in missing:
-            place = encoder.get_buffer(name)
-            owner = encoder.get_submodule(name.rpartition(".")[0])
-            owner._buffers[name.rpartition(".")[2]] = fresh[name].to(device=place.device, dtype=place.dtype)

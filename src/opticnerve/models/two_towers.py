@@ -1,0 +1,77 @@
+"""What models of an eye and a text encoder share: how they are assembled, loaded, and taken apart by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from opticnerve.encoders.base import last_blocks
+from opticnerve.models.strict import StrictLoading, restore_buffers
+from opticnerve.types import OpticNerveError
+
+
+class TwoTowerModel(StrictLoading, PreTrainedModel):
+    """`image` and `text`, each with its `encoder`, and whatever makes one model of them.
+
+    A subclass builds all of it in `_assemble(eye, reader)` from its configuration, and names its parts: `PARTS`, the
+    words that a stage uses; `WHOLES`, beginnings of parameters' names that the freeze table sums up; `STARTS`, those of
+    a part whose parameters are not called by its name.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]]
+    WHOLES: ClassVar[tuple[str, ...]]
+    STARTS: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    image: Any
+    text: Any
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")  # type: ignore[assignment]
+    _supports_sdpa = True
+
+    def _assemble(self, eye: Any, reader: Any) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def _around(cls, config: Any, eye: Any, reader: Any) -> Any:
+        """A model of that configuration around encoders that hold their weights already."""
+        model = cls.__new__(cls)
+        PreTrainedModel.__init__(model, config)
+        model._assemble(eye, reader)
+        # post_init would draw new random weights for parts that have theirs already; only its bookkeeping is wanted.
+        model.all_tied_weights_keys = {}
+        model.config.dtype = next(model.parameters()).dtype
+        model.config.architectures = [cls.__name__]
+        return model.eval()
+
+    def restore_tables(self) -> None:
+        """The eye may be no model of transformers; the text encoder is one always."""
+        if self.image is not None:
+            encoder = self.image.encoder
+            restore_buffers(encoder, lambda: type(encoder)(**encoder.options))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Each part draws its own first weights when it is built."""
+
+    def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
+        """Full name → parameter of one of `PARTS`.
+
+        Raises:
+            OpticNerveError: no such part, or one without parameters in this model.
+        """
+        named = dict(self.named_parameters())
+        if match := re.fullmatch(r"(image|text)\.encoder\.last\((\d+)\)", part):
+            tower = getattr(self, match[1])
+            blocks = [] if tower is None else last_blocks(tower.encoder, int(match[2]))
+            chosen = {id(p) for block in blocks for p in block.parameters()}
+            found = {n: p for n, p in named.items() if id(p) in chosen}
+        elif part in self.PARTS:
+            found = {n: p for n, p in named.items() if n.startswith(self.STARTS.get(part, (part + ".",)))}
+        else:
+            raise OpticNerveError(f"a {type(self).__name__} has no part {part!r}; its parts: {', '.join(self.PARTS)}")
+        if not found:
+            raise OpticNerveError(f"{part} has no parameters in this model")
+        return found
