@@ -221,6 +221,22 @@ def save_bert(folder: Path, *, seed: int = 3) -> str:
     return str(folder)
 
 
+def text_encoder(family: str = "bert", **options: Any) -> Any:
+    """A tiny text encoder with random weights and its tokenizer: of `FAMILIES`, or a text model of transformers."""
+    from opticnerve.encoders.text import HFTextEncoder
+
+    words = tokenizer()
+    torch.manual_seed(3)
+    if family in FAMILIES:
+        return HFTextEncoder.from_loaded(language_model(family, len(words)), words, **options)
+    config = tf.AutoConfig.for_model(
+        family, vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    made = HFTextEncoder(architecture=config.to_dict(), **options)
+    return HFTextEncoder.from_loaded(made.model, words, **options)
+
+
 def picture(seed: int = 0, size: int = 40) -> PIL.Image.Image:
     """Noise: no two seeds look alike to any encoder."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)

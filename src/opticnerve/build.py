@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from opticnerve import registry
+from opticnerve.build_parts import dtype_of
 from opticnerve.language.chat_template import read_template
 from opticnerve.language.load import Language, load_language
 from opticnerve.language.lora import has_lora
@@ -84,7 +85,7 @@ def dock(
     towers: dict[str, Any] = {}
     if vision is not None:
         towers["image"] = TowerSpec(
-            encoder=_vision_spec(vision), connector=_part(connector), fusion=_part(fusion),
+            encoder=vision_spec(vision), connector=_part(connector), fusion=_part(fusion),
             tiling=None if tiling is None else TilingSpec(**tiling),
         )  # fmt: skip
     if audio is not None:
@@ -98,8 +99,7 @@ def dock(
 
 def dock_recipe(recipe: Recipe) -> Dock:
     """The model that a recipe describes, in the recipe's precision."""
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    return dock_spec(recipe.docked, dtype=dtype, seed=recipe.seed)
+    return dock_spec(recipe.docked, dtype=dtype_of(recipe), seed=recipe.seed)
 
 
 def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
@@ -139,7 +139,7 @@ def assemble(brain: Language, towers: dict[str, Tower], bases: dict[str, Any]) -
     return Dock(model, processor, bases)
 
 
-def _vision_spec(vision: Spec) -> PartSpec:
+def vision_spec(vision: Spec) -> PartSpec:
     if isinstance(vision, dict):
         if "type" not in vision:
             raise OpticNerveError(f"vision wants a type; known: {', '.join(registry.encoders.names())}")

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import ViTImageProcessor
 
-from opticnerve.build import Spec, load_encoder
-from opticnerve.build import _vision_spec as vision_spec
-from opticnerve.build_parts import base_of, load_text_encoder
+from opticnerve.build import Spec, load_encoder, vision_spec
+from opticnerve.build_parts import TwoTowerDock, dtype_of, load_text_encoder
 from opticnerve.data.answers import answer_set
 from opticnerve.data.source import load_data
 from opticnerve.models.classifier_configuration import Timing
 from opticnerve.models.classifier_processing import FusionClassifierProcessor
+from opticnerve.models.delta import base_of
 from opticnerve.models.fusion_classifier import FusionClassifier
-from opticnerve.models.whole import load_whole, save_whole
 from opticnerve.recipe import ClassifierSpec, Recipe
 from opticnerve.starter import minilm
 
 
 @dataclass
-class ClassifierDock:
+class ClassifierDock(TwoTowerDock):
     """A `FusionClassifier`, its processor, and the references to the weights it was made of."""
 
     model: FusionClassifier
     processor: FusionClassifierProcessor
-    bases: dict[str, Any]
-    lora: None = None
-
-    def __iter__(self) -> Any:
-        """So that `model, processor = classifier(…)` reads as one expects."""
-        return iter((self.model, self.processor))
-
-    def save(self, folder: Path, trained: Iterable[str]) -> None:
-        """A folder of its own (`FusionClassifier.from_pretrained` loads it), and what it was made of."""
-        save_whole(self.model, self.processor, folder, self.bases, trained)
-
-    def load_stage(self, folder: Path) -> set[str]:
-        """Bring the model to where a finished stage left it; returns the names of all parameters trained so far."""
-        return load_whole(self.model, folder)
 
 
 def classifier(
@@ -92,5 +76,5 @@ def classifier_recipe(recipe: Recipe) -> ClassifierDock:
     return classifier(
         None if spec.image is None else spec.image.encoder.model_dump(), spec.text.encoder.model_dump(),
         timing=spec.timing, answers=answers, seed=recipe.seed,
-        dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32, **spec.options,
+        dtype=dtype_of(recipe), **spec.options,
     )  # fmt: skip

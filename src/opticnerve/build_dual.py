@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from opticnerve.build import Spec, load_encoder
-from opticnerve.build import _vision_spec as vision_spec
-from opticnerve.build_parts import base_of, load_text_encoder
+from opticnerve.build import Spec, load_encoder, vision_spec
+from opticnerve.build_parts import TwoTowerDock, dtype_of, load_text_encoder
 from opticnerve.encoders.pooling import EyePooling
+from opticnerve.models.delta import base_of
 from opticnerve.models.dual_encoder import DualEncoder
 from opticnerve.models.dual_processing import DualEncoderProcessor
-from opticnerve.models.whole import load_whole, save_whole
 from opticnerve.recipe import DualSpec, Recipe
 from opticnerve.starter import minilm
 
 
 @dataclass
-class DualDock:
+class DualDock(TwoTowerDock):
     """A `DualEncoder`, its processor, and the references to the weights it was made of."""
 
     model: DualEncoder
     processor: DualEncoderProcessor
-    bases: dict[str, Any]
-    lora: None = None
-
-    def __iter__(self) -> Any:
-        """So that `model, processor = dual(…)` reads as one expects."""
-        return iter((self.model, self.processor))
-
-    def save(self, folder: Path, trained: Iterable[str]) -> None:
-        """A folder of its own (`DualEncoder.from_pretrained` loads it), and what it was made of."""
-        save_whole(self.model, self.processor, folder, self.bases, trained)
-
-    def load_stage(self, folder: Path) -> set[str]:
-        """Bring the model to where a finished stage left it; returns the names of all parameters trained so far."""
-        return load_whole(self.model, folder)
 
 
 def dual_recipe(recipe: Recipe) -> DualDock:
@@ -50,7 +33,7 @@ def dual_recipe(recipe: Recipe) -> DualDock:
         spec.image.encoder.model_dump(), spec.text.encoder.model_dump(), pooling=spec.image.pooling,
         projection_dim=spec.projection_dim, image_projection=spec.image.projection,
         text_projection=spec.text.projection, loss=spec.loss, seed=recipe.seed,
-        dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+        dtype=dtype_of(recipe),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from opticnerve import plan_cost as cost
 from opticnerve import plan_model as parts
 from opticnerve import registry
+from opticnerve.build_parts import dtype_of
 from opticnerve.data.collate import Collator
 from opticnerve.data.labels import Encoded
 from opticnerve.language.lora import add_lora
@@ -143,7 +144,7 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
     except OpticNerveError as e:
         plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
     docked = dock(recipe) if dock is not None and recipe.stages else None
-    rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], parts.dtype_of(recipe))
+    rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], dtype_of(recipe))
     for stage in recipe.stages:
         data = look(stage, plan.processor, seed=recipe.seed)
         plan.stages.append(_stage(stage, model, data, process, visual or 0))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opticnerve import registry
+from opticnerve.build_parts import dtype_of
 from opticnerve.language.chat_template import read_template
 from opticnerve.language.load import load_language_config, resolve
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
@@ -38,10 +39,6 @@ class Share:
     parameters: int
     trained: bool
     learning_rate: float | None
-
-
-def dtype_of(recipe: Recipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 def shadow(recipe: Recipe) -> Any:

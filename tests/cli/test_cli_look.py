@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
-import typer
 
 import tiny
 from cli.conftest import Ran
 from opticnerve.build import dock
-from opticnerve.cli import look
-from opticnerve.cli.guard import guarded, show_tracebacks
 from opticnerve.evaluation.look_plot import look_plot, shares_plot
 from opticnerve.inference.forced import Word
 from opticnerve.inference.looking import Looked, Map
@@ -43,20 +40,8 @@ def models(
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
-    monkeypatch.setenv("COLUMNS", "200")
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command("look", epilog=look.EPILOG)(guarded(look.look))
-
-    def call(*words: Any) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            app([str(w) for w in words])
-        show_tracebacks(False)
-        captured = capsys.readouterr()
-        return Ran(int(left.value.code or 0), captured.out, captured.err)
-
-    return call
+def run(opticnerve: Callable[..., Ran]) -> Callable[..., Ran]:
+    return partial(opticnerve, "look")
 
 
 @pytest.fixture

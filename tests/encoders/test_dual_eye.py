@@ -23,29 +23,14 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 TYPE = "opticnerve.encoders.dual_eye:DualEncoderEye"
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny BERT and its tokenizer."""
-    folder, words = tmp_path_factory.mktemp("bert"), tiny.tokenizer()
-    torch.manual_seed(0)
-    tf.BertModel(
-        tf.BertConfig(
-            vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-        )
-    ).save_pretrained(folder)
-    words.pad_token = words.eos_token
-    words.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(params=["hf_vision", "timm"])
 def trained(
-    request: pytest.FixtureRequest, reader: str, tmp_path: Path, vision_folder: Callable[..., str],
+    request: pytest.FixtureRequest, bert_folder: str, tmp_path: Path, vision_folder: Callable[..., str],
     timm_folder: Callable[..., str],
 ) -> tuple[Any, Path]:  # fmt: skip
     """A DualEncoder whose eye has moved, and its folder."""
     name = vision_folder("siglip_vision_model") if request.param == "hf_vision" else timm_folder()
-    made = dual({"type": request.param, "name": name}, reader, projection_dim=8)
+    made = dual({"type": request.param, "name": name}, bert_folder, projection_dim=8)
     with torch.no_grad():
         for parameter in made.model.image.encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 
 import tiny
 from opticnerve.encoders.text import HFTextEncoder
@@ -17,26 +16,12 @@ from opticnerve.types import OpticNerveError
 LONG = "the quick brown fox jumps over the lazy dog, and a triangle is green"
 
 
-def reader(family: str = "bert", **options: Any) -> HFTextEncoder:
-    """A tiny text encoder with random weights and its tokenizer."""
-    words = tiny.tokenizer()
-    torch.manual_seed(3)
-    if family in tiny.FAMILIES:
-        return HFTextEncoder.from_loaded(tiny.language_model(family, len(words)), words, **options)
-    config = tf.AutoConfig.for_model(
-        family, vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    made = HFTextEncoder(architecture=config.to_dict(), **options)
-    return HFTextEncoder.from_loaded(made.model, words, **options)
-
-
 @pytest.mark.parametrize(("family", "pooling"), [
     ("bert", "mean"), ("bert", "first"), ("llama", "last"), ("gpt2", "last"), ("opt", "last"), ("llama", "mean"),
 ])  # fmt: skip
 def test_a_text_has_one_vector_whatever_stands_beside_it(family: str, pooling: Any) -> None:
     """Alone, or padded on either side beside a longer text: the same vector."""
-    encoder = reader(family, pooling=pooling).eval()
+    encoder = tiny.text_encoder(family, pooling=pooling).eval()
     with torch.no_grad():
         alone = encoder(
             **{k: v for k, v in encoder.tokenizer("a dog", return_tensors="pt").items() if k != "token_type_ids"}
@@ -50,10 +35,10 @@ def test_a_text_has_one_vector_whatever_stands_beside_it(family: str, pooling: A
 
 
 def test_pooling_is_the_familys_own_by_default() -> None:
-    assert [reader(f).pooling for f in ("bert", "llama", "clip_text_model", "siglip_text_model")] == [
+    assert [tiny.text_encoder(f).pooling for f in ("bert", "llama", "clip_text_model", "siglip_text_model")] == [
         "mean", "last", "pooler", "pooler",
     ]  # fmt: skip
-    mean, first = reader("bert", pooling="mean"), reader("bert", pooling="first")
+    mean, first = tiny.text_encoder("bert", pooling="mean"), tiny.text_encoder("bert", pooling="first")
     ids = torch.tensor([[5, 6, 7]])
     states = mean.model(ids).last_hidden_state
     torch.testing.assert_close(mean(ids), states.mean(1))
@@ -74,15 +59,15 @@ def test_bad_text_encoders() -> None:
     with pytest.raises(OpticNerveError, match="encoder with a decoder"):
         HFTextEncoder(architecture={"model_type": "t5"}, pooling="mean")
     with pytest.raises(OpticNerveError, match="one of mean, first, last, pooler, not 'max'"):
-        reader(pooling="max")
+        tiny.text_encoder(pooling="max")
     with pytest.raises(OpticNerveError, match="max_length is 99, but bert has 64"):
-        reader(max_length=99)
+        tiny.text_encoder(max_length=99)
     with pytest.raises(OpticNerveError, match="without a single token"):
-        reader()(torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
+        tiny.text_encoder()(torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
 
 
 def test_a_text_encoder_from_a_folder(tmp_path: Path) -> None:
-    encoder = reader("bert")
+    encoder = tiny.text_encoder("bert")
     encoder.model.save_pretrained(tmp_path)  # without the head that mean pooling never reads
     encoder.tokenizer.save_pretrained(tmp_path)
     again = HFTextEncoder.from_pretrained(str(tmp_path)).eval()

@@ -9,16 +9,17 @@ import PIL.Image
 import pytest
 import yaml
 
-from opticnerve.evaluation import plots
+from opticnerve.evaluation import drawing
 from opticnerve.evaluation.card import write_card
-from opticnerve.evaluation.plots import samples_plot, smooth
+from opticnerve.evaluation.drawing import smooth
+from opticnerve.evaluation.plots import samples_plot
 from opticnerve.evaluation.run_folder import read_metrics
 from opticnerve.types import DataError, OpticNerveError
 
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "_DPI", 60)
+    monkeypatch.setattr(drawing, "_DPI", 60)
 
 
 def edit(run_dir: Path, **changes: object) -> None:

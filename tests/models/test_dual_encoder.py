@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import tiny
 from opticnerve.data.pairs import PairCollator
 from opticnerve.encoders.hf_vision import HFVisionEncoder
-from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.models.dual_encoder import DualEncoder
 from opticnerve.models.dual_processing import DualEncoderProcessor
@@ -27,27 +25,13 @@ THINGS = ["circle", "dog"]
 CAPTIONS = [f"a {w} {t}" for w in WORDS for t in THINGS]
 
 
-def reader(family: str = "bert", **options: Any) -> HFTextEncoder:
-    """A tiny text encoder with random weights and its tokenizer."""
-    words = tiny.tokenizer()
-    torch.manual_seed(3)
-    if family in tiny.FAMILIES:
-        return HFTextEncoder.from_loaded(tiny.language_model(family, len(words)), words, **options)
-    config = tf.AutoConfig.for_model(
-        family, vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    made = HFTextEncoder(architecture=config.to_dict(), **options)
-    return HFTextEncoder.from_loaded(made.model, words, **options)
-
-
 def eye(family: str = "vit", **options: Any) -> HFVisionEncoder:
     torch.manual_seed(4)
     return HFVisionEncoder(architecture=tiny.vision_config(family).to_dict(), **options)
 
 
 def dual(image: Any = None, text: Any = None, **options: Any) -> tuple[DualEncoder, DualEncoderProcessor]:
-    image, text = image or eye(), text or reader()
+    image, text = image or eye(), text or tiny.text_encoder()
     torch.manual_seed(5)
     model = DualEncoder.from_parts(image, text, **{"projection_dim": 16, **options})
     return model, DualEncoderProcessor(image.image_processor(), text.tokenizer, max_length=text.max_length)
@@ -107,7 +91,7 @@ def test_another_size_interpolates_before_the_pooler() -> None:
 
 def test_towers_without_projections_must_fit() -> None:
     with pytest.raises(OpticNerveError, match=r"pictures become vectors of width 24, texts of width 32"):
-        dual(text=reader("llama"), image_projection=False, text_projection=False, projection_dim=None)
+        dual(text=tiny.text_encoder("llama"), image_projection=False, text_projection=False, projection_dim=None)
     model, processor = dual(image_projection=False, text_projection=False, projection_dim=None)
     assert model.embed(batch_of(processor))[0].shape == (4, 24)
 
@@ -136,11 +120,11 @@ def test_cached_vectors_stand_in_for_pictures() -> None:
 
 @pytest.mark.parametrize("make", [
     lambda: dual(),
-    lambda: dual(TimmEncoder(name="test_efficientnet"), reader("llama")),
+    lambda: dual(TimmEncoder(name="test_efficientnet"), tiny.text_encoder("llama")),
     lambda: dual(TimmEncoder(name="vit_tiny_patch16_224", image_size=32, model_args={"depth": 2, "embed_dim": 24, "num_heads": 2}), pooling="pooler"),
-    lambda: dual(eye("siglip_vision_model"), reader("siglip_text_model"), pooling="pooler", loss="siglip",
+    lambda: dual(eye("siglip_vision_model"), tiny.text_encoder("siglip_text_model"), pooling="pooler", loss="siglip",
                  projection_dim=None, image_projection=False, text_projection=False),
-    lambda: dual(eye("clip_vision_model", class_token="keep"), reader("clip_text_model"), pooling="class_token", text_projection={"bias": True}),
+    lambda: dual(eye("clip_vision_model", class_token="keep"), tiny.text_encoder("clip_text_model"), pooling="class_token", text_projection={"bias": True}),
 ])  # fmt: skip
 def test_saved_and_loaded_bit_for_bit(make: Callable[[], Any], tmp_path: Path) -> None:
     model, processor = make()

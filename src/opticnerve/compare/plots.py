@@ -12,12 +12,22 @@ from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from opticnerve.compare.stats import Estimate
-from opticnerve.evaluation.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, RED, smooth
-from opticnerve.evaluation.plots import _figure as figure_of
-from opticnerve.evaluation.plots import _save as save
-from opticnerve.evaluation.plots import _tidy as tidy
-from opticnerve.evaluation.plots import _title as title_of
-from opticnerve.evaluation.plots import _words as words
+from opticnerve.evaluation.drawing import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    figure_of,
+    save,
+    smooth,
+    tidy,
+    title_of,
+    words,
+)  # fmt: skip
 
 _STYLES = tuple(
     zip((BLUE, ORANGE, GREEN, RED, PURPLE, GREY), ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))), strict=True)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from opticnerve.evaluation.plots import GREY, INK, _save, _words, _wrap
+from opticnerve.evaluation.drawing import GREY, INK, save, words, wrap
 from opticnerve.inference.looking import Looked, Map
 
 MOST = 6  # words beside each other
@@ -36,11 +36,11 @@ def look_plot(looked: Looked, picture: PIL.Image.Image, question: str, path: Pat
     width, height = _LEFT + columns * (_SIDE + 0.2), _HEAD + rows * (_SIDE + _GAP) + 0.1
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    title = {"fontsize": 13, "fontweight": "bold", "color": INK, "va": "top", **_words()}
+    title = {"fontsize": 13, "fontweight": "bold", "color": INK, "va": "top", **words()}
     characters = int(width * 9)
-    figure.text(0.15 / width, 1 - 0.14 / height, _wrap(question, characters, 1), **title)
+    figure.text(0.15 / width, 1 - 0.14 / height, wrap(question, characters, 1), **title)
     figure.text(
-        0.15 / width, 1 - 0.44 / height, _wrap(_seen(f"answer: {looked.answer}"), characters, 1),
+        0.15 / width, 1 - 0.44 / height, wrap(_seen(f"answer: {looked.answer}"), characters, 1),
         **{**title, "fontsize": 11, "fontweight": "normal"},
     )  # fmt: skip
     shown = np.asarray(picture.convert("RGB"))
@@ -57,13 +57,13 @@ def look_plot(looked: Looked, picture: PIL.Image.Image, question: str, path: Pat
                 else:
                     _panel(axes, shown, looked, found, line[column - 1])
             row += 1
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _method(figure: Figure, found: Map, x: float, y: float) -> None:
-    figure.text(x, y, found.method.replace("_", "-"), fontsize=11, fontweight="bold", color=INK, va="top", **_words())
+    figure.text(x, y, found.method.replace("_", "-"), fontsize=11, fontweight="bold", color=INK, va="top", **words())
     size = figure.get_figheight()
-    figure.text(x, y - 0.24 / size, _wrap(found.note, 19, 8), fontsize=8.5, color="#5A6069", va="top", **_words())
+    figure.text(x, y - 0.24 / size, wrap(found.note, 19, 8), fontsize=8.5, color="#5A6069", va="top", **words())
 
 
 def _seen(text: str) -> str:
@@ -96,7 +96,7 @@ def _panel(axes: Axes, shown: NDArray[Any], looked: Looked, found: Map, word: in
     axes.set_xlim(-0.5, shown.shape[1] - 0.5)
     axes.set_ylim(shown.shape[0] - 0.5, -0.5)
     _frame(axes)
-    axes.set_title(_wrap(_seen(looked.words[word].text), 14, 1), loc="left", fontsize=11, color=INK, pad=4, **_words())
+    axes.set_title(wrap(_seen(looked.words[word].text), 14, 1), loc="left", fontsize=11, color=INK, pad=4, **words())
     axes.set_title(_highest(found, word), loc="right", fontsize=8.5, color="#5A6069", pad=4)
 
 
@@ -129,10 +129,10 @@ def shares_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str, note:
         axes.text(r["high"] + 0.012, y, f"{r['mass']:.1%}", va="center", fontsize=9, color=INK)
         axes.plot([r["best"]] * 2, [y - 0.36, y + 0.36], color=GREY, linewidth=1.6, linestyle=":", zorder=3)
     axes.axvline(rows[0]["area"], color="#D55E00", linestyle="--", linewidth=1.6, zorder=3)
-    axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **_words())
+    axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **words())
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the map on the object (dashed: its share of the area; dotted: the most this grid allows)")
-    axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **_words())
+    axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **words())
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, axis="y", length=0)
-    return _save(figure, path)
+    return save(figure, path)

@@ -1,41 +1,47 @@
-"""The run card's pictures: loss curves, image dependence, sample questions.
-
-Figures are made through matplotlib's object API, so that nothing of the caller's own plotting is touched. Colours are
-Okabe and Ito's, which colour-blind readers can tell apart; colour is never the only sign.
-"""
+"""The run card's pictures: loss curves, image dependence, sample questions."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from opticnerve.data.images import open_image
+from opticnerve.evaluation.drawing import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    figure_of,
+    save,
+    smooth,
+    tidy,
+    title_of,
+    words,
+    wrap,
+)  # fmt: skip
 from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.evaluation.run_folder import finite
 from opticnerve.types import DataError
 
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8A8F98")
-INK, FAINT = "#22262B", "#E4E6EA"
 _LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
-_DPI = 150
 
 
 def loss_plot(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
     """Loss over steps, raw and smoothed, with the learning rates below; `metrics` as in metrics.jsonl."""
     steps = np.array([finite(m["step"]) for m in metrics])
     loss = np.array([finite(m.get("loss")) for m in metrics])
-    figure = _figure(8, 4.8)
+    figure = figure_of(8, 4.8)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top.plot(steps, loss, color=BLUE, alpha=0.28, linewidth=1, label="each step")
     top.plot(steps, smooth(loss), color=BLUE, linewidth=2.2, label="smoothed")
@@ -45,7 +51,7 @@ def loss_plot(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> P
         usual = float(np.nanpercentile(loss, 99.5))
         top.set_ylim(0, max(usual, 1e-9) * 1.12)
     top.legend(frameon=False, loc="upper right")
-    _title(top, title, _speed(metrics, loss))
+    title_of(top, title, _speed(metrics, loss))
 
     rates = {part: [finite((m.get("learning_rate") or {}).get(part)) for m in metrics] for part in _parts(metrics)}
     for i, (part, values) in enumerate(rates.items()):
@@ -61,8 +67,8 @@ def loss_plot(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> P
         # Room above the highest rate, so that the legend covers no line.
         bottom.set_ylim(top=bottom.get_ylim()[1] * 1.45)
         bottom.legend(frameon=False, loc="upper right", ncols=len(rates), fontsize=8.5)
-    _tidy(top, bottom)
-    return _save(figure, path)
+    tidy(top, bottom)
+    return save(figure, path)
 
 
 def image_dependence_plot(dependence: dict[str, Any], path: Path) -> Path:
@@ -71,7 +77,7 @@ def image_dependence_plot(dependence: dict[str, Any], path: Path) -> Path:
     names = ("real", "blank", "shuffled")
     values = np.array([float(dependence[k]) for k in names])
     ends = np.array([wilson_interval(v * n, n) for v in values])
-    figure = _figure(6.4, 4.2)
+    figure = figure_of(6.4, 4.2)
     axes = figure.subplots()
     axes.bar(range(3), values, width=0.6, color=[BLUE, GREY, ORANGE], zorder=2)
     axes.errorbar(
@@ -84,10 +90,10 @@ def image_dependence_plot(dependence: dict[str, Any], path: Path) -> Path:
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("accuracy")
-    _title(axes, "Do the answers depend on the picture?", f"{n:,} questions each; whiskers are 95 % intervals")
-    _tidy(axes)
+    title_of(axes, "Do the answers depend on the picture?", f"{n:,} questions each; whiskers are 95 % intervals")
+    tidy(axes)
     axes.tick_params(axis="x", length=0)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def samples_plot(samples: Sequence[dict[str, Any]], path: Path, *, folder: Path, title: str, most: int = 12) -> Path:
@@ -105,24 +111,13 @@ def samples_plot(samples: Sequence[dict[str, Any]], path: Path, *, folder: Path,
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.75 / height, bottom=1.1 / height, hspace=0.48, wspace=0.14)
     figure.text(
-        0.02, 1 - 0.2 / height, _wrap(title, 30 * columns, 1), fontsize=13, fontweight="bold", va="top", **_words()
+        0.02, 1 - 0.2 / height, wrap(title, 30 * columns, 1), fontsize=13, fontweight="bold", va="top", **words()
     )
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
     for axes, sample in zip(grid.flat, shown, strict=False):
         _sample(axes, sample, folder)
-    return _save(figure, path)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """An exponential average over about a fiftieth of the steps, without the usual start at zero; NaNs are skipped."""
-    keep = 1 - 1 / max(1.0, len(values) / 50)
-    out, mean, weight = np.full(len(values), np.nan), 0.0, 0.0
-    for i, v in enumerate(values):
-        if np.isfinite(v):
-            mean, weight = keep * mean + (1 - keep) * v, keep * weight + (1 - keep)
-        out[i] = mean / weight if weight else np.nan
-    return out
+    return save(figure, path)
 
 
 def _sample(axes: Axes, sample: dict[str, Any], folder: Path) -> None:
@@ -140,16 +135,16 @@ def _sample(axes: Axes, sample: dict[str, Any], folder: Path) -> None:
             bbox={"boxstyle": "round,pad=0.22", "facecolor": colour, "edgecolor": "white", "linewidth": 1.2},
             fontfamily="DejaVu Sans",
         )  # fmt: skip
-    lines = _wrap(sample.get("question") or "(no question)", 33, 2)
-    said = _wrap(f"{mark} {sample.get('prediction') or '(nothing)'}".strip(), 29, 2)
+    lines = wrap(sample.get("question") or "(no question)", 33, 2)
+    said = wrap(f"{mark} {sample.get('prediction') or '(nothing)'}".strip(), 29, 2)
     below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "annotation_clip": False}
     y = -7.0
     for text, style in (
         (lines, {"color": INK}),
         (said, {"color": colour if right is not None else INK, "fontweight": "bold"}),
-        (_wrap(f"reference: {sample.get('answer')}", 36, 2), {"color": "#5A6069", "fontsize": 8.5}),
+        (wrap(f"reference: {sample.get('answer')}", 36, 2), {"color": "#5A6069", "fontsize": 8.5}),
     ):
-        axes.annotate(text, (0, 0), (0, y), **{"fontsize": 9.5, **_words(), **style, **below})
+        axes.annotate(text, (0, 0), (0, y), **{"fontsize": 9.5, **words(), **style, **below})
         y -= 13.5 * (text.count("\n") + 1) + 1.5
 
 
@@ -190,49 +185,3 @@ def _speed(metrics: Sequence[dict[str, Any]], loss: np.ndarray) -> str:
     if not np.isfinite(loss).all():
         notes.append("NOT FINITE at some steps")
     return "; ".join(notes)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _title(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold", color=INK, **_words())
-    axes.annotate(
-        note, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9.5, color="#5A6069"
-    )
-
-
-def _tidy(*many: Axes) -> None:
-    for axes in many:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.grid(axis="y", color=FAINT, linewidth=0.9, zorder=0)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=INK)
-
-
-def _wrap(text: str, width: int, most_lines: int) -> str:
-    return "\n".join(textwrap.wrap(" ".join(str(text).split()), width, max_lines=most_lines, placeholder=" …"))
-
-
-@cache
-def _fonts() -> tuple[str, ...]:
-    """DejaVu Sans, then whatever fonts for East Asian scripts are installed: matplotlib warns of missing ones."""
-    installed = {f.name for f in font_manager.fontManager.ttflist}
-    others = ("Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "Noto Sans CJK SC")
-    return ("DejaVu Sans", *(f for f in others if f in installed))
-
-
-def _words() -> dict[str, Any]:
-    # Text from data may hold dollar signs, which are no formulas.
-    return {"parse_math": False, "fontfamily": list(_fonts())}
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(path, dpi=_DPI)
-    return path

@@ -46,10 +46,13 @@ def describe_bases(
     bases: dict[str, Any] = {"language": {"name": language_name, "sha256": fingerprint(files) if files else None}}
     if gguf_file is not None:
         bases["language"]["gguf_file"] = gguf_file
-    for modality, (name, encoder) in towers.items():
-        files = encoder.weight_files() or [f for n in weight_names(name) for f in _hub_files(n)]
-        bases[modality] = {"name": name, "sha256": fingerprint(files) if files else None}
-    return bases
+    return bases | {modality: base_of(name, encoder) for modality, (name, encoder) in towers.items()}
+
+
+def base_of(name: Any, encoder: Any) -> dict[str, Any]:
+    """How an encoder's weights are called, and the hash of their files."""
+    files = encoder.weight_files() or [f for n in weight_names(name) for f in _hub_files(n)]
+    return {"name": name, "sha256": fingerprint(files) if files else None}
 
 
 def weight_names(name: Any) -> list[str]:
