@@ -19,7 +19,6 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -261,18 +260,14 @@ def _question_alone(base: str, questions: int) -> dict[str, Any]:
     from opticnerve import recipe as recipes
     from opticnerve.data.source import fixed_sample, load_data
     from opticnerve.evaluation.metrics import summarise
+    from opticnerve.evaluation.tasks import score_answers, usual_answers
 
     row = next(r for r in ROWS if r.base == base and not r.change)
     recipe = recipes.load(ROOT / "recipes" / f"{base}.yaml", row.overrides({**BUDGET, "questions": questions}))
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for spec in recipe.stages[-1].data:
-        for c in load_data(spec):
-            answers[c.prompt().messages[-1].text][str(c.answer)] += 1
     [task] = recipe.evaluate
-    right = []
-    for c in fixed_sample(load_data(task.data), task.sample):
-        usual = answers[c.prompt().messages[-1].text].most_common(1)
-        right.append(float(bool(usual) and usual[0][0] == c.answer))
+    asked = fixed_sample(load_data(task.data), task.sample)
+    known = (c for spec in recipe.stages[-1].data for c in load_data(spec))
+    right = score_answers(asked, usual_answers(known, asked, otherwise=""))
     return dict(summarise(right))
 
 

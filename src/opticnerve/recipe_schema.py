@@ -229,14 +229,14 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _objectives_and_metrics_fit(self) -> Recipe:
-        mine, kinds = self.model.KIND, OBJECTIVES
+        mine = self.model.KIND
         for i, stage in enumerate(self.stages):
             name = stage.objective.type
             # An objective of a third party may be for any kind of model; it says so itself.
-            if any(name in o for o in kinds.values()) and name not in kinds[mine]:
+            if any(name in o for o in OBJECTIVES.values()) and name not in OBJECTIVES[mine]:
                 raise ValueError(
                     f"stages.{i}.objective: {name} does not train {self.model.WHAT}; write "
-                    f"objective: {' or '.join(kinds[mine])}"
+                    f"objective: {' or '.join(OBJECTIVES[mine])}"
                 )
             if stage.pack is not None and name != "next_token":
                 raise ValueError(f"stages.{i}.pack: {name} takes samples by themselves; leave it out")

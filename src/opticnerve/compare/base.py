@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from opticnerve import recipe as recipes
-from opticnerve.data.answers import answer_set, question_of
+from opticnerve.data.answers import answer_set
 from opticnerve.data.source import fixed_sample, load_data, load_units
-from opticnerve.evaluation.tasks import score_answers
+from opticnerve.evaluation.tasks import score_answers, usual_answers
 from opticnerve.recipe import EvaluateSpec, ModelSpec, Recipe, Stage
 from opticnerve.starter import minilm
 from opticnerve.types import Conversation, OpticNerveError
@@ -158,15 +157,8 @@ class Base:
 
     def question_alone(self, questions: int | None) -> list[float]:
         """The scores of a reader who gives each question its most frequent answer in training, and never looks."""
-        answers: dict[str, Counter[str]] = defaultdict(Counter)
-        for spec in self.questions.data:
-            for c in load_data(spec):
-                answers[_words(c)][str(c.answer)] += 1
         asked = self.test_questions(questions)
-        usual = Counter(a for counted in answers.values() for a in counted.elements()).most_common(1)
-        fallback = usual[0][0] if usual else ""
-        guesses = [next(iter(dict(answers[_words(c)].most_common(1))), fallback) for c in asked]
-        return score_answers(asked, guesses)
+        return score_answers(asked, usual_answers((c for spec in self.questions.data for c in load_data(spec)), asked))
 
 
 def stage_of(stage: Stage, *, steps: int, batch_size: int, **changes: Any) -> Raw:
@@ -197,10 +189,3 @@ def checked(raw: Raw) -> Raw:
 
 def steps_for(questions: int, batch_size: int) -> int:
     return max(1, math.ceil(questions / batch_size))
-
-
-def _words(conversation: Conversation) -> str:
-    try:
-        return question_of(conversation)
-    except OpticNerveError:  # a dialogue: what it asks last
-        return conversation.prompt().messages[-1].text

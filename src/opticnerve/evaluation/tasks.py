@@ -7,8 +7,8 @@ batching.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,27 @@ def most_frequent_answer(conversations: Sequence[Conversation]) -> dict[str, Any
         raise OpticNerveError("there is no most frequent answer: the list of questions is empty")
     answer = min(commonest, key=lambda a: (-commonest[a], a))
     return {"answer": answer, **summarise(score_answers(conversations, [answer] * len(conversations)))}
+
+
+def usual_answers(
+    known: Iterable[Conversation], asked: Sequence[Conversation], *, otherwise: str | None = None
+) -> list[str]:
+    """What a reader says who knows each question's most frequent answer among `known`, and never looks or listens.
+
+    `otherwise`: to a question that is not among them; by default what is said most often of all.
+    """
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for c in known:
+        answers[_question(c)][str(c.answer)] += 1
+    if otherwise is None:
+        said = Counter(a for counted in answers.values() for a in counted.elements())
+        otherwise = said.most_common(1)[0][0] if said else ""
+    usual = {question: counted.most_common(1)[0][0] for question, counted in answers.items()}
+    return [usual.get(_question(c), otherwise) for c in asked]
+
+
+def _question(c: Conversation) -> str:
+    return c.prompt().messages[-1].text.strip()
 
 
 def harness_version() -> str:
