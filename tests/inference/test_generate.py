@@ -88,7 +88,7 @@ def test_generation_stops_at_the_end_of_turn_of_the_template(
     made = dock(
         vision_folder(), "mlp", {"name": language_folder("llama"), "chat_template": llama3.replace("bos_token + ", "")}
     )
-    stops = Answerer(made.model, made.processor)._stops()["eos_token_id"]
+    stops = Answerer(made.model, made.processor).stops()["eos_token_id"]
     tokenizer = made.processor.tokenizer
     assert {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")} <= set(stops)
 
