@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from opticnerve.language.segments import Segments
 from opticnerve.types import Features
 
 _B = TypeVar("_B", bound="Moving")
 
 
 class Moving:
-    """A dataclass whose tensors and `Features` go to a device together; whatever else it holds stays as it is."""
+    """A dataclass whose tensors, `Features` and `Segments` go to a device together; all else that it holds stays."""
 
     def to(self: _B, device: Any) -> _B:
         """A batch of the same, on that device."""
@@ -38,6 +39,8 @@ class SampleBatch(Moving):
 def _moved(value: Any, device: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
+    if isinstance(value, Segments):
+        return value.to(device)
     if isinstance(value, Features):
         return Features(_moved(value.tokens_BND, device), _moved(value.mask_BN, device))
     if isinstance(value, dict):

@@ -14,6 +14,7 @@ from opticnerve.data.batches import Moving
 from opticnerve.data.images import open_image
 from opticnerve.data.labels import IGNORE
 from opticnerve.data.packing import Row
+from opticnerve.language.segments import Segments, segments_of
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Batch(Moving):
     `media`: tensors by the names of the model's inputs: `pixel_values` (images or tiles, 3, H, W), `image_sizes`,
     `qformer_input_ids`, `input_features` (windows, mels, frames), …, or `image_features` (`Features`, what the frozen
     eye saw); empty where there are none.
-    `plain`: every row is one sample, a causal mask is enough.
+    `plain`: every row is one sample, a causal mask is enough. `segments`: who attends to whom, without a mask.
     """
 
     input_ids: Tensor
@@ -36,6 +37,7 @@ class Batch(Moving):
     plain: bool
     ids: list[str]
     samples: int
+    segments: Segments
 
     @property
     def supervised(self) -> int:
@@ -82,16 +84,18 @@ class Collator:
         def pad(name: str, value: int) -> Tensor:
             return torch.tensor([getattr(r, name) + [value] * (length - len(r)) for r in rows])
 
+        group, branch, positions = pad("group", -1), pad("branch", 0), pad("positions", 0)
         return Batch(
             input_ids=pad("input_ids", self.pad),
-            positions=pad("positions", 0),
+            positions=positions,
             targets=pad("targets", IGNORE),
-            group=pad("group", -1),
-            branch=pad("branch", 0),
+            group=group,
+            branch=branch,
             media=self.media(rows),
             plain=all(r.plain for r in rows),
             ids=[i for r in rows for i in r.ids],
             samples=sum(len(r.ids) for r in rows),
+            segments=segments_of(group, branch, positions),
         )
 
     def media(self, rows: Sequence[Row]) -> dict[str, Any]:

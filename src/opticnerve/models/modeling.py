@@ -3,7 +3,8 @@ conventions."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from opticnerve.language import segments
 from opticnerve.language.lora import add_lora
 from opticnerve.models.configuration import OpticNerveConfig
 from opticnerve.models.expand import MEDIA_KEYS, repeat_media
@@ -242,7 +244,13 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         """`context_fn` for gradient checkpointing: a layer that is run again sees what it saw the first time."""
         seen = {m: t.fusion.seen for m, t in self.towers.items()}
         gate = getattr(self.language_model, "lora_gate", None)
-        return nullcontext(), self.looking(Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None))
+        prompt = Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None)
+        return nullcontext(), self._again(prompt, segments.current())
+
+    @contextmanager
+    def _again(self, prompt: Prompt, attended: segments.Segments | None) -> Iterator[None]:
+        with self.looking(prompt), segments.within(self.language_model, attended):
+            yield
 
     def forward(
         self,

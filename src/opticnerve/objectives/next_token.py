@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opticnerve.language.segments import supported, within
 from opticnerve.objectives.base import Objective
 from opticnerve.types import OpticNerveError
 
@@ -30,16 +31,18 @@ class NextToken(Objective):
 
 def batch_logits(model: Any, batch: Any, keep_BL: Tensor) -> Tensor:
     """Logits (M, V) of a batch's rows at the M positions where `keep_BL` is True, pictures and packing and all."""
+    language_model = model.language_model
     prompt = model.read(batch.input_ids, group=None if batch.plain else batch.group, **batch.media)
-    if not batch.plain:
-        _check_window(model.language_model.config, batch.input_ids.shape[1])
-    with model.looking(prompt):
+    by_segment = supported(language_model)
+    if not batch.plain and not by_segment:
+        _check_window(language_model.config, batch.input_ids.shape[1])
+    with model.looking(prompt), within(language_model, batch.segments if by_segment else None):
         return supervised_logits(
-            model.language_model,
+            language_model,
             keep_BL,
             inputs_embeds=prompt.embeds_BLD,
             position_ids=batch.positions,
-            attention_mask=batch.attention_mask(prompt.embeds_BLD.dtype),
+            attention_mask=None if by_segment else batch.attention_mask(prompt.embeds_BLD.dtype),
         )
 
 
