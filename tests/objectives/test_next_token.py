@@ -16,7 +16,8 @@ from opticnerve.build import Dock
 from opticnerve.data.collate import Batch, Collator
 from opticnerve.data.labels import encode
 from opticnerve.data.packing import pack
-from opticnerve.objectives.next_token import NextToken, supervised_logits
+from opticnerve.objectives.head import supervised_logits
+from opticnerve.objectives.next_token import NextToken
 from opticnerve.types import Conversation, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

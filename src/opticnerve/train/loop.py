@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Subset
 
 from opticnerve.data.source import load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
+from opticnerve.language.lean import lean
 from opticnerve.models.parts import is_docked_model, moving_buffers
 from opticnerve.models.tower import MEDIA_INPUT
 from opticnerve.recipe import Recipe, Stage
@@ -122,7 +123,8 @@ def run_stage(
         calibrate(model, visits.whole())  # the same on every process
     run.skipped = skipped
     try:
-        return run.go()
+        with lean(getattr(model, "language_model", torch.nn.Module())):
+            return run.go()
     finally:
         model.eval()
         if stage.gradient_checkpointing:

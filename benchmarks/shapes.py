@@ -1,0 +1,363 @@
+"""Models of public sizes with random weights, ours and transformers' with the same ones, and what a step of them needs.
+
+What a step costs depends on shapes alone, so no benchmark of speed needs a hub: the sizes are those of the public
+configurations, the weights are drawn. `ours` and `llava` draw them in the same order from the same seed, so that both
+sides compute the same loss and the same tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Trains = Literal["connector", "lora", "full"]
+LORA = {"rank": 128, "alpha": 256}  # LLaVA-1.5's script finetune_lora.sh
+
+
+@dataclass(frozen=True)
+class Eye:
+    """A vision transformer; `layer` is the entry of `hidden_states` that the connector gets."""
+
+    family: Literal["clip_vision_model", "siglip_vision_model"]
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    image: int
+    patch: int
+    layer: int
+
+    @property
+    def tokens(self) -> int:
+        """Patches of a picture: the soft tokens."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def class_token(self) -> bool:
+        return self.family == "clip_vision_model"
+
+    def config(self) -> Any:
+        import transformers as tf
+
+        own = {} if self.class_token else {"vision_use_head": False}  # the pooling head feeds no soft token
+        return tf.AutoConfig.for_model(
+            self.family, hidden_size=self.width, intermediate_size=self.mlp, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, image_size=self.image, patch_size=self.patch, **own,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Brain:
+    """A decoder with gated MLPs and grouped-query attention."""
+
+    family: Literal["llama", "qwen2"]
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+    positions: int
+    rope_theta: float
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder: the last word, for transformers looks every id up in the table."""
+        return self.vocabulary - 1
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(in, out) of each linear map of a layer: q, k, v, o, gate, up, down."""
+        d, kv, f = self.width, self.width // self.heads * self.kv_heads, self.mlp
+        return [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
+
+    def config(self) -> Any:
+        import transformers as tf
+
+        return tf.AutoConfig.for_model(
+            self.family, hidden_size=self.width, intermediate_size=self.mlp, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, vocab_size=self.vocabulary,
+            tie_word_embeddings=self.tied, max_position_embeddings=self.positions,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An eye, a brain, and between them LLaVA-1.5's two-layer MLP."""
+
+    eye: Eye
+    brain: Brain
+
+
+_CLIP_B = Eye("clip_vision_model", 768, 3072, 12, 12, 224, 16, layer=-2)
+_CLIP_L = Eye("clip_vision_model", 1024, 4096, 24, 16, 336, 14, layer=-2)
+_SIGLIP_B = Eye("siglip_vision_model", 768, 3072, 12, 12, 224, 16, layer=-1)
+_SMOLLM2 = {"vocabulary": 49152, "tied": True, "positions": 8192}
+_SMOLLM2_135M = Brain("llama", 576, 1536, 30, 9, 3, **_SMOLLM2, rope_theta=1e5)
+_SMOLLM2_360M = Brain("llama", 960, 2560, 32, 15, 5, **_SMOLLM2, rope_theta=1e5)
+_SMOLLM2_1700M = Brain("llama", 2048, 8192, 24, 32, 32, **_SMOLLM2, rope_theta=1.3e5)
+_VICUNA_7B = Brain("llama", 4096, 11008, 32, 32, 32, 32064, tied=False, positions=4096, rope_theta=1e4)
+_QWEN_500M = Brain("qwen2", 896, 4864, 24, 14, 2, 151936, tied=True, positions=32768, rope_theta=1e6)
+_TINY_CLIP = Eye("clip_vision_model", 32, 64, 3, 4, 32, 8, layer=-2)
+_TINY_SIGLIP = Eye("siglip_vision_model", 32, 64, 2, 4, 32, 8, layer=-1)
+_TINY_LLAMA = Brain("llama", 48, 96, 2, 4, 2, 320, tied=True, positions=8192, rope_theta=1e4)
+_TINY_QWEN = Brain("qwen2", 48, 96, 2, 4, 2, 320, tied=False, positions=8192, rope_theta=1e4)
+
+SHAPES = {
+    "smollm2-135m": Shape(_CLIP_B, _SMOLLM2_135M),
+    "smollm2-360m": Shape(_CLIP_B, _SMOLLM2_360M),
+    "smollm2-1.7b": Shape(_CLIP_B, _SMOLLM2_1700M),
+    "llava-1.5-7b": Shape(_CLIP_L, _VICUNA_7B),
+    "siglip-qwen2.5-0.5b": Shape(_SIGLIP_B, _QWEN_500M),
+    "tiny": Shape(_TINY_CLIP, _TINY_LLAMA),
+    "tiny-siglip": Shape(_TINY_SIGLIP, _TINY_QWEN),
+}
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def ours(shape: Shape, dtype: Any = None, device: Any = "cpu", *, seed: int = 0, calibrate: bool = False) -> Any:
+    """The docked model. `dtype`: bfloat16 by default. `calibrate`: let a stage measure the connector's scales, which
+    transformers' LLaVA has no place for."""
+    from opticnerve.models.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.tower import Tower
+
+    encoder, connector, fusion, language = _parts(shape, dtype, device, seed, calibrate)
+    return OpticNerveForConditionalGeneration.from_parts(
+        language, {"image": Tower(encoder, connector, fusion)}, image_token_id=shape.brain.image_token_id
+    )
+
+
+def llava(shape: Shape, dtype: Any = None, device: Any = "cpu", *, seed: int = 0) -> Any:
+    """transformers' `LlavaForConditionalGeneration` with the weights of `ours`, everything in `dtype`."""
+    import torch
+    import transformers as tf
+
+    encoder, connector, _, language = _parts(shape, dtype, device, seed, False)
+    config = tf.LlavaConfig(
+        vision_config=shape.eye.config(), text_config=shape.brain.config(),
+        image_token_index=shape.brain.image_token_id, image_seq_length=shape.eye.tokens,
+        vision_feature_layer=shape.eye.layer,
+        vision_feature_select_strategy="default" if shape.eye.class_token else "full",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = tf.LlavaForConditionalGeneration(config)
+    inner = model.model
+    inner.vision_tower, inner.language_model, model.lm_head = encoder.model, language.model, language.lm_head
+    inner.multi_modal_projector.linear_1, _, inner.multi_modal_projector.linear_2 = connector.layers
+    model.config.dtype = language.dtype
+    return model.eval()
+
+
+def _parts(shape: Shape, dtype: Any, device: Any, seed: int, calibrate: bool) -> tuple[Any, Any, Any, Any]:
+    import torch
+    import transformers as tf
+
+    from opticnerve.connectors.mlp import MLPConnector
+    from opticnerve.encoders.hf_vision import HFVisionEncoder
+    from opticnerve.fusion.splice import Splice
+
+    dtype = dtype or torch.bfloat16
+    eye, brain = shape.eye, shape.brain
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        language = tf.AutoModelForCausalLM.from_config(brain.config(), dtype=dtype)
+        vision = tf.AutoModel.from_config(eye.config(), dtype=dtype)
+        connector = MLPConnector(in_size=eye.width, out_size=brain.width, in_tokens=eye.tokens, calibrate=calibrate).to(
+            dtype
+        )
+    encoder = HFVisionEncoder(architecture=eye.config().to_dict(), layer=eye.layer, _model=vision)
+    fusion = Splice(language_size=brain.width, language_layers=brain.layers)
+    return encoder.eval(), connector, fusion, language.eval()
+
+
+def open_llava(model: Any, trains: Trains, *, lora: dict[str, int] = LORA) -> Any:
+    """Of transformers' model, let train what `trains` says, the connector always; returns it (wrapped, for LoRA)."""
+    model.requires_grad_(False)
+    if trains == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        config = LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, target_modules=layers)
+        # peft's float32 adapters beside bf16 weights cast every activation: slower, so not its best settings.
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        model.to(next(p.dtype for p in model.parameters()))
+        inner = model.base_model.model
+    else:
+        inner = model
+    inner.model.multi_modal_projector.requires_grad_(True)
+    if trains == "full":
+        inner.model.language_model.requires_grad_(True)
+        inner.lm_head.requires_grad_(True)
+    return model
+
+
+def stage(trains: Trains) -> dict[str, float]:
+    """The same for `opticnerve.train.freeze.freeze`, at LLaVA-1.5's learning rates."""
+    return {
+        "connector": {"connector": 1e-3},
+        "lora": {"connector": 2e-5, "language.lora": 2e-4},
+        "full": {"connector": 2e-5, "language": 2e-5},
+    }[trains]  # type: ignore[return-value]
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
+
+
+def samples(
+    shape: Shape, count: int, *, question: tuple[int, int], answer: tuple[int, int], seed: int = 0, images: int = 1
+) -> list[Any]:
+    """Random conversations as `opticnerve.data.labels.Encoded`: the pictures' placeholders, a question, an answer that
+    is learned. `question`, `answer`: least and most tokens, drawn log-uniformly, as captions and chats are skewed."""
+    import math
+    import random
+
+    from opticnerve.data.labels import IGNORE, Encoded
+
+    rng = random.Random(seed)
+
+    def words(least: int, most: int) -> list[int]:
+        length = round(math.exp(rng.uniform(math.log(least), math.log(most))))
+        return [rng.randrange(8, shape.brain.vocabulary - 1) for _ in range(length)]
+
+    made = []
+    for number in range(count):
+        soft = [shape.brain.image_token_id] * (shape.eye.tokens * images)
+        asked, said = words(*question), words(*answer)
+        labels = [IGNORE] * len(soft + asked) + said
+        made.append(Encoded([*soft, *asked, *said], labels, [], id=str(number), media_end=len(soft)))
+    return made
+
+
+def pixels(shape: Shape, count: int, dtype: Any, *, seed: int = 0) -> Any:
+    """Noise (count, 3, H, W): what pictures are when they come out of an image processor."""
+    import torch
+
+    return torch.randn(
+        count, 3, shape.eye.image, shape.eye.image, generator=torch.Generator().manual_seed(seed)
+    ).to(dtype)  # fmt: skip
+
+
+def pictures(shape: Shape, count: int) -> list[Any]:
+    """Pictures of noise, of the size that the eye wants."""
+    import numpy as np
+    import PIL.Image
+
+    side = (shape.eye.image, shape.eye.image, 3)
+    return [PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, side, dtype=np.uint8)) for i in range(count)]
+
+
+def tokenizer(vocabulary: int) -> Any:
+    """A word a token: `w8`, `w9`, …; the last one is the picture's placeholder."""
+    import transformers as tf
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    special = ["<pad>", "</s>", "<unk>"]
+    known = [*special, "USER", "ASSISTANT", ":"]
+    known += [f"w{i}" for i in range(len(known), vocabulary - 1)]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*known, "<image>"])}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in [*special, "<image>"]])
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def processor(shape: Shape) -> Any:
+    """Pictures and words for either side, Vicuna's form of chat."""
+    from opticnerve.encoders.base import make_image_processor
+    from opticnerve.models.processing import OpticNerveProcessor
+
+    prepared = make_image_processor(size=shape.eye.image, mean=[0.5] * 3, std=[0.5] * 3)
+    words = tokenizer(shape.brain.vocabulary)
+    return OpticNerveProcessor(image_processor=prepared, tokenizer=words, num_image_tokens=shape.eye.tokens)
+
+
+# -- what a step needs ------------------------------------------------------------------------------------------------
+
+
+def flops(
+    shape: Shape,
+    *,
+    lengths: Sequence[int],
+    supervised: int,
+    images: int,
+    trains: Trains = "connector",
+    rank: int = LORA["rank"],
+    live_eye: bool = True,
+    causal: bool = True,
+) -> int:
+    """The fewest floating-point operations of a training step, a multiply and an add being two.
+
+    The language model forward and the gradient of its activations; the gradient of weights for those that train alone;
+    the LM head at supervised positions alone; the eye forward, no further than the layer that is used. Padding, what is
+    computed again (checkpointing, flash attention's backward pass), norms and activations count nothing.
+
+    Args:
+        lengths: tokens of each sample, soft tokens included: whom attention may join.
+        supervised: positions with a label. images: pictures that the eye sees.
+        trains: beside the connector, LoRA of `rank` on all linear layers, or the whole language model.
+        live_eye: False where features come from a cache.
+        causal: False counts the whole square of attention, as torch's flop counter does.
+    """
+    brain, eye = shape.brain, shape.eye
+    tokens = sum(lengths)
+    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+    ways = 3 if trains == "full" else 2  # forward, gradient of activations, gradient of weights
+
+    linear = 2 * tokens * sum(i * o for i, o in brain.matrices)
+    attention = 4 * pairs * brain.width  # q·k and p·v; backward, each is two products
+    layer = ways * linear + 3 * attention
+    if trains == "lora":
+        layer += 3 * 2 * tokens * rank * sum(i + o for i, o in brain.matrices)
+    head = ways * 2 * supervised * brain.width * brain.vocabulary
+
+    soft = images * eye.tokens
+    # The first layer's input is frozen: nothing asks for its gradient.
+    connector = 2 * soft * (2 * eye.width * brain.width + 3 * brain.width * brain.width)
+    return brain.layers * layer + head + connector + (eye_flops(eye, images) if live_eye else 0)
+
+
+def eye_flops(eye: Eye, images: int) -> int:
+    """The eye's forward pass over so many pictures, up to the layer that the connector gets."""
+    tokens = eye.tokens + eye.class_token
+    used = eye.layers + 1 + eye.layer if eye.layer < 0 else eye.layer
+    layer = 2 * tokens * (4 * eye.width**2 + 2 * eye.width * eye.mlp) + 4 * tokens**2 * eye.width
+    return images * (used * layer + 2 * eye.tokens * 3 * eye.patch**2 * eye.width)
+
+
+def matmul_rate(
+    sizes: Sequence[tuple[int, int, int]], *, device: str = "cpu", dtype: Any = None, seconds: float = 0.5
+) -> float:
+    """The best rate, in floating-point operations a second, of bare products (m, k) × (k, n) of random numbers."""
+    import torch
+
+    def finish() -> None:
+        if device != "cpu":
+            torch.accelerator.synchronize()
+
+    best = 0.0
+    for m, k, n in sizes:
+        a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
+        a, b = a.to(dtype or torch.bfloat16), b.to(dtype or torch.bfloat16)
+        out = a @ b
+        for _ in range(2):
+            torch.mm(a, b, out=out)
+        finish()
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        finish()
+        times = max(3, int(seconds / max(time.perf_counter() - started, 1e-6)))
+        started = time.perf_counter()
+        for _ in range(times):
+            torch.mm(a, b, out=out)
+        finish()
+        best = max(best, 2 * m * k * n * times / (time.perf_counter() - started))
+    return best

@@ -1,0 +1,171 @@
+"""The same layers, keeping less for the backward pass and passing over memory less often.
+
+Autograd keeps the input of every elementwise step: of an RMSNorm float32 copies of its input, of a gated MLP the
+activation beside its input, of a LoRA layer the scaled and the unscaled adapter's output. Written as one function each,
+they keep what they were given and compute the rest again. Forward passes give the same bits, LoRA's sum excepted, which
+is rounded once instead of three times. (Liger-Kernel does so in Triton for GPUs: Hsu et al. 2024, section 3.)
+
+A layer is replaced only where it is known to compute just this: where the code of its `forward` is Llama's, word for
+word, or its class is peft's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+
+@contextmanager
+def lean(language_model: nn.Module) -> Iterator[int]:
+    """Within it, the language model's norms, gated MLPs and adapters are lean, as far as they are known; yields how
+    many layers are. Freeze first: what trains decides which may be."""
+    gate = getattr(language_model, "lora_gate", None)
+    changed = []
+    for module in language_model.modules():
+        forward = _lean_forward(module, gate)
+        if forward is not None:
+            module.forward = forward  # type: ignore[method-assign]
+            changed.append(module)
+    try:
+        yield len(changed)
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _lean_forward(module: Any, gate: Any) -> Callable[..., Tensor] | None:
+    if "forward" in vars(module) or isinstance(module, nn.ModuleList):
+        return None  # somebody else's business already
+    if isinstance(module, LoraLinear):
+        return partial(_lora_forward, module, gate) if _plain_lora(module) else None
+    if hasattr(module, "variance_epsilon") and _same_code(type(module), LlamaRMSNorm):
+        return partial(_norm_forward, module)
+    silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
+    if silu and _same_code(type(module), LlamaMLP):
+        return partial(_mlp_forward, module)
+    return None
+
+
+def _same_code(one: type, other: type) -> bool:
+    """Whether two modules' `forward` say the same, word for word."""
+    try:
+        return inspect.getsource(one.forward) == inspect.getsource(other.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError):  # no source at hand: not known
+        return False
+
+
+def _norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
+    out: Tensor = _RMSNorm.apply(hidden_states, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _mlp_forward(module: Any, x: Tensor) -> Tensor:
+    out: Tensor = module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Root mean square norm (Zhang & Sennrich 2019), the arithmetic float32, as Llama's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:  # type: ignore[override]
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, scale, weight_D)
+        return weight_D * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale, weight_D = ctx.saved_tensors
+        normed = x * scale  # float32
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0)
+        inner = (grad * weight_D).float()
+        along = torch.linalg.vecdot(inner, normed).div_(-x.shape[-1]).unsqueeze(-1)
+        return inner.addcmul_(normed, along).mul_(scale).to(x.dtype), grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · up (Shazeer 2020, GLU Variants, equation 6)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def _plain_lora(layer: Any) -> bool:
+    """Low-rank and nothing else: one adapter, not merged, on a frozen linear layer; no dropout in use, no variant."""
+    if type(layer) is not LoraLinear or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    [name] = layer.active_adapters
+    base, dropout = layer.base_layer, layer.lora_dropout[name] if name in layer.lora_A else None
+    return (
+        name in layer.lora_A
+        and type(base) is nn.Linear
+        and not base.weight.requires_grad
+        and not (isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training)
+        and not getattr(layer, "lora_variant", {})
+        and not layer.lora_bias.get(name, False)
+        and layer.lora_A[name].weight.dtype == base.weight.dtype
+    )
+
+
+def _lora_forward(layer: Any, gate: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    [name] = layer.active_adapters
+    base = layer.base_layer
+    rows_B = None if gate is None else gate.rows_B
+    out: Tensor = _LoRA.apply(  # type: ignore[no-untyped-call]
+        x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], rows_B
+    )
+    return out
+
+
+class _LoRA(torch.autograd.Function):
+    """W x + b + s · B (A x) (Hu et al. 2021, equation 3), the adapter's part for the rows that it works on."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down_RI: Tensor, up_OR: Tensor, scaling: float,
+        rows_B: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        low = F.linear(x, down_RI)
+        if rows_B is not None:
+            low = low * rows_B.to(low.dtype).view(-1, *[1] * (low.ndim - 1))
+        out = F.linear(x, weight, bias)
+        out.flatten(0, -2).addmm_(low.flatten(0, -2), up_OR.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, down_RI, up_OR, low, rows_B)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, down_RI, up_OR, low, rows_B = ctx.saved_tensors
+        grad_TO = grad.flatten(0, -2)
+        grad_low = (grad @ up_OR).mul_(ctx.scaling)
+        if rows_B is not None:
+            grad_low *= rows_B.to(grad_low.dtype).view(-1, *[1] * (grad_low.ndim - 1))
+        grad_low_TR = grad_low.flatten(0, -2)
+        grad_up = (low.flatten(0, -2).t() @ grad_TO).mul_(ctx.scaling).t() if ctx.needs_input_grad[4] else None
+        grad_down = grad_low_TR.t() @ x.flatten(0, -2) if ctx.needs_input_grad[3] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            grad_x.flatten(0, -2).addmm_(grad_low_TR, down_RI)
+        return grad_x, None, None, grad_down, grad_up, None, None

@@ -1,0 +1,114 @@
+"""The LM head where there is something to learn, and nowhere else; in pieces where that is much.
+
+Logits are the largest tensor of a step by far: a vocabulary wide for every position. Here they are computed for the
+supervised positions alone, and of these so many at a time that the whole matrix never exists: a frozen head's gradient
+with respect to a piece is computed at once and the piece's logits are dropped (as in Liger-Kernel's fused linear
+cross-entropy: Hsu et al. 2024, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+PIECE = 256
+"""Positions whose logits exist at a time."""
+# Whether a language model's logits are its head's output, or something is done to them afterwards (scales, soft caps).
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any) -> Tensor:
+    """Logits (M, V) of the M positions where `keep_BL` is True.
+
+    A hook on the head gathers the positions, so that whatever a language model does to its logits afterwards still
+    happens.
+    """
+    with _head_sees(language_model, lambda hidden_BLD: hidden_BLD[keep_BL].unsqueeze(0)):
+        logits: Tensor = language_model(**inputs, use_cache=False).logits
+    return logits.squeeze(0)
+
+
+def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tensor, **inputs: Any) -> Tensor:
+    """The float32 sum of the cross-entropies at the M positions where `keep_BL` is True."""
+    if len(targets_M) <= PIECE or _plain.get(language_model) is False:
+        logits_MV = supervised_logits(language_model, keep_BL, **inputs)
+        return F.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
+    gathered: list[Tensor] = []
+
+    def first_alone(hidden_BLD: Tensor) -> Tensor:
+        gathered.append(hidden_BLD[keep_BL])
+        return gathered[0][:1].unsqueeze(0)
+
+    with _head_sees(language_model, first_alone):
+        first_V = language_model(**inputs, use_cache=False).logits.detach().flatten()
+    head: nn.Module = language_model.get_output_embeddings()  # type: ignore[operator]
+    hidden_MD = gathered[0]
+    if language_model not in _plain:
+        with torch.no_grad():
+            _plain[language_model] = torch.equal(head(hidden_MD[:1].unsqueeze(0)).flatten(), first_V)
+        if not _plain[language_model]:
+            return supervised_loss(language_model, keep_BL, targets_M, **inputs)
+    return loss_in_pieces(head, hidden_MD, targets_M)
+
+
+def loss_in_pieces(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> Tensor:
+    """Sum of cross-entropies of `head(hidden_MD)`, `PIECE` positions at a time."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
+        total = hidden_MD.new_zeros((), dtype=torch.float32)
+        for hidden, targets in zip(hidden_MD.split(PIECE), targets_M.split(PIECE), strict=True):
+            total = total + checkpoint(_loss, head, hidden, targets, use_reentrant=False)
+        return total
+    out: Tensor = _InPieces.apply(hidden_MD, targets_M, head)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _loss(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden_MD).float(), targets_M, reduction="sum")
+
+
+class _InPieces(torch.autograd.Function):
+    """The loss under a frozen head; the gradient of what goes in is made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, targets_M: Tensor, head: nn.Module) -> Tensor:  # type: ignore[override]
+        total, grads = hidden_MD.new_zeros((), dtype=torch.float32), []
+        for hidden, targets in zip(hidden_MD.split(PIECE), targets_M.split(PIECE), strict=True):
+            piece = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(piece.requires_grad):
+                loss = _loss(head, piece, targets)
+            if piece.requires_grad:
+                grads += torch.autograd.grad(loss, piece)
+            total += loss.detach()
+        if grads:
+            ctx.save_for_backward(torch.cat(grads))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.saved_tensors[0] * grad, None, None
+
+
+@contextmanager
+def _head_sees(language_model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, the head gets `change(hidden states)`."""
+    head = language_model.get_output_embeddings()  # type: ignore[operator]
+    seen = 0
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal seen
+        seen += 1
+        return (change(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert seen == 1, "the language model ran its LM head more or less than once"
