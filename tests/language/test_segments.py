@@ -140,6 +140,7 @@ def test_products_over_heads_are_torchs_attention(
     dtype: torch.dtype, bound: float, heads: int, shared: int, sight: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_SCORES", 6 * 20 * 20 * 2)  # several parts, the last one smaller
+    monkeypatch.setattr(attention, "QUERIES", 8)
     torch.manual_seed(1)
     count, length = 5, 20
     q, k, v = (torch.randn(count, h, length, 8).to(dtype) for h in (heads, heads // shared, heads // shared))

@@ -38,7 +38,8 @@ def everything(model: Any, ids: Tensor, keep: Tensor, targets: Tensor) -> Tensor
 @pytest.mark.parametrize("trains", ["nothing of the head", "the head"])
 @pytest.mark.parametrize("kind", ["tied", "untied", "soft caps", "scaled"])
 def test_pieces_add_up(kind: str, trains: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "PIECE", 4)
+    monkeypatch.setattr(head, "PIECE", 4 * 50)
+    monkeypatch.setattr(head, "_LEAST", 1)
     model = language_model(kind)
     if trains == "nothing of the head":
         for p in model.get_output_embeddings().parameters():

@@ -9,14 +9,17 @@ computes the weights again.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONGEST = 768
+LONGEST = 2048
 """Positions up to which plain products are faster than torch's kernel on a CPU (see benchmarks/train.py)."""
+QUERIES = 128
+"""Queries of a block; the last block of a segment has fewer."""
 _SCORES = 1 << 20
 """Scores to compute at a time: they should stay in the processor's cache."""
 
@@ -41,12 +44,12 @@ def attend(
     if window is not None and window < length:
         assert mask_NLL is None, "a mask knows its window"
         mask_NLL = torch.ones(1, length, length, dtype=torch.bool, device=q_NHLD.device).tril().triu(1 - window)
-    grouped = (
+    if (
         q_NHLD.device.type == "cpu" and length <= LONGEST and dropout == 0.0 and k_NKLD.shape[-1] == v_NKLD.shape[-1]
-    )
-    if grouped:
-        out: Tensor = _Grouped.apply(q_NHLD, k_NKLD, v_NKLD, _additive(mask_NLL, length, q_NHLD), scaling)  # type: ignore[no-untyped-call]
-        return out
+    ):  # fmt: skip
+        bias_MLL = None if mask_NLL is None else _bias(mask_NLL, q_NHLD.dtype)
+        out_NLHD: Tensor = _Grouped.apply(q_NHLD, k_NKLD, v_NKLD, bias_MLL, scaling)  # type: ignore[no-untyped-call]
+        return out_NLHD.transpose(1, 2)
     shared = q_NHLD.shape[1] // k_NKLD.shape[1]
     if shared > 1 and mask_NLL is not None:  # with a mask, CUDA's fast kernels want a key head for each query head
         k_NKLD, v_NKLD = (t.repeat_interleave(shared, 1) for t in (k_NKLD, v_NKLD))
@@ -56,58 +59,83 @@ def attend(
     )  # fmt: skip
 
 
-def _additive(mask_NLL: Tensor | None, length: int, like: Tensor) -> Tensor:
-    """(N or 1, L, L): 0 where one sees, the least number elsewhere."""
-    sees = torch.ones(1, length, length, dtype=torch.bool).tril() if mask_NLL is None else mask_NLL
-    return torch.zeros(sees.shape, dtype=like.dtype).masked_fill_(~sees, torch.finfo(like.dtype).min)
+def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where one sees, the least number elsewhere."""
+    return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+@lru_cache(maxsize=8)  # every layer of a step asks for the same
+def _triangle(length: int, dtype: torch.dtype) -> Tensor:
+    return _bias(torch.ones(length, length, dtype=torch.bool).tril(), dtype)
 
 
 class _Grouped(torch.autograd.Function):
-    """Products over whole heads, a few segments at a time."""
+    """Products over whole heads: some segments, and of these some queries, at a time.
+
+    In causal order a block of queries meets only the keys up to its own end, and a mask only at its own place.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q_NHLD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, mask_MLL: Tensor, scaling: float
+        ctx: Any, q_NHLD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, bias_MLL: Tensor | None, scaling: float
     ) -> Tensor:
+        k, v = k_NKLD.contiguous(), v_NKLD.contiguous()
         segments, heads, length, width = q_NHLD.shape
-        q = q_NHLD.reshape(segments, k_NKLD.shape[1], -1, width)  # (N, K, H/K · L, D): head h asks key head h // (H/K)
-        out = torch.empty_like(q)
-        ctx.scaling, ctx.heads = scaling, heads
-        ctx.save_for_backward(q, k_NKLD, v_NKLD, mask_MLL)
-        for some in _parts(segments, heads * length * length):
-            p = _weights(q[some], k_NKLD[some], _of(mask_MLL, some), scaling)
-            torch.matmul(p, v_NKLD[some], out=out[some])
-        return out.view(segments, heads, length, width)
+        out_NLHD = q_NHLD.new_empty(segments, length, heads, width)
+        ctx.save_for_backward(q_NHLD, k, v, bias_MLL)
+        ctx.scaling = scaling
+        q, out = _by_key_head(q_NHLD, k), _by_key_head(out_NLHD.transpose(1, 2), k)
+        for some, queries, keys in _blocks(segments, heads, length, causal=bias_MLL is None):
+            p = _weights(q[some, :, :, queries], k[some, :, keys], _of(bias_MLL, some), scaling)
+            out[some, :, :, queries] = (p @ v[some, :, keys]).unflatten(2, (q.shape[2], -1))
+        return out_NLHD
 
     @staticmethod
-    def backward(ctx: Any, grad_NHLD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, mask_MLL = ctx.saved_tensors
-        segments, length, width = len(q), k.shape[2], q.shape[3]
-        grad = grad_NHLD.reshape(q.shape)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for some in _parts(segments, ctx.heads * length * length):
-            p = _weights(q[some], k[some], _of(mask_MLL, some), ctx.scaling)
-            dv[some] = p.transpose(-1, -2) @ grad[some]
-            dp = grad[some] @ v[some].transpose(-1, -2)
+    def backward(ctx: Any, grad_NLHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q_NHLD, k, v, bias_MLL = ctx.saved_tensors
+        segments, heads, length, _ = q_NHLD.shape
+        dq_NLHD = torch.empty_like(grad_NLHD)
+        q, grad, dq = (_by_key_head(t, k) for t in (q_NHLD, grad_NLHD.transpose(1, 2), dq_NLHD.transpose(1, 2)))
+        dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))  # sums over blocks of queries
+        for some, queries, keys in _blocks(segments, heads, length, causal=bias_MLL is None):
+            q_some, g_some = q[some, :, :, queries].flatten(2, 3), grad[some, :, :, queries].flatten(2, 3)
+            p = _weights(q[some, :, :, queries], k[some, :, keys], _of(bias_MLL, some), ctx.scaling)
+            dv[some, :, keys] += p.transpose(-1, -2) @ g_some
+            dp = g_some @ v[some, :, keys].transpose(-1, -2)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[some] = ds @ k[some]
-            dk[some] = ds.transpose(-1, -2) @ q[some]
-        dq, dk = dq.mul_(ctx.scaling), dk.mul_(ctx.scaling)
-        return dq.view(segments, ctx.heads, length, width), dk, dv, None, None
+            dq[some, :, :, queries] = (ds @ k[some, :, keys]).mul_(ctx.scaling).unflatten(2, (q.shape[2], -1))
+            dk[some, :, keys] += ds.transpose(-1, -2) @ q_some
+        return dq_NLHD.transpose(1, 2), dk.mul_(ctx.scaling).to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _weights(q_NKQD: Tensor, k_NKLD: Tensor, mask_MLL: Tensor, scaling: float) -> Tensor:
-    """(N, K, H/K · L, L): how much each query of each head takes from each position."""
-    length = k_NKLD.shape[2]
-    scores = (q_NKQD @ k_NKLD.transpose(-1, -2)).unflatten(2, (-1, length))
-    return torch.softmax(torch.add(mask_MLL[:, None, None], scores, alpha=scaling), -1).flatten(2, 3)
+def _by_key_head(t_NHLD: Tensor, k_NKLD: Tensor) -> Tensor:
+    """(N, K, H/K, L, D): query head h asks key head h // (H/K)."""
+    return t_NHLD.unflatten(1, (k_NKLD.shape[1], -1))
 
 
-def _parts(segments: int, scores: int) -> list[slice]:
-    """Segments to compute together, each of so many scores."""
-    step = max(1, _SCORES // scores)
-    return [slice(i, i + step) for i in range(0, segments, step)]
+def _weights(q_NKGQD: Tensor, k_NKLD: Tensor, bias_MLL: Tensor | None, scaling: float) -> Tensor:
+    """(N, K, G · Q, L): how much each of Q queries of each of G heads takes from each of L keys.
+
+    Without a bias the queries are the last ones among the positions of the keys, in causal order.
+    """
+    queries = q_NKGQD.shape[3]
+    scores = (q_NKGQD.flatten(2, 3) @ k_NKLD.transpose(-1, -2)).unflatten(2, (-1, queries)).mul_(scaling)
+    if bias_MLL is None:
+        scores[..., -queries:] += _triangle(queries, scores.dtype)
+    else:
+        scores += bias_MLL[:, None, None]
+    return torch.softmax(scores, -1).flatten(2, 3)
 
 
-def _of(mask_MLL: Tensor, some: slice) -> Tensor:
-    return mask_MLL if len(mask_MLL) == 1 else mask_MLL[some]
+def _blocks(segments: int, heads: int, length: int, *, causal: bool) -> list[tuple[slice, slice, slice]]:
+    """Segments, queries and keys to compute at a time."""
+    found = []
+    for start in range(0, length, QUERIES if causal else length):
+        end = min(start + QUERIES, length) if causal else length
+        step = max(1, _SCORES // (heads * (end - start) * end))
+        found += [(slice(i, i + step), slice(start, end), slice(0, end)) for i in range(0, segments, step)]
+    return found
+
+
+def _of(bias_MLL: Tensor | None, some: slice) -> Tensor | None:
+    return bias_MLL if bias_MLL is None or len(bias_MLL) == 1 else bias_MLL[some]

@@ -9,10 +9,10 @@ nobody before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ LIKE = 0.75
 class Bucket:
     """Segments of like length.
 
-    `index_NL`: for each of N segments its places among the batch's B·L; what pads it repeats its last one.
+    `index_NL`: for each of N segments its places among the batch's B·L; what pads it repeats its last one. `pads_P`:
+    where the padding stands among the N·L.
     `mask_NLL`: bool, who sees whom, where causal order alone does not say; `back_NLL`: how many positions each lies
     behind each other, for sliding windows. None where order says both.
     """
 
     index_NL: Tensor
+    pads_P: Tensor
     mask_NLL: Tensor | None = None
     back_NLL: Tensor | None = None
 
@@ -46,25 +48,27 @@ class Bucket:
         return self.mask_NLL & (self.back_NLL < window)
 
     def to(self, device: Any) -> Bucket:
-        moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.mask_NLL, self.back_NLL))
-        return Bucket(self.index_NL.to(device, non_blocking=True), *moved)
+        moved = (t if t is None else t.to(device, non_blocking=True) for t in vars(self).values())
+        return Bucket(*moved)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Segments:
     """The segments of a batch.
 
-    `back_T`: for each of the B·L positions its place among those of all buckets, one after the other (padding: 0).
+    `back_T`: for each of the B·L positions its place among those of all buckets, one after the other. `pads_P`: the
+    positions that belong to no segment.
     `rows`: each row of the batch is one causal segment already, padded on the right: nothing is laid elsewhere.
     """
 
     buckets: tuple[Bucket, ...]
-    back_T: Tensor | None
+    back_T: Tensor | None = None
+    pads_P: Tensor | None = None
     rows: bool = False
 
     def to(self, device: Any) -> Segments:
-        back_T = None if self.back_T is None else self.back_T.to(device, non_blocking=True)
-        return replace(self, buckets=tuple(b.to(device) for b in self.buckets), back_T=back_T)
+        back_T, pads_P = (t if t is None else t.to(device, non_blocking=True) for t in (self.back_T, self.pads_P))
+        return Segments(tuple(b.to(device) for b in self.buckets), back_T, pads_P, self.rows)
 
 
 def segments_of(group_BL: Tensor, branch_BL: Tensor, positions_BL: Tensor) -> Segments:
@@ -85,7 +89,7 @@ def segments_of(group_BL: Tensor, branch_BL: Tensor, positions_BL: Tensor) -> Se
                 found.append((row * length + start, count, bool(branches[start : start + count].any())))
             start += count
     if len(found) == len(group_BL) and all(s % length == 0 and not b for s, _, b in found):
-        return Segments((), None, rows=True)
+        return Segments((), rows=True)
     order = sorted(range(len(found)), key=lambda i: -found[i][1])
     buckets, back_T, filled = [], torch.zeros(group_BL.numel(), dtype=torch.long), 0
     while order:
@@ -98,13 +102,15 @@ def segments_of(group_BL: Tensor, branch_BL: Tensor, positions_BL: Tensor) -> Se
             start, count, _ = found[i]
             back_T[start : start + count] = filled + n * longest + torch.arange(count)
         filled += index_NL.numel()
+        lengths_N = torch.tensor([found[i][1] for i in together])
+        pads_P = (steps_L >= lengths_N[:, None]).flatten().nonzero().flatten()
         if found[together[0]][2]:
             position_NL = positions_BL.flatten()[index_NL]
             back_NLL = position_NL[:, :, None] - position_NL[:, None, :]
-            buckets.append(Bucket(index_NL, _branches(branch_BL.flatten()[index_NL]), back_NLL))
+            buckets.append(Bucket(index_NL, pads_P, _branches(branch_BL.flatten()[index_NL]), back_NLL))
         else:
-            buckets.append(Bucket(index_NL))
-    return Segments(tuple(buckets), back_T)
+            buckets.append(Bucket(index_NL, pads_P))
+    return Segments(tuple(buckets), back_T, (group_BL.flatten() < 0).nonzero().flatten())
 
 
 def _branches(branch_NL: Tensor) -> Tensor:
@@ -180,17 +186,57 @@ def segmented_attention(
         out_BHLD = attend(query_BHLD, key_BKLD, value_BKLD, scaling, dropout=dropout, window=sliding_window)
         return out_BHLD.transpose(1, 2).contiguous(), None
     rows, _, length, _ = query_BHLD.shape
-    flat = [t.transpose(1, 2).flatten(0, 1) for t in (query_BHLD, key_BKLD, value_BKLD)]  # each (B·L, heads, D)
+    flat = (t.transpose(1, 2).flatten(0, 1) for t in (query_BHLD, key_BKLD, value_BKLD))  # each (B·L, heads, D)
+    laid = zip(*(_Lay.apply(t, segments) for t in flat), strict=True)  # type: ignore[no-untyped-call]
     done = []
-    for bucket in segments.buckets:
-        q, k, v = (t[bucket.index_NL].transpose(1, 2) for t in flat)  # each (N, heads, L', D)
-        out = attend(
-            q, k, v, scaling, mask_NLL=bucket.sees(sliding_window), dropout=dropout,
-            window=sliding_window if bucket.mask_NLL is None else None,
+    for bucket, (q, k, v) in zip(segments.buckets, laid, strict=True):  # each (N, L', heads, D)
+        out_NHLD = attend(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scaling, mask_NLL=bucket.sees(sliding_window),
+            dropout=dropout, window=sliding_window if bucket.mask_NLL is None else None,
         )  # fmt: skip
-        done.append(out.transpose(1, 2).flatten(0, 1))
+        done.append(out_NHLD.transpose(1, 2))
+    gathered: Tensor = _Gather.apply(segments, *done)  # type: ignore[no-untyped-call]
+    return gathered.unflatten(0, (rows, length)), None
+
+
+class _Lay(torch.autograd.Function):
+    """(B·L, heads, D) → for each bucket (N, L', heads, D). Each position stands in one place: backward is a gather."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, segments: Segments) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.segments = segments
+        return tuple(_laid(flat, b, zeros=False) for b in segments.buckets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _gathered(grads, ctx.segments), None
+
+
+class _Gather(torch.autograd.Function):
+    """The way back; what pads a segment on its right gets no gradient, and so gives none to the keys before it."""
+
+    @staticmethod
+    def forward(ctx: Any, segments: Segments, *laid: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.segments = segments
+        return _gathered(laid, segments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *(_laid(grad, b, zeros=True) for b in ctx.segments.buckets)
+
+
+def _laid(flat: Tensor, bucket: Bucket, *, zeros: bool) -> Tensor:
+    out = flat.index_select(0, bucket.index_NL.flatten())
+    if zeros:
+        out.index_fill_(0, bucket.pads_P, 0)
+    return out.unflatten(0, bucket.index_NL.shape)
+
+
+def _gathered(laid: Sequence[Tensor], segments: Segments) -> Tensor:
     assert segments.back_T is not None
-    return torch.cat(done)[segments.back_T].unflatten(0, (rows, length)), None
+    assert segments.pads_P is not None
+    out = torch.cat([t.flatten(0, 1) for t in laid]).index_select(0, segments.back_T)
+    return out.index_fill_(0, segments.pads_P, 0)
 
 
 # Without a mask function of that name transformers makes no mask: the segments say it all.

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-PIECE = 256
-"""Positions whose logits exist at a time."""
+PIECE = 1 << 22
+"""Logits that exist at a time: of so many positions as come to it, of 64 at least."""
+_LEAST = 64  # products of fewer rows read the head's weights for too little
 # Whether a language model's logits are its head's output, or something is done to them afterwards (scales, soft caps).
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -37,7 +38,8 @@ def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any)
 
 def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tensor, **inputs: Any) -> Tensor:
     """The float32 sum of the cross-entropies at the M positions where `keep_BL` is True."""
-    if len(targets_M) <= PIECE or _plain.get(language_model) is False:
+    head: nn.Module = language_model.get_output_embeddings()  # type: ignore[operator]
+    if len(targets_M) <= _at_a_time(head) or _plain.get(language_model) is False:
         logits_MV = supervised_logits(language_model, keep_BL, **inputs)
         return F.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
     gathered: list[Tensor] = []
@@ -48,7 +50,6 @@ def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tenso
 
     with _head_sees(language_model, first_alone):
         first_V = language_model(**inputs, use_cache=False).logits.detach().flatten()
-    head: nn.Module = language_model.get_output_embeddings()  # type: ignore[operator]
     hidden_MD = gathered[0]
     if language_model not in _plain:
         with torch.no_grad():
@@ -59,14 +60,20 @@ def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tenso
 
 
 def loss_in_pieces(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> Tensor:
-    """Sum of cross-entropies of `head(hidden_MD)`, `PIECE` positions at a time."""
+    """Sum of cross-entropies of `head(hidden_MD)`, some positions at a time."""
+    many = _at_a_time(head)
     if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
         total = hidden_MD.new_zeros((), dtype=torch.float32)
-        for hidden, targets in zip(hidden_MD.split(PIECE), targets_M.split(PIECE), strict=True):
+        for hidden, targets in zip(hidden_MD.split(many), targets_M.split(many), strict=True):
             total = total + checkpoint(_loss, head, hidden, targets, use_reentrant=False)
         return total
     out: Tensor = _InPieces.apply(hidden_MD, targets_M, head)  # type: ignore[no-untyped-call]
     return out
+
+
+def _at_a_time(head: nn.Module) -> int:
+    weight: Any = head.weight
+    return max(_LEAST, PIECE // weight.shape[0])
 
 
 def _loss(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> Tensor:
@@ -79,7 +86,8 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, targets_M: Tensor, head: nn.Module) -> Tensor:  # type: ignore[override]
         total, grads = hidden_MD.new_zeros((), dtype=torch.float32), []
-        for hidden, targets in zip(hidden_MD.split(PIECE), targets_M.split(PIECE), strict=True):
+        many = _at_a_time(head)
+        for hidden, targets in zip(hidden_MD.split(many), targets_M.split(many), strict=True):
             piece = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(piece.requires_grad):
                 loss = _loss(head, piece, targets)
