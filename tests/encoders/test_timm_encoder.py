@@ -22,7 +22,9 @@ SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], 
 
 
 def pixels(size: int) -> torch.Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    """Channels together, as the encoder lays them: in another layout timm's convolutions round differently."""
+    made = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return made.contiguous(memory_format=torch.channels_last)
 
 
 def bare(name: str, size: int) -> Any:
@@ -53,6 +55,16 @@ def test_a_map_becomes_rows(name: str, layer: Any) -> None:
     # Row by row from the top left, as a reader's eye goes.
     torch.testing.assert_close(features.tokens_BND[0, 1], map_BCHW[0, :, 0, 1])
     assert features.mask_BN.all()
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_the_layout_of_pixels_changes_rounding_alone(name: str) -> None:
+    encoder, model = encoder_of(name, layer="last", image_size=96)
+    given = pixels(96).contiguous()
+    with torch.no_grad():
+        wanted = model.forward_features(given).flatten(2).transpose(1, 2)
+        assert torch.equal(encoder(given).tokens_BND, encoder(pixels(96)).tokens_BND)
+        assert float((encoder(given).tokens_BND - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("name", VITS)

@@ -94,6 +94,8 @@ class TimmEncoder(Encoder):
         return cls(name=architecture, model_args=model_args, **{**defaults, **options})
 
     def forward(self, pixel_values: Tensor) -> Features:
+        # Convolutions are a quarter to a half faster on pixels that lie with their channels together.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         tokens_BND = self._tokens(self.model, pixel_values)
         return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
 
