@@ -248,8 +248,18 @@ class TestBadInput:
         made = dock_recipe(recipe)
         with torch.no_grad():
             made.model.language_model.model.norm.weight[0] = float("nan")
-        with pytest.raises(OpticNerveError, match="stage align, step 1: the loss is nan; samples"):
+        with pytest.raises(OpticNerveError, match="stage align, step 1: the loss is nan, .*; samples"):
             train(recipe, dock=made)
+
+    def test_a_gradient_that_is_no_number_moves_nothing(self, make_recipe: Make, train: Train) -> None:
+        recipe = make_recipe()
+        made = dock_recipe(recipe)
+        weight = next(made.model.image.connector.parameters())
+        weight.register_hook(lambda grad: grad * float("inf"))
+        before = weight.detach().clone()
+        with pytest.raises(OpticNerveError, match=r"step 1: the loss is \d.*norm (inf|nan); samples"):
+            train(recipe, dock=made)
+        assert torch.equal(weight, before)
 
     def test_a_picture_that_goes_missing_keeps_finished_work(
         self, make_recipe: Make, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -194,25 +194,28 @@ class _Run:
         return StageResult(stage.name, steps, self.samples, self.tokens, self.elapsed, self.loss, self.skipped)
 
     def _one_step(self, batches: list[Any]) -> dict[str, Any]:
-        accelerator = self.accelerator
+        accelerator, mine = self.accelerator, batches
+        counts = [sum(b.supervised for b in batches), sum(b.tokens for b in batches), sum(b.samples for b in batches),
+                  *_media_counts(batches)]  # fmt: skip
+        if accelerator.num_processes > 1:
+            counts = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).tolist()
+        supervised, tokens, samples, *pieces = counts
         batches = [b.to(accelerator.device) for b in batches]
-        counts = torch.tensor([sum(b.supervised for b in batches), sum(b.tokens for b in batches),
-                               sum(b.samples for b in batches), *_media_counts(batches)],
-                              device=accelerator.device)  # fmt: skip
-        counts = accelerator.reduce(counts) if accelerator.num_processes > 1 else counts
-        supervised, tokens, samples, *pieces = counts.tolist()
         total = self._backward(batches, supervised)
         total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
-        self.loss = float(total) / supervised
-        if not math.isfinite(self.loss):
-            ids = [i for b in batches for i in b.ids]
-            raise Diverged(
-                f"stage {self.stage.name}, step {self.step + 1}: the loss is {self.loss}; samples {', '.join(ids[:8])}"
-                f"{' …' if len(ids) > 8 else ''}. Lower the learning rate, or look at them with `opticnerve data show`"
-            )
         self._let_rest(pieces)
+        # Reading the two is the step's one wait for the device.
+        total, norm = torch.stack([total.float(), self.optimizer.clip(self.stage.clip).float()]).tolist()
+        self.loss = total / supervised
+        if not math.isfinite(self.loss) or not math.isfinite(norm):
+            ids = [i for b in mine for i in b.ids]
+            raise Diverged(
+                f"stage {self.stage.name}, step {self.step + 1}: the loss is {self.loss}, the gradient's norm {norm}; "
+                f"samples {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}. Lower the learning rate, or look at them "
+                f"with `opticnerve data show`"
+            )
         factor = schedule(self.step, self.visits.steps, warmup=self.stage.warmup, kind=self.stage.schedule)
-        norm = self.optimizer.step(factor, self.stage.clip)
+        self.optimizer.move(factor)
         self.step += 1
         self.tokens += int(tokens)
         self.samples += int(samples)

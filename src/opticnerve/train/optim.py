@@ -50,9 +50,19 @@ class MasterAdamW:
 
     def step(self, factor: float, clip: float | None) -> float:
         """One step at `factor` × each part's learning rate; returns the gradient norm before clipping."""
+        norm = self.clip(clip)
+        self.move(factor)
+        return float(norm)
+
+    def clip(self, limit: float | None) -> torch.Tensor:
+        """Bring the gradients together and their norm to `limit` at most; returns the norm before, a scalar that still
+        lies on the device: reading it waits for all that was computed."""
         self.collect()
         masters = [m for _, _, m in self.pairs()]
-        norm = torch.nn.utils.clip_grad_norm_(masters, clip if clip is not None else math.inf)
+        return torch.nn.utils.clip_grad_norm_(masters, limit if limit is not None else math.inf)
+
+    def move(self, factor: float) -> None:
+        """Take the step that the gradients say."""
         for group in self.adam.param_groups:
             group["lr"] = self.rates[group["part"]] * factor
         self.adam.step()
@@ -61,7 +71,6 @@ class MasterAdamW:
             for _, weight, master in self.pairs():
                 if master is not weight:
                     weight.copy_(master)
-        return float(norm)
 
     def master_tensors(self) -> dict[str, torch.Tensor]:
         """float32 values of the trained weights, by full name."""
