@@ -93,6 +93,11 @@ class Stage(Strict):
     save_every: Positive | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = False
+    compile: bool = Field(
+        False,
+        description="torch.compile each layer of the language model: for GPUs; on a CPU it takes minutes and gains "
+        "nothing",
+    )
     pack: Positive | None = Field(
         None,
         description="stand the samples of a micro-batch side by side in rows of at most so many tokens, each blind to "

@@ -19,7 +19,7 @@ from opticnerve.language.lora import is_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import part_parameters
 from opticnerve.recipe import PartSpec, Recipe
-from opticnerve.train import checkpoint
+from opticnerve.train import checkpoint, prepare
 from opticnerve.types import DataError, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -323,22 +323,43 @@ class TestGradientCheckpointing:
     def test_same_run_but_layers_run_twice(
         self, make_recipe: Make, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from transformers.models.llama.modeling_llama import LlamaMLP
+        from opticnerve.language import lean
 
         calls = {"now": 0}
-        forward = LlamaMLP.forward
+        forward = lean._mlp_forward
 
-        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
             calls["now"] += 1
-            return forward(self, *args, **kwargs)
+            return forward(*args, **kwargs)
 
-        monkeypatch.setattr(LlamaMLP, "forward", counted)
+        monkeypatch.setattr(lean, "_mlp_forward", counted)
         plain, _ = train(make_recipe(), "plain")
         once, calls["now"] = calls["now"], 0
         again, _ = train(make_recipe(gradient_checkpointing=True), "again")
-        assert calls["now"] == 2 * once
+        assert calls["now"] == 2 * once > 0
         assert same(plain.model.state_dict(), again.model.state_dict()) == []
         assert not any(m.training for m in again.model.modules())
+
+
+def test_compiled_layers_learn_the_same(
+    make_recipe: Callable[..., Recipe], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way through torch.compile; which code it makes is its own business."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(prepare, "BACKEND", backend)
+    recipe = make_recipe(train={"connector": 1e-3, "language.lora": 1e-3}, pack=200)
+    plain, _ = train(recipe, "plain")
+    stage = recipe.stages[0].model_copy(update={"compile": True})
+    compiled, _ = train(recipe.model_copy(update={"stages": [stage]}), "compiled")
+    assert graphs
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    assert not any(getattr(m, "_compiled_call_impl", None) for m in compiled.model.modules())
 
 
 @pytest.mark.parametrize("fusion", ["splice", "cross_attention"])

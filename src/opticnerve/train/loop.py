@@ -28,7 +28,14 @@ from opticnerve.train.calibrate import calibrate
 from opticnerve.train.feature_cache import see_all
 from opticnerve.train.freeze import Frozen, freeze
 from opticnerve.train.optim import MasterAdamW, schedule
-from opticnerve.train.prepare import checkpoint_layers, give_lora, make_accelerator, make_objective, within_context
+from opticnerve.train.prepare import (
+    checkpoint_layers,
+    compiled_layers,
+    give_lora,
+    make_accelerator,
+    make_objective,
+    within_context,
+)
 from opticnerve.train.progress import Progress
 from opticnerve.train.visits import Visits, samples_to_check, usable_units
 from opticnerve.types import OpticNerveError
@@ -123,7 +130,10 @@ def run_stage(
         calibrate(model, visits.whole())  # the same on every process
     run.skipped = skipped
     try:
-        with lean(getattr(model, "language_model", torch.nn.Module())):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lean(getattr(model, "language_model", torch.nn.Module())))
+            if stage.compile:
+                stack.enter_context(compiled_layers(model))
             return run.go()
     finally:
         model.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve import registry
 from opticnerve.build import Dock
+from opticnerve.fusion.base import decoder_layers
 from opticnerve.language.lora import has_lora
 from opticnerve.models.parts import is_docked_model
-from opticnerve.models.tower import check_options
+from opticnerve.models.tower import check_options, language_sizes
 from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.types import OpticNerveError
 
@@ -60,6 +63,25 @@ def checkpoint_layers(model: Any) -> None:
     for module in model.language_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+BACKEND = "inductor"
+
+
+@contextmanager
+def compiled_layers(model: Any) -> Iterator[None]:
+    """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
+    if not is_docked_model(model):
+        raise OpticNerveError("compile is for docked language models; leave it out")
+    count = language_sizes(model.language_model)["language_layers"]
+    layers = decoder_layers(model.language_model, count)
+    for layer in layers:
+        layer.compile(dynamic=True, backend=BACKEND)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:

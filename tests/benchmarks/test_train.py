@@ -1,0 +1,23 @@
+"""benchmarks/train.py in its quick form: all sides train, and begin from the same loss and gradient."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_both_sides_train_the_same(stage: str) -> None:
+    command = [sys.executable, "benchmarks/train.py", "--quick", "--rounds", "1", "--stage", stage]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| opticnerve |"))
+    assert float(re.findall(r"within ([\d.e-]+)", row)[0]) < 1e-2  # bf16
+    assert "Of the floor" in done.stdout
