@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from opticnerve import plan_cache, registry
 from opticnerve import plan_cost as cost
 from opticnerve import plan_model as parts
-from opticnerve import registry
 from opticnerve.build_parts import dtype_of
 from opticnerve.data.collate import Collator
 from opticnerve.data.labels import Encoded
@@ -22,22 +21,14 @@ from opticnerve.models.delta import weight_names
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan_data import StageData, look
 from opticnerve.plan_model import Shape, Share, context_of, processor_for
-from opticnerve.recipe import DataSpec, LoraSpec, Recipe, Stage
+from opticnerve.plan_remarks import Remark, remarks
+from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.starter import weights as starter
 from opticnerve.types import OpticNerveError
 
 __all__ = ["Plan", "Remark", "StagePlan", "context_length", "make", "processor_for", "weights_at_hand"]
 
 _CALIBRATION_TOKENS = 768  # a batch of about so many tokens is timed
-_HIGH = {"language": 1e-4, "language.last": 1e-4, "language.embeddings": 1e-3, "encoder": 1e-4, "encoder.last": 2e-4}
-
-
-@dataclass(frozen=True)
-class Remark:
-    """Something worth knowing before training: a `warning` wants a decision, a `note` does not."""
-
-    level: Literal["warning", "note"]
-    text: str
 
 
 @dataclass
@@ -52,6 +43,7 @@ class StagePlan:
     flops: int
     seconds: float | None = None
     timing: str = ""
+    cache: plan_cache.CachePlan | None = None
 
     @property
     def trained(self) -> int:
@@ -65,7 +57,7 @@ class StagePlan:
     def epochs(self) -> float | None:
         if not self.data.units or self.data.steps is None:
             return None
-        return self.data.steps * self.batch_size / self.data.units
+        return self.data.steps * self.batch_size * self.data.visits / self.data.units
 
     def to_dict(self) -> dict[str, Any]:
         data = self.data
@@ -85,6 +77,7 @@ class StagePlan:
             "flops_per_step": self.flops,
             "seconds": self.seconds,
             "timing": self.timing,
+            "cache_features": self.cache.to_dict() if self.cache is not None else None,
         }
 
 
@@ -148,9 +141,14 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
     for stage in recipe.stages:
         data = look(stage, plan.processor, seed=recipe.seed)
         plan.stages.append(_stage(stage, model, data, process, visual or 0))
-        _time(plan.stages[-1], stage, docked, plan.processor, rate, machine["type"])
+        planned = plan.stages[-1]
+        _time(planned, stage, docked, plan.processor, rate, machine["type"])
+        planned.cache = plan_cache.foresee(stage, model, data, flops=planned.flops, seconds=planned.seconds)
+        if planned.cache is not None and planned.cache.on and planned.seconds is not None:
+            planned.seconds -= planned.cache.seconds or 0.0
+            planned.timing += "; with cache_features"
         plan.sample = plan.sample or data.sample
-    plan.remarks += _remarks(recipe, plan, model)
+    plan.remarks += remarks(recipe, plan, model)
     return plan
 
 
@@ -243,91 +241,3 @@ def _measure(stage: Stage, docked: Any, processor: Any, data: StageData, kind: s
         model.zero_grad(set_to_none=True)
 
     return cost.time_step(step, kind) / count
-
-
-def _remarks(recipe: Recipe, plan: Plan, model: Any) -> list[Remark]:
-    found: list[Remark] = []
-
-    def warn(text: str) -> None:
-        found.append(Remark("warning", text))
-
-    def note(text: str) -> None:
-        found.append(Remark("note", text))
-
-    context = plan.context
-    if plan.visual_tokens and context and plan.visual_tokens >= context:
-        warn(
-            f"one picture takes {plan.visual_tokens:,} tokens, the language model {context:,}; use fewer visual tokens"
-        )
-    elif plan.visual_tokens and context and plan.visual_tokens > context // 2:
-        warn(f"one picture takes {plan.visual_tokens:,} of the {context:,} tokens that the language model can read")
-    for stage, planned in zip(recipe.stages, plan.stages, strict=True):
-        for text in _stage_warnings(stage, planned, plan):
-            warn(f"stage {stage.name}: {text}")
-    eye = model.image.encoder if "image" in model.towers else None
-    if eye is not None and (native := parts.native_size(eye)) and native != eye.image_size:
-        note(f"the encoder sees {eye.image_size} px and was pretrained with {native} px")
-    trains = {parts.full_name(model, part) for stage in recipe.stages for part in stage.train}
-    for modality, tower in model.towers.items() if recipe.stages else ():
-        for half, module in (("connector", tower.connector), ("fusion", tower.fusion)):
-            if f"{modality}.{half}" not in trains and any(True for _ in module.parameters()):
-                noise = "pictures" if modality == "image" else "sounds"
-                warn(f"no stage trains {modality}.{half}, which starts with random weights: the {noise} would be noise")
-    if not recipe.stages:
-        note("the recipe has no stages: there is nothing to train")
-    elif not recipe.evaluate:
-        warn("no `evaluate:` section: you will not know whether it works; name questions with known answers")
-    for task in recipe.evaluate:
-        if any(_overlap(task.data, d) for stage in recipe.stages for d in stage.data):
-            warn(f"evaluate {task.name!r} asks about {task.data.path}, which a stage trains on; hold some data out")
-    return found
-
-
-def _overlap(asked: DataSpec, learned: DataSpec) -> bool:
-    """Whether two entries may hold the same samples, by their paths and splits."""
-    return asked.path == learned.path and {asked.split, learned.split} != {"train", "held_out"}
-
-
-def _stage_warnings(stage: Stage, planned: StagePlan, plan: Plan) -> list[str]:
-    data, found = planned.data, []
-    for part, rate in stage.train.items():
-        inner = part.removeprefix("image.").partition("(")[0]
-        if (usual := _HIGH.get(inner)) and rate > usual:
-            found.append(
-                f"learning rate {rate:g} for {part} is unusually high; such weights rarely bear more than {usual:g}"
-            )
-    if data.problem:
-        found.append(f"its data cannot be read: {data.problem}")
-    if data.bad:
-        refuses = "training will refuse them" if stage.bad_samples == "refuse" else "training will skip them"
-        found.append(
-            f"{data.bad:,} bad samples, {refuses}; `opticnerve data check` lists them; the first: {data.first_bad}"
-        )
-    if plan.context and data.longest > plan.context:
-        found.append(
-            f"a sample has {data.longest:,} tokens, the language model takes {plan.context:,}; shorten or split it"
-        )
-    if data.units and data.units < stage.batch_size:
-        found.append(
-            f"a batch of {stage.batch_size} is larger than the data ({data.units} rows), which repeats within it"
-        )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if stage.batch_size % (stage.accumulate * world):
-        found.append(
-            f"batch_size {stage.batch_size} does not split over {stage.accumulate} micro-batches and {world} processes"
-        )
-    if planned.memory.total > plan.device["free"]:
-        found.append(_too_much(stage, planned, plan.device["free"]))
-    return found
-
-
-def _too_much(stage: Stage, planned: StagePlan, free: int) -> str:
-    remedies = []
-    if any(part == "language" or part.startswith("language.last") for part in stage.train):
-        remedies.append("train language.lora instead of the whole language model")
-    if not stage.gradient_checkpointing:
-        remedies.append("set gradient_checkpointing: true")
-    if stage.batch_size > stage.accumulate:
-        remedies.append(f"set accumulate: {stage.batch_size}")
-    needs = f"needs about {planned.memory.total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-    return f"{needs}; {', or '.join(remedies) or 'use a smaller model or precision: bf16'}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from opticnerve.data.images import Frame
 from opticnerve.data.labels import Encoded, encode
-from opticnerve.data.packing import Row, pack
+from opticnerve.data.pack_plan import first_fit_decreasing
+from opticnerve.data.packing import Row, pack, side_by_side
 from opticnerve.data.source import draw, load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
 from opticnerve.recipe import Stage
@@ -19,10 +22,14 @@ LOOK_AT = 96  # rows that are encoded to learn their length
 
 @dataclass
 class StageData:
-    """A stage's data, as far as it could be read. `rows`: some training rows; `sample`: the first conversation."""
+    """A stage's data, as far as it could be read. `rows`: some training rows; `sample`: the first conversation;
+    `visits`: samples (or groups that share a prefix) in a row, more than one where rows are packed ahead; `pictures`:
+    how many different ones."""
 
     samples: int = 0
     units: int = 0
+    visits: float = 1.0
+    pictures: int = 0
     steps: int | None = None
     rows: list[Row] = field(default_factory=list)
     longest: int = 0
@@ -59,10 +66,12 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
         return found
     found.units = len(units)
     found.samples = sum(len(conversations) for conversations, _ in units)
-    if found.steps is None:
-        found.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / stage.batch_size))
+    shown = (i.source for conversations, _ in units for c in conversations for i in c.images)
+    found.pictures = len({s if isinstance(s, Path | bytes | Frame) else id(s) for s in shown})
     if processor is not None and stage.objective.type == "next_token":
         _encode_some(found, units, stage, processor, seed, bad)
+    if found.steps is None:
+        found.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / found.visits / stage.batch_size))
     found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
     return found
 
@@ -84,3 +93,9 @@ def _encode_some(
         found.longest = max(found.longest, *(len(e.input_ids) for e in encoded))
         found.sample = found.sample or encoded[0]
         found.rows.append(pack([encoded]))
+    tokens = getattr(stage.pack, "tokens", None)
+    if tokens and found.rows:
+        apart = found.rows
+        together = first_fit_decreasing([len(r) for r in apart], tokens)
+        found.rows = [side_by_side([apart[i] for i in row]) for row in together]
+        found.visits = len(apart) / len(found.rows)

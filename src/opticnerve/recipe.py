@@ -30,12 +30,30 @@ from opticnerve.recipe_model import (
     TowerSpec,
     split_part,
 )
-from opticnerve.recipe_schema import DataSpec, EvaluateSpec, LoraSpec, Recipe, Stage
+from opticnerve.recipe_schema import CacheSpec, DataSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
 from opticnerve.types import RecipeError
 
 __all__ = [
-    "MODALITIES", "PARTS", "ClassifierSpec", "DataSpec", "DualSpec", "EvaluateSpec", "EyeSpec", "LanguageSpec",
-    "LoraSpec", "ModelSpec", "PartSpec", "Recipe", "Stage", "TextSpec", "TilingSpec", "TowerSpec", "dump", "load",
+    "CacheSpec",
+    "ClassifierSpec",
+    "DataSpec",
+    "DualSpec",
+    "EvaluateSpec",
+    "EyeSpec",
+    "LanguageSpec",
+    "LoraSpec",
+    "MODALITIES",
+    "ModelSpec",
+    "PARTS",
+    "PackSpec",
+    "PartSpec",
+    "Recipe",
+    "Stage",
+    "TextSpec",
+    "TilingSpec",
+    "TowerSpec",
+    "dump",
+    "load",
     "split_part",
 ]  # fmt: skip
 
@@ -118,11 +136,21 @@ def _override(raw: dict[str, Any], override: str) -> None:
 _KINDS: dict[Any, type[BaseModel]] = {c.KIND: c for c in (ModelSpec, DualSpec, ClassifierSpec)}
 
 
+# Of keys that take a word or a mapping pydantic tries both, and reports on both, under names of its own.
+_MAPPINGS: dict[Any, type[BaseModel]] = {c.__name__: c for c in (PackSpec, CacheSpec)}
+_SCALARS = ("constrained-int", "bool")
+
+
 def _explain(error: ValidationError) -> list[str]:
     """pydantic's findings as sentences with the key and the remedy."""
     lines = []
     for found in error.errors():
-        key = ".".join(str(p) for i, p in enumerate(found["loc"]) if not (i == 1 and p in _KINDS)) or "recipe"
+        place = [p for i, p in enumerate(found["loc"]) if not (i == 1 and p in _KINDS)]
+        if place and place[-1] in (*_MAPPINGS, *_SCALARS):
+            if isinstance(found["input"], Mapping) == (place[-1] in _SCALARS):
+                continue  # what was given is of the other form
+            place.pop()
+        key = ".".join(str(p) for p in place if p not in _MAPPINGS) or "recipe"
         if found["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(found["loc"][-1]), _keys_at(found["loc"][:-1]), n=1)
             known = _keys_at(found["loc"][:-1])
@@ -145,6 +173,9 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
             continue
         if place == 1 and step in _KINDS:
             here = _KINDS[step]
+            continue
+        if step in _MAPPINGS:
+            here = _MAPPINGS[step]
             continue
         field = getattr(here, "model_fields", {}).get(step)
         if field is None:

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from opticnerve import registry
 from opticnerve.recipe_model import PARTS, AnyModelSpec, ModelSpec, PartSpec, Positive, Strict, check_known
@@ -66,6 +66,26 @@ class LoraSpec(Strict):
     )
 
 
+class PackSpec(Strict):
+    """Rows packed ahead; see `opticnerve.data.pack_plan`."""
+
+    tokens: Positive = Field(description="a row holds samples of at most so many tokens together")
+    window: Positive = Field(1024, description="samples that are arranged at a time")
+
+
+class CacheSpec(Strict):
+    """Where what a frozen image encoder saw is kept; see `opticnerve.train.feature_cache`."""
+
+    budget: ByteSize | None = Field(
+        None,
+        description="disk for all encoders' features, such as 50GB; by default $OPTICNERVE_FEATURE_BUDGET, else 20 GB "
+        "or a tenth of the free disk, whichever is less",
+    )
+    dtype: Literal["bfloat16"] | None = Field(
+        None, description="store features so; by default in the encoder's own dtype"
+    )
+
+
 class Stage(Strict):
     """An objective, its data, and what trains. Every part that `train` does not name is frozen and in `eval()`."""
 
@@ -78,7 +98,7 @@ class Stage(Strict):
     batch_size: Positive = Field(
         8,
         description="rows per optimizer step, over all processes and micro-batches; a row is one sample, or the "
-        "samples that share a prefix",
+        "samples that share a prefix; with `pack: {tokens: …}` a packed row",
     )
     accumulate: Positive = 1
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -98,12 +118,12 @@ class Stage(Strict):
         description="torch.compile each layer of the language model: for GPUs; on a CPU it takes minutes and gains "
         "nothing",
     )
-    pack: Positive | None = Field(
+    pack: Positive | PackSpec | None = Field(
         None,
         description="stand the samples of a micro-batch side by side in rows of at most so many tokens, each blind to "
         "the others, instead of padding them; the loss stays the same",
     )
-    cache_features: bool = Field(
+    cache_features: bool | CacheSpec = Field(
         False,
         description="see each picture once with the frozen image encoder, and keep what it saw on disk for all epochs, "
         "stages and recipes",

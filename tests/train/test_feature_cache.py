@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock
+from opticnerve.build import Dock, dock_recipe
 from opticnerve.data.images import open_image
-from opticnerve.recipe import Recipe
-from opticnerve.train import feature_cache
+from opticnerve.models.tower import Tower
+from opticnerve.recipe import PartSpec, Recipe
+from opticnerve.train import feature_cache, feature_fill
 from opticnerve.train.feature_cache import FeatureStore, encode_function, open_store, see_all
 from opticnerve.types import OpticNerveError
 
@@ -36,7 +37,8 @@ def fill(store: FeatureStore, dock: Any, pictures: list[tuple[Any, str]]) -> int
 def test_rows_are_what_the_eye_sees_in_the_order_asked(
     docked: Callable[..., Dock], pictures: list[tuple[Any, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_cache, "SHARD", 2)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
+    monkeypatch.setattr(feature_fill, "BATCH", 2)
     dock = docked()
     store = FeatureStore(tmp_path / "store")
     assert fill(store, dock, pictures) == 5
@@ -118,3 +120,69 @@ def test_see_all_leaves_the_eye_as_it_was(docked: Callable[..., Dock], pictures:
     store = see_all(dock.model, dock.processor, pictures)
     assert dock.model.image.encoder.training
     assert len(store) >= 5
+
+
+def test_one_store_serves_every_connector_and_recipe(
+    make_recipe: Callable[..., Recipe], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen once: not again in later epochs, by another connector, or in another recipe."""
+    looked: list[int] = []
+    encode = Tower.encode
+
+    def count(self: Tower, media: torch.Tensor) -> Any:
+        looked.append(len(media))
+        return encode(self, media)
+
+    monkeypatch.setattr(Tower, "encode", count)
+    recipe = make_recipe(cache_features=True, epochs=3, steps=None, seed=7)
+    with torch.no_grad():
+        eye = dock_recipe(recipe)
+        next(eye.model.image.encoder.parameters()).mul_(1.01)  # one that no other test has shown pictures to
+    state = eye.model.image.encoder.state_dict()
+
+    def run(name: str, recipe: Recipe) -> int:
+        looked.clear()
+        dock = dock_recipe(recipe)
+        dock.model.image.encoder.load_state_dict(state)
+        train(recipe, name, dock=dock)
+        return sum(looked)
+
+    assert run("first", recipe) == 6
+    assert recipe.docked.image is not None
+    other = recipe.docked.image.model_copy(update={"connector": PartSpec(type="linear")})
+    swept = recipe.model_copy(update={"model": recipe.docked.model_copy(update={"image": other})})
+    assert run("another connector", swept) == 0
+    assert (
+        run("another recipe", make_recipe(cache_features=True, steps=2, brain="qwen2", train={"connector": 1e-3})) == 0
+    )
+
+
+def test_half_size_features_have_a_store_of_their_own(
+    docked: Callable[..., Dock], pictures: list[tuple[Any, str]], tmp_path: Path
+) -> None:
+    dock = docked()  # a float32 eye
+    exact = see_all(dock.model, dock.processor, pictures)
+    half = see_all(dock.model, dock.processor, pictures, stored="bfloat16")
+    assert half.folder != exact.folder
+    sources, where = zip(*pictures, strict=True)
+    found, wanted = half.rows(sources, where).tokens_BND, exact.rows(sources, where).tokens_BND
+    assert found.dtype == wanted.dtype == torch.float32
+    assert torch.equal(found, wanted.bfloat16().float())
+    assert open_store(dock.model, dock.processor, stored="float32").folder == exact.folder
+
+
+def test_processes_share_what_is_to_be_seen(docked: Callable[..., Dock], pictures: list[tuple[Any, str]]) -> None:
+    """Whoever waits for the others finds their share; without a common disk it sees that, too."""
+    dock = docked()
+    with torch.no_grad():
+        next(dock.model.image.encoder.parameters()).mul_(0.99)
+
+    def other() -> None:
+        store = open_store(dock.model, dock.processor)
+        fill(store, dock, pictures)
+
+    store = see_all(dock.model, dock.processor, pictures, rank=0, world=2, wait=other)
+    assert len(store) == 5
+    with torch.no_grad():
+        next(dock.model.image.encoder.parameters()).mul_(0.99)
+    assert len(see_all(dock.model, dock.processor, pictures, rank=1, world=2, wait=lambda: None)) == 5

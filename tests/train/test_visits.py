@@ -154,3 +154,14 @@ class TestUsableUnits:
 def test_how_many_samples_are_looked_at_first(stage: dict[str, Any], wanted: int) -> None:
     made = Stage(name="s", train={"connector": 1e-3}, data=[DataSpec(path="a.jsonl")], batch_size=4, **stage)
     assert samples_to_check(made) == wanted
+
+
+def test_a_short_stage_shows_only_some_of_the_pictures(docked: Callable[..., Dock]) -> None:
+    processor = docked().processor
+    some: Any = [([ask(f"question {i}", tiny.picture(i), answer="yes")], None) for i in range(9)]
+    brief = Visits(some, stage(steps=1), processor, seed=0)
+    shown = {id(c.images[0].source) for v in range(4) for c in brief.drawn(v)}
+    assert {id(source) for source, _ in brief.pictures()} == shown
+    assert len(Visits(some, stage(epochs=1), processor, seed=0).pictures()) == 9
+    # Where another may stand in for a bad one, all may be shown.
+    assert len(Visits(some, stage(steps=1, bad_samples="skip"), processor, seed=0).pictures()) == 9

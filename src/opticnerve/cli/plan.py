@@ -139,6 +139,8 @@ def _stage(stage: Any, console: Any) -> None:
         facts = [f"{data.steps:,} steps of {stage.batch_size}"]
         if data.samples:
             facts.append(f"{data.samples:,} samples, {stage.epochs:.3g} epochs")
+        if data.visits > 1:
+            facts.append(f"{data.visits:.3g} samples to a packed row")
         if data.length:
             facts.append(f"{data.length} tokens a row on average, {round(data.supervised)} of them learned")
         console.print("; ".join(facts), highlight=False)

@@ -71,7 +71,7 @@ def fit(rows: Sequence[Row], budget: int) -> list[Row]:
         alone = all(len(members) == 1 or sum(lengths[i] for i in members) <= budget for members in dealt)
         if alone and count * longest < fewest:
             best, fewest = dealt, count * longest
-    return [_side_by_side([rows[i] for i in sorted(members)]) for members in sorted(best, key=min)]
+    return [side_by_side([rows[i] for i in sorted(members)]) for members in sorted(best, key=min)]
 
 
 def _deal(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
@@ -84,7 +84,8 @@ def _deal(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list
     return dealt
 
 
-def _side_by_side(rows: Sequence[Row]) -> Row:
+def side_by_side(rows: Sequence[Row]) -> Row:
+    """One row from several, the samples of each blind to the others'."""
     if len(rows) == 1:
         return rows[0]
     joined, groups = Row(), 0

@@ -64,6 +64,7 @@ class PairCollator:
         captions = [caption_of(c) for c in conversations]
         sources, places = [c.images[0].source for c in conversations], [c.where or c.id for c in conversations]
         pictures, seen = None, None
+        digest = image_digest if self.features is None else self.features.digest
         if self.features is None:
             pictures = [open_image(s, where=where) for s, where in zip(sources, places, strict=True)]
         else:
@@ -77,7 +78,7 @@ class PairCollator:
             attention_mask=torch.ones_like(ids) if mask is None else mask,
             pixel_values=batch.get("pixel_values"),
             caption_keys=_keys(" ".join(c.lower().split()) for c in captions),
-            image_keys=_keys(image_digest(s) for s in sources),
+            image_keys=_keys(digest(s) for s in sources),
             captions=captions,
             ids=[c.id for c in conversations],
             image_features=seen,

@@ -22,7 +22,7 @@ from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
 from opticnerve.language.lean import lean
 from opticnerve.models.parts import is_docked_model, moving_buffers
 from opticnerve.models.tower import MEDIA_INPUT
-from opticnerve.recipe import Recipe, Stage
+from opticnerve.recipe import CacheSpec, Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.calibrate import calibrate
 from opticnerve.train.feature_cache import see_all
@@ -122,8 +122,13 @@ def run_stage(
     )  # fmt: skip
     model.to(accelerator.device)
     if stage.cache_features:
-        with accelerator.main_process_first():
-            visits.use_features(see_all(model, processor, visits.pictures(), console=console))
+        spec = stage.cache_features if isinstance(stage.cache_features, CacheSpec) else CacheSpec()
+        store = see_all(
+            model, processor, visits.pictures(), budget=spec.budget, stored=spec.dtype,
+            rank=accelerator.process_index, world=accelerator.num_processes, wait=accelerator.wait_for_everyone,
+            threads=stage.workers or None, on_error=on_error, console=console,
+        )  # fmt: skip
+        visits.use_features(store)
     optimizer = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
     run = _Run(dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console, objective)
     if not (resume and run.restore()):

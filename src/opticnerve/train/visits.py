@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from opticnerve.data.audio import RATE, open_audio
 from opticnerve.data.collate import Batch, Collator
 from opticnerve.data.images import open_image
 from opticnerve.data.labels import Encoded, encode
-from opticnerve.data.packing import Row, fit, pack, shared_prefix
+from opticnerve.data.pack_plan import PackPlan, deal
+from opticnerve.data.packing import Row, fit, pack, shared_prefix, side_by_side
 from opticnerve.data.source import draw
 from opticnerve.recipe import Stage
 from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError
@@ -28,9 +30,14 @@ Unit = tuple[list[Conversation], int | None]
 class Visits(Dataset[Batch]):
     """The micro-batches of a stage, in order; item `i` is micro-batch `i % accumulate` of step `i // accumulate`.
 
+    A visit is one use of a unit (a sample, or the samples that share a prefix). A row of a batch is one visit, or,
+    where `pack` plans ahead, several: all visits are then tokenised here, to know their lengths, and no picture is
+    opened.
+
     Args:
         units: what `data.source.load_units` gave.
-        rank, world: this process and how many there are; each takes every world-th row of a micro-batch.
+        rank, world: this process and how many there are; each takes every world-th row of a micro-batch (of planned
+            rows, such that all processes have nearly as many tokens).
         collate: an objective's own way from the conversations of each row to a batch, instead of tokens with labels.
     """
 
@@ -49,20 +56,26 @@ class Visits(Dataset[Batch]):
         self.own_collate = collate
         extractor = getattr(processor, "feature_extractor", None)
         self.rate = extractor.sampling_rate if extractor is not None else RATE
-        if stage.steps is not None:
-            self.steps = stage.steps
-        else:
-            self.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / stage.batch_size))
         self._orders: dict[int, list[int]] = {}
+        self.plan: PackPlan | None = None
+        self.visits = math.ceil(len(units) * (stage.epochs or 1))
+        self.steps = stage.steps or max(1, math.ceil(self.visits / stage.batch_size))
+        if stage.pack is not None and not isinstance(stage.pack, int):
+            self.plan = self._plan(stage.pack)
+        else:
+            self.visits = self.steps * stage.batch_size
 
     def use_features(self, store: Any) -> None:
         """Take what the frozen eye saw from a `FeatureStore` instead of opening pictures."""
         self.collate.features = store
 
     def pictures(self) -> list[tuple[Any, str]]:
-        """Every picture of the stage, once where it is a file, with the sample that shows it."""
+        """Every picture that the stage sees, once where it is a file, with the sample that shows it."""
         found: dict[Any, tuple[Any, str]] = {}
-        for conversations, _ in self.units:
+        units: Iterable[list[Conversation]] = (conversations for conversations, _ in self.units)
+        if self.visits < len(self.units) and self.stage.bad_samples == "refuse":  # nothing stands in for another
+            units = map(self.drawn, range(self.visits))
+        for conversations in units:
             for c in conversations:
                 for i in c.images:
                     key = i.source if isinstance(i.source, Path | bytes) else id(i.source)
@@ -79,29 +92,82 @@ class Visits(Dataset[Batch]):
         return self.steps * self.stage.accumulate
 
     def __getitem__(self, index: int) -> Batch:
+        if self.plan is not None:
+            step, micro_batch = divmod(index, self.stage.accumulate)
+            first = step * self.stage.batch_size
+            lengths = self.plan.lengths[first : first + self.stage.batch_size]
+            dealt = deal(lengths, accumulate=self.stage.accumulate, world=self.world)[self.rank][micro_batch]
+            return self.collate([self.planned_row(first + r) for r in dealt])
         rows = self.stage.batch_size // self.stage.accumulate
         mine = range(index * rows + self.rank, (index + 1) * rows, self.world)
         if self.own_collate is not None:
             return self.own_collate([self._usable(v) for v in mine])
         apart = [self.row(v) for v in mine]
-        return self.collate(apart if self.stage.pack is None else fit(apart, self.stage.pack))
+        return self.collate(fit(apart, self.stage.pack) if isinstance(self.stage.pack, int) else apart)
 
     def row(self, visit: int) -> Row:
         """The row of one visit, its pictures opened. Where bad samples are skipped, the next good visit stands in."""
         last: DataError | None = None
         for nearby in range(visit, visit + len(self.units)):
             try:
-                row = pack([self._encode(self.drawn(nearby))])
-                if self.collate.features is None:
-                    row.images = [ImagePart(open_image(i.source, where=row.ids[0])) for i in row.images]
-                row.audios = [AudioPart(open_audio(a.source, where=row.ids[0], rate=self.rate)) for a in row.audios]
-                return row
+                return self._opened(nearby)
             except DataError as e:
                 if self.stage.bad_samples == "refuse":
                     raise
                 last = e
         assert last is not None
         raise last
+
+    def planned_row(self, number: int) -> Row:
+        """A row of the plan. Where bad samples are skipped, they are left out; were all bad, a good one stands in."""
+        assert self.plan is not None
+        good = []
+        for visit in self.plan[number]:
+            try:
+                good.append(self._opened(visit))
+            except DataError:
+                if self.stage.bad_samples == "refuse":
+                    raise
+        return side_by_side(good or [self.row(self.plan[number][0])])
+
+    def _opened(self, visit: int) -> Row:
+        row = pack([self._encode(self.drawn(visit))])
+        if self.collate.features is None:
+            row.images = [ImagePart(open_image(i.source, where=row.ids[0])) for i in row.images]
+        else:
+            for i in row.images:
+                self.collate.features.check(i.source, row.ids[0])
+        row.audios = [AudioPart(open_audio(a.source, where=row.ids[0], rate=self.rate)) for a in row.audios]
+        return row
+
+    def _plan(self, spec: Any) -> PackPlan:
+        """As many rows as the stage's steps take; where epochs say how long it is, all of their visits and no more than
+        what fills the last step beside them."""
+        known = array("i", [0]) * len(self.units)  # tokens of the units that are the same each time; -1: a bad one
+
+        def length(visit: int) -> int | None:
+            unit = self._unit(visit)
+            if self.units[unit][1] is not None or not known[unit]:
+                try:
+                    known[unit] = len(pack([self._encode(self.drawn(visit))]))
+                except DataError:
+                    if self.stage.bad_samples == "refuse":
+                        raise
+                    known[unit] = -1
+            return known[unit] if known[unit] > 0 else None
+
+        key = f"{self.seed}/{self.stage.name}/pack"
+        plan = PackPlan(length, tokens=spec.tokens, window=spec.window, key=key)
+        if self.stage.steps is None:
+            while plan.planned < self.visits:
+                plan.extend(stop=self.visits)
+            self.steps = max(1, math.ceil(len(plan) / self.stage.batch_size))
+        while len(plan) < self.steps * self.stage.batch_size:
+            if not len(plan) and plan.planned >= len(self.units):
+                raise OpticNerveError(f"stage {self.stage.name}: no usable sample is left")
+            plan.extend()
+        self.visits = plan.planned
+        return plan
 
     def _usable(self, visit: int) -> list[Conversation]:
         """The conversations of one visit; where bad samples are skipped, of the next good one."""
@@ -121,15 +187,20 @@ class Visits(Dataset[Batch]):
 
     def drawn(self, visit: int) -> list[Conversation]:
         """The conversations that the visit-th row of the stage trains on."""
-        epoch, place = divmod(visit, len(self.units))
-        unit = self.units[self._order(epoch)[place]]
+        unit = self.units[self._unit(visit)]
         return draw(unit, random.Random(f"{self.seed}/{self.stage.name}/{visit}"))
+
+    def _unit(self, visit: int) -> int:
+        epoch, place = divmod(visit, len(self.units))
+        return self._order(epoch)[place]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             order = list(range(len(self.units)))
             random.Random(f"{self.seed}/{self.stage.name}/epoch {epoch}").shuffle(order)
-            self._orders = {epoch: order}  # one epoch at a time: nothing grows with their number
+            # Two epochs at a time, for a row may hold the end of one and the beginning of the next; no more, so that
+            # nothing grows with their number.
+            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
         return self._orders[epoch]
 
     def _encode(self, conversations: list[Conversation]) -> list[Encoded]:
@@ -144,7 +215,7 @@ MOST_CHECKED = 10_000
 def samples_to_check(stage: Stage) -> int:
     """How many samples are looked at before the first step: a stage of few steps need not wait for what it will hardly
     see, and a long one not for all of a big file."""
-    if stage.steps is None:
+    if stage.steps is None or not (stage.pack is None or isinstance(stage.pack, int)):
         return MOST_CHECKED
     seen = stage.steps * stage.batch_size * max(s.per_image or 1 for s in stage.data)
     return min(MOST_CHECKED, max(1_000, 2 * seen))
