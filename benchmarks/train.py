@@ -53,6 +53,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step, on all sides")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in our stage")
+    parser.add_argument("--sides", default="", help="these alone, separated by commas")
     parser.add_argument("--ablate", action="store_true", help="ours alone, with one technique less at a time")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -180,6 +181,8 @@ def transformers(args: Any, folder: Path, *, trl: bool = False) -> Trial:
         from trl import SFTConfig, SFTTrainer
 
         data: Any = datasets.Dataset.from_list([{**row, "picture": str(row["picture"])} for row in rows])
+        # It would compute activations twice to save memory, which is not its fastest.
+        options["gradient_checkpointing"] = False
         config = SFTConfig(**options, bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         trainer: Any = SFTTrainer(
             model=model, args=config, train_dataset=data, data_collator=collate, processing_class=processor.tokenizer
@@ -234,11 +237,12 @@ def main() -> None:
         return
     sides = list(ABLATIONS) if args.ablate else ["opticnerve", "transformers"]
     sides += ["trl"] if not args.ablate and importlib.util.find_spec("trl") else []
+    sides = args.sides.split(",") if args.sides else sides
     common = ["--stage", args.stage, "--shape", args.shape, "--samples", str(args.samples)]
     common += ["--accumulate", str(args.accumulate), *(f"--set={change}" for change in args.set)]
     results = alternate(__file__, sides, common, rounds=args.rounds)
     print(f"{args.stage}, {args.shape}, batch {BATCH}, {args.samples} samples, {EPOCHS} epochs; {machine()}\n")
-    print(table(results, against="all" if args.ablate else "transformers"))
+    print(table(results, against=sides[0] if args.ablate or "transformers" not in sides else "transformers"))
     ours = results[sides[0]]
     shares = [t.notes["floor_seconds"] / t.seconds for t in ours]
     rates = [t.notes["matmul_gflops"] for t in ours]

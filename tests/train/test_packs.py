@@ -71,7 +71,7 @@ def test_lengths_are_known_without_opening_a_picture(processor: Any, monkeypatch
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a picture was opened")
 
-    monkeypatch.setattr(visits_module, "open_image", refuse)
+    monkeypatch.setattr(visits_module, "open_for", refuse)
     assert len(Visits(samples(9), packed(150, steps=2), processor, seed=0)) == 2
 
 
@@ -170,7 +170,9 @@ def test_resumed_in_the_middle_is_unbroken(
     def lines(run: str) -> list[dict[str, Any]]:
         text = (tmp_path / run / "stages" / "0-align" / "metrics.jsonl").read_text()
         told = [json.loads(line) for line in text.splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("elapsed_s", "tokens_per_second")} for line in told]
+        return [
+            {k: v for k, v in line.items() if k not in ("elapsed_s", "waited_s", "tokens_per_second")} for line in told
+        ]
 
     whole, result = train(recipe, "whole")
     assert result.steps == len(lines("whole")) < 12  # what one sample a row would take

@@ -35,7 +35,8 @@ def ask(
     from opticnerve.types import ask as conversation
 
     # Before the model is loaded: a wrong path should not take seconds to be found.
-    pictures = [open_image(path) for path in image or []]
+    for path in image or []:
+        open_image(path)
     for path in audio or []:
         open_audio(path)
 
@@ -45,7 +46,8 @@ def ask(
     quiet_libraries()
     answerer = Answerer(*load_model(model, trust_remote_code=trust_remote_code))
     started = time.perf_counter()
-    [answer] = answerer.answer([conversation(question, *pictures, audios=audio or ())], max_new_tokens=max_new_tokens)
+    asked = conversation(question, *(image or ()), audios=audio or ())
+    [answer] = answerer.answer([asked], max_new_tokens=max_new_tokens)
     if as_json:
         found = {"images": [str(path) for path in image or []], "audios": [str(path) for path in audio or []]}
         seconds = round(time.perf_counter() - started, 3)

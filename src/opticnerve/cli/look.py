@@ -72,7 +72,7 @@ def look(
     quiet_libraries()
     parts = load_model(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
     looked = looking.look(
-        *parts, conversation(question, picture), methods=method, layer=layer, head=head, grid=grid, patch=patch,
+        *parts, conversation(question, image[0]), methods=method, layer=layer, head=head, grid=grid, patch=patch,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
     look_plot(looked, picture, question, output)

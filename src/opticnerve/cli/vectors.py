@@ -41,8 +41,9 @@ def classify(
 
     named = _classes(classes)
     check_classes(named)
-    pictures = [open_image(path) for path in image]
-    found = ZeroShotClassifier(_embedder(model, trust_remote_code), named, templates).probabilities(pictures)
+    for path in image:
+        open_image(path)
+    found = ZeroShotClassifier(_embedder(model, trust_remote_code), named, templates).probabilities(image)
     best = [
         {"image": str(path), "classes": [{"class": named[i], "probability": float(row[i])} for i in (-row).argsort()]}
         for path, row in zip(image, found, strict=True)

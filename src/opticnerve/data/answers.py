@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opticnerve.data.batches import SampleBatch
-from opticnerve.data.images import open_image
+from opticnerve.data.transform import open_for
 from opticnerve.types import Conversation, DataError, Features, OpticNerveError
 
 
@@ -56,7 +56,7 @@ class AnswerCollator:
         source = conversation.images[0].source
         if not isinstance(source, bytes) and source in self._opened:
             return
-        open_image(source, where=conversation.where or conversation.id)
+        open_for(self.processor.image_processor, source, where=conversation.where or conversation.id)
         if not isinstance(source, bytes):
             self._opened.add(source)
 
@@ -73,7 +73,8 @@ class AnswerCollator:
         sources, places = [c.images[0].source for c in conversations], [c.where or c.id for c in conversations]
         pictures, seen = None, None
         if self.features is None:
-            pictures = [open_image(s, where=where) for s, where in zip(sources, places, strict=True)]
+            prepare = self.processor.image_processor
+            pictures = [open_for(prepare, s, where=where) for s, where in zip(sources, places, strict=True)]
         else:
             seen = self.features.rows(sources, places)
         batch = self.processor(images=pictures, text=questions, return_tensors="pt")

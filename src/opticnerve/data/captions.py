@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opticnerve.data.batches import SampleBatch
-from opticnerve.data.images import open_image
+from opticnerve.data.transform import open_for
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 
@@ -57,7 +57,7 @@ class CaptionCollator:
             )
         pairs = [row[0] for row in rows]
         captions = [_caption(pair) for pair in pairs]
-        pictures = [open_image(pair.images[0].source, where=pair.where or pair.id) for pair in pairs]
+        pictures = [open_for(self.image_processor, p.images[0].source, where=p.where or p.id) for p in pairs]
         pixels = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         words = self.tokenizer(
             captions, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from opticnerve.data.audio import open_audio
 from opticnerve.data.batches import Moving
-from opticnerve.data.images import open_image
 from opticnerve.data.labels import IGNORE
 from opticnerve.data.packing import Row
+from opticnerve.data.transform import open_for, pixels
 from opticnerve.language.segments import Segments, segments_of
 
 
@@ -70,9 +70,11 @@ class Collator:
     """Rows → `Batch`, with the processor's image processor, feature extractor and padding token.
 
     `features`: a `FeatureStore` that knows what the frozen eye saw; pictures are then not opened.
+    `compact`: pixels stay 8-bit (`data.transform.Bytes`) until somebody normalises them, where that can be done.
     """
 
     features: Any = None
+    compact = False
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -105,9 +107,9 @@ class Collator:
         if shown and self.features is not None:
             found["image_features"] = self.features.rows(*zip(*shown, strict=True))
         elif shown:
-            pictures = [open_image(source, where=where) for source, where in shown]
-            made = self.processor.image_processor(pictures, return_tensors="pt")
-            found |= {k: made[k] for k in ("pixel_values", "image_sizes") if k in made}
+            prepare = self.processor.image_processor
+            pictures = [open_for(prepare, source, where=where) for source, where in shown]
+            found |= pixels(prepare, pictures, compact=self.compact)
         if shown and self.processor.reads_questions:
             found |= self.processor.read_questions([q for r in rows for q in r.questions])
         sounds = [(a, r.ids[0]) for r in rows for a in r.audios]

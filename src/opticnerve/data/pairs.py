@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from opticnerve.data.batches import SampleBatch
-from opticnerve.data.images import image_digest, open_image
+from opticnerve.data.images import image_digest
+from opticnerve.data.transform import open_for
 from opticnerve.types import Conversation, DataError
 
 
@@ -66,7 +67,8 @@ class PairCollator:
         pictures, seen = None, None
         digest = image_digest if self.features is None else self.features.digest
         if self.features is None:
-            pictures = [open_image(s, where=where) for s, where in zip(sources, places, strict=True)]
+            prepare = self.processor.image_processor
+            pictures = [open_for(prepare, s, where=where) for s, where in zip(sources, places, strict=True)]
         else:
             seen = self.features.rows(sources, places).tokens_BND[:, 0]
         limit = {} if self.max_length is None else {"max_length": self.max_length}

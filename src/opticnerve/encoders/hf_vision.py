@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.encoders.cut_patches import cut_patches
+from opticnerve.encoders.early import inputs_of
 from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
@@ -96,6 +97,7 @@ class HFVisionEncoder(Encoder):
             "layer": layer, "class_token": class_token, "image_size": self.image_size,
             "fit": fit, "mean": self.mean, "std": self.std, "resample": resample,
         }  # fmt: skip
+        self._states = 0  # entries of `hidden_states`; the probe counts them
         tokens, self.hidden_size = self._probe(config)
         grid = (self.image_size // self.patch_size) ** 2
         self.prefix_tokens = tokens - grid
@@ -151,10 +153,17 @@ class HFVisionEncoder(Encoder):
             inputs["interpolate_pos_encoding"] = True
         if self.layer == "last":
             return model(**inputs).last_hidden_state
-        states = model(**inputs, output_hidden_states=True).hidden_states
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        blocks = _blocks(model)
+        if self._states == len(blocks) + 1:  # an entry is what a block gets, the last one what comes out behind all
+            places = [i % self._states for i in layers if isinstance(i, int)]
+            if max(places) < len(blocks):
+                found = inputs_of(blocks, places, lambda: model(**inputs))
+                return torch.cat([found[i] for i in places], dim=-1)
+        states = model(**inputs, output_hidden_states=True).hidden_states
         if not all(isinstance(i, int) and -len(states) <= i < len(states) for i in layers):
             raise OpticNerveError(f"layer {self.layer!r}: this encoder has hidden states 0 to {len(states) - 1}")
+        self._states = len(states)
         return torch.cat([states[i] for i in layers], dim=-1)
 
     def _flexible(self, pixel_values: Tensor) -> dict[str, Any]:
@@ -195,10 +204,14 @@ class HFVisionEncoder(Encoder):
 
     def blocks(self) -> list[nn.Module]:
         """The longest ModuleList: the transformer's layers."""
-        lists: list[Any] = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
-        if not lists:
+        if not (found := _blocks(self.model)):
             raise OpticNerveError(f"{type(self.model).__name__} has no list of layers; train `encoder` whole")
-        return list(sorted(lists, key=len)[-1])
+        return found
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(sorted(lists, key=len)[-1]) if lists else []
 
 
 def _vision_config(name: str) -> PreTrainedConfig:

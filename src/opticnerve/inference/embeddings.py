@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opticnerve.data.images import Source, open_image
+from opticnerve.data.images import Source
+from opticnerve.data.transform import open_for
 from opticnerve.inference.load import default_device
 from opticnerve.models.dual_encoder import DualEncoder
 from opticnerve.models.dual_processing import DualEncoderProcessor
@@ -52,7 +53,8 @@ class Embedder:
         """Pictures: files, bytes, or opened ones."""
 
         def embed(part: Sequence[Source]) -> Tensor:
-            pixels = self.processor(images=[open_image(s) for s in part], return_tensors="pt")["pixel_values"]
+            opened = [open_for(self.processor.image_processor, s) for s in part]
+            pixels = self.processor(images=opened, return_tensors="pt")["pixel_values"]
             return self.model.get_image_features(pixels.to(self.model.device))
 
         return self._all(sources, embed, "picture", progress)

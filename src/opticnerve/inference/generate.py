@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from threading import Thread
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from torch import Tensor
+from transformers import TextStreamer
 
 from opticnerve.data.audio import RATE, open_audio
-from opticnerve.data.images import open_image
 from opticnerve.data.labels import end_of_turn, picture_questions, render
+from opticnerve.data.transform import open_for
+from opticnerve.inference.compiled import decode_compiled
+from opticnerve.inference.decoding import decode
+from opticnerve.inference.lean import LeanDecoder
+from opticnerve.inference.shared_prefix import read_shared, share
 from opticnerve.types import Conversation, OpticNerveError
 
 
 class Answerer:
     """A model with its processor, ready for conversations.
 
-    Args: model, processor: as from `load_model` or `dock`.
+    Args:
+        model, processor: as from `load_model` or `dock`.
+        compile: `answer` decodes with a static cache and `torch.compile`. It pays on a CUDA device and for many
+            answers: the first of each batch size waits for the compiler.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model, processor
+    def __init__(self, model: Any, processor: Any, *, compile: bool = False) -> None:
+        self.model, self.processor, self.compile = model, processor, compile
+        self._lean: LeanDecoder | None = None
 
     def answer(
         self,
@@ -31,26 +39,57 @@ class Answerer:
         *,
         max_new_tokens: int = 64,
         batch_size: int = 16,
+        share_prefix: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
         """Greedy answers, one per conversation, in order. Prompts of like length share a batch, padded on the left.
 
-        `progress` is called with the number of answers done so far.
+        Conversations that show the same media first read them, and all that stands before their first different word,
+        once (`share_prefix`; which can, `inference.shared_prefix` says). `progress` is called with the number of
+        answers done so far.
         """
-        lengths = [sum(len(m.text) for m in c.messages) for c in conversations]
-        order = sorted(range(len(conversations)), key=lengths.__getitem__)
-        answers = [""] * len(conversations)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            inputs = self.inputs([conversations[i] for i in chosen])
-            with torch.inference_mode():
-                out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **self.stops())
-            texts = self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text.strip()
-            if progress is not None:
-                progress(start + len(chosen))
+        prompts = [c.prompt() for c in conversations]
+        answers, done = [""] * len(prompts), 0
+        try:
+            for numbers, inputs, cache in self._batches(prompts, max_new_tokens, batch_size, share_prefix):
+                for i, text in zip(numbers, self.say(inputs, cache, max_new_tokens=max_new_tokens), strict=True):
+                    answers[i] = text
+                done += len(numbers)
+                if progress is not None:
+                    progress(done)
+        finally:
+            self.release()
         return answers
+
+    def release(self) -> None:
+        """Give back what batches keep of the weights between each other; `answer` does so at its end."""
+        if self._lean is not None:
+            self._lean.release()
+
+    def _batches(
+        self, prompts: Sequence[Conversation], max_new_tokens: int, batch_size: int, share_prefix: bool
+    ) -> Iterator[tuple[list[int], Any, Any]]:
+        """Which prompts, their inputs, and the cache of what is read of them already."""
+        sharing = share(self, prompts, max_new_tokens) if share_prefix and not self.compile else []
+        for start in range(0, len(sharing), batch_size):
+            rows = sharing[start : start + batch_size]
+            yield [row.number for row in rows], *read_shared(self, rows)
+        together = {row.number for row in sharing}
+        lengths = [sum(len(m.text) for m in c.messages) for c in prompts]
+        alone = sorted((i for i in range(len(prompts)) if i not in together), key=lengths.__getitem__)
+        for start in range(0, len(alone), batch_size):
+            chosen = alone[start : start + batch_size]
+            yield chosen, self.inputs([prompts[i] for i in chosen]), None
+
+    def say(self, inputs: Any, cache: Any = None, *, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers to a batch; `cache` holds what was read of it already."""
+        how = decode_compiled if self.compile else decode
+        tokens = how(
+            self.model, dict(inputs), cache=cache, max_new_tokens=max_new_tokens, do_sample=False, lean=self.lean(),
+            **self.stops(),
+        )  # fmt: skip
+        tokens_BT = torch.stack(list(tokens), 1)
+        return [t.strip() for t in self.processor.batch_decode(tokens_BT, skip_special_tokens=True)]
 
     def stream(
         self,
@@ -62,45 +101,32 @@ class Answerer:
         seed: int | None = None,
     ) -> Iterator[str]:
         """The answer in pieces as they come. Closing the iterator stops the model after its current token."""
-        if seed is not None:
-            torch.manual_seed(seed)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         )
-        stopped: list[bool] = []
-        failed: list[BaseException] = []
+        words = _Words(self.processor.tokenizer)
+        tokens = decode(
+            self.model, dict(self.inputs([conversation])), max_new_tokens=max_new_tokens, lean=self.lean(), seed=seed,
+            **sampling, **self.stops(),
+        )  # fmt: skip
+        for token_B in tokens:
+            yield from words.put_and_take(token_B)
+        words.end()
+        yield from words.take()
 
-        def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((len(ids),), bool(stopped), device=ids.device)
-
-        def work() -> None:
-            try:
-                with torch.inference_mode():
-                    self.model.generate(
-                        **self.inputs([conversation]), max_new_tokens=max_new_tokens, streamer=streamer,
-                        stopping_criteria=[stop],
-                        **sampling, **self.stops(),
-                    )  # fmt: skip
-            except BaseException as e:  # handed to the reader below; a thread's own traceback would reach nobody
-                failed.append(e)
-                streamer.end()
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            stopped.append(True)
-            thread.join()
-        if failed:
-            raise failed[0]
+    def lean(self) -> LeanDecoder | None:
+        """The language model's lean form, made once; again, if its weights have moved since."""
+        if self._lean is None or not self._lean.still_fits(self.model.language_model):
+            self._lean = LeanDecoder.of(self.model.language_model)
+        return self._lean
 
     def inputs(self, conversations: Sequence[Conversation]) -> Any:
         """Tensors on the model's device for prompts (a last assistant turn is left out)."""
         prompts = [c.prompt() for c in conversations]
         texts = [self.render(c) for c in prompts]
-        pictures = [open_image(i.source, where=c.where or c.id) for c in prompts for i in c.images]
+        pictures = [
+            open_for(self.processor.image_processor, i.source, where=c.where or c.id) for c in prompts for i in c.images
+        ]
         extractor = self.processor.feature_extractor
         rate = extractor.sampling_rate if extractor is not None else RATE
         sounds = [open_audio(a.source, where=c.where or c.id, rate=rate) for c in prompts for a in c.audios]
@@ -128,3 +154,22 @@ class Answerer:
             ends.add(tokenizer.convert_tokens_to_ids(end_of_turn(self.processor, self.processor.chat_template)))
         ends -= {None}
         return {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
+
+
+class _Words(TextStreamer):
+    """Tokens in, whole words out: transformers' rules for when a piece of text will change no more."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._ready: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._ready.append(text)
+
+    def put_and_take(self, token_B: Tensor) -> list[str]:
+        self.put(token_B)
+        return self.take()
+
+    def take(self) -> list[str]:
+        ready, self._ready = [t for t in self._ready if t], []
+        return ready

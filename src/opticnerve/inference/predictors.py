@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from opticnerve.data.answers import question_of
-from opticnerve.data.images import open_image
+from opticnerve.data.transform import open_for
 from opticnerve.inference.likelihood import answer_scores
 from opticnerve.inference.load import default_device, resolve
 from opticnerve.models.classifier_processing import FusionClassifierProcessor
@@ -116,8 +116,9 @@ class ClassifierPredictor:
         """Features of the pictures; their pixels for early fusion, which has no eye."""
         seen = []
         for start in range(0, len(pictures), self.batch_size):
-            opened = [open_image(s, where=where) for s, where in pictures[start : start + self.batch_size]]
-            pixels = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+            prepare, some = self.processor.image_processor, pictures[start : start + self.batch_size]
+            opened = [open_for(prepare, s, where=where) for s, where in some]
+            pixels = prepare(opened, return_tensors="pt")["pixel_values"]
             seen.append(pixels.to(self.model.device) if self.model.image is None else self.model.image.encode(pixels))
         if self.model.image is None:
             return torch.cat(seen)

@@ -2,69 +2,173 @@
 
 A prompt's keys and values do not depend on what comes after it, so those of the common beginning are computed for one
 row and repeated for all (Pope et al. 2022, Efficiently Scaling Transformer Inference, section 3.3, share the cache of
-one prompt likewise between its samples).
+one prompt likewise between its samples). A row of the batch then is its group's beginning, padding, and its own words.
+
+Which conversations share is settled before anything is read (`share`). They do not where
+
+- a connector reads the question with the picture, or layers look at the picture beside the text (cross-attention): the
+  picture's part is not in the cache, or differs with the words;
+- the cache is more than keys and values of every token: linear attention and recurrent states take padding in the
+  middle amiss, sliding windows shorter than the conversation would count it;
+- the tokenizer is a slow one: it cannot say where the media end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from opticnerve.data.labels import encode
-from opticnerve.inference.generate import Answerer
-from opticnerve.models.prompt import kept
-from opticnerve.types import Conversation, OpticNerveError
+from opticnerve.fusion.base import Fusion
+from opticnerve.types import AudioPart, Conversation, ImagePart, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.inference.generate import Answerer
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question of a group: `number` in the caller's list, its `group`, its tokens, how many of them all rows of the
+    group begin with, and the group's first prompt, which shows the media."""
+
+    number: int
+    group: int
+    ids: list[int]
+    shared: int
+    first: Conversation
+
+
+def share(answerer: Answerer, prompts: Sequence[Conversation], max_new_tokens: int) -> list[Row]:
+    """The prompts that share their beginning with another, groups together, like lengths beside each other."""
+    by_media: dict[Hashable, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        if prompt.pieces:
+            by_media.setdefault(tuple(_same(p) for p in prompt.pieces), []).append(number)
+    candidates = [numbers for numbers in by_media.values() if len(numbers) > 1]
+    if not candidates or refusal(answerer) is not None or not answerer.processor.tokenizer.is_fast:
+        return []
+    groups: list[list[Row]] = []
+    for numbers in candidates:
+        encoded = {i: encode(prompts[i], answerer.processor, learn=False) for i in numbers}
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, sample in encoded.items():
+            if len(sample.input_ids) > sample.media_end:
+                alike.setdefault(tuple(sample.input_ids[: sample.media_end]), []).append(i)
+        for members in alike.values():
+            rows = {i: encoded[i].input_ids for i in members}
+            if len(rows) > 1 and _plain_cache(answerer.model, max(map(len, rows.values())) + max_new_tokens):
+                groups.append(_group(rows, len(groups), prompts))
+    groups.sort(key=lambda rows: max(len(r.ids) for r in rows))
+    return [row for rows in groups for row in sorted(rows, key=lambda r: len(r.ids))]
+
+
+def read_shared(answerer: Answerer, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Any]:
+    """The batch of these rows as `decode` takes it, and the cache with each group's beginning read."""
+    model, pad = answerer.model, answerer.processor.tokenizer.pad_token_id
+    firsts = list({row.group: row for row in rows}.values())
+    places = {row.group: i for i, row in enumerate(firsts)}
+    given = answerer.inputs([row.first for row in firsts])
+    media = {k: v for k, v in given.items() if k not in ("input_ids", "attention_mask")}
+    cache = read_heads(model, [r.ids[: r.shared] for r in firsts], media, [places[r.group] for r in rows], pad=pad)
+    inputs = layout([r.ids[: r.shared] for r in rows], [r.ids[r.shared :] for r in rows], pad=pad)
+    return {k: v.to(model.device) for k, v in inputs.items()}, cache
 
 
 @torch.inference_mode()
+def read_heads(
+    model: Any, heads: Sequence[list[int]], media: dict[str, Any], places: Sequence[int], *, pad: int
+) -> Any:
+    """A cache of rows, row i of which holds `heads[places[i]]`; each head is read once, its media in `media`."""
+    inputs = {k: v.to(model.device) for k, v in layout(heads, [[]] * len(heads), pad=pad).items()}
+    mask_GS = inputs["attention_mask"]
+    cache = model(
+        input_ids=inputs["input_ids"], attention_mask=None if bool(mask_GS.all()) else mask_GS,
+        position_ids=(mask_GS.cumsum(1) - 1).clamp_min(0), use_cache=True, logits_to_keep=1, **media,
+    ).past_key_values  # fmt: skip
+    cache.batch_select_indices(torch.tensor(places, device=model.device))
+    return cache
+
+
+def layout(heads: Sequence[list[int]], tails: Sequence[list[int]], *, pad: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, L): padding, head, padding, tail; heads end in one column, as do tails."""
+    before, behind = max(map(len, heads)), max(map(len, tails))
+    pairs = list(zip(heads, tails, strict=True))
+    ids = [[pad] * (before - len(h)) + h + [pad] * (behind - len(t)) + t for h, t in pairs]
+    mask = [[0] * (before - len(h)) + [1] * len(h) + [0] * (behind - len(t)) + [1] * len(t) for h, t in pairs]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
 def answer_about(
     answerer: Answerer, conversations: Sequence[Conversation], *, max_new_tokens: int = 64, batch_size: int = 16
 ) -> list[str]:
-    """Greedy answers to questions that show the same pictures and sounds, in order: what `Answerer.answer` says.
+    """Greedy answers to questions that show the same pictures and sounds, in order: what `Answerer.answer` says, or an
+    error where they cannot share.
 
     Raises:
-        OpticNerveError: the questions show different media, or the model looks at pictures beside the text
-            (cross-attention), where no row of the cache holds them.
+        OpticNerveError: the questions show different media, or differ before these end; or the model's picture is not
+            in the cache.
     """
     prompts = [c.prompt() for c in conversations]
     if not prompts:
         return []
-    first = [p.source for p in prompts[0].pieces]
-    if any([p.source for p in c.pieces] != first for c in prompts[1:]):
+    first = [_same(p) for p in prompts[0].pieces]
+    if any([_same(p) for p in c.pieces] != first for c in prompts[1:]):
         raise OpticNerveError("these questions show different pictures; ask them with Answerer.answer")
-    if answerer.processor.reads_questions:
-        raise OpticNerveError("this connector reads the question with the picture; use Answerer.answer")
-    model, tokenizer = answerer.model, answerer.processor.tokenizer
+    if (why := refusal(answerer)) is not None:
+        raise OpticNerveError(f"{why}; use Answerer.answer")
     encoded = [encode(p, answerer.processor, learn=False) for p in prompts]
-    rows, media_end = [e.input_ids for e in encoded], encoded[0].media_end
-    shared = _common(rows)
-    if shared < media_end:
+    rows = _group({i: e.input_ids for i, e in enumerate(encoded)}, 0, prompts)
+    if rows[0].shared < encoded[0].media_end:
         raise OpticNerveError(
-            f"the questions differ at token {shared}, before the end of their pictures at {media_end}; put the picture "
-            f"first in each"
+            f"the questions differ at token {rows[0].shared}, before the end of their pictures at "
+            f"{encoded[0].media_end}; put the picture first in each"
         )
-    whole = answerer.inputs(prompts[:1])
-    prefix = {k: v for k, v in whole.items() if k not in ("input_ids", "attention_mask")}
     answers: list[str] = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        # Each batch writes to its cache, so each gets one of its own.
-        cache = model(
-            input_ids=whole["input_ids"][:, :shared], use_cache=True, logits_to_keep=1, **prefix
-        ).past_key_values
-        if any(seen is not None for seen in kept(cache).values()):
-            raise OpticNerveError("with cross-attention the pictures stand beside the text; use Answerer.answer")
-        cache.batch_repeat_interleave(len(part))
-        ids_BL, mask_BL = _padded(part, shared, tokenizer.pad_token_id)
-        out_BL = model.generate(
-            input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), past_key_values=cache,
-            max_new_tokens=max_new_tokens, do_sample=False, **answerer.stops(),
-        )  # fmt: skip
-        texts = answerer.processor.batch_decode(out_BL[:, ids_BL.shape[1] :], skip_special_tokens=True)
-        answers += [t.strip() for t in texts]
+    try:
+        for start in range(0, len(rows), batch_size):
+            inputs, cache = read_shared(answerer, rows[start : start + batch_size])
+            answers += answerer.say(inputs, cache, max_new_tokens=max_new_tokens)
+    finally:
+        answerer.release()
     return answers
+
+
+def refusal(answerer: Answerer) -> str | None:
+    """Why this model's pictures cannot be shared; None if they can."""
+    if answerer.processor.reads_questions:
+        return "this connector reads the question with the picture"
+    if any(type(t.fusion).see is not Fusion.see for t in answerer.model.towers.values()):
+        return "with cross-attention the pictures stand beside the text"
+    return None
+
+
+def _plain_cache(model: Any, length: int) -> bool:
+    """Whether a cache of so many tokens would hold the keys and values of each of them, in every layer."""
+    language = model.language_model
+    if language._is_stateful:
+        return False
+    layers = DynamicCache(config=language.config.get_text_config(decoder=True)).layers
+    return all(
+        type(x) is DynamicLayer or (type(x) is DynamicSlidingWindowLayer and x.sliding_window >= length) for x in layers
+    )
+
+
+def _same(piece: ImagePart | AudioPart) -> Hashable:
+    """Equal for the same file, the same bytes, or the same object."""
+    source = piece.source
+    known = source if isinstance(source, Path | bytes) else id(source)
+    return type(piece), type(source), known
+
+
+def _group(rows: dict[int, list[int]], group: int, prompts: Sequence[Conversation]) -> list[Row]:
+    shared = _common(list(rows.values()))
+    return [Row(i, group, ids, shared, prompts[next(iter(rows))]) for i, ids in rows.items()]
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
@@ -74,11 +178,3 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
     while count < most and all(r[count] == rows[0][count] for r in rows[1:]):
         count += 1
     return count
-
-
-def _padded(rows: Sequence[list[int]], shared: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Prefix, then padding, then each row's own tokens: their ends stand below each other, as generation needs."""
-    longest = max(len(r) for r in rows)
-    ids = [r[:shared] + [pad] * (longest - len(r)) + r[shared:] for r in rows]
-    mask = [[1] * shared + [0] * (longest - len(r)) + [1] * (len(r) - shared) for r in rows]
-    return torch.tensor(ids), torch.tensor(mask)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opticnerve.data.feature_disk import default_budget, features_dir, hold, make_room
 from opticnerve.data.images import Source
+from opticnerve.data.transform import DECODING
 from opticnerve.models.parts import is_docked_model
 from opticnerve.train import feature_shards
 from opticnerve.train.digests import Digests
@@ -196,7 +197,8 @@ def open_store(
         name.update(f"{part} {tuple(tensor.shape)} {tensor.dtype}".encode())
         name.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     prepared = {k: v for k, v in processor.image_processor.to_dict().items() if not k.startswith("_")}
-    told = {"encoder": encoder.options, "prepared": prepared, "pooling": getattr(model.image, "pooling", None)}
+    told = {"encoder": encoder.options, "prepared": prepared, "pooling": getattr(model.image, "pooling", None),
+            "decoding": DECODING}  # fmt: skip
     dtype = next((p.dtype for p in encoder.parameters()), None)
     stored_as = getattr(torch, stored) if stored else None
     if stored_as is not None and stored_as != dtype:

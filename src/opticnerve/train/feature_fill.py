@@ -16,7 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from torch import Tensor
 
-from opticnerve.data.images import Source, open_image
+from opticnerve.data.images import Source
+from opticnerve.data.transform import open_for
+from opticnerve.data.transform import pixels as pixel_values
 from opticnerve.types import DataError, Features
 
 BATCH = 32
@@ -50,11 +52,11 @@ def seen(
         digests, opened, bad = [], [], []
         for digest, source, where in part:
             try:
-                opened.append(open_image(source, where=where))
+                opened.append(open_for(image_processor, source, where=where))
                 digests.append(digest)
             except DataError as e:
                 bad.append(e)
-        return digests, image_processor(opened, return_tensors="pt")["pixel_values"] if opened else None, bad
+        return digests, pixel_values(image_processor, opened)["pixel_values"] if opened else None, bad
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
     waiting: deque[Future[tuple[list[str], Tensor | None, list[DataError]]]] = deque()

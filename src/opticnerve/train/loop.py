@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Subset
 
+from opticnerve.data.loader import Waiting, loader
 from opticnerve.data.source import load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
 from opticnerve.language.lean import lean
@@ -170,18 +170,15 @@ class _Run:
         metrics = self.folder / "metrics.jsonl"
         _keep_lines(metrics, self.step)
         first = self.step * stage.accumulate
-        loader = DataLoader(
-            Subset(self.visits, range(first, len(self.visits))), batch_size=None, num_workers=stage.workers,
-            generator=torch.Generator(),
-        )  # fmt: skip
-        batches = iter(loader)
+        device = self.accelerator.device
+        batches = Waiting(loader(self.visits, first, stage.workers, device), device)
         started = time.perf_counter() - self.elapsed
         with _signals(self._ask_to_stop), metrics.open("a") as log, self._progress(steps) as bar:
             try:
                 while self.step < steps:
                     line = self._one_step([next(batches) for _ in range(stage.accumulate)])
                     self.elapsed = time.perf_counter() - started
-                    line |= {"elapsed_s": round(self.elapsed, 3)}
+                    line |= {"elapsed_s": round(self.elapsed, 3), "waited_s": round(batches.seconds, 3)}
                     line |= {"tokens_per_second": round(self.tokens / self.elapsed, 1)}
                     if self.accelerator.is_main_process:
                         log.write(json.dumps(line) + "\n")

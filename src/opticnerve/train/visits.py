@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from opticnerve.data.audio import RATE, open_audio
 from opticnerve.data.collate import Batch, Collator
-from opticnerve.data.images import open_image
 from opticnerve.data.labels import Encoded, encode
 from opticnerve.data.pack_plan import PackPlan, deal
 from opticnerve.data.packing import Row, fit, pack, shared_prefix, side_by_side
 from opticnerve.data.source import draw
+from opticnerve.data.transform import open_for
 from opticnerve.recipe import Stage
 from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError
 
@@ -133,7 +133,9 @@ class Visits(Dataset[Batch]):
     def _opened(self, visit: int) -> Row:
         row = pack([self._encode(self.drawn(visit))])
         if self.collate.features is None:
-            row.images = [ImagePart(open_image(i.source, where=row.ids[0])) for i in row.images]
+            row.images = [
+                ImagePart(open_for(self.processor.image_processor, i.source, where=row.ids[0])) for i in row.images
+            ]
         else:
             for i in row.images:
                 self.collate.features.check(i.source, row.ids[0])
@@ -251,7 +253,7 @@ def usable_units(
                         getattr(collate, "check", lambda c: collate([[c]]))(conversation)
                 elif seen <= check:
                     made = encode(conversation, processor, template=template, max_length=stage.max_length)
-                    _open_once(conversation, opened)  # sounds were opened to be counted
+                    _open_once(conversation, opened, processor.image_processor)  # sounds were opened to be counted
                     if count != 1:  # one at a time shares nothing
                         shared_prefix([*encoded[:1], made])
                     encoded.append(made)
@@ -267,10 +269,10 @@ def usable_units(
     return good
 
 
-def _open_once(conversation: Conversation, opened: set[Path]) -> None:
+def _open_once(conversation: Conversation, opened: set[Path], image_processor: Any) -> None:
     """Open each picture file that has not been looked at yet; only good ones are remembered."""
     for image in conversation.images:
         if not isinstance(image.source, Path) or image.source not in opened:
-            open_image(image.source, where=conversation.where or conversation.id)
+            open_for(image_processor, image.source, where=conversation.where or conversation.id)
             if isinstance(image.source, Path):
                 opened.add(image.source)

@@ -1,0 +1,236 @@
+"""Decoding says what transformers' `generate` says, token for token, and Llama's kind bit for bit in its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import tiny
+from opticnerve.build import Dock
+from opticnerve.inference.decoding import decode
+from opticnerve.inference.generate import Answerer
+from opticnerve.inference.kv_cache import RoomyLayer, make_room
+from opticnerve.inference.lean import LeanDecoder
+from opticnerve.types import OpticNerveError, ask
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+ASKED = [
+    ask("a rather long question about the picture, is it not?", tiny.picture(1)),
+    ask("q", tiny.picture(2), tiny.picture(3)),
+    ask("text alone"),
+    ask("what colour is the circle in the picture", tiny.picture(5)),
+]
+LEAN = ("llama", "llama tied", "qwen2", "qwen3", "mistral")
+
+
+def lively(made: Dock) -> Dock:
+    """A dock whose answers depend on the picture."""
+    with torch.no_grad():
+        for parameter in made.model.image.connector.parameters():
+            parameter.mul_(5)
+    return made
+
+
+def generated(model: Any, inputs: Any, new: int, **options: Any) -> torch.Tensor:
+    """transformers' tokens, (B, T)."""
+    out = model.generate(**inputs, max_new_tokens=new, **options)
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+def decoded(model: Any, inputs: Any, new: int, **options: Any) -> torch.Tensor:
+    """Ours."""
+    return torch.stack(list(decode(model, dict(inputs), max_new_tokens=new, **options)), 1)
+
+
+def middle(tokens_BT: torch.Tensor) -> list[int]:
+    """Tokens that end each row somewhere else, two of them early."""
+    return sorted({int(tokens_BT[0, 2]), int(tokens_BT[1, 5]), int(tokens_BT[2, 9])})
+
+
+@pytest.mark.parametrize("family", [*LEAN, "gemma2", "gemma3_text", "gpt2", "bloom", "falcon"])
+class TestAgainstTransformers:
+    def test_a_batch_with_padding_and_ends_in_the_middle(self, family: str, docked: Callable[..., Dock]) -> None:
+        made = lively(docked(family))
+        inputs = Answerer(made.model, made.processor).inputs(ASKED)
+        assert int((inputs["attention_mask"] == 0).sum()) > 0
+        free = generated(made.model, inputs, 14, do_sample=False, pad_token_id=0, eos_token_id=None)
+        lean = LeanDecoder.of(made.model.language_model)
+        assert (lean is not None) == (family in LEAN)
+        for ends in (None, middle(free)):
+            options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
+            theirs = generated(made.model, inputs, 14, **options)
+            for how in ({"lean": lean}, {"lean": None}, {"drop_finished": False}, {"room": False, "lean": lean}):
+                assert decoded(made.model, inputs, 14, **options, **how).tolist() == theirs.tolist(), how
+
+    def test_one_row_and_one_token(self, family: str, docked: Callable[..., Dock]) -> None:
+        made = lively(docked(family))
+        inputs = Answerer(made.model, made.processor).inputs(ASKED[:1])
+        lean = LeanDecoder.of(made.model.language_model)
+        for new in (1, 12):
+            theirs = generated(made.model, inputs, new, do_sample=False, pad_token_id=0)
+            assert decoded(made.model, inputs, new, do_sample=False, pad_token_id=0, lean=lean).equal(theirs)
+
+
+def test_a_window_that_slides_over_the_conversation(docked: Callable[..., Dock]) -> None:
+    made = lively(docked("mistral"))
+    inputs = Answerer(made.model, made.processor).inputs(ASKED)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wide = generated(made.model, inputs, 14, **options)
+    made.model.language_model.config.sliding_window = 8
+    assert LeanDecoder.of(made.model.language_model) is None
+    narrow = generated(made.model, inputs, 14, **options)
+    assert not narrow.equal(wide)
+    options["eos_token_id"] = middle(narrow)
+    assert decoded(made.model, inputs, 14, **options).equal(generated(made.model, inputs, 14, **options))
+
+
+def test_sampling_draws_what_transformers_draws(docked: Callable[..., Dock]) -> None:
+    made = lively(docked())
+    inputs = Answerer(made.model, made.processor).inputs(ASKED[:1])
+    options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "pad_token_id": 0}
+    torch.manual_seed(3)
+    theirs = generated(made.model, inputs, 10, **options)
+    for lean in (None, LeanDecoder.of(made.model.language_model)):
+        assert decoded(made.model, inputs, 10, seed=3, lean=lean, **options).equal(theirs)
+
+
+@pytest.mark.parametrize("wish", [{"repetition_penalty": 1.7}, {"num_beams": 2}])
+def test_what_the_generation_config_asks_for_is_done(wish: dict[str, Any], docked: Callable[..., Dock]) -> None:
+    made = lively(docked())
+    inputs = Answerer(made.model, made.processor).inputs(ASKED[:1])
+    plain = decoded(made.model, inputs, 12, do_sample=False, pad_token_id=0)
+    for name, value in wish.items():
+        setattr(made.model.generation_config, name, value)
+    theirs = generated(made.model, inputs, 12, do_sample=False, pad_token_id=0)
+    assert not theirs.equal(plain)
+    assert decoded(made.model, inputs, 12, do_sample=False, pad_token_id=0).equal(theirs)
+
+
+@pytest.mark.parametrize("fusion", ["splice", "cross_attention"])
+def test_an_adapter_that_steps_aside_and_layers_that_look(fusion: str, docked: Callable[..., Dock]) -> None:
+    made = lively(docked(fusion=fusion))
+    made.model.give_lora({"rank": 4, "when": "media"})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    for layer in getattr(made.model.image.fusion, "layers", ()):
+        with torch.no_grad():
+            layer.alpha_cross_attn.fill_(1.0)
+    inputs = Answerer(made.model, made.processor).inputs(ASKED)
+    assert LeanDecoder.of(made.model.language_model) is None
+    free = generated(made.model, inputs, 12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": middle(free)}
+    assert decoded(made.model, inputs, 12, **options).equal(generated(made.model, inputs, 12, **options))
+
+
+class TestLean:
+    @pytest.mark.parametrize("family", LEAN)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("rows", [1, 4])
+    def test_the_logits_are_the_models(
+        self, family: str, dtype: torch.dtype, rows: int, language_folder: Callable[..., str]
+    ) -> None:
+        import transformers as tf
+
+        model = tf.AutoModelForCausalLM.from_pretrained(language_folder(family), dtype=dtype).eval()
+        ids_BL = torch.randint(8, 300, (rows, 9), generator=torch.Generator().manual_seed(1))
+        lean = LeanDecoder.of(model)
+        assert lean is not None
+        with torch.inference_mode():
+            theirs, ours = (model(ids_BL, use_cache=True).past_key_values for _ in range(2))
+            assert make_room(ours, 3)
+            cos_BTd, sin_BTd = lean.tables(torch.tensor([9]), 5)
+            lean.prepare(rows)
+            for i in range(5):
+                token_B = torch.full((rows,), 20 + i)
+                wanted = model(token_B[:, None], past_key_values=theirs).logits[:, -1]
+                logits_BV = lean.step(token_B, cos_BTd[:, i], sin_BTd[:, i], ours.layers, None)
+                if dtype is torch.bfloat16:
+                    assert logits_BV.equal(wanted)
+                else:
+                    torch.testing.assert_close(logits_BV, wanted)
+
+    def test_the_model_stays_itself(self, docked: Callable[..., Dock], tmp_path: Path) -> None:
+        """Joined weights are the parameters: the model trains, saves and loads as before."""
+        from opticnerve.models.modeling import OpticNerveForConditionalGeneration
+
+        made = docked()
+        before = {k: v.clone() for k, v in made.model.state_dict().items()}
+        answerer = Answerer(made.model, made.processor)
+        first = answerer.answer(ASKED, max_new_tokens=6)
+        assert all(v.equal(before[k]) for k, v in made.model.state_dict().items())
+        made.model.save_pretrained(tmp_path / "m")
+        again = OpticNerveForConditionalGeneration.from_pretrained(tmp_path / "m")
+        assert all(v.equal(before[k]) for k, v in again.state_dict().items())
+        made.model(**answerer.inputs(ASKED)).logits.sum().backward()
+        with torch.no_grad():
+            for parameter in made.model.language_model.model.layers.parameters():
+                parameter.sub_(5 * parameter.grad.sign())
+        changed = answerer.answer(ASKED, max_new_tokens=6)
+        assert changed != first
+        assert changed == Answerer(again_with(again, made.model), made.processor).answer(ASKED, max_new_tokens=6)
+
+    def test_who_does_not_fit(self, docked: Callable[..., Dock]) -> None:
+        language = docked().model.language_model
+        lean = LeanDecoder.of(language)
+        assert lean is not None
+        assert lean.still_fits(language)
+        handle = language.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+        assert LeanDecoder.of(language) is None
+        assert not lean.still_fits(language)
+        handle.remove()
+        assert lean.still_fits(language)
+        language.model.layers[0].self_attn.k_proj.weight.data = torch.zeros(1)
+        assert not lean.still_fits(language)
+
+
+def again_with(model: Any, other: Any) -> Any:
+    """`model` with the weights of `other`, nothing joined."""
+    model.load_state_dict(other.state_dict())
+    return model.eval()
+
+
+def test_a_cache_with_room_grows_past_it_and_notices_whoever_replaces_its_tensors() -> None:
+    plain, roomy = DynamicCache(), DynamicCache()
+    draw = torch.Generator().manual_seed(0)
+
+    def more(new: int, rows: int) -> None:
+        keys, values = torch.randn(2, rows, 2, new, 4, generator=draw)
+        for cache in (plain, roomy):
+            cache.update(keys, values, 0)
+
+    more(3, 2)
+    assert make_room(roomy, 2)
+    assert type(roomy.layers[0]) is RoomyLayer
+    for new in (1, 1, 1, 4):
+        more(new, 2)
+    for cache in (plain, roomy):
+        cache.crop(-2)
+    more(1, 2)
+    for cache in (plain, roomy):
+        cache.batch_select_indices(torch.tensor([1]))
+    more(1, 1)
+    for mine, theirs in zip(roomy.layers[0].pair(), (plain.layers[0].keys, plain.layers[0].values), strict=True):
+        assert theirs is not None
+        assert mine.equal(theirs)
+
+
+class TestCompiled:
+    def test_refuses_what_it_does_not_know(self, docked: Callable[..., Dock]) -> None:
+        made = docked(fusion="cross_attention")
+        with pytest.raises(OpticNerveError, match="compile=True knows neither"):
+            Answerer(made.model, made.processor, compile=True).answer(ASKED[:1], max_new_tokens=2)
+
+    def test_says_the_same(self, docked: Callable[..., Dock], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The static cache and the way there; the compiler itself is torch's."""
+        made = lively(docked())
+        monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+        plain = Answerer(made.model, made.processor).answer(ASKED, max_new_tokens=8)
+        assert Answerer(made.model, made.processor, compile=True).answer(ASKED, max_new_tokens=8) == plain
