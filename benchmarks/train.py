@@ -34,7 +34,7 @@ from side_by_side import Trial, alternate, finish, machine, table
 EPOCHS, BATCH, RANK = 3, 8, 16
 LORA = {"rank": RANK, "alpha": 2 * RANK}
 TRAINS: dict[str, shapes.Trains] = {"align": "connector", "instruct": "lora"}
-CHECKED = 4  # samples whose loss is compared
+CHECKED = 2  # samples whose loss is compared
 ABLATIONS = {
     "all": [],
     "live eye": ["cache_features=false"],

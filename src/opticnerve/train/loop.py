@@ -32,6 +32,7 @@ from opticnerve.train.prepare import (
     checkpoint_layers,
     compiled_layers,
     give_lora,
+    give_memory_back,
     make_accelerator,
     make_objective,
     within_context,
@@ -139,6 +140,7 @@ def run_stage(
             stack.enter_context(lean(getattr(model, "language_model", torch.nn.Module())))
             if stage.compile:
                 stack.enter_context(compiled_layers(model))
+            give_memory_back()
             return run.go()
     finally:
         model.eval()
