@@ -48,14 +48,18 @@ def lively(model: Any, *, robust: bool = False) -> Any:
     """The model with weights that make it say something else with every token.
 
     Matrices that keep what they are given at its size let the smallest difference of rounding show in the tokens.
-    `robust`: the head says the token behind the last one instead, by margins that batches of other shapes, and so other
-    rounding, cannot turn.
+    `robust`: the layers add little to the last token's embedding, and the head says the token behind it, by margins
+    that batches of other shapes, and so other rounding, cannot turn. (That prefix sharing gives the tokens of separate
+    prompts is for the tests to show.)
     """
     language = model.language_model if hasattr(model, "language_model") else model.model.language_model
     head = model.get_output_embeddings()
     with torch.no_grad():
         if robust:
             head.weight = torch.nn.Parameter(head.weight.roll(1, 0))
+            for name, parameter in getattr(language, "model", language).layers.named_parameters():
+                if "o_proj" in name or "down_proj" in name:
+                    parameter.mul_(0.02)
         else:
             for parameter in getattr(language, "model", language).layers.parameters():
                 if parameter.ndim == 2:  # drawn with a deviation of 0.02

@@ -45,6 +45,17 @@ class TestEveryFamily:
         assert features.tokens_BND.shape == (2, encoder.num_tokens, encoder.hidden_size)
         assert encoder.num_tokens == 16 + (PREFIX[family] if class_token == "keep" else 0)
         assert features.mask_BN.all()
+        # From the second picture on it goes no further than it must, for the same bits.
+        ran: list[int] = []
+        for number, block in enumerate(encoder.blocks()):
+            block.register_forward_hook(lambda *_, n=number: ran.append(n))
+        with torch.no_grad():
+            assert torch.equal(encoder(pixels()).tokens_BND, wanted)
+        count = len(encoder.blocks())
+        asked = [
+            count if i in ("last", -1) else i % (count + 1) for i in (layer if isinstance(layer, list) else [layer])
+        ]
+        assert ran == list(range(max(asked)))
 
     @pytest.mark.parametrize("size", [48, 16])
     def test_another_image_size_interpolates(self, family: str, size: int, vision_folder: Callable[..., str]) -> None:

@@ -97,6 +97,7 @@ class HFVisionEncoder(Encoder):
             "layer": layer, "class_token": class_token, "image_size": self.image_size,
             "fit": fit, "mean": self.mean, "std": self.std, "resample": resample,
         }  # fmt: skip
+        self._been_through = False
         self._states = 0  # entries of `hidden_states`; the probe counts them
         tokens, self.hidden_size = self._probe(config)
         grid = (self.image_size // self.patch_size) ** 2
@@ -155,7 +156,9 @@ class HFVisionEncoder(Encoder):
             return model(**inputs).last_hidden_state
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
         blocks = _blocks(model)
-        if self._states == len(blocks) + 1:  # an entry is what a block gets, the last one what comes out behind all
+        # An entry is what a block gets, the last one what comes out behind all. The first pass goes through all blocks,
+        # for transformers sets itself up in it; a compiler sees by itself what is not used.
+        if self._states == len(blocks) + 1 and self._been_through and not torch.compiler.is_compiling():
             places = [i % self._states for i in layers if isinstance(i, int)]
             if max(places) < len(blocks):
                 found = inputs_of(blocks, places, lambda: model(**inputs))
@@ -163,7 +166,8 @@ class HFVisionEncoder(Encoder):
         states = model(**inputs, output_hidden_states=True).hidden_states
         if not all(isinstance(i, int) and -len(states) <= i < len(states) for i in layers):
             raise OpticNerveError(f"layer {self.layer!r}: this encoder has hidden states 0 to {len(states) - 1}")
-        self._states = len(states)
+        if not torch.compiler.is_compiling():
+            self._states, self._been_through = len(states), model is self.model
         return torch.cat([states[i] for i in layers], dim=-1)
 
     def _flexible(self, pixel_values: Tensor) -> dict[str, Any]:
