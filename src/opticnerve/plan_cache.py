@@ -83,6 +83,8 @@ def foresee(stage: Stage, model: Any, data: StageData, *, flops: int, seconds: f
     tower = model.towers.get("image")
     if tower is None or tower.tiling is not None or _eye_trains(stage) or not (data.rows and data.steps and flops):
         return None
+    if next(tower.encoder.parameters(), None) is None:
+        return None  # patches: an eye that computes nothing has nothing to keep
     visits = round(data.steps * stage.batch_size * data.media("image"))
     # Where a stage is shorter than its data, only what it sees is cached.
     pictures = min(data.pictures, visits)
