@@ -29,7 +29,7 @@ from typing import Any
 
 import shapes
 import train_data
-from side_by_side import Trial, alternate, finish, machine, table
+from side_by_side import Trial, alternate, finish, machine, peak_resident, table
 
 EPOCHS, BATCH, RANK = 3, 8, 16
 LORA = {"rank": RANK, "alpha": 2 * RANK}
@@ -199,11 +199,9 @@ def transformers(args: Any, folder: Path, *, trl: bool = False) -> Trial:
 
 
 def _trial(args: Any, samples: list[Any], seconds: float, check: list[float], notes: dict[str, Any]) -> Trial:
-    import resource
-
     shape = shapes.SHAPES[args.shape]
     # The rate is measured after training, so that its matrices do not count as the side's memory.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     tokens = BATCH * sum(len(s.input_ids) for s in samples) // len(samples)
     rate = shapes.matmul_rate([(tokens, i, o) for i, o in set(shape.brain.matrices)])
     lengths = [len(s.input_ids) for s in samples]

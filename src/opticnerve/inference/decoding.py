@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opticnerve.inference.kv_cache import RoomyLayer, make_room
 from opticnerve.inference.lean import LeanDecoder
-from opticnerve.models.modeling import _rows as settled_rows
+from opticnerve.models.modeling import settled_rows
 from opticnerve.models.prompt import kept
 
 

@@ -25,7 +25,7 @@ from opticnerve.models.tower import MEDIA_INPUT, Tower, build_tower, language_si
 from opticnerve.types import Features
 
 # While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
-_rows: ContextVar[Tensor | None] = ContextVar("rows_with_media", default=None)
+settled_rows: ContextVar[Tensor | None] = ContextVar("rows_with_media", default=None)
 
 
 @dataclass
@@ -349,7 +349,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
 
     def _adapter_rows(self, rows_B: Tensor | None, given: Tensor | None) -> Tensor | None:
         """The rows that the adapter works on in this forward pass."""
-        settled_B = _rows.get()
+        settled_B = settled_rows.get()
         if settled_B is None:
             return rows_B
         assert given is not None
@@ -360,11 +360,11 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         """As for any model of transformers. Which rows hold a picture is settled by the prompt, once, for all steps."""
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         rows_B = self.rows_with_media(input_ids) if isinstance(input_ids, Tensor) and input_ids.ndim == 2 else None
-        token = _rows.set(rows_B)
+        token = settled_rows.set(rows_B)
         try:
             return GenerationMixin.generate(self, inputs, **kwargs)
         finally:
-            _rows.reset(token)
+            settled_rows.reset(token)
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self: Any, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any

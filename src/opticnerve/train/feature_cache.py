@@ -21,6 +21,7 @@ from torch import Tensor
 from opticnerve.data.feature_disk import default_budget, features_dir, hold, make_room
 from opticnerve.data.images import Source
 from opticnerve.data.transform import DECODING
+from opticnerve.language.load import tensor_fingerprint
 from opticnerve.models.parts import is_docked_model
 from opticnerve.train import feature_shards
 from opticnerve.train.digests import Digests
@@ -192,10 +193,7 @@ def open_store(
         stored: `bfloat16` to store features in that dtype, whatever the eye's is; another store than without.
     """
     encoder = model.image.encoder
-    name = hashlib.sha256()
-    for part, tensor in sorted(encoder.state_dict().items()):
-        name.update(f"{part} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        name.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    name = hashlib.sha256(tensor_fingerprint(encoder.state_dict()).encode())
     prepared = {k: v for k, v in processor.image_processor.to_dict().items() if not k.startswith("_")}
     told = {"encoder": encoder.options, "prepared": prepared, "pooling": getattr(model.image, "pooling", None),
             "decoding": DECODING}  # fmt: skip

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from torch import Tensor
 
 from opticnerve.data.images import Source
 from opticnerve.data.transform import open_for
 from opticnerve.data.transform import pixels as pixel_values
+from opticnerve.train.progress import Counting
 from opticnerve.types import DataError, Features
 
 BATCH = 32
@@ -78,36 +77,19 @@ def seen(
         pool.shutdown(cancel_futures=True)
 
 
-class Counter:
-    """How many pictures are seen, how fast, and the time left: a bar on a terminal, a line now and then elsewhere."""
+class Counter(Counting):
+    """How many pictures are seen, how fast, and the time left."""
 
     def __init__(self, total: int, console: Console | None, *, every_s: float = 10.0) -> None:
-        self.total, self.console, self.every_s = total, console, every_s
-        self.began = self.last = time.perf_counter()
-        self.bar: RichProgress | None = None
-        if console is not None and console.is_terminal:
-            self.bar = RichProgress(
-                TextColumn("[bold]pictures"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-                TimeRemainingColumn(), console=console,
-            )  # fmt: skip
-            self.task = self.bar.add_task("pictures", total=total, speed="")
-
-    def __enter__(self) -> Counter:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        super().__init__("pictures", total, "{task.fields[speed]}", console=console, every_s=every_s, speed="")
+        self.last = self.began
 
     def update(self, done: int) -> None:
         now = time.perf_counter()
         rate = done / max(now - self.began, 1e-9)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, speed=f"{rate:.0f} a second")
-        elif self.console is not None and (now - self.last >= self.every_s or done == self.total):
-            self.last = now
+        elif self.console is not None and self.due(now, done):
             left = (self.total - done) / rate
             self.console.print(
                 f"pictures: {done:,}/{self.total:,} seen  {rate:.0f} a second  {left:.0f} s left", highlight=False

@@ -208,7 +208,7 @@ class _Run:
         return StageResult(stage.name, steps, self.samples, self.tokens, self.elapsed, self.loss, self.skipped)
 
     def _one_step(self, batches: list[Any]) -> dict[str, Any]:
-        accelerator, mine = self.accelerator, batches
+        accelerator = self.accelerator
         counts = [sum(b.supervised for b in batches), sum(b.tokens for b in batches), sum(b.samples for b in batches),
                   *_media_counts(batches)]  # fmt: skip
         if accelerator.num_processes > 1:
@@ -222,7 +222,7 @@ class _Run:
         total, norm = torch.stack([total.float(), self.optimizer.clip(self.stage.clip).float()]).tolist()
         self.loss = total / supervised
         if not math.isfinite(self.loss) or not math.isfinite(norm):
-            ids = [i for b in mine for i in b.ids]
+            ids = [i for b in batches for i in b.ids]
             raise Diverged(
                 f"stage {self.stage.name}, step {self.step + 1}: the loss is {self.loss}, the gradient's norm {norm}; "
                 f"samples {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}. Lower the learning rate, or look at them "

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 
-class Progress:
-    """Context manager; `update(line)` after each step, with a line of metrics.jsonl."""
+class Counting:
+    """Context manager: a bar where the console is a terminal, `self.bar`; else None, and `self.due` tells the time for
+    plain lines.
 
-    def __init__(self, name: str, steps: int, *, start: int, console: Console | None, every_s: float = 10.0) -> None:
-        self.name, self.steps, self.console, self.every_s = name, steps, console, every_s
-        self.smooth: float | None = None
+    Args:
+        told: what stands behind the count, a rich text format; its fields begin as `fields` say.
+    """
+
+    def __init__(
+        self, name: str, total: int, told: str, *, console: Console | None, every_s: float, start: int = 0,
+        **fields: Any,
+    ) -> None:  # fmt: skip
+        self.name, self.total, self.console, self.every_s = name, total, console, every_s
         self.began, self.start, self.last = time.perf_counter(), start, 0.0
         self.bar: RichProgress | None = None
         if console is not None and console.is_terminal:
             self.bar = RichProgress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[speed]}"), TimeRemainingColumn(), console=console,
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(told),
+                TimeRemainingColumn(), console=console,
             )  # fmt: skip
-            self.task = self.bar.add_task(name, total=steps, completed=start, loss="…", speed="")
+            self.task = self.bar.add_task(name, total=total, completed=start, **fields)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.bar is not None:
             self.bar.start()
         return self
@@ -34,18 +41,30 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
+    def due(self, now: float, done: int) -> bool:
+        """Whether a plain line is to be written."""
+        if self.console is None or not (now - self.last >= self.every_s or done == self.total):
+            return False
+        self.last = now
+        return True
+
+
+class Progress(Counting):
+    """`update(line)` after each step, with a line of metrics.jsonl."""
+
+    def __init__(self, name: str, steps: int, *, start: int, console: Console | None, every_s: float = 10.0) -> None:
+        told = "loss {task.fields[loss]}  {task.fields[speed]}"
+        super().__init__(name, steps, told, console=console, every_s=every_s, start=start, loss="…", speed="")
+        self.smooth: float | None = None
+
     def update(self, line: dict[str, Any]) -> None:
         self.smooth = line["loss"] if self.smooth is None else 0.9 * self.smooth + 0.1 * line["loss"]
         speed = f"{line['tokens_per_second']:.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=line["step"], loss=f"{self.smooth:.4f}", speed=speed)
-        elif self.console is not None:
-            now = time.perf_counter()
-            if now - self.last >= self.every_s or line["step"] == self.steps:
-                self.last = now
-                left = (now - self.began) / max(1, line["step"] - self.start) * (self.steps - line["step"])
-                self.console.print(
-                    f"{self.name}: step {line['step']}/{self.steps}  loss {self.smooth:.4f}  {speed}  "
-                    f"{left:.0f} s left",
-                    highlight=False,
-                )
+        elif self.console is not None and self.due(now := time.perf_counter(), line["step"]):
+            left = (now - self.began) / max(1, line["step"] - self.start) * (self.total - line["step"])
+            self.console.print(
+                f"{self.name}: step {line['step']}/{self.total}  loss {self.smooth:.4f}  {speed}  {left:.0f} s left",
+                highlight=False,
+            )
