@@ -117,6 +117,7 @@ def _stage(rows: int, *, steps: int, batch: int = 8, files: int = 20) -> Trial:
     from opticnerve.objectives.next_token import NextToken
     from opticnerve.recipe import Recipe
     from opticnerve.train.loop import run_stage
+    from opticnerve.train.prepare import give_memory_back
 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -140,6 +141,7 @@ def _stage(rows: int, *, steps: int, batch: int = 8, files: int = 20) -> Trial:
             return forward(self, given)
 
         NextToken.forward = noted  # type: ignore[method-assign]
+        give_memory_back()  # as the stage itself does: what others have freed is not this stage's
         before = _resident()
         started = time.perf_counter()
         try:
