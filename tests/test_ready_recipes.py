@@ -32,6 +32,7 @@ OURS = {
     "starter-audio",
     "starter-contrastive",
     "starter-fusion",
+    "starter-preference",
     "photos",
 }  # these need no hub
 READY = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml") if p.stem not in OURS)

@@ -122,6 +122,7 @@ objectives: Registry[Any] = Registry(
     group="opticnerve.objectives",
     builtin={
         "next_token": "opticnerve.objectives.next_token:NextToken",
+        "dpo": "opticnerve.objectives.dpo:DPO",
         "contrastive": "opticnerve.objectives.contrastive:Contrastive",
         "classification": "opticnerve.objectives.classification:Classification",
         "qformer_pretraining": "opticnerve.objectives.qformer_pretraining:QFormerPretraining",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from opticnerve.types import OpticNerveError
 PACKAGE = "easy-vqa"
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-_LAYOUT = 1  # raise when the files written below change
+_LAYOUT = 2  # raise when the files written below change
 _MARKER = "prepared.json"
 
 _SHAPE = re.compile(rf"\b({'|'.join(SHAPES)})\b")
@@ -117,7 +118,8 @@ def prepare(folder: Path | None = None) -> dict[str, Path]:
 
     Returns:
         `captions` (train/captions.jsonl), `questions` (train/questions.jsonl), `conversations`
-        (train/conversations.jsonl: one for each train picture, with all its questions), `test` (test/questions.jsonl),
+        (train/conversations.jsonl: one for each train picture, with all its questions), `preferences`
+        (train/preferences.jsonl: each train question with its answer and a wrong one), `test` (test/questions.jsonl),
         and `media`: the package's data folder, from which the pictures' paths start.
     """
     media = locate()
@@ -126,6 +128,7 @@ def prepare(folder: Path | None = None) -> dict[str, Path]:
         "captions": folder / "train" / "captions.jsonl",
         "questions": folder / "train" / "questions.jsonl",
         "conversations": folder / "train" / "conversations.jsonl",
+        "preferences": folder / "train" / "preferences.jsonl",
         "test": folder / "test" / "questions.jsonl",
     }
     marker = folder / _MARKER
@@ -135,6 +138,7 @@ def prepare(folder: Path | None = None) -> dict[str, Path]:
         _write_lines(paths["captions"], _captions(train))
         _write_lines(paths["questions"], _questions(train, "train"))
         _write_lines(paths["conversations"], _conversations(train, "train"))
+        _write_lines(paths["preferences"], _preferences(train, "train"))
         _write_lines(paths["test"], _questions(test, "test"))
         _write(marker, version)  # last: it vouches for the others
     return {**paths, "media": media}
@@ -170,6 +174,22 @@ def _conversations(questions: list[Question], split: str) -> Iterable[dict[str, 
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ]
         yield {"id": f"{PACKAGE}-{split}-{image}", "messages": messages}
+
+
+def _preferences(questions: list[Question], split: str) -> Iterable[dict[str, Any]]:
+    """The right answer is chosen over another one of its kind: yes over no, circle over triangle."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for _, answer, _ in questions:
+        kinds[answer_type(answer)].add(answer)
+    for number, (question, answer, image) in enumerate(questions):
+        others = sorted(kinds[answer_type(answer)] - {answer})
+        yield {
+            "id": f"{PACKAGE}-{split}-p{number}",
+            "image": _image(split, image),
+            "question": question,
+            "chosen": answer,
+            "rejected": random.Random(number).choice(others),
+        }
 
 
 def _image(split: str, number: int) -> str:
