@@ -15,16 +15,25 @@ EPILOG = examples(
     "opticnerve eval runs/demo --data starter/easy-vqa/test-questions --sample 500",
     "opticnerve eval runs/demo --data questions.jsonl --media pictures/ --image-dependence 200 --out results.json",
     "opticnerve eval runs/demo --recipe recipe.yaml --json",
+    "opticnerve eval runs/demo --suite suite.yaml --out scores.json",
 )
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP + " A suite may name models itself.")] = None,
     data: Annotated[str | None, typer.Option(help="Questions with their answers, or captions.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Use the `evaluate:` list of this recipe instead.")] = None,
+    suite: Annotated[
+        Path | None,
+        typer.Option(help="A file with `evaluate:` and perhaps `models:`; all are asked, one table is made."),
+    ] = None,
     data_format: Annotated[str, typer.Option("--format", help="auto, vqa, captions, llava, chat or hf.")] = "auto",
     metric: Annotated[
-        str, typer.Option(help="vqa (right answers), captions (CIDEr, BLEU-4) or choice (the true caption among ten).")
+        str,
+        typer.Option(
+            help="vqa (right answers), yes_no (POPE: precision and recall), ocr (ANLS), captions (CIDEr, BLEU-4, "
+            "ROUGE-L), choice (the true caption among ten) or multiple_choice (the likeliest of a question's choices)."
+        ),
     ] = "vqa",
     media: Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")] = None,
     sample: Annotated[int | None, typer.Option(min=1, help="A fixed random sample of so many questions.")] = None,
@@ -36,8 +45,13 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a model: the share of right answers with its interval, and whether they depend on the picture."""
-    if (data is None) == (recipe is None):
-        raise OpticNerveError("say what to evaluate on: --data PATH or --recipe RECIPE, one of the two")
+    if sum(given is not None for given in (data, recipe, suite)) != 1:
+        raise OpticNerveError("say what to evaluate on: --data PATH, --recipe RECIPE or --suite FILE, one of the three")
+    if suite is not None:
+        _suite(suite, model, out, trust_remote_code, as_json)
+        return
+    if model is None:
+        raise OpticNerveError("name a model: opticnerve eval MODEL …")
     if recipe is not None:
         specs = read_recipe(recipe).evaluate
         if not specs:
@@ -68,6 +82,23 @@ def evaluate(
     show_results(results, console)
     if out is not None:
         console.print(f"wrote {out}", soft_wrap=True)
+
+
+def _suite(path: Path, model: str | None, out: Path | None, trust_remote_code: bool, as_json: bool) -> None:
+    from opticnerve.evaluation.suite import read_suite, run_suite, suite_table
+
+    suite = read_suite(path)
+    quiet_libraries()
+    console = console_for(as_json)
+    out = out or path.with_suffix(".scores.json")
+    found = run_suite(suite, [model] if model else [], out, trust_remote_code=trust_remote_code, console=console)
+    if as_json:
+        print_json(found)
+    else:
+        console.print(suite_table(found, suite), markup=False, soft_wrap=True)
+        console.print(f"wrote {out} and {out.with_suffix('.md')}", soft_wrap=True)
+    if found["failed"]:
+        raise OpticNerveError(f"{found['failed']} of the tasks failed; {out.with_suffix('.md')} says why")
 
 
 def _spec(

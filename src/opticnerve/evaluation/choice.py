@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opticnerve.evaluation.metrics import choice_rank
+from opticnerve.evaluation.metrics import choice_rank, summarise
 from opticnerve.evaluation.tasks import harness_version
 from opticnerve.inference.likelihood import answer_scores
-from opticnerve.types import Conversation, OpticNerveError
+from opticnerve.types import Conversation, DataError, OpticNerveError
 
 
 def run_choice(
@@ -43,6 +43,47 @@ def run_choice(
         if progress is not None:
             progress(done, len(conversations))
     return {"name": name, "harness": f"opticnerve choice of {others + 1} {harness_version()}", **choice_rank(rows)}
+
+
+def run_multiple_choice(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[Conversation],
+    *,
+    name: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """An entry of results.json's `tasks`: how often the right one of a question's own choices is the likeliest answer.
+
+    `meta["choices"]` holds them. `accuracy` goes by the mean log-probability of an answer's tokens, as in `run_choice`;
+    `accuracy_by_sum` by the probability of the whole answer, which favours short ones. A tie is no win. `chance` is
+    the mean of 1 / number of choices.
+
+    Raises:
+        DataError: a question without choices, or whose answer is not one of them.
+    """
+    by_mean: list[float] = []
+    by_sum: list[float] = []
+    chances: list[float] = []
+    for done, conversation in enumerate(conversations, start=1):
+        choices = [str(c) for c in conversation.meta.get("choices") or ()]
+        where = conversation.where or conversation.id
+        if len(choices) < 2 or conversation.answer not in choices:
+            raise DataError(
+                f"the answer {conversation.answer!r} stands against {len(choices)} choices", where=where,
+                remedy="give choices, a list of two or more, and answer, one of them", kind="choices",
+            )  # fmt: skip
+        others = [c for c in choices if c != conversation.answer]
+        for found, over in ((by_mean, "mean"), (by_sum, "sum")):
+            best, *rest = answer_scores(model, processor, conversation, [str(conversation.answer), *others], over=over)  # type: ignore[arg-type]
+            found.append(float(all(best > other for other in rest)))
+        chances.append(1 / len(choices))
+        if progress is not None:
+            progress(done, len(conversations))
+    return {
+        "name": name, "harness": f"opticnerve multiple choice by likelihood {harness_version()}", **summarise(by_mean),
+        "accuracy_by_sum": summarise(by_sum)["accuracy"], "chance": sum(chances) / len(chances),
+    }  # fmt: skip
 
 
 def _same_picture(a: Conversation, b: Conversation) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opticnerve.data.source import by_picture, fixed_sample, load_data
 from opticnerve.evaluation import tasks
-from opticnerve.evaluation.choice import run_choice
+from opticnerve.evaluation.choice import run_choice, run_multiple_choice
 from opticnerve.evaluation.image_dependence import balanced, image_dependence
+from opticnerve.evaluation.judges import JUDGES
 from opticnerve.evaluation.kinds import answers_of
 from opticnerve.evaluation.retrieval import run_retrieval, run_zero_shot
 from opticnerve.evaluation.waiting import Waiting
@@ -34,6 +36,12 @@ def evaluate_model(
             with Waiting(console, f"{spec.name}: true caption against nine others") as bar:
                 found["tasks"].append(run_choice(model, processor, conversations, name=spec.name, progress=bar.update))
             continue
+        if spec.metric == "multiple_choice":
+            with Waiting(console, spec.name) as bar:
+                found["tasks"].append(
+                    run_multiple_choice(model, processor, conversations, name=spec.name, progress=bar.update)
+                )
+            continue
 
         def generate(asked: list[Conversation], spec: EvaluateSpec = spec) -> list[str]:
             return answers_of(model, processor, asked, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size)
@@ -42,11 +50,12 @@ def evaluate_model(
             conversations = [
                 replace(group[0], meta={"captions": [c.answer for c in group]}) for group in by_picture(conversations)
             ]
-        score = tasks.run_captions if spec.metric == "captions" else tasks.run_vqa
+        judge = JUDGES.get(spec.metric)
+        score = tasks.run_captions if judge is None else partial(tasks.run_vqa, judge=judge)
         with Waiting(console, spec.name) as bar:
             found["tasks"].append(score(generate, conversations, name=spec.name, progress=bar.update, run_dir=run_dir))
-        if spec.metric == "vqa":
-            found["tasks"][-1]["most_frequent_answer"] = tasks.most_frequent_answer(conversations)
+        if judge is not None:
+            found["tasks"][-1]["most_frequent_answer"] = tasks.most_frequent_answer(conversations, judge)
         if spec.image_dependence and spec.metric == "vqa" and "image_dependence" not in found:
             seen = [c for c in everything if c.prompt().images]
             found["image_dependence"] = _dependence(generate, seen, spec.image_dependence, console)

@@ -134,6 +134,20 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     return float(metric.corpus_score([caption_tokens(p) for p in predictions], streams).score) / 100
 
 
+def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """ROUGE-L (Lin 2004) in [0, 1] as COCO computes it (pycocoevalcap, beta 1.2, words of `caption_tokens`), the mean
+    over pictures.
+
+    Raises:
+        OpticNerveError: pycocoevalcap is missing, or a picture has no reference.
+    """
+    _check_captions(predictions, references)
+    scorer = _extra("pycocoevalcap.rouge.rouge").Rouge()
+    pairs = zip(predictions, references, strict=True)
+    scores = [scorer.calc_score([caption_tokens(p)], [caption_tokens(r) for r in refs]) for p, refs in pairs]
+    return float(sum(scores) / len(scores))
+
+
 def choice_rank(log_likelihoods: Sequence[Sequence[float]], true: int = 0) -> dict[str, Any]:
     """How often the true caption beats the others by likelihood.
 

@@ -14,22 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.images import open_image
-from opticnerve.evaluation.metrics import (
-    accuracy_by_type,
-    bleu4,
-    cider,
-    exact_match,
-    normalise_answer,
-    summarise,
-    vqa_soft_accuracy,
-)
+from opticnerve.evaluation.judges import JUDGES, Judge
+from opticnerve.evaluation.metrics import accuracy_by_type, bleu4, cider, normalise_answer, rouge_l, summarise
 from opticnerve.types import Conversation, DataError, OpticNerveError, TextPart
 
 Generate = Callable[[list[Conversation]], list[str]]
 Progress = Callable[[int, int], None]
 """Called with (questions done, questions in all)."""
 
-_PEOPLE = 10  # VQAv2's number of answers to a question; from so many on, agreement is counted softly
 _CHUNK = 256  # questions handed to `generate` at a time, so that progress can be shown
 _THUMBNAIL = 384  # longest side of the pictures kept beside the results
 
@@ -39,6 +31,7 @@ def run_vqa(
     conversations: Sequence[Conversation],
     *,
     name: str,
+    judge: Judge = JUDGES["vqa"],
     keep: int = 24,
     progress: Progress | None = None,
     run_dir: Path | None = None,
@@ -50,6 +43,7 @@ def run_vqa(
         conversations: questions with references: `meta["answers"]` (alternatives; ten or more count as the answers of
             as many people and are scored by VQAv2's rule), else the last assistant turn. `meta["type"]` sorts.
         name: what the data is called in reports ("easy-vqa test").
+        judge: the rule that answers are scored by.
         keep: how many samples to keep for the card, about half of them wrong ones if there are so many.
         progress: called with (done, total).
         run_dir: if given, the kept samples' pictures are saved small under `run_dir/samples`, so that the run folder
@@ -60,8 +54,7 @@ def run_vqa(
     """
     references = [_references(c) for c in conversations]
     predictions = answer_all(generate, conversations, progress)
-    scores = [_score(p, r) for p, r in zip(predictions, references, strict=True)]
-    soft = any(len(r) >= _PEOPLE for r in references)
+    scores = [judge.score(p, r) for p, r in zip(predictions, references, strict=True)]
     samples = [
         {**_describe(c), "answer": _most_common(r), "prediction": p, "right": s >= 0.5}
         for c, p, r, s in zip(conversations, predictions, references, scores, strict=True)
@@ -71,8 +64,9 @@ def run_vqa(
     kept = _mixed([s["right"] for s in samples], keep)
     return {
         "name": name,
-        "harness": f"opticnerve {'VQA soft accuracy' if soft else 'exact match'} {harness_version()}",
+        "harness": f"opticnerve {judge.harness(references)} {harness_version()}",
         **summarise(scores),
+        **judge.report(predictions, references),
         "by_type": accuracy_by_type(scores, [str(c.meta.get("type") or "all") for c in conversations]),
         "samples": [_with_picture(samples[i], conversations[i], run_dir, f"{name}-{i}") for i in kept],
     }
@@ -87,7 +81,7 @@ def run_captions(
     progress: Progress | None = None,
     run_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Have every picture described and compare with the references: CIDEr and BLEU-4.
+    """Have every picture described and compare with the references: CIDEr, BLEU-4, ROUGE-L.
 
     References are `meta["captions"]` (several), else the last assistant turn; the rest as in `run_vqa`. Needs the extra
     `opticnerve[captions]`.
@@ -100,10 +94,12 @@ def run_captions(
     ]
     return {
         "name": name,
-        "harness": f"opticnerve captions {harness_version()} (pycocoevalcap CIDEr, sacrebleu BLEU-4, simple tokenizer)",
+        "harness": f"opticnerve captions {harness_version()} (pycocoevalcap CIDEr and ROUGE-L, sacrebleu BLEU-4, "
+        "simple tokenizer)",
         "n": len(predictions),
         "cider": cider(predictions, references),
         "bleu4": bleu4(predictions, references),
+        "rouge_l": rouge_l(predictions, references),
         "samples": [
             _with_picture(samples[i], conversations[i], run_dir, f"{name}-{i}") for i in _spread(len(samples), keep)
         ],
@@ -128,12 +124,14 @@ def answer_all(
     return answers
 
 
-def score_answers(conversations: Sequence[Conversation], predictions: Sequence[str]) -> list[float]:
+def score_answers(
+    conversations: Sequence[Conversation], predictions: Sequence[str], judge: Judge = JUDGES["vqa"]
+) -> list[float]:
     """Each prediction's score in [0, 1], by the rule of `run_vqa`."""
-    return [_score(p, _references(c)) for c, p in zip(conversations, predictions, strict=True)]
+    return [judge.score(p, _references(c)) for c, p in zip(conversations, predictions, strict=True)]
 
 
-def most_frequent_answer(conversations: Sequence[Conversation]) -> dict[str, Any]:
+def most_frequent_answer(conversations: Sequence[Conversation], judge: Judge = JUDGES["vqa"]) -> dict[str, Any]:
     """What always giving the commonest reference would score: `answer`, `n`, `accuracy`, `ci95`.
 
     It is picked on the tested questions themselves, which flatters it: a model has to beat it all the same.
@@ -142,7 +140,7 @@ def most_frequent_answer(conversations: Sequence[Conversation]) -> dict[str, Any
     if not commonest:
         raise OpticNerveError("there is no most frequent answer: the list of questions is empty")
     answer = min(commonest, key=lambda a: (-commonest[a], a))
-    return {"answer": answer, **summarise(score_answers(conversations, [answer] * len(conversations)))}
+    return {"answer": answer, **summarise(score_answers(conversations, [answer] * len(conversations), judge))}
 
 
 def usual_answers(
@@ -183,12 +181,6 @@ def _references(c: Conversation) -> list[str]:
             remedy="give an assistant turn at the end, or meta['answers']",
         )
     return references
-
-
-def _score(prediction: str, references: list[str]) -> float:
-    if len(references) >= _PEOPLE:
-        return vqa_soft_accuracy(prediction, references)
-    return float(exact_match(prediction, references))
 
 
 def _most_common(references: list[str]) -> str:

@@ -1,0 +1,99 @@
+"""How one answer is scored, by the rules of the benchmarks that made the kind of question known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opticnerve.evaluation.metrics import exact_match, vqa_soft_accuracy
+from opticnerve.types import OpticNerveError
+
+PEOPLE = 10  # VQAv2's number of answers to a question; from so many on, agreement is counted softly
+_ANLS_LEAST = 0.5
+
+
+@dataclass(frozen=True)
+class Judge:
+    """`score`: an answer's score in [0, 1], given the references. `harness`: what the rule is called, given all
+    references. `report`: what is said of all answers together, beside their mean score."""
+
+    score: Callable[[str, Sequence[str]], float]
+    harness: Callable[[Sequence[Sequence[str]]], str]
+    report: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, Any]]
+
+
+def vqa(prediction: str, references: Sequence[str]) -> float:
+    """VQAv2's soft accuracy where ten people or more have answered, else exact match; normalised as VQAv2 does."""
+    if len(references) >= PEOPLE:
+        return vqa_soft_accuracy(prediction, references)
+    return float(exact_match(prediction, references))
+
+
+def anls(prediction: str, references: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity, for answers that are read off a picture (Biten et al. 2019, "Scene
+    text visual question answering", equations 1 and 2): 0 where half of the letters or more are wrong."""
+    mine = " ".join(prediction.lower().split())
+    best = 0.0
+    for reference in references:
+        theirs = " ".join(reference.lower().split())
+        distance = levenshtein(mine, theirs) / max(len(mine), len(theirs), 1)
+        best = max(best, 1 - distance if distance < _ANLS_LEAST else 0.0)
+    return best
+
+
+def levenshtein(a: str, b: str) -> int:
+    """The fewest letters to insert, delete or replace that make `b` of `a` (Wagner & Fischer 1974)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+def says_yes(answer: str) -> bool:
+    """What an answer to a yes/no question comes to, by POPE's rule (Li et al. 2023, "Evaluating object hallucination",
+    `evaluate.py`): no where the first sentence holds the word no or not, yes otherwise."""
+    words = answer.partition(".")[0].replace(",", "").lower().split()
+    return not {"no", "not"} & set(words)
+
+
+def yes_no(prediction: str, references: Sequence[str]) -> float:
+    return float(says_yes(prediction) == _truth(references))
+
+
+def yes_no_report(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Precision, recall and F1 of yes, and the share of yes: who always says yes has recall 1 and half the precision.
+
+    None where there is nothing to divide by.
+    """
+    said = [says_yes(p) for p in predictions]
+    true = [_truth(r) for r in references]
+    hits = sum(s and t for s, t in zip(said, true, strict=True))
+    precision = hits / sum(said) if any(said) else None
+    recall = hits / sum(true) if any(true) else None
+    f1 = 2 * hits / (sum(said) + sum(true)) if any(said) or any(true) else None
+    return {"precision": precision, "recall": recall, "f1": f1, "yes_share": sum(said) / len(said)}
+
+
+def _truth(references: Sequence[str]) -> bool:
+    answer = references[0].strip().lower().rstrip(".")
+    if answer not in ("yes", "no"):
+        raise OpticNerveError(f"metric yes_no: a reference is {references[0]!r}; give yes or no, or choose metric vqa")
+    return answer == "yes"
+
+
+def _vqa_harness(references: Sequence[Sequence[str]]) -> str:
+    return "VQA soft accuracy" if any(len(r) >= PEOPLE for r in references) else "exact match"
+
+
+def _nothing(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    return {}
+
+
+JUDGES = {
+    "vqa": Judge(vqa, _vqa_harness, _nothing),
+    "yes_no": Judge(yes_no, lambda _: "yes or no by POPE's rule", yes_no_report),
+    "ocr": Judge(anls, lambda _: "ANLS", _nothing),
+}
