@@ -1,0 +1,189 @@
+"""A batch that rows enter and leave while it runs: the model's side of serving.
+
+Scheduling by the token instead of by the batch (Yu et al. 2022, Orca): a new prompt is read alone, as it would be if
+nobody else were there, and then its keys and values are laid beside those of the rows that are already answering,
+padded on the left. Rows that have ended are left out with the next change. A row's own tokens, positions and mask do
+not know of the others, so its logits are those it has alone, up to the rounding of products of another shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from opticnerve.fusion.base import Fusion
+from opticnerve.inference.generate import Answerer
+from opticnerve.inference.kv_cache import RoomyLayer
+from opticnerve.inference.lean import LeanDecoder
+from opticnerve.models.modeling import settled_rows
+
+ROOM = 128  # tokens for which a layer's buffers grow at a time
+_GROWING_ROPE = ("dynamic", "longrope")
+
+
+def why_alone(model: Any) -> str | None:
+    """Why this model's prompts are answered one at a time; None where they share a batch."""
+    if any(type(tower.fusion).see is not Fusion.see for tower in model.towers.values()):
+        return "its layers look at the picture beside the text (cross-attention)"
+    language = model.language_model
+    if language._is_stateful:
+        return "its language model carries a recurrent state"
+    config = language.config.get_text_config(decoder=True)
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
+        return "its cache is not plain keys and values (sliding windows, linear attention)"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope in _GROWING_ROPE:
+        return f"its rotary embedding ({rope}) changes with the longest text of the batch"
+    return None
+
+
+class RunningBatch:
+    """Rows that are being answered.
+
+    Args:
+        answerer: the model, its processor and its lean form.
+
+    `len(batch)`: rows, those that have ended and were not yet left out among them.
+    """
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.answerer, self.model = answerer, answerer.model
+        self.joins = why_alone(self.model) is None
+        self.device: torch.device = self.model.device
+        self.clear()
+
+    def clear(self) -> None:
+        """Leave all rows out."""
+        self.cache: Any = None
+        self.mask_BT = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
+        self.next_B = torch.zeros(0, dtype=torch.long, device=self.device)  # the position of the next token
+        self.media_B: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.next_B)
+
+    @torch.inference_mode()
+    def read(self, inputs: dict[str, Any], rows: int) -> tuple[Tensor, _Read]:
+        """Read one prompt: the logits behind it (rows, V), and what `join` takes.
+
+        `inputs`: as the processor makes them for one prompt. `rows`: how many answers are wanted.
+        """
+        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        inputs.pop("attention_mask", None)
+        ids_BL = inputs.pop("input_ids")
+        if not self.joins and rows > 1:
+            ids_BL, inputs = self.model._expand_inputs_for_generation(rows, input_ids=ids_BL, **inputs)
+        media_B = self.model.rows_with_media(ids_BL)
+        position_BL = torch.arange(ids_BL.shape[1], device=self.device).expand_as(ids_BL)
+        out = self._forward(media_B, input_ids=ids_BL, position_ids=position_BL, **inputs)
+        logits_BV, cache = out.logits[:, -1], out.past_key_values
+        if self.joins and rows > 1:
+            cache.batch_select_indices(torch.zeros(rows, dtype=torch.long, device=self.device))
+            logits_BV = logits_BV.expand(rows, -1)
+            media_B = None if media_B is None else media_B.expand(rows)
+        return logits_BV, _Read(cache, ids_BL.shape[1], rows, media_B)
+
+    @torch.inference_mode()
+    def join(self, read: _Read, chosen: Sequence[int]) -> None:
+        """The `chosen` rows of a prompt just read go on beside the others."""
+        if not self.joins:
+            assert len(self) == 0
+            self.cache, self.media_B = read.cache, read.media_B
+            self.mask_BT = torch.ones(read.rows, read.length, dtype=torch.bool, device=self.device)
+            self.next_B = torch.full((read.rows,), read.length, device=self.device)
+            return
+        index = torch.tensor(chosen, device=self.device)
+        before, length = self.mask_BT.shape[1] if len(self) else 0, read.length
+        width = max(before, length)
+        new_BT = self.mask_BT.new_zeros(len(chosen), width)
+        new_BT[:, width - length :] = True
+        layers = []
+        for number, layer in enumerate(read.cache.layers):
+            old = self.cache.layers[number] if len(self) else None
+            layer.keys = _beside(None if old is None else old.keys, layer.keys[index], width)
+            layer.values = _beside(None if old is None else old.values, layer.values[index], width)
+            layers.append(RoomyLayer(layer, ROOM))
+        read.cache.layers = layers
+        self.cache = read.cache
+        self.mask_BT = torch.cat([_wider(self.mask_BT, width), new_BT]) if len(self) else new_BT
+        if read.media_B is not None:
+            new_B = read.media_B[index]
+            self.media_B = torch.cat([self.media_B, new_B]) if self.media_B is not None and len(self) else new_B
+        self.next_B = torch.cat([self.next_B, self.next_B.new_full((len(chosen),), length)])
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on. Columns that pad all of them are cut away."""
+        if not rows:
+            self.clear()
+            return
+        if not self.joins:
+            return
+        index = torch.tensor(rows, device=self.device)
+        mask_BT = self.mask_BT[index]
+        first = int(mask_BT.any(0).int().argmax())
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
+        self.mask_BT, self.next_B = mask_BT[:, first:], self.next_B[index]
+        self.media_B = None if self.media_B is None else self.media_B[index]
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int], live: Sequence[bool]) -> Tensor:
+        """Logits (B, V) behind one more token of each row. Rows that are not `live` are carried along."""
+        tokens_B = torch.tensor(tokens, device=self.device)
+        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(self), 1)], 1)
+        mask_BT = None if bool(self.mask_BT.all()) else self.mask_BT
+        lean = self._lean()
+        if lean is not None:
+            lean.prepare(len(self))
+            cos_B1d, sin_B1d = lean.tables(self.next_B, 1)
+            mask_B11T = None if mask_BT is None else mask_BT[:, None, None]
+            logits_BV = lean.step(tokens_B, cos_B1d[:, 0], sin_B1d[:, 0], self.cache.layers, mask_B11T)
+        else:
+            out = self._forward(
+                self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
+                past_key_values=self.cache, attention_mask=None if mask_BT is None else mask_BT.long(),
+            )  # fmt: skip
+            self.cache, logits_BV = out.past_key_values, out.logits[:, -1]
+        # A row that has ended stands still: its positions must not run out of the model's table.
+        self.next_B = self.next_B + torch.tensor(live, device=self.device)
+        return logits_BV
+
+    def _lean(self) -> LeanDecoder | None:
+        if not self.joins or self.media_B is not None or self.model.device.type != "cpu":
+            return None
+        return self.answerer.lean()
+
+    def _forward(self, media_B: Tensor | None, **inputs: Any) -> Any:
+        token = settled_rows.set(media_B)  # whether a row holds a picture, its newest token alone does not say
+        try:
+            return self.model(**inputs, use_cache=True, logits_to_keep=1)
+        finally:
+            settled_rows.reset(token)
+
+
+class _Read:
+    """A prompt that has been read and not yet joined: its cache, tokens, rows, and which of these hold media."""
+
+    def __init__(self, cache: Any, length: int, rows: int, media_B: Tensor | None) -> None:
+        self.cache, self.length, self.rows, self.media_B = cache, length, rows, media_B
+
+
+def _wider(x: Tensor, width: int) -> Tensor:
+    """(B, T) padded on the left with False."""
+    return torch.cat([x.new_zeros(len(x), width - x.shape[1]), x], 1)
+
+
+def _beside(old_BHTd: Tensor | None, new_BHTd: Tensor, width: int) -> Tensor:
+    """Both batches' keys or values as one, padded on the left to `width` tokens."""
+    both = [x for x in (old_BHTd, new_BHTd) if x is not None]
+    out_BHTd = new_BHTd.new_zeros(sum(map(len, both)), new_BHTd.shape[1], width, new_BHTd.shape[3])
+    row = 0
+    for x in both:
+        out_BHTd[row : row + len(x), :, width - x.shape[2] :] = x
+        row += len(x)
+    return out_BHTd

@@ -1,0 +1,137 @@
+"""What stands before the app: may this request come in, and is all of it here, in time and within bounds?
+
+A request's body is read here, before anything parses it, counted as it comes: a header may lie about its length, and a
+chunked body has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from opticnerve.serve.auth import Keys, check_host
+from opticnerve.serve.errors import ApiError
+from opticnerve.serve.limits import Limits
+from opticnerve.serve.metrics import Metrics
+
+log = logging.getLogger("opticnerve.serve")
+OPEN = ("/health",)  # no key, and answered to the last
+CHAT = "/v1/chat/completions"
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: the ASGI app behind it. limits, keys, metrics: of the server.
+        only_host: the loopback name that it listens on without a key; None where names do not matter.
+
+    It puts `started` (of `time.monotonic`) and `told` (a dict for the log line) into the request's state.
+    """
+
+    def __init__(self, app: Any, *, limits: Limits, keys: Keys, metrics: Metrics, only_host: str | None) -> None:
+        self.app, self.limits, self.keys, self.metrics, self.only_host = app, limits, keys, metrics, only_host
+        self.admitted, self.stopping = 0, False
+        self._mean = 1.0  # seconds of a request, lately
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        chat = scope["path"] == CHAT and scope["method"] == "POST"
+        started, status = time.monotonic(), 0
+        told: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(started=started, told=told)
+
+        async def counting(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        taken = False
+        try:
+            self._may_enter(scope)
+            if chat:
+                taken = self._take_place()
+            body = await self._body(scope, receive)
+            await self.app(scope, _again(body, receive), counting)
+        except ApiError as e:
+            from fastapi.responses import JSONResponse
+
+            await JSONResponse(e.body, e.status, e.headers)(scope, receive, counting)
+        finally:
+            if taken:
+                self.admitted -= 1
+                self.metrics.admitted.set(self.admitted)
+            if chat:
+                self._note(status, time.monotonic() - started, told)
+
+    def _may_enter(self, scope: Any) -> None:
+        if scope["path"] in OPEN:
+            return
+        headers = dict(scope["headers"])
+        if self.only_host is not None:
+            check_host(headers, self.only_host)
+        self.keys.check(headers.get(b"authorization"))
+        if self.stopping and scope["path"] != "/metrics":
+            raise ApiError(503, "the server is stopping", retry_after=5)
+
+    def _take_place(self) -> bool:
+        if self.admitted >= self.limits.admitted:
+            turns = self.limits.queue / self.limits.slots
+            raise ApiError(
+                429, f"{self.admitted} requests are being answered or wait, as many as this server takes; try later",
+                code="queue_full", retry_after=max(1, min(60, round(turns * self._mean))),
+            )  # fmt: skip
+        self.admitted += 1
+        self.metrics.admitted.set(self.admitted)
+        return True
+
+    async def _body(self, scope: Any, receive: Any) -> bytes:
+        most = self.limits.body_bytes
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > most:
+            raise ApiError(413, f"the body has {int(length):,} bytes, more than the {most:,} allowed")
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(408, "the connection ended before the body did")
+                    size += len(message.get("body", b""))
+                    if size > most:
+                        raise ApiError(413, f"the body has more than the {most:,} bytes allowed")
+                    parts.append(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body did not arrive within {self.limits.body_seconds:g} s; {size:,} bytes did"
+            ) from None
+
+    def _note(self, status: int, seconds: float, told: dict[str, Any]) -> None:
+        """One line a request, and no word of what it said."""
+        self.metrics.requests.labels(str(status or 499)).inc()  # 499: nginx's number for a client that went away
+        self.metrics.seconds.observe(seconds)
+        if status == 200:
+            self._mean += 0.1 * (seconds - self._mean)
+        words = " ".join(f"{k}={v}" for k, v in told.items())
+        log.info("%s status=%s seconds=%.3f", words or "refused", status or 499, seconds)
+
+
+def _again(body: bytes, receive: Any) -> Any:
+    """An ASGI `receive` that gives the body once more, and then what else comes: the client's going away."""
+    given = False
+
+    async def replay() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

@@ -1,0 +1,74 @@
+"""One live server for the session: a tiny random model with an eye and an ear, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from served import Live, serving
+
+from opticnerve.build import Dock, dock
+from opticnerve.inference.generate import Answerer
+from opticnerve.types import Conversation, ask
+
+
+@pytest.fixture(scope="session")
+def whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("whisper")
+    config = tf.WhisperConfig(
+        d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=16, max_source_positions=100, vocab_size=50,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    tf.WhisperModel(config).save_pretrained(folder)
+    tf.WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def make_dock(
+    language_folder: Callable[..., str], vision_folder: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Dock]]:
+    """A dock whose answers depend on what it sees and hears."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPTICNERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+        def make(family: str = "llama", **options: Any) -> Dock:
+            vision = {"type": "hf_vision", "name": vision_folder("clip_vision_model")}
+            made = dock(vision, "mlp", language_folder(family), **options)
+            with torch.no_grad():
+                for tower in made.model.towers.values():
+                    for parameter in tower.connector.parameters():
+                        parameter.mul_(5)
+            made.model.eval()
+            return made
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def both(make_dock: Callable[..., Dock], whisper_folder: str) -> Dock:
+    ear = {"encoder": {"type": "whisper", "name": whisper_folder, "seconds": 1, "pool": 5}}
+    return make_dock(audio=ear)
+
+
+@pytest.fixture(scope="session")
+def live(both: Dock) -> Iterator[Live]:
+    with serving(both.model, both.processor) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def alone(both: Dock) -> Callable[..., str]:
+    """What the same model says on its own, by the package's own way of answering."""
+    answerer = Answerer(both.model, both.processor)
+
+    def say(conversation: Conversation | str, new: int = 16) -> str:
+        asked = ask(conversation) if isinstance(conversation, str) else conversation
+        return "".join(answerer.stream(asked, max_new_tokens=new))
+
+    return say
