@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opticnerve.cli.ask import MODEL_HELP
-from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, print_json, quiet_libraries, size
+from opticnerve.cli.output import JsonFlag, TrustFlag, examples, quiet_libraries
 
 EPILOG = examples(
     "opticnerve merge runs/demo runs/demo-merged",
@@ -25,15 +25,13 @@ def merge(
 ) -> None:
     """Write a self-contained folder: all weights (LoRA added into them), configuration and processor in one place.
 
-    A run keeps only what it trained and names the rest; a merged folder can be moved, shared and loaded anywhere.
+    A run keeps only what it trained and names the rest; a merged folder can be moved, shared and loaded anywhere. It is
+    loaded once in a process of its own and must give the same answers: `opticnerve export --to merged`, in short.
     """
-    from opticnerve.cli.places import model_folder
-    from opticnerve.models.merge import merge as merged
+    from opticnerve.cli.export import tell
+    from opticnerve.export.export import export
+    from opticnerve.export.formats import Options
 
     quiet_libraries()
-    written = merged(Path(model_folder(model)), out, trust_remote_code=trust_remote_code)
-    total = sum(f.stat().st_size for f in written.rglob("*") if f.is_file())
-    if as_json:
-        print_json({"source": model, "out": str(written), "bytes": total})
-    else:
-        console_for(False).print(f"wrote [bold]{written}[/] ({size(total)})", soft_wrap=True, highlight=False)
+    made = export(model, "merged", out, options=Options(trust_remote_code=trust_remote_code))
+    tell(made, model, as_json)

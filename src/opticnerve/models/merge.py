@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from opticnerve.language.lora import has_lora, merge_lora
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
@@ -22,11 +23,20 @@ def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     model = OpticNerveForConditionalGeneration.from_pretrained(
         source, dtype="auto", trust_remote_code=trust_remote_code
     )
-    # An adapter that steps aside for text alone cannot be a sum of weights: it goes along as it is.
-    if has_lora(model.language_model) and (model.config.lora or {}).get("when", "always") == "always":
-        merge_lora(model.language_model)
-        model.config.lora = None
+    merge_adapter(model)
     with new_folder(out) as new:
         model.save_pretrained(new)
         OpticNerveProcessor.from_pretrained(source).save_pretrained(new)
     return out
+
+
+def is_gated(model: Any) -> bool:
+    """Whether the adapter steps aside for text alone (`lora.when: media`): no sum of weights can do that."""
+    return (model.config.lora or {}).get("when", "always") != "always"
+
+
+def merge_adapter(model: Any) -> None:
+    """Add the LoRA adapter, if there is one, into the language model's weights; a gated one stays as it is."""
+    if has_lora(model.language_model) and not is_gated(model):
+        merge_lora(model.language_model)
+        model.config.lora = None

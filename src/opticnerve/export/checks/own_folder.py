@@ -1,0 +1,43 @@
+"""A merged folder, loaded by opticnerve in a process that knows nothing of the run it came from.
+
+    python -P own_folder.py JOB ANSWER
+
+JOB: `folder`, `pictures` (where the samples' pictures are), `picture_sizes`, `trust_remote_code`. ANSWER: as that of
+stock_transformers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any], answer: Path) -> None:
+    import numpy as np
+    import torch
+
+    import opticnerve
+    from opticnerve.export import parity, samples
+    from opticnerve.inference.load import load_model
+
+    trusted = job["trust_remote_code"]
+    model, processor = load_model(job["folder"], device="cpu", dtype=torch.float32, trust_remote_code=trusted)
+    chosen = samples.make(
+        Path(job["pictures"]), picture_sizes=[tuple(s) for s in job["picture_sizes"]],
+        sees="image" in model.towers, hears="audio" in model.towers,
+    )  # fmt: skip
+    arrays: dict[str, Any] = {}
+    said: dict[str, Any] = {"engine": f"opticnerve {opticnerve.__version__}", "torch": torch.__version__, "samples": []}
+    for number, found in enumerate(parity.record(model, processor, chosen)):
+        arrays[f"logits_{number}"] = found.logits_KV.numpy()
+        if found.pixels is not None:
+            arrays[f"pixels_{number}"] = found.pixels.numpy()
+        said["samples"].append({"text": found.text, "ids": found.ids, "greedy": found.greedy})
+    np.savez(answer.parent / "arrays.npz", **arrays)
+    answer.write_text(json.dumps(said), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

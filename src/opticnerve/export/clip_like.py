@@ -1,0 +1,37 @@
+"""What the LLaVA family of formats takes: a CLIP or SigLIP, a linear or mlp connector, soft tokens in the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+EYES = ("clip_vision_model", "siglip_vision_model")
+
+
+def eye_refusals(model: Any, engine: str) -> list[str]:
+    """Why the towers and their fusion do not fit a CLIP or SigLIP with soft tokens in the text; empty if they do."""
+    reasons, towers = [], model.config.towers
+    if "image" not in towers:
+        return [f"it has no eye, and {engine} is one with an eye"]
+    if others := sorted(set(towers) - {"image"}):
+        reasons.append(f"it has an {others[0]} tower, and {engine} has an eye alone; nearest: model.image alone")
+    spec = towers["image"]
+    if (fusion := spec["fusion"]["type"]) != "splice":
+        reasons.append(
+            f"its fusion is {fusion}, {engine} has soft tokens in the text; nearest: fusion {{type: splice}}"
+        )
+    if "tiling" in spec:
+        reasons.append(f"it cuts pictures into tiles, {engine} shows each whole; nearest: leave out tiling")
+    kind = spec["encoder"]["type"]
+    if kind != "hf_vision":
+        reasons.append(f"its encoder is {kind}; nearest: encoder {{type: hf_vision}} with a CLIP or SigLIP")
+    elif (family := spec["encoder"]["architecture"]["model_type"]) not in EYES:
+        reasons.append(f"its eye is a {family}, {engine} is served with CLIP or SigLIP; nearest: one of these")
+    return reasons
+
+
+def connector_matrices(connector: Any) -> tuple[nn.Linear, nn.Linear]:
+    """The first and the last matrix of a linear or mlp connector, or of a pixel shuffle."""
+    layers = [m for m in connector.modules() if isinstance(m, nn.Linear)]
+    return layers[0], layers[-1]

@@ -1,0 +1,111 @@
+"""A model in, a folder in another format out: all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opticnerve.export import parity, samples
+from opticnerve.export.formats import PLAIN, Format, Options, Proof, formats
+from opticnerve.inference.load import load_model
+from opticnerve.language.load import no_bars
+from opticnerve.starter.cache import new_folder
+from opticnerve.types import OpticNerveError
+
+RECORD = "export.json"
+
+
+@dataclass
+class Exported:
+    """What came of an export. `proof` is None where the user wanted none; `rounding` is how far merging and folding
+    moved the logits, as a part of the largest one."""
+
+    folder: Path
+    format: str
+    dtype: str
+    rounding: float
+    proof: Proof | None
+    notes: list[str] = field(default_factory=list)
+
+
+def export(
+    name: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    options: Options = PLAIN,
+    say: Callable[[str], None] = lambda line: None,
+) -> Exported:
+    """Write a model in another engine's format, and let that engine prove it, before the folder gets its name.
+
+    Our model runs in float32 on the CPU: memory for it is needed, and as much again for the engine.
+
+    Args:
+        name: as for `load_model`. to: the format's exact name. out: the new folder; it must not exist yet.
+        say: told what happens, a line at a time.
+
+    Raises:
+        OpticNerveError: the format cannot express the model (the message says what, and what it could), the engine is
+            not there, or its answers differ. Nothing is left behind then.
+    """
+    out = Path(out)
+    if out.exists():
+        raise OpticNerveError(f"{out} exists already; choose another folder")
+    maker: Format = formats.get(to)(options)  # type: ignore[arg-type]
+    if options.dtype not in ("auto", *maker.dtypes):
+        raise OpticNerveError(f"{to} is not written as {options.dtype!r}; known: auto, {', '.join(maker.dtypes)}")
+    if maker.needs and not options.check_python and not options.unchecked:
+        raise OpticNerveError(
+            f"{to} is proved by an engine that opticnerve does not bring along ({maker.needs}): name an interpreter "
+            "that has it with --check-python, or say --unchecked to go without proof"
+        )
+    say(f"reading {name}")
+    torch_dtype = getattr(torch, options.dtype, None)
+    model, processor = load_model(
+        name, device="cpu", dtype=torch_dtype, trust_remote_code=options.trust_remote_code
+    )  # fmt: skip
+    if reasons := maker.refuse(model, processor):
+        raise OpticNerveError(f"{name} cannot be exported to {to}: {'; '.join(reasons)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
+        return _export(model, processor, maker, to, out, Path(scratch), say)
+
+
+def _export(
+    model: Any, processor: Any, maker: Format, to: str, out: Path, scratch: Path, say: Callable[[str], None]
+) -> Exported:
+    towers = model.towers
+    chosen = samples.make(
+        scratch, picture_sizes=maker.picture_sizes(model), sees="image" in towers, hears="audio" in towers
+    )
+    say("asking the model")
+    before = parity.record(model, processor, chosen)
+    maker.simplify(model, processor)
+    wanted = parity.record(model, processor, chosen)
+    dtype = model.language_model.dtype
+    made = Exported(out, to, str(dtype).removeprefix("torch."), parity.check_rounding(before, wanted, dtype), None)
+    with new_folder(out) as new, no_bars():
+        say(f"writing {out}")
+        made.notes = maker.write(model, processor, new)
+        if maker.options.unchecked:
+            made.notes.append(_unproved(new, to))
+        else:
+            say("comparing, in a process of its own")
+            made.proof = maker.check(new, model, processor, chosen, wanted, scratch)
+            made.notes += made.proof.notes
+        record = {k: v for k, v in asdict(made).items() if k != "folder"}
+        (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return made
+
+
+def _unproved(folder: Path, to: str) -> str:
+    """Says in the folder itself that nobody compared it with the model."""
+    note = f"UNCHECKED: no engine has loaded these {to} files, and nobody knows whether they answer as the model does"
+    (folder / "README.md").write_text(f"# {note}\n\nExport again without `--unchecked` for proof.\n", encoding="utf-8")
+    return note

@@ -1,0 +1,110 @@
+"""`gguf`: two files for llama.cpp, the language model and the eye (`mmproj`).
+
+llama-server -m model-f16.gguf --mmproj mmproj-f16.gguf
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from gguf import MODEL_ARCH_NAMES, GGUFWriter
+
+from opticnerve.data.labels import end_of_turn
+from opticnerve.export import gguf_language, gguf_tokens, gguf_vision, parity, probe
+from opticnerve.export.formats import Format, Options, Proof
+from opticnerve.export.parity import Reference
+from opticnerve.export.samples import Sample, as_job
+from opticnerve.export.simplify import fix_picture_size, fold_calibration
+from opticnerve.models.merge import is_gated, merge_adapter
+from opticnerve.types import OpticNerveError
+
+# Largest difference of a likely word's log-probability, in nats. llama.cpp rounds activations as it does weights, and
+# takes GELU from a table of 16-bit floats. Seen on SmolLM2-135M: f16 0.014, bf16 0.08, q8_0 0.34.
+TOLERANCE = {"float32": 0.01, "f16": 0.03, "bf16": 0.15, "q8_0": 0.5}
+
+
+class Gguf(Format):
+    """SigLIP × linear or two-layer mlp × splice, on Llama, Mistral, Qwen2 or Qwen3."""
+
+    dtypes: ClassVar[tuple[str, ...]] = ("f16", "bf16", "q8_0", "float32")
+    needs: ClassVar[str | None] = "pip install xllamacpp"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.dtype = "f16" if options.dtype == "auto" else options.dtype
+
+    def refuse(self, model: Any, processor: Any) -> list[str]:
+        reasons = [*gguf_vision.refusals(model), *gguf_language.refusals(model.language_model)]
+        if is_gated(model):
+            reasons.append(
+                "its adapter works beside pictures alone (lora.when: media), and such a gate cannot be added into "
+                "weights; nearest: lora {when: always}"
+            )
+        return reasons + gguf_tokens.refusals(processor.tokenizer)
+
+    def simplify(self, model: Any, processor: Any) -> None:
+        merge_adapter(model)
+        first, last = gguf_vision.connector_matrices(model.image.connector)
+        fold_calibration(model.image.connector, first, last)
+        fix_picture_size(model.image.encoder)
+
+    def files(self, folder: Path) -> tuple[Path, Path]:
+        """The language model's file and the eye's."""
+        return folder / f"model-{self.dtype}.gguf", folder / f"mmproj-{self.dtype}.gguf"
+
+    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+        language, eye = self.files(folder)
+        config = model.language_model.config
+        writer = GGUFWriter(language, MODEL_ARCH_NAMES[gguf_language.ARCHITECTURES[config.model_type]])
+        writer.add_type("model")
+        writer.add_name(folder.parent.name)
+        gguf_language.write(writer, model.language_model, self.dtype)
+        tokenizer = processor.tokenizer
+        turn_end = tokenizer.convert_tokens_to_ids(end_of_turn(processor, processor.chat_template))
+        gguf_tokens.write(
+            writer, tokenizer, processor.chat_template, rows=config.vocab_size, turn_end=turn_end
+        )  # fmt: skip
+        _finish(writer)
+        writer = GGUFWriter(eye, "clip")
+        writer.add_type("mmproj")
+        gguf_vision.write(writer, model.image, self.dtype)
+        _finish(writer)
+        size = model.image.encoder.image_size
+        return [
+            f"llama.cpp pads and resizes pictures in its own way: compared are pictures of {size} × {size} px, which "
+            "need neither; for others its answers may differ from those of the model"
+        ]
+
+    def picture_sizes(self, model: Any) -> list[tuple[int, int]]:
+        side = model.image.encoder.image_size
+        return [(side, side)]
+
+    def check(
+        self, folder: Path, model: Any, processor: Any, samples: Sequence[Sample], wanted: Sequence[Reference],
+        scratch: Path,
+    ) -> Proof:  # fmt: skip
+        language, eye = self.files(folder)
+        banned = gguf_tokens.half_letters(processor.tokenizer, model.language_model.config.vocab_size)
+        job = {
+            "model": str(language), "mmproj": str(eye), "samples": as_job(samples), "greedy": parity.GREEDY,
+            "texts": [r.text for r, s in zip(wanted, samples, strict=True) if not s.pictures],
+            "threads": torch.get_num_threads(), "banned": banned,
+        }  # fmt: skip
+        assert self.options.check_python is not None
+        said = probe.run("llama_cpp", job, scratch, python=self.options.check_python)
+        plain = [r for r, s in zip(wanted, samples, strict=True) if not s.pictures]
+        for reference, ids in zip(plain, said["ids"], strict=True):
+            if ids != reference.ids:
+                raise OpticNerveError(f"{said['engine']} reads {reference.text!r} as {ids}, not as {reference.ids}")
+        difference = parity.compare_logprobs(model, processor, samples, wanted, said, banned, TOLERANCE[self.dtype])
+        return Proof(said["engine"], difference, TOLERANCE[self.dtype], "nats of a log-probability", len(samples))
+
+
+def _finish(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,187 @@
+"""What our model says to the samples, and how far an engine's answer may be from it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opticnerve.export.samples import Sample
+from opticnerve.inference.generate import Answerer
+from opticnerve.types import OpticNerveError
+
+# Positions from the end of a prompt whose logits are kept: each of them depends on everything before it.
+LAST = 32
+GREEDY = 12
+# Both sides compute in float32 on the same weights: only the order of sums may differ. (Of the largest logit.)
+TOLERANCE = 1e-4
+# Words that neither side gives one chance in a hundred are left out where an engine rounds: their logarithms are noise.
+LIKELY = math.log(0.01)
+# What an adapter added into weights of few digits, or a calibration folded into them, may move. (Of the largest logit.)
+ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What our model makes of one sample: prompt, ids (L,), pixels, the last logits (K, V), greedy tokens (T,)."""
+
+    text: str
+    ids: list[int]
+    pixels: Tensor | None
+    logits_KV: Tensor
+    greedy: list[int]
+
+
+@torch.no_grad()
+def record(model: Any, processor: Any, samples: Sequence[Sample]) -> list[Reference]:
+    """Our model, in float32 on the CPU, on every sample."""
+    dtype = model.language_model.dtype
+    cast(model.to("cpu").eval(), torch.float32)
+    answerer, found = Answerer(model, processor), []
+    for sample in samples:
+        inputs = answerer.inputs([sample.conversation])
+        logits_KV = model(**inputs, logits_to_keep=LAST).logits[0]
+        said = model.generate(**inputs, max_new_tokens=GREEDY, do_sample=False, **answerer.stops())
+        ids = inputs["input_ids"][0].tolist()
+        pixels = inputs.get("pixel_values")
+        greedy = said[0, len(ids) :].tolist()
+        found.append(Reference(answerer.render(sample.conversation), ids, pixels, logits_KV, greedy))
+    cast(model, dtype)
+    return found
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights to `dtype`, in place. Tables that no checkpoint holds (rotary frequencies) keep all their digits."""
+    kept = model.state_dict().keys()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name in kept and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+
+
+def distance(found_KV: Tensor, wanted_KV: Tensor) -> float:
+    """The largest difference of two logits, in units of the largest logit. NaN counts as infinitely far."""
+    difference = (found_KV - wanted_KV).abs().max() / wanted_KV.abs().max().clamp_min(1e-6)
+    return float(difference.nan_to_num(nan=float("inf")))
+
+
+def check_rounding(before: Sequence[Reference], after: Sequence[Reference], dtype: torch.dtype) -> float:
+    """How far merging and folding moved the logits, by the digits that `dtype` has.
+
+    Raises:
+        OpticNerveError: further than rounding explains.
+    """
+    moved = max(distance(a.logits_KV, b.logits_KV) for a, b in zip(after, before, strict=True))
+    if not moved <= ROUNDING[dtype]:
+        raise OpticNerveError(
+            f"adding the adapter and the calibration into weights of {dtype} moves the logits by {moved:.3g} of the "
+            f"largest one ({ROUNDING[dtype]:g} is allowed): export with --dtype float32"
+        )
+    return moved
+
+
+def check_loaded(said: dict[str, Any]) -> None:
+    """Every tensor of the folder found its place, and every place its tensor.
+
+    Raises:
+        OpticNerveError: the message lists those that did not.
+    """
+    if problems := said["problems"]:
+        listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
+        raise OpticNerveError(f"{said['engine']} does not find every tensor in its place: {listing}")
+
+
+def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]], engine: str) -> float:
+    """The largest distance of an engine's logits from ours, all samples considered.
+
+    `found`, for each sample: `text`, `ids`, `logits_KV` (its vocabulary may be longer), `greedy`, perhaps `pixels`.
+
+    Raises:
+        OpticNerveError: another prompt, other tokens, other pixels, logits beyond `TOLERANCE`, or other greedy tokens.
+    """
+    worst = 0.0
+    for number, (ours, theirs) in enumerate(zip(wanted, found, strict=True), start=1):
+        where = f"sample {number} in {engine}"
+        if theirs["text"] != ours.text:
+            raise OpticNerveError(f"{where}: the chat template writes {theirs['text']!r}, not {ours.text!r}")
+        if theirs["ids"] != ours.ids:
+            raise OpticNerveError(
+                f"{where}: the processor writes {len(theirs['ids'])} tokens for our {len(ours.ids)}, or others: "
+                f"{theirs['ids'][-8:]} at the end, not {ours.ids[-8:]}"
+            )
+        if ours.pixels is not None and theirs.get("pixels") is not None:
+            moved = float((theirs["pixels"] - ours.pixels).abs().max()) if (
+                theirs["pixels"].shape == ours.pixels.shape
+            ) else float("inf")  # fmt: skip
+            if not moved < 1e-5:
+                raise OpticNerveError(f"{where}: pictures are prepared otherwise; pixels differ by up to {moved:.3g}")
+        vocabulary = ours.logits_KV.shape[-1]
+        far = distance(theirs["logits_KV"][..., :vocabulary], ours.logits_KV)
+        if not far <= TOLERANCE:
+            raise OpticNerveError(
+                f"{where}: logits differ by up to {far:.3g} of the largest one (in float32, {TOLERANCE:g} is allowed)"
+            )
+        worst = max(worst, far)
+        if theirs["greedy"] != ours.greedy:
+            raise OpticNerveError(f"{where}: the greedy answer is {theirs['greedy']}, ours {ours.greedy} (token ids)")
+    return worst
+
+
+@torch.no_grad()
+def compare_logprobs(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    wanted: Sequence[Reference],
+    said: dict[str, Any],
+    banned: Sequence[int],
+    tolerance: float,
+) -> float:
+    """The largest difference between an engine's log-probabilities (nats) of likely next words (see `LIKELY`) and ours.
+
+    `banned`: words that the engine was told not to say.
+    Our model is shown the engine's own words, so that a near tie that falls the other way ends nothing. What the engine
+    chose must be our choice, too, or as good as that within twice the tolerance.
+
+    Raises:
+        OpticNerveError: prompts of other lengths, log-probabilities beyond `tolerance`, or other words.
+    """
+    dtype = model.language_model.dtype
+    cast(model, torch.float32)
+    answerer, worst = Answerer(model, processor), 0.0
+    for number, (sample, ours, theirs) in enumerate(zip(samples, wanted, said["samples"], strict=True), start=1):
+        where = f"sample {number} in {said['engine']}"
+        prompt = re.sub(r"<__media[^>]*>", str(processor.image_token), theirs["prompt"])
+        if prompt != ours.text:
+            raise OpticNerveError(f"{where}: the chat template writes {prompt!r}, not {ours.text!r}")
+        if theirs["prompt_tokens"] != len(ours.ids):
+            raise OpticNerveError(f"{where}: the prompt has {theirs['prompt_tokens']} tokens, ours {len(ours.ids)}")
+        if not theirs["greedy"]:
+            raise OpticNerveError(f"{where}: no word came back, ours are {ours.greedy} (token ids)")
+        inputs = answerer.inputs([sample.conversation])
+        words = torch.tensor([theirs["greedy"]])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], words], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        logits_TV = model(**inputs, logits_to_keep=words.shape[1] + 1).logits[0, :-1]
+        logprobs_TV = logits_TV.log_softmax(-1)
+        for step, (row_V, top, word) in enumerate(zip(logprobs_TV, theirs["top"], theirs["greedy"], strict=True)):
+            pairs = [(float(row_V[i]), logprob) for i, logprob in top]
+            far = max((abs(a - b) for a, b in pairs if not max(a, b) < LIKELY), default=0.0)
+            # Written so that NaN fails, too.
+            far = far if bool(row_V.isfinite().all()) else float("inf")
+            if not far <= tolerance:
+                raise OpticNerveError(
+                    f"{where}, word {step + 1}: log-probabilities differ by up to {far:.3g} ({tolerance:g} is allowed)"
+                )
+            row_V[list(banned)] = -torch.inf
+            if float(row_V.max() - row_V[word]) > 2 * tolerance:
+                raise OpticNerveError(f"{where}, word {step + 1}: it says {word}, we {int(row_V.argmax())} (token ids)")
+            worst = max(worst, far)
+    cast(model, dtype)
+    return worst
