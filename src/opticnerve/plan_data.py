@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from opticnerve.data.images import Frame
 from opticnerve.data.labels import Encoded, encode
 from opticnerve.data.pack_plan import first_fit_decreasing
 from opticnerve.data.packing import Row, pack, side_by_side
+from opticnerve.data.samples import Unit
 from opticnerve.data.source import draw, load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
 from opticnerve.recipe import Stage
-from opticnerve.types import Conversation, DataError, OpticNerveError
+from opticnerve.types import DataError, OpticNerveError
 
 LOOK_AT = 96  # rows that are encoded to learn their length
 
@@ -65,9 +65,8 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
         found.problem = str(e)
         return found
     found.units = len(units)
-    found.samples = sum(len(conversations) for conversations, _ in units)
-    shown = (i.source for conversations, _ in units for c in conversations for i in c.images)
-    found.pictures = len({s if isinstance(s, Path | bytes | Frame) else id(s) for s in shown})
+    found.samples = units.samples()
+    found.pictures = units.pictures()
     if processor is not None and stage.objective.type == "next_token":
         _encode_some(found, units, stage, processor, seed, bad)
     if found.steps is None:
@@ -77,14 +76,13 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
 
 
 def _encode_some(
-    found: StageData, units: list[tuple[list[Conversation], int | None]], stage: Stage, processor: Any, seed: int,
-    bad: list[DataError],
+    found: StageData, units: Sequence[Unit], stage: Stage, processor: Any, seed: int, bad: list[DataError],
 ) -> None:  # fmt: skip
     template = with_parts(CAPTION_ONLY) if stage.template == "caption" else None
     rng = random.Random(seed)
     # The first unit is the one that is shown; the others are a fair sample of lengths.
-    chosen = [units[0], *rng.sample(units[1:], min(LOOK_AT - 1, len(units) - 1))]
-    for unit in chosen:
+    chosen = [0, *rng.sample(range(1, len(units)), min(LOOK_AT - 1, len(units) - 1))]
+    for unit in (units[number] for number in chosen):
         try:
             encoded = [encode(c, processor, template=template, max_length=stage.max_length) for c in draw(unit, rng)]
         except DataError as e:

@@ -45,6 +45,16 @@ def test_check_of_a_recipe_counts_tokens_and_finds_what_is_too_long(
     assert report["kinds"]["too-long"]["count"] == 4
 
 
+def test_check_finds_test_data_in_the_training_data(opticnerve: Callable[..., Any], captions: Path) -> None:
+    test = captions.with_name("test.jsonl")
+    test.write_text(captions.read_text(encoding="utf-8").splitlines()[1] + "\n", encoding="utf-8")
+    ran = opticnerve("data", "check", captions, "--against", test, "--json")
+    assert ran.code == 0 and ran.json["ok"] and not ran.json["leaks"]["ok"]
+    assert ran.json["leaks"]["pictures"]["count"] == ran.json["leaks"]["answers"]["count"] == 1
+    ran = opticnerve("data", "check", captions, "--against", test, "--quick", "--fail-on-leaks")
+    assert ran.code == 3 and f"{test}:1: also in {captions}:2" in ran.out
+
+
 def test_check_of_a_missing_file_is_an_error(opticnerve: Callable[..., Any], tmp_path: Path) -> None:
     assert opticnerve("data", "check", tmp_path / "none.jsonl").code == 1
 

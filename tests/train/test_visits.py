@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,10 @@ from hypothesis import strategies as st
 
 import tiny
 from opticnerve.build import Dock
+from opticnerve.data.loader import Waiting, loader
+from opticnerve.data.tally import Tally
 from opticnerve.recipe import DataSpec, Stage
+from opticnerve.recipe_schema import BadSamples
 from opticnerve.train.visits import Visits, samples_to_check, usable_units
 from opticnerve.types import Conversation, DataError, OpticNerveError, ask
 
@@ -165,3 +170,66 @@ def test_a_short_stage_shows_only_some_of_the_pictures(docked: Callable[..., Doc
     assert len(Visits(some, stage(epochs=1), processor, seed=0).pictures()) == 9
     # Where another may stand in for a bad one, all may be shown.
     assert len(Visits(some, stage(steps=1, bad_samples="skip"), processor, seed=0).pictures()) == 9
+
+
+class TestBadSamplesRule:
+    """`bad_samples`: left out and counted once each, up to what the stage allows, wherever they are met."""
+
+    def errors(self, count: int) -> list[DataError]:
+        return [DataError("it is bad", where=f"d.jsonl:{n}") for n in range(count)]
+
+    def test_a_limit(self) -> None:
+        tally = Tally(BadSamples(limit=6), "align")
+        for error in self.errors(6) * 2:
+            tally(error)
+        assert len(tally) == 6 and tally[0].startswith("d.jsonl:0: it is bad")
+        with pytest.raises(
+            OpticNerveError, match=r"stage align: 7 samples are bad, bad_samples allows 6 .*d\.jsonl:4.*"
+        ):
+            tally(DataError("it is bad", where="d.jsonl:6"))
+
+    def test_a_share_is_judged_when_the_whole_is_known(self) -> None:
+        tally = Tally(BadSamples(share=0.1), "align")
+        for error in self.errors(3):
+            tally(error)
+        tally.of(30)
+        with pytest.raises(OpticNerveError, match=r"4 samples of 30 are bad, bad_samples allows 3 \(share 0.1\)"):
+            tally(DataError("one more"))
+        early = Tally(BadSamples(share=0.1), "align")
+        early(DataError("one"))
+        with pytest.raises(OpticNerveError, match="1 samples of 9"):
+            early.of(9)
+
+    def test_skip_counts_all_and_names_some(self) -> None:
+        tally = Tally("skip")
+        for error in self.errors(1000):
+            tally(error)
+        assert len(tally) == 1000 and len(tally.named) == 100
+
+    def test_the_rule_takes_one_of_the_two(self) -> None:
+        for wrong in ({}, {"limit": 1, "share": 0.1}, {"share": 1.5}, {"limit": -1}):
+            with pytest.raises(ValueError, match="bad_samples"):
+                stage(bad_samples=wrong)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    @pytest.mark.parametrize("pack", [None, {"tokens": 60, "window": 4}])
+    def test_met_on_the_way(self, docked: Callable[..., Dock], tmp_path: Path, workers: int, pack: Any) -> None:
+        """A picture that is lost after the start: another stands in, it is counted once, and after a resume, too."""
+        processor = docked().processor
+        files = [tmp_path / f"{n}.png" for n in range(6)]
+        for n, file in enumerate(files):
+            tiny.picture(n).save(file)
+        some: Any = [([ask(f"question {n}", file, answer="yes")], None) for n, file in enumerate(files)]
+        tally = Tally(BadSamples(limit=1), "s")
+        given = stage(epochs=3, batch_size=1, bad_samples={"limit": 1}, pack=pack)
+        visits = Visits(some, given, processor, seed=0, on_error=tally)
+        files[2].unlink()
+        batches = list(zip(range(visits.steps), Waiting(loader(visits, 0, workers, "cpu"), "cpu"), strict=False))
+        assert len(batches) == visits.steps and len(tally) == 1 and "2.png" in tally[0]
+        again = Tally(BadSamples(limit=1), "s")
+        resumed = Visits(some, given, processor, seed=0, on_error=again)
+        resumed.load_state_dict(json.loads(json.dumps(visits.state_dict())))
+        assert list(again) == list(tally)
+        files[4].unlink()
+        with pytest.raises(OpticNerveError, match="2 samples are bad, bad_samples allows 1"):
+            list(zip(range(visits.steps), Waiting(loader(resumed, 0, workers, "cpu"), "cpu"), strict=False))

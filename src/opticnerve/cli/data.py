@@ -20,6 +20,7 @@ CHECK_EPILOG = examples(
     "opticnerve data check captions.jsonl --media pictures/",
     "opticnerve data check recipe.yaml",
     "opticnerve data check conversations.json --format llava --json",
+    "opticnerve data check train.jsonl --against test.jsonl --fail-on-leaks",
     note="Ends with exit code 3 if it finds samples that training would refuse.",
 )
 SHOW_EPILOG = examples(
@@ -29,7 +30,7 @@ SHOW_EPILOG = examples(
     note="With a recipe the tokenizer alone is loaded, no weights.",
 )
 SourceArgument = Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe.")]
-FormatOption = Annotated[str, typer.Option("--format", help="auto, captions, vqa, llava, chat or hf.")]
+FormatOption = Annotated[str, typer.Option("--format", help="auto, captions, vqa, llava, chat, hf or webdataset.")]
 MediaOption = Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")]
 
 
@@ -39,32 +40,49 @@ def check(
     source: SourceArgument,
     data_format: FormatOption = "auto",
     media: MediaOption = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Test data: what of it is in PATH, too? May be given several times.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Open no picture and count no token.")] = False,
     max_listed: Annotated[int, typer.Option(min=0, help="Examples listed for each kind of trouble.")] = 20,
+    fail_on_leaks: Annotated[
+        bool, typer.Option("--fail-on-leaks", help="Exit code 3, too, if test data are trained on.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Go through all samples and list what is wrong with them, before training does.
 
-    For a recipe: all data of its stages and its evaluation, with the lengths in tokens and the length that fits.
+    For a recipe: all data of its stages and its evaluation, with the lengths in tokens and the length that fits, and
+    what of the evaluation is in the training data.
     """
     from opticnerve.data.check import check as run_check
+    from opticnerve.data.check import print_listed
+    from opticnerve.data.overlap import Side, leaks
 
     console = console_for(as_json)
     reports: dict[str, Any] = {}
-    for name, spec, count_tokens in _entries(source, data_format, media, quick):
+    sides = {"train": Side(), "test": Side()}
+    for name, spec, count_tokens, side in _entries(source, data_format, media, against or [], quick):
         with _counting(console, name) as seen:
             reports[name] = run_check(
-                _samples(spec), open_media=not quick, max_listed=max_listed, count_tokens=count_tokens, on_progress=seen
-            )
+                _samples(spec), open_media=not quick, max_listed=max_listed, count_tokens=count_tokens,
+                on_progress=seen, side=sides[side],
+            )  # fmt: skip
         if not as_json:
-            if is_recipe(source):
+            if is_recipe(source) or against:
                 console.rule(name, align="left")
             reports[name].render(console)
+    found = leaks(sides["train"], sides["test"], max_listed)
+    if not as_json:
+        for kind, title in found.NAMES:
+            if (listed := getattr(found, kind)).count:
+                print_listed(console, f"[bold red]{title}[/]: {listed.count:,}", listed)
     good = all(r.ok for r in reports.values())
     if as_json:
-        whole = {"ok": good, "data": {name: r.to_dict() for name, r in reports.items()}}
-        print_json(whole if is_recipe(source) else next(iter(reports.values())).to_dict())
-    if not good:
+        several = is_recipe(source) or against
+        whole = {"ok": good, "data": {name: r.to_dict() for name, r in reports.items()}, "leaks": found.to_dict()}
+        print_json(whole if several else next(iter(reports.values())).to_dict())
+    if not good or (fail_on_leaks and not found.ok):
         raise typer.Exit(BAD_SAMPLES)
 
 
@@ -91,6 +109,7 @@ def show(
     from opticnerve.cli import tokens
     from opticnerve.cli.places import processor_of
     from opticnerve.data.labels import encode
+    from opticnerve.data.samples import Joined
     from opticnerve.data.source import load_data
 
     template = None
@@ -101,7 +120,8 @@ def show(
         specs, template = recipe.stages[stage].data, _template(recipe.stages[stage])
     else:
         specs = [_spec(source, data_format, media)]
-    conversation = tokens.choose([c for spec in specs for c in load_data(spec)], index=index, sample_id=sample_id)
+    everything = Joined([load_data(spec) for spec in specs])
+    conversation = tokens.choose(everything, index=index, sample_id=sample_id)
     processor = processor_of(model or source)
     encoded = encode(conversation, processor, template=template)
     found = tokens.pieces(encoded, processor)
@@ -115,14 +135,21 @@ def show(
 
 
 def _entries(
-    source: str, data_format: str, media: Path | None, quick: bool
-) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None]]:
-    """(name, data entry, counter of tokens) of everything to check."""
+    source: str, data_format: str, media: Path | None, against: list[str], quick: bool
+) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None, str]]:
+    """(name, data entry, counter of tokens, train or test) of everything to check."""
+    for path in against if is_recipe(source) else [source, *against]:
+        if not path.startswith("starter/") and not any(sign in path for sign in "{*?[") and not Path(path).exists():
+            raise OpticNerveError(f"there is no file or folder {path!r}")
     if not is_recipe(source):
-        if not source.startswith("starter/") and not Path(source).exists():
-            raise OpticNerveError(f"there is no file or folder {source!r}")
-        yield source, _spec(source, data_format, media), None
-        return
+        yield source, _spec(source, data_format, media), None, "train"
+    else:
+        yield from _of_recipe(source, quick)
+    for path in against:
+        yield path, _spec(path, data_format, media), None, "test"
+
+
+def _of_recipe(source: str, quick: bool) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None, str]]:
     recipe = read_recipe(source)
     length = None
     # Dual encoders and classifiers cut long texts instead of refusing them.
@@ -132,23 +159,29 @@ def _entries(
         length = _token_counter(processor_for(recipe), _context(recipe))
     for i, stage in enumerate(recipe.stages):
         for k, spec in enumerate(stage.data):
-            yield f"stages.{i}.data.{k} ({stage.name}): {spec.path}", spec, length(stage) if length else None
+            yield f"stages.{i}.data.{k} ({stage.name}): {spec.path}", spec, length(stage) if length else None, "train"
     for i, task in enumerate(recipe.evaluate):
-        yield f"evaluate.{i} ({task.name}): {task.data.path}", task.data, None
+        yield f"evaluate.{i} ({task.name}): {task.data.path}", task.data, None, "test"
 
 
 def _samples(spec: Any) -> Iterator[Conversation | DataError]:
-    """Good samples and bad ones; a file that cannot be read at all is a bad one too."""
-    from opticnerve.data.source import load_data
+    """Good samples and bad ones as they come; a file that cannot be read at all is a bad one, too."""
+    from opticnerve.data.source import stream_data
 
-    errors: list[DataError] = []
-    try:
-        conversations = load_data(spec, on_error=errors.append)
-    except DataError as e:
-        conversations = []
-        errors.append(e)
-    yield from errors
-    yield from conversations
+    waiting: list[DataError] = []
+    found = stream_data(spec, on_error=waiting.append)
+    ended = False
+    while not ended:
+        conversation = None
+        try:
+            conversation = next(found, None)
+        except DataError as e:
+            waiting.append(e)
+        ended = conversation is None
+        yield from waiting
+        waiting.clear()
+        if conversation is not None:
+            yield conversation
 
 
 def _spec(path: str, data_format: str, media: Path | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -109,7 +110,7 @@ def to_dict(encoded: Any, found: list[Piece]) -> dict[str, Any]:
     }
 
 
-def choose(conversations: list[Any], *, index: int | None, sample_id: str | None) -> Any:
+def choose(conversations: Sequence[Any], *, index: int | None, sample_id: str | None) -> Any:
     """One conversation by its place (from 0; negative from the end) or its id.
 
     Raises:

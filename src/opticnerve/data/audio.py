@@ -25,6 +25,8 @@ Samples = NDArray[np.float32]
 
 RATE = 16_000  # what Whisper and most other ears were trained on
 MAX_SECONDS = 600.0
+# Samples a second of files: from telephones' half to studios' most. Beyond them a header is damaged, or lies.
+MIN_RATE, MAX_RATE = 1_000, 192_000
 
 # libsndfile reads many more, some of them by next to nothing.
 _FORMATS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "MP3": "mp3", "OGG": "ogg"}
@@ -54,7 +56,7 @@ def open_audio(source: Source, *, where: str = "", rate: int = RATE, max_seconds
         DataError: kind `missing-audio` (no such file), `url` (http addresses are not fetched), or `unreadable-audio`:
             a folder, an empty file, no sound of these formats, damaged, cut off (as far as the format lets one tell:
             wav, flac, ogg, and mp3 with a length in its header), no samples, NaN or infinite or undivided samples,
-            longer than `max_seconds`.
+            longer than `max_seconds`, of less than 1,000 or more than 192,000 samples a second.
         OpticNerveError: soundfile or soxr is not installed.
     """
     if isinstance(source, np.ndarray):
@@ -167,6 +169,10 @@ def _check_header(sound: Any, name: str, where: str, max_seconds: float) -> None
     """Refuse by what the file says of itself, before anything is decoded."""
     if sound.format not in _FORMATS:
         raise _unreadable(f"{name} is {sound.format}, which is none of {_known()}", where, _CONVERT)
+    if not MIN_RATE <= sound.samplerate <= MAX_RATE:
+        raise _unreadable(
+            f"{name} has {sound.samplerate:,} samples a second; {MIN_RATE:,} to {MAX_RATE:,} are read", where, _CONVERT
+        )
     if sound.frames >= _UNKNOWN_LENGTH:
         raise _unreadable(f"{name} does not say how long it is", where, _CONVERT)
     if sound.frames == 0:

@@ -14,23 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from opticnerve.data.images import image_digest, open_image
+from opticnerve.data.overlap import Listed, Side, answers_of, dhash, near_pairs
 from opticnerve.data.readers import DataSource
 from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, TextPart
 
 CountTokens = Callable[[Conversation], int]
-
-
-@dataclass
-class Listed:
-    """How many samples share a trouble, and the first few of them as (place, message)."""
-
-    count: int = 0
-    examples: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, where: str, message: str, max_listed: int) -> None:
-        self.count += 1
-        if len(self.examples) < max_listed:
-            self.examples.append((where, message))
 
 
 @dataclass
@@ -48,6 +36,8 @@ class Report:
     answer_words: Counter[int] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
     duplicates: Listed = field(default_factory=Listed)
+    near_pictures: Listed = field(default_factory=Listed)  # look alike and are not the same
+    repeated_answers: Listed = field(default_factory=Listed)  # beside those of whole samples
     media_opened: bool = True
 
     @property
@@ -66,7 +56,7 @@ class Report:
             "samples": self.samples,
             "good": self.good,
             "bad": self.bad,
-            "kinds": {k: _listed(v) for k, v in sorted(self.kinds.items(), key=lambda kv: -kv[1].count)},
+            "kinds": {k: v.to_dict() for k, v in sorted(self.kinds.items(), key=lambda kv: -kv[1].count)},
             "turns": self.turns,
             "images": self.images,
             "distinct_images": self.distinct_images,
@@ -74,7 +64,9 @@ class Report:
             "audios": self.audios,
             "answer_words": spread(self.answer_words),
             "tokens": spread(self.tokens),
-            "duplicates": _listed(self.duplicates),
+            "duplicates": self.duplicates.to_dict(),
+            "near_pictures": self.near_pictures.to_dict(),
+            "repeated_answers": self.repeated_answers.to_dict(),
             "media_opened": self.media_opened,
         }
 
@@ -85,9 +77,14 @@ class Report:
             counts.add_row(name, value)
         console.print(counts)
         for kind, listed in sorted(self.kinds.items(), key=lambda kv: -kv[1].count):
-            _print_listed(console, f"[bold red]{escape(kind)}[/]: {listed.count:,}", listed)
-        if self.duplicates.count:
-            _print_listed(console, f"[bold yellow]exact duplicates[/]: {self.duplicates.count:,}", self.duplicates)
+            print_listed(console, f"[bold red]{escape(kind)}[/]: {listed.count:,}", listed)
+        for name, listed in (
+            ("exact duplicates", self.duplicates),
+            ("the same question and answer on the same picture", self.repeated_answers),
+            ("pictures that look like another", self.near_pictures),
+        ):
+            if listed.count:
+                print_listed(console, f"[bold yellow]{name}[/]: {listed.count:,}", listed)
         console.print(self._verdict())
 
     def _lines(self) -> Iterator[tuple[str, str]]:
@@ -119,6 +116,7 @@ def check(
     count_tokens: CountTokens | None = None,
     max_length: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    side: Side | None = None,
 ) -> Report:
     """Go through everything; bad samples and unreadable files are counted and listed, never raised.
 
@@ -128,11 +126,13 @@ def check(
         max_listed: examples kept for each kind of trouble.
         count_tokens: tokens of a sample as the model gets it; with `max_length`, longer ones are bad, kind `too-long`.
         on_progress: told the number of samples seen, after each.
+        side: takes what is in the good samples, to compare training with test by `overlap.leaks`.
     """
     if max_length is not None and count_tokens is None:
         raise OpticNerveError("max_length without count_tokens: give the function that counts a sample's tokens")
     report = Report(media_opened=open_media)
     pictures = _Pictures(open_media)
+    own = Side()
     first_seen: dict[bytes, str] = {}
     for item in _all(data):
         try:
@@ -145,10 +145,14 @@ def check(
             report.bad += 1
             report.kinds.setdefault(e.kind, Listed()).add(e.where, _message(e), max_listed)
         else:
-            _add(item, identities, report, first_seen, max_listed)
+            _add(item, identities, report, first_seen, own, max_listed)
         if on_progress is not None:
             on_progress(report.samples)
     report.distinct_images = len(pictures.good)
+    own.looks = pictures.looks
+    _compare_looks(own, report, max_listed)
+    if side is not None:
+        side.merge(own)
     return report
 
 
@@ -176,6 +180,7 @@ class _Pictures:
     def __init__(self, open_media: bool) -> None:
         self.open_media = open_media
         self.good: set[str] = set()
+        self.looks: dict[str, int] = {}
         self._files: dict[Path, str | DataError] = {}
 
     def identify(self, part: ImagePart, where: str) -> str:
@@ -194,8 +199,9 @@ class _Pictures:
 
     def _look(self, part: ImagePart, where: str) -> str:
         if self.open_media:
-            open_image(part.source, where=where)
+            picture = open_image(part.source, where=where)
             identity = image_digest(part.source, where=where)
+            self.looks[identity] = dhash(picture)
         else:
             identity = str(part.source) if isinstance(part.source, Path) else image_digest(part.source, where=where)
         self.good.add(identity)
@@ -235,7 +241,7 @@ def _count(item: Conversation, count_tokens: CountTokens, max_length: int | None
 
 
 def _add(
-    item: Conversation, identities: list[str], report: Report, first_seen: dict[bytes, str], max_listed: int
+    item: Conversation, identities: list[str], report: Report, first_seen: dict[bytes, str], own: Side, max_listed: int
 ) -> None:
     answers = [m for m in item.messages if m.role == "assistant"]
     report.good += 1
@@ -250,6 +256,21 @@ def _add(
         report.duplicates.add(place, f"the same pictures and words as {first_seen[content]}", max_listed)
     else:
         first_seen[content] = place
+        again = next((own.answers[a] for a in answers_of(item, identities) if a in own.answers), None)
+        if again is not None:
+            report.repeated_answers.add(place, f"a question with the answer that it has in {again}", max_listed)
+    own.add(item, identities)
+
+
+def _compare_looks(own: Side, report: Report, max_listed: int) -> None:
+    """Count the pictures that look like one before them."""
+    names, hashes = own.looks_array()
+    told: set[int] = set()
+    for i, j in near_pairs(hashes):
+        if j not in told:
+            told.add(j)
+            place, other = own.pictures.get(names[j], ""), own.pictures.get(names[i], "")
+            report.near_pictures.add(place, f"a picture that looks like one of {other}", max_listed)
 
 
 def _digest(messages: Iterable[Message], identities: list[str]) -> bytes:
@@ -274,15 +295,11 @@ def _message(error: DataError) -> str:
     return error.problem + (f" ({error.remedy})" if error.remedy else "")
 
 
-def _listed(listed: Listed) -> dict[str, Any]:
-    return {"count": listed.count, "examples": [{"where": w, "message": m} for w, m in listed.examples]}
-
-
 def _spread_text(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:,g}" for name, value in values.items())
 
 
-def _print_listed(console: Console, title: str, listed: Listed) -> None:
+def print_listed(console: Console, title: str, listed: Listed) -> None:
     console.print(title)
     for where, message in listed.examples:
         line = f"  {escape(where)}: {escape(message)}" if where else f"  {escape(message)}"

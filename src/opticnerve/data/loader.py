@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from opticnerve.data.transform import Bytes
-from opticnerve.types import OpticNerveError
+from opticnerve.types import DataError, OpticNerveError
 
 AHEAD = 2
 """Batches that each worker holds ready: one to be taken at once, one for when the next takes longer."""
@@ -25,10 +25,12 @@ AHEAD = 2
 
 @dataclass
 class Sent:
-    """What comes from a worker: a batch, or the error that came up while it was made."""
+    """What comes from a worker: a batch, or the error that came up while it was made; and the bad samples that others
+    stand in for."""
 
     batch: Any = None
     error: OpticNerveError | None = None
+    left_out: list[DataError] = field(default_factory=list)
 
     def pin_memory(self) -> Sent:
         """torch's pinning thread asks for this: the batch's tensors in page-locked memory."""
@@ -49,10 +51,11 @@ class FromStep(Dataset[Sent]):
         return max(0, len(self.visits) - self.first)
 
     def __getitem__(self, index: int) -> Sent:
+        take = getattr(self.visits, "take_left_out", list)
         try:
-            return Sent(self.visits[self.first + index])
+            return Sent(self.visits[self.first + index], left_out=take())
         except OpticNerveError as e:
-            return Sent(error=e)
+            return Sent(error=e, left_out=take())
 
 
 def loader(visits: Any, first: int, workers: int, device: Any) -> DataLoader[Sent]:
@@ -95,6 +98,8 @@ class Waiting(Iterator[Any]):
         self.seconds += time.perf_counter() - asked
         if starting:
             self.first_seconds = self.seconds
+        if sent.left_out:  # the visits of this process, not a worker's copy, keep count
+            self._loader.dataset.visits.leave_out(sent.left_out)  # type: ignore[attr-defined]
         if sent.error is not None:
             raise sent.error
         return _each(sent.batch, lambda t: t, lambda b: b.normalised(self._device))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opticnerve.data.images import Frame
-from opticnerve.data.readers import read
-from opticnerve.recipe import DataSpec
-from opticnerve.types import Conversation, DataError, OpticNerveError
+import numpy as np
 
-OnError = Callable[[DataError], None]
+from opticnerve.data.images import Frame
+from opticnerve.data.readers import DataSource
+from opticnerve.data.readers.index import held_out, index_of
+from opticnerve.data.readers.read import OnError
+from opticnerve.data.samples import Entry, Groups, Samples, Unit, Units
+from opticnerve.recipe import DataSpec
+from opticnerve.types import Conversation, OpticNerveError
 
 # Names that stand for data of the starter kit: the module that prepares it, and the file among those that it makes.
 STARTER = {
@@ -23,6 +25,7 @@ STARTER = {
     "starter/easy-vqa/train-questions": ("easy_vqa", "questions"),
     "starter/easy-vqa/test-questions": ("easy_vqa", "test"),
     "starter/easy-vqa/conversations": ("easy_vqa", "conversations"),
+    "starter/easy-vqa/preferences": ("easy_vqa", "preferences"),
     "starter/emoji/train": ("emoji", "train"),
     "starter/emoji/held-out-vendor": ("emoji", "vendor"),
     "starter/emoji/held-out-emoji": ("emoji", "emoji"),
@@ -34,64 +37,53 @@ STARTER = {
 }
 
 
-def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> list[Conversation]:
-    """All conversations of one data entry, in file order.
+def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> Samples:
+    """All conversations of one data entry, in file order; each is read from its file when it is asked for.
 
     Raises:
         DataError: a bad sample, unless `on_error` takes it.
         OpticNerveError: no such file or starter name.
     """
+    source = source_of(spec)
+    index = index_of(source, on_error)
+    if source.group_by_image:
+        samples = Samples(index, groups=Groups.of(index.rows["picture"]))[: source.limit]
+    else:
+        samples = Samples(index)
+    if spec.split == "all":
+        return samples
+    wanted = index.rows["held_out"][samples.first_rows()] == (spec.split == "held_out")
+    return samples.only(np.flatnonzero(wanted).astype(np.uint32))
+
+
+def stream_data(spec: DataSpec, *, on_error: OnError | None = None) -> Iterator[Conversation]:
+    """The same conversations, one after another in a single pass, and nothing kept."""
+    found = source_of(spec).read(on_error)
+    return (c for c in found if spec.split == "all" or held_out(c) == (spec.split == "held_out"))
+
+
+def source_of(spec: DataSpec) -> DataSource:
+    """What a data entry reads: environment variables filled in, starter data made."""
     path = os.path.expandvars(spec.path)
     media = os.path.expandvars(spec.media) if spec.media else None
     trusted = spec.allow_outside_media
     if path.startswith("starter/"):
         path, media = _starter(path)
         trusted = True
-    found = read(
-        path,
-        format=spec.format,
-        media=media,
-        prompt=spec.prompt,
-        limit=spec.limit,
-        allow_outside_media=trusted,
-        group_by_image=spec.group_by_image,
-        frames=spec.frames,
-        on_error=on_error,
-    )
-    return [c for c in found if spec.split == "all" or held_out(c) == (spec.split == "held_out")]
+    return DataSource(path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames)
 
 
-def held_out(conversation: Conversation) -> bool:
-    """Whether a sample belongs to the held-out twentieth.
-
-    The hash of its first picture's (or sound's) file name (or bytes) decides, so that all that is said of one picture
-    stays on one side, in every data file and on every machine.
-    """
-    for part in conversation.pieces:
-        source = part.source.source if isinstance(part.source, Frame) else part.source
-        if isinstance(source, Path | bytes):
-            key = source.name.encode() if isinstance(source, Path) else source
-            return hashlib.sha256(key).digest()[0] % 20 == 0
-    return False
-
-
-def load_units(
-    specs: Sequence[DataSpec], *, on_error: OnError | None = None
-) -> list[tuple[list[Conversation], int | None]]:
+def load_units(specs: Sequence[DataSpec], *, on_error: OnError | None = None) -> Units:
     """Units of training: one conversation, or, with `share_prefix`, all questions about one picture and how many of
     them to draw at a time."""
-    units: list[tuple[list[Conversation], int | None]] = []
+    entries = []
     for spec in specs:
-        conversations = load_data(spec, on_error=on_error)
-        if not conversations:
+        samples = load_data(spec, on_error=on_error)
+        if not samples:
             raise OpticNerveError(f"{spec.path} holds no usable sample")
-        made: list[tuple[list[Conversation], int | None]]
-        if spec.share_prefix:
-            made = [(group, spec.per_image) for group in by_picture(conversations)]
-        else:
-            made = [([c], None) for c in conversations]
-        units += made * spec.repeat
-    return units
+        groups = samples.by_picture() if spec.share_prefix else None
+        entries.append(Entry(samples, groups, spec.per_image, spec.repeat))
+    return Units(entries)
 
 
 def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
@@ -106,12 +98,12 @@ def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]
     return list(groups.values())
 
 
-def draw(unit: tuple[list[Conversation], int | None], rng: random.Random) -> list[Conversation]:
+def draw(unit: Unit, rng: random.Random) -> list[Conversation]:
     """The conversations of a unit that one visit trains on."""
     conversations, count = unit
     if count is None or count >= len(conversations):
-        return conversations
-    return rng.sample(conversations, count)
+        return list(conversations)
+    return [conversations[k] for k in rng.sample(range(len(conversations)), count)]  # only these are read
 
 
 def fixed_sample(conversations: Sequence[Conversation], count: int | None, *, seed: int = 0) -> list[Conversation]:

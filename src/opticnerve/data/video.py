@@ -134,11 +134,13 @@ def _as_picture(source: Path | bytes, name: str, max_pixels: int) -> PIL.Image.I
     known = [f for f in (*_ANIMATED, *_STILL) if f in PIL.Image.OPEN]
     try:
         picture = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known)
+        total = getattr(picture, "n_frames", 1)
     except PIL.UnidentifiedImageError:
         return None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as e:
         raise _unreadable(f"{name} has too many pixels: {e}") from e
-    total = getattr(picture, "n_frames", 1)
+    except Exception as e:  # Pillow raises whatever its parsing trips over
+        raise _unreadable(f"{name} is damaged or incomplete: {e or type(e).__name__}") from e
     if picture.format not in _ANIMATED or total < 2:
         picture.close()
         raise _unreadable(f"{name} is a still picture ({picture.format})", "give it as an image")
@@ -152,8 +154,10 @@ def _of_animation(picture: Any, name: str, count: int) -> Iterator[PIL.Image.Ima
         try:
             picture.seek(index)
             yield open_image(picture.copy())
-        except (OSError, SyntaxError, ValueError, IndexError, EOFError) as e:
-            raise _unreadable(f"{name} is damaged or incomplete at frame {index}: {e}") from e
+        except (DataError, MemoryError):
+            raise
+        except Exception as e:  # Pillow raises whatever its parsing trips over
+            raise _unreadable(f"{name} is damaged or incomplete at frame {index}: {e or type(e).__name__}") from e
 
 
 def _of_container(source: Path | bytes, name: str, count: int, max_pixels: int) -> list[PIL.Image.Image]:
@@ -231,11 +235,14 @@ def _container(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     try:
-        with file, av.open(file, options=options) as container:
+        # A title that is no UTF-8 says nothing against the pictures.
+        with file, av.open(file, options=options, metadata_errors="replace") as container:
             covers = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & covers]
             if not streams:
                 raise _unreadable(f"there is no video in {name} ({container.format.name})", "name another file")
+            if streams[0].codec_context is None:
+                raise _unreadable(f"the video in {name} is of a codec that FFmpeg does not know", "convert it")
             yield container, streams[0]
     except (av.FFmpegError, EOFError) as e:
         reason = e.strerror if isinstance(e, av.FFmpegError) else "end of file"

@@ -6,17 +6,21 @@ import copy
 import math
 import random
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from opticnerve.data.audio import RATE, open_audio
 from opticnerve.data.collate import Batch, Collator
+from opticnerve.data.images import Frame
 from opticnerve.data.labels import Encoded, encode
 from opticnerve.data.pack_plan import PackPlan, deal
 from opticnerve.data.packing import Row, fit, pack, shared_prefix, side_by_side
+from opticnerve.data.samples import Chosen, Unit
 from opticnerve.data.source import draw
 from opticnerve.data.transform import open_for
 from opticnerve.recipe import Stage
@@ -24,7 +28,41 @@ from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, Opti
 
 # What an objective makes of the conversations of each row of a micro-batch.
 Collate = Callable[[Sequence[Sequence[Conversation]]], Any]
-Unit = tuple[list[Conversation], int | None]
+_STORED = Path | bytes | Frame  # what names a picture by value
+
+
+class Pictures(Sequence[tuple[Any, str]]):
+    """Different pictures among the samples of some rows, each with the sample that shows it first.
+
+    Ten bytes a picture, and while they are looked for a hash of each; its sample is read again when it is asked for.
+    """
+
+    def __init__(self, row: Callable[[int], Sequence[Conversation]], rows: int) -> None:
+        self._row = row
+        self._places = array("I"), array("H"), array("I")  # row, sample of the row, picture of the sample
+        seen: set[int] = set()
+        for number in range(rows):
+            for sample, conversation in enumerate(row(number)):
+                for picture, image in enumerate(conversation.images):
+                    key = hash(image.source) if isinstance(image.source, _STORED) else id(image.source)
+                    if key not in seen:
+                        seen.add(key)
+                        for place, value in zip(self._places, (number, sample, picture), strict=True):
+                            place.append(value)
+
+    def __len__(self) -> int:
+        return len(self._places[0])
+
+    @overload
+    def __getitem__(self, number: int) -> tuple[Any, str]: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[tuple[Any, str]]: ...
+    def __getitem__(self, number: int | slice) -> tuple[Any, str] | list[tuple[Any, str]]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        row, sample, picture = (place[number] for place in self._places)
+        conversation = self._row(row)[sample]
+        return conversation.images[picture].source, conversation.where or conversation.id
 
 
 class Visits(Dataset[Batch]):
@@ -35,15 +73,17 @@ class Visits(Dataset[Batch]):
     opened.
 
     Args:
-        units: what `data.source.load_units` gave.
+        units: what `data.source.load_units` gave; samples are read from it when they are visited.
         rank, world: this process and how many there are; each takes every world-th row of a micro-batch (of planned
             rows, such that all processes have nearly as many tokens).
         collate: an objective's own way from the conversations of each row to a batch, instead of tokens with labels.
+        on_error: is told each bad sample that a good one stands in for, in the process that trains.
     """
 
     def __init__(
-        self, units: list[Unit], stage: Stage, processor: Any, *, seed: int, rank: int = 0, world: int = 1,
+        self, units: Sequence[Unit], stage: Stage, processor: Any, *, seed: int, rank: int = 0, world: int = 1,
         template: str | None = None, collate: Collate | None = None,
+        on_error: Callable[[DataError], None] | None = None,
     ) -> None:  # fmt: skip
         if stage.batch_size % (stage.accumulate * world):
             raise OpticNerveError(
@@ -53,10 +93,12 @@ class Visits(Dataset[Batch]):
         self.units, self.stage, self.processor, self.template = units, stage, processor, template
         self.seed, self.rank, self.world = seed, rank, world
         self.collate: Any = Collator(processor) if collate is None else collate
-        self.own_collate = collate
+        self.own_collate, self.on_error = collate, on_error
+        self._left_out: deque[DataError] = deque(maxlen=1000)  # since they were last taken
+        self._met: dict[str, DataError] = {}
         extractor = getattr(processor, "feature_extractor", None)
         self.rate = extractor.sampling_rate if extractor is not None else RATE
-        self._orders: dict[int, list[int]] = {}
+        self._orders: dict[int, array[int]] = {}
         self.plan: PackPlan | None = None
         self.visits = math.ceil(len(units) * (stage.epochs or 1))
         self.steps = stage.steps or max(1, math.ceil(self.visits / stage.batch_size))
@@ -69,18 +111,37 @@ class Visits(Dataset[Batch]):
         """Take what the frozen eye saw from a `FeatureStore` instead of opening pictures."""
         self.collate.features = store
 
-    def pictures(self) -> list[tuple[Any, str]]:
+    def pictures(self) -> Pictures:
         """Every picture that the stage sees, once where it is a file, with the sample that shows it."""
-        found: dict[Any, tuple[Any, str]] = {}
-        units: Iterable[list[Conversation]] = (conversations for conversations, _ in self.units)
         if self.visits < len(self.units) and self.stage.bad_samples == "refuse":  # nothing stands in for another
-            units = map(self.drawn, range(self.visits))
-        for conversations in units:
-            for c in conversations:
-                for i in c.images:
-                    key = i.source if isinstance(i.source, Path | bytes) else id(i.source)
-                    found.setdefault(key, (i.source, c.where or c.id))
-        return list(found.values())
+            return Pictures(self.drawn, self.visits)
+        return Pictures(lambda unit: self.units[unit][0], len(self.units))
+
+    def take_left_out(self) -> list[DataError]:
+        """The bad samples that were left out since this was last asked; `data.loader` brings them from its workers."""
+        taken = list(self._left_out)
+        self._left_out.clear()
+        return taken
+
+    def leave_out(self, errors: Iterable[DataError]) -> None:
+        """Tell of bad samples, each once.
+
+        Raises:
+            OpticNerveError: there are more of them than the stage allows.
+        """
+        for error in errors:
+            if str(error) not in self._met:
+                self._met[str(error)] = error
+                if self.on_error is not None:
+                    self.on_error(error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not a function of seed and step: the bad samples that were met on the way."""
+        return {"left_out": [[e.problem, e.where, e.remedy, e.kind] for e in self._met.values()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave, so that samples which were left out before stay counted."""
+        self.leave_out(DataError(p, where=w, remedy=r, kind=k) for p, w, r, k in state["left_out"])
 
     def whole(self) -> Visits:
         """The same visits as one process alone sees them."""
@@ -114,6 +175,7 @@ class Visits(Dataset[Batch]):
             except DataError as e:
                 if self.stage.bad_samples == "refuse":
                     raise
+                self._left_out.append(e)
                 last = e
         assert last is not None
         raise last
@@ -125,9 +187,10 @@ class Visits(Dataset[Batch]):
         for visit in self.plan[number]:
             try:
                 good.append(self._opened(visit))
-            except DataError:
+            except DataError as e:
                 if self.stage.bad_samples == "refuse":
                     raise
+                self._left_out.append(e)
         return side_by_side(good or [self.row(self.plan[number][0])])
 
     def _opened(self, visit: int) -> Row:
@@ -152,9 +215,10 @@ class Visits(Dataset[Batch]):
             if self.units[unit][1] is not None or not known[unit]:
                 try:
                     known[unit] = len(pack([self._encode(self.drawn(visit))]))
-                except DataError:
+                except DataError as e:
                     if self.stage.bad_samples == "refuse":
                         raise
+                    self.leave_out([e])
                     known[unit] = -1
             return known[unit] if known[unit] > 0 else None
 
@@ -183,6 +247,7 @@ class Visits(Dataset[Batch]):
                 self.own_collate([conversations])
                 return conversations
             except DataError as e:
+                self._left_out.append(e)
                 last = e
         assert last is not None
         raise last
@@ -196,9 +261,9 @@ class Visits(Dataset[Batch]):
         epoch, place = divmod(visit, len(self.units))
         return self._order(epoch)[place]
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> array[int]:
         if epoch not in self._orders:
-            order = list(range(len(self.units)))
+            order = array("I", range(len(self.units)))
             random.Random(f"{self.seed}/{self.stage.name}/epoch {epoch}").shuffle(order)
             # Two epochs at a time, for a row may hold the end of one and the beginning of the next; no more, so that
             # nothing grows with their number.
@@ -224,7 +289,7 @@ def samples_to_check(stage: Stage) -> int:
 
 
 def usable_units(
-    units: Iterable[Unit],
+    units: Sequence[Unit],
     processor: Any,
     stage: Stage,
     *,
@@ -232,20 +297,24 @@ def usable_units(
     on_error: Callable[[DataError], None] | None = None,
     check: int = MOST_CHECKED,
     collate: Collate | None = None,
-) -> list[Unit]:
+) -> Sequence[Unit]:
     """Encode up to `check` samples and open their pictures before the first step, so that a bad one is found now and
     not hours in. (`opticnerve data check` goes through all.)
 
     `collate`: an objective's own, which then does the looking. With `on_error`, bad samples are handed to it and left
     out; without, the first one is raised.
     """
-    good: list[Unit] = []
     seen = 0
     opened: set[Path] = set()
-    for conversations, count in units:
-        kept: list[Conversation] = []
+    none_left: set[int] = set()
+    some_left: dict[int, list[int]] = {}
+    for number in range(len(units)):
+        if seen >= check:
+            break
+        conversations, count = units[number]
+        kept: list[int] = []
         encoded: list[Encoded] = []
-        for conversation in conversations:
+        for place, conversation in enumerate(conversations):
             seen += 1
             try:
                 if collate is not None:
@@ -257,16 +326,21 @@ def usable_units(
                     if count != 1:  # one at a time shares nothing
                         shared_prefix([*encoded[:1], made])
                     encoded.append(made)
-                kept.append(conversation)
+                kept.append(place)
             except DataError as e:
                 if on_error is None:
                     raise
                 on_error(e)
-        if kept:
-            good.append((kept, count))
-    if not good:
+        if not kept:
+            none_left.add(number)
+        elif len(kept) < len(conversations):
+            some_left[number] = kept
+    if len(none_left) == len(units):
         raise OpticNerveError(f"stage {stage.name}: no usable sample is left")
-    return good
+    if not none_left and not some_left:
+        return units
+    numbers = np.delete(np.arange(len(units), dtype=np.uint32), sorted(none_left))
+    return Chosen(units, numbers, {int(np.searchsorted(numbers, n)): kept for n, kept in some_left.items()})
 
 
 def _open_once(conversation: Conversation, opened: set[Path], image_processor: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from opticnerve.types import AudioPart, DataError, ImagePart
 
 IMAGE_FIELDS = ("image", "image_path", "file_name", "filepath")
 AUDIO_FIELDS = ("audio", "audio_path")
+MOST_FOLDERS = 20_000
+"""Folders of media that are remembered; where there are more, one more is."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Context:
     `name` begins the ids of records that have none. `media` is the folder in which pictures and sounds are looked for;
     a path that leads out of it is refused unless `allow_outside_media`, so that a data file from elsewhere cannot make
     us read whatever it names. `prompts`: what the user says to have a picture captioned. `frames`: pictures taken of a
-    video.
+    video. `folders`, if given, takes each folder in which a file was looked for, and when it had last changed
+    (`folder_age`): as long as these stay, what was found is there and what was missing is not.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Context:
     allow_outside_media: bool = False
     prompts: Sequence[str] = ()
     frames: int = 8
+    folders: dict[str, int] | None = None
     _root: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,8 +97,12 @@ class Context:
 
     def _file(self, value: str, where: str, kind: str) -> Path:
         path = self.media / value
+        if self.folders is not None and len(self.folders) <= MOST_FOLDERS:
+            folder = os.path.dirname(path)
+            if folder not in self.folders:
+                self.folders[folder] = folder_age(folder)
         try:
-            outside = not self.allow_outside_media and not path.resolve().is_relative_to(self._root)
+            outside = not self.allow_outside_media and self._leads_out(path, kind)
             exists = path.exists()
         except (OSError, ValueError, RuntimeError) as e:  # a name too long, a zero byte, a loop of links
             raise DataError(
@@ -114,6 +123,21 @@ class Context:
                 kind=f"missing-{kind}",
             )
         return path
+
+    def _leads_out(self, path: Path, kind: str) -> bool:
+        """A folder is a video of the pictures in it, and each of them may be a link of its own."""
+        if not path.resolve().is_relative_to(self._root):
+            return True
+        inner = path.iterdir() if kind == "video" and path.is_dir() else ()
+        return any(not picture.resolve().is_relative_to(self._root) for picture in inner)
+
+
+def folder_age(folder: str) -> int:
+    """When a folder was last changed, by its own clock (nanoseconds); -1 if there is none."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except (OSError, ValueError):
+        return -1
 
 
 def take(record: Record, names: Sequence[str], what: str) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 from opticnerve.data.readers.captions import CAPTION_FIELDS, captions
 from opticnerve.data.readers.chat import chat
 from opticnerve.data.readers.fields import AUDIO_FIELDS, IMAGE_FIELDS, Context
 from opticnerve.data.readers.llava import llava
-from opticnerve.data.readers.records import Record, records
+from opticnerve.data.readers.preference import preference
+from opticnerve.data.readers.records import Record, Records, open_records
 from opticnerve.data.readers.rules import check_conversation
 from opticnerve.data.readers.vqa import group_by_image as grouped
 from opticnerve.data.readers.vqa import vqa
@@ -21,8 +22,11 @@ from opticnerve.types import Conversation, DataError
 OnError = Callable[[DataError], None]
 Convert = Callable[[Record, Context], Iterator[Conversation]]
 
-_CONVERTERS: dict[str, Convert] = {"captions": captions, "vqa": vqa, "llava": llava, "chat": chat}
-FORMATS = ("auto", *_CONVERTERS, "hf")
+_CONVERTERS: dict[str, Convert] = {
+    "captions": captions, "vqa": vqa, "llava": llava, "chat": chat, "preference": preference,
+}  # fmt: skip
+FORMATS = ("auto", *_CONVERTERS, "hf", "webdataset")
+_BY_FIELDS = ("auto", "hf", "webdataset")  # the fields of the records tell which of the converters is meant
 _LOOK_AHEAD = 32  # records in which a recognisable one is looked for
 
 
@@ -40,17 +44,103 @@ class DataSource:
     frames: int = 8
 
     def read(self, on_error: OnError | None = None) -> Iterator[Conversation]:
-        return read(
-            self.path,
-            format=self.format,
-            media=self.media,
-            prompt=self.prompt,
-            limit=self.limit,
-            allow_outside_media=self.allow_outside_media,
-            group_by_image=self.group_by_image,
-            frames=self.frames,
-            on_error=on_error,
-        )
+        self.check()
+        return islice(self._found(on_error or raise_error), self.limit)
+
+    def _found(self, on_error: OnError) -> Iterator[Conversation]:
+        opened = open_source(self, on_error)
+        good = (conversation for _, _, conversation in opened.converted(on_error))
+        yield from grouped(good) if self.group_by_image else good
+
+    def check(self) -> None:
+        """Refuse what no file could make right."""
+        path = Path(self.path)
+        if self.format not in FORMATS:
+            raise _format_error(path, f"unknown format {self.format!r}", f"choose one of {', '.join(FORMATS)}")
+        if self.limit is not None and self.limit < 0:
+            raise _format_error(path, f"limit is {self.limit}", "give 0 or more")
+        if not 0 < self.frames <= MAX_COUNT:
+            raise _format_error(path, f"frames is {self.frames}", f"give 1 to {MAX_COUNT}")
+
+
+@dataclass
+class OpenSource:
+    """A source whose format is known: its records, and what makes conversations of them."""
+
+    records: Records
+    convert: Convert
+    context: Context
+    head: list[Record | DataError]
+    rest: Iterator[Record | DataError]
+
+    def converted(self, on_error: OnError) -> Iterator[tuple[Record, int, Conversation]]:
+        """All good conversations, once: the record of each, and which of that record's it is."""
+        for record in chain(self.head, self.rest):
+            if isinstance(record, DataError):
+                on_error(record)
+                continue
+            made = self.convert(record, self.context)
+            for part in count():
+                # Only our own work stands in the try: an error of the caller, thrown at a yield, is not a bad sample.
+                try:
+                    conversation = next(made, None)
+                except DataError as e:
+                    on_error(e)
+                    break
+                if conversation is None:
+                    break
+                try:
+                    check_conversation(conversation)
+                except DataError as e:
+                    on_error(e)
+                    continue
+                yield record, part, conversation
+
+    def read(self) -> OpenSource:
+        """The same without what is still to come: for reading single records."""
+        return OpenSource(self.records, self.convert, self.context, [], iter(()))
+
+    def one(self, record: Record, part: int) -> Conversation:
+        """A conversation that `converted` gave, made again.
+
+        Raises:
+            DataError: its record, or a file that it names, is no longer what it was.
+        """
+        found = next(islice(self.convert(record, self.context), part, None), None)
+        if found is None:
+            raise DataError("the sample is no longer there", where=record.where, kind="changed-file")
+        return found
+
+
+def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int] | None = None) -> OpenSource:
+    """Open a source and find out its format.
+
+    Args:
+        folders: takes the folders in which media are looked for, see `fields.Context`.
+
+    Raises:
+        DataError: as `read` does even with `on_error`.
+    """
+    path, format = Path(source.path), source.format
+    found = open_records(path, format)
+    if format == "hf" and not (path.is_dir() or path.suffix.lower() == ".parquet"):
+        raise _format_error(path, "the hf format is a folder or a .parquet file", "leave format at auto")
+    rest = iter(found)
+    head = _head(rest)
+    if format in _BY_FIELDS:
+        format = _recognise(head, path, on_error)
+    if source.prompt and format != "captions":
+        raise _format_error(path, f"prompt is for captions, and this is {format}", "remove prompt")
+    if source.group_by_image and format != "vqa":
+        raise _format_error(path, f"group_by_image is for vqa, and this is {format}", "remove group_by_image")
+    media = Path(source.media) if source.media is not None else path if path.is_dir() else path.parent
+    if not media.is_dir():
+        raise DataError(f"the media folder {media} does not exist", where=str(path), kind="missing-file")
+    if not head:
+        raise _empty(path)
+    prompts = [source.prompt] if isinstance(source.prompt, str) else source.prompt or ()
+    context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, folders)
+    return OpenSource(found, _CONVERTERS[format], context, head, rest)
 
 
 def read(
@@ -68,9 +158,10 @@ def read(
     """The conversations of a data file, one after another; pictures are named, not opened.
 
     Args:
-        path: a .json, .jsonl, .csv, .tsv or .parquet file, a folder saved by `datasets`, or a folder of Parquet files.
+        path: a .json, .jsonl, .csv, .tsv or .parquet file, a folder saved by `datasets`, a folder of Parquet files, or
+            webdataset shards (`shards/{000..099}.tar`).
         format: `captions`, `vqa`, `llava` or `chat`; `hf`: a folder or Parquet file whose columns tell which of these;
-            `auto`: the fields of the first recognisable record tell.
+            `webdataset`: shards, whose samples tell; `auto`: the fields of the first recognisable record tell.
         media: the folder that pictures' paths start from; default: where the data file lies.
         prompt: captions only: what the user says beside the picture; of a list, one for each sample, fixed by its id.
         limit: stop after so many conversations.
@@ -83,76 +174,13 @@ def read(
         DataError: a bad sample, without `on_error`. With it, still: a file that cannot be read at all, that holds no
             record, whose format cannot be told, or an argument that does not fit the format.
     """
-    path = Path(path)
-    if format not in FORMATS:
-        raise _format_error(path, f"unknown format {format!r}", f"choose one of {', '.join(FORMATS)}")
-    if limit is not None and limit < 0:
-        raise _format_error(path, f"limit is {limit}", "give 0 or more")
-    if not 0 < frames <= MAX_COUNT:
-        raise _format_error(path, f"frames is {frames}", f"give 1 to {MAX_COUNT}")
-    found = _found(path, format, media, prompt, allow_outside_media, group_by_image, frames, on_error or _raise)
-    return islice(found, limit)
+    source = DataSource(path, format, media, prompt, limit, allow_outside_media, group_by_image, frames)
+    return source.read(on_error)
 
 
 def read_all(sources: Iterable[DataSource], on_error: OnError | None = None) -> Iterator[Conversation]:
     """The conversations of several sources, one source after the other."""
     return chain.from_iterable(source.read(on_error) for source in sources)
-
-
-def _found(
-    path: Path,
-    format: str,
-    media: str | Path | None,
-    prompt: str | list[str] | None,
-    allow_outside_media: bool,
-    group_by_image: bool,
-    frames: int,
-    on_error: OnError,
-) -> Iterator[Conversation]:
-    stream = records(path)
-    if format == "hf" and not (path.is_dir() or path.suffix.lower() == ".parquet"):
-        raise _format_error(path, "the hf format is a folder or a .parquet file", "leave format at auto")
-    head = _head(stream)
-    if format in ("auto", "hf"):
-        format = _recognise(head, path, on_error)
-    if prompt and format != "captions":
-        raise _format_error(path, f"prompt is for captions, and this is {format}", "remove prompt")
-    if group_by_image and format != "vqa":
-        raise _format_error(path, f"group_by_image is for vqa, and this is {format}", "remove group_by_image")
-    folder = Path(media) if media is not None else path if path.is_dir() else path.parent
-    if not folder.is_dir():
-        raise DataError(f"the media folder {folder} does not exist", where=str(path), kind="missing-file")
-    prompts = [prompt] if isinstance(prompt, str) else prompt or ()
-    context = Context(path.stem, folder, allow_outside_media, prompts, frames)
-    if not head:
-        raise _empty(path)
-    good = _converted(chain(head, stream), _CONVERTERS[format], context, on_error)
-    yield from grouped(good) if group_by_image else good
-
-
-def _converted(
-    stream: Iterable[Record | DataError], convert: Convert, context: Context, on_error: OnError
-) -> Iterator[Conversation]:
-    for record in stream:
-        if isinstance(record, DataError):
-            on_error(record)
-            continue
-        made = convert(record, context)
-        while True:
-            # Only our own work stands in the try: an error of the caller, thrown at a yield, is not a bad sample.
-            try:
-                conversation = next(made, None)
-            except DataError as e:
-                on_error(e)
-                break
-            if conversation is None:
-                break
-            try:
-                check_conversation(conversation)
-            except DataError as e:
-                on_error(e)
-                continue
-            yield conversation
 
 
 def _head(stream: Iterator[Record | DataError]) -> list[Record | DataError]:
@@ -176,6 +204,7 @@ def _matches(record: Record) -> list[str]:
         "vqa": has("question") and has("answer", "answers"),
         "llava": has("conversations"),
         "chat": has("messages"),
+        "preference": has("chosen") and has("rejected"),
     }
     return [name for name, fit in fits.items() if fit]
 
@@ -206,5 +235,5 @@ def _empty(path: Path) -> DataError:
     return DataError("there is no record in it", where=str(path), remedy="name another file", kind="empty-file")
 
 
-def _raise(error: DataError) -> None:
+def raise_error(error: DataError) -> None:
     raise error

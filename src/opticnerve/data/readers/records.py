@@ -1,24 +1,34 @@
-"""A data file as a stream of records, each with its place: `file.jsonl:12`, `file.csv:12`, `file.json[12]`,
-`folder[12]`.
+"""A data file as a stream of records, each with its place, and any one of them by its place.
 
-JSONL, CSV and Parquet are read piece by piece; a JSON list is loaded whole. A bad record comes out as a `DataError`
-between the good ones; a file that cannot be read at all raises.
+`where` is for people: `file.jsonl:12`, `file.csv:12`, `file.json[12]`, `folder[12]`, `shard.tar[key]`. `place` is for
+`at`, which reads that one record again. Nothing is loaded whole. A bad record comes out as a `DataError` between the
+good ones; a file that cannot be read at all raises.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+from opticnerve.data.readers.handles import Handles
 from opticnerve.types import DataError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+
+
+class Place(NamedTuple):
+    """Where a record lies: in which of the source's files, from which byte (or row) on, and how many bytes it has."""
+
+    file: int
+    start: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,142 +38,224 @@ class Record:
     fields: dict[str, Any]
     where: str
     index: int
+    place: Place
 
 
-def records(path: Path) -> Iterator[Record | DataError]:
-    """The records of a file or folder in their order; blank lines are passed over.
+class Records(Protocol):
+    """The records of a file, a folder or some shards. `files`: what is read, for their contents to be recognised."""
+
+    files: list[Path]
+
+    def __iter__(self) -> Iterator[Record | DataError]:
+        """All records in their order; blank lines are passed over."""
+        ...
+
+    def at(self, place: Place, index: int) -> Record:
+        """The record of that place and index once more.
+
+        Raises:
+            DataError: it is no longer what it was.
+        """
+        ...
+
+
+def open_records(path: Path, format: str = "auto") -> Records:
+    """The records of a path, which may be a pattern of shards.
 
     Raises:
-        DataError: the file is missing, of an unknown suffix, empty, or (a JSON list, Parquet) cannot be parsed.
+        DataError: the file is missing, or of an unknown suffix.
     """
+    from opticnerve.data.readers.shards import Shards, is_shards
+
+    if format == "webdataset" or is_shards(path):
+        return Shards(path)
     if not path.exists():
-        raise DataError("no such data file or folder", where=str(path), remedy="check the path", kind="missing-file")
+        remedy = "check the path"
+        if format == "hf" and not path.is_absolute():
+            remedy += (
+                "; a data set on the hub is not read from there: save it with datasets' save_to_disk, or download "
+            )
+            remedy += "its Parquet files, and name the folder"
+        raise DataError("no such data file or folder", where=str(path), remedy=remedy, kind="missing-file")
     if not os.access(path, os.R_OK):
         raise DataError("no permission to read it", where=str(path), remedy="chmod u+r", kind="missing-file")
-    if path.is_dir() or path.suffix.lower() == ".parquet":
-        from opticnerve.data.readers.tables import table_records
-
-        return table_records(path)
     suffix = path.suffix.lower()
+    if path.is_dir() or suffix == ".parquet":
+        from opticnerve.data.readers.tables import open_table
+
+        return open_table(path)
     if suffix in JSONL_SUFFIXES:
-        return _jsonl(path)
+        return JsonLines(path)
     if suffix in CSV_SUFFIXES:
-        return _csv(path, CSV_SUFFIXES[suffix])
+        return Csv(path, CSV_SUFFIXES[suffix])
     if suffix == ".json":
-        return _json(path)
+        from opticnerve.data.readers.json_list import JsonList
+
+        return JsonList(path)
     raise DataError(
         f"cannot tell what kind of data file {suffix or 'a file without a suffix'!r} is",
         where=str(path),
-        remedy="use .json, .jsonl, .csv, .tsv, .parquet, or a folder saved by datasets",
+        remedy="use .json, .jsonl, .csv, .tsv, .parquet, .tar, or a folder saved by datasets",
         kind="format",
     )
 
 
-def _jsonl(path: Path) -> Iterator[Record | DataError]:
-    # Bytes, not text: a line that is not UTF-8 must not take the following ones with it.
-    offset = 0
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            where, start = f"{path}:{line}", offset
-            offset += len(raw)
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                if text.strip():
-                    yield _record(_parse(text, path, line), where, line)
-            except UnicodeDecodeError as e:
-                yield _not_utf8(where, start + e.start, raw[e.start])
-            except DataError as e:
-                yield e
+def records(path: Path) -> Iterator[Record | DataError]:
+    """The records of a path in their order.
+
+    Raises:
+        DataError: as `open_records`; or the file (a JSON list, Parquet) cannot be parsed.
+    """
+    return iter(open_records(path))
 
 
-def _json(path: Path) -> Iterator[Record | DataError]:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise _not_utf8(f"{path}:{line}", e.start, raw[e.start]) from e
-    if not text.strip():
-        return
-    entries = _parse(text, path, line=None)
-    if not isinstance(entries, list):
-        seen = f"an object with the keys {_names(entries)}" if isinstance(entries, dict) else type(entries).__name__
-        raise DataError(
-            f"wanted a JSON list of records, found {seen}",
-            where=str(path),
-            remedy="put the records in a list, or one to a line in a .jsonl file",
-            kind="json",
-        )
-    for index, entry in enumerate(entries):
+class JsonLines:
+    """A record a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.files = path, [path]
+        self._handles = Handles(self.files)
+
+    def __iter__(self) -> Iterator[Record | DataError]:
+        # Bytes, not text: a line that is not UTF-8 must not take the following ones with it.
+        start = 0
+        with self.path.open("rb") as file:
+            for line, raw in enumerate(file, start=1):
+                try:
+                    if (record := self._record(raw, line, start)) is not None:
+                        yield record
+                except DataError as e:
+                    yield e
+                start += len(raw)
+
+    def at(self, place: Place, index: int) -> Record:
+        found = self._record(self._handles.read(*place), index, place.start)
+        if found is None:
+            raise changed(self.path)
+        return found
+
+    def _record(self, raw: bytes, line: int, start: int) -> Record | None:
+        where = f"{self.path}:{line}"
         try:
-            yield _record(entry, f"{path}[{index}]", index)
-        except DataError as e:
-            yield e
+            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError as e:
+            raise not_utf8(where, start + e.start, raw[e.start]) from e
+        if not text.strip():
+            return None
+        return record_of(parse(text, self.path, line), where, line, Place(0, start, len(raw)))
 
 
-def _csv(path: Path, delimiter: str) -> Iterator[Record | DataError]:
-    # Bytes that are not UTF-8 pass as lone surrogates, so that only the row they stand in is lost.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            line = rows.line_num + 1
-            where = f"{path}:{line}"
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as e:
-                error = DataError(f"not a CSV row: {e}", where=where, remedy="check quotes and line breaks", kind="csv")
+class Csv:
+    """A table with a header; a row may span lines."""
+
+    def __init__(self, path: Path, delimiter: str) -> None:
+        self.path, self.files, self.delimiter = path, [path], delimiter
+        self._handles = Handles(self.files)
+        self._header: list[str] | None = None
+
+    def __iter__(self) -> Iterator[Record | DataError]:
+        with self.path.open("rb") as file:
+            lines = _Lines(file)
+            rows = csv.reader(lines, delimiter=self.delimiter, strict=True)
+            header: list[str] | None = None
+            while True:
+                line, start = rows.line_num + 1, lines.read
+                where = f"{self.path}:{line}"
+                try:
+                    row = next(rows)
+                    checked = self._checked(row, where, header)
+                except StopIteration:
+                    return
+                except csv.Error as e:
+                    checked = DataError(
+                        f"not a CSV row: {e}", where=where, remedy="check quotes and line breaks", kind="csv"
+                    )
+                if checked is None:
+                    continue
                 if header is None:
-                    raise error from e
-                yield error
-                continue
-            if not any(row):
-                continue
-            bad = next((c for cell in row for c in cell if "\udc80" <= c <= "\udcff"), None)
-            if bad is not None:
-                error = _not_utf8(where, None, ord(bad) - 0xDC00)
-                if header is None:
-                    raise error
-                yield error
-            elif header is None:
-                header = [name.strip() for name in row]
-            elif len(row) != len(header):
-                yield DataError(
-                    f"{len(row)} cells under {len(header)} column names ({', '.join(header)})",
-                    where=where,
-                    remedy="put cells that hold commas or line breaks in double quotes",
-                    kind="csv",
-                )
-            else:
-                yield Record({k: v for k, v in zip(header, row, strict=True) if v != ""}, where, line)
+                    if isinstance(checked, DataError):
+                        raise checked
+                    header = self._header = [name.strip() for name in row]
+                elif isinstance(checked, DataError):
+                    yield checked
+                else:
+                    yield Record(checked, where, line, Place(0, start, lines.read - start))
+
+    def at(self, place: Place, index: int) -> Record:
+        if self._header is None:
+            next(iter(self), None)  # reads the header
+        text = self._handles.read(*place).decode("utf-8")
+        row = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True), [])
+        where = f"{self.path}:{index}"
+        checked = self._checked(row, where, self._header)
+        if isinstance(checked, DataError):
+            raise checked
+        if checked is None:
+            raise changed(self.path)
+        return Record(checked, where, index, place)
+
+    @staticmethod
+    def _checked(row: list[str], where: str, header: list[str] | None) -> dict[str, Any] | DataError | None:
+        """The row's fields, what is wrong with it, or None if it is empty."""
+        if not any(row):
+            return None
+        bad = next((c for cell in row if not cell.isascii() for c in cell if "\udc80" <= c <= "\udcff"), None)
+        if bad is not None:
+            return not_utf8(where, None, ord(bad) - 0xDC00)
+        if header is None:
+            return {}
+        if len(row) != len(header):
+            return DataError(
+                f"{len(row)} cells under {len(header)} column names ({', '.join(header)})",
+                where=where,
+                remedy="put cells that hold commas or line breaks in double quotes",
+                kind="csv",
+            )
+        return {k: v for k, v in zip(header, row, strict=True) if v != ""}
 
 
-def _parse(text: str, path: Path, line: int | None) -> Any:
+class _Lines(Iterator[str]):
+    """The lines of a file as text, and how many bytes have been read of it.
+
+    Bytes that are not UTF-8 pass as lone surrogates, so that only the row they stand in is lost.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.read = 3 if file.peek(3).startswith(b"\xef\xbb\xbf") else 0  # a byte order mark
+        self._text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+    def __next__(self) -> str:
+        line = next(self._text)
+        self.read += len(line) if line.isascii() else len(line.encode("utf-8", "surrogateescape"))
+        return line
+
+
+def parse(text: str, path: Path, line: int | None) -> Any:
     """JSON → Python. `line`: where in the file `text` stands if it is one line of it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise _bad_json(f"{path}:{line or e.lineno}:{e.colno}", e.msg) from e
+        raise bad_json(f"{path}:{line or e.lineno}:{e.colno}", e.msg) from e
     except (RecursionError, ValueError) as e:  # nested too deep; a number of thousands of digits
-        raise _bad_json(f"{path}:{line}" if line else str(path), str(e)) from e
+        raise bad_json(f"{path}:{line}" if line else str(path), str(e)) from e
 
 
-def _bad_json(where: str, reason: str) -> DataError:
+def record_of(entry: Any, where: str, index: int, place: Place) -> Record:
+    if not isinstance(entry, dict):
+        raise DataError(f"a record is a JSON object {{…}}, this is {type(entry).__name__}", where=where, kind="json")
+    return Record(entry, where, index, place)
+
+
+def bad_json(where: str, reason: str) -> DataError:
     return DataError(f"not valid JSON: {reason}", where=where, remedy="correct or delete the line", kind="json")
 
 
-def _record(entry: Any, where: str, index: int) -> Record:
-    if not isinstance(entry, dict):
-        raise DataError(f"a record is a JSON object {{…}}, this is {type(entry).__name__}", where=where, kind="json")
-    return Record(entry, where, index)
-
-
-def _not_utf8(where: str, offset: int | None, byte: int) -> DataError:
+def not_utf8(where: str, offset: int | None, byte: int) -> DataError:
     at = "" if offset is None else f" at byte {offset:,} of the file"
     return DataError(f"not UTF-8: byte 0x{byte:02x}{at}", where=where, remedy="save it as UTF-8", kind="encoding")
 
 
-def _names(fields: dict[str, Any]) -> str:
-    return ", ".join(list(fields)[:12])
+def changed(path: Path) -> DataError:
+    return DataError(
+        "the file has changed since it was indexed", where=str(path), remedy="start again", kind="changed-file"
+    )

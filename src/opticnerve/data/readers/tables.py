@@ -1,84 +1,163 @@
 """Tables as records: a folder written by `datasets.Dataset.save_to_disk`, a Parquet file, or a folder of them.
 
 Cells come raw from Arrow: a `datasets.Image` stays what it is on disk, `{"bytes": …, "path": …}`, and is opened by
-`data.images` like every other picture.
+`data.images` like every other picture. `datasets`' folders are mapped into memory, so that any row is found at once.
+Parquet is compressed by groups of rows; for rows in any order a file is written out once as Arrow, in the cache folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opticnerve.data.readers.records import Record
+from opticnerve.data.readers.records import Place, Record
+from opticnerve.starter.cache import cache_dir, new_folder
 from opticnerve.types import DataError
 
 _ROWS = 64  # rows turned to Python at a time: pictures are large
+_SMALL = 8 << 20  # bytes of Parquet that are held in memory instead of written out
 
 
-def table_records(path: Path) -> Iterator[Record]:
-    """The rows in their order; `where` is `folder[12]`.
-
-    Raises:
-        DataError: the folder holds several splits (each is named), no table, or a damaged one.
-    """
-    for index, fields in enumerate(_rows(path)):
-        yield Record(fields, f"{path}[{index}]", index)
+def open_table(path: Path) -> SavedTable | ParquetTables:
+    """A folder saved by `datasets`, or one Parquet file or more."""
+    return SavedTable(path) if path.is_dir() and _saved_by_datasets(path) else ParquetTables(path)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa  # type: ignore[import-untyped]
+class SavedTable:
+    """A folder saved by `datasets`."""
 
-    try:
-        if path.is_dir() and _saved_by_datasets(path):
-            yield from _from_datasets(path)
-        else:
-            yield from _from_parquet(_parquet_files(path))
-    except (pa.ArrowException, OSError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise DataError(f"the table cannot be read: {reason}", where=str(path), kind="table") from e
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = sorted(f for f in path.rglob("*") if f.is_file())
+        self._rows: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None}
+
+    def __iter__(self) -> Iterator[Record]:
+        """The rows in their order.
+
+        Raises:
+            DataError: the folder holds several splits (each is named), or a damaged table.
+        """
+        with _reading(self.path):
+            tables = self._table().iter(batch_size=_ROWS)
+            for index, fields in enumerate(row for table in tables for row in table.to_pylist()):
+                yield Record(fields, f"{self.path}[{index}]", index, Place(0, index, 1))
+
+    def at(self, place: Place, index: int) -> Record:
+        with _reading(self.path):
+            (fields,) = self._table()[place.start : place.start + 1].to_pylist()
+        return Record(fields, f"{self.path}[{index}]", index, place)
+
+    def _table(self) -> Any:
+        if self._rows is None:
+            import datasets  # type: ignore[import-untyped]
+
+            loaded = datasets.load_from_disk(str(self.path))
+            if isinstance(loaded, datasets.DatasetDict):
+                if len(loaded) != 1:
+                    raise DataError(
+                        f"the folder holds the splits {', '.join(loaded)}",
+                        where=str(self.path),
+                        remedy=f"name one: {self.path / next(iter(loaded), 'train')}",
+                        kind="format",
+                    )
+                loaded = next(iter(loaded.values()))
+            self._rows = loaded.with_format("arrow")
+        return self._rows
+
+
+class ParquetTables:
+    """One Parquet file, or all in a folder, by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        if not self.files:
+            raise DataError(
+                "the folder holds neither a saved dataset nor .parquet files",
+                where=str(path),
+                remedy="name the .json, .jsonl or .csv file itself, or save with datasets' save_to_disk",
+                kind="format",
+            )
+        self._tables: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
+
+    def __iter__(self) -> Iterator[Record]:
+        """The rows in their order; a file that is damaged raises when its turn comes."""
+        index = 0
+        for number, file in enumerate(self.files):
+            with _reading(self.path):
+                rows = (row for batch in _batches(file) for row in batch.to_pylist())
+                for row, fields in enumerate(rows):
+                    yield Record(fields, f"{self.path}[{index}]", index, Place(number, row, 1))
+                    index += 1
+
+    def at(self, place: Place, index: int) -> Record:
+        with _reading(self.path):
+            (fields,) = self._table(place.file).slice(place.start, 1).to_pylist()
+        return Record(fields, f"{self.path}[{index}]", index, place)
+
+    def _table(self, number: int) -> Any:
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        if number not in self._tables:
+            file = self.files[number]
+            if file.stat().st_size <= _SMALL:
+                self._tables[number] = pa.Table.from_batches(_batches(file), schema=_schema(file))
+            else:
+                self._tables[number] = pa.ipc.open_file(pa.memory_map(str(_as_arrow(file)))).read_all()
+        return self._tables[number]
+
+
+def _as_arrow(file: Path) -> Path:
+    """The file's rows in a form that can be mapped; written once."""
+    import pyarrow as pa
+
+    stat = file.stat()
+    key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    target = cache_dir() / "tables" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not target.is_dir():
+        with new_folder(target) as made, pa.ipc.new_file(str(made / "rows.arrow"), _schema(file)) as writer:
+            for batch in _batches(file):
+                writer.write_batch(batch)
+    return target / "rows.arrow"
+
+
+def _batches(file: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    with pq.ParquetFile(file) as table:
+        yield from table.iter_batches(batch_size=_ROWS)
+
+
+def _schema(file: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_schema(file)
 
 
 def _saved_by_datasets(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
 
 
-def _from_datasets(folder: Path) -> Iterator[dict[str, Any]]:
-    import datasets  # type: ignore[import-untyped]
+class _reading:
+    """Arrow's errors as ours."""
 
-    loaded = datasets.load_from_disk(str(folder))
-    if isinstance(loaded, datasets.DatasetDict):
-        if len(loaded) != 1:
-            raise DataError(
-                f"the folder holds the splits {', '.join(loaded)}",
-                where=str(folder),
-                remedy=f"name one: {folder / next(iter(loaded), 'train')}",
-                kind="format",
-            )
-        loaded = next(iter(loaded.values()))
-    tables: Iterable[Any] = loaded.with_format("arrow").iter(batch_size=_ROWS)
-    for table in tables:
-        yield from table.to_pylist()
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
+    def __enter__(self) -> None:
+        pass
 
-def _from_parquet(files: list[Path]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        import pyarrow as pa
 
-    for file in files:
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_ROWS):
-                yield from batch.to_pylist()
-
-
-def _parquet_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    files = sorted(path.rglob("*.parquet"))
-    if not files:
-        raise DataError(
-            "the folder holds neither a saved dataset nor .parquet files",
-            where=str(path),
-            remedy="name the .json, .jsonl or .csv file itself, or save with datasets' save_to_disk",
-            kind="format",
-        )
-    return files
+        if isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError):
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(f"the table cannot be read: {reason}", where=str(self.path), kind="table") from error

@@ -1,14 +1,15 @@
 """Questions about pictures: `{"image": "1.jpg", "question": "what shape?", "answer": "circle"}`; about sound: `audio`.
 
-Optional: `answers` (all accepted ones: strings, or VQAv2's `{"answer": …}`), `type` (or `answer_type`,
-`question_type`), `id`. `Conversation.meta` carries `{"answers": […], "type": …}` to evaluation. With `answers` alone
-the most frequent one, the first of equals, is what is learned.
+Optional: `answers` (all accepted ones: strings, or VQAv2's `{"answer": …}`), `choices` (a list, of which `answer` names
+one, or its place counted from 0), `type` (or `answer_type`, `question_type`), `id`. `Conversation.meta` carries
+`{"answers": […], "type": …}`, and `choices` where there are some, to evaluation. With `answers` alone the most frequent
+one, the first of equals, is what is learned.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ def vqa(record: Record, context: Context) -> Iterator[Conversation]:
     """One conversation of one question and one answer."""
     where = record.where
     question = text(take(record, ("question",), "question"), "question", where)
-    answer, accepted = _answers(record)
+    choices = _choices(record)
+    answer, accepted = _answers(record) if not choices else _chosen(record, choices)
     media = context.media_of(record)
     messages = (Message("user", (*media, TextPart(question))), Message("assistant", (TextPart(answer),)))
-    yield Conversation(messages, context.id(record), where, {"answers": accepted, "type": find(record, TYPE_FIELDS)})
+    meta = {"answers": accepted, "type": find(record, TYPE_FIELDS), **({"choices": choices} if choices else {})}
+    yield Conversation(messages, context.id(record), where, meta)
 
 
 def group_by_image(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
@@ -43,13 +46,39 @@ def group_by_image(conversations: Iterable[Conversation]) -> Iterator[Conversati
         sounds = (a.source if isinstance(a.source, Path) else audio_digest(a.source) for a in conversation.audios)
         key = (*pictures, *sounds)
         groups.setdefault(key, []).append(conversation)
-    for members in groups.values():
-        messages = list(members[0].messages)
-        for later in members[1:]:
-            user, assistant = later.messages
-            messages += [Message("user", (TextPart(user.text),)), assistant]
-        first = members[0]
-        yield Conversation(tuple(messages), first.id, first.where, {"turns": [m.meta for m in members]})
+    yield from map(merged, groups.values())
+
+
+def merged(members: Sequence[Conversation]) -> Conversation:
+    """The questions of all members as the turns of one conversation, which shows the first one's pictures."""
+    first = members[0]
+    messages = list(first.messages)
+    for later in members[1:]:
+        user, assistant = later.messages
+        messages += [Message("user", (TextPart(user.text),)), assistant]
+    return Conversation(tuple(messages), first.id, first.where, {"turns": [m.meta for m in members]})
+
+
+def _choices(record: Record) -> list[str]:
+    found = record.fields.get("choices")
+    if found is None:
+        return []
+    if not isinstance(found, list) or len(found) < 2:
+        raise DataError("choices is not a list of two or more", where=record.where, kind="wrong-type")
+    return [text(c, "entry of choices", record.where) for c in found]
+
+
+def _chosen(record: Record, choices: list[str]) -> tuple[str, list[str]]:
+    """The right choice, which `answer` names by its words or by its place."""
+    named = take(record, ("answer",), "answer")
+    if str(named) in choices:
+        return str(named), [str(named)]
+    if isinstance(named, int) and not isinstance(named, bool) and 0 <= named < len(choices):
+        return choices[named], [choices[named]]
+    raise DataError(
+        f"the answer {named!r} is none of the {len(choices)} choices", where=record.where,
+        remedy=f"write one of {', '.join(choices[:8])}, or its place, 0 to {len(choices) - 1}", kind="choices",
+    )  # fmt: skip
 
 
 def _answers(record: Record) -> tuple[str, list[str]]:

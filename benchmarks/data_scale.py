@@ -1,0 +1,142 @@
+"""What it takes to begin on a data file of LLaVA's size: seconds and memory until the first batch's samples are there.
+
+    python benchmarks/data_scale.py                    # 665,000 conversations, 1 GB of JSON on one line
+    python benchmarks/data_scale.py --rows 20000       # a smaller one
+    python benchmarks/data_scale.py --form jsonl       # a record a line
+    python benchmarks/data_scale.py --starts 1         # the first start alone
+
+The file is made in a temporary folder and deleted afterwards. Each start is a process of its own: the first one reads
+the file, the second finds its index, and both then read the same 2,000 samples in the order of training. Memory is
+counted from the moment that everything is imported: the peak of the process, and what of it is its own (anonymous),
+for pages of a file that is mapped go back to the system when it wants them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEXT = (
+    "the a of picture red small round square left right behind shows there what where colour how many people dog "
+    "street table holds blue looks stands window because light morning large between"
+)
+VISITS = 2_000
+# The smallest PNG: its pixel is never looked at here.
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8ffff3f0005fe02fe"
+    "dccc59e70000000049454e44ae426082"
+)
+
+
+def made_rows(rows: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """LLaVA records of about 1.5 kB: a picture, and three questions with their answers."""
+    rng, words = random.Random(seed), TEXT.split()
+    texts = [" ".join(rng.choices(words, k=60)) for _ in range(4_000)]
+    for number in range(rows):
+        turns: list[dict[str, str]] = []
+        for turn in range(3):
+            asked = " ".join(rng.choices(words, k=12)) + "?"
+            turns.append({"from": "human", "value": "<image>\n" + asked if turn == 0 else asked})
+            turns.append({"from": "gpt", "value": rng.choice(texts)})
+        picture = rng.randrange(min(rows, 20_000))
+        yield {"id": f"{number:09d}", "image": f"{picture % 50:02d}/{picture}.png", "conversations": turns}
+
+
+def make(folder: Path, rows: int, form: str) -> Path:
+    for picture in range(min(rows, 20_000)):
+        place = folder / "media" / f"{picture % 50:02d}" / f"{picture}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(PIXEL)
+    path = folder / f"conversations.{form}"
+    with path.open("w") as file:
+        for number, row in enumerate(made_rows(rows)):
+            before = "" if form == "jsonl" else "[" if number == 0 else ", "
+            file.write(before + json.dumps(row) + ("\n" if form == "jsonl" else ""))
+        file.write("" if form == "jsonl" else "]")
+    return path
+
+
+def status(*names: str) -> list[float]:
+    """Fields of /proc/self/status, in MiB."""
+    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return [int(found[name].split()[0]) / 1024 for name in names]
+
+
+def start(path: Path) -> dict[str, Any]:
+    """One start: the units of a stage, the order of its first epoch, and the samples of its first visits."""
+    from opticnerve.data.source import load_units
+    from opticnerve.recipe import DataSpec, Stage
+    from opticnerve.train.visits import Visits
+
+    spec = DataSpec(path=str(path), media=str(path.parent / "media"))
+    stage = Stage(name="instruct", train={"connector": 1e-3}, data=[spec], batch_size=8, steps=VISITS // 8)
+    before, before_own = status("VmRSS", "RssAnon")
+    started = time.perf_counter()
+    units = load_units([spec], on_error=print)
+    visits = Visits(units, stage, _Processor(), seed=0)
+    first = [c.id for v in range(8) for c in visits.drawn(v)]
+    ready = time.perf_counter() - started
+    seen = hashlib.sha256()
+    started = time.perf_counter()
+    for visit in range(VISITS):
+        for c in visits.drawn(visit):
+            seen.update(repr((c.id, c.where, c.messages)).replace(str(path.parent), "").encode())
+    each = (time.perf_counter() - started) / VISITS
+    peak, own = status("VmHWM", "RssAnon")
+    return {
+        "samples": len(units), "seconds": ready, "peak_mib": peak - before, "own_mib": own - before_own,
+        "visit_us": each * 1e6, "first": first, "seen": seen.hexdigest(),
+    }  # fmt: skip
+
+
+class _Processor:
+    """Nothing is tokenised here."""
+
+    class tokenizer:
+        pad_token_id = 0
+
+    image_processor = feature_extractor = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=665_000)
+    parser.add_argument("--form", choices=("json", "jsonl"), default="json")
+    parser.add_argument("--starts", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # a process that starts on this file
+    given = parser.parse_args()
+    if given.start:
+        print(json.dumps(start(given.start)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = make(Path(folder), given.rows, given.form)
+        time.sleep(3 if given.starts > 1 else 0)  # an index of a file that has just changed is not taken for good
+        print(f"{given.rows:,} conversations, {path.stat().st_size / 1e6:,.0f} MB of {given.form}")
+        environment = {**os.environ, "OPTICNERVE_CACHE": f"{folder}/cache"}
+        results = []
+        for name in ("first start", "second start")[: given.starts]:
+            command = [sys.executable, __file__, "--start", str(path)]
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            results.append(found := json.loads(done.stdout.splitlines()[-1]))
+            print(
+                f"{name:12}  {found['seconds']:7.1f} s  peak {found['peak_mib']:7.0f} MiB, own {found['own_mib']:6.0f} "
+                f"MiB ({found['own_mib'] * 2**20 / given.rows:,.0f} bytes a row)  {found['visit_us']:4.0f} µs a visit  "
+                f"samples {found['seen'][:8]}"
+            )
+        if given.json:
+            given.json.write_text(json.dumps({"rows": given.rows, "form": given.form, "starts": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
