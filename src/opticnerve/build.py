@@ -50,7 +50,7 @@ class Dock:
             self.lora = reference["lora"]
             self.model.give_lora(reference["lora"])
         with torch.no_grad():
-            delta.put(self.model, folder, reference["tensors"])
+            delta.put(self.model, folder, reference["tensors"], sha256=reference.get("sha256"))
         return {n for n in reference["tensors"] if n in dict(self.model.named_parameters())}
 
 

@@ -31,6 +31,7 @@ from opticnerve.recipe_model import (
     split_part,
 )
 from opticnerve.recipe_schema import CacheSpec, DataSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
+from opticnerve.recipe_text import MAX_CHARACTERS, brief, parse
 from opticnerve.types import RecipeError
 
 __all__ = [
@@ -70,19 +71,34 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         path = Path(source)
         origin = str(path)
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = parse(_text(path))
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe {origin}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        except (OSError, UnicodeDecodeError) as e:
             raise RecipeError(f"{origin} is not readable YAML: {e}") from e
+        except RecipeError as e:
+            raise RecipeError(f"{origin}: {e}") from e
         if not isinstance(raw, dict):
             raise RecipeError(f"{origin} holds no mapping; a recipe starts with `model:` and `stages:`")
     for override in overrides:
         _override(raw, override)
     try:
         return Recipe.model_validate(raw)
+    except UnicodeEncodeError as e:
+        raise RecipeError(f"{origin}: a text holds half a surrogate pair, which is no character: {e}") from e
     except ValidationError as e:
-        raise RecipeError("\n".join(f"{origin}: {line}" for line in _explain(e))) from None
+        lines = [f"{origin}: {brief(line, 500)}" for line in _explain(e)]
+        more = [f"{origin}: and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        raise RecipeError("\n".join(lines[:_SHOWN] + more)) from None
+
+
+_SHOWN = 20  # findings in one message
+
+
+def _text(path: Path) -> str:
+    """A file's characters; one that is far too long (or has no end, such as /dev/zero) is not read to its end."""
+    with path.open(encoding="utf-8") as file:
+        return file.read(MAX_CHARACTERS + 1)
 
 
 def dump(recipe: Recipe) -> str:
@@ -97,21 +113,23 @@ _INSTEAD = {"steps": "epochs", "epochs": "steps"}
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override!r} is not key=value, such as stages.0.steps=50")
-    # YAML 1.1 reads 1e-3 as a string; people mean a number.
+        raise RecipeError(f"override {brief(override)!r} is not key=value, such as stages.0.steps=50")
     try:
-        value = float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise RecipeError(f"override {key}: {text!r} is not readable YAML: {e}") from e
+        _set(raw, key, text)
+    except RecipeError as e:
+        raise RecipeError(f"override {brief(key)}: {e}") from e
+
+
+def _set(raw: dict[str, Any], key: str, text: str) -> None:
+    # YAML 1.1 reads 1e-3 as a string; people mean a number.
+    value = float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else parse(text)
     steps = re.findall(r"[^.()]+(?:\.last\(\d+\))?", key) if ".last(" in key else key.split(".")
     here: Any = raw
     for i, step in enumerate(steps):
         where = ".".join(steps[: i + 1])
         if isinstance(here, list):
-            if not step.isdigit() or int(step) >= len(here):
-                raise RecipeError(
-                    f"override {key}: {where} is a list of {len(here)}; use a number from 0 to {len(here) - 1}"
-                )
+            if not step.isdecimal() or int(step) >= len(here):
+                raise RecipeError(f"{brief(where)} is a list of {len(here)}; use a number from 0 to {len(here) - 1}")
             index: Any = int(step)
         elif isinstance(here, dict):
             # `stages.0.train.language.lora`: a part's name holds a dot itself.
@@ -121,7 +139,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
                 return
             index = step
         else:
-            raise RecipeError(f"override {key}: {'.'.join(steps[:i])} holds a single value")
+            raise RecipeError(f"{brief('.'.join(steps[:i]))} holds a single value")
         if i == len(steps) - 1:
             here[index] = value
             if isinstance(here, dict) and index in _INSTEAD and value is not None:

@@ -49,7 +49,7 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "m/model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OpticNerveError, match=r"lacks weights: missing \['model\.norm\.weight'\]"):
+    with pytest.raises(OpticNerveError, match=r"missing model\.norm\.weight"):
         load_language(folder)
 
 

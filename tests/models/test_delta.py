@@ -174,6 +174,85 @@ class TestRefusals:
         with pytest.raises(OpticNerveError, match="not a dock's reference file"):
             self.load(run)
 
+    def change(self, run: Path, **values: Any) -> None:
+        reference = json.loads((run / delta.REFERENCE).read_text())
+        (run / delta.REFERENCE).write_text(json.dumps({**reference, **values}))
+
+    def test_a_flipped_bit(self, run: Path) -> None:
+        data = bytearray((run / delta.TENSORS).read_bytes())
+        data[-3] ^= 1
+        (run / delta.TENSORS).write_bytes(bytes(data))
+        with pytest.raises(OpticNerveError, match="was changed or damaged after it was written"):
+            self.load(run)
+
+    def test_numbers_of_another_kind(self, run: Path) -> None:
+        self.edit(run, lambda t: t.update({"image.connector.layers.2.bias": torch.ones(32, dtype=torch.int32)}))
+        self.change(run, sha256=None)
+        with pytest.raises(OpticNerveError, match=r"holds torch\.int32, the model wants torch\.float32"):
+            self.load(run)
+
+    def test_a_list_that_says_another_shape(self, run: Path) -> None:
+        reference = json.loads((run / delta.REFERENCE).read_text())
+        self.change(run, tensors={**reference["tensors"], "image.connector.layers.2.bias": [31]})
+        with pytest.raises(OpticNerveError, match=r"is \(32,\), dock\.json says \(31,\)"):
+            self.load(run)
+
+    def test_no_reference_at_all(self, run: Path) -> None:
+        (run / delta.REFERENCE).unlink()
+        with pytest.raises(OpticNerveError, match=r"no dock\.json, which names the base models"):
+            self.load(run)
+
+    def test_a_newer_format(self, run: Path) -> None:
+        self.change(run, format=delta.FORMAT + 1)
+        with pytest.raises(OpticNerveError, match="written by a newer opticnerve"):
+            self.load(run)
+
+    def test_files_that_do_not_belong_together(self, run: Path) -> None:
+        reference = json.loads((run / delta.REFERENCE).read_text())
+        self.change(run, bases={**reference["bases"], "audio": {"name": None, "sha256": None}})
+        with pytest.raises(OpticNerveError, match="the two files do not belong together"):
+            self.load(run)
+
+    def test_a_base_of_which_nobody_can_tell(
+        self, run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No hash was recorded: said each time. A hash was, and there is no file to compare with: refused."""
+        reference = json.loads((run / delta.REFERENCE).read_text())
+        known = reference["bases"]["image"]["sha256"]
+        reference["bases"]["image"]["sha256"] = None
+        self.change(run, bases=reference["bases"])
+        self.load(run)
+        assert "the weights of image" in caplog.text
+        assert "cannot be verified" in caplog.text
+        reference["bases"]["image"]["sha256"] = known
+        self.change(run, bases=reference["bases"])
+        monkeypatch.setattr("opticnerve.encoders.hf_vision.weight_files", lambda folder: [])
+        with pytest.raises(OpticNerveError, match="no weight file of that name was found"):
+            self.load(run)
+
+    def test_a_base_that_lost_a_tensor(self, run: Path) -> None:
+        file = run.parent / "language/model.safetensors"
+        tensors = load_file(file)
+        tensors.pop("model.layers.1.mlp.up_proj.weight")
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(OpticNerveError, match=r"missing model\.layers\.1\.mlp\.up_proj\.weight"):
+            self.load(run)
+
+    @pytest.mark.parametrize("key", ["bases", "tensors", "dtype", "lora"])
+    @pytest.mark.parametrize("value", [7, [], "torch", {"language": 3}])
+    def test_a_reference_of_wrong_kinds(self, run: Path, key: str, value: Any) -> None:
+        self.change(run, **{key: value})
+        with pytest.raises(OpticNerveError):
+            self.load(run)
+
+    def test_versions_are_recorded(self, run: Path) -> None:
+        import opticnerve
+
+        reference = delta.read(run)
+        assert reference["opticnerve"] == opticnerve.__version__
+        assert reference["torch"] == torch.__version__
+        assert reference["format"] == delta.FORMAT
+
     def test_a_reference_without_lora(self, run: Path) -> None:
         reference = json.loads((run / delta.REFERENCE).read_text())
         (run / delta.REFERENCE).write_text(json.dumps({**reference, "lora": None}))

@@ -119,7 +119,7 @@ class HFVisionEncoder(Encoder):
         config = _vision_config(name)
         with _quiet():  # of all that is not the eye; what is missing is told below
             loaded: Any = _model_class(config).from_pretrained(
-                name, config=config, key_mapping=_TOWER, output_loading_info=True
+                name, config=config, key_mapping=_TOWER, output_loading_info=True, ignore_mismatched_sizes=True
             )
         model, report = loaded
         if report["missing_keys"] or report["mismatched_keys"]:

@@ -105,7 +105,9 @@ class HFTextEncoder(nn.Module):
         config = AutoConfig.from_pretrained(folder)
         config = getattr(config, "text_config", config)
         wanted = options.get("pooling") or default_pooling(config)
-        loaded: Any = _model_class(config).from_pretrained(folder, config=config, output_loading_info=True)
+        loaded: Any = _model_class(config).from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         model, report = loaded
         missing = [k for k in sorted(report["missing_keys"]) if wanted == "pooler" or not k.startswith("pooler.")]
         if missing or report["mismatched_keys"]:

@@ -77,10 +77,15 @@ class TimmEncoder(Encoder):
             encoder.files = [str(eye.file())]
             return encoder
         size = _size_args(encoder.model, encoder.options["image_size"])
-        pretrained = timm.create_model(name, pretrained=True, **{**size, **encoder.options["model_args"]})
-        encoder.model.load_state_dict(pretrained.state_dict())
+        try:
+            pretrained = timm.create_model(name, pretrained=True, **{**size, **encoder.options["model_args"]})
+            encoder.model.load_state_dict(pretrained.state_dict())
+        except RuntimeError as e:  # timm and torch list the missing, unexpected and mismatched tensors
+            raise OpticNerveError(f"the weights of {name!r} are not those of its configuration: {e}") from e
         if name.startswith("local-dir:"):
             encoder.files = weight_files(Path(name.removeprefix("local-dir:")))
+        else:
+            encoder.files = _hub_files(pretrained)
         return encoder
 
     @classmethod
@@ -177,6 +182,16 @@ def _look_up(name: str) -> tuple[str, dict[str, Any]]:
         defaults["image_size"] = int(found["input_size"][-1])
     classes = {"num_classes": found["num_classes"]} if "num_classes" in found else {}
     return architecture, {**defaults, "model_args": {**classes, **(model_args or {})}}
+
+
+def _hub_files(model: Any) -> list[str]:
+    """The file in the hub's local cache that timm has just read a model's weights from; empty where it is not known."""
+    from huggingface_hub import try_to_load_from_cache
+
+    place = str(model.pretrained_cfg.get("hf_hub_id") or "")
+    names = (model.pretrained_cfg.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin")
+    found = (try_to_load_from_cache(place, name) for name in names if name and place.count("/") == 1)
+    return next(([file] for file in found if isinstance(file, str)), [])
 
 
 def _size_args(model: nn.Module, image_size: int | None) -> dict[str, Any]:

@@ -225,8 +225,9 @@ class _EncoderAlone(Transformer):
 def _read_transformers(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _config(name)
     loaded: Any = _EncoderAlone.from_pretrained(
-        name, config=config, key_mapping={r"^(model\.)?encoder\.": ""}, output_loading_info=True
-    )
+        name, config=config, key_mapping={r"^(model\.)?encoder\.": ""}, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
     model, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         raise OpticNerveError(

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProcessor
+from opticnerve.models.strict import told
 from opticnerve.types import OpticNerveError
 
 
@@ -32,16 +33,23 @@ def load_model(
     model = OpticNerveForConditionalGeneration.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     )
-    processor = OpticNerveProcessor.from_pretrained(folder)
-    return model.to(device or default_device()).eval(), processor
+    return model.to(device or default_device()).eval(), load_processor(folder)
+
+
+def load_processor(folder: str) -> Any:
+    """The processor beside a docked model; whatever is wrong with its files is one error."""
+    with told("the processor", folder):
+        return OpticNerveProcessor.from_pretrained(folder)
 
 
 def kind_of(name: str) -> str:
     """What a folder (or hub name) holds: "docked", "dual" or "classifier", by its config.json."""
-    config, _ = PreTrainedConfig.get_config_dict(name)
+    with told("config.json", name):
+        config, _ = PreTrainedConfig.get_config_dict(name)
     return _KINDS.get(str(config.get("model_type")), "docked")
 
 
+ADAPTER = "adapter_config.json"
 # By `model_type` of config.json; whatever else is tried as a docked model, whose loading says what is wrong.
 _KINDS = {"opticnerve_dual_encoder": "dual", "opticnerve_fusion_classifier": "classifier"}
 
@@ -64,6 +72,11 @@ def resolve(name: str) -> str:
         stages = sorted(p.parent for p in path.glob("stages/*/dock.json"))
         if stages:
             return str(stages[-1])
+        if (path / ADAPTER).is_file():
+            raise OpticNerveError(
+                f"{name} is an adapter of peft without its model ({ADAPTER}, no config.json); merge it into its base "
+                "with peft's merge_and_unload(), save that, and name the folder as the recipe's language"
+            )
         raise OpticNerveError(f"{name} holds no model (no config.json); a run has one once its first stage has ended")
     if path.suffix or name.startswith((".", "/")) or name.count("/") > 1:
         raise OpticNerveError(f"there is no model folder {name!r}")

@@ -40,15 +40,20 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
     GGUF weights are dequantised once into the cache, for training needs real matrices.
     """
     folder, files = resolve(name, gguf_file=gguf_file)
+    if (Path(folder) / "adapter_config.json").is_file():
+        # transformers would put the adapter onto the base that it names, and say nothing.
+        raise OpticNerveError(
+            f"{name!r} holds an adapter of peft (adapter_config.json), not a language model alone; merge it into its "
+            "base with peft's merge_and_unload(), save that, and name its folder"
+        )
     with no_bars() if Path(folder).is_dir() else nullcontext():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    model, report = loaded
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise OpticNerveError(
-            f"{name!r} lacks weights: missing {sorted(report['missing_keys'])[:8]}, "
-            f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
+        # Mismatched tensors are listed below with the others, and refused.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    model, report = loaded
+    check_complete(name, report)
     # What was asked for, not where it was found: configurations travel, folders do not.
     model.config._name_or_path = name
     if tokenizer.pad_token_id is None:
@@ -58,6 +63,18 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
             )
         tokenizer.pad_token = tokenizer.eos_token
     return Language(model, tokenizer, name, tuple(files))
+
+
+def check_complete(name: str, report: dict[str, Any]) -> None:
+    """Refuse a language model that transformers would fill up with random weights, or leave some of its weights out.
+
+    Raises:
+        OpticNerveError: the message lists the tensors.
+    """
+    problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
+    if problems:
+        listing = "; ".join(f"{k.removesuffix('_keys')} {', '.join(v[:8])}" for k, v in problems.items())
+        raise OpticNerveError(f"the weights of {name!r} are not those of its config.json: {listing}")
 
 
 def load_language_config(name: str, *, gguf_file: str | None = None) -> Any:
@@ -95,10 +112,12 @@ def _dequantised(file: Path) -> Path:
     with new_folder(target) as new, no_bars():
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         # transformers 5 keeps GGUF weights packed unless told otherwise.
-        model = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True,
             quantization_config=GgufConfig(dequantize=True),
         )  # fmt: skip
+        model, report = loaded
+        check_complete(str(file), report)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(new)

@@ -6,6 +6,12 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from opticnerve.recipe import MODALITIES
+from opticnerve.types import OpticNerveError
+
+MAX_LAYERS = 10_000
+FORMAT = 1  # of what opticnerve writes; it rises when an older opticnerve would load it wrong
+
 
 class OpticNerveConfig(PreTrainedConfig):
     """Configuration of a docked model, by transformers' conventions.
@@ -20,6 +26,10 @@ class OpticNerveConfig(PreTrainedConfig):
             vocabulary: it is replaced before the embedding table is asked.
         audio_token_id: the same for a sound.
         lora: options of the adapter on the language model, as for `add_lora`; None where there is none.
+        dock_format: the format that the folder was written in.
+
+    Raises:
+        OpticNerveError: a value of the wrong kind, or a format newer than this opticnerve knows.
     """
 
     model_type = "opticnerve"
@@ -32,15 +42,23 @@ class OpticNerveConfig(PreTrainedConfig):
         image_token_id: int | None = None,
         audio_token_id: int | None = None,
         lora: dict[str, Any] | None = None,
+        dock_format: int = FORMAT,
         **kwargs: Any,
     ) -> None:
+        check_format(dock_format, "config.json")
+        self.dock_format = dock_format
         if isinstance(text_config, dict):
+            _check_layers(text_config)
             text_config = dict(text_config)
-            text_config = AutoConfig.for_model(text_config.pop("model_type"), **text_config)
+            kind = text_config.pop("model_type", None)
+            if not isinstance(kind, str):
+                raise OpticNerveError(f"config.json: text_config.model_type names no language model but {kind!r}")
+            text_config = AutoConfig.for_model(kind, **text_config)
         elif text_config is None:
             text_config = AutoConfig.for_model("llama")
         self.text_config: PreTrainedConfig = text_config
-        self.towers: dict[str, dict[str, Any]] = towers or {}
+        self.towers: dict[str, dict[str, Any]] = {} if towers is None else towers
+        _check(self.towers, image_token_id, audio_token_id, lora)
         self.image_token_id = image_token_id
         self.audio_token_id = audio_token_id
         self.lora = lora
@@ -52,3 +70,46 @@ class OpticNerveConfig(PreTrainedConfig):
     def token_id(self, modality: str) -> int | None:
         """The placeholder's id of a modality; None where the model has no such tower."""
         return getattr(self, f"{modality}_token_id") if modality in self.towers else None
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds. The format is always there: what is left out would be read as the reader's own."""
+        return {**super().to_diff_dict(), "dock_format": self.dock_format}
+
+
+def check_format(found: Any, where: str) -> None:
+    """Refuse what a later opticnerve wrote.
+
+    Raises:
+        OpticNerveError: the format is newer, or no number.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise OpticNerveError(f"{where}: the format is a whole number from 1, not {str(found)[:80]!r}")
+    if found > FORMAT:
+        raise OpticNerveError(
+            f"{where} is of format {found}, written by a newer opticnerve; this one reads formats up to {FORMAT}: "
+            "pip install -U opticnerve"
+        )
+
+
+def _check_layers(text_config: dict[str, Any]) -> None:
+    """Some configurations of transformers write a list as long as the model is deep, before anything else is known."""
+    for key, value in text_config.items():
+        if isinstance(value, int) and "layer" in str(key) and value > MAX_LAYERS:
+            raise OpticNerveError(f"config.json: text_config.{key} is {value:,}, more than {MAX_LAYERS:,}")
+
+
+def _check(towers: Any, image_token_id: Any, audio_token_id: Any, lora: Any) -> None:
+    if not isinstance(towers, dict) or set(towers) - set(MODALITIES):
+        raise OpticNerveError(f"config.json: towers is a mapping of {' and '.join(MODALITIES)}, not {str(towers)[:80]}")
+    for modality, spec in towers.items():
+        for part in ("encoder", "connector", "fusion"):
+            found = spec.get(part) if isinstance(spec, dict) else None
+            if not isinstance(found, dict) or not isinstance(found.get("type"), str):
+                raise OpticNerveError(f"config.json: towers.{modality}.{part} is no mapping with a type")
+        if not isinstance(spec.get("tiling"), dict | None):
+            raise OpticNerveError(f"config.json: towers.{modality}.tiling is no mapping")
+    for key, value in (("image_token_id", image_token_id), ("audio_token_id", audio_token_id)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise OpticNerveError(f"config.json: {key} is a whole number, not {str(value)[:80]!r}")
+    if not isinstance(lora, dict | None):
+        raise OpticNerveError(f"config.json: lora is a mapping, not {str(lora)[:80]!r}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from opticnerve.models.bounded import no_larger_than_files
 from opticnerve.types import OpticNerveError
 
 # `PreTrainedModel.from_pretrained` keeps `trust_remote_code` to itself; constructors need it for dotted paths.
@@ -25,14 +28,21 @@ class StrictLoading:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder of `save_pretrained` or a hub name."""
+        """Load a folder of `save_pretrained` or a hub name.
+
+        Raises:
+            OpticNerveError: the tensors are not those of config.json, config.json is damaged or describes a model much
+                larger than the weights, or the files cannot be read.
+        """
         wants_report = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the others, and refused
         token = _trusted.set(bool(kwargs.get("trust_remote_code", False)))
+        folder = Path(str(pretrained_model_name_or_path))
         try:
-            loaded: Any = super().from_pretrained(  # type: ignore[misc]
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            with told("the model", folder), no_larger_than_files(folder):
+                loaded: Any = super().from_pretrained(  # type: ignore[misc]
+                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                )
         finally:
             _trusted.reset(token)
         model, report = loaded
@@ -42,12 +52,29 @@ class StrictLoading:
             raise OpticNerveError(
                 f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
             )
-        model.restore_tables()
+        with told("the model", folder):
+            model.restore_tables()
         return (model, report) if wants_report else model
 
     def restore_tables(self) -> None:
         """Compute again what a checkpoint does not carry; see `restore_buffers`."""
         raise NotImplementedError
+
+
+@contextmanager
+def told(what: str, source: Any) -> Iterator[None]:
+    """Whatever goes wrong while files of a checkpoint are read is one error that names them.
+
+    What transformers, tokenizers and safetensors raise for an altered file depends on where their parsing trips over
+    it: anything from OSError to tokenizers' bare Exception.
+    """
+    try:
+        yield
+    except (OpticNerveError, MemoryError):
+        raise
+    except Exception as e:
+        said = f"{type(e).__name__}: {e}" if str(e).strip() else type(e).__name__
+        raise OpticNerveError(f"{what} in {source} cannot be loaded: {said[:2_000]}") from e
 
 
 def restore_buffers(module: nn.Module, rebuild: Callable[[], nn.Module]) -> None:

@@ -1,0 +1,181 @@
+"""Hostile data files: bytes of each format, records with values of wrong types, and paths that lead elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import fuzz_mutate as hurt
+import PIL.Image
+from fuzz_target import Target
+
+from opticnerve.data.images import Frame, open_image
+from opticnerve.data.readers import read
+from opticnerve.types import Conversation, DataError, ImagePart
+
+FORMATS = ("auto", "captions", "vqa", "llava", "chat")
+GOOD: dict[str, list[dict[str, Any]]] = {
+    "captions": [{"image": "1.png", "caption": "a red circle"}, {"file_name": "2.png", "captions": ["a", "b"]}],
+    "vqa": [
+        {"image": "1.png", "question": "what shape?", "answer": "circle", "type": "shape"},
+        {"image": ["1.png", "2.png"], "question": "same?", "answers": ["no", {"answer": "no"}], "id": 7},
+    ],
+    "llava": [
+        {"id": "a", "image": "1.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]},
+        {"video": "clip", "system": "be brief", "conversations": [{"from": "human", "value": "<video> What?"}, {"from": "gpt", "value": "x"}]},
+    ],
+    "chat": [
+        {"messages": [
+            {"role": "user", "content": [{"type": "image", "image": "1.png"}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "a circle"}]},
+        {"images": ["1.png"], "videos": ["clip"], "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "audio", "path": "1.png"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]},
+    ],
+}  # fmt: skip
+
+
+def media(folder: Path) -> Path:
+    """A media folder, a secret beside it, and in the folder all sorts of ways out of it."""
+    inside = folder / "media"
+    if not inside.exists():
+        (inside / "clip").mkdir(parents=True)
+        for place in ("1.png", "2.png", "clip/0.png", "clip/1.png"):
+            PIL.Image.new("RGB", (4, 4)).save(inside / place)
+        PIL.Image.new("RGB", (4, 4), "red").save(folder / "secret.png")
+        (folder / "secret").mkdir()
+        PIL.Image.new("RGB", (4, 4), "red").save(folder / "secret/0.png")
+        (inside / "link.png").symlink_to(folder / "secret.png")
+        (inside / "up").symlink_to(folder)
+        (inside / "loop").symlink_to(inside / "loop")
+        (inside / "zero").symlink_to("/dev/zero")
+        (inside / "clip2").mkdir()
+        (inside / "clip2/0.png").symlink_to(folder / "secret.png")
+        os.mkfifo(inside / "pipe.png")
+    return inside
+
+
+def look(conversation: Conversation, inside: Path) -> None:
+    """What was accepted lies within the media folder, and can be opened, or says why not."""
+    for part in conversation.pieces:
+        source = part.source.source if isinstance(part.source, Frame) else part.source
+        if isinstance(source, Path):
+            assert source.resolve().is_relative_to(inside.resolve()), f"read from outside: {source}"
+        if isinstance(part, ImagePart):
+            try:
+                opened = open_image(part.source, where=conversation.where)
+            except DataError:
+                continue
+            assert opened.getpixel((0, 0)) != (255, 0, 0), f"the secret was read: {part.source}"
+
+
+# -- the bytes of a file: a line that says its suffix and the format, and the file ------------------------------------
+
+
+@functools.cache
+def parquet(kind: str) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{k: json.dumps(v) for k, v in GOOD[kind][0].items()}] * 3), out)
+    return out.getvalue()
+
+
+def written(suffix: str, records: list[Any]) -> bytes:
+    if suffix == "parquet":
+        return parquet("captions")
+    if suffix in ("csv", "tsv"):
+        separator = "," if suffix == "csv" else "\t"
+        rows = [[str(v) for v in r.values()] for r in records if isinstance(r, dict)]
+        names = list(records[0]) if records and isinstance(records[0], dict) else ["image"]
+        return "\n".join(separator.join(map(str, row)) for row in [names, *rows]).encode("utf-8", "surrogatepass")
+    lines = [json.dumps(r) for r in records]
+    return ("[" + ",\n".join(lines) + "]" if suffix == "json" else "\n".join(lines)).encode()
+
+
+def make_file(rng: random.Random) -> bytes:
+    suffix = rng.choice(("jsonl", "jsonl", "json", "json", "csv", "tsv", "parquet"))
+    kind = rng.choice(list(GOOD))
+    good = written(suffix, GOOD[kind])
+    data = hurt.bytes_hurt(rng, good, others=[written("json", GOOD["chat"]), parquet(kind)])
+    if suffix in ("json", "jsonl") and rng.random() < 0.1:
+        data = hurt.json_bytes(rng, GOOD[kind])
+    return f"{suffix} {rng.choice((*FORMATS, 'hf'))}\n".encode() + data
+
+
+def run_file(data: bytes, folder: Path) -> None:
+    head, _, body = data.partition(b"\n")
+    suffix, _, format = head.decode("ascii", "replace").partition(" ")
+    if suffix not in ("jsonl", "json", "csv", "tsv", "parquet"):
+        return
+    inside = media(folder)
+    file = folder / f"data.{suffix}"
+    file.write_bytes(body)
+    errors: list[DataError] = []
+    for conversation in read(file, format=format or "auto", media=inside, frames=2, on_error=errors.append):
+        look(conversation, inside)
+    for error in errors:
+        assert len(str(error)) < 20_000
+
+
+# -- records as JSON says them, with values of wrong types ------------------------------------------------------------
+
+
+def make_records(rng: random.Random) -> bytes:
+    kind = rng.choice(list(GOOD))
+    return f"{rng.choice(('auto', kind))}\n".encode() + hurt.json_bytes(rng, hurt.json_hurt(rng, GOOD[kind], most=4))
+
+
+def run_records(data: bytes, folder: Path) -> None:
+    format, _, body = data.partition(b"\n")
+    run_file(b"json " + format + b"\n" + body, folder)
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+PIECES = (
+    "..", ".", "/", "//", "\\", "..\\", "1.png", "secret.png", "link.png", "up", "loop", "zero", "pipe.png", "clip", "clip2", "media",
+    "file://", "file:///", "FILE://", "file:", "\0", "%2e%2e", "%00", "~", "~root", "$HOME", "C:\\", "\\\\host\\share", "/dev/zero",
+    "/dev/stdin", "/proc/self/environ", "/proc/self/fd/0", "/etc/passwd", "CON", "‥", "．．", "\u2215", "\u202e", "\u200b", "é", "e\u0301",
+    "x" * 300, "x/" * 2_500, " ", "\n", ":", "|", "*", "?", "http:", "https://", "ftp://h/x", "data:", "data:image/png;base64,", "smb://",
+    "\ud800", "media/../../secret.png", "secret/0.png",
+)  # fmt: skip
+FIELDS = ("image", "file_name", "audio", "video")
+
+
+def make_path(rng: random.Random) -> bytes:
+    path: Any = rng.choice(("", "/")).join(rng.choice(PIECES) for _ in range(rng.randint(1, 5)))
+    if rng.random() < 0.1:
+        path = str(rng.choice((path, "@/secret.png", "@/media/../secret.png", "@/media/1.png", "file://@/secret.png")))
+    if rng.random() < 0.1:
+        path = rng.choice(([path, "1.png"], {"path": path}, {"path": path, "bytes": None}, [[path]]))
+    return json.dumps({"field": rng.choice(FIELDS), "path": path}).encode()
+
+
+def run_path(data: bytes, folder: Path) -> None:
+    try:
+        case = json.loads(data)
+        field, path = case["field"], json.loads(json.dumps(case["path"]).replace("@", json.dumps(str(folder))[1:-1]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return
+    turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "x"}]
+    record = {field: path, "conversations": turns} if field == "video" else {field: path, "caption": "x"}
+    inside = media(folder)
+    file = folder / "data.json"
+    file.write_text(json.dumps([record]))
+    for conversation in read(file, media=inside, frames=2):
+        look(conversation, inside)
+
+
+TARGETS = (
+    Target("data-files", make_file, run_file),
+    Target("records", make_records, run_records),
+    Target("paths", make_path, run_path),
+)

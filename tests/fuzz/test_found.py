@@ -1,0 +1,191 @@
+"""What fuzzing has found: each fault by name, so that it stays found."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import struct
+import wave
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from fuzz_recipes import GOOD
+from fuzz_target import limited
+
+from opticnerve.build import Dock
+from opticnerve.data.audio import open_audio
+from opticnerve.data.readers import read
+from opticnerve.data.video import frames
+from opticnerve.inference.load import load_model, load_processor
+from opticnerve.models import OpticNerveConfig, delta
+from opticnerve.recipe import load
+from opticnerve.types import DataError, OpticNerveError, RecipeError
+
+
+class TestRecipes:
+    BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(9)
+    )
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (BOMB, "more than 10,000 values"),
+            ("model: &m {image: *m}", "stands in what it stands for"),
+            ("[" * 2_000, "deeper than 30 levels"),
+            ("- " * 5_000 + "x", "deeper than 30 levels"),
+            ("x" * 250_001, "more than the 250,000"),
+            ("a: 2026-99-99", "month must be in 1..12"),
+            ("a: " + "9" * 5_000, "does not fit its kind"),
+            ("a: !!bool maybe", "does not fit its kind"),
+            ("a: !!float ''", "does not fit its kind"),
+            ("a: !!timestamp x", "does not fit its kind"),
+            ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ],
+        ids=lambda text: text[:20],
+    )
+    def test_refused(self, text: str, message: str, tmp_path: Path) -> None:
+        (tmp_path / "r.yaml").write_text(text)
+        with limited(10), pytest.raises(RecipeError, match=message):
+            load(tmp_path / "r.yaml")
+        if "\n" not in text:
+            with limited(10), pytest.raises(RecipeError, match=message):
+                load({}, [f"name={text.removeprefix('a: ')}"])
+
+    def test_anchors_are_taken_within_reason(self, tmp_path: Path) -> None:
+        (tmp_path / "r.yaml").write_text(
+            "model: {language: {name: x}, image: {encoder: {type: patches}}}\n"
+            "stages:\n"
+            "- &s {name: a, train: {connector: 0.1}, data: [{path: d}], steps: 1}\n"
+            "- {<<: *s, name: b}\n"
+        )
+        assert [s.name for s in load(tmp_path / "r.yaml").stages] == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        "override", ["x" * 100_000, "name.x=" + "y" * 100_000, "a=" + "[1, " * 9_000, "stages.²=1"]
+    )
+    def test_messages_stay_short(self, override: str) -> None:
+        with pytest.raises(RecipeError) as told:
+            load({"stages": [1], "name": "n", "model": ["z" * 100_000]}, [override])
+        assert len(str(told.value)) < 3_000
+
+    def test_a_part_of_half_a_character(self) -> None:
+        recipe = copy.deepcopy(GOOD[0])
+        recipe["stages"][0]["train"] = {"\ud800": 1e-4}
+        with pytest.raises(RecipeError, match="half a surrogate pair"):
+            load(recipe)
+
+
+def test_a_folder_of_frames_may_not_link_out_of_the_media_folder(tmp_path: Path) -> None:
+    (tmp_path / "media/clip").mkdir(parents=True)
+    PIL.Image.new("RGB", (4, 4), "red").save(tmp_path / "secret.png")
+    (tmp_path / "media/clip/0.png").symlink_to(tmp_path / "secret.png")
+    turns = [{"from": "human", "value": "<video> what?"}, {"from": "gpt", "value": "x"}]
+    (tmp_path / "d.json").write_text(json.dumps([{"video": "clip", "conversations": turns}]))
+    with pytest.raises(DataError, match="outside the media folder"):
+        list(read(tmp_path / "d.json", media=tmp_path / "media"))
+    assert list(read(tmp_path / "d.json", media=tmp_path / "media", allow_outside_media=True))
+
+
+@pytest.mark.parametrize("rate", [10, 134_233_728])
+def test_sound_of_an_impossible_rate(rate: int) -> None:
+    pytest.importorskip("soundfile")
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(bytes(400))
+    with pytest.raises(DataError, match="samples a second"):
+        open_audio(out.getvalue())
+
+
+class TestVideos:
+    def test_a_picture_that_breaks_when_its_frames_are_counted(self) -> None:
+        with pytest.raises(DataError, match="damaged or incomplete"):
+            frames(b"II*\0\x08\0\0\0" + bytes(6), 2)
+
+    def test_a_title_that_is_no_utf8(self) -> None:
+        av = pytest.importorskip("av")
+        out = io.BytesIO()
+        with av.open(out, "w", format="avi") as file:
+            file.metadata["title"] = "TITLE-OF-IT"
+            stream = file.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for packet in [*stream.encode(av.VideoFrame(32, 32, "yuv420p")), *stream.encode()]:
+                file.mux(packet)
+        assert b"TITLE-OF-IT" in out.getvalue()
+        assert len(frames(out.getvalue().replace(b"TITLE-OF-IT", b"TITLE-\xff\xfe-IT"), 1)) == 1
+
+
+@pytest.mark.usefixtures("private_cache")
+class TestCheckpoints:
+    @pytest.fixture
+    def whole(self, docked: Callable[..., Dock], tmp_path: Path) -> Path:
+        made = docked("qwen2")
+        made.model.save_pretrained(tmp_path / "whole")
+        made.processor.save_pretrained(tmp_path / "whole")
+        return tmp_path / "whole"
+
+    def change(self, folder: Path, *keys: Any, to: Any) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        here = config
+        for key in keys[:-1]:
+            here = here[key]
+        here[keys[-1]] = to
+        (folder / "config.json").write_text(json.dumps(config))
+
+    @pytest.mark.parametrize(
+        ("keys", "value", "message"),
+        [
+            (("text_config", "num_hidden_layers"), 2**31, "more than 10,000"),
+            (("text_config", "num_hidden_layers"), 9_000, "one of the two is not its own|num_hidden_layers"),
+            (("text_config", "hidden_size"), 2**20, "one of the two is not its own"),
+            (("text_config", "vocab_size"), 2**40, "one of the two is not its own"),
+            (("towers", "image", "connector", "depth"), 10**5, "one of the two is not its own"),
+            (("towers", "image", "connector"), None, "towers.image.connector is no mapping"),
+            (("towers", "image", "encoder", "type"), ["mlp"], "towers.image.encoder is no mapping"),
+            (("towers",), [], "towers is a mapping"),
+            (("text_config", "model_type"), None, "names no language model"),
+            (("image_token_id",), "7", "image_token_id is a whole number"),
+            (("lora",), 3, "lora is a mapping"),
+        ],
+        ids=str,
+    )
+    def test_a_configuration_that_lies(self, whole: Path, keys: tuple[Any, ...], value: Any, message: str) -> None:
+        self.change(whole, *keys, to=value)
+        with limited(20), pytest.raises(OpticNerveError, match=message):
+            load_model(whole, device="cpu")
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json", "tokenizer_config.json"])
+    def test_a_processor_that_is_damaged(self, whole: Path, name: str) -> None:
+        (whole / name).write_text('{"version": [')
+        with pytest.raises(OpticNerveError, match=r"the processor in .* cannot be loaded"):
+            load_processor(str(whole))
+
+    @pytest.mark.parametrize(
+        "data",
+        [b"", struct.pack("<Q", 2**63), struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": NaN', struct.pack("<Q", 50) + b"[" * 50],
+        ids=["empty", "endless header", "a list", "no JSON", "cut"],
+    )  # fmt: skip
+    def test_a_header_that_lies(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / delta.TENSORS).write_bytes(data)
+        model: Any = torch.nn.Linear(2, 2)
+        with pytest.raises(OpticNerveError, match="not a readable safetensors file"):
+            delta.put(model, tmp_path, {})
+
+    def test_a_config_in_a_newer_format(self, whole: Path) -> None:
+        self.change(whole, "dock_format", to=99)
+        with pytest.raises(OpticNerveError, match="written by a newer opticnerve"):
+            OpticNerveConfig.from_pretrained(whole)
+
+
+def test_a_parquet_cell_that_is_no_utf8(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    broken = pa.array([b"\xff\xfe.png"]).view(pa.string())
+    pq.write_table(pa.table({"image": broken, "caption": ["x"]}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="the table cannot be read"):
+        list(read(tmp_path / "d.parquet"))

@@ -1,0 +1,133 @@
+"""Bases, adapters and whole models: what is missing, left over or of another shape is an error that lists it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tiny
+from opticnerve.encoders.hf_vision import HFVisionEncoder
+from opticnerve.encoders.text import HFTextEncoder
+from opticnerve.encoders.timm import TimmEncoder
+from opticnerve.inference.load import load_model
+from opticnerve.language.load import check_complete, load_language
+from opticnerve.models.bounded import no_larger_than
+from opticnerve.models.strict import told
+from opticnerve.types import OpticNerveError
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+LAYER = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(LAYER), f"missing {LAYER}"),
+        (rename(LAYER, "model.layers.0.mlp.up.weight"), f"missing {LAYER}; unexpected model.layers.0.mlp.up.weight"),
+        (lambda t: t.update(stray=torch.ones(2)), "unexpected stray"),
+        (lambda t: t.update({LAYER: torch.ones(3, 3)}), rf"mismatched .*{LAYER}"),
+    ],
+    ids=["missing", "renamed", "left over", "of another shape"],
+)
+def test_a_language_model(change: Any, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "language"
+    tiny.save_language(folder, "llama")
+    load_language(str(folder))
+    edit(folder, change)
+    with pytest.raises(OpticNerveError, match=message):
+        load_language(str(folder))
+
+
+def test_a_gguf_is_held_to_the_same() -> None:
+    """(The report is what transformers gives for a GGUF file, too; a hole would stay in the cache for good.)"""
+    with pytest.raises(OpticNerveError, match=r"'small\.gguf' are not those .* missing blk"):
+        check_complete("small.gguf", {"missing_keys": {"blk"}, "unexpected_keys": set(), "mismatched_keys": set()})
+
+
+def test_an_adapter_in_place_of_a_language_model(tmp_path: Path) -> None:
+    tiny.save_language(tmp_path / "language", "llama")
+    (tmp_path / "language/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(OpticNerveError, match="holds an adapter of peft"):
+        load_language(str(tmp_path / "language"))
+
+
+def test_an_adapter_in_place_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    with pytest.raises(OpticNerveError, match="an adapter of peft without its model"):
+        load_model(tmp_path)
+
+
+NORM = "encoder.layers.1.layer_norm1.weight"
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed", "shape"])
+def test_a_vision_transformer(change: str, tmp_path: Path) -> None:
+    tiny.save_vision(tmp_path / "eye", "clip_vision_model")
+    (name,) = (n for n in load_file(tmp_path / "eye/model.safetensors") if n.endswith(NORM))
+    changes: dict[str, Any] = {
+        "missing": lambda t: t.pop(name), "renamed": rename(name, "stray"), "shape": lambda t: t.update({name: torch.ones(5)}),
+    }  # fmt: skip
+    edit(tmp_path / "eye", changes[change])
+    with pytest.raises(OpticNerveError, match=r"lacks weights of its vision tower: .*layer_norm1\.weight"):
+        HFVisionEncoder.from_pretrained(str(tmp_path / "eye"))
+
+
+def test_a_timm_model_with_a_renamed_tensor(tmp_path: Path) -> None:
+    name = tiny.save_timm(tmp_path / "eye")
+    first = next(n for n in load_file(tmp_path / "eye/model.safetensors") if n.endswith(".weight"))
+    edit(tmp_path / "eye", rename(first, "stray"))
+    with pytest.raises(OpticNerveError, match=r"are not those of its configuration(.|\n)*" + first):
+        TimmEncoder.from_pretrained(name)
+
+
+def test_a_text_encoder(tmp_path: Path) -> None:
+    tiny.save_bert(tmp_path / "bert")
+    edit(tmp_path / "bert", lambda t: t.update({"embeddings.word_embeddings.weight": torch.ones(2, 2)}))
+    with pytest.raises(OpticNerveError, match=r"mismatched .*word_embeddings"):
+        HFTextEncoder.from_pretrained(str(tmp_path / "bert"))
+
+
+class TestNoLargerThan:
+    def test_a_model_of_that_size(self) -> None:
+        with no_larger_than("x", tensors=2, elements=100), torch.device("meta"):
+            nn.Linear(9, 9)
+
+    def test_a_width_out_of_all_measure(self) -> None:
+        with no_larger_than("x", 2, 100), torch.device("meta"), pytest.raises(OpticNerveError, match="x: its config"):
+            nn.Linear(2**20, 2**20)
+
+    def test_a_depth_out_of_all_measure(self) -> None:
+        with no_larger_than("x", 2, 100), torch.device("meta"), pytest.raises(OpticNerveError, match="not its own"):
+            nn.Sequential(*(nn.Linear(1, 1) for _ in range(10**6)))
+
+    def test_outside_of_it_everything_goes(self) -> None:
+        with torch.device("meta"):
+            nn.Linear(2**20, 2**20)
+
+
+def test_whatever_breaks_is_told() -> None:
+    with (
+        pytest.raises(OpticNerveError, match="the model in here cannot be loaded: KeyError: 'a'") as e,
+        told("the model", "here"),
+    ):
+        raise KeyError("a")
+    assert isinstance(e.value.__cause__, KeyError)
