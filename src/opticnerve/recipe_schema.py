@@ -21,7 +21,7 @@ class DataSpec(Strict):
     """
 
     path: str
-    format: Literal["auto", "captions", "vqa", "llava", "chat", "hf"] = "auto"
+    format: Literal["auto", "captions", "vqa", "llava", "chat", "preference", "hf", "webdataset"] = "auto"
     media: str | None = None
     prompt: str | list[str] | None = None
     limit: Positive | None = None
@@ -50,6 +50,19 @@ class DataSpec(Strict):
     def _counts_have_a_use(self) -> DataSpec:
         if self.per_image is not None and not self.share_prefix:
             raise ValueError("per_image says how many questions share a picture's prefix; set share_prefix: true, too")
+        return self
+
+
+class BadSamples(Strict):
+    """Bad samples are left out, up to so many or to a share of all; one more is an error."""
+
+    limit: Annotated[int, Field(ge=0)] | None = None
+    share: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> BadSamples:
+        if (self.limit is None) == (self.share is None):
+            raise ValueError("bad_samples takes one of limit (how many) and share (of all samples, such as 0.01)")
         return self
 
 
@@ -109,8 +122,12 @@ class Stage(Strict):
     max_length: Positive | None = None
     template: Literal["chat", "caption"] = "chat"
     lora: LoraSpec | None = None
-    bad_samples: Literal["refuse", "skip"] = "refuse"
+    bad_samples: Literal["refuse", "skip"] | BadSamples = "refuse"
     save_every: Positive | None = None
+    keep_checkpoints: Positive = 2
+    on_divergence: Literal["stop", "skip"] = Field(
+        "stop", description="what becomes of a step whose loss or gradient is no number: skip leaves its update out"
+    )
     workers: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = False
     compile: bool = Field(
@@ -187,7 +204,7 @@ class EvaluateSpec(Strict):
     """Questions with known answers, asked after the last stage (and what is measured along with them)."""
 
     name: str = "held-out questions"
-    metric: Literal["vqa", "captions", "choice", "retrieval", "zero_shot"] = "vqa"
+    metric: Literal["vqa", "yes_no", "ocr", "captions", "choice", "multiple_choice", "retrieval", "zero_shot"] = "vqa"
     data: DataSpec
     sample: Positive | None = Field(None, description="a fixed random sample of this many questions")
     image_dependence: Annotated[int, Field(ge=0)] = Field(
@@ -203,9 +220,9 @@ class EvaluateSpec(Strict):
 
 # What each kind of model can be asked.
 _METRICS = {
-    "docked": ("vqa", "captions", "choice"),
+    "docked": ("vqa", "yes_no", "ocr", "captions", "choice", "multiple_choice"),
     "dual": ("retrieval", "zero_shot"),
-    "classifier": ("vqa",),
+    "classifier": ("vqa", "yes_no"),
 }
 
 
@@ -288,7 +305,7 @@ class Recipe(Strict):
 
 
 OBJECTIVES = {
-    "docked": ("next_token", "qformer_pretraining"),
+    "docked": ("next_token", "dpo", "qformer_pretraining"),
     "dual": ("contrastive",),
     "classifier": ("classification",),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from opticnerve import recipe as recipes
 from opticnerve.cli.demo import _clear
 from opticnerve.cli.train import check_folder
 from opticnerve.types import OpticNerveError
@@ -74,7 +75,41 @@ def test_an_interrupted_run_says_how_to_go_on(
     ran = opticnerve("train", recipe_file, "--out", tmp_path / "run")
     assert ran.code == 130
     assert "checkpoint-1" in ran.err
-    assert f"opticnerve train {recipe_file} --out {tmp_path / 'run'} --resume" in ran.err
+    assert f"opticnerve train --resume {tmp_path / 'run'}" in ran.err
+
+
+def test_a_folder_alone_is_resumed_with_its_own_recipe(
+    opticnerve: Callable[..., Any], ran_with: dict[str, Any], recipe_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    kept = recipes.load(recipe_file, ["stages.0.steps=9"])
+    (run / "recipe.yaml").write_text(recipes.dump(kept), encoding="utf-8")
+    for words in (("--resume", run), (run, "--resume"), ("--resume", run, "--out", run)):
+        ran_with.clear()
+        ran = opticnerve("train", *words)
+        assert ran.code == 0, ran.err
+        assert (ran_with["recipe"], ran_with["run_dir"], ran_with["resume"]) == (kept, run, True)
+    ran = opticnerve("train", "--resume", run, "--out", tmp_path / "other")
+    assert ran.code == 1
+    assert "leave out --out" in ran.err
+    assert "go on with the run in it by --resume" in opticnerve("train", run).err
+    (run / "recipe.yaml").unlink()
+    assert "no recipe.yaml" in opticnerve("train", "--resume", run).err
+
+
+def test_another_recipe_than_the_folders_is_refused_by_its_keys(
+    opticnerve: Callable[..., Any], recipe_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(recipes.dump(recipes.load(recipe_file)), encoding="utf-8")
+    changed = ("stages.0.batch_size=1", "stages.0.train.connector=0.5", "seed=3")
+    ran = opticnerve("train", recipe_file, *changed, "--out", run, "--resume")
+    assert ran.code == 1
+    for words in ("stages.0.batch_size: ", "stages.0.train.connector: ", "seed: 0 there, 3 given", "--resume"):
+        assert words in ran.err, ran.err
+    assert "steps" not in ran.err
 
 
 def test_finished_work_is_not_written_over(tmp_path: Path) -> None:

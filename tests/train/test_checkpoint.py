@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import random
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from opticnerve import durable
 from opticnerve.train import checkpoint
 from opticnerve.types import OpticNerveError
 
@@ -17,23 +22,47 @@ def state(step: int) -> dict[str, Any]:
     return {"x": torch.full((3,), float(step)), "loss": 0.5}
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def newest_step(folder: Path, **options: Any) -> int:
+    found = checkpoint.newest(folder, **{"warn": lambda text: None, **options})
+    assert found is not None
+    return int(found["step"])
+
+
 def test_newest_wins_and_old_ones_go(tmp_path: Path) -> None:
     for step in (3, 5, 12):
         checkpoint.save(tmp_path, step, state(step))
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000005", "checkpoint-00000012"]
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found["step"] == 12
     assert torch.equal(found["x"], state(12)["x"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000005", "checkpoint-00000012"]
+    assert names(tmp_path) == ["checkpoint-00000005", "checkpoint-00000012"]
+    checkpoint.save(tmp_path, 15, state(15), keep=1)
+    assert names(tmp_path) == ["checkpoint-00000015"]
 
 
-def test_saving_the_same_step_twice(tmp_path: Path) -> None:
+def test_saving_the_same_step_again_leaves_no_moment_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(tmp_path, 3, state(1))
-    checkpoint.save(tmp_path, 3, state(2))
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert float(found["x"][0]) == 2.0
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        assert newest_step(tmp_path) == 3
+        moved = rename(self, target)
+        assert newest_step(tmp_path) == 3
+        return moved
+
+    monkeypatch.setattr(Path, "rename", watched)
+    for value in (2, 4):
+        checkpoint.save(tmp_path, 3, state(value), keep=1)
+        found = checkpoint.newest(tmp_path)
+        assert found is not None
+        assert float(found["x"][0]) == value
+        assert len(checkpoint.checkpoints(tmp_path)) == 1
 
 
 def cut(path: Path) -> None:
@@ -46,50 +75,153 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize(
-    "tear",
-    [
-        lambda p: cut(p / checkpoint.STATE),
-        lambda p: flip(p / checkpoint.STATE),
-        lambda p: (p / checkpoint.STATE).unlink(),
-        lambda p: (p / checkpoint.SUMS).unlink(),
-        lambda p: (p / checkpoint.SUMS).write_text("{"),
-        lambda p: (p / checkpoint.SUMS).write_text("{}"),
-    ],
-    ids=["cut", "flipped", "no state", "no sums", "torn sums", "empty sums"],
-)
+def rewrite(path: Path, content: bytes) -> None:
+    """Another state under a hash that fits it: what torch.load meets is whatever was written."""
+    (path / checkpoint.STATE).write_bytes(content)
+    sums = {checkpoint.STATE: {"sha256": durable.sha256(path / checkpoint.STATE), "bytes": len(content)}}
+    (path / checkpoint.SUMS).write_text(json.dumps(sums))
+
+
+def pickled(path: Path, value: Any) -> None:
+    torch.save(value, path / "other")
+    rewrite(path, (path / "other").read_bytes())
+
+
+class Stranger:
+    """What weights_only refuses."""
+
+
+TORN: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda p: cut(p / checkpoint.STATE),
+    "flipped": lambda p: flip(p / checkpoint.STATE),
+    "no state": lambda p: (p / checkpoint.STATE).unlink(),
+    "no sums": lambda p: (p / checkpoint.SUMS).unlink(),
+    "torn sums": lambda p: (p / checkpoint.SUMS).write_text("{"),
+    "empty sums": lambda p: (p / checkpoint.SUMS).write_text("{}"),
+    "sums that are a list": lambda p: (p / checkpoint.SUMS).write_text("[1]"),
+    "sums of a list": lambda p: (p / checkpoint.SUMS).write_text('{"state.pt": []}'),
+    "sums without end": lambda p: (p / checkpoint.SUMS).write_text("[" * 100_000),
+    "sums in no encoding": lambda p: (p / checkpoint.SUMS).write_bytes(b"\xff\xfe{}"),
+    "a cut archive that fits its hash": lambda p: rewrite(p, (p / checkpoint.STATE).read_bytes()[:400]),
+    "nothing that fits its hash": lambda p: rewrite(p, b""),
+    "text that fits its hash": lambda p: rewrite(p, b"hello, world\n" * 50),
+    "a stranger's class": lambda p: pickled(p, {"step": 5, "x": Stranger()}),
+    "no mapping": lambda p: pickled(p, [5]),
+    "another step": lambda p: pickled(p, {"step": 4}),
+}
+
+
+@pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
 def test_a_torn_one_is_passed_over_loudly(tmp_path: Path, tear: Any) -> None:
     checkpoint.save(tmp_path, 3, state(3))
     tear(checkpoint.save(tmp_path, 5, state(5)))
     said: list[str] = []
-    found = checkpoint.newest(tmp_path, warn=said.append)
-    assert found is not None
-    assert found["step"] == 3
+    assert newest_step(tmp_path, warn=said.append) == 3
     assert len(said) == 1
     assert "checkpoint-00000005" in said[0]
 
 
+def test_any_damage_to_the_archive_is_torn(tmp_path: Path) -> None:
+    """Bytes changed at random, under hashes that fit: whatever torch makes of them, no exception of its own comes out."""
+    path = checkpoint.save(tmp_path, 5, {**state(5), "rng": checkpoint.rng_state()})
+    whole, rng = (path / checkpoint.STATE).read_bytes(), random.Random(0)
+    for _ in range(300):
+        data = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.3 else whole)
+        for _ in range(rng.choice((1, 4, 40))):
+            if data:
+                data[rng.randrange(min(len(data), 3000))] = rng.randrange(256)
+        rewrite(path, bytes(data))
+        try:
+            checkpoint.load(path)
+        except ValueError as e:
+            assert checkpoint.STATE in str(e)
+
+
+def test_where_none_is_whole_nothing_begins_in_silence(tmp_path: Path) -> None:
+    for step in (3, 5):
+        cut(checkpoint.save(tmp_path, step, state(step)) / checkpoint.STATE)
+    with pytest.raises(OpticNerveError, match=r"none of the checkpoints .*checkpoint-00000005: .*; or delete"):
+        checkpoint.newest(tmp_path, warn=lambda text: None)
+
+
+def test_torn_ones_do_not_count_among_those_kept(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 3, state(3))
+    cut(checkpoint.save(tmp_path, 5, state(5)) / checkpoint.STATE)
+    checkpoint.save(tmp_path, 4, state(4))
+    assert names(tmp_path) == ["checkpoint-00000003", "checkpoint-00000004"]
+
+
+def test_one_ahead_of_its_metrics_is_passed_over(tmp_path: Path) -> None:
+    for step in (3, 5):
+        checkpoint.save(tmp_path, step, state(step))
+    assert newest_step(tmp_path, most=4) == 3
+    with pytest.raises(OpticNerveError, match="ends with step 2"):
+        checkpoint.newest(tmp_path, warn=lambda text: None, most=2)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
-    (tmp_path / ".writing-checkpoint-00000007-1").mkdir()
+    (tmp_path / ".writing-checkpoint-00000007-here-1").mkdir()
     (tmp_path / "checkpoint-of-mine").mkdir()
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, 3, state(3))
+def test_what_dead_processes_left_goes_away(tmp_path: Path) -> None:
+    dead = 2**22 - 3  # above the highest process id there may be by default
+    mine = durable.partial_of(tmp_path / "checkpoint-00000007")
+    for name in (mine.name, f"{mine.name.rpartition('-')[0]}-{dead}", ".writing-checkpoint-00000007-elsewhere-7"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_bytes(b"half")
+    (tmp_path / f"{mine.name.rpartition('-')[0]}-{dead}.file").write_bytes(b"not of ours")
+    checkpoint.save(tmp_path, 9, state(9))
+    assert [n for n in names(tmp_path) if n.endswith(str(dead))] == []
+    assert mine.is_dir()
+    assert (tmp_path / ".writing-checkpoint-00000007-elsewhere-7").is_dir()  # that process may live
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OpticNerveError, match="No space left on device; the one before it is whole"):
-        checkpoint.save(tmp_path, 5, state(5))
-    monkeypatch.undo()
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found["step"] == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000003"]
+class TestFullDisk:
+    """The one before is whole, and the message says how much was missing."""
+
+    @pytest.fixture(autouse=True)
+    def one_before(self, tmp_path: Path) -> Iterator[None]:
+        checkpoint.save(tmp_path, 3, state(3))
+        yield
+        assert newest_step(tmp_path) == 3
+        assert names(tmp_path) == ["checkpoint-00000003"]
+
+    def test_told_before_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_500_000})())
+        with pytest.raises(durable.DiskFull, match=r"4\.0 MB, and 1\.5 MB are free in .*, so 2\.5 MB are missing"):
+            checkpoint.save(tmp_path, 5, {"x": torch.zeros(1_000_000)})
+
+    def test_found_while_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.os, "fsync", full)
+            with pytest.raises(durable.DiskFull, match="No space left on device.*checkpoint-00000003 is whole"):
+                checkpoint.save(tmp_path, 5, state(5))
+
+    def test_no_file_may_be_so_large(self, tmp_path: Path) -> None:
+        """A limit of the system, which stops the writing for real."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+        try:
+            with pytest.raises(durable.DiskFull, match=r"File too large.*checkpoint-00000003 is whole"):
+                checkpoint.save(tmp_path, 5, {"x": torch.zeros(1_000_000)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def test_not_allowed_is_another_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def denied(*_: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.os, "fsync", denied)
+            with pytest.raises(OpticNerveError, match="Permission denied.*checkpoint-00000003 is whole") as raised:
+                checkpoint.save(tmp_path, 5, state(5))
+        assert not isinstance(raised.value, durable.DiskFull)
 
 
 def test_generators_go_on(tmp_path: Path) -> None:

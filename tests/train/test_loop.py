@@ -186,23 +186,24 @@ class TestResume:
         assert lines(stage_folder(tmp_path, "broken")) == lines(stage_folder(tmp_path, "whole"))
         assert not same(whole.model.state_dict(), again.model.state_dict())
 
-    @pytest.mark.parametrize("torn", [1, 2])
-    def test_torn_checkpoints_are_passed_over(
-        self, make_recipe: Make, train: Train, tmp_path: Path, torn: int, capsys: pytest.CaptureFixture[str]
+    def test_a_torn_checkpoint_is_passed_over(
+        self, make_recipe: Make, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """With one torn, the one before it serves; with all torn the stage begins again, calibration included."""
+        """The one before it serves; where none is whole, nothing begins anew in silence."""
         recipe = make_recipe(steps=5, save_every=1)
         whole, _ = train(recipe, "whole")
         train(recipe, "broken", stop_at=3)
         folder = stage_folder(tmp_path, "broken")
-        found = checkpoint.checkpoints(folder)
-        assert len(found) == 2
-        for path in found[-torn:]:
-            os.truncate(path / checkpoint.STATE, 50)
+        _, last = checkpoint.checkpoints(folder)
+        os.truncate(last / checkpoint.STATE, 50)
         again, _ = train(recipe, "broken", resume=True)
-        assert capsys.readouterr().out.count("torn checkpoint") == torn
+        assert capsys.readouterr().out.count("passing over the checkpoint") == 1
         assert lines(folder) == lines(stage_folder(tmp_path, "whole"))
         assert not same(whole.model.state_dict(), again.model.state_dict())
+        for path in checkpoint.checkpoints(folder):
+            os.truncate(path / checkpoint.STATE, 50)
+        with pytest.raises(OpticNerveError, match=r"none of the checkpoints .*checkpoint-.*; or delete .*0-align"):
+            train(recipe, "broken", resume=True)
 
     def test_nothing_to_resume_begins_anew(self, make_recipe: Make, train: Train, tmp_path: Path) -> None:
         recipe = make_recipe()
@@ -242,24 +243,6 @@ class TestBadInput:
         assert len(result.skipped) == 1
         assert "2.png" in result.skipped[0]
         assert result.samples == 5
-
-    def test_a_loss_that_is_no_number(self, make_recipe: Make, train: Train, tmp_path: Path) -> None:
-        recipe = make_recipe()
-        made = dock_recipe(recipe)
-        with torch.no_grad():
-            made.model.language_model.model.norm.weight[0] = float("nan")
-        with pytest.raises(OpticNerveError, match="stage align, step 1: the loss is nan, .*; samples"):
-            train(recipe, dock=made)
-
-    def test_a_gradient_that_is_no_number_moves_nothing(self, make_recipe: Make, train: Train) -> None:
-        recipe = make_recipe()
-        made = dock_recipe(recipe)
-        weight = next(made.model.image.connector.parameters())
-        weight.register_hook(lambda grad: grad * float("inf"))
-        before = weight.detach().clone()
-        with pytest.raises(OpticNerveError, match=r"step 1: the loss is \d.*norm (inf|nan); samples"):
-            train(recipe, dock=made)
-        assert torch.equal(weight, before)
 
     def test_a_picture_that_goes_missing_keeps_finished_work(
         self, make_recipe: Make, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -324,7 +307,9 @@ class TestGradientCheckpointing:
         self, make_recipe: Make, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from opticnerve.language import lean
+        from opticnerve.train import loop
 
+        monkeypatch.setattr(loop, "image_use", lambda *_: None)  # it reads some samples again
         calls = {"now": 0}
         forward = lean._mlp_forward
 

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
+import worlds
 
 import tiny
 from opticnerve import recipe as recipes
 
 pytestmark = [pytest.mark.usefixtures("private_cache"), pytest.mark.slow]
-
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-from opticnerve import recipe as recipes
-from opticnerve.evaluation.kinds import dock_any
-from opticnerve.train.loop import run_stage
-torch.set_num_threads(1)
-recipe, out = recipes.load(sys.argv[1]), Path(sys.argv[2])
-run_stage(dock_any(recipe), recipe, recipe.stages[0], out / "stages" / "0-align", trained_before=set())
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
-"""
 
 
 def save_mixed(folder: Path) -> Path:
@@ -56,29 +37,9 @@ def save_mixed(folder: Path) -> Path:
 
 def run(recipe: Any, folder: Path, processes: int) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     folder.mkdir()
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = []
-    for rank in range(processes):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "1"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", WORKER, str(folder / "recipe.yaml"), str(folder / "run")],
-                env=environment | (ranks if processes > 1 else {}),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-    stage = folder / "run" / "stages" / "0-align"
-    metrics = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    [weights] = list(stage.glob("*.safetensors"))
-    return metrics, load_file(weights)
+    for ended in worlds.world(processes, worlds.train, recipe, folder / "run", folder=folder):
+        assert ended.code == 0, ended.printed[-3000:]
+    return worlds.curve(folder / "run"), worlds.weights(folder / "run")
 
 
 @pytest.mark.parametrize("fusion", ["splice", "cross_attention"])

@@ -9,7 +9,24 @@ from typing import Annotated
 import typer
 
 from opticnerve import __version__
-from opticnerve.cli import ask, chat, compare, data, demo, evaluate, import_, look, merge, parts, plan, train, vectors
+from opticnerve.cli import (
+    ask,
+    chat,
+    compare,
+    data,
+    demo,
+    evaluate,
+    export,
+    import_,
+    look,
+    merge,
+    parts,
+    plan,
+    push,
+    serve,
+    train,
+    vectors,
+)
 from opticnerve.cli.guard import MEANING, guarded, show_tracebacks
 
 _CODES = "\n\n".join(f"[cyan]{code}[/]  {meaning}" for code, meaning in MEANING.items())
@@ -64,11 +81,14 @@ app.command("ask", epilog=ask.EPILOG)(guarded(ask.ask))
 app.command("chat", epilog=chat.EPILOG)(guarded(chat.chat))
 app.command("eval", epilog=evaluate.EPILOG)(guarded(evaluate.evaluate))
 app.command("merge", epilog=merge.EPILOG)(guarded(merge.merge))
+app.command("export", epilog=export.EPILOG)(guarded(export.export))
+app.command("push", epilog=push.EPILOG)(guarded(push.push))
 app.command("import", epilog=import_.EPILOG)(guarded(import_.import_))
 app.command("parts", epilog=parts.EPILOG)(guarded(parts.parts))
 app.command("classify", epilog=vectors.CLASSIFY_EPILOG)(guarded(vectors.classify))
 app.command("embed", epilog=vectors.EMBED_EPILOG)(guarded(vectors.embed))
 app.command("look", epilog=look.EPILOG)(guarded(look.look))
+app.command("serve", epilog=serve.EPILOG)(guarded(serve.serve))
 app.add_typer(compare.app, name="compare")
 app.add_typer(data.app, name="data")
 

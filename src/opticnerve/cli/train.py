@@ -25,19 +25,22 @@ from opticnerve.types import OpticNerveError
 EPILOG = examples(
     "opticnerve train recipe.yaml",
     "opticnerve train recipe.yaml stages.0.steps=50 precision=fp32 --out runs/short",
-    "opticnerve train recipe.yaml --out runs/short --resume",
+    "opticnerve train --resume runs/short",
     note="Ctrl-C finishes the step, saves, and says how to go on; `--resume` then draws the curve of an unbroken run.",
 )
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP)],
+    recipe: Annotated[str, typer.Argument(help=f"{RECIPE_HELP} With --resume a run's folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES_HELP, metavar="[KEY=VALUE]...")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/<recipe's name>")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run in the folder stopped, with the recipe that is in it.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train every stage of a recipe, evaluate, and write a run folder with its card."""
+    recipe, out = of_folder(recipe, out, resume=resume)
     read = read_recipe(recipe, overrides)
     if not read.stages:
         raise OpticNerveError(
@@ -48,6 +51,25 @@ def train(
     words = ["opticnerve", "train", recipe, *(overrides or []), *(["--out", str(out)] if out else [])]
     results = run(read, folder, words, resume=resume, as_json=as_json)
     finish(results, folder, as_json)
+
+
+def of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Path | None]:
+    """The recipe's file and the run's folder, where a folder is named in the recipe's place.
+
+    Raises:
+        OpticNerveError: it is no run's folder, or resuming was not asked for.
+    """
+    folder = Path(recipe)
+    if not folder.is_dir():
+        return recipe, out
+    kept = folder / "recipe.yaml"
+    if not resume:
+        raise OpticNerveError(f"{folder} is a folder; go on with the run in it by --resume, or name a recipe")
+    if not kept.is_file():
+        raise OpticNerveError(f"{folder} is no run's folder: there is no recipe.yaml in it")
+    if out is not None and out.resolve() != folder.resolve():
+        raise OpticNerveError(f"--resume {folder} goes on in that folder; leave out --out {out}")
+    return str(kept), folder
 
 
 def run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json: bool) -> dict[str, Any]:
@@ -61,7 +83,7 @@ def run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json:
             recipe, folder, resume=resume, command=shlex.join(command), console=console_for(as_json)
         )
     except KeyboardInterrupt as e:
-        again = shlex.join([*command, "--resume"])
+        again = shlex.join(["opticnerve", "train", "--resume", str(folder)])
         saved = getattr(e, "checkpoint", None)
         kept = f"saved to {saved}" if saved else "finished stages are kept"
         raise Stopped(f"\nstopped; {kept}. Go on with:\n  {again}") from e

@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
+from opticnerve import durable
 from opticnerve.evaluation import card_kinds
+from opticnerve.evaluation.card_forgetting import forgetting
+from opticnerve.evaluation.card_warnings import boxes
 from opticnerve.evaluation.markdown import as_typed, duration, percent, plain, points, slug, table
 from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.evaluation.plots import image_dependence_plot, loss_plot, samples_plot
 from opticnerve.evaluation.run_folder import RunFolder, StageRecord, finite, read_run
-
-LOOKS_AWAY = 0.05  # a smaller difference between the real and a blank picture gets the loud warning
 
 
 def write_card(run_dir: Path) -> Path:
@@ -29,19 +30,19 @@ def write_card(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     sections: list[Callable[[RunFolder], str]] = [
-        _summary, _warnings, _docked, _freeze, _curves, _tasks, _image_dependence, _forgetting, _samples, _cost,
+        _summary, boxes, _docked, _freeze, _curves, _tasks, _image_dependence, forgetting, _samples, _cost,
         _reproduce, _use, _limits,
     ]  # fmt: skip
     if card_kinds.of_two_towers(run):
         vqa = any("by_type" in t for t in run.results.get("tasks") or [])
         sections = [
-            card_kinds.summary, *([_warnings] if vqa else []), card_kinds.parts, _freeze, _curves,
+            card_kinds.summary, *([boxes] if vqa else []), card_kinds.parts, _freeze, _curves,
             *([_tasks, _image_dependence, _samples] if vqa else [card_kinds.tasks]), _cost, _reproduce, card_kinds.use,
             _limits,
         ]  # fmt: skip
     body = "\n\n".join(text.strip() for section in sections if (text := section(run)))
     card = run.path / "card.md"
-    card.write_text(f"---\n{_front_matter(run)}---\n\n{body}\n", encoding="utf-8")
+    durable.write(card, f"---\n{_front_matter(run)}---\n\n{body}\n")
     return card
 
 
@@ -84,23 +85,6 @@ def _summary(run: RunFolder) -> str:
     scored = [t for t in run.results.get("tasks") or [] if t.get("accuracy") is not None]
     line += f": {percent(scored[0]['accuracy'])} on {plain(scored[0]['name'])}." if scored else "; not evaluated yet."
     return f"# {plain(run.path.resolve().name)}\n\n{line}"
-
-
-def _warnings(run: RunFolder) -> str:
-    boxes = []
-    dependence = run.results.get("image_dependence")
-    if dependence and (gap := dependence["real"] - dependence["blank"]) < LOOKS_AWAY:
-        boxes.append(
-            "> [!WARNING]\n> **THE ANSWERS DO NOT DEPEND ON THE PICTURE.** With a blank picture the model is right "
-            f"{percent(dependence['blank'])} of the time, with the real one {percent(dependence['real'])} "
-            f"({points(gap)}). Whatever the accuracy below says, it comes from the questions' words."
-        )
-    if unfinished := [s.name for s in run.stages if not s.finished]:
-        boxes.append(
-            f"> [!IMPORTANT]\n> No record says that these stages were finished: {plain(', '.join(unfinished))}. "
-            "The numbers below are those of a run under way or interrupted."
-        )
-    return "\n\n".join(boxes)
 
 
 def _docked(run: RunFolder) -> str:
@@ -232,62 +216,6 @@ def _samplings(d: dict[str, Any]) -> str:
             f"({points(other['real'] - other['blank'])})."
         )
     return text
-
-
-def _forgetting(run: RunFolder) -> str:
-    title = "## What the language model forgot"
-    entries = run.results.get("forgetting") or []
-    if not entries:
-        return f"{title}\n\nNot measured yet."
-    base = finite(entries[0].get("perplexity"))
-    rows = []
-    for i, e in enumerate(entries):
-        change = f"{finite(e.get('perplexity')) / base - 1:+.2%}" if i else "–"
-        same = {True: "yes, bit by bit", False: "no", None: "–"}[e.get("logits_identical")]
-        held = f"{_held(e)} of {len(e.get('answers') or [])}" if _held(e) is not None else "–"
-        rows.append([plain(e.get("after", "?")), f"{finite(e.get('perplexity')):.3f}", change, same, held])
-    head = [
-        "after",
-        "perplexity",
-        f"change from {plain(entries[0].get('after', 'the start'))}",
-        "text-only logits unchanged",
-    ]
-    parts = [title, table([*head, "answers with the expected word"], rows, right=(1, 2))]
-    if tokens := entries[0].get("tokens"):
-        parts.append(f"Perplexity on {tokens:,} tokens of English prose written for opticnerve (lower is better).")
-    if reused := [f"{plain(e['after'])} as {plain(e['same_as'])}" for e in entries if e.get("same_as")]:
-        parts.append(f"Not computed again where the logits are the same bit by bit: {', '.join(reused)}.")
-    for e in entries:
-        if forced := e.get("perplexity_adapter_on"):
-            parts.append(
-                f"The adapter works on prompts with a picture alone (`lora.when: media`), so text alone meets the "
-                f"untouched model. Forced to work on text after {plain(e['after'])}, it would make the perplexity "
-                f"{forced:.2f} ({forced / base - 1:+.1%})."
-            )
-    parts.append(_answers_side_by_side(entries))
-    return "\n\n".join(p for p in parts if p)
-
-
-def _held(entry: dict[str, Any]) -> int | None:
-    marks = [a.get("holds") for a in entry.get("answers") or []]
-    return sum(bool(m) for m in marks) if any(m is not None for m in marks) else None
-
-
-def _answers_side_by_side(entries: list[dict[str, Any]]) -> str:
-    by_stage = [{a["question"]: a for a in e.get("answers") or []} for e in entries]
-    asked = list(dict.fromkeys(q for answers in by_stage for q in answers))
-    if not asked:
-        return ""
-    rows = [[plain(q), *(_answer_cell(answers.get(q)) for answers in by_stage)] for q in asked]
-    answers_table = table(["question", *(plain(e.get("after", "?")) for e in entries)], rows)
-    return f"<details><summary>Answers to text-only questions, side by side</summary>\n\n{answers_table}\n\n</details>"
-
-
-def _answer_cell(answer: dict[str, Any] | None) -> str:
-    if answer is None:
-        return "–"
-    mark = {True: "✓ ", False: "✗ ", None: ""}[answer.get("holds")]
-    return mark + plain(answer.get("answer") or "(nothing)", most=240)
 
 
 def _samples(run: RunFolder) -> str:

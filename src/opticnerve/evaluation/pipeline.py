@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
-import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import opticnerve
-from opticnerve import recipe as recipes
 from opticnerve.data.source import load_data
 from opticnerve.evaluation.card import write_card
+from opticnerve.evaluation.card_warnings import warnings_of
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
 from opticnerve.evaluation.kinds import describe, dock_any, headline
+from opticnerve.evaluation.records import Results, finish_stage, finished_stage, keep_recipe, publish
 from opticnerve.evaluation.waiting import Waiting
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.parts import is_docked_model
 from opticnerve.recipe import DualSpec, Recipe
 from opticnerve.train.loop import run_stage
 from opticnerve.train.prepare import make_accelerator
+from opticnerve.train.processes import on_main
 from opticnerve.types import Conversation, OpticNerveError
 
 
@@ -48,8 +49,10 @@ def run_recipe(
     if not recipe.stages:
         raise OpticNerveError("the recipe has no stages; add at least one under `stages:`")
     run_dir.mkdir(parents=True, exist_ok=True)
-    _keep_recipe(recipe, run_dir, resume)
-    results = _Results(run_dir / "results.json", fresh=not resume)
+    accelerator = make_accelerator(recipe, run_dir)
+    main = accelerator.is_main_process
+    on_main(accelerator, lambda: keep_recipe(recipe, run_dir, resume))
+    results = Results(run_dir / "results.json", fresh=not resume, writes=main)
     for spec in recipe.evaluate:
         load_data(spec.data)  # a bad question is found now, not when all is trained
     dock = dock_any(recipe)
@@ -58,9 +61,9 @@ def run_recipe(
         console.print(headline(dock))
     results.set("model", describe(dock))
     results.set("machine", machine())
-    results.data |= {"command": command, "opticnerve": opticnerve.__version__, "seed": recipe.seed}
-    accelerator = make_accelerator(recipe, run_dir)
-    main = accelerator.is_main_process
+    results.data |= {"opticnerve": opticnerve.__version__, "seed": recipe.seed}
+    if not (resume and results.data.get("command")):  # the card says how the run was begun
+        results.data["command"] = command
     trained: set[str] = set()
     seconds = results.data.setdefault("seconds", {})
     dock.model.to(accelerator.device)
@@ -71,18 +74,16 @@ def run_recipe(
         results.set("untrained", evaluate_model(dock.model, dock.processor, recipe.evaluate, console=console)["tasks"])
     for number, stage in enumerate(recipe.stages):
         folder = run_dir / "stages" / f"{number}-{stage.name}"
-        finished = folder / "result.json"
-        if resume and finished.is_file():
+        done = on_main(accelerator, partial(finished_stage, folder)) if resume else None
+        if done is not None:
             trained |= dock.load_stage(folder)
         else:
             outcome = run_stage(
                 dock, recipe, stage, folder, trained_before=trained, resume=resume, console=console,
                 accelerator=accelerator,
             )  # fmt: skip
-            if main:
-                finished.write_text(json.dumps(outcome.to_dict()) + "\n")
+            done = finish_stage(folder, outcome.to_dict()) if main else {}
         if main:
-            done = json.loads(finished.read_text())
             seconds[stage.name] = done["seconds"]
             results.set("stages", [s for s in results.data.get("stages", []) if s["name"] != stage.name] + [done])
             if recipe.forgetting and docked:
@@ -90,7 +91,7 @@ def run_recipe(
             write_card(run_dir)
     if not main:
         return results.data
-    _publish(run_dir, folder)
+    publish(run_dir, folder)
     dock.model.eval()
     begun = time.perf_counter()
     found = evaluate_model(dock.model, dock.processor, recipe.evaluate, console=console, run_dir=run_dir)
@@ -99,6 +100,9 @@ def run_recipe(
     results.data |= found | {"seconds": seconds, "peak_memory_bytes": peak_memory()}
     results.write()
     write_card(run_dir)
+    if console is not None:
+        for title, text in warnings_of(results.data):
+            console.print(f"\n[bold red]WARNING: {title}[/]\n{text}\n", highlight=False, soft_wrap=True)
     if recipe.trackers:
         accelerator.end_training()
     return results.data
@@ -127,27 +131,8 @@ def peak_memory() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-class _Results:
-    """results.json, written whole after each finding."""
-
-    def __init__(self, path: Path, *, fresh: bool) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {}
-        if not fresh and path.is_file():
-            self.data = json.loads(path.read_text(encoding="utf-8"))
-
-    def set(self, key: str, value: Any) -> None:
-        self.data[key] = value
-        self.write()
-
-    def write(self) -> None:
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.data, indent=1, default=str) + "\n", encoding="utf-8")
-        partial.replace(self.path)
-
-
 def _measure_text(
-    dock: Any, results: _Results, after: str, console: Any, seconds: dict[str, float], tokens: int | None
+    dock: Any, results: Results, after: str, console: Any, seconds: dict[str, float], tokens: int | None
 ) -> None:
     """One look at what the brain still knows, unless an earlier call has taken it."""
     entries = results.data.setdefault("forgetting", [])
@@ -179,22 +164,6 @@ def _measure_text(
         entries[-1]["perplexity_adapter_on"] = forced["perplexity"]
     seconds["forgetting"] = seconds.get("forgetting", 0.0) + time.perf_counter() - begun
     results.write()
-
-
-def _publish(run_dir: Path, last: Path) -> None:
-    """The run's own folder is the model of its last stage."""
-    for file in last.iterdir():
-        if file.is_file() and file.name not in ("freeze.json", "metrics.jsonl", "result.json"):
-            shutil.copy2(file, run_dir / file.name)
-
-
-def _keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> None:
-    path, text = run_dir / "recipe.yaml", recipes.dump(recipe)
-    if resume and path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise OpticNerveError(
-            f"{path} differs from the recipe given now; resume with the same one, or choose another --out"
-        )
-    path.write_text(text, encoding="utf-8")
 
 
 def _cpu_name() -> str:

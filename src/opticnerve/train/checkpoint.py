@@ -2,82 +2,188 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opticnerve import durable
 from opticnerve.types import OpticNerveError
 
 STATE, SUMS = "state.pt", "sha256.json"
+_NAME = re.compile(r"checkpoint-(\d{8})(?:\.(\d+))?")
 
 
 def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write `checkpoint-<step>` under `folder` and remove all but the newest `keep`.
+    """Write `checkpoint-<step>` under `folder`; then all but the newest `keep` go, and torn ones.
 
-    `state` holds tensors and plain values only: it is read back with `weights_only=True`.
+    One of the same step stays until the new one is whole, which is then called `checkpoint-<step>.1`: in no moment
+    there is none.
+
+    Args:
+        state: tensors and plain values only: it is read back with `weights_only=True`.
+
+    Raises:
+        DiskFull: it does not fit; the message says how much is missing. OpticNerveError: it cannot be written.
     """
-    target = folder / f"checkpoint-{step:08d}"
-    partial = folder / f".writing-{target.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    durable.clear_left_overs(folder)
+    before = checkpoints(folder)
+    again = [_place(p)[1] + 1 for p in before if _place(p)[0] == step]
+    target = folder / (f"checkpoint-{step:08d}" + (f".{max(again)}" if again else ""))
+    partial = durable.partial_of(target)
+    kept = f"{before[-1].name} is whole" if before else "there is none before it"
     try:
-        with (partial / STATE).open("wb") as f:
-            torch.save({**state, "step": step}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        with (partial / SUMS).open("w") as f:
-            json.dump({STATE: _sha256(partial / STATE)}, f)
-            f.flush()
-            os.fsync(f.fileno())
+        with durable.room_for("a checkpoint", size_of(state), folder, remedy=f"{kept}; free some space and resume"):
+            partial.mkdir()
+            _write(partial, {**state, "step": step})
+            partial.rename(target)
     except OSError as e:
+        raise OpticNerveError(f"could not write a checkpoint to {folder}: {e}; {kept}") from e
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OpticNerveError(f"could not write a checkpoint to {folder}: {e}; the one before it is whole") from e
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for old in checkpoints(folder)[:-keep]:
+    durable.sync(folder)
+    # Later steps are of a life that took another way.
+    good = [p for p in checkpoints(folder) if _place(p)[0] <= step and (p == target or looks_whole(p))]
+    for old in set(checkpoints(folder)) - set(good[-keep:]):
         shutil.rmtree(old)
     return target
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete-looking checkpoints, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
-    return sorted(found)
+    """All of them, oldest first; which are whole, `newest` says."""
+    return sorted((p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)), key=_place)
 
 
-def newest(folder: Path, *, warn: Any = print) -> dict[str, Any] | None:
-    """The state of the newest whole checkpoint; torn ones are passed over, loudly."""
+def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None = None) -> dict[str, Any] | None:
+    """The state of the newest whole checkpoint; torn ones are passed over, loudly. None where there never was one.
+
+    Args:
+        most: the last step whose metrics are there; later checkpoints are passed over, too.
+
+    Raises:
+        OpticNerveError: there are checkpoints, and none of them can be used.
+    """
+    wrong = []
     for path in reversed(checkpoints(folder)):
         try:
-            wanted = json.loads((path / SUMS).read_text())[STATE]
-            if _sha256(path / STATE) != wanted:
-                raise ValueError("its file does not match its hash")
-            state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
-            return state
-        except (OSError, ValueError, KeyError) as e:
-            warn(f"passing over the torn checkpoint {path}: {e}")
+            if most is not None and _place(path)[0] > most:
+                raise ValueError(f"metrics.jsonl ends with step {most}")
+            return load(path)
+        except (OSError, ValueError) as e:
+            warn(f"passing over the checkpoint {path}, it cannot be used: {e}")
+            wrong.append(f"{path.name}: {e}")
+    if wrong:
+        raise OpticNerveError(
+            f"none of the checkpoints in {folder} can be used ({'; '.join(wrong)}). Bring one back from a copy; or "
+            f"delete {folder}, and the stage begins anew"
+        )
     return None
 
 
-def rng_state() -> dict[str, Any]:
-    """Torch's and Python's generators, as tensors and plain values."""
+def load(path: Path) -> dict[str, Any]:
+    """The state that a checkpoint holds.
+
+    Raises:
+        ValueError, OSError: it is torn or damaged; the message says how.
+    """
+    sums = _sums(path)
+    for name, known in sums.items():
+        if (found := durable.sha256(path / name)) != known["sha256"]:
+            raise ValueError(f"{name} has the SHA-256 {found[:12]}…, {SUMS} says {known['sha256'][:12]}…")
+    try:
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception as e:  # a damaged archive with a damaged pickle in it: there is no end to what torch raises
+        raise ValueError(f"{STATE} cannot be read: {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
+    if not isinstance(state, dict) or state.get("step") != _place(path)[0]:
+        raise ValueError(f"{STATE} is not the state of step {_place(path)[0]}")
+    return state
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether all files are there in their sizes: what can be told without reading them."""
+    try:
+        return all((path / name).stat().st_size == known["bytes"] for name, known in _sums(path).items())
+    except (OSError, ValueError):
+        return False
+
+
+def size_of(state: Any) -> int:
+    """About the bytes that a state takes on disk: its tensors', and something for the archive around each."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes + 256
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return 16 + sum(map(size_of, inner))
+
+
+def rng_state(device: Any = "cpu") -> dict[str, Any]:
+    """Torch's and Python's generators, and the accelerator's, as tensors and plain values."""
     version, words, gauss = random.getstate()
-    return {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    kind = torch.device(device).type
+    return state if kind == "cpu" else state | {kind: torch.get_device_module(kind).get_rng_state()}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], device: Any = "cpu") -> None:
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
+    kind = torch.device(device).type
+    if kind in state:  # written on a device of another kind, it has none for this one
+        torch.get_device_module(kind).set_rng_state(state[kind])
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _write(folder: Path, state: dict[str, Any]) -> None:
+    with (folder / STATE).open("wb") as file:
+        guarded = _Writing(file)
+        try:
+            torch.save(state, guarded)  # type: ignore[arg-type]
+        except RuntimeError as e:  # torch's archive writer hides what the disk said
+            raise guarded.failed or e from e
+        file.flush()
+        os.fsync(file.fileno())
+    found = {STATE: {"sha256": durable.sha256(folder / STATE), "bytes": (folder / STATE).stat().st_size}}
+    durable.write_json(folder / SUMS, found)
+
+
+class _Writing:
+    """A file to write to, which remembers why it could not."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return int(self.file.write(data))
+        except OSError as e:
+            self.failed = self.failed or e
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _sums(path: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint's list of hashes says of its files."""
+    try:
+        sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{SUMS} is not readable JSON: {e}") from e
+    right = isinstance(sums, dict) and sums.keys() == {STATE}
+    if not right or not isinstance(sums[STATE], dict) or sums[STATE].keys() != {"sha256", "bytes"}:
+        raise ValueError(f"{SUMS} does not list {STATE} alone, with its sha256 and bytes")
+    return {name: {**known, "sha256": str(known["sha256"])} for name, known in sums.items()}
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Step, and which one of that step."""
+    found = _NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1]), int(found[2] or 0)

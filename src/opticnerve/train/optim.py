@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opticnerve.train.freeze import Frozen
+from opticnerve.train.sharded import as_shard, whole
 
 
 class MasterAdamW:
@@ -59,7 +60,7 @@ class MasterAdamW:
         lies on the device: reading it waits for all that was computed."""
         self.collect()
         masters = [m for _, _, m in self.pairs()]
-        return torch.nn.utils.clip_grad_norm_(masters, limit if limit is not None else math.inf)
+        return whole(torch.nn.utils.clip_grad_norm_(masters, limit if limit is not None else math.inf))
 
     def move(self, factor: float) -> None:
         """Take the step that the gradients say."""
@@ -76,15 +77,27 @@ class MasterAdamW:
         """float32 values of the trained weights, by full name."""
         return {name: master.detach() for name, _, master in self.pairs()}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"adam": self.adam.state_dict(), "masters": self.master_tensors()}
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """Moments and masters, whole also where they lie in shards: the same on any number of processes.
+
+        Shards are brought together by all processes; those that say `keep=False` get nothing, and hold no more than one
+        whole tensor at a time.
+        """
+        adam = self.adam.state_dict()
+        moments = {k: _whole_values(v, keep) for k, v in adam["state"].items()}
+        return {"adam": {**adam, "state": moments}, "masters": _whole_values(self.master_tensors(), keep)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly: moments, masters, and the weights rounded from them."""
-        self.adam.load_state_dict(state["adam"])
+        """Continue exactly: moments, masters, and the weights rounded from them. Each process takes its shards."""
+        masters = [p for group in self.adam.param_groups for p in group["params"]]
+        moments = {
+            k: {n: as_shard(v, masters[k]) if v.shape == masters[k].shape else v for n, v in values.items()}
+            for k, values in state["adam"]["state"].items()
+        }
+        self.adam.load_state_dict({**state["adam"], "state": moments})
         with torch.no_grad():
             for name, weight, master in self.pairs():
-                master.copy_(state["masters"][name])
+                master.copy_(as_shard(state["masters"][name], master))
                 if master is not weight:
                     weight.copy_(master)
 
@@ -98,3 +111,13 @@ def schedule(step: int, steps: int, *, warmup: float, kind: str, floor: float = 
     progress = (step - warm) / max(1, steps - warm)
     shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[kind]
     return floor + (1.0 - floor) * shape
+
+
+def _whole_values(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """The tensors of a mapping, whole; on the CPU those that lay in shards."""
+    found = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)
+        if keep:
+            found[name] = gathered if gathered is tensor else gathered.cpu()
+    return found

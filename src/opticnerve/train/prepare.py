@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve import registry
@@ -20,6 +20,7 @@ from opticnerve.language.lora import has_lora
 from opticnerve.models.parts import is_docked_model
 from opticnerve.models.tower import check_options, language_sizes
 from opticnerve.recipe import LoraSpec, Recipe, Stage
+from opticnerve.train.processes import engine, timeout
 from opticnerve.types import OpticNerveError
 
 
@@ -98,13 +99,21 @@ def give_memory_back() -> None:
 
 
 def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
-    """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters)."""
+    """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters).
+
+    Raises:
+        OpticNerveError: launched with an engine that the loop does not drive.
+    """
+    engine()
     accelerator = Accelerator(
         log_with=recipe.trackers or None,
         project_dir=str(run_dir),
         dataloader_config=DataLoaderConfiguration(),
         # A connector may carry weights that only its pretraining, or only its use, needs.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timeout()),
+        ],
     )
     if recipe.trackers:
         accelerator.init_trackers(recipe.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Self
 
@@ -58,7 +59,10 @@ class Progress(Counting):
         self.smooth: float | None = None
 
     def update(self, line: dict[str, Any]) -> None:
-        self.smooth = line["loss"] if self.smooth is None else 0.9 * self.smooth + 0.1 * line["loss"]
+        loss = line["loss"]
+        if loss is None:  # the step was left out
+            loss = math.nan if self.smooth is None else self.smooth
+        self.smooth = loss if self.smooth is None or math.isnan(self.smooth) else 0.9 * self.smooth + 0.1 * loss
         speed = f"{line['tokens_per_second']:.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=line["step"], loss=f"{self.smooth:.4f}", speed=speed)

@@ -1,0 +1,147 @@
+"""Files that are whole or not there, whatever kills the process or the machine in between.
+
+A file is written beside its place under a name of its own, synced, renamed, and the folder synced: a rename replaces
+the old file in one moment, and what has been synced survives a power cut (see `rename(2)` and `fsync(2)`). What a
+killed process left half written is known by its name and cleared away.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opticnerve.types import OpticNerveError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ABANDONED = 24 * 3600
+"""Seconds after which what another machine began to write is taken for left over."""
+
+
+class DiskFull(OpticNerveError):
+    """There is no room for what was to be written; what stood there before is whole."""
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Put `content` (text as UTF-8) in the place of a file, all of it or nothing.
+
+    Raises:
+        DiskFull: it does not fit. OSError: it cannot be written for another reason.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    partial = partial_of(path)
+    with room_for(path.name, len(data), path.parent):
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """`value` as JSON of one space's indent; `options` go to `json.dumps`."""
+    write(path, json.dumps(value, indent=1, **options) + "\n")
+
+
+def copy(source: Path, target: Path) -> None:
+    """A copy that takes its place once it is whole."""
+    partial = partial_of(target)
+    with room_for(target.name, source.stat().st_size, target.parent):
+        try:
+            shutil.copy2(source, partial)
+            sync(partial)
+            partial.replace(target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk before going on."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def partial_of(path: Path) -> Path:
+    """Where something is written before it takes the place of `path`: a hidden name beside it, this process's own."""
+    return path.with_name(f".writing-{path.name}-{platform.node()}-{os.getpid()}")
+
+
+def clear_left_overs(folder: Path) -> None:
+    """Remove what processes that are gone have begun to write in a folder."""
+    mine = re.compile(rf"\.writing-.+-{re.escape(platform.node())}-(\d+)")
+    for path in folder.glob(".writing-*"):
+        ours = mine.fullmatch(path.name)
+        if _is_gone(int(ours[1])) if ours else time.time() - path.stat().st_mtime > _ABANDONED:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(what: str, needed: int, folder: Path, *, remedy: str = "free some space") -> Iterator[None]:
+    """Within it, about `needed` bytes are written in `folder`; that they do not fit is told in numbers.
+
+    Raises:
+        DiskFull: they do not fit, by what the disk says before or by what writing comes to.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise _full(what, needed, free, folder, remedy)
+    try:
+        yield
+    except OSError as e:
+        if e.errno in _FULL:
+            raise _full(what, needed, shutil.disk_usage(folder).free, folder, remedy, e.strerror) from e
+        raise
+
+
+def _full(what: str, needed: int, free: int, folder: Path, remedy: str, said: str | None = None) -> DiskFull:
+    missing = f", so {told_bytes(needed - free)} are missing" if needed > free else ""
+    return DiskFull(
+        f"{what} could not be written{f' ({said})' if said else ''}: it takes {told_bytes(needed)}, and "
+        f"{told_bytes(free)} are free in {folder}{missing}; {remedy}"
+    )
+
+
+def told_bytes(count: int) -> str:
+    """`1.8 GB` (10⁹ bytes)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _is_gone(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, under another user
+        return False
+    return False
