@@ -4,7 +4,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := $(UV) run --no-sync
 
-.PHONY: demo test setup lint types format help
+.PHONY: demo test setup lint types format site help
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,3 +34,6 @@ types: setup
 format: setup ## let ruff put the code in order
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
+
+site: setup ## the documents as a web site, in site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
