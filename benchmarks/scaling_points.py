@@ -113,6 +113,8 @@ def _stage(rows: int, *, steps: int, batch: int = 8, files: int = 20) -> Trial:
 
     The model is tiny, so that what is left is the cost of the data: from the call to the first step, then per step.
     """
+    import torch
+
     import opticnerve
     from opticnerve.objectives.next_token import NextToken
     from opticnerve.recipe import Recipe
@@ -136,8 +138,9 @@ def _stage(rows: int, *, steps: int, batch: int = 8, files: int = 20) -> Trial:
         forward = NextToken.forward
 
         def noted(self: Any, given: Any) -> Any:
-            times.append(time.perf_counter())
-            held.append(_resident())
+            if torch.is_grad_enabled():  # a step, and no look at what the stage came to
+                times.append(time.perf_counter())
+                held.append(_resident())
             return forward(self, given)
 
         NextToken.forward = noted  # type: ignore[method-assign]

@@ -71,6 +71,7 @@ def opticnerve(args: Any, folder: Path) -> Trial:
     from opticnerve.language.lean import lean
     from opticnerve.objectives.next_token import NextToken
     from opticnerve.recipe import load
+    from opticnerve.train import loop
     from opticnerve.train.freeze import freeze
     from opticnerve.train.loop import run_stage
 
@@ -90,6 +91,8 @@ def opticnerve(args: Any, folder: Path) -> Trial:
     model = shapes.ours(shape)
     model.config.image_token_id = processor.image_token_id
     _without(args.set)
+    # What is looked at after a stage is no training; the peers do not look.
+    loop.image_use = lambda *given, **options: None
 
     samples = train_data.encoded(file, args.stage, processor)
     stage = recipe.stages[0]

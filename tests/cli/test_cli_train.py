@@ -163,7 +163,7 @@ def test_eval_wants_one_thing_to_evaluate_on(opticnerve: Callable[..., Any]) -> 
     for words in ((), ("--data", "a.jsonl", "--recipe", "b.yaml")):
         ran = opticnerve("eval", "starter", *words)
         assert ran.code == 1
-        assert "one of the two" in ran.err
+        assert "one of the three" in ran.err
 
 
 def test_plan_shows_shapes_memory_sample_and_warnings(opticnerve: Callable[..., Any], recipe_file: Path) -> None:

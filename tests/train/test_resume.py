@@ -192,7 +192,8 @@ class TestWholeRuns:
         """Ctrl-C and, as the command has it, SIGTERM end what is under way; all that was finished is kept."""
         monkeypatch.setattr(drawing, "_DPI", 30)
         run_recipe(recipe, tmp_path / "whole")
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Both: a process begun in the background of a shell ignores SIGINT.
+        before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             for resume, where, name, number in (
                 (False, feature_cache.FeatureStore, "fill", signal.SIGTERM),
@@ -206,7 +207,8 @@ class TestWholeRuns:
                     with pytest.raises(KeyboardInterrupt):
                         run_recipe(recipe, tmp_path / "run", resume=resume)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         trained: list[Any] = []
         monkeypatch.setattr(pipeline, "run_stage", lambda *a, **k: trained.append(a))
         run_recipe(recipe, tmp_path / "run", resume=True)
