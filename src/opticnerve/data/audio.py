@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from opticnerve import durable
 from opticnerve.data.images import decode_data_url, is_url
 from opticnerve.types import DataError, OpticNerveError
 
@@ -92,8 +93,7 @@ def audio_digest(source: Source, *, where: str = "") -> str:
     if isinstance(located, bytes):
         return hashlib.sha256(located).hexdigest()
     try:
-        with located.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return durable.sha256(located)
     except OSError as e:
         raise _unreadable(f"{name} cannot be read: {e.strerror or e}", where) from e
 

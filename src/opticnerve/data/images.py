@@ -21,6 +21,7 @@ import PIL.Image
 from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
+from opticnerve import durable
 from opticnerve.types import DataError
 
 
@@ -132,8 +133,7 @@ def image_digest(source: Source, *, where: str = "") -> str:
     if isinstance(located, bytes):
         return hashlib.sha256(located).hexdigest()
     try:
-        with located.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return durable.sha256(located)
     except OSError as e:
         raise _unreadable(f"{name} cannot be read: {e.strerror or e}", where) from e
 

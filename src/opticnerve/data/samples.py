@@ -114,11 +114,8 @@ class Joined(Sequence[Conversation]):
     def __getitem__(self, number: int | slice) -> Conversation | list[Conversation]:
         if isinstance(number, slice):
             return [self[n] for n in range(len(self))[number]]
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        number %= len(self)
-        part = bisect_right(self._ends, number)
-        return self.parts[part][number - (self._ends[part - 1] if part else 0)]
+        part, own = _place(self._ends, number, "sample")
+        return self.parts[part][own]
 
 
 @dataclass
@@ -165,8 +162,8 @@ class Units(Sequence[Unit]):
     def __getitem__(self, number: int | slice) -> Unit | Chosen:
         if isinstance(number, slice):
             return Chosen(self, np.arange(len(self), dtype=np.uint32)[number])
-        entry, own = self._place(number)
-        return entry[own]
+        entry, own = _place(self._ends, number, "unit")
+        return self.entries[entry][own]
 
     def samples(self) -> int:
         """How many samples all units have."""
@@ -184,13 +181,6 @@ class Units(Sequence[Unit]):
             shown = (i.source for n in several for i in samples.found.sample(int(n)).images)
             keys.append(np.fromiter((picture_key([source]) for source in shown), np.uint64))
         return len(np.unique(np.concatenate(keys)))
-
-    def _place(self, number: int) -> tuple[Entry, int]:
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"unit {number} of {len(self)}")
-        number %= len(self)
-        place = bisect_right(self._ends, number)
-        return self.entries[place], number - (self._ends[place - 1] if place else 0)
 
 
 @dataclass
@@ -216,3 +206,13 @@ class Chosen(Sequence[Unit]):
         conversations, count = self.units[int(self.numbers[number])]
         members = self.kept.get(number % len(self))
         return (conversations if members is None else [conversations[k] for k in members]), count
+
+
+def _place(ends: Sequence[int], number: int, what: str) -> tuple[int, int]:
+    """Of sequences laid end to end, which one holds item `number`, and where; `ends`: behind which item each ends."""
+    total = ends[-1] if ends else 0
+    if not -total <= number < total:
+        raise IndexError(f"{what} {number} of {total}")
+    number %= total
+    part = bisect_right(ends, number)
+    return part, number - (ends[part - 1] if part else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from opticnerve import durable
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.kinds import load_any
 from opticnerve.evaluation.markdown import table
@@ -108,8 +108,8 @@ def _score(task: dict[str, Any]) -> str:
 
 def _write(found: dict[str, Any], suite: Suite, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    durable.write_json(out, found, ensure_ascii=False, default=str)
     entries = [(n, entry) for n, m in found["models"].items() for entry in [*m["tasks"], m]]
     errors = [(n, entry.get("name", ""), entry["error"]) for n, entry in entries if "error" in entry]
     notes = "".join(f"\n- {n}{', ' + task if task else ''} failed: {error}" for n, task, error in errors)
-    out.with_suffix(".md").write_text(f"{suite_table(found, suite)}\n{notes}\n", encoding="utf-8")
+    durable.write(out.with_suffix(".md"), f"{suite_table(found, suite)}\n{notes}\n")

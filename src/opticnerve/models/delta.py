@@ -11,7 +11,6 @@ SHA-256 of their files. Loading builds the bases again and refuses others. `opti
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from opticnerve import registry
+from opticnerve import durable, registry
 from opticnerve.language import load as language
 from opticnerve.models.bounded import no_larger_than, shapes
 from opticnerve.models.configuration import FORMAT, OpticNerveConfig, check_format
@@ -119,7 +118,7 @@ def save(
         "bases": bases,
         "lora": lora,
         "dtype": str(model.language_model.dtype).removeprefix("torch."),
-        "sha256": _sha256(folder / TENSORS),
+        "sha256": durable.sha256(folder / TENSORS),
         "tensors": {n: list(t.shape) for n, t in chosen.items()},
     }
     (folder / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
@@ -272,7 +271,7 @@ def put(
             problems.append(f"{name} is {_told(shape)}, {REFERENCE} says {_told(expected[name])}")
     problems += [f"missing {n}" for n in state if is_docked(n) and n not in held and n not in expected]
     _refuse(folder, problems)
-    if sha256 is not None and (found := _sha256(file)) != sha256:
+    if sha256 is not None and (found := durable.sha256(file)) != sha256:
         raise OpticNerveError(
             f"{file} was changed or damaged after it was written: SHA-256 {found[:16]}…, {REFERENCE} says "
             f"{sha256[:16]}…; bring it back from a copy"
@@ -298,8 +297,3 @@ def _refuse(folder: Path, problems: list[str]) -> None:
 
 def _told(shape: Iterable[int]) -> str:
     return str(tuple(shape))[:200]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from opticnerve import durable
+
 
 def cache_dir() -> Path:
     """`$OPTICNERVE_CACHE`, else `$XDG_CACHE_HOME/opticnerve`, else `~/.cache/opticnerve`; made if missing."""
@@ -52,8 +54,7 @@ def fingerprint(files: Iterable[str | Path]) -> str:
         stat = file.stat()
         key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         if key not in known:
-            with file.open("rb") as f:
-                known[key] = hashlib.file_digest(f, "sha256").hexdigest()
+            known[key] = durable.sha256(file)
             changed = True
         total.update(known[key].encode())
     if changed:

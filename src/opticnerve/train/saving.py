@@ -34,10 +34,8 @@ def save(run: Run) -> Path:
         "data": run.data,
         "versions": versions(),
         "samples": run.samples, "tokens": run.tokens, "elapsed": run.elapsed, "loss": run.loss,
-        "left_out": run.divergence.left_out,
+        "left_out": run.divergence.left_out, "visits": run.visits.state_dict(),
     }  # fmt: skip
-    if hasattr(run.visits, "state_dict"):
-        state["visits"] = run.visits.state_dict()
 
     def write() -> Path:
         if run.log is not None:
@@ -60,9 +58,7 @@ def restore(run: Run) -> bool:
     run.optimizer.load_state_dict(state["optimizer"])
     for name, value in state["buffers"].items():
         run.dock.model.get_buffer(name).copy_(value)
-    if "visits" in state:
-        visits: Any = run.visits
-        visits.load_state_dict(state["visits"])
+    run.visits.load_state_dict(state["visits"])
     _take_up(run, state["rng"])
     run.step, run.samples, run.tokens = state["step"], state["samples"], state["tokens"]
     run.elapsed, run.loss = state["elapsed"], state["loss"]
