@@ -4,17 +4,64 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tiny
 from opticnerve.build import dock
+from opticnerve.encoders.hf_vision import _model_class
 from opticnerve.export import probe
 from opticnerve.language.chat_template import CHATML
+
+
+def sentencepiece(scheme: str) -> Tokenizer:
+    """Llama 2's kind: SentencePiece itself learns the words, transformers' own rule makes merges of them.
+
+    `scheme`: where a space stands before text; "prepend" as in Llama 2's tokenizer.json, else a Metaspace's.
+    """
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    with tempfile.TemporaryDirectory() as folder:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter([line for text in tiny.CORPUS for line in text.split("\n") if line]),
+            model_prefix=f"{folder}/it", model_type="bpe", vocab_size=420, byte_fallback=True, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+        )  # fmt: skip
+        pieces = SentencePieceProcessor(model_file=f"{folder}/it.model")
+        count = pieces.vocab_size()
+        vocab = {pieces.id_to_piece(i): i for i in range(count)}
+        scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(count) if not pieces.is_byte(i)}
+    bytes_ = {w for w in vocab if w.startswith("<0x")}
+    merges = generate_merges(vocab, scores, skip_tokens={"<unk>", "<s>", "</s>"} | bytes_)
+    made = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if scheme == "prepend":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
+    )
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sentencepiece_kinds() -> Iterator[None]:
+    """Kinds of `tiny.tokenizer` that the tests of this folder alone know."""
+    with pytest.MonkeyPatch.context() as patch:
+        for scheme in ("prepend", "always", "first", "never"):
+            patch.setitem(tiny.TOKENIZERS, f"sentencepiece, {scheme}", partial(sentencepiece, scheme))
+        yield
 
 
 @pytest.fixture
@@ -37,6 +84,24 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "run", run)
 
 
+def save_eye(folder: Path, family: str) -> None:
+    """As `tiny.save_vision`, for families that transformers has inside larger models alone, too."""
+    if family in tiny.VISION:
+        tiny.save_vision(folder, family)
+        return
+    config = tf.AutoConfig.for_model(
+        family, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+        patch_size=8,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = _model_class(config)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tf.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Language family, eye and options → a stage's folder whose connector is calibrated and whose adapter, if any,
@@ -46,16 +111,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(
         family: str = "llama", eye: str = "clip_vision_model", *, connector: Any = "mlp", lora: Any = None,
-        dtype: torch.dtype = torch.float32, fusion: Any = "splice", tiling: Any = None, kind: str = "byte-level", **vision: Any,
+        dtype: torch.dtype = torch.float32, fusion: Any = "splice", tiling: Any = None, kind: str = "byte-level",
+        chat: str = CHATML, bos: str | None = None, **vision: Any,
     ) -> Path:  # fmt: skip
-        key = repr((family, eye, connector, lora, dtype, fusion, tiling, kind, vision))
+        key = repr((family, eye, connector, lora, dtype, fusion, tiling, kind, chat, bos, vision))
         if key in made:
             return made[key]
-        language, seen = root / f"{family}-{kind}", root / eye
+        language, seen = root / f"{family}-{kind}-{bos}-{zlib.crc32(chat.encode())}", root / eye
         if not language.exists():
-            tiny.save_language(language, family, kind=kind, chat_template=CHATML)
+            tiny.save_language(language, family, kind=kind, chat_template=chat, bos=bos)
         if not seen.exists():
-            tiny.save_vision(seen, eye)
+            save_eye(seen, eye)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OPTICNERVE_CACHE", str(root / "cache"))
             one = dock({"type": "hf_vision", "name": str(seen), **vision}, connector, str(language), fusion=fusion,

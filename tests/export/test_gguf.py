@@ -20,7 +20,7 @@ from opticnerve.export import gguf_tokens, parity, samples
 from opticnerve.export.export import export
 from opticnerve.export.formats import Options
 from opticnerve.inference.load import load_model
-from opticnerve.language.chat_template import CHATML, with_parts
+from opticnerve.language.chat_template import CHATML, PLAIN_CHAT, with_parts
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -78,7 +78,7 @@ def test_without_an_engine_there_is_no_export(saved: Make, tmp_path: Path) -> No
         ({"eye": "clip_vision_model"}, "CLIP's class token behind the patches"),
         ({"connector": {"type": "pixel_shuffle"}}, "<fake_token_around_image>"),
         ({"connector": {"type": "mlp", "activation": "silu"}}, "llama.cpp's two and gelu"),
-        ({"kind": "metaspace"}, "SentencePiece's kind"),
+        ({"kind": "metaspace"}, "not its way of joining"),
         ({"family": "gpt2"}, "its language model is a gpt2"),
         ({"lora": {"rank": 2, "when": "media"}}, "lora.when: media"),
     ],
@@ -174,6 +174,16 @@ def test_llama_cpp_gives_the_same_answers(dtype: str, options: dict[str, Any], s
     made = export(source, "gguf", tmp_path / "out", options=Options(dtype=dtype, check_python=ENGINE))
     assert made.proof is not None
     assert made.proof.difference <= gguf_format.TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(ENGINE is None, reason="OPTICNERVE_LLAMA_PYTHON names no interpreter with xllamacpp")
+@pytest.mark.parametrize("chat", [CHATML, PLAIN_CHAT, "{{ bos_token }}" + PLAIN_CHAT], ids=["chatml", "vicuna", "bos"])
+@pytest.mark.parametrize("spaces", ["prepend", "always", "first", "never"])
+def test_llama_cpp_reads_sentencepieces_words_alike(spaces: str, chat: str, saved: Make, tmp_path: Path) -> None:
+    source = saved(eye="siglip_vision_model", kind=f"sentencepiece, {spaces}", bos="<s>", chat=chat)
+    made = export(source, "gguf", tmp_path / "out", options=Options(dtype="float32", check_python=ENGINE))
+    assert made.proof is not None
+    assert made.proof.difference <= gguf_format.TOLERANCE["float32"]
 
 
 @pytest.mark.skipif(ENGINE is None, reason="OPTICNERVE_LLAMA_PYTHON names no interpreter with xllamacpp")

@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 from safetensors import safe_open
 
-from opticnerve.export import hf_llava, parity, probe
+from opticnerve.export import hf_common, hf_llava, parity, probe
 from opticnerve.export.export import Exported, export
 from opticnerve.types import OpticNerveError
 
@@ -152,7 +152,7 @@ def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_a_lengthened_tables_rows_are_never_the_greedy_word() -> None:
     torch.manual_seed(0)
-    table_VD = hf_llava._lengthened(torch.randn(50, 8), 53)
+    table_VD = hf_common.lengthened(torch.randn(50, 8), 53)
     logits_BV = torch.randn(200, 8) @ table_VD.T
     assert table_VD.shape == (53, 8)
     assert int(logits_BV.argmax(-1).max()) < 50

@@ -13,7 +13,8 @@ from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, pr
 EPILOG = examples(
     "opticnerve export runs/photos exported --to hf-llava",
     "opticnerve export runs/photos exported-gguf --to gguf --dtype q8_0 --check-python llama/bin/python",
-    note="hf-llava: stock transformers and vLLM. gguf: llama.cpp. merged: opticnerve's own, self-contained.",
+    note="hf-llava: stock transformers and vLLM. hf-idefics3 (pixel_shuffle), hf-blip2 (qformer): stock transformers. "
+    "gguf: llama.cpp. merged: opticnerve's own, self-contained.",
 )
 CheckPython = Annotated[
     str | None,
@@ -27,7 +28,7 @@ Unchecked = Annotated[
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     out: Annotated[Path, typer.Argument(help="The new folder; it must not exist yet.")],
-    to: Annotated[str, typer.Option(help="The format: hf-llava, gguf or merged.")],
+    to: Annotated[str, typer.Option(help="The format: hf-llava, hf-idefics3, hf-blip2, gguf or merged.")],
     dtype: Annotated[
         str,
         typer.Option(help="Of the weights: auto, float32, bfloat16, float16; gguf: f16 (auto), bf16, q8_0, float32."),

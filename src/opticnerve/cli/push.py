@@ -21,7 +21,7 @@ EPILOG = examples(
 def push(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     repo: Annotated[str, typer.Argument(help="The repository: OWNER/NAME.")],
-    to: Annotated[str, typer.Option(help="The format: merged, hf-llava or gguf.")] = "merged",
+    to: Annotated[str, typer.Option(help="The format: merged, hf-llava, hf-idefics3, hf-blip2 or gguf.")] = "merged",
     to_folder: Annotated[
         Path | None, typer.Option(help="Put all that would be uploaded into a folder NAME here; no hub is asked.")
     ] = None,

@@ -1,7 +1,8 @@
-"""What the LLaVA family of formats takes: a CLIP or SigLIP, a linear or mlp connector, soft tokens in the text."""
+"""What formats with an eye and soft tokens in the text take, LLaVA and its relatives."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -9,8 +10,9 @@ from torch import nn
 EYES = ("clip_vision_model", "siglip_vision_model")
 
 
-def eye_refusals(model: Any, engine: str) -> list[str]:
-    """Why the towers and their fusion do not fit a CLIP or SigLIP with soft tokens in the text; empty if they do."""
+def eye_refusals(model: Any, engine: str, eyes: Sequence[str] = EYES) -> list[str]:
+    """Why the towers and their fusion are no eye of the given families with soft tokens in the text; empty if they
+    are."""
     reasons, towers = [], model.config.towers
     if "image" not in towers:
         return [f"it has no eye, and {engine} is one with an eye"]
@@ -25,9 +27,9 @@ def eye_refusals(model: Any, engine: str) -> list[str]:
         reasons.append(f"it cuts pictures into tiles, {engine} shows each whole; nearest: leave out tiling")
     kind = spec["encoder"]["type"]
     if kind != "hf_vision":
-        reasons.append(f"its encoder is {kind}; nearest: encoder {{type: hf_vision}} with a CLIP or SigLIP")
-    elif (family := spec["encoder"]["architecture"]["model_type"]) not in EYES:
-        reasons.append(f"its eye is a {family}, {engine} is served with CLIP or SigLIP; nearest: one of these")
+        reasons.append(f"its encoder is {kind}; nearest: encoder {{type: hf_vision}} with a {eyes[-1]}")
+    elif (family := spec["encoder"]["architecture"]["model_type"]) not in eyes:
+        reasons.append(f"its eye is a {family}, {engine} is served with {' or '.join(eyes)}; nearest: one of these")
     return reasons
 
 

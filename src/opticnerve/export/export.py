@@ -81,9 +81,10 @@ def _export(
     model: Any, processor: Any, maker: Format, to: str, out: Path, scratch: Path, say: Callable[[str], None]
 ) -> Exported:
     towers = model.towers
-    chosen = samples.make(
+    made_up = samples.make(
         scratch, picture_sizes=maker.picture_sizes(model), sees="image" in towers, hears="audio" in towers
     )
+    chosen = maker.choose(made_up)
     say("asking the model")
     before = parity.record(model, processor, chosen)
     maker.simplify(model, processor)

@@ -79,12 +79,18 @@ class Format(ABC):
         """Widths and heights of the samples' pictures."""
         return [(320, 240), (97, 333), (224, 224)]
 
+    def choose(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those of the samples that the engine can answer."""
+        return list(samples)
+
 
 formats: Registry[Format] = Registry(
     "format",
     group="opticnerve.formats",
     builtin={
         "hf-llava": "opticnerve.export.hf_llava:HFLlava",
+        "hf-idefics3": "opticnerve.export.hf_idefics3:HFIdefics3",
+        "hf-blip2": "opticnerve.export.hf_blip2:HFBlip2",
         "merged": "opticnerve.export.merged:Merged",
         "gguf": "opticnerve.export.gguf:Gguf",
     },

@@ -25,6 +25,12 @@ from opticnerve.types import OpticNerveError
 # takes GELU from a table of 16-bit floats. Seen on SmolLM2-135M: f16 0.014, bf16 0.08, q8_0 0.34.
 TOLERANCE = {"float32": 0.01, "f16": 0.03, "bf16": 0.15, "q8_0": 0.5}
 
+# Read by both sides beside the prompts: what tokenizers stumble over.
+PROBES = (
+    "aaaaaaaa  bb   cc\n\n\nd\te", "It's 3.14159, isn't it? 1234567890", "naïve café — 東京 на кухне 🦊",
+    "x=[(1,2),{3}]; y->z != 0x1F", "UPPER lower CamelCase snake_case",
+)  # fmt: skip
+
 
 class Gguf(Format):
     """SigLIP × linear or two-layer mlp × splice, on Llama, Mistral, Qwen2 or Qwen3."""
@@ -43,7 +49,13 @@ class Gguf(Format):
                 "its adapter works beside pictures alone (lora.when: media), and such a gate cannot be added into "
                 "weights; nearest: lora {when: always}"
             )
-        return reasons + gguf_tokens.refusals(processor.tokenizer)
+        if words := gguf_tokens.refusals(processor.tokenizer):
+            return reasons + words
+        try:
+            gguf_tokens.beginning(processor)
+        except OpticNerveError as e:
+            reasons.append(str(e))
+        return reasons
 
     def simplify(self, model: Any, processor: Any) -> None:
         merge_adapter(model)
@@ -65,7 +77,8 @@ class Gguf(Format):
         tokenizer = processor.tokenizer
         turn_end = tokenizer.convert_tokens_to_ids(end_of_turn(processor, processor.chat_template))
         gguf_tokens.write(
-            writer, tokenizer, processor.chat_template, rows=config.vocab_size, turn_end=turn_end
+            writer, tokenizer, processor.chat_template, rows=config.vocab_size, turn_end=turn_end,
+            begins=gguf_tokens.beginning(processor),
         )  # fmt: skip
         _finish(writer)
         writer = GGUFWriter(eye, "clip")
@@ -88,19 +101,39 @@ class Gguf(Format):
     ) -> Proof:  # fmt: skip
         language, eye = self.files(folder)
         banned = gguf_tokens.half_letters(processor.tokenizer, model.language_model.config.vocab_size)
+        begins = gguf_tokens.beginning(processor)
+        texts = [r.text for r, s in zip(wanted, samples, strict=True) if not s.pictures]
+        first = gguf_tokens.first_space(processor.tokenizer)
         job = {
             "model": str(language), "mmproj": str(eye), "samples": as_job(samples), "greedy": parity.GREEDY,
-            "texts": [r.text for r, s in zip(wanted, samples, strict=True) if not s.pictures],
+            "texts": [*(begins + _unbegun(processor.tokenizer, t) for t in texts), *(first + t for t in PROBES)],
             "threads": torch.get_num_threads(), "banned": banned,
         }  # fmt: skip
         assert self.options.check_python is not None
         said = probe.run("llama_cpp", job, scratch, python=self.options.check_python)
-        plain = [r for r, s in zip(wanted, samples, strict=True) if not s.pictures]
-        for reference, ids in zip(plain, said["ids"], strict=True):
-            if ids != reference.ids:
-                raise OpticNerveError(f"{said['engine']} reads {reference.text!r} as {ids}, not as {reference.ids}")
+        for text, ids in zip([*texts, *PROBES], said["ids"], strict=True):
+            if ids != (ours := _read(processor.tokenizer, text)):
+                raise OpticNerveError(f"{said['engine']} reads {text!r} as {ids}, not as {ours}")
+        for sample, reference in zip(said["samples"], wanted, strict=True):
+            prompt = sample["prompt"].removeprefix(begins)
+            if _unbegun(processor.tokenizer, reference.text) != reference.text:
+                prompt = processor.tokenizer.bos_token + prompt.removeprefix(processor.tokenizer.bos_token)
+            sample["prompt"] = prompt
         difference = parity.compare_logprobs(model, processor, samples, wanted, said, banned, TOLERANCE[self.dtype])
         return Proof(said["engine"], difference, TOLERANCE[self.dtype], "nats of a log-probability", len(samples))
+
+
+def _read(tokenizer: Any, text: str) -> list[int]:
+    """Our token ids; a begin token is never written twice."""
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+    return ids
+
+
+def _unbegun(tokenizer: Any, text: str) -> str:
+    """The text without the begin token: where llama.cpp's tokeniser adds it by itself, its server takes it off."""
+    adds = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds else text
 
 
 def _finish(writer: GGUFWriter) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from opticnerve.export import gguf_sentencepiece
 from opticnerve.language.chat_template import with_parts
 from opticnerve.types import OpticNerveError
 
@@ -33,7 +34,7 @@ _LINE_BREAKS = (
 
 def pre_tokenizer(tokenizer: Any) -> str | None:
     """llama.cpp's name of the rule by which a byte-level BPE cuts text; None where no known rule does the same."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = _state(tokenizer)
     rule = state.get("pre_tokenizer") or {}
     steps = rule.get("pretokenizers", [rule])
     normalizer = (state.get("normalizer") or {}).get("type")
@@ -68,14 +69,14 @@ def refusals(tokenizer: Any) -> list[str]:
     """Why a tokenizer cannot be written; empty if it can."""
     if not getattr(tokenizer, "is_fast", False):
         return ["its tokenizer is not one of the tokenizers library"]
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if model["type"] != "BPE":
-        return [f"its tokenizer is a {model['type']}; byte-level BPE is written (GPT-2's, Llama 3's, Qwen's, SmolLM's)"]
-    if model.get("byte_fallback"):
+    state = _state(tokenizer)
+    if (kind := state["model"]["type"]) != "BPE":
         return [
-            "its tokenizer is SentencePiece's kind (bytes as <0x00>), which is not there yet; byte-level BPE is "
-            "written (GPT-2's, Llama 3's, Qwen's, SmolLM's)"
+            f"its tokenizer is a {kind}; written are byte-level BPE (GPT-2's, Llama 3's, Qwen's, SmolLM's) and "
+            "SentencePiece's BPE (Llama 2's, Vicuna's, TinyLlama's)"
         ]
+    if gguf_sentencepiece.is_sentencepiece(state):
+        return gguf_sentencepiece.refusals(state)
     if pre_tokenizer(tokenizer) is None:
         return [
             "its tokenizer cuts text by a rule that is not known here, and llama.cpp would cut it elsewhere; known: "
@@ -84,10 +85,51 @@ def refusals(tokenizer: Any) -> list[str]:
     return []
 
 
-def write(writer: GGUFWriter, tokenizer: Any, template: str, *, rows: int, turn_end: int | None) -> None:
-    """Words, kinds, merges, special ids and chat template.
+def _state(tokenizer: Any) -> dict[str, Any]:
+    """What stands in `tokenizer.json`."""
+    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return found
+
+
+def first_space(tokenizer: Any) -> str:
+    """The space that a tokenizer puts at the beginning of a text, and there alone, which llama.cpp must be given."""
+    state = _state(tokenizer)
+    first = gguf_sentencepiece.is_sentencepiece(state) and gguf_sentencepiece.rule(state) == "first"
+    return " " if first else ""
+
+
+def beginning(processor: Any) -> str:
+    """What the chat template must write first in llama.cpp: `first_space`, unless it begins with a special word.
+
+    Raises:
+        OpticNerveError: the template begins with a special word in one conversation and not in another.
+    """
+    space = first_space(processor.tokenizer)
+    if not space:
+        return ""
+    added = _state(processor.tokenizer)["added_tokens"]
+    special = (*(t["content"] for t in added), space, gguf_sentencepiece.SPACE)
+    words = {"type": "text", "text": "a"}
+    begins = {
+        processor.apply_chat_template([{"role": "user", "content": parts}]).startswith(special)
+        for parts in ([words], [{"type": "image"}, words])
+    }
+    if len(begins) > 1:
+        raise OpticNerveError(
+            "the tokenizer puts a space at the beginning of a text, but not before a special word, and the chat "
+            "template begins with a picture's placeholder or with words; llama.cpp cannot do both: let the template "
+            "begin with the role, or the begin token"
+        )
+    return "" if begins.pop() else space
+
+
+def write(
+    writer: GGUFWriter, tokenizer: Any, template: str, *, rows: int, turn_end: int | None, begins: str = ""
+) -> None:
+    """Words, kinds, merges or scores, special ids and chat template.
 
     Args:
+        begins: see `beginning`.
         rows: of the embedding table; ids beyond it (the picture's placeholder) are left out, rows without a word get
             names of their own. turn_end: the id that ends an answer, where it is not the tokenizer's end token.
 
@@ -96,7 +138,7 @@ def write(writer: GGUFWriter, tokenizer: Any, template: str, *, rows: int, turn_
     """
     if reasons := refusals(tokenizer):
         raise OpticNerveError("; ".join(reasons))
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    state = _state(tokenizer)
     words = {i: w for w, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
@@ -108,21 +150,25 @@ def write(writer: GGUFWriter, tokenizer: Any, template: str, *, rows: int, turn_
             tokens.append(words[i])
             special = TokenType.CONTROL if i in added and added[i].special else TokenType.USER_DEFINED
             kinds.append(special if i in added else TokenType.NORMAL)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(str(pre_tokenizer(tokenizer)))
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    if gguf_sentencepiece.is_sentencepiece(state):
+        gguf_sentencepiece.write(writer, state, tokens, kinds)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(str(pre_tokenizer(tokenizer)))
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]])
     for name in ("bos", "eos", "pad", "unk"):
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None and number < rows:
             getattr(writer, f"add_{name}_token_id")(number)
     if turn_end is not None and turn_end != tokenizer.eos_token_id:
         writer.add_eot_token_id(turn_end)
-    begins = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and begins[0] == tokenizer.bos_token_id)
+    first = tokenizer("a")["input_ids"][0]
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)
     writer.add_add_eos_token(False)
-    writer.add_chat_template(own_template(template))
+    space = f"{{{{ {begins!r} }}}}" if begins else ""
+    writer.add_chat_template(space + own_template(template))
 
 
 def own_template(template: str) -> str:

@@ -58,7 +58,7 @@ def refusals(model: Any) -> list[str]:
             reasons.append(
                 "its connector is pixel_shuffle: llama.cpp's Idefics3 and SmolVLM put words of their own around each "
                 "picture (<fake_token_around_image><global-img>) and cut it into tiles, which this model never saw; "
-                "nearest: connector {type: mlp}"
+                "nearest: connector {type: mlp}, or the format hf-idefics3"
             )
         case other:
             reasons.append(f"its connector is {other}, llama.cpp's LLaVA has an mlp; nearest: connector {{type: mlp}}")

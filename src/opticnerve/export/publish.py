@@ -17,7 +17,10 @@ from opticnerve.export.formats import PLAIN, Options
 from opticnerve.inference.load import resolve
 from opticnerve.types import OpticNerveError
 
-LIBRARY = {"hf-llava": "transformers", "merged": "opticnerve", "gguf": "llama.cpp"}
+LIBRARY = {
+    "hf-llava": "transformers", "hf-idefics3": "transformers", "hf-blip2": "transformers", "gguf": "llama.cpp",
+    "merged": "opticnerve",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
