@@ -4,11 +4,15 @@
     python benchmarks/data_scale.py --rows 20000       # a smaller one
     python benchmarks/data_scale.py --form jsonl       # a record a line
     python benchmarks/data_scale.py --starts 1         # the first start alone
+    python benchmarks/data_scale.py --streaming --rows 200000 --form parquet   # all rows, streamed
 
 The file is made in a temporary folder and deleted afterwards. Each start is a process of its own: the first one reads
 the file, the second finds its index, and both then read the same 2,000 samples in the order of training. Memory is
 counted from the moment that everything is imported: the peak of the process, and what of it is its own (anonymous),
 for pages of a file that is mapped go back to the system when it wants them.
+
+With `--streaming` one process draws every row once, in the order of training, another starts again at the last tenth
+with the marks of the first. Memory is looked at after every tenth of the rows.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +63,27 @@ def make(folder: Path, rows: int, form: str) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(PIXEL)
     path = folder / f"conversations.{form}"
+    if form == "parquet":
+        return _parquet(path, rows)
     with path.open("w") as file:
         for number, row in enumerate(made_rows(rows)):
             before = "" if form == "jsonl" else "[" if number == 0 else ", "
             file.write(before + json.dumps(row) + ("\n" if form == "jsonl" else ""))
         file.write("" if form == "jsonl" else "]")
+    return path
+
+
+def _parquet(path: Path, rows: int, group: int = 1_000) -> Path:
+    """As data sets on the hub are: compressed, 1,000 rows to a group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = made_rows(rows)
+    first = pa.Table.from_pylist(list(islice(found, group)))
+    with pq.ParquetWriter(path, first.schema) as writer:
+        writer.write_table(first)
+        while more := list(islice(found, group)):
+            writer.write_table(pa.Table.from_pylist(more, schema=first.schema))
     return path
 
 
@@ -99,6 +120,38 @@ def start(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stream(path: Path, rows: int, marks: Path) -> dict[str, Any]:
+    """Every row drawn once; where marks lie already, the last tenth of them."""
+    from opticnerve.data.source import load_streams
+    from opticnerve.recipe import DataSpec, Stage
+    from opticnerve.train.streamed import StreamedVisits
+
+    spec = DataSpec(path=str(path), media=str(path.parent / "media"), streaming=True)
+    stage = Stage(name="instruct", train={"connector": 1e-3}, data=[spec], batch_size=8, steps=rows // 8)
+    before, before_own = status("VmRSS", "RssAnon")
+    started = time.perf_counter()
+    visits = StreamedVisits(load_streams(stage, seed=0), stage, _Processor(), seed=0)
+    first = 0
+    if marks.exists():
+        visits.load_state_dict(json.loads(marks.read_text()))
+        first = rows * 9 // 10
+    visits.drawn(first)
+    ready = time.perf_counter() - started
+    own, seen = [], hashlib.sha256()
+    started = time.perf_counter()
+    for visit in range(first, rows):
+        found = repr([(c.id, c.messages) for c in visits.drawn(visit)]).replace(str(path.parent), "")
+        if visit >= rows * 9 // 10:
+            seen.update(found.encode())
+        if (visit + 1 - first) % ((rows - first) // 10) == 0:
+            own.append(round(status("RssAnon")[0] - before_own, 1))
+    each = (time.perf_counter() - started) / (rows - first)
+    if not first:
+        marks.write_text(json.dumps(visits.state_dict()))
+    peak = status("VmHWM")[0] - before
+    return {"ready": ready, "visit_us": each * 1e6, "peak_mib": peak, "own_mib": own, "last_tenth": seen.hexdigest()}
+
+
 class _Processor:
     """Nothing is tokenised here."""
 
@@ -111,13 +164,17 @@ class _Processor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=665_000)
-    parser.add_argument("--form", choices=("json", "jsonl"), default="json")
+    parser.add_argument("--form", choices=("json", "jsonl", "parquet"), default="json")
     parser.add_argument("--starts", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--streaming", action="store_true", help="read all rows as a stream, with no index")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # a process that starts on this file
     given = parser.parse_args()
     if given.start:
-        print(json.dumps(start(given.start)))
+        if given.streaming:
+            print(json.dumps(stream(given.start, given.rows, given.start.with_suffix(".marks"))))
+        else:
+            print(json.dumps(start(given.start)))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = make(Path(folder), given.rows, given.form)
@@ -125,7 +182,17 @@ def main() -> None:
         print(f"{given.rows:,} conversations, {path.stat().st_size / 1e6:,.0f} MB of {given.form}")
         environment = {**os.environ, "OPTICNERVE_CACHE": f"{folder}/cache"}
         results = []
-        for name in ("first start", "second start")[: given.starts]:
+        if given.streaming:
+            for name in ("from the first row", "from the last tenth on"):
+                command = [sys.executable, __file__, "--streaming", "--rows", str(given.rows), "--start", str(path)]
+                done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+                results.append(found := json.loads(done.stdout.splitlines()[-1]))
+                print(
+                    f"{name:22}  ready in {found['ready']:5.2f} s, {found['visit_us']:4.0f} µs a row; peak "
+                    f"{found['peak_mib']:.0f} MiB; own MiB after each tenth "
+                    f"{' '.join(f'{x:.0f}' for x in found['own_mib'])}; last tenth's rows {found['last_tenth'][:8]}"
+                )
+        for name in () if given.streaming else ("first start", "second start")[: given.starts]:
             command = [sys.executable, __file__, "--start", str(path)]
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
             results.append(found := json.loads(done.stdout.splitlines()[-1]))

@@ -12,7 +12,7 @@ from opticnerve.data.labels import Encoded, encode
 from opticnerve.data.pack_plan import first_fit_decreasing
 from opticnerve.data.packing import Row, pack, side_by_side
 from opticnerve.data.samples import Unit
-from opticnerve.data.source import draw, load_units
+from opticnerve.data.source import draw, load_streams, load_units
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
 from opticnerve.recipe import Stage
 from opticnerve.types import DataError, OpticNerveError
@@ -59,6 +59,8 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
     """Read a stage's data as training does, and encode some rows of it. What cannot be read is noted, not raised."""
     found = StageData(steps=stage.steps)
     bad: list[DataError] = []
+    if stage.data[0].streaming:
+        return _look_ahead(found, stage, processor, seed, bad)
     try:
         units = load_units(stage.data, on_error=bad.append)
     except OpticNerveError as e:
@@ -71,6 +73,27 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
         _encode_some(found, units, stage, processor, seed, bad)
     if found.steps is None:
         found.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / found.visits / stage.batch_size))
+    found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
+    return found
+
+
+def _look_ahead(found: StageData, stage: Stage, processor: Any, seed: int, bad: list[DataError]) -> StageData:
+    """Of streamed data: the first rows, for no more is known. How many samples and pictures there are stays 0."""
+    units: list[Unit] = []
+    try:
+        streams = load_streams(stage, seed=seed)
+        for visit in range(LOOK_AT):
+            try:
+                units.append(streams.unit(visit))
+            except DataError as e:
+                bad.append(e)
+    except OpticNerveError as e:
+        found.problem = str(e)
+        return found
+    if processor is not None and stage.objective.type == "next_token" and units:
+        _encode_some(found, units, stage, processor, seed, bad)
+    if found.steps is None:
+        found.steps = max(1, math.ceil(len(streams) * (stage.epochs or 1) / stage.batch_size))
     found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
     return found
 

@@ -56,6 +56,8 @@ def remarks(recipe: Recipe, plan: Any, model: Any) -> list[Remark]:
         note("the recipe has no stages: there is nothing to train")
     elif not recipe.evaluate:
         warn("no `evaluate:` section: you will not know whether it works; name questions with known answers")
+    for stage in (s for s in recipe.stages if s.data[0].streaming):
+        note(f"stage {stage.name} is streamed: only the first rows were looked at, and how many there are is not known")
     for task in recipe.evaluate:
         if any(_overlap(task.data, d) for stage in recipe.stages for d in stage.data):
             warn(f"evaluate {task.name!r} asks about {task.data.path}, which a stage trains on; hold some data out")

@@ -34,6 +34,13 @@ class DataSpec(Strict):
     split: Literal["all", "train", "held_out"] = Field(
         "all", description="one picture in twenty, chosen by the hash of its file name, is held out"
     )
+    streaming: bool = Field(
+        False, description="read rows as they come, never the whole: of files here, or of a data set on the hub"
+    )
+    shuffle_window: Positive = Field(1024, description="streaming: rows that are shuffled together; 1: none")
+    subset: str | None = Field(None, description="streaming: a configuration of the hub's data set")
+    hub_split: str = Field("train", description="streaming: a split of the hub's data set")
+    revision: str | None = Field(None, description="streaming: a commit, tag or branch of the hub's data set")
 
     @field_validator("path", "media")
     @classmethod
@@ -50,6 +57,23 @@ class DataSpec(Strict):
     def _counts_have_a_use(self) -> DataSpec:
         if self.per_image is not None and not self.share_prefix:
             raise ValueError("per_image says how many questions share a picture's prefix; set share_prefix: true, too")
+        own = {"shuffle_window", "subset", "hub_split", "revision"} & self.model_fields_set
+        if not self.streaming:
+            # (a recipe that was written out names every key)
+            given = sorted(k for k in own if getattr(self, k) != type(self).model_fields[k].default)
+            if given:
+                raise ValueError(f"{', '.join(given)}: for streams; set streaming: true, or leave it out")
+            return self
+        for key in ("share_prefix", "group_by_image"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"streaming: {key} brings together what may lie anywhere in the data; leave one of the two out"
+                )
+        if self.split != "all":
+            raise ValueError(
+                "streaming: split needs to see which pictures there are; choose one of the data set's own splits with "
+                "hub_split, or leave streaming out"
+            )
         return self
 
 
@@ -193,11 +217,36 @@ class Stage(Strict):
             raise ValueError("lora options are given, but train names no language.lora")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
+        if reason := self._cannot_stream():
+            raise ValueError(reason)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate"
             )
         return self
+
+    def _cannot_stream(self) -> str | None:
+        """What of the stage does not go with streamed data, if anything is streamed."""
+        if not any(spec.streaming for spec in self.data):
+            return None
+        if (indexed := next((s.path for s in self.data if not s.streaming), None)) is not None:
+            return (
+                f"data: some entries are streamed, {indexed} is not; write streaming: true for it, too (files here can "
+                f"be streamed), or give it a stage of its own"
+            )
+        known = len(self.data) == 1 and self.data[0].limit is not None
+        if self.steps is None and not known:
+            return "streaming: the data do not say how long they are; give steps, or one entry with a limit"
+        if self.cache_features:
+            return "cache_features: a stream's pictures are not known beforehand; leave it or streaming out"
+        if isinstance(self.pack, PackSpec):
+            return (
+                "pack: streamed rows cannot be planned ahead; write pack: N, which packs the samples of a micro-batch, "
+                "or leave streaming out"
+            )
+        if isinstance(self.bad_samples, BadSamples) and self.bad_samples.share is not None and not known:
+            return "bad_samples: a share of a stream is not known; give a limit"
+        return None
 
 
 class EvaluateSpec(Strict):
@@ -216,6 +265,13 @@ class EvaluateSpec(Strict):
         "photo", description="zero_shot: sentences around a class's name, {} where it stands, or plain, photo, clip"
     )
     classes: list[str] | None = Field(None, description="zero_shot: the closed set; by default all captions that occur")
+
+    @field_validator("data")
+    @classmethod
+    def _ends(cls, data: DataSpec) -> DataSpec:
+        if data.streaming and data.limit is None:
+            raise ValueError("a stream is asked its first so many questions; give it a limit")
+        return data
 
 
 # What each kind of model can be asked.

@@ -25,12 +25,13 @@ AHEAD = 2
 
 @dataclass
 class Sent:
-    """What comes from a worker: a batch, or the error that came up while it was made; and the bad samples that others
-    stand in for."""
+    """What comes from a worker: a batch, or the error that came up while it was made; the bad samples that others
+    stand in for; and, where rows are streamed, the places in the stream that a resumed run starts from."""
 
     batch: Any = None
     error: OpticNerveError | None = None
     left_out: list[DataError] = field(default_factory=list)
+    marks: Any = None
 
     def pin_memory(self) -> Sent:
         """torch's pinning thread asks for this: the batch's tensors in page-locked memory."""
@@ -52,10 +53,11 @@ class FromStep(Dataset[Sent]):
 
     def __getitem__(self, index: int) -> Sent:
         take = getattr(self.visits, "take_left_out", list)
+        marks = getattr(self.visits, "take_marks", lambda: None)
         try:
-            return Sent(self.visits[self.first + index], left_out=take())
+            return Sent(self.visits[self.first + index], left_out=take(), marks=marks())
         except OpticNerveError as e:
-            return Sent(error=e, left_out=take())
+            return Sent(error=e, left_out=take(), marks=marks())
 
 
 def loader(visits: Any, first: int, workers: int, device: Any) -> DataLoader[Sent]:
@@ -100,6 +102,8 @@ class Waiting(Iterator[Any]):
             self.first_seconds = self.seconds
         if sent.left_out:  # the visits of this process, not a worker's copy, keep count
             self._loader.dataset.visits.leave_out(sent.left_out)  # type: ignore[attr-defined]
+        if sent.marks is not None:
+            self._loader.dataset.visits.put_marks(sent.marks)  # type: ignore[attr-defined]
         if sent.error is not None:
             raise sent.error
         return _each(sent.batch, lambda t: t, lambda b: b.normalised(self._device))

@@ -15,8 +15,10 @@ from opticnerve.data.images import Frame
 from opticnerve.data.readers import DataSource
 from opticnerve.data.readers.index import held_out, index_of
 from opticnerve.data.readers.read import OnError
+from opticnerve.data.readers.stream import Streaming
 from opticnerve.data.samples import Entry, Groups, Samples, Unit, Units
-from opticnerve.recipe import DataSpec
+from opticnerve.data.stream import Stream, Streams
+from opticnerve.recipe import DataSpec, Stage
 from opticnerve.types import Conversation, OpticNerveError
 
 # Names that stand for data of the starter kit: the module that prepares it, and the file among those that it makes.
@@ -37,13 +39,26 @@ STARTER = {
 }
 
 
-def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> Samples:
+def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> Sequence[Conversation]:
     """All conversations of one data entry, in file order; each is read from its file when it is asked for.
+
+    Of a stream, the first `limit`, in memory.
 
     Raises:
         DataError: a bad sample, unless `on_error` takes it.
-        OpticNerveError: no such file or starter name.
+        OpticNerveError: no such file or starter name; a stream without a limit.
     """
+    if not spec.streaming:
+        return _indexed(spec, on_error)
+    if spec.limit is None:
+        raise OpticNerveError(
+            f"{spec.path} is streamed, and here all of it is wanted; give a limit, and the first so many samples are "
+            f"taken, or download it and leave streaming out"
+        )
+    return list(stream_data(spec, on_error=on_error))
+
+
+def _indexed(spec: DataSpec, on_error: OnError | None) -> Samples:
     source = source_of(spec)
     index = index_of(source, on_error)
     if source.group_by_image:
@@ -70,7 +85,24 @@ def source_of(spec: DataSpec) -> DataSource:
     if path.startswith("starter/"):
         path, media = _starter(path)
         trusted = True
-    return DataSource(path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames)
+    stream = Streaming(spec.subset, spec.hub_split, spec.revision) if spec.streaming else None
+    return DataSource(
+        path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream
+    )
+
+
+def load_streams(stage: Stage, *, seed: int) -> Streams:
+    """The streams of a stage, whose entries are all streamed.
+
+    Raises:
+        DataError: one of them cannot be opened, or has no format.
+    """
+    made = []
+    for number, spec in enumerate(stage.data):
+        source = source_of(spec)
+        source.check()
+        made.append(Stream(source, key=f"{seed}/{stage.name}/{number}", window=spec.shuffle_window, limit=spec.limit))
+    return Streams(made, [spec.repeat for spec in stage.data])
 
 
 def load_units(specs: Sequence[DataSpec], *, on_error: OnError | None = None) -> Units:
@@ -78,7 +110,9 @@ def load_units(specs: Sequence[DataSpec], *, on_error: OnError | None = None) ->
     them to draw at a time."""
     entries = []
     for spec in specs:
-        samples = load_data(spec, on_error=on_error)
+        if spec.streaming:
+            raise OpticNerveError(f"{spec.path} is streamed: how many samples it has is not known before it is read")
+        samples = _indexed(spec, on_error)
         if not samples:
             raise OpticNerveError(f"{spec.path} holds no usable sample")
         groups = samples.by_picture() if spec.share_prefix else None

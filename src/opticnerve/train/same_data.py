@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.images import Frame
+from opticnerve.data.stream import Streams
 from opticnerve.types import Conversation, OpticNerveError, TextPart
 
-MOST = 10_000
-"""So many units, evenly spread, are read to tell the data apart: of larger data a change elsewhere goes unnoticed."""
+MOST, FIRST = 10_000, 64
+"""So many units, evenly spread, are read to tell the data apart (of a stream the first ones): of larger data a change
+elsewhere goes unnoticed."""
 
 
 def fingerprint(visits: Any) -> dict[str, Any]:
@@ -21,6 +23,8 @@ def fingerprint(visits: Any) -> dict[str, Any]:
     A file counts by its name alone: the folder may be another on another machine, and its content is not read here.
     """
     units, said = visits.units, hashlib.sha256()
+    if isinstance(units, Streams):
+        return _of_streams(units, visits)
     for number in range(0, len(units), math.ceil(len(units) / MOST)):
         conversations, count = units[number]
         said.update(f"\n{count}".encode())
@@ -32,6 +36,18 @@ def fingerprint(visits: Any) -> dict[str, Any]:
         rows = hashlib.sha256(b"".join(bytes(memoryview(plan[row])) for row in range(len(plan)))).hexdigest()[:24]
         found |= {"rows": len(plan), "plan": rows}
     return found
+
+
+def _of_streams(streams: Streams, visits: Any) -> dict[str, Any]:
+    """Of streamed data the first rows are read, and of the others the shards' names are known, with their sizes (or,
+    on the hub, the revision)."""
+    said = hashlib.sha256()
+    for visit in range(FIRST):
+        for conversation in visits.drawn(visit):
+            said.update(_words(conversation).encode(errors="replace"))
+    streams.close()
+    tells = hashlib.sha256("\n".join(streams.tells()).encode(errors="replace")).hexdigest()[:24]
+    return {"steps": visits.steps, "shards": tells, "sha256": said.hexdigest()[:24]}
 
 
 def check(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:

@@ -14,6 +14,7 @@ from opticnerve.data.readers.llava import llava
 from opticnerve.data.readers.preference import preference
 from opticnerve.data.readers.records import Record, Records, open_records
 from opticnerve.data.readers.rules import check_conversation
+from opticnerve.data.readers.stream import Streamed, Streaming, is_hub_name
 from opticnerve.data.readers.vqa import group_by_image as grouped
 from opticnerve.data.readers.vqa import vqa
 from opticnerve.data.video import MAX_COUNT
@@ -42,6 +43,7 @@ class DataSource:
     allow_outside_media: bool = False
     group_by_image: bool = False
     frames: int = 8
+    stream: Streaming | None = None
 
     def read(self, on_error: OnError | None = None) -> Iterator[Conversation]:
         self.check()
@@ -96,6 +98,19 @@ class OpenSource:
                     continue
                 yield record, part, conversation
 
+    def of(self, record: Record) -> list[Conversation]:
+        """All conversations of one record.
+
+        Raises:
+            DataError: one of them cannot be used, or there is none.
+        """
+        found = list(self.convert(record, self.context))
+        if not found:
+            raise DataError("there is no sample in it", where=record.where, kind="missing-field")
+        for conversation in found:
+            check_conversation(conversation)
+        return found
+
     def read(self) -> OpenSource:
         """The same without what is still to come: for reading single records."""
         return OpenSource(self.records, self.convert, self.context, [], iter(()))
@@ -122,8 +137,9 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
         DataError: as `read` does even with `on_error`.
     """
     path, format = Path(source.path), source.format
-    found = open_records(path, format)
-    if format == "hf" and not (path.is_dir() or path.suffix.lower() == ".parquet"):
+    found = Streamed(source.path, source.stream) if source.stream is not None else open_records(path, format)
+    known = path.is_dir() or path.suffix.lower() == ".parquet" or source.stream is not None
+    if format == "hf" and not known:
         raise _format_error(path, "the hf format is a folder or a .parquet file", "leave format at auto")
     rest = iter(found)
     head = _head(rest)
@@ -134,7 +150,10 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     if source.group_by_image and format != "vqa":
         raise _format_error(path, f"group_by_image is for vqa, and this is {format}", "remove group_by_image")
     media = Path(source.media) if source.media is not None else path if path.is_dir() else path.parent
-    if not media.is_dir():
+    on_hub = source.stream is not None and source.media is None and not path.exists() and is_hub_name(str(source.path))
+    if on_hub:
+        media = path  # pictures come with the rows: a name in them reaches nothing on this machine
+    elif not media.is_dir():
         raise DataError(f"the media folder {media} does not exist", where=str(path), kind="missing-file")
     if not head:
         raise _empty(path)

@@ -41,6 +41,10 @@ class Record:
     place: Place
 
 
+class DamagedShard(DataError):
+    """What ends a shard before its time: nothing behind it can be read."""
+
+
 class Records(Protocol):
     """The records of a file, a folder or some shards. `files`: what is read, for their contents to be recognised."""
 
@@ -72,10 +76,7 @@ def open_records(path: Path, format: str = "auto") -> Records:
     if not path.exists():
         remedy = "check the path"
         if format == "hf" and not path.is_absolute():
-            remedy += (
-                "; a data set on the hub is not read from there: save it with datasets' save_to_disk, or download "
-            )
-            remedy += "its Parquet files, and name the folder"
+            remedy += "; a data set on the hub is read with streaming: true, or downloaded first and its folder named"
         raise DataError("no such data file or folder", where=str(path), remedy=remedy, kind="missing-file")
     if not os.access(path, os.R_OK):
         raise DataError("no permission to read it", where=str(path), remedy="chmod u+r", kind="missing-file")

@@ -185,7 +185,7 @@ def _expanded(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if is_shards(p))
     else:
-        files = [p for text in braces(str(path)) for p in _globbed(text)]
+        files = [p for text in braces(str(path)) for p in globbed(text)]
     if not files:
         raise DataError(
             "no shard fits this pattern", where=str(path), remedy="check it, or write {000..099}", kind="missing-file"
@@ -193,7 +193,7 @@ def _expanded(path: Path) -> list[Path]:
     return files
 
 
-def _globbed(text: str) -> list[Path]:
+def globbed(text: str) -> list[Path]:
     """What a brace names must be there, or be missed when its turn comes; a glob finds what there is."""
     if not any(sign in text for sign in "*?["):
         return [Path(text)]

@@ -22,7 +22,7 @@ _SMALL = 8 << 20  # bytes of Parquet that are held in memory instead of written 
 
 def open_table(path: Path) -> SavedTable | ParquetTables:
     """A folder saved by `datasets`, or one Parquet file or more."""
-    return SavedTable(path) if path.is_dir() and _saved_by_datasets(path) else ParquetTables(path)
+    return SavedTable(path) if path.is_dir() and saved_by_datasets(path) else ParquetTables(path)
 
 
 class SavedTable:
@@ -142,7 +142,7 @@ def _schema(file: Path) -> Any:
     return pq.read_schema(file)
 
 
-def _saved_by_datasets(folder: Path) -> bool:
+def saved_by_datasets(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
 
 

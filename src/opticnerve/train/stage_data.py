@@ -1,0 +1,42 @@
+"""From a stage's data entries to its visits: indexed, or streamed; bad samples told before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opticnerve.data.source import load_streams, load_units
+from opticnerve.data.tally import Tally
+from opticnerve.recipe import Stage
+from opticnerve.train.streamed import StreamedVisits
+from opticnerve.train.usable import samples_to_check, usable_units
+from opticnerve.train.visits import Collate, Visits
+
+
+def visits_of(
+    stage: Stage, processor: Any, *, seed: int, rank: int, world: int, template: str | None,
+    collate: Collate | None, skipped: Tally,
+) -> Visits:  # fmt: skip
+    """The visits of a stage, the first samples of its data looked at.
+
+    Args:
+        skipped: is told bad samples, where the stage's `bad_samples` does not refuse them.
+
+    Raises:
+        DataError: a sample is bad and the stage refuses it, or data cannot be read at all.
+    """
+    on_error = skipped if stage.bad_samples != "refuse" else None
+    shares: dict[str, Any] = {
+        "seed": seed, "rank": rank, "world": world, "template": template, "collate": collate, "on_error": on_error,
+    }  # fmt: skip
+    if stage.data[0].streaming:
+        visits = StreamedVisits(load_streams(stage, seed=seed), stage, processor, **shares)
+        if stage.data[0].limit is not None and len(stage.data) == 1:
+            skipped.of(stage.data[0].limit)
+        visits.check(samples_to_check(stage))
+        return visits
+    loaded = load_units(stage.data, on_error=on_error)
+    skipped.of(loaded.samples() + len(skipped))
+    units = usable_units(
+        loaded, processor, stage, template=template, on_error=on_error, collate=collate, check=samples_to_check(stage)
+    )
+    return Visits(units, stage, processor, **shares)
