@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from opticnerve.train.processes import engine, timeout
 from opticnerve.types import OpticNerveError
 
 LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
-ENGINES = {"ddp": "ddp", "fsdp2": "fsdp2", "fsdp2-zero2": "fsdp2", "multi-node": "fsdp2"}
+ENGINES = {
+    "ddp": "ddp", "fsdp2": "fsdp2", "fsdp2-zero2": "fsdp2", "multi-node": "fsdp2", "deepspeed-zero2": "zero2",
+    "deepspeed-zero3": "zero3",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in LAUNCH.glob("*.yaml")))
@@ -25,7 +28,11 @@ def test_launch_files_choose_the_engine_they_claim(name: str, monkeypatch: pytes
     command = ["--config_file", str(LAUNCH / f"{name}.yaml"), "-m", "opticnerve_launch", "train", "recipe.yaml"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     assert args.mixed_precision == "no"
-    given = prepare_multi_gpu_env(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""
+        _, given = prepare_deepspeed_cmd_env(args)
+    else:
+        given = prepare_multi_gpu_env(args)
     assert engine(given) == ENGINES[name]
     if ENGINES[name] == "fsdp2":
         assert given["FSDP_RESHARD_AFTER_FORWARD"] == ("false" if name == "fsdp2-zero2" else "true")
@@ -41,7 +48,7 @@ def test_the_slurm_script_is_shell_and_names_files_that_exist() -> None:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "fsdp2.yaml"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage 1"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 
 from opticnerve import durable
 from opticnerve.data.loader import Waiting, loader
-from opticnerve.data.source import load_units
 from opticnerve.data.tally import Tally
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
 from opticnerve.language.lean import lean
@@ -27,6 +26,7 @@ from opticnerve.train import same_data, saving
 from opticnerve.train.calibrate import calibrate
 from opticnerve.train.counts import fill, media_counts
 from opticnerve.train.diverged import Diverged, Divergence, samples_of
+from opticnerve.train.engines import make_optimizer, sharded_if_asked
 from opticnerve.train.feature_cache import see_all
 from opticnerve.train.freeze import Frozen, freeze
 from opticnerve.train.image_use import image_use
@@ -44,9 +44,12 @@ from opticnerve.train.prepare import (
 from opticnerve.train.processes import add_up, attempt, companions, meet, on_main
 from opticnerve.train.progress import Progress
 from opticnerve.train.pulse import LostProcess
-from opticnerve.train.sharded import Sharded, sharded_if_asked
+from opticnerve.train.sharded import Sharded
 from opticnerve.train.signals import asked_by_signals
-from opticnerve.train.visits import Visits, samples_to_check, usable_units
+from opticnerve.train.stage_data import visits_of
+from opticnerve.train.visits import Visits
+from opticnerve.train.zero import Zero
+from opticnerve.train.zero_optim import ZeroAdamW
 from opticnerve.types import OpticNerveError
 
 
@@ -129,14 +132,9 @@ def _run_stage(
     template = with_parts(CAPTION_ONLY) if stage.template == "caption" else None
     objective = make_objective(stage, model)
     collate = objective.collator(processor, stage, recipe.seed)
-    loaded = load_units(stage.data, on_error=on_error)
-    skipped.of(loaded.samples() + len(skipped))
-    units = usable_units(
-        loaded, processor, stage, template=template, on_error=on_error, collate=collate, check=samples_to_check(stage)
-    )
-    visits = Visits(
-        units, stage, processor, seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes,
-        template=template, collate=collate, on_error=on_error,
+    visits = visits_of(
+        stage, processor, seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes,
+        template=template, collate=collate, skipped=skipped,
     )  # fmt: skip
     model.to(accelerator.device)
     if stage.cache_features:
@@ -150,7 +148,7 @@ def _run_stage(
     sharded = sharded_if_asked(accelerator, objective, stage, lambda: calibrate(model, visits.whole()))
     if sharded is not None:
         dock.model, objective, frozen = sharded.model, sharded.objective, sharded.trained(frozen)
-    optimizer = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
+    optimizer = make_optimizer(frozen, stage, sharded, accelerator.num_processes)
     run = Run(
         dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console, objective, sharded
     )  # fmt: skip
@@ -174,9 +172,9 @@ class Run:
     """The state of a stage in progress."""
 
     def __init__(
-        self, dock: Any, recipe: Recipe, stage: Stage, folder: Path, frozen: Frozen, optimizer: MasterAdamW,
+        self, dock: Any, recipe: Recipe, stage: Stage, folder: Path, frozen: Frozen, optimizer: MasterAdamW | ZeroAdamW,
         visits: Visits, accelerator: Accelerator, trained: set[str], console: Any, objective: Any,
-        sharded: Sharded | None,
+        sharded: Sharded | Zero | None,
     ) -> None:  # fmt: skip
         self.dock, self.recipe, self.stage, self.folder, self.frozen = dock, recipe, stage, folder, frozen
         self.optimizer, self.visits, self.accelerator, self.trained = optimizer, visits, accelerator, trained
@@ -258,7 +256,7 @@ class Run:
         else:
             keep = accelerator.is_main_process
             left_out = self.divergence.meet(self.step + 1, loss, norm, samples_of(self.visits, self.step), keep=keep)
-            self.optimizer.adam.zero_grad(set_to_none=True)
+            self.optimizer.drop()
             self.say(f"step {self.step + 1} is left out: {left_out}")
         self.step += 1
         self.tokens += int(tokens)
@@ -276,6 +274,8 @@ class Run:
     def _backward(self, batches: list[Any], supervised: int) -> torch.Tensor:
         """Gradients of the mean loss over all micro-batches of all processes; this process's loss sum."""
         accelerator, total = self.accelerator, torch.zeros((), device=self.accelerator.device)
+        if isinstance(self.optimizer, ZeroAdamW):
+            return self.optimizer.backward(batches, accelerator.num_processes / supervised)
         if self.objective.whole_step:
             alone = self.optimizer.collect if accelerator.num_processes == 1 else None
             return total + self.objective.backward(batches, 1.0 / supervised, after_each=alone)
@@ -299,10 +299,8 @@ class Run:
         if self.accelerator.num_processes == 1 or not is_docked_model(self.dock.model):
             return
         for count, modality in zip(pieces, MEDIA_INPUT, strict=True):
-            tower = getattr(self.dock.model, modality, None)
-            if not count and tower is not None:
-                for parameter in tower.parameters():
-                    parameter.grad = None
+            if not count:
+                self.optimizer.rest(modality)
 
     # -- around it ------------------------------------------------------------------------------------------------
 

@@ -29,13 +29,7 @@ class MasterAdamW:
             [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in group]
             for group in self.weights
         ]
-        groups = []
-        for part, masters in zip(self.parts, self.masters, strict=True):
-            # No decay on biases and norms, as GPT-3 and most after it.
-            decayed = [m for m in masters if m.ndim > 1]
-            plain = [m for m in masters if m.ndim <= 1]
-            groups += [{"params": decayed, "part": part, "weight_decay": weight_decay}] if decayed else []
-            groups += [{"params": plain, "part": part, "weight_decay": 0.0}] if plain else []
+        groups = decay_groups(self.parts, self.masters, weight_decay)
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
     def pairs(self) -> Iterable[tuple[str, nn.Parameter, torch.Tensor]]:
@@ -73,6 +67,16 @@ class MasterAdamW:
                 if master is not weight:
                     weight.copy_(master)
 
+    def rest(self, tower: str) -> None:
+        """Let the weights of a tower stay as they are in this step."""
+        for name, weight, master in self.pairs():
+            if name.startswith(f"{tower}."):
+                weight.grad = master.grad = None
+
+    def drop(self) -> None:
+        """Forget the gradients of this step."""
+        self.adam.zero_grad(set_to_none=True)
+
     def master_tensors(self) -> dict[str, torch.Tensor]:
         """float32 values of the trained weights, by full name."""
         return {name: master.detach() for name, _, master in self.pairs()}
@@ -100,6 +104,17 @@ class MasterAdamW:
                 master.copy_(as_shard(state["masters"][name], master))
                 if master is not weight:
                     weight.copy_(master)
+
+
+def decay_groups(parts: list[str], tensors: list[list[Any]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for AdamW, of each part those with decay before those without: no decay on biases and norms, as GPT-3 and
+    most after it."""
+    groups: list[dict[str, Any]] = []
+    for part, mine in zip(parts, tensors, strict=True):
+        for decay, these in ((weight_decay, [t for t in mine if t.ndim > 1]), (0.0, [t for t in mine if t.ndim <= 1])):
+            if these:
+                groups.append({"params": these, "part": part, "weight_decay": decay})
+    return groups
 
 
 def schedule(step: int, steps: int, *, warmup: float, kind: str, floor: float = 0.0) -> float:

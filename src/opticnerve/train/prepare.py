@@ -20,7 +20,7 @@ from opticnerve.language.lora import has_lora
 from opticnerve.models.parts import is_docked_model
 from opticnerve.models.tower import check_options, language_sizes
 from opticnerve.recipe import LoraSpec, Recipe, Stage
-from opticnerve.train.processes import engine, timeout
+from opticnerve.train.processes import engine, timeout, without_deepspeed
 from opticnerve.types import OpticNerveError
 
 
@@ -105,16 +105,17 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         OpticNerveError: launched with an engine that the loop does not drive.
     """
     engine()
-    accelerator = Accelerator(
-        log_with=recipe.trackers or None,
-        project_dir=str(run_dir),
-        dataloader_config=DataLoaderConfiguration(),
-        # A connector may carry weights that only its pretraining, or only its use, needs.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timeout()),
-        ],
-    )
+    with without_deepspeed():
+        accelerator = Accelerator(
+            log_with=recipe.trackers or None,
+            project_dir=str(run_dir),
+            dataloader_config=DataLoaderConfiguration(),
+            # A connector may carry weights that only its pretraining, or only its use, needs.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=timeout()),
+            ],
+        )
     if recipe.trackers:
         accelerator.init_trackers(recipe.name)
     return accelerator

@@ -19,7 +19,7 @@ TIMEOUT = "OPTICNERVE_TIMEOUT"
 _pulse: Pulse | None = None  # one for each process, whatever it trains
 
 
-def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2"]:
+def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2", "zero2", "zero3"]:
     """What shares the work between processes, by what `accelerate launch` says in the environment.
 
     Raises:
@@ -29,12 +29,6 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
     def on(name: str) -> bool:
         return environment.get(name, "false").lower() == "true"
 
-    if on("ACCELERATE_USE_DEEPSPEED"):
-        raise OpticNerveError(
-            "DeepSpeed keeps weights, gradients and optimizer in an engine of its own, which opticnerve's stages and "
-            "exact resume do not reach. FSDP2 shares the same things out: instead of ZeRO-3 launch with "
-            "recipes/launch/fsdp2.yaml, instead of ZeRO-2 with recipes/launch/fsdp2-zero2.yaml"
-        )
     others = {
         "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
         "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config (tensor, context and pipeline parallelism)",
@@ -42,6 +36,8 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
     for name, words in others.items():
         if on(name):
             raise OpticNerveError(f"{words} is not driven here; launch with recipes/launch/ddp.yaml or fsdp2.yaml")
+    if on("ACCELERATE_USE_DEEPSPEED"):
+        return _zero(environment)
     if not on("ACCELERATE_USE_FSDP"):
         return "ddp"
     if environment.get("FSDP_VERSION", "1") != "2":
@@ -55,6 +51,38 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
             "fsdp_activation_checkpointing: leave it out, and write gradient_checkpointing: true in the stage"
         )
     return "fsdp2"
+
+
+def _zero(environment: Mapping[str, str]) -> Literal["zero2", "zero3"]:
+    """The stage of DeepSpeed's ZeRO; its other options are refused."""
+    start = "ACCELERATE_DEEPSPEED_"
+    if environment.get(start + "CONFIG_FILE", "none") != "none":
+        raise OpticNerveError(
+            "deepspeed_config_file is not honoured here: the recipe says what such a file would; launch with "
+            "recipes/launch/deepspeed-zero2.yaml or deepspeed-zero3.yaml"
+        )
+    for option, off in (
+        ("OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        ("OFFLOAD_PARAM_DEVICE", "none"),
+        ("ZERO3_INIT", "false"),
+    ):
+        if environment.get(start + option, off).lower() != off:
+            raise OpticNerveError(f"DeepSpeed's {option.lower()} is not honoured here; set it to {off}")
+    stage = environment.get(start + "ZERO_STAGE", "2")
+    if stage not in ("2", "3"):
+        raise OpticNerveError(f"DeepSpeed's zero_stage {stage} is not driven here; 2 and 3 are")
+    return "zero2" if stage == "2" else "zero3"
+
+
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """Within it, accelerate does not see that DeepSpeed was asked for: it would want to drive the engine itself."""
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
 
 
 def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:

@@ -12,8 +12,6 @@ end they take what the twin has learned, and nothing of FSDP is left in them.
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opticnerve.fusion.base import decoder_layers
-from opticnerve.models.parts import is_docked_model
 from opticnerve.models.tower import language_sizes
-from opticnerve.recipe import Stage
 from opticnerve.train.freeze import Frozen
-from opticnerve.train.processes import engine
-from opticnerve.types import OpticNerveError
 
 
 class Sharded:
@@ -52,7 +46,7 @@ class Sharded:
         own = dict(self.whole.named_parameters())
         mesh = init_device_mesh(device.type, (world,))
         kept_whole = {p for tower in self.model.towers.values() for p in _frozen_encoder(tower)}
-        for module in _layers(self.model):
+        for module in layers(self.model):
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=kept_whole)
         fully_shard(self.objective, mesh=mesh, reshard_after_forward=False, ignored_params=kept_whole)
         self.shards: dict[str, Any] = {n: p for n, p in self.model.named_parameters() if isinstance(p, DTensor)}
@@ -78,26 +72,6 @@ class Sharded:
         return self.whole, self._objective
 
 
-def sharded_if_asked(accelerator: Any, objective: Any, stage: Stage, before: Callable[[], None]) -> Sharded | None:
-    """The objective in shards, where several processes were launched with FSDP2.
-
-    Args:
-        before: what wants the weights whole, and is done first.
-
-    Raises:
-        OpticNerveError: it was not tried with this model or stage.
-    """
-    if accelerator.num_processes == 1 or engine() != "fsdp2":
-        return None
-    if not is_docked_model(objective.model):
-        raise OpticNerveError("FSDP2 is for docked language models; train this one by DDP: recipes/launch/ddp.yaml")
-    if stage.compile:
-        raise OpticNerveError(f"stage {stage.name}: compile was not tried with FSDP2; leave it out, or train by DDP")
-    before()
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
-    return Sharded(objective, world=accelerator.num_processes, device=accelerator.device, reshard=reshard)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may lie in shards; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -110,7 +84,7 @@ def as_shard(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _layers(model: Any) -> list[nn.Module]:
+def layers(model: Any) -> list[nn.Module]:
     """What is whole only while it computes, from the inside out."""
     blocks = [
         block
