@@ -1,16 +1,17 @@
-"""An `hf-llava` export in vLLM, and whether vLLM gives the same greedy answers as transformers.
+"""An export in vLLM, and whether vLLM gives the same greedy answers as transformers.
 
     opticnerve export runs/photos exported --to hf-llava
-    python examples/serve_with_vllm.py exported                       # an interpreter that has vllm; no opticnerve
+    python examples/serve_with_vllm.py exported                       # an interpreter that has vllm
+    python examples/serve_with_vllm.py exported --vllm-python vllm/bin/python    # one that has it elsewhere
     vllm serve exported --limit-mm-per-prompt '{"image": 2}'          # the server itself
 
+An `hf-llava` folder needs no opticnerve on either side. A `merged` one needs it on both (see docs/serving.md).
 Each engine runs in a process of its own and in float32 (vLLM on a CPU: VLLM_CPU_KVCACHE_SPACE=1).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -18,59 +19,108 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-QUESTIONS = [
-    ("Name a colour.", 0),
-    ("What is in the picture?", 1),
-    ("Compare the two pictures, and say which of them is brighter.", 2),
+# Each question, and the pictures beside it (width, height).
+QUESTIONS: list[tuple[str, list[tuple[int, int]]]] = [
+    ("Name a colour.", []),
+    ("How many days has a week, and what are they called?", []),
+    ("What is in the picture?", [(160, 120)]),
+    ("Which colour is it?", [(97, 333)]),
+    ("Describe the picture in one sentence.", [(224, 224)]),
+    ("Is it day or night?", [(640, 60)]),
+    ("Compare the two pictures, and say which of them is brighter.", [(160, 120), (120, 160)]),
+    ("Are they the same?", [(224, 224), (224, 224)]),
 ]
+LIKELIEST = 5  # words of each step whose log-probabilities are compared
 
 
-def pictures(count: int) -> list[Any]:
+def pictures(sizes: list[tuple[int, int]]) -> list[Any]:
     import numpy as np
     from PIL import Image
 
-    rng = np.random.default_rng(count)
-    return [Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)) for _ in range(count)]
+    made = []
+    for number, (width, height) in enumerate(sizes):
+        rng = np.random.default_rng([number, width, height])
+        y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+        mixed = np.stack([x, y, 1 - x], -1) @ rng.uniform(0, 120, (3, 3)) + rng.normal(0, 20, (height, width, 3))
+        made.append(Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)))
+    return made
 
 
-def prompts(folder: str) -> list[tuple[str, list[Any]]]:
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
-    chats = [
-        [{"role": "user", "content": [*[{"type": "image"}] * n, {"type": "text", "text": q}]}] for q, n in QUESTIONS
-    ]
-    texts = [processor.apply_chat_template(c, add_generation_prompt=True) for c in chats]
-    return [(t, pictures(n)) for t, (_, n) in zip(texts, QUESTIONS, strict=True)]
-
-
-def with_transformers(folder: str, tokens: int) -> list[list[int]]:
+def with_transformers(folder: str, tokens: int) -> dict[str, Any]:
+    """Prompt and answer of each question as token ids, and the log-probabilities of all words at each step."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    import transformers
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor, found = AutoProcessor.from_pretrained(folder), []
-    for text, images in prompts(folder):
-        inputs = processor(text=text, images=images or None, return_tensors="pt")
-        said = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        found.append(said[0, inputs["input_ids"].shape[1] :].tolist())
-    return found
+    if json.loads((Path(folder) / "config.json").read_text())["model_type"] == "opticnerve":
+        import opticnerve  # noqa: F401  (registers its classes)
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    answers = []
+    for question, sizes in QUESTIONS:
+        shown = [{"type": "image", "image": p} for p in pictures(sizes)]
+        chat = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
+        inputs = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        said = model.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        prompt = inputs["input_ids"][0].tolist()
+        answers.append({
+            "prompt": prompt,
+            "said": said.sequences[0, len(prompt) :].tolist(),
+            "logprobs": [step[0].float().log_softmax(-1).tolist() for step in said.logits],
+        })  # fmt: skip
+    return {
+        "versions": {"transformers": transformers.__version__, "torch": torch.__version__}, "device": str(model.device),
+        "answers": answers,
+    }  # fmt: skip
 
 
-def with_vllm(folder: str, tokens: int) -> list[list[int]]:
-    from transformers import AutoConfig
-    from vllm import LLM, SamplingParams
+def with_vllm(folder: str, tokens: int) -> dict[str, Any]:
+    """The same from vLLM; log-probabilities of the likeliest words alone, as [id, value]."""
+    import torch
+    import transformers
+    import vllm
 
-    longest = min(1024, AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings)
-    engine = LLM(
-        folder, dtype="float32", enforce_eager=True, max_model_len=longest, limit_mm_per_prompt={"image": 2}, seed=0
-    )
-    asked: list[Any] = [
-        {"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})}
-        for text, images in prompts(folder)
+    longest = 2048
+    text = json.loads((Path(folder) / "config.json").read_text())["text_config"]
+    engine = vllm.LLM(
+        folder, dtype="float32", enforce_eager=True, limit_mm_per_prompt={"image": 2}, seed=0,
+        max_model_len=min(longest, text.get("max_position_embeddings", longest)),
+    )  # fmt: skip
+    chats: list[Any] = [
+        [{
+            "role": "user",
+            "content": [
+                *({"type": "image_pil", "image_pil": p} for p in pictures(sizes)), {"type": "text", "text": question}
+            ],
+        }]
+        for question, sizes in QUESTIONS
+    ]  # fmt: skip
+    settings = vllm.SamplingParams(temperature=0, max_tokens=tokens, logprobs=LIKELIEST)
+    answers = [
+        {
+            "prompt": list(answer.prompt_token_ids or ()),
+            "said": list(answer.outputs[0].token_ids),
+            "logprobs": [[[i, p.logprob] for i, p in step.items()] for step in answer.outputs[0].logprobs or ()],
+        }
+        for answer in engine.chat(chats, settings)
     ]
-    answers = engine.generate(asked, SamplingParams(temperature=0, max_tokens=tokens))
-    return [list(a.outputs[0].token_ids) for a in answers]
+    versions = {"vllm": vllm.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    return {"versions": versions, "device": engine.llm_engine.vllm_config.device_config.device_type, "answers": answers}
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The largest difference of two log-probabilities (nats), of steps before which both have said the same."""
+    largest, same = 0.0, 0
+    while same < min(len(ours["said"]), len(theirs["said"])) and ours["said"][same] == theirs["said"][same]:
+        same += 1
+    steps = min(same + 1, len(ours["logprobs"]), len(theirs["logprobs"]))
+    for whole, likely in zip(ours["logprobs"][:steps], theirs["logprobs"][:steps], strict=True):
+        largest = max([largest, *(abs(whole[i] - logprob) for i, logprob in likely)])
+    return largest
 
 
 ENGINES = {"transformers": with_transformers, "vllm": with_vllm}
@@ -78,9 +128,10 @@ ENGINES = {"transformers": with_transformers, "vllm": with_vllm}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="an export of format hf-llava")
+    parser.add_argument("folder", help="an export of format hf-llava or merged")
     parser.add_argument("--tokens", type=int, default=12, help="of each answer")
-    parser.add_argument("--engine", choices=ENGINES, help="run this one alone, and write its token ids to --to")
+    parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter that has vllm")
+    parser.add_argument("--engine", choices=ENGINES, help="run this one alone, and write what it says to --to")
     parser.add_argument("--to", type=Path)
     given = parser.parse_args()
     if given.engine:
@@ -88,23 +139,32 @@ def main() -> None:
         return
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for engine in ENGINES:
+        for engine, python in (("transformers", sys.executable), ("vllm", given.vllm_python)):
             to = Path(scratch) / f"{engine}.json"
-            command = [sys.executable, __file__, given.folder, "--tokens", str(given.tokens), "--engine", engine]
+            command = [python, __file__, given.folder, "--tokens", str(given.tokens), "--engine", engine]
             subprocess.run([*command, "--to", str(to)], check=True)
             found[engine] = json.loads(to.read_text())
-    versions = {n: importlib.metadata.version(n) for n in ("transformers", vllm_package())}
-    differing = [q for (q, _), a, b in zip(QUESTIONS, *found.values(), strict=True) if a != b]
-    same = len(QUESTIONS) - len(differing)
-    sys.stdout.write(json.dumps({"versions": versions, **found}) + "\n")
-    sys.stdout.write(f"{same} of {len(QUESTIONS)} greedy answers are the same, token for token\n")
-    sys.exit(bool(differing))
-
-
-def vllm_package() -> str:
-    """vLLM's builds are called differently: vllm, vllm-cpu."""
-    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
-    return next(n for n in ("vllm", "vllm-cpu") if n in installed)
+    rows = [
+        {
+            "question": question, "pictures": len(sizes), "prompt tokens": len(ours["prompt"]),
+            "answer tokens": len(ours["said"]), "same prompt": ours["prompt"] == theirs["prompt"],
+            "same answer": ours["said"] == theirs["said"], "largest difference": round(difference(ours, theirs), 7),
+        }
+        for (question, sizes), ours, theirs in zip(
+            QUESTIONS, found["transformers"]["answers"], found["vllm"]["answers"], strict=True
+        )
+    ]  # fmt: skip
+    for engine, said in found.items():
+        sys.stdout.write(f"{engine}: {json.dumps(said['versions'])} on {said['device']}\n")
+    for row in rows:
+        sys.stdout.write(json.dumps(row) + "\n")
+    same = sum(row["same prompt"] and row["same answer"] for row in rows)
+    with_pictures = sum(bool(row["pictures"]) for row in rows)
+    sys.stdout.write(
+        f"{same} of {len(rows)} prompts and greedy answers are the same, token for token ({with_pictures} with "
+        f"pictures); log-probabilities differ by at most {max(row['largest difference'] for row in rows):.2g} nats\n"
+    )
+    sys.exit(same != len(rows))
 
 
 if __name__ == "__main__":

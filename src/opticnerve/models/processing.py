@@ -120,6 +120,10 @@ class OpticNerveProcessor(ProcessorMixin):
         """Placeholders of a picture of that size in pixels."""
         return self._spec.num_tokens(height, width) if self._spec is not None else int(self.num_image_tokens or 0)
 
+    def image_tiles(self, height: int, width: int) -> int:
+        """Rows of `pixel_values` that a picture of that size in pixels becomes: its tiles, or itself alone."""
+        return self._spec.num_tiles(height, width) if self._spec is not None else 1
+
     def audio_windows(self, samples: int) -> int:
         """Windows that a sound of so many samples (at the feature extractor's rate) is cut into."""
         return max(1, math.ceil(samples / self.feature_extractor.n_samples))

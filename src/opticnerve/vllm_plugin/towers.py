@@ -1,0 +1,71 @@
+"""A folder's eyes and ears without its language model, which vLLM loads by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opticnerve.models.configuration import OpticNerveConfig
+from opticnerve.models.strict import restore_buffers
+from opticnerve.models.tower import Tower, build_tower
+from opticnerve.types import OpticNerveError
+
+
+class Towers(PreTrainedModel):
+    """`image` and `audio` alone. It is here for `from_pretrained`: what transformers calls tensors in a file need not
+    be what its modules call them, and the way between the two is its own affair."""
+
+    config_class = OpticNerveConfig
+    base_model_prefix = ""
+
+    def __init__(self, config: OpticNerveConfig, modalities: Collection[str] = (), trusted: bool = False) -> None:
+        super().__init__(config)
+        sizes = language_sizes(config.text_config)
+        for modality in sorted(modalities):
+            spec = config.towers[modality]
+            setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
+        self.post_init()
+
+    def _init_weights(self, module: Any) -> None:
+        """Nothing: a tensor that is missing is an error."""
+
+
+def language_sizes(text_config: Any) -> dict[str, int]:
+    """What connectors and fusions must know of a language model, by its configuration."""
+    return {"language_size": int(text_config.hidden_size), "language_layers": int(text_config.num_hidden_layers)}
+
+
+def load_towers(
+    config: OpticNerveConfig, state: dict[str, Tensor], modalities: Collection[str], *, dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> dict[str, Tower]:  # fmt: skip
+    """The towers of `modalities`, by modality, on the CPU.
+
+    Args:
+        state: the tensors of these towers under their names in the folder.
+
+    Raises:
+        OpticNerveError: tensors are missing, superfluous or of another shape; the message lists them.
+    """
+    if not modalities:
+        return {}
+    load: Any = Towers.from_pretrained
+    made, report = load(
+        None, modalities, trust_remote_code, config=config, state_dict=state, dtype=dtype, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
+    if problems:
+        listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
+        raise OpticNerveError(f"the towers' weights do not fit config.json: {listing}")
+    towers = {m: getattr(made, m) for m in modalities}
+    sizes = language_sizes(config.text_config)
+    for modality, tower in towers.items():
+        restore_buffers(tower, partial(build_tower, config.towers[modality], sizes, trust_remote_code=True))
+        tower.requires_grad_(False).eval()
+    return towers
