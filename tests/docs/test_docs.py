@@ -10,15 +10,13 @@ import json
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
+from pages import DOCS, ROOT, Block, blocks, every_block, prose
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = {  # heading in docs/recipes.md → model in opticnerve.recipe
     "The recipe": "Recipe", "model.language": "LanguageSpec", "model.image": "TowerSpec", "stages": "Stage",
     "stages.lora": "LoraSpec", "stages.data": "DataSpec", "evaluate": "EvaluateSpec", "A dual encoder": "DualSpec", "Its eye": "EyeSpec", "Its text encoder": "TextSpec",
@@ -88,44 +86,6 @@ print(json.dumps(found))
 """
 
 
-class Block(NamedTuple):
-    """A fenced block: `info` is what stands behind the fence, `where` is `file:line`."""
-
-    where: str
-    info: str
-    text: str
-
-    @property
-    def language(self) -> str:
-        return self.info.split()[0] if self.info else ""
-
-
-@cache
-def blocks(path: Path) -> list[Block]:
-    found, opened = [], None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        fence = re.match(r"^(\s*)```(.*)$", line)
-        if fence and opened is None:
-            opened = (number, fence[1], fence[2].strip(), [])
-        elif fence and opened is not None:
-            start, _, info, lines = opened
-            found.append(Block(f"{path.relative_to(ROOT)}:{start}", info, "\n".join(lines)))
-            opened = None
-        elif opened is not None:
-            opened[3].append(line.removeprefix(opened[1]))
-    assert opened is None, f"{path}: a fenced block is never closed"
-    return found
-
-
-def prose(path: Path) -> str:
-    """The text without fenced blocks."""
-    return re.sub(r"^\s*```.*?^\s*```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-
-
-def every_block(*languages: str) -> list[Block]:
-    return [b for path in DOCS for b in blocks(path) if b.language in languages]
-
-
 def code_words() -> list[tuple[str, str]]:
     """(where, text) of shell lines and of code spans."""
     lines = [(b.where, line.split("#")[0]) for b in every_block("sh", "bash") for line in b.text.splitlines()]
@@ -151,9 +111,7 @@ def without_torch() -> dict[str, Any]:
     """What opticnerve itself says to all of it."""
     recipes = {b.where: b.text for b in every_block("yaml") if "model" in (yaml.safe_load(b.text) or {})}
     assert recipes, "no document shows a recipe"
-    data = {
-        b.where: (b.info.split()[1], b.text + "\n") for path in DOCS for b in blocks(path) if len(b.info.split()) == 2
-    }
+    data = {b.where: (b.file, b.text + "\n") for b in every_block("jsonl", "json", "csv") if b.file}
     values = {
         m: {k: yaml.safe_load(r["example"].strip("`")) for k, r in rows.items()} for m, rows in key_tables().items()
     }

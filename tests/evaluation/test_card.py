@@ -125,3 +125,20 @@ def test_samples_with_a_lost_picture_odd_sizes_and_dollar_signs(tmp_path: Path) 
         {"image": "lost.png", "question": "a caption", "answer": "b", "prediction": "c"},
     ]
     assert samples_plot(samples, tmp_path / "s.png", folder=tmp_path, title="odd").is_file()
+
+
+def test_captions_and_yes_no_have_their_own_tables(run_dir: Path) -> None:
+    described = {"name": "pictures", "harness": "captions", "n": 300, "cider": 0.8123, "bleu4": 0.2, "rouge_l": 0.4567}
+    asked = {"name": "pope", "harness": "POPE's rule", "n": 1000, "accuracy": 0.8, "ci95": [0.77, 0.82]}
+    shares = {"precision": 0.71, "recall": 0.92, "f1": 0.8015, "yes_share": 0.634}
+    never = {"precision": None, "recall": 0.0, "f1": 0.0, "yes_share": 0.0}
+    edit(run_dir, tasks=[described, asked | shares, asked | never | {"name": "never yes"}])
+    card = write_card(run_dir).read_text()
+    assert "| captions | n | CIDEr | BLEU-4 | ROUGE-L |" in card
+    assert "| **pictures** | 300 | 0.812 | 0.200 | 0.457 |" in card
+    assert "| yes or no | n | precision of yes | recall of yes | F1 | share of yes |" in card
+    assert "| **pope** | 1,000 | 71.0% | 92.0% | 80.2% | 63.4% |" in card
+    assert "| **never yes** | 1,000 | – | 0.0% | 0.0% | 0.0% |" in card
+    # A run of before ROUGE-L was measured.
+    edit(run_dir, tasks=[{k: v for k, v in described.items() if k != "rouge_l"}])
+    assert "| **pictures** | 300 | 0.812 | 0.200 | – |" in write_card(run_dir).read_text()

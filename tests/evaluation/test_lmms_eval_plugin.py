@@ -1,4 +1,4 @@
-"""The plugin for lmms-eval, against its interface (its own package is large; docs/evaluate.md has a run with it)."""
+"""The plugin for lmms-eval, against its interface; test_lmms_eval_itself.py runs lmms-eval, where it is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import tiny
 from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
-from opticnerve.types import OpticNerveError, ask
+from opticnerve.types import AudioPart, ImagePart, OpticNerveError, TextPart, ask
 
 
 @pytest.fixture
@@ -30,6 +30,11 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         chat_class_path: str | None = None
         aliases: tuple[str, ...] = ()
 
+    @dataclass
+    class GenerationResult:
+        text: Any
+        token_counts: Any = None
+
     class lmms:
         is_simple = True
 
@@ -38,6 +43,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     for name, held in {
         "lmms_eval": {}, "lmms_eval.api": {}, "lmms_eval.api.model": {"lmms": lmms}, "lmms_eval.models": {},
+        "lmms_eval.api.instance": {"GenerationResult": GenerationResult},
         "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest},
     }.items():  # fmt: skip
         module = ModuleType(name)
@@ -56,9 +62,10 @@ def messages(document: dict[str, Any]) -> list[dict[str, Any]]:
 def test_it_is_found_by_its_entry_point(plugin: Any) -> None:
     [found] = [e for e in entry_points(group="lmms_eval.models") if e.name == "opticnerve"]
     manifest = found.load()()
-    module, _, name = manifest.chat_class_path.rpartition(".")
-    assert (manifest.model_id, module, name) == ("opticnerve", plugin.__name__, "OpticNerve")
-    assert not plugin.OpticNerve.is_simple
+    paths = manifest.chat_class_path, manifest.simple_class_path
+    assert manifest.model_id == "opticnerve"
+    assert paths == (f"{plugin.__name__}.OpticNerve", f"{plugin.__name__}.SimpleOpticNerve")
+    assert (plugin.OpticNerve.is_simple, plugin.SimpleOpticNerve.is_simple) == (False, True)
 
 
 def test_it_answers_as_the_model_does(plugin: Any, docked: Callable[..., Dock], tmp_path: Path) -> None:
@@ -99,3 +106,26 @@ def test_what_it_does_not_do_is_refused(plugin: Any, tmp_path: Path) -> None:
         plugin.conversation([{"role": "user", "content": [{"type": "audio", "url": sound}]}], "task 3")
     with pytest.raises(OpticNerveError, match="unknown flash"):
         plugin.OpticNerve("x", flash=True)
+    with pytest.raises(OpticNerveError, match="batch_size auto"):
+        plugin.OpticNerve("x", batch_size="auto")
+
+
+def test_pictures_stand_where_the_text_says(plugin: Any) -> None:
+    first, second = tiny.picture(0), tiny.picture(1)
+    pictures, words = [ImagePart(first), ImagePart(second)], TextPart("is <image> larger than <image>?")
+    placed = plugin.placed([*pictures, words])
+    assert placed == (TextPart("is "), pictures[0], TextPart(" larger than "), pictures[1], TextPart("?"))
+    # Said once for two pictures, or never: they stand where they stood.
+    for text in ("<image>?", "what?"):
+        assert plugin.placed([*pictures, TextPart(text)]) == (*pictures, TextPart(text))
+
+
+def test_media_come_as_tasks_give_them(plugin: Any) -> None:
+    sound = {"array": [0.0], "sampling_rate": 16000}
+    content = [
+        {"type": "image", "url": "a.png"},
+        {"type": "video", "url": sound},  # what lmms-eval takes a decoded sound for
+        {"type": "audio", "url": "b.wav"},
+    ]
+    parts = plugin.conversation([{"role": "user", "content": content}], "task 3").messages[0].parts
+    assert parts == (ImagePart(Path("a.png")), AudioPart([0.0]), AudioPart(Path("b.wav")))

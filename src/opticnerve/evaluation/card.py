@@ -15,9 +15,9 @@ import yaml
 from opticnerve import durable
 from opticnerve.evaluation import card_kinds
 from opticnerve.evaluation.card_forgetting import forgetting
+from opticnerve.evaluation.card_tasks import tasks
 from opticnerve.evaluation.card_warnings import boxes
 from opticnerve.evaluation.markdown import as_typed, duration, percent, plain, points, slug, table
-from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.evaluation.plots import image_dependence_plot, loss_plot, samples_plot
 from opticnerve.evaluation.run_folder import RunFolder, StageRecord, finite, read_run
 
@@ -30,14 +30,14 @@ def write_card(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     sections: list[Callable[[RunFolder], str]] = [
-        _summary, boxes, _docked, _freeze, _curves, _tasks, _image_dependence, forgetting, _samples, _cost,
+        _summary, boxes, _docked, _freeze, _curves, tasks, _image_dependence, forgetting, _samples, _cost,
         _reproduce, _use, _limits,
     ]  # fmt: skip
     if card_kinds.of_two_towers(run):
         vqa = any("by_type" in t for t in run.results.get("tasks") or [])
         sections = [
             card_kinds.summary, *([boxes] if vqa else []), card_kinds.parts, _freeze, _curves,
-            *([_tasks, _image_dependence, _samples] if vqa else [card_kinds.tasks]), _cost, _reproduce, card_kinds.use,
+            *([tasks, _image_dependence, _samples] if vqa else [card_kinds.tasks]), _cost, _reproduce, card_kinds.use,
             _limits,
         ]  # fmt: skip
     body = "\n\n".join(text.strip() for section in sections if (text := section(run)))
@@ -154,37 +154,6 @@ def _stage_line(stage: StageRecord) -> str:
     facts += [f"{s['tokens']:,} tokens" if "tokens" in s else "", duration(s["seconds"]) if "seconds" in s else ""]
     facts += [f"final loss {finite(s['final_loss']):.3g}" if "final_loss" in s else ""]
     return "; ".join(f for f in facts if f) + "."
-
-
-def _tasks(run: RunFolder) -> str:
-    parts = ["## Evaluation"]
-    tasks = run.results.get("tasks") or []
-    if not tasks:
-        return "\n\n".join([*parts, f"Not evaluated yet. Run `opticnerve eval {as_typed(run.path)}`."])
-    answered = [t for t in tasks if "accuracy" in t]
-    if answered:
-        rows = []
-        for t in answered:
-            rows.append([f"**{plain(t['name'])}**", "all", *_score_cells(t)])
-            kinds = t.get("by_type") or {}
-            if guess := t.get("most_frequent_answer"):
-                rows.append(["", f"always “{plain(guess['answer'])}”", *_score_cells(guess)])
-            rows += [["", plain(kind), *_score_cells(k)] for kind, k in kinds.items() if len(kinds) > 1]
-        parts.append(table(["data", "questions", "n", "accuracy", "95 % interval"], rows, right=(2, 3)))
-    if described := [t for t in tasks if "cider" in t]:
-        rows = [[f"**{plain(t['name'])}**", f"{t['n']:,}", f"{t['cider']:.3f}", f"{t['bleu4']:.3f}"] for t in described]
-        parts.append(table(["captions", "n", "CIDEr", "BLEU-4"], rows, right=(1, 2, 3)))
-    harnesses = dict.fromkeys(str(t["harness"]) for t in tasks if t.get("harness"))
-    parts.append(f"Scored by {plain('; '.join(harnesses))}. Intervals are Wilson's.")
-    return "\n\n".join(parts)
-
-
-def _score_cells(entry: dict[str, Any]) -> list[str]:
-    n, accuracy = int(entry["n"]), entry.get("accuracy")
-    if accuracy is None:
-        return [f"{n:,}", "–", "–"]
-    low, high = entry.get("ci95") or wilson_interval(accuracy * n, n)
-    return [f"{n:,}", percent(accuracy), f"{percent(low)} – {percent(high)}"]
 
 
 def _image_dependence(run: RunFolder) -> str:

@@ -55,7 +55,7 @@ def look_plot(looked: Looked, picture: PIL.Image.Image, question: str, path: Pat
                 if column == 0:
                     _bare(axes, shown)
                 else:
-                    _panel(axes, shown, looked, found, line[column - 1])
+                    panel(axes, shown, looked, found, line[column - 1])
             row += 1
     return save(figure, path)
 
@@ -77,7 +77,8 @@ def _bare(axes: Axes, shown: NDArray[Any]) -> None:
     axes.set_title("the picture", fontsize=10, color="#5A6069", loc="left", pad=4)
 
 
-def _panel(axes: Axes, shown: NDArray[Any], looked: Looked, found: Map, word: int) -> None:
+def panel(axes: Axes, shown: NDArray[Any], looked: Looked, found: Map, word: int) -> None:
+    """One map over the grey picture; the word and the highest value stand above. `shown`: (height, width, 3)."""
     grid_HH = found.grid_WHH[word]
     left, top, right, bottom = looked.box
     grey_HW = shown @ np.array([0.299, 0.587, 0.114])
