@@ -19,6 +19,7 @@ COMMANDS = [
     "merge",
     "export",
     "serve",
+    "ui",
     "push",
     "import",
     "parts",

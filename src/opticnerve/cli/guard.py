@@ -18,7 +18,7 @@ MEANING = {
     ERROR: "something is wrong that you can put right; the message says what and how",
     USAGE: "the command line itself is wrong",
     BAD_SAMPLES: "`data check` found bad samples",
-    INTERRUPTED: "stopped by Ctrl-C or SIGTERM; a training run has been saved (`serve` ends with 0)",
+    INTERRUPTED: "stopped by Ctrl-C or SIGTERM; a training run has been saved (`serve` and `ui` end with 0)",
 }
 _F = TypeVar("_F", bound=Callable[..., Any])
 _settings = {"debug": False}

@@ -25,6 +25,7 @@ from opticnerve.cli import (
     push,
     serve,
     train,
+    ui,
     vectors,
 )
 from opticnerve.cli.guard import MEANING, guarded, show_tracebacks
@@ -89,6 +90,7 @@ app.command("classify", epilog=vectors.CLASSIFY_EPILOG)(guarded(vectors.classify
 app.command("embed", epilog=vectors.EMBED_EPILOG)(guarded(vectors.embed))
 app.command("look", epilog=look.EPILOG)(guarded(look.look))
 app.command("serve", epilog=serve.EPILOG)(guarded(serve.serve))
+app.command("ui", epilog=ui.EPILOG)(guarded(ui.ui))
 app.add_typer(compare.app, name="compare")
 app.add_typer(data.app, name="data")
 

@@ -1,0 +1,117 @@
+"""The models that the page offers, by the names that `opticnerve ask` takes, and the few of them that are in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opticnerve.types import OpticNerveError
+
+
+class Models:
+    """One model works at a time, and the `keep` last used ones stay loaded.
+
+    Only what is offered is ever loaded: the names given, their stages, and the finished runs under `runs`. A page
+    cannot name another folder or a hub.
+
+    Args:
+        names: as for `opticnerve ask`; each is looked at here, so that a wrong one is found before the page opens.
+        runs: the folder whose runs are offered beside them.
+        keep: loaded models in memory.
+        device, trust_remote_code: as for `load_model`.
+
+    Raises:
+        OpticNerveError: a name that stands for no model, or for one that holds no conversation.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        runs: Path | None = None,
+        keep: int = 2,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from opticnerve.inference.load import kind_of, resolve
+
+        self.names, self.runs, self.keep = list(dict.fromkeys(names)), runs, keep
+        self.device, self.trust_remote_code = device, trust_remote_code
+        self._lock = threading.Lock()  # one turn at a time; released by whichever thread ends the answer
+        self._loaded: OrderedDict[tuple[str, bool], Any] = OrderedDict()
+        for name in self.names:
+            if (kind := kind_of(resolve(name))) != "docked":
+                raise OpticNerveError(f"{name} holds a {kind} model, which holds no conversation; name a docked one")
+
+    def choices(self) -> list[str]:
+        """What can be asked now: the names given, then stages and runs, for a run may have ended since."""
+        found = list(self.names)
+        for name in self.names:
+            found += _stages(Path(name))
+        if self.runs is not None and self.runs.is_dir():
+            for folder in sorted(p for p in self.runs.iterdir() if p.is_dir()):
+                stages = _stages(folder)
+                found += [str(folder), *stages] if stages else []
+        return list(dict.fromkeys(found))
+
+    def is_loaded(self, name: str, *, exact: bool = False) -> bool:
+        """Whether a turn with this model begins at once; else it is read from disk first."""
+        return (name, exact) in self._loaded or (exact and self._is_exact(name))
+
+    def _is_exact(self, name: str) -> bool:
+        import torch
+
+        loaded = self._loaded.get((name, False))
+        return loaded is not None and loaded.model.dtype == torch.float32
+
+    @contextmanager
+    def turn(self, name: str, *, exact: bool = False) -> Iterator[Any]:
+        """The `Answerer` of a model, for the caller alone until the block is left.
+
+        `exact`: weights as float32, as `opticnerve look` takes them.
+
+        Raises:
+            OpticNerveError: the model is not on offer, or does not load.
+        """
+        with self._lock:
+            yield self._get(name, exact)
+
+    def _get(self, name: str, exact: bool) -> Any:
+        key = (name, exact)
+        if exact and key not in self._loaded and self._is_exact(name):
+            key = (name, False)
+        if key not in self._loaded:
+            if name not in self.choices():
+                raise OpticNerveError(f"there is no model {name!r} on this page")
+            while len(self._loaded) >= self.keep:  # before the next one: both at once may be too much
+                self._loaded.popitem(last=False)
+            self._loaded[key] = self._load(name, exact)
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+    def _load(self, name: str, exact: bool) -> Any:
+        import torch
+
+        from opticnerve.inference.generate import Answerer
+        from opticnerve.inference.load import load_model
+
+        dtype = torch.float32 if exact else None
+        return Answerer(*load_model(name, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code))
+
+
+def _stages(folder: Path) -> list[str]:
+    """The finished stages of a run, as `opticnerve ask` takes them; those that hold no conversation are left out."""
+    return [str(p.parent) for p in sorted(folder.glob("stages/*/dock.json")) if _talks(p.parent)]
+
+
+def _talks(folder: Path) -> bool:
+    from opticnerve.inference.load import kind_of
+
+    try:
+        return kind_of(str(folder)) == "docked"
+    except OpticNerveError:  # being written, or damaged: it is not on offer
+        return False

@@ -1,0 +1,208 @@
+"""The run folders below a folder, read for people: which there are, how far they came, what they found.
+
+A run may have been copied from anywhere, so nothing in it is believed: no file outside of it is read, whatever its
+names and links say, and none that is too large. What cannot be read is left out, and the reason is told in `notes`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from opticnerve import recipe as recipes
+from opticnerve.evaluation.run_folder import read_metrics
+from opticnerve.types import OpticNerveError, RecipeError
+from opticnerve.ui.jobs import Job, lives, read_job
+
+State = Literal["finished", "running", "stopped"]
+MEGABYTE = 10**6
+DEPTH, MOST_FOLDERS = 3, 5000
+RECENT = 30.0
+"""Seconds: an unfinished run that nobody here has started, and that wrote something since, is taken to be running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of a run: how many steps are done, how many are planned (None where the data decide), its lines."""
+
+    name: str
+    folder: Path
+    finished: bool
+    planned: int | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as it lies on disk. `name`: its folder below the folder of runs. `written`: seconds since the epoch."""
+
+    name: str
+    path: Path
+    state: State
+    written: float
+    results: dict[str, Any]
+    stages: list[Stage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        return dicts(self.results.get("tasks"))
+
+
+def list_runs(root: Path) -> list[Run]:
+    """All runs below `root`, the newest first, without the lines of their stages."""
+    job = _job(root)
+    found = [_read(root, folder, job, lines=False) for folder in _run_folders(root)]
+    return sorted(found, key=lambda run: (-run.written, run.name))
+
+
+def open_run(root: Path, name: str) -> Run:
+    """The run in a folder below `root`, with the lines of its stages.
+
+    Raises:
+        OpticNerveError: it is no run's folder, or lies elsewhere.
+    """
+    return _read(root, run_folder(root, name), _job(root), lines=True)
+
+
+def run_folder(root: Path, name: str) -> Path:
+    """The folder of a run that a browser has named.
+
+    Raises:
+        OpticNerveError: it is no run's folder, or lies elsewhere.
+    """
+    folder = root / name
+    try:
+        if not _within(root, folder) or not is_run(folder):
+            raise OpticNerveError(f"there is no run {name!r} in {root}")
+    except (OSError, ValueError) as e:  # a name with a zero byte, or too long
+        raise OpticNerveError(f"there is no run {name!r} in {root}: {e}") from e
+    return folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether training has begun in a folder: there is a recipe, and something that training writes."""
+    return (folder / "recipe.yaml").is_file() and ((folder / "stages").is_dir() or (folder / "results.json").is_file())
+
+
+def read_file(folder: Path, name: str | Path, most: int) -> bytes:
+    """A file of a run: a regular one, below its folder when all links are followed, of at most `most` bytes.
+
+    Raises:
+        OpticNerveError: it is none of that. FileNotFoundError: there is none.
+    """
+    path = folder / name
+    if not _within(folder, path):
+        raise OpticNerveError(f"{name} lies outside of the run's folder and is not read")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {name}")
+    if not path.is_file():
+        raise OpticNerveError(f"{name} is no file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OpticNerveError(f"{name} is larger than the {most / MEGABYTE:g} MB that are read here")
+    return data
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    """The mappings in what should be a list of them."""
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    """Folders of runs, at most `DEPTH` below; runs hold no runs, and links and hidden folders are not entered."""
+    for seen, (here, inner, _) in enumerate(os.walk(root)):
+        folder = Path(here)
+        if is_run(folder):
+            inner.clear()
+            yield folder
+        elif seen > MOST_FOLDERS:
+            return
+        elif len(folder.relative_to(root).parts) >= DEPTH:
+            inner.clear()
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+
+
+def _read(root: Path, folder: Path, job: Job | None, *, lines: bool) -> Run:
+    notes: list[str] = []
+    name = folder.relative_to(root).as_posix()
+    results = _json(folder, "results.json", notes)
+    stages = _stages(folder, notes, lines=lines)
+    written = _written(folder, stages)
+    state: State = "stopped"
+    if job is not None and job.run == name and lives(job):
+        state = "running"
+    elif "tasks" in results:  # written once, when all is trained and evaluated
+        state = "finished"
+    elif time.time() - written < RECENT and (job is None or job.run != name):
+        state = "running"
+    return Run(name, folder, state, written, results, stages, notes)
+
+
+def _stages(folder: Path, notes: list[str], *, lines: bool) -> list[Stage]:
+    """The recipe's stages; where the recipe cannot be read, those that have a folder."""
+    planned: dict[str, int | None] = {}
+    try:
+        read_file(folder, "recipe.yaml", MEGABYTE)
+        for number, stage in enumerate(recipes.load(folder / "recipe.yaml").stages):
+            planned[f"{number}-{stage.name}"] = stage.steps
+    except (OSError, RecipeError, OpticNerveError) as e:
+        notes.append(f"recipe.yaml: {e}")
+        begun = [f.name for f in (folder / "stages").glob("*-*") if f.is_dir() and f.name.split("-")[0].isdigit()]
+        planned = dict.fromkeys(sorted(begun, key=lambda n: int(n.split("-")[0])))
+    return [_stage(folder, place, steps, notes, lines=lines) for place, steps in planned.items()]
+
+
+def _stage(folder: Path, place: str, planned: int | None, notes: list[str], *, lines: bool) -> Stage:
+    here = folder / "stages" / place
+    result = _json(folder, f"stages/{place}/result.json", notes)
+    metrics: list[dict[str, Any]] = []
+    if lines:
+        try:
+            read_file(folder, f"stages/{place}/metrics.jsonl", 64 * MEGABYTE)
+            metrics = read_metrics(here / "metrics.jsonl")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, RecursionError) as e:
+            notes.append(f"stages/{place}/metrics.jsonl: {e}")
+    steps = result.get("steps", planned)
+    return Stage(place.partition("-")[2], here, bool(result), steps if isinstance(steps, int) else None, metrics)
+
+
+def _json(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
+    try:
+        loaded = json.loads(read_file(folder, name, 32 * MEGABYTE))
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds {type(loaded).__name__}, not an object")
+    except FileNotFoundError:
+        return {}  # not written yet
+    except (OSError, ValueError, RecursionError) as e:
+        notes.append(f"{name} cannot be read: {e}")
+        return {}
+    return loaded
+
+
+def _written(folder: Path, stages: list[Stage]) -> float:
+    files = [folder / "recipe.yaml", folder / "results.json", *(s.folder / "metrics.jsonl" for s in stages)]
+    return max((f.stat().st_mtime for f in files if f.is_file()), default=0.0)
+
+
+def _within(folder: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _job(root: Path) -> Job | None:
+    try:
+        return read_job(root)
+    except OpticNerveError:  # the tab for training tells it; what others have trained can be read all the same
+        return None
