@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from opticnerve.recipe_data import DataSpec
 from opticnerve.recipe_model import (
     MODALITIES,
     PARTS,
@@ -30,7 +31,7 @@ from opticnerve.recipe_model import (
     TowerSpec,
     split_part,
 )
-from opticnerve.recipe_schema import CacheSpec, DataSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
+from opticnerve.recipe_schema import CacheSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
 from opticnerve.recipe_text import MAX_CHARACTERS, brief, parse
 from opticnerve.types import RecipeError
 

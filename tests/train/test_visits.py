@@ -18,7 +18,7 @@ from opticnerve.build import Dock
 from opticnerve.data.loader import Waiting, loader
 from opticnerve.data.tally import Tally
 from opticnerve.recipe import DataSpec, Stage
-from opticnerve.recipe_schema import BadSamples
+from opticnerve.recipe_data import BadSamples
 from opticnerve.train.usable import samples_to_check, usable_units
 from opticnerve.train.visits import Visits
 from opticnerve.types import Conversation, DataError, OpticNerveError, ask

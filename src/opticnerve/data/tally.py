@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import overload
 
-from opticnerve.recipe_schema import BadSamples
+from opticnerve.recipe_data import BadSamples
 from opticnerve.types import DataError, OpticNerveError
 
 NAMED, SHOWN = 100, 5

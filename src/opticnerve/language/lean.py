@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,14 +26,23 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
+@dataclass(frozen=True)
+class Functions:
+    """What computes a root mean square norm (of input, weight and epsilon) and silu(gate) · up."""
+
+    norm: Callable[[Tensor, Tensor, float], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+
+
 @contextmanager
-def lean(language_model: nn.Module) -> Iterator[int]:
+def lean(language_model: nn.Module, functions: Functions | None = None) -> Iterator[int]:
     """Within it, the language model's norms, gated MLPs and adapters are lean, as far as they are known; yields how
-    many layers are. Freeze first: what trains decides which may be."""
+    many layers are. Freeze first: what trains decides which may be. `functions`: others than those of this page."""
+    functions = functions or Functions(_RMSNorm.apply, _SwiGLU.apply)
     gate = getattr(language_model, "lora_gate", None)
     changed = []
     for module in language_model.modules():
-        forward = _lean_forward(module, gate)
+        forward = _lean_forward(module, gate, functions)
         if forward is not None:
             module.forward = forward  # type: ignore[method-assign]
             changed.append(module)
@@ -43,16 +53,16 @@ def lean(language_model: nn.Module) -> Iterator[int]:
             del module.forward
 
 
-def _lean_forward(module: Any, gate: Any) -> Callable[..., Tensor] | None:
+def _lean_forward(module: Any, gate: Any, functions: Functions) -> Callable[..., Tensor] | None:
     if "forward" in vars(module) or isinstance(module, nn.ModuleList):
         return None  # somebody else's business already
     if isinstance(module, LoraLinear):
         return partial(_lora_forward, module, gate) if _plain_lora(module) else None
     if hasattr(module, "variance_epsilon") and _same_code(type(module), LlamaRMSNorm):
-        return partial(_norm_forward, module)
+        return partial(_norm_forward, module, functions.norm)
     silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
     if silu and _same_code(type(module), LlamaMLP):
-        return partial(_mlp_forward, module)
+        return partial(_mlp_forward, module, functions.swiglu)
     return None
 
 
@@ -64,13 +74,12 @@ def _same_code(one: type, other: type) -> bool:
         return False
 
 
-def _norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(hidden_states, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
-    return out
+def _norm_forward(module: Any, norm: Callable[[Tensor, Tensor, float], Tensor], hidden_states: Tensor) -> Tensor:
+    return norm(hidden_states, module.weight, module.variance_epsilon)
 
 
-def _mlp_forward(module: Any, x: Tensor) -> Tensor:
-    out: Tensor = module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
+def _mlp_forward(module: Any, swiglu: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    out: Tensor = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
     return out
 
 

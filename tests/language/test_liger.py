@@ -1,0 +1,105 @@
+"""Liger's functions stand where our own would; refused where they cannot run. (They need a GPU: here they are ours.)"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from opticnerve import recipe
+from opticnerve.language import lean as lean_page
+from opticnerve.language.lean import lean
+from opticnerve.language.liger import liger
+from opticnerve.types import OpticNerveError
+
+CUDA = torch.device("cuda")
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return tf.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+class Spy:
+    """A function in Liger's place, which takes what Liger's takes."""
+
+    def __init__(self, own: Any) -> None:
+        self.own, self.calls = own, 0
+
+    def norm(self, x: Any, w: Any, eps: float, offset: float, casting_mode: str, in_place: bool) -> Any:
+        assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+        self.calls += 1
+        return self.own.apply(x, w, eps)
+
+    def swiglu(self, gate: Any, up: Any) -> Any:
+        self.calls += 1
+        return self.own.apply(gate, up)
+
+
+@pytest.fixture
+def spies(monkeypatch: pytest.MonkeyPatch) -> tuple[Spy, Spy]:
+    norm, swiglu = Spy(lean_page._RMSNorm), Spy(lean_page._SwiGLU)
+    package, ops = ModuleType("liger_kernel"), ModuleType("liger_kernel.ops")
+    ops.LigerRMSNormFunction = type("F", (), {"apply": staticmethod(norm.norm)})  # type: ignore[attr-defined]
+    ops.LigerSiLUMulFunction = type("F", (), {"apply": staticmethod(swiglu.swiglu)})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+    return norm, swiglu
+
+
+def test_they_are_used_within_the_stage_and_not_after(spies: tuple[Spy, Spy]) -> None:
+    model = tiny()
+    embeds = torch.randn(2, 5, 32, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        logits = model(inputs_embeds=embeds, use_cache=False).logits
+        [grad] = torch.autograd.grad(logits.square().sum(), [embeds])
+        return grad
+
+    before = gradient()
+    with lean(model, liger(CUDA)) as changed:
+        within = gradient()
+    assert changed == 7
+    assert [spy.calls for spy in spies] == [5, 2]
+    torch.testing.assert_close(within, before, rtol=1e-5, atol=1e-5)
+    gradient()
+    assert [spy.calls for spy in spies] == [5, 2]
+
+
+def test_refused_without_a_gpu(spies: tuple[Spy, Spy]) -> None:
+    with pytest.raises(OpticNerveError, match="written for GPUs, and the model is on cpu"):
+        liger(torch.device("cpu"))
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    with pytest.raises(OpticNerveError, match=r"pip install 'opticnerve\[liger\]'"):
+        liger(CUDA)
+
+
+def test_a_recipe_takes_one_way_to_fuse() -> None:
+    stage = {"name": "s", "train": {"connector": 1e-3}, "data": [{"path": "x.json"}], "steps": 1}
+    assert recipe.Stage(**stage, kernels="liger").kernels == "liger"  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keep one of them"):
+        recipe.Stage(**stage, kernels="liger", compile=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_the_package_takes_what_we_give() -> None:
+    from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
+
+    norm = inspect.signature(LigerRMSNormFunction.forward).bind("ctx", "x", "w", 1e-5, 0.0, "llama", False).arguments
+    assert norm == {"ctx": "ctx", "X": "x", "W": "w", "eps": 1e-5, "offset": 0.0, "casting_mode": "llama",
+                    "in_place": False}  # fmt: skip
+    assert list(inspect.signature(LigerSiLUMulFunction.forward).bind("ctx", "a", "b").arguments) == ["ctx", "a", "b"]
