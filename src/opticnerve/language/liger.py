@@ -1,7 +1,7 @@
 """Liger-Kernel's norm and gated MLP, fused in Triton for GPUs (Hsu et al. 2024), where `lean` puts its own otherwise.
 
 Only these two are taken, and only for as long as a stage trains: Liger's own way of patching a model changes the
-classes of transformers for the rest of the process. Its loss is not needed, for the head runs at supervised positions alone.
+classes of transformers for the rest of the process. Its loss is not needed: the head runs at supervised positions.
 """
 
 from __future__ import annotations
