@@ -47,8 +47,9 @@ def ui_url(two_models: list[str], tmp_path_factory: pytest.TempPathFactory) -> I
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """One for each file: while Playwright's is open, no other test of this thread can run an event loop."""
     with chromium() as found:
         yield found
 

@@ -18,6 +18,8 @@ from opticnerve.ui.runs import open_run
 from opticnerve.ui.train_tab import train_tab
 
 pytestmark = pytest.mark.slow
+# The page proposes a name once it knows the recipe.
+NAMED_MINE = "document.querySelector('#train-name textarea, #train-name input').value == 'mine'"
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_a_recipe_is_started_watched_stopped_and_gone_on_with(root: Path) -> Non
             page.goto(address)
             page.get_by_text("No training has been started").wait_for()
             _choose(page, "#train-recipe", "mine.yaml")
-            page.wait_for_function("document.querySelector('#train-name textarea, #train-name input').value == 'mine'")
+            page.wait_for_function(NAMED_MINE)
             page.get_by_label("Name of the run").fill("../elsewhere")
             page.locator("#train-start").click()
             page.locator("#train-message").get_by_text("is no name for a run").wait_for()
@@ -93,6 +95,7 @@ def test_a_short_recipe_ends_as_finished(root: Path) -> None:
             page.goto(address)
             page.get_by_text("このページから始めた学習はありません").wait_for()
             _choose(page, "#train-recipe", "mine.yaml")
+            page.wait_for_function(NAMED_MINE)
             page.get_by_label("変更").fill("stages.0.steps=3")
             page.locator("#train-start").click()
             page.locator("#train-state").get_by_text("完了", exact=True).wait_for()
@@ -107,4 +110,5 @@ def _choose(page: Any, where: str, what: str) -> None:
     box = page.locator(f"{where} input")
     box.focus()
     box.fill(what)
+    page.get_by_role("option", name=what).wait_for()  # Enter takes what is listed when it is pressed
     page.keyboard.press("Enter")
