@@ -81,6 +81,12 @@ def test_refused_without_a_gpu(spies: tuple[Spy, Spy]) -> None:
         liger(torch.device("cpu"))
 
 
+def test_a_model_without_such_layers_is_told(spies: tuple[Spy, Spy]) -> None:
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(OpticNerveError, match="GPT2LMHeadModel has no norm or gated MLP"), lean(model, liger(CUDA)):
+        pass
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from opticnerve.types import OpticNerveError
+
 
 @dataclass(frozen=True)
 class Functions:
@@ -37,15 +39,25 @@ class Functions:
 @contextmanager
 def lean(language_model: nn.Module, functions: Functions | None = None) -> Iterator[int]:
     """Within it, the language model's norms, gated MLPs and adapters are lean, as far as they are known; yields how
-    many layers are. Freeze first: what trains decides which may be. `functions`: others than those of this page."""
-    functions = functions or Functions(_RMSNorm.apply, _SwiGLU.apply)
+    many layers are. Freeze first: what trains decides which may be.
+
+    Args:
+        functions: others than those of this page.
+
+    Raises:
+        OpticNerveError: such were given, and the model has no place for them.
+    """
+    own = Functions(_RMSNorm.apply, _SwiGLU.apply)
     gate = getattr(language_model, "lora_gate", None)
+    found = [(m, f) for m in language_model.modules() if (f := _lean_forward(m, gate, functions or own)) is not None]
+    if functions is not None and not any(f.func in (_norm_forward, _mlp_forward) for _, f in found):
+        raise OpticNerveError(
+            f"kernels: {type(language_model).__name__} has no norm or gated MLP like Llama's; leave it out"
+        )
     changed = []
-    for module in language_model.modules():
-        forward = _lean_forward(module, gate, functions)
-        if forward is not None:
-            module.forward = forward  # type: ignore[method-assign]
-            changed.append(module)
+    for module, forward in found:
+        module.forward = forward  # type: ignore[method-assign]
+        changed.append(module)
     try:
         yield len(changed)
     finally:
@@ -53,7 +65,7 @@ def lean(language_model: nn.Module, functions: Functions | None = None) -> Itera
             del module.forward
 
 
-def _lean_forward(module: Any, gate: Any, functions: Functions) -> Callable[..., Tensor] | None:
+def _lean_forward(module: Any, gate: Any, functions: Functions) -> partial[Tensor] | None:
     if "forward" in vars(module) or isinstance(module, nn.ModuleList):
         return None  # somebody else's business already
     if isinstance(module, LoraLinear):
