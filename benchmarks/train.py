@@ -127,7 +127,7 @@ def _without(changes: list[str]) -> None:
 
         next_token.supervised_loss = everywhere
     if "ablate=lean" in changes:
-        loop.lean = lambda language_model: contextlib.nullcontext(0)
+        loop.lean = lambda language_model, functions: contextlib.nullcontext(0)
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------

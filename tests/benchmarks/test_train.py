@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -21,3 +22,20 @@ def test_both_sides_train_the_same(stage: str) -> None:
     row = next(line for line in done.stdout.splitlines() if line.startswith("| opticnerve |"))
     assert float(re.findall(r"within ([\d.e-]+)", row)[0]) < 1e-2  # bf16
     assert "Of the floor" in done.stdout
+
+
+def test_what_stands_in_for_the_lean_layers_takes_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from opticnerve.train import loop
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    sys.modules.pop("train", None)
+    import train
+
+    taken = list(inspect.signature(loop.lean).parameters)
+    monkeypatch.setattr(loop, "lean", loop.lean)  # to be put back
+    train._without(["ablate=lean"])
+    assert list(inspect.signature(loop.lean).parameters) == taken
+    with loop.lean(torch.nn.Module(), None):
+        pass
