@@ -39,16 +39,21 @@ def test_sigterm(both: Dock, tmp_path: Path) -> None:
             secret = {"type": "image_url", "image_url": {"url": image_url(1)}}
             body = chat("never to be logged", secret) | {"stream": True, "n": 4, "max_tokens": 450}
             body |= {"logprobs": True, "top_logprobs": 20}  # it takes a while
-            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=120) as answer:
+            with (
+                httpx.Client(base_url=url, headers=headers, timeout=120) as other,  # ready: making one takes as long
+                httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=120) as answer,
+            ):
                 assert answer.status_code == 200
+                assert other.get("/health").json()["status"] == "ok"
                 coming = answer.iter_lines()
                 next(coming)
                 process.send_signal(signal.SIGTERM)
-                while (late := httpx.get(f"{url}/v1/models", headers=headers)).status_code == 200:
-                    time.sleep(0.01)
+                while (health := other.get("/health")).json()["status"] == "ok":
+                    time.sleep(0.001)
+                late = other.get("/v1/models")
+                assert health.json()["status"] == "stopping"
                 assert late.status_code == 503
                 assert "retry-after" in late.headers
-                assert httpx.get(f"{url}/health").json()["status"] == "stopping"
                 *_, last = (line for line in coming if line)
             assert last == "data: [DONE]"
             assert process.wait(timeout=60) == 0
