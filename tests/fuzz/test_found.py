@@ -160,6 +160,15 @@ class TestCheckpoints:
         with limited(20), pytest.raises(OpticNerveError, match=message):
             load_model(whole, device="cpu")
 
+    def test_a_base_whose_name_is_none(self, docked: Callable[..., Dock], tmp_path: Path) -> None:
+        made = docked("qwen2")
+        made.save(tmp_path / "run", trained=[n for n, _ in made.model.named_parameters() if "connector" in n])
+        reference = json.loads((tmp_path / "run/dock.json").read_text())
+        reference["bases"]["language"]["name"] = " "
+        (tmp_path / "run/dock.json").write_text(json.dumps(reference))
+        with pytest.raises(OpticNerveError, match=r"the language model ' ' in .* cannot be loaded"):
+            load_model(tmp_path / "run", device="cpu")
+
     @pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json", "tokenizer_config.json"])
     def test_a_processor_that_is_damaged(self, whole: Path, name: str) -> None:
         (whole / name).write_text('{"version": [')

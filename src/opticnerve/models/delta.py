@@ -186,7 +186,8 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
         config = OpticNerveConfig.from_pretrained(folder)
     towers_differ(folder, set(config.towers), set(reference["bases"]) - {"language"})
     named = reference["bases"]["language"]
-    base = language.load_language(named["name"], dtype=dtype, gguf_file=named.get("gguf_file"))
+    with told(f"the language model {named['name']!r}", folder):
+        base = language.load_language(named["name"], dtype=dtype, gguf_file=named.get("gguf_file"))
     towers = {}
     for modality, spec in config.towers.items():
         name = reference["bases"][modality]["name"]
