@@ -23,6 +23,7 @@ from opticnerve.data.readers import read
 from opticnerve.data.video import frames
 from opticnerve.inference.load import load_model, load_processor
 from opticnerve.models import OpticNerveConfig, delta
+from opticnerve.models.strict import told
 from opticnerve.recipe import load
 from opticnerve.types import DataError, OpticNerveError, RecipeError
 
@@ -198,3 +199,11 @@ def test_a_parquet_cell_that_is_no_utf8(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": broken, "caption": ["x"]}), tmp_path / "d.parquet")
     with pytest.raises(DataError, match="the table cannot be read"):
         list(read(tmp_path / "d.parquet"))
+
+
+def test_a_panic_of_rust_is_told() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(OpticNerveError, match="range end index 11"), told("the processor", "here"):
+        raise panic("range end index 11 out of range")
+    with pytest.raises(KeyboardInterrupt), told("the processor", "here"):
+        raise KeyboardInterrupt

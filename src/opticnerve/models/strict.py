@@ -72,7 +72,10 @@ def told(what: str, source: Any) -> Iterator[None]:
         yield
     except (OpticNerveError, MemoryError):
         raise
-    except Exception as e:
+    except BaseException as e:
+        # Rust code that panics over a file (tokenizers) raises what is no Exception.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
         said = f"{type(e).__name__}: {e}" if str(e).strip() else type(e).__name__
         raise OpticNerveError(f"{what} in {source} cannot be loaded: {said[:2_000]}") from e
 
