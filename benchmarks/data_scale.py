@@ -182,20 +182,24 @@ def main() -> None:
         print(f"{given.rows:,} conversations, {path.stat().st_size / 1e6:,.0f} MB of {given.form}")
         environment = {**os.environ, "OPTICNERVE_CACHE": f"{folder}/cache"}
         results = []
+
+        def told_by(*options: str) -> dict[str, Any]:
+            """The figures of a process of its own."""
+            command = [sys.executable, __file__, *options, "--start", str(path)]
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+            return found
+
         if given.streaming:
             for name in ("from the first row", "from the last tenth on"):
-                command = [sys.executable, __file__, "--streaming", "--rows", str(given.rows), "--start", str(path)]
-                done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-                results.append(found := json.loads(done.stdout.splitlines()[-1]))
+                results.append(found := told_by("--streaming", "--rows", str(given.rows)))
                 print(
                     f"{name:22}  ready in {found['ready']:5.2f} s, {found['visit_us']:4.0f} µs a row; peak "
                     f"{found['peak_mib']:.0f} MiB; own MiB after each tenth "
                     f"{' '.join(f'{x:.0f}' for x in found['own_mib'])}; last tenth's rows {found['last_tenth'][:8]}"
                 )
         for name in () if given.streaming else ("first start", "second start")[: given.starts]:
-            command = [sys.executable, __file__, "--start", str(path)]
-            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-            results.append(found := json.loads(done.stdout.splitlines()[-1]))
+            results.append(found := told_by())
             print(
                 f"{name:12}  {found['seconds']:7.1f} s  peak {found['peak_mib']:7.0f} MiB, own {found['own_mib']:6.0f} "
                 f"MiB ({found['own_mib'] * 2**20 / given.rows:,.0f} bytes a row)  {found['visit_us']:4.0f} µs a visit  "

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers as tf
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from opticnerve.export import hf_common
@@ -53,11 +52,8 @@ class HFBlip2(Format):
 
     def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
         config = _config(model, processor)
-        rows = config.text_config.vocab_size
-        save_torch_state_dict(_state(model, rows), folder, metadata={"format": "pt"})
-        config.save_pretrained(folder)
-        _processor(model, processor).save_pretrained(folder)
-        hf_common.generation(model, processor, rows).save_pretrained(folder)
+        state, theirs = _state(model, config.text_config.vocab_size), _processor(model, processor)
+        hf_common.save(folder, model, processor, config=config, state=state, theirs=theirs)
         return ["transformers' BLIP-2 takes no prompt without a picture; the model itself does"]
 
     def check(

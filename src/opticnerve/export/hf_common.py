@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from opticnerve.export import parity, probe
@@ -91,6 +92,14 @@ def generation(model: Any, processor: Any, rows: int) -> Any:
     if rows > own:
         made.suppress_tokens = list(range(own, rows))
     return made
+
+
+def save(folder: Path, model: Any, processor: Any, *, config: Any, state: dict[str, Tensor], theirs: Any) -> None:
+    """Weights, configuration, stock processor (`theirs`) and an answer's end, as `from_pretrained` reads them."""
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    theirs.save_pretrained(folder)
+    generation(model, processor, config.text_config.vocab_size).save_pretrained(folder)
 
 
 def plain(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import transformers as tf
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from opticnerve.export import hf_common
@@ -50,11 +49,8 @@ class HFIdefics3(Format):
 
     def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
         config = _config(model, processor)
-        rows = config.text_config.vocab_size
-        save_torch_state_dict(_state(model, rows), folder, metadata={"format": "pt"})
-        config.save_pretrained(folder)
-        _processor(model, processor).save_pretrained(folder)
-        hf_common.generation(model, processor, rows).save_pretrained(folder)
+        state, theirs = _state(model, config.text_config.vocab_size), _processor(model, processor)
+        hf_common.save(folder, model, processor, config=config, state=state, theirs=theirs)
         return [
             "the processor is LLaVA's, for Idefics3's own writes words around each picture that this model never saw: "
             "engines that bring their own processor for Idefics3 (vLLM, llama.cpp) write them, too"

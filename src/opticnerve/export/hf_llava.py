@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import transformers as tf
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from opticnerve.export import hf_common
@@ -44,11 +43,8 @@ class HFLlava(Format):
 
     def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
         config = _config(model, processor)
-        state = _state(model, rows=config.text_config.vocab_size)
-        save_torch_state_dict(state, folder, metadata={"format": "pt"})
-        config.save_pretrained(folder)
-        _processor(model, processor).save_pretrained(folder)
-        hf_common.generation(model, processor, config.text_config.vocab_size).save_pretrained(folder)
+        state, theirs = _state(model, rows=config.text_config.vocab_size), _processor(model, processor)
+        hf_common.save(folder, model, processor, config=config, state=state, theirs=theirs)
         notes = []
         if config.projector_hidden_act == "linear":
             notes.append(
