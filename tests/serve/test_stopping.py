@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,9 +40,12 @@ def test_sigterm(both: Dock, tmp_path: Path) -> None:
             secret = {"type": "image_url", "image_url": {"url": image_url(1)}}
             body = chat("never to be logged", secret) | {"stream": True, "n": 4, "max_tokens": 450}
             body |= {"logprobs": True, "top_logprobs": 20}  # it takes a while
+            # However fast the model is: the answer cannot end before it is read, for little of it fits into the socket.
+            narrow = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)])
             with (
-                httpx.Client(base_url=url, headers=headers, timeout=120) as other,  # ready: making one takes as long
-                httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=120) as answer,
+                httpx.Client(base_url=url, headers=headers, timeout=120) as other,
+                httpx.Client(base_url=url, headers=headers, timeout=120, transport=narrow) as slow,
+                slow.stream("POST", "/v1/chat/completions", json=body) as answer,
             ):
                 assert answer.status_code == 200
                 assert other.get("/health").json()["status"] == "ok"
@@ -134,7 +138,7 @@ class TestTheCommand:
             context_of(both.model, 513)
 
     def test_a_key_file(self, tmp_path: Path) -> None:
-        from opticnerve.serve.run import read_keys
+        from opticnerve.listening import read_secrets
 
         (tmp_path / "keys").write_text("# of the team\nfirst-key\n\n second-key \n")
-        assert read_keys(tmp_path / "keys") == ["first-key", "second-key"]
+        assert read_secrets(tmp_path / "keys") == ["first-key", "second-key"]
