@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from opticnerve.listening import listen, read_secrets
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import door
 from opticnerve.ui.door import Door, Logins
-from opticnerve.ui.place import LOCAL_NAMES, address, listen, read_logins
+from opticnerve.ui.place import LOCAL_NAMES, address
 
 
 async def _pages(scope: Any, receive: Any, send: Any) -> None:
@@ -122,4 +123,4 @@ def test_a_taken_port_is_an_error_that_names_the_option() -> None:
 def test_logins_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "logins"
     file.write_text("# ours\nme:password1\n\n  you:password2  \n")
-    assert read_logins(file) == ["me:password1", "you:password2"]
+    assert read_secrets(file) == ["me:password1", "you:password2"]

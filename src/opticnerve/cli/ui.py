@@ -45,6 +45,7 @@ def ui(
     import os
 
     from opticnerve.cli.guard import say, terminate_like_ctrl_c
+    from opticnerve.listening import listen, read_secrets
     from opticnerve.types import OpticNerveError
 
     for package in ("gradio", "fastapi", "uvicorn"):
@@ -54,13 +55,13 @@ def ui(
     from opticnerve.ui.door import Logins
     from opticnerve.ui.limits import Limits
     from opticnerve.ui.models import Models
-    from opticnerve.ui.place import address, listen, read_logins
+    from opticnerve.ui.place import address
     from opticnerve.ui.words import Words
 
     # All that can be wrong is found before the page is built.
     if language is not None:
         Words(language)
-    pairs = read_logins(login_file) if login_file else []
+    pairs = read_secrets(login_file) if login_file else []
     pairs += [pair] if (pair := os.environ.get("OPTICNERVE_UI_LOGIN")) else []
     logins = Logins(pairs)
     hosts = address(host, logins, no_auth=no_auth)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import ipaddress
-import socket
 from collections.abc import Mapping, Sequence
 
+from opticnerve.listening import Secrets, is_loopback
 from opticnerve.serve.errors import ApiError
 from opticnerve.types import OpticNerveError
 
@@ -22,28 +19,20 @@ class Keys:
                     f"an API key wants 8 or more ASCII characters without spaces around; this one has {len(key)}. "
                     "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
                 )
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._known = Secrets(keys)
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._known)
 
     def check(self, authorization: bytes | None) -> None:
-        """Refuse unless `Authorization: Bearer …` holds one of the keys.
-
-        All keys are compared, in a time that depends on none of them.
-        """
-        if not self._digests:
+        """Refuse unless `Authorization: Bearer …` holds one of the keys."""
+        if not self._known:
             return
         scheme, _, given = (authorization or b"").partition(b" ")
         if not given or scheme.lower() != b"bearer":
             raise ApiError(401, "send an API key as the header Authorization: Bearer KEY", code="missing_api_key")
-        digest = _digest(given.strip())
-        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
+        if not self._known.hold(given.strip()):
             raise ApiError(401, "this API key is not known here", code="invalid_api_key")
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 def check_address(host: str, keys: Keys, *, no_auth: bool) -> bool:
@@ -59,15 +48,6 @@ def check_address(host: str, keys: Keys, *, no_auth: bool) -> bool:
             "who reaches it may use it"
         )
     return local
-
-
-def is_loopback(host: str) -> bool:
-    """Whether every address of `host` is this machine's own."""
-    try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except OSError as e:
-        raise OpticNerveError(f"there is no address {host!r} to listen on: {e.strerror or e}") from e
-    return all(ipaddress.ip_address(a.split("%")[0]).is_loopback for a in found)
 
 
 def check_host(headers: Mapping[bytes, bytes], host: str) -> None:

@@ -8,13 +8,13 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from opticnerve import listening
 from opticnerve.inference.generate import Answerer
 from opticnerve.serve.app import create_app
 from opticnerve.serve.auth import Keys
@@ -26,7 +26,6 @@ from opticnerve.serve.media import Sources
 from opticnerve.serve.metrics import Metrics
 from opticnerve.serve.prompts import Reader
 from opticnerve.serve.scheduler import Scheduler
-from opticnerve.types import OpticNerveError
 
 log = logging.getLogger("opticnerve.serve")
 
@@ -111,20 +110,10 @@ def listen(host: str, port: int, *, stalled_seconds: float = 60.0) -> socket.soc
     Raises:
         OpticNerveError: the address or port is not to be had.
     """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.create_server((host, port), family=family, backlog=512)
-    except OSError as e:
-        raise OpticNerveError(f"cannot listen on {host}, port {port}: {e.strerror or e}; try another --port") from e
+    made = listening.listen(host, port, backlog=512)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stalled_seconds))
     return made
-
-
-def read_keys(path: Path) -> list[str]:
-    """Keys of a file, one a line; empty lines and `#` lines do not count."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _timed(seconds: float) -> type[H11Protocol]:

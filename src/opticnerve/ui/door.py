@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import hashlib
-import hmac
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from opticnerve.listening import Secrets
 from opticnerve.types import OpticNerveError
 
 Scope = MutableMapping[str, Any]
@@ -51,26 +50,20 @@ class Logins:
                     "a login is written user:password, with 8 or more characters of password; make one with: "
                     "python -c 'import secrets; print(\"me:\" + secrets.token_urlsafe(16))'"
                 )
-        self._digests = [_digest(pair.encode()) for pair in pairs]
+        self._known = Secrets(pairs)
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._known)
 
     def admits(self, authorization: bytes) -> bool:
-        """Whether an `Authorization: Basic …` header holds one of the pairs (RFC 7617). All are compared, in a time
-        that depends on none of them."""
+        """Whether an `Authorization: Basic …` header holds one of the pairs (RFC 7617)."""
         scheme, _, given = authorization.partition(b" ")
         if scheme.lower() != b"basic":
             return False
         try:
-            digest = _digest(base64.b64decode(given.strip(), validate=True))
+            return self._known.hold(base64.b64decode(given.strip(), validate=True))
         except (binascii.Error, ValueError):
             return False
-        return bool(sum(hmac.compare_digest(digest, known) for known in self._digests))
-
-
-def _digest(pair: bytes) -> bytes:
-    return hashlib.sha256(pair).digest()
 
 
 class Door:
