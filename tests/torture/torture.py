@@ -160,7 +160,7 @@ def torture(folder: Path, kills: int, seed: int, *, say: Any = print) -> Tally:
     while tally.kills < kills:
         run, cache = folder / f"run-{tally.runs}", folder / f"cache-{tally.runs}"
         while True:
-            fault, seconds = None, None
+            fault, seconds, fresh = None, None, not run.exists()
             if tally.kills < kills:
                 if tally.kills % 2 == 0:  # each place comes up before any comes again
                     fault = (faults[0], rng.randint(1, 2))
@@ -168,7 +168,7 @@ def torture(folder: Path, kills: int, seed: int, *, say: Any = print) -> Tally:
                     seconds = rng.uniform(0.0, 0.8 * peaceful)
             state = life(recipe, run, cache, log, fault=fault, seconds=seconds)
             if state == "finished":
-                if fault is not None:  # what it waited for did not come up that often in this life
+                if fault is not None and fresh:  # a whole run has no such place; the rest of one leaves it to the next
                     faults.append(faults.pop(0))
                 break
             tally.kills += 1
