@@ -190,6 +190,14 @@ def _shrink(image_processor: Any, known: Steps, picture: PIL.Image.Image) -> Ten
 
 def _normalise(pixels_CHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out_CHW: Tensor) -> None:
     # Subtract, then divide, as torchvision does: a product with the inverse would differ in the last bit.
-    mean_C11, std_C11 = (torch.tensor(v, device=out_CHW.device)[:, None, None] for v in (mean, std))
-    torch.sub(pixels_CHW, mean_C11, out=out_CHW)
-    out_CHW.div_(std_C11)
+    if out_CHW.device.type == "cpu":
+        # numpy computes the same bits in this thread alone. torch's threads would each wait for a core that a worker
+        # keeps busy: 1.1 instead of 0.05 ms a picture.
+        mean_C11, std_C11 = (np.asarray(v, np.float32)[:, None, None] for v in (mean, std))
+        out = out_CHW.numpy()
+        np.subtract(pixels_CHW.numpy(), mean_C11, out=out)
+        np.divide(out, std_C11, out=out)
+        return
+    mean_t, std_t = (torch.tensor(v, device=out_CHW.device)[:, None, None] for v in (mean, std))
+    torch.sub(pixels_CHW, mean_t, out=out_CHW)
+    out_CHW.div_(std_t)
