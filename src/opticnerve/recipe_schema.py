@@ -81,7 +81,7 @@ class Stage(Strict):
         description="torch.compile each layer of the language model: for GPUs; on a CPU it takes minutes and gains "
         "nothing",
     )
-    kernels: Literal["liger"] | None = Field(None, description="Liger-Kernel's fused norms and gated MLPs, on GPUs")
+    kernels: Literal["liger", "inductor"] | None = Field(None, description="fused norms and gated MLPs, by whom")
     pack: Positive | PackSpec | None = Field(
         None,
         description="stand the samples of a micro-batch side by side in rows of at most so many tokens, each blind to "

@@ -18,8 +18,8 @@ from opticnerve import durable
 from opticnerve.data.loader import Waiting, loader
 from opticnerve.data.tally import Tally
 from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
+from opticnerve.language.kernels import KERNELS
 from opticnerve.language.lean import lean
-from opticnerve.language.liger import liger
 from opticnerve.models.parts import is_docked_model, moving_buffers
 from opticnerve.models.tower import MEDIA_INPUT
 from opticnerve.recipe import CacheSpec, Recipe, Stage
@@ -158,7 +158,7 @@ def _run_stage(
     run.skipped = skipped
     try:
         with contextlib.ExitStack() as stack:
-            functions = liger(accelerator.device) if stage.kernels else None
+            functions = KERNELS[stage.kernels](accelerator.device) if stage.kernels else None
             stack.enter_context(lean(getattr(dock.model, "language_model", torch.nn.Module()), functions))
             if stage.compile:
                 stack.enter_context(compiled_layers(model))
