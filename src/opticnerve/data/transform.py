@@ -74,7 +74,7 @@ class Bytes:
     def normalised(self, device: Any = None) -> Tensor:
         """`pixel_values` (B, 3, H, W) float32, computed on that device."""
         pixels_BCHW = self.pixels_BCHW.to(device, non_blocking=True)
-        out_BCHW = torch.empty(pixels_BCHW.shape, device=pixels_BCHW.device)
+        out_BCHW = _floats(pixels_BCHW.shape, pixels_BCHW.device)
         _normalise(pixels_BCHW, self.mean, self.std, out_BCHW)
         return out_BCHW
 
@@ -103,7 +103,7 @@ def pixels(image_processor: Any, pictures: Sequence[PIL.Image.Image], *, compact
         made = image_processor(list(pictures), return_tensors="pt")
         return {k: made[k] for k in ("pixel_values", "image_sizes") if k in made}
     shape = (len(pictures), 3, *known.shape)
-    out_BCHW = torch.empty(shape, dtype=torch.uint8 if compact else torch.float32)
+    out_BCHW = torch.empty(shape, dtype=torch.uint8) if compact else _floats(shape, torch.device("cpu"))
     for picture, out_CHW in zip(pictures, out_BCHW, strict=True):
         small_CHW = _shrink(image_processor, known, picture)
         if compact:
@@ -186,6 +186,14 @@ def _shrink(image_processor: Any, known: Steps, picture: PIL.Image.Image) -> Ten
     if known.crop is not None:
         small_CHW = image_processor.center_crop(small_CHW, image_processor.crop_size)
     return small_CHW
+
+
+def _floats(shape: Sequence[int], device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    # torch aligns what it takes, and glibc then cannot put a batch where one of the same size has been: a process that
+    # takes batches of 10 MB would grow by 500.
+    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def _normalise(pixels_CHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out_CHW: Tensor) -> None:
