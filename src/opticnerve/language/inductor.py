@@ -7,13 +7,11 @@ layers around them stay as they are (what compiling whole layers does on a CPU: 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from opticnerve.language.lean import Functions
+from opticnerve.language.lean import Functions, computed_by
 from opticnerve.types import OpticNerveError
 
 
@@ -23,41 +21,7 @@ def inductor(device: torch.device) -> Functions:
     Raises:
         OpticNerveError: they cannot be compiled here: on a CPU a C++ compiler is missing, on a GPU Triton.
     """
-    norm: Any = torch.compile(_norm, dynamic=True)
-    norm_back: Any = torch.compile(_norm_back, dynamic=True)
-    swiglu: Any = torch.compile(_swiglu, dynamic=True)
-    swiglu_back: Any = torch.compile(_swiglu_back, dynamic=True)
-
-    class Norm(torch.autograd.Function):
-        """Root mean square norm, the arithmetic float32; keeps its input and a scale for each position."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:  # type: ignore[override]
-            y, scale = norm(x, weight_D, epsilon)
-            ctx.save_for_backward(x, scale, weight_D)
-            return y  # type: ignore[no-any-return]
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-            x, scale, weight_D = ctx.saved_tensors
-            grad_weight = None
-            if ctx.needs_input_grad[1]:
-                grad_weight = (grad * (x * scale).to(x.dtype)).flatten(0, -2).sum(0)
-            return norm_back(grad, x, scale, weight_D), grad_weight, None
-
-    class SwiGLU(torch.autograd.Function):
-        """silu(gate) · up; keeps the two."""
-
-        @staticmethod
-        def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
-            ctx.save_for_backward(gate, up)
-            return swiglu(gate, up)  # type: ignore[no-any-return]
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-            return swiglu_back(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
-
-    found = Functions(Norm.apply, SwiGLU.apply)
+    found = computed_by(partial(torch.compile, dynamic=True))
     _try(found, device)
     return found
 
@@ -77,26 +41,3 @@ def _try(functions: Functions, device: torch.device) -> None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _norm(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight_D * (wide * scale).to(x.dtype), scale
-
-
-def _norm_back(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
-    normed = x.float() * scale
-    inner = (grad * weight_D).float()
-    along = (inner * normed).mean(-1, keepdim=True)
-    return ((inner - normed * along) * scale).to(x.dtype)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def _swiglu_back(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    wide, g = gate.float(), grad.float()
-    open_ = torch.sigmoid(wide)
-    return (g * up.float() * open_ * (1 + wide * (1 - open_))).to(gate.dtype), (g * wide * open_).to(gate.dtype)

@@ -99,36 +99,71 @@ class _RMSNorm(torch.autograd.Function):
     """Root mean square norm (Zhang & Sennrich 2019), the arithmetic float32, as Llama's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:  # type: ignore[override]
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, norm: Any = None, back: Any = None
+    ) -> Tensor:
+        y, scale = (norm or rms_norm)(x, weight_D, epsilon)
         ctx.save_for_backward(x, scale, weight_D)
-        return weight_D * (wide * scale).to(x.dtype)
+        ctx.back = back or rms_norm_back
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, weight_D = ctx.saved_tensors
-        normed = x * scale  # float32
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0)
-        inner = (grad * weight_D).float()
-        along = torch.linalg.vecdot(inner, normed).div_(-x.shape[-1]).unsqueeze(-1)
-        return inner.addcmul_(normed, along).mul_(scale).to(x.dtype), grad_weight, None
+        grad_x, grad_weight_D = ctx.back(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return grad_x, grad_weight_D, None, None, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm, and by what each position was scaled, in float32."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight_D * (wide * scale).to(x.dtype), scale
+
+
+def rms_norm_back(
+    grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor, weight_trains: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the input and, where it trains, of the weight."""
+    normed = x * scale  # float32
+    grad_weight_D = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0) if weight_trains else None
+    inner = (grad * weight_D).float()
+    along = torch.linalg.vecdot(inner, normed).div_(-x.shape[-1]).unsqueeze(-1)
+    return inner.addcmul_(normed, along).mul_(scale).to(x.dtype), grad_weight_D
 
 
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) · up (Shazeer 2020, GLU Variants, equation 6)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, gate: Tensor, up: Tensor, swiglu: Any = None, back: Any = None
+    ) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.back = back or gated_silu_back
+        return (swiglu or gated_silu)(gate, up)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *ctx.back(grad, *ctx.saved_tensors), None, None
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return F.silu(gate).mul_(up)
+
+
+def gated_silu_back(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def computed_by(change: Callable[[Any], Any]) -> Functions:
+    """The functions of this page, whatever computes within them put through `change`."""
+    norm, norm_back, swiglu, swiglu_back = map(change, (rms_norm, rms_norm_back, gated_silu, gated_silu_back))
+    return Functions(
+        lambda x, weight_D, epsilon: _RMSNorm.apply(x, weight_D, epsilon, norm, norm_back),
+        lambda gate, up: _SwiGLU.apply(gate, up, swiglu, swiglu_back),
+    )
 
 
 def _plain_lora(layer: Any) -> bool:
