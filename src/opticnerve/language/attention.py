@@ -64,9 +64,10 @@ def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
-@lru_cache(maxsize=8)  # every layer of a step asks for the same
-def _triangle(length: int, dtype: torch.dtype) -> Tensor:
-    return _bias(torch.ones(length, length, dtype=torch.bool).tril(), dtype)
+@lru_cache(maxsize=32)  # every layer of a step asks for the same
+def _causal(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """(Q, L): the bias of the last ones among the positions of the keys, in causal order."""
+    return _bias(torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), dtype)
 
 
 class _Grouped(torch.autograd.Function):
@@ -118,12 +119,13 @@ def _weights(q_NKGQD: Tensor, k_NKLD: Tensor, bias_MLL: Tensor | None, scaling: 
 
     Without a bias the queries are the last ones among the positions of the keys, in causal order.
     """
-    queries = q_NKGQD.shape[3]
-    scores = (q_NKGQD.flatten(2, 3) @ k_NKLD.transpose(-1, -2)).unflatten(2, (-1, queries)).mul_(scaling)
-    if bias_MLL is None:
-        scores[..., -queries:] += _triangle(queries, scores.dtype)
-    else:
-        scores += bias_MLL[:, None, None]
+    segments, key_heads, shared, queries, _ = q_NKGQD.shape
+    keys = k_NKLD.shape[2]
+    bias = _causal(queries, keys, q_NKGQD.dtype) if bias_MLL is None else bias_MLL[:, None, None]
+    scores = q_NKGQD.new_empty(segments, key_heads, shared, queries, keys).copy_(bias)
+    # Scaled and added to the bias within the product: no further pass over the scores.
+    flat = scores.view(segments * key_heads, shared * queries, keys)
+    flat.baddbmm_(q_NKGQD.reshape(*flat.shape[:2], -1), k_NKLD.flatten(0, 1).transpose(1, 2), alpha=scaling)
     return torch.softmax(scores, -1).flatten(2, 3)
 
 

@@ -70,18 +70,18 @@ def _lean_forward(module: Any, gate: Any, functions: Functions) -> partial[Tenso
         return None  # somebody else's business already
     if isinstance(module, LoraLinear):
         return partial(_lora_forward, module, gate) if _plain_lora(module) else None
-    if hasattr(module, "variance_epsilon") and _same_code(type(module), LlamaRMSNorm):
+    if hasattr(module, "variance_epsilon") and same_code(type(module).forward, LlamaRMSNorm.forward):
         return partial(_norm_forward, module, functions.norm)
     silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
-    if silu and _same_code(type(module), LlamaMLP):
+    if silu and same_code(type(module).forward, LlamaMLP.forward):
         return partial(_mlp_forward, module, functions.swiglu)
     return None
 
 
-def _same_code(one: type, other: type) -> bool:
-    """Whether two modules' `forward` say the same, word for word."""
+def same_code(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether two functions say the same, word for word."""
     try:
-        return inspect.getsource(one.forward) == inspect.getsource(other.forward)  # type: ignore[attr-defined]
+        return inspect.getsource(one) == inspect.getsource(other)
     except (OSError, TypeError):  # no source at hand: not known
         return False
 

@@ -1,9 +1,9 @@
 """The LM head where there is something to learn, and nowhere else; in pieces where that is much.
 
 Logits are the largest tensor of a step by far: a vocabulary wide for every position. Here they are computed for the
-supervised positions alone, and of these so many at a time that the whole matrix never exists: a frozen head's gradient
-with respect to a piece is computed at once and the piece's logits are dropped (as in Liger-Kernel's fused linear
-cross-entropy: Hsu et al. 2024, section 3.2).
+supervised positions alone (as is the last layer's MLP: `language.last_layer`), and of these so many at a time that the
+whole matrix never exists: a frozen head's gradient with respect to a piece is computed at once and the piece's logits
+are dropped (as in Liger-Kernel's fused linear cross-entropy: Hsu et al. 2024, section 3.2).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opticnerve.language.last_layer import last_mlp_at
+
 PIECE = 1 << 22
 """Logits that exist at a time: of so many positions as come to it, of 64 at least."""
 _LEAST = 64  # products of fewer rows read the head's weights for too little
@@ -31,7 +33,7 @@ def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any)
     A hook on the head gathers the positions, so that whatever a language model does to its logits afterwards still
     happens.
     """
-    with _head_sees(language_model, lambda hidden_BLD: hidden_BLD[keep_BL].unsqueeze(0)):
+    with _read_at(language_model, keep_BL, lambda hidden_MD: hidden_MD):
         logits: Tensor = language_model(**inputs, use_cache=False).logits
     return logits.squeeze(0)
 
@@ -44,11 +46,11 @@ def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tenso
         return F.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
     gathered: list[Tensor] = []
 
-    def first_alone(hidden_BLD: Tensor) -> Tensor:
-        gathered.append(hidden_BLD[keep_BL])
-        return gathered[0][:1].unsqueeze(0)
+    def first_alone(hidden_MD: Tensor) -> Tensor:
+        gathered.append(hidden_MD)
+        return hidden_MD[:1]
 
-    with _head_sees(language_model, first_alone):
+    with _read_at(language_model, keep_BL, first_alone):
         first_V = language_model(**inputs, use_cache=False).logits.detach().flatten()
     hidden_MD = gathered[0]
     if language_model not in _plain:
@@ -104,19 +106,22 @@ class _InPieces(torch.autograd.Function):
 
 
 @contextmanager
-def _head_sees(language_model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, the head gets `change(hidden states)`."""
+def _read_at(language_model: nn.Module, keep_BL: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, the head gets `change(hidden_MD)`, and whatever is of use to no other position is computed for these
+    M positions alone."""
     head = language_model.get_output_embeddings()  # type: ignore[operator]
+    places_M = keep_BL.flatten().nonzero().squeeze(1)
     seen = 0
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal seen
         seen += 1
-        return (change(args[0]), *args[1:])
+        return (change(args[0].flatten(0, 1).index_select(0, places_M)).unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:
-        yield
+        with last_mlp_at(language_model, places_M, rows=len(keep_BL)):
+            yield
     finally:
         handle.remove()
     assert seen == 1, "the language model ran its LM head more or less than once"
