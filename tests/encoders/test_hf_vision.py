@@ -312,3 +312,16 @@ class TestRefusals:
     def test_fit(self, vision_folder: Callable[..., str]) -> None:
         with pytest.raises(OpticNerveError, match="unknown fit 'stretch'; known: squash, crop, pad"):
             HFVisionEncoder.from_pretrained(vision_folder(), fit="stretch").image_processor()
+
+
+@pytest.mark.parametrize("layer", ["last", -1])
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "siglip2_vision_model"])
+def test_siglips_pooling_head_is_kept_and_not_run(kind: str, layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tf.AutoConfig.for_model(
+        kind, **SMALL, **({"num_patches": 16} if "siglip2" in kind else {"image_size": 32})
+    )
+    encoder: Any = HFVisionEncoder(architecture=config.to_dict(), layer=layer)
+    assert any(name.startswith("model.head.") for name in encoder.state_dict())
+    encoder.model.head.register_forward_hook(lambda *_: pytest.fail("nobody asked for the pooled token"))
+    encoder(pixels())
+    encoder(pixels())

@@ -135,7 +135,7 @@ def test_every_position_is_in_one_segment_and_the_mask_is_the_definition(rows: A
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (6, 3)])
-@pytest.mark.parametrize("sight", ["causal", "window", "branches"])
+@pytest.mark.parametrize("sight", ["causal", "window", "branches", "all"])
 def test_products_over_heads_are_torchs_attention(
     dtype: torch.dtype, bound: float, heads: int, shared: int, sight: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,9 +146,9 @@ def test_products_over_heads_are_torchs_attention(
     q, k, v = (torch.randn(count, h, length, 8).to(dtype) for h in (heads, heads // shared, heads // shared))
     rows = layout([[[10, 6, 4] if sight == "branches" else [20]]] * count)
     window = 7 if sight == "window" else None
-    allowed = sees(*rows, window)
+    allowed = torch.ones(count, length, length, dtype=torch.bool) if sight == "all" else sees(*rows, window)
     mask = allowed if sight == "branches" else None
-    out, grads = _run(lambda *a: attend(*a, 0.3, mask_NLL=mask, window=window), q, k, v)
+    out, grads = _run(lambda *a: attend(*a, 0.3, mask_NLL=mask, window=window, causal=sight != "all"), q, k, v)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
@@ -161,7 +161,7 @@ def test_products_over_heads_are_torchs_attention(
 
 
 def test_long_segments_take_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "LONGEST", 4)
+    monkeypatch.setattr(attention, "LONGEST", {torch.float32: 4})
     torch.manual_seed(2)
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     called = []
@@ -169,7 +169,7 @@ def test_long_segments_take_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or kernel(*a, **k))
     long = attend(q, k, v, 0.5), attend(q, k, v, 0.5, window=3)
     assert len(called) == 2
-    monkeypatch.setattr(attention, "LONGEST", 100)
+    monkeypatch.setattr(attention, "LONGEST", {torch.float32: 100})
     short = attend(q, k, v, 0.5), attend(q, k, v, 0.5, window=3)
     assert len(called) == 2
     for a, b in zip(long, short, strict=True):

@@ -92,6 +92,8 @@ class HFVisionEncoder(Encoder):
         self.image_size = image_size or self.native_size
         self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
         self.model = _model if _model is not None else _build(config)
+        if hasattr(self.model, "use_head"):  # SigLIP's pooling, which takes as long as some layers: for `pooling` alone
+            self.model.use_head = False
         self.options = {
             "architecture": _plain(config),
             "layer": layer, "class_token": class_token, "image_size": self.image_size,

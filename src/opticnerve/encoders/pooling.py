@@ -53,6 +53,13 @@ def check_pooling(encoder: Encoder, how: str) -> None:
             )
 
 
+def wake_pooler(encoder: Encoder) -> None:
+    """From now on the wrapped model pools, whose encoder, if it is `hf_vision`, has SigLIP's attention head off."""
+    model: Any = encoder.model
+    if hasattr(model, "use_head"):
+        model.use_head = hasattr(model, "head")
+
+
 def pooled_size(encoder: Encoder, how: EyePooling) -> int:
     """Width of the pooled vector; some of timm's heads change it (MobileNetV3 widens it behind its pooling)."""
     model: Any = getattr(encoder, "model", None)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from opticnerve.encoders.base import Encoder
-from opticnerve.encoders.pooling import EyePooling, check_pooling, pool, pooled_size
+from opticnerve.encoders.pooling import EyePooling, check_pooling, pool, pooled_size, wake_pooler
 from opticnerve.types import OpticNerveError
 
 
@@ -53,6 +53,8 @@ class ImageTower(EmbeddingTower):
         if encoder.modality != "image":
             raise OpticNerveError(f"the image encoder of a DualEncoder must see; {type(encoder).__name__} hears")
         check_pooling(encoder, pooling)
+        if pooling == "pooler":
+            wake_pooler(encoder)
         super().__init__(encoder, pooled_size(encoder, pooling), out_size, projection)
         self.pooling = pooling
 

@@ -28,6 +28,7 @@ from opticnerve.train.calibrate import calibrate
 from opticnerve.train.counts import fill, media_counts
 from opticnerve.train.diverged import Diverged, Divergence, samples_of
 from opticnerve.train.engines import make_optimizer, sharded_if_asked
+from opticnerve.train.eye_attention import plain_attention
 from opticnerve.train.feature_cache import see_all
 from opticnerve.train.freeze import Frozen, freeze
 from opticnerve.train.image_use import image_use
@@ -103,7 +104,7 @@ def run_stage(
         Diverged: the loss stopped being a number; the message names step and samples.
     """
     accelerator = accelerator or make_accelerator(recipe, folder.parent.parent)
-    with companions(accelerator, f"stage {stage.name}"):
+    with companions(accelerator, f"stage {stage.name}"), plain_attention(dock.model):
         meet(accelerator)  # the main process may have evaluated for long
         return _run_stage(dock, recipe, stage, folder, trained_before, resume, console, accelerator)
 
