@@ -54,11 +54,7 @@ def attend(
         and dropout == 0.0
         and k_NKLD.shape[-1] == v_NKLD.shape[-1]
     ):
-        bias_MLL = None if mask_NLL is None else _bias(mask_NLL, q_NHLD.dtype)
-        out_NLHD: Tensor = _Grouped.apply(  # type: ignore[no-untyped-call]
-            q_NHLD, k_NKLD, v_NKLD, bias_MLL, scaling, causal
-        )
-        return out_NLHD.transpose(1, 2)
+        return products(q_NHLD, k_NKLD, v_NKLD, scaling, mask_NLL=mask_NLL, causal=causal)
     shared = q_NHLD.shape[1] // k_NKLD.shape[1]
     if shared > 1 and mask_NLL is not None:  # with a mask, CUDA's fast kernels want a key head for each query head
         k_NKLD, v_NKLD = (t.repeat_interleave(shared, 1) for t in (k_NKLD, v_NKLD))
@@ -66,6 +62,15 @@ def attend(
         q_NHLD, k_NKLD, v_NKLD, attn_mask=None if mask_NLL is None else mask_NLL[:, None], dropout_p=dropout,
         is_causal=causal, scale=scaling, enable_gqa=k_NKLD.shape[1] != q_NHLD.shape[1],
     )  # fmt: skip
+
+
+def products(
+    q_NHLD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, scaling: float, *, mask_NLL: Tensor | None = None, causal: bool
+) -> Tensor:
+    """`attend` by plain products, whether or not that is the faster way."""
+    bias_MLL = None if mask_NLL is None else _bias(mask_NLL, q_NHLD.dtype)
+    out: Tensor = _Grouped.apply(q_NHLD, k_NKLD, v_NKLD, bias_MLL, scaling, causal)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2)
 
 
 def faster(q_NHLD: Tensor, *, all_see_all: bool) -> bool:
