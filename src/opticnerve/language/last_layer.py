@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,14 @@ _LAYERS_THEN_NORM = re.compile(
 )
 
 
+_current: ContextVar[tuple[Tensor, int] | None] = ContextVar("last_mlp_at", default=None)
+
+
+def current() -> tuple[Tensor, int] | None:
+    """`places_M` and `rows` of the forward pass in hand, if `last_mlp_at` is at work in it."""
+    return _current.get()
+
+
 @contextmanager
 def last_mlp_at(language_model: nn.Module, places_M: Tensor, rows: int) -> Iterator[bool]:
     """Within it, the last MLP of a forward pass computes the M positions `places_M` among the B · L alone; yields
@@ -34,6 +43,9 @@ def last_mlp_at(language_model: nn.Module, places_M: Tensor, rows: int) -> Itera
 
     It does where the layer's and the model's code is known to be Llama's. At other positions the hidden states behind
     the last layer lack what its MLP would add: whoever reads these may not be within.
+
+    The backward pass may lie outside, but for gradient checkpointing, which computes forward again: there, its
+    `context_fn` has to enter `last_mlp_at(language_model, *current())`. Without a `context_fn` such layers are left alone.
 
     Args:
         rows: B.
@@ -52,10 +64,12 @@ def last_mlp_at(language_model: nn.Module, places_M: Tensor, rows: int) -> Itera
         out_TD = out_1MD.new_zeros(shape[0] * shape[1], out_1MD.shape[-1])
         return out_TD.index_copy(0, places_M, out_1MD[0]).view(shape)
 
+    token = _current.set((places_M, rows))
     hooks = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
     try:
         yield True
     finally:
+        _current.reset(token)
         for hook in hooks:
             hook.remove()
 
@@ -68,7 +82,9 @@ def _last_mlp(language_model: Any, rows: int) -> nn.Module | None:
     if not _is_llamas(type(layer).forward, type(getattr(layer, "mlp", layer)).forward):
         return None
     if layer.gradient_checkpointing and layer.training:
-        return None  # its second pass, in the backward pass, would find no hooks
+        again = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(again, "keywords", {}).get("context_fn") is None:
+            return None  # its second pass, in the backward pass, would find no hooks
     if getattr(layer, "_compiled_call_impl", None) is not None:
         return None  # a graph for all layers, and this one would need its own
     gate = getattr(language_model, "lora_gate", None)

@@ -4,7 +4,7 @@ conventions."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from opticnerve.language import segments
+from opticnerve.language import last_layer, segments
 from opticnerve.language.lora import add_lora
 from opticnerve.models.configuration import OpticNerveConfig
 from opticnerve.models.expand import MEDIA_KEYS, repeat_media
@@ -245,11 +245,17 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         seen = {m: t.fusion.seen for m, t in self.towers.items()}
         gate = getattr(self.language_model, "lora_gate", None)
         prompt = Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None)
-        return nullcontext(), self._again(prompt, segments.current())
+        return nullcontext(), self._again(prompt, segments.current(), last_layer.current())
 
     @contextmanager
-    def _again(self, prompt: Prompt, attended: segments.Segments | None) -> Iterator[None]:
-        with self.looking(prompt), segments.within(self.language_model, attended):
+    def _again(
+        self, prompt: Prompt, attended: segments.Segments | None, read: tuple[Tensor, int] | None
+    ) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self.looking(prompt))
+            stack.enter_context(segments.within(self.language_model, attended))
+            if read is not None:
+                stack.enter_context(last_layer.last_mlp_at(self.language_model, *read))
             yield
 
     def forward(
