@@ -44,8 +44,8 @@ def last_mlp_at(language_model: nn.Module, places_M: Tensor, rows: int) -> Itera
     It does where the layer's and the model's code is known to be Llama's. At other positions the hidden states behind
     the last layer lack what its MLP would add: whoever reads these may not be within.
 
-    The backward pass may lie outside, but for gradient checkpointing, which computes forward again: there, its
-    `context_fn` has to enter `last_mlp_at(language_model, *current())`. Without a `context_fn` such layers are left alone.
+    The backward pass may lie outside, but for gradient checkpointing, which computes forward again: there its
+    `context_fn` has to enter `last_mlp_at(language_model, *current())`. Layers without a `context_fn` are left alone.
 
     Args:
         rows: B.

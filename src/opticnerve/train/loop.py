@@ -34,6 +34,7 @@ from opticnerve.train.freeze import Frozen, freeze
 from opticnerve.train.image_use import image_use
 from opticnerve.train.metrics_log import METRICS, MetricsLog
 from opticnerve.train.optim import MasterAdamW, schedule
+from opticnerve.train.parked import make_room
 from opticnerve.train.prepare import (
     checkpoint_layers,
     compiled_layers,
@@ -150,6 +151,8 @@ def _run_stage(
     sharded = sharded_if_asked(accelerator, objective, stage, lambda: calibrate(model, visits.whole()))
     if sharded is not None:
         dock.model, objective, frozen = sharded.model, sharded.objective, sharded.trained(frozen)
+    if stage.cache_features and sharded is None:
+        make_room(model.image.encoder, folder, console)
     optimizer = make_optimizer(frozen, stage, sharded, accelerator.num_processes)
     run = Run(
         dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console, objective, sharded

@@ -1,0 +1,88 @@
+"""Parked weights are the same weights, in nobody's memory, and train as before."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from opticnerve.train import parked
+from opticnerve.train.parked import make_room, park
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="files are mapped and removed on POSIX systems alone")
+
+
+class Eye(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 5), nn.Linear(5, 7).bfloat16(), nn.Linear(7, 2)
+        self.tied = nn.Parameter(self.first.weight.data)
+        self.turned = nn.Parameter(torch.randn(3, 4).t(), requires_grad=False)
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+
+
+def test_the_same_bits_and_nothing_left_in_the_folder(tmp_path: Path) -> None:
+    eye = Eye()
+    before = {n: p.clone() for n, p in eye.named_parameters()}
+    own = {n: p.data_ptr() for n, p in eye.named_parameters()}
+    assert park([eye], tmp_path) >= sum(before[n].nbytes for n in ("first.weight", "second.weight", "second.bias"))
+    assert list(tmp_path.iterdir()) == []
+    for name, p in eye.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.shape == before[name].shape
+        stays = name.startswith("head") or name == "turned"  # it trains; it does not lie in one piece
+        assert (p.data_ptr() == own[name]) == stays, name
+    assert eye.tied.data_ptr() == eye.first.weight.data_ptr()
+
+
+def test_who_trains_them_later_changes_them_alone(tmp_path: Path) -> None:
+    one, other = Eye(), Eye()
+    other.load_state_dict(one.state_dict())
+    park([one], tmp_path)
+    for eye in (one, other):
+        eye.requires_grad_(True)
+        optimizer = torch.optim.SGD(eye.parameters(), lr=0.1)
+        eye.first(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_they_leave_the_memory(tmp_path: Path) -> None:
+    size = 256 << 20
+    eye = nn.Linear(1 << 10, size // 4 >> 10, bias=False).requires_grad_(False)
+    full = psutil.Process().memory_info().rss
+    assert park([eye], tmp_path) == size
+    empty = psutil.Process().memory_info().rss
+    assert full - empty > 0.8 * size
+
+
+def test_nothing_to_park(tmp_path: Path) -> None:
+    assert park([nn.Linear(2, 2)], tmp_path) == 0
+    assert park([], tmp_path) == 0
+    assert park([nn.Linear(2, 2, device="meta").requires_grad_(False)], tmp_path) == 0
+
+
+def test_a_full_disk_leaves_them_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parked.tempfile, "NamedTemporaryFile", full)
+    eye, said = Eye(), []
+    own = [p.data_ptr() for p in eye.parameters()]
+
+    class Console:
+        def print(self, text: str, **_: Any) -> None:
+            said.append(text)
+
+    make_room(eye, tmp_path, Console())
+    assert said == ["the eye's weights stay in memory: No space left on device"]
+    assert [p.data_ptr() for p in eye.parameters()] == own
