@@ -220,12 +220,14 @@ def flops(
     rank: int = LORA["rank"],
     live_eye: bool = True,
     causal: bool = True,
+    last_mlp_everywhere: bool = False,
 ) -> int:
     """The fewest floating-point operations of a training step, a multiply and an add being two.
 
     The language model forward and the gradient of its activations; the gradient of weights for those that train alone;
-    the LM head at supervised positions alone; the eye forward, no further than the layer that is used. Padding, what is
-    computed again (checkpointing, flash attention's backward pass), norms and activations count nothing.
+    the LM head and the last layer's MLP at supervised positions alone; the eye forward, no further than the layer that
+    is used. Padding, what is computed again (checkpointing, flash attention's backward pass), norms and activations
+    count nothing.
 
     Args:
         lengths: tokens of each sample, soft tokens included: whom attention may join.
@@ -233,23 +235,26 @@ def flops(
         trains: beside the connector, LoRA of `rank` on all linear layers, or the whole language model.
         live_eye: False where features come from a cache.
         causal: False counts the whole square of attention, as torch's flop counter does.
+        last_mlp_everywhere: at all positions, as transformers computes it.
     """
     brain, eye = shape.brain, shape.eye
     tokens = sum(lengths)
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     ways = 3 if trains == "full" else 2  # forward, gradient of activations, gradient of weights
 
-    linear = 2 * tokens * sum(i * o for i, o in brain.matrices)
+    def linear(positions: int, matrices: Sequence[tuple[int, int]]) -> int:
+        adapter = 3 * rank * sum(i + o for i, o in matrices) if trains == "lora" else 0
+        return 2 * positions * (ways * sum(i * o for i, o in matrices) + adapter)
+
     attention = 4 * pairs * brain.width  # q·k and p·v; backward, each is two products
-    layer = ways * linear + 3 * attention
-    if trains == "lora":
-        layer += 3 * 2 * tokens * rank * sum(i + o for i, o in brain.matrices)
+    layer = linear(tokens, brain.matrices) + 3 * attention
+    unread = 0 if last_mlp_everywhere else linear(tokens - supervised, brain.matrices[4:])
     head = ways * 2 * supervised * brain.width * brain.vocabulary
 
     soft = images * eye.tokens
     # The first layer's input is frozen: nothing asks for its gradient.
     connector = 2 * soft * (2 * eye.width * brain.width + 3 * brain.width * brain.width)
-    return brain.layers * layer + head + connector + (eye_flops(eye, images) if live_eye else 0)
+    return brain.layers * layer - unread + head + connector + (eye_flops(eye, images) if live_eye else 0)
 
 
 def eye_flops(eye: Eye, images: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from opticnerve.language.last_layer import last_mlp_at
 from opticnerve.language.lora import is_lora
 from opticnerve.models.prompt import Prompt
 from opticnerve.types import Features, OpticNerveError
@@ -105,7 +106,8 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
             # A mask of its own, for deriving one would ask the meta device for values.
             mask = torch.empty(rows, 1, length, length, dtype=dtype)
             positions = torch.empty(rows, length, dtype=torch.long)
-            with model.looking(prompt):
+            places = torch.empty(supervised, dtype=torch.long)
+            with model.looking(prompt), last_mlp_at(language, places, rows):
                 hidden = language.base_model(
                     inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
                 )[0]
