@@ -101,7 +101,7 @@ class _Grouped(torch.autograd.Function):
         ctx.scaling, ctx.causal = scaling, causal
         q, out = _by_key_head(q_NHLD, k), _by_key_head(out_NLHD.transpose(1, 2), k)
         for some, queries, keys in _blocks(segments, heads, length, causal=causal):
-            bias = _bias_of(bias_MLL, some, queries, keys, q.dtype, causal=causal)
+            bias = _bias_of(bias_MLL, some, queries, q.dtype, causal=causal)
             p = _weights(q[some, :, :, queries], k[some, :, keys], bias, scaling)
             out[some, :, :, queries] = (p @ v[some, :, keys]).unflatten(2, (q.shape[2], -1))
         return out_NLHD
@@ -115,7 +115,7 @@ class _Grouped(torch.autograd.Function):
         dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))  # sums over blocks of queries
         for some, queries, keys in _blocks(segments, heads, length, causal=ctx.causal):
             q_some, g_some = q[some, :, :, queries].flatten(2, 3), grad[some, :, :, queries].flatten(2, 3)
-            bias = _bias_of(bias_MLL, some, queries, keys, q.dtype, causal=ctx.causal)
+            bias = _bias_of(bias_MLL, some, queries, q.dtype, causal=ctx.causal)
             p = _weights(q[some, :, :, queries], k[some, :, keys], bias, ctx.scaling)
             dv[some, :, keys] += p.transpose(-1, -2) @ g_some
             dp = g_some @ v[some, :, keys].transpose(-1, -2)
@@ -131,11 +131,16 @@ def _by_key_head(t_NHLD: Tensor, k_NKLD: Tensor) -> Tensor:
 
 
 def _weights(q_NKGQD: Tensor, k_NKLD: Tensor, bias_MQL: Tensor | None, scaling: float) -> Tensor:
-    """(N, K, G · Q, L): how much each of Q queries of each of G heads takes from each of L keys."""
+    """(N, K, G · Q, L): how much each of Q queries of each of G heads takes from each of L keys.
+
+    A bias is that of the last keys, where there are more.
+    """
     segments, key_heads, shared, queries, _ = q_NKGQD.shape
     scores = q_NKGQD.new_empty(segments, key_heads, shared, queries, k_NKLD.shape[2])
     if bias_MQL is not None:
-        scores.copy_(bias_MQL[:, None, None])
+        biased = bias_MQL.shape[-1]
+        scores[..., :-biased] = 0
+        scores[..., -biased:] = bias_MQL[:, None, None]
     # Scaled and added to the bias within the product: no further pass over the scores.
     flat = scores.view(segments * key_heads, shared * queries, -1)
     flat.baddbmm_(
@@ -156,15 +161,14 @@ def _blocks(segments: int, heads: int, length: int, *, causal: bool) -> Iterator
 
 
 def _bias_of(
-    bias_MLL: Tensor | None, some: slice, queries: slice, keys: slice, dtype: torch.dtype, *, causal: bool
+    bias_MLL: Tensor | None, some: slice, queries: slice, dtype: torch.dtype, *, causal: bool
 ) -> Tensor | None:
-    """(M, Q, L) of a block, M one or as many as its segments; None where all see all."""
+    """Of a block, (M, Q, L), M one or as many as its segments; in causal order (1, Q, Q); None where all see all."""
     if bias_MLL is not None:
         return bias_MLL[slice(None) if len(bias_MLL) == 1 else some, queries]
-    return _causal(queries.stop - queries.start, keys.stop, dtype) if causal else None
+    return _triangle(queries.stop - queries.start, dtype) if causal else None
 
 
-@lru_cache(maxsize=128)  # every layer of a step asks for the same
-def _causal(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
-    """(1, Q, L): the bias of the last ones among the positions of the keys, in causal order."""
-    return _bias(torch.ones(1, queries, keys, dtype=torch.bool).tril(keys - queries), dtype)
+@lru_cache(maxsize=32)  # every layer of a step asks for the same
+def _triangle(queries: int, dtype: torch.dtype) -> Tensor:
+    return _bias(torch.ones(1, queries, queries, dtype=torch.bool).tril(), dtype)

@@ -8,13 +8,14 @@ later changes a copy.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from opticnerve import durable
 
 _ALIGNED = 64
 
@@ -43,16 +44,19 @@ def park(modules: Sequence[nn.Module], folder: Path) -> int:
         return 0
     weights = [p for m in modules for p in m.parameters() if not p.requires_grad and _is_here(p)]
     places: dict[tuple[int, int], int] = {}  # address and size → place in the file: tied weights stay tied
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".parked-") as file:
-        for weight in weights:
-            if (weight.data_ptr(), weight.nbytes) not in places:
-                places[weight.data_ptr(), weight.nbytes] = file.seek(-(-file.tell() // _ALIGNED) * _ALIGNED)
-                file.write(weight.detach().view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        size = file.tell()
+    path = durable.partial_of(folder / "parked")
+    try:
+        with path.open("wb") as file:
+            for weight in weights:
+                if (weight.data_ptr(), weight.nbytes) not in places:
+                    places[weight.data_ptr(), weight.nbytes] = file.seek(-(-file.tell() // _ALIGNED) * _ALIGNED)
+                    file.write(weight.detach().view(-1).view(torch.uint8).numpy().data)
+            size = file.tell()
         if not size:
             return 0
-        mapped: Any = torch.UntypedStorage.from_file(file.name, shared=False, nbytes=size)
+        mapped: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    finally:
+        path.unlink(missing_ok=True)
     for weight in weights:
         at = places[weight.data_ptr(), weight.nbytes] // weight.element_size()
         weight.data = torch.empty(0, dtype=weight.dtype).set_(mapped, at, weight.shape, weight.stride())
