@@ -9,14 +9,13 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from side_by_side import machine
+from side_by_side import in_turn, machine
 from torch import Tensor
 
 from opticnerve.language.attention import faster, products
@@ -60,23 +59,19 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     )
     grad = torch.randn_like(q)
     scaling = width**-0.5
+
+    def both(run: Callable[[], Tensor]) -> None:
+        torch.autograd.grad(run(), [q, k, v], grad)
+
     sides: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: products(q, k, v, scaling, causal=shape.causal),
         "torch": lambda: F.scaled_dot_product_attention(
             q, k, v, is_causal=shape.causal, scale=scaling, enable_gqa=shape.heads != shape.key_heads
         ),
     }  # fmt: skip
-    seconds: dict[str, list[float]] = {f"{side}, {part}": [] for side in sides for part in ("forward", "both")}
-    for _ in range(rounds + 1):
-        for side, run in sides.items():
-            with torch.no_grad():
-                started = time.perf_counter()
-                run()
-            seconds[f"{side}, forward"].append(time.perf_counter() - started)
-            started = time.perf_counter()
-            torch.autograd.grad(run(), [q, k, v], grad)
-            seconds[f"{side}, both"].append(time.perf_counter() - started)
-    found = {name: statistics.median(values[1:]) * 1e3 for name, values in seconds.items()}
+    parts = {f"{side}, forward": torch.no_grad()(run) for side, run in sides.items()}
+    parts |= {f"{side}, both": partial(both, run) for side, run in sides.items()}
+    found = {name: seconds * 1e3 for name, seconds in in_turn(parts, rounds).items()}
     with torch.no_grad():
         found["apart"] = float((sides["ours"]() - sides["torch"]()).abs().max())
     return found

@@ -11,15 +11,14 @@ plain products (`train.eye_attention`), stops at the layer that is asked for, an
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import transformers as tf
-from side_by_side import machine
+from side_by_side import in_turn, machine
 from torch import Tensor
 
 from opticnerve.encoders.hf_vision import HFVisionEncoder
@@ -73,7 +72,7 @@ def sides_of(shape: Shape) -> tuple[HFVisionEncoder, dict[str, Callable[[Tensor]
         return theirs(pixels_BCHW, output_hidden_states=True).hidden_states[shape.layer]
 
     def ours(pixels_BCHW: Tensor) -> Tensor:
-        with plain_attention(torch.nn.ModuleList([encoder])):
+        with plain_attention(encoder):
             return encoder(pixels_BCHW).tokens_BND
 
     return encoder, {"transformers": transformers, "ours": ours}
@@ -84,19 +83,19 @@ def measure(shape: Shape, rounds: int) -> dict[str, float]:
     encoder, sides = sides_of(shape)
     side = encoder.image_size
     pixels_BCHW = torch.randn(shape.pictures, 3, side, side, dtype=torch.bfloat16)
-    seconds: dict[str, list[float]] = {f"{name}, {kind}": [] for kind in ("frozen", "open") for name in sides}
+
+    def back(see: Callable[[Tensor], Tensor]) -> None:
+        see(pixels_BCHW).float().square().sum().backward()
+        encoder.zero_grad(set_to_none=True)
+
+    found = {}
     for kind in ("frozen", "open"):
         encoder.requires_grad_(kind == "open")
-        for _ in range(rounds + 1):
-            for name, see in sides.items():
-                started = time.perf_counter()
-                with torch.set_grad_enabled(kind == "open"):
-                    tokens_BND = see(pixels_BCHW)
-                if kind == "open":
-                    tokens_BND.float().square().sum().backward()
-                seconds[f"{name}, {kind}"].append((time.perf_counter() - started) / shape.pictures)
-                encoder.zero_grad(set_to_none=True)
-    found = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+        runs = {
+            f"{name}, {kind}": partial(back, see) if kind == "open" else torch.no_grad()(partial(see, pixels_BCHW))
+            for name, see in sides.items()
+        }
+        found |= {name: seconds / shape.pictures for name, seconds in in_turn(runs, rounds).items()}
     with torch.no_grad():
         one, other = (see(pixels_BCHW).float() for see in sides.values())
     found["apart"] = float((one - other).norm() / one.norm())

@@ -14,6 +14,8 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,17 @@ class Trial:
     @property
     def rate(self) -> float:
         return self.units / self.seconds
+
+
+def in_turn(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, one after the other in every round, in this process; a first round is not counted."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds + 1):
+        for side, run in sides.items():
+            started = time.perf_counter()
+            run()
+            seconds[side].append(time.perf_counter() - started)
+    return {side: statistics.median(values[1:]) for side, values in seconds.items()}
 
 
 def finish(trial: Trial) -> None:

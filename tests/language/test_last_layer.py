@@ -41,6 +41,17 @@ def make(kinds: dict[str, Any], family: str) -> Any:
     return model(config(**SIZES)).eval()
 
 
+def with_lora(**options: Any) -> Any:
+    model = make(KNOWN, "llama").requires_grad_(False)
+    add_lora(model, {"rank": 4, **options})
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn_like(p) * 0.2)
+                p.requires_grad_(True)
+    return model
+
+
 def seen_by_last_mlp(model: Any) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     model.get_decoder().layers[-1].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
@@ -84,26 +95,14 @@ def test_the_same_logits_and_gradients_of_fewer_positions(family: str) -> None:
 
 
 def test_with_lean_layers_and_adapters() -> None:
-    model = make(KNOWN, "llama").requires_grad_(False)
-    add_lora(model, {"rank": 4})
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn_like(p) * 0.2)
-                p.requires_grad_(True)
+    model = with_lora()
     with lean(model):
         check_same(model)
         assert applies(model)
 
 
 def test_an_adapter_that_asks_for_the_row_keeps_all_positions() -> None:
-    model = make(KNOWN, "llama").requires_grad_(False)
-    add_lora(model, {"rank": 4, "when": "media"})
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn_like(p) * 0.2)
-                p.requires_grad_(True)
+    model = with_lora(when="media")
     check_same(model, torch.tensor([True, False, False]))
     with adapter_on(model, torch.tensor([True, False, False])):
         assert not applies(model)

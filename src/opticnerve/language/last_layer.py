@@ -7,18 +7,16 @@ positions only, so may that MLP: of a caption behind a picture these are one in 
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from opticnerve.language.lean import same_code
+from opticnerve.language.lean import same_code, source_of
 
 # Llama's, Qwen2's, Mistral's…: layer after layer, then the norm, and no more.
 _LAYERS_THEN_NORM = re.compile(
@@ -76,10 +74,12 @@ def last_mlp_at(language_model: nn.Module, places_M: Tensor, rows: int) -> Itera
 
 def _last_mlp(language_model: Any, rows: int) -> nn.Module | None:
     decoder = language_model.get_decoder() if hasattr(language_model, "get_decoder") else None
-    if decoder is None or not _ends_with_norm(type(decoder).forward):
+    if decoder is None or not _LAYERS_THEN_NORM.search(source_of(type(decoder).forward)):
         return None
     layer = decoder.layers[decoder.config.num_hidden_layers - 1]
-    if not _is_llamas(type(layer).forward, type(getattr(layer, "mlp", layer)).forward):
+    if not same_code(type(layer).forward, LlamaDecoderLayer.forward):
+        return None
+    if not same_code(type(layer.mlp).forward, LlamaMLP.forward):
         return None
     if layer.gradient_checkpointing and layer.training:
         again = getattr(layer, "_gradient_checkpointing_func", None)
@@ -92,16 +92,3 @@ def _last_mlp(language_model: Any, rows: int) -> nn.Module | None:
         return None  # an adapter asks which row a position is of
     mlp: nn.Module = layer.mlp
     return mlp
-
-
-@cache  # every step asks for the same
-def _is_llamas(layer: Callable[..., Any], mlp: Callable[..., Any]) -> bool:
-    return same_code(layer, LlamaDecoderLayer.forward) and same_code(mlp, LlamaMLP.forward)
-
-
-@cache
-def _ends_with_norm(forward: Callable[..., Any]) -> bool:
-    try:
-        return _LAYERS_THEN_NORM.search(inspect.getsource(forward)) is not None
-    except (OSError, TypeError):  # no source at hand: not known
-        return False

@@ -4,7 +4,7 @@ conventions."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -251,11 +251,8 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
     def _again(
         self, prompt: Prompt, attended: segments.Segments | None, read: tuple[Tensor, int] | None
     ) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(self.looking(prompt))
-            stack.enter_context(segments.within(self.language_model, attended))
-            if read is not None:
-                stack.enter_context(last_layer.last_mlp_at(self.language_model, *read))
+        reading: Any = nullcontext() if read is None else last_layer.last_mlp_at(self.language_model, *read)
+        with self.looking(prompt), segments.within(self.language_model, attended), reading:
             yield
 
     def forward(

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from opticnerve.encoders.base import Encoder
-from opticnerve.language.attention import attend, faster
+from opticnerve.language.attention import attend
 
 NAME = "opticnerve_eyes"
 
@@ -51,7 +51,7 @@ def eye_attention(
     """An attention function by transformers' interface (`AttentionInterface`); returns (B, L, H, D) and no weights."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     all_see_all = attention_mask is None and not causal and query_BHLD.shape[2] == key_BKLD.shape[2]
-    if not all_see_all or dropout or not faster(query_BHLD, all_see_all=True):
+    if not all_see_all or dropout:
         return sdpa_attention_forward(
             module, query_BHLD, key_BKLD, value_BKLD, attention_mask, dropout=dropout, scaling=scaling,
             is_causal=is_causal, **kwargs,
