@@ -89,10 +89,12 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation: who speaks, and the parts in order."""
+    """One turn of a conversation: who speaks, and the parts in order. `learn`: False for an assistant's turn that is
+    read and not learned (`weight: 0` of a record)."""
 
     role: Role
     parts: tuple[Part, ...]
+    learn: bool = True
 
     @property
     def text(self) -> str:

@@ -153,7 +153,8 @@ def _answer_spans(
     conversation: Conversation, text: str, processor: Any, template: str, where: str
 ) -> list[tuple[int, int]]:
     """Character spans of each assistant's words with the end-of-turn token behind them, in the rendered text."""
-    answers = [m.text for m in conversation.messages if m.role == "assistant"]
+    turns = [m for m in conversation.messages if m.role == "assistant"]
+    answers = [m.text for m in turns]
     end = end_of_turn(processor, template)
     marked = render(_mark(conversation), processor, template)
     pieces = _split_at_marks(marked, len(answers))
@@ -164,7 +165,7 @@ def _answer_spans(
         raise DataError(
             "the chat template writes other words around this assistant's turn", where=where, kind="template"
         )
-    for answer, after in zip(answers, pieces[1:], strict=True):
+    for turn, answer, after in zip(turns, answers, pieces[1:], strict=True):
         # Many templates trim what the assistant says; no other change of its words can be learned from.
         for said in dict.fromkeys((answer, answer.strip(), answer.lstrip(), answer.rstrip())):
             if text.startswith(said + after, here):
@@ -176,7 +177,7 @@ def _answer_spans(
             )  # fmt: skip
         stop = here + len(said)
         tail = after[: after.find(end) + len(end)] if after.lstrip().startswith(end) else ""
-        if said or tail:
+        if turn.learn and (said or tail):
             spans.append((here, stop + len(tail)))
         here = stop + len(after)
     return spans
