@@ -43,7 +43,7 @@ CASES = {
     "qwen3": Case(shipped("qwen3"), None, "<|im_end|>", "<|im_end|>"),
     "llama-2": Case(shipped("llama-2"), "<s>", "</s>", " </s>", trims=True),
     "llama-3": Case(shipped("llama-3"), "<|begin_of_text|>", "<|endoftext|>", "<|eot_id|>", trims=True),
-    "mistral-v0.3": Case(shipped("mistral-v0.3"), "<s>", "</s>", "</s>", trims=True),
+    "mistral-v0.3": Case(shipped("mistral-v0.3"), "<s>", "</s>", "</s>", trims=True, system=False),
     "gemma": Case(shipped("gemma"), "<s>", "</s>", "<end_of_turn>", trims=True, system=False),
     "phi-3": Case(shipped("phi-3"), "<s>", "<|endoftext|>", "<|end|>"),
     "vicuna": Case(shipped("vicuna"), "<s>", "</s>", "</s>", trims=True),

@@ -1,21 +1,23 @@
 """From a conversation to tokens and labels: what the model reads, and which tokens it learns.
 
-Labels are character spans of the rendered template, mapped to tokens by the tokenizer's offsets. Nothing is tokenised
-in pieces, so no template, merge rule or special token can shift a label (the bug of re-tokenising and adding lengths).
+What is trained is what is asked: the tokens of an answer's prompt are the first tokens of the sample, and every token
+behind them is learned, up to the one that ends the assistant's turn. A conversation is tokenised as one text; where its
+tokens would not begin with those of a prompt (a line break at the prompt's end and one at the answer's beginning make
+one token), it is cut at the prompt's end, in training as in asking.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from opticnerve.data.audio import open_audio
+from opticnerve.data.chat_layout import ChatForm, Layout, form_of
 from opticnerve.data.images import image_size
-from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError, TextPart
+from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError
 
 IGNORE = -100
-# Characters of Unicode's private use area: no template, no tokenizer and no text means anything by them.
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,36 +46,40 @@ def encode(
     template: str | None = None,
     max_length: int | None = None,
     learn: bool = True,
+    sanitize_control_tokens: bool | None = None,
 ) -> Encoded:
-    """Render, expand pictures into placeholders, tokenise once, and label every assistant turn.
+    """Render, tokenise once, label every assistant turn, and expand pictures into placeholders.
 
     Args:
         processor: an `OpticNerveProcessor` (its tokenizer must be a fast one, for offsets).
         template: a Jinja template instead of the processor's.
         max_length: longest allowed sample, in tokens.
         learn: False for a prompt: nothing is labelled, and the template's generation prompt ends it.
+        sanitize_control_tokens: words such as `<|im_end|>` that people wrote stay words; the processor's own choice
+            by default.
 
     Raises:
-        DataError: nothing to learn from, too long, placeholders and pictures disagree, or a template that rewrites the
-            assistant's words; names the sample.
+        DataError: nothing to learn from, too long, placeholders and pictures disagree, or a template that refuses the
+            conversation, drops words, or asks otherwise than it trains; names the sample.
         OpticNerveError: the template never ends an assistant's turn, or the tokenizer has no offsets.
     """
-    tokenizer = processor.tokenizer
-    if not tokenizer.is_fast:
+    if not processor.tokenizer.is_fast:
         raise OpticNerveError(
-            f"{type(tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)"
+            f"{type(processor.tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)"
         )
-    template = template or processor.chat_template
     where = conversation.where or conversation.id
     _check_placeholders(conversation, processor, where)
-    text = render(conversation, processor, template, generation_prompt=not learn)
-    spans = _answer_spans(conversation, text, processor, template, where) if learn else []
-    blocks = media_blocks(conversation, processor)
-    text, spans = _expand(text, spans, blocks, where)
-    starts_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    out = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not starts_itself, verbose=False)
-    ids, offsets = out["input_ids"], out["offset_mapping"]
-    labels = _label(ids, offsets, spans, text, where)
+    if learn:
+        end_of_turn(processor, template)
+    form = form_of(processor, template)
+    layout = form.lay_out(conversation, cue=not learn)
+    if sanitize_control_tokens is None:
+        sanitize_control_tokens = processor.sanitize_control_tokens
+    written = form.control_words(layout) if sanitize_control_tokens else []
+    ids, labels = _tokenise(layout, {start + 1 for start, _ in written}, form, where)
+    if not learn:
+        labels = [IGNORE] * len(ids)
+    ids, labels, media_end = _expand(ids, labels, media_blocks(conversation, processor), processor, where)
     if max_length is not None and len(ids) > max_length:
         raise DataError(
             f"{len(ids)} tokens are more than max_length {max_length}", where=where, kind="too-long",
@@ -81,15 +87,6 @@ def encode(
         )  # fmt: skip
     if learn and all(label == IGNORE for label in labels):
         raise DataError("nothing to learn from: no token is an assistant's", where=where, kind="no-assistant-turn")
-    media_end = 0
-    for token, number in _placeholder_ids(processor).items():
-        wanted, found = sum(blocks.get(token, ())), ids.count(number)
-        if wanted != found:
-            raise DataError(
-                f"{len(blocks.get(token, ()))} {token} make {wanted} placeholders, the tokens hold {found}",
-                where=where, kind="placeholder-without-image",
-            )  # fmt: skip
-        media_end = max(media_end, len(ids) - ids[::-1].index(number) if found else 0)
     questions = picture_questions(conversation) if processor.reads_questions else []
     return Encoded(ids, labels, conversation.images, conversation.id, where, media_end, conversation.audios, questions)
 
@@ -123,18 +120,24 @@ def picture_questions(conversation: Conversation) -> list[str]:
     return [m.text.strip() for m in conversation.messages for p in m.parts if isinstance(p, ImagePart)]
 
 
+def end_of_turn(processor: Any, template: str | None = None) -> str:
+    """The special token that a template writes after an assistant's words (`<|im_end|>`, `</s>`, `<end_of_turn>`).
+
+    Raises:
+        OpticNerveError: there is none, so that a trained model would never stop.
+    """
+    form = form_of(processor, template)
+    if form.end is None:
+        raise OpticNerveError(
+            f"the chat template ends an assistant's turn with {form.after_last_answer()[:20]!r}, which starts with no "
+            "special token: a model trained so would never stop. Write {{ eos_token }} after the assistant's content"
+        )
+    return form.end
+
+
 def _placeholder_ids(processor: Any) -> dict[str, int]:
     pairs = ((processor.image_token, processor.image_token_id), (processor.audio_token, processor.audio_token_id))
     return {token: number for token, number in pairs if token is not None}
-
-
-def render(conversation: Conversation, processor: Any, template: str, *, generation_prompt: bool = False) -> str:
-    """A conversation as the template writes it, a placeholder word where a picture stands."""
-    chat = [
-        {"role": m["role"], "content": [p if p["type"] == "text" else {"type": p["type"]} for p in m["content"]]}
-        for m in conversation.to_chat()
-    ]
-    return str(processor.apply_chat_template(chat, chat_template=template, add_generation_prompt=generation_prompt))
 
 
 def _check_placeholders(conversation: Conversation, processor: Any, where: str) -> None:
@@ -149,127 +152,75 @@ def _check_placeholders(conversation: Conversation, processor: Any, where: str) 
                 )  # fmt: skip
 
 
-def _answer_spans(
-    conversation: Conversation, text: str, processor: Any, template: str, where: str
-) -> list[tuple[int, int]]:
-    """Character spans of each assistant's words with the end-of-turn token behind them, in the rendered text."""
-    turns = [m for m in conversation.messages if m.role == "assistant"]
-    answers = [m.text for m in turns]
-    end = end_of_turn(processor, template)
-    marked = render(_mark(conversation), processor, template)
-    pieces = _split_at_marks(marked, len(answers))
-    if pieces is None:
-        raise DataError("the chat template drops an assistant turn", where=where, kind="template")
-    spans, here = [], len(pieces[0])
-    if not text.startswith(pieces[0]):
-        raise DataError(
-            "the chat template writes other words around this assistant's turn", where=where, kind="template"
-        )
-    for turn, answer, after in zip(turns, answers, pieces[1:], strict=True):
-        # Many templates trim what the assistant says; no other change of its words can be learned from.
-        for said in dict.fromkeys((answer, answer.strip(), answer.lstrip(), answer.rstrip())):
-            if text.startswith(said + after, here):
+def _tokenise(layout: Layout, cuts: set[int], form: ChatForm, where: str) -> tuple[list[int], list[int]]:
+    """Token ids of a rendered text, and their labels."""
+    text = layout.text
+    ids, offsets = _tokens(text, cuts, form)
+    begins: list[int] = []
+    for answer in layout.answers:
+        prompt, _ = _tokens(text[: answer.start], cuts, form)
+        if ids[: len(prompt)] != prompt:
+            cuts.add(answer.start)
+            ids, offsets = _tokens(text, cuts, form)
+        begins.append(len(prompt))
+    labels = [IGNORE] * len(ids)
+    for answer, begin in zip(layout.answers, begins, strict=True):
+        if not answer.learn:
+            continue
+        for i in range(begin, len(ids)):
+            start, stop = offsets[i]
+            # Tokenizers that trim their offsets leave a token of white space without width, at its end.
+            if start > answer.stop or (start == answer.stop < stop):
                 break
-        else:
-            raise DataError(
-                "the chat template rewrites the assistant's words", where=where, kind="template",
-                remedy="give model.language.chat_template one that keeps them",
-            )  # fmt: skip
-        stop = here + len(said)
-        tail = after[: after.find(end) + len(end)] if after.lstrip().startswith(end) else ""
-        if turn.learn and (said or tail):
-            spans.append((here, stop + len(tail)))
-        here = stop + len(after)
-    return spans
+            if outside := text[answer.stop : stop].strip():
+                raise DataError(
+                    f"the tokenizer joins {outside!r} of the template to the assistant's words in one token",
+                    where=where, kind="template", remedy="end the template's turns with a special token",
+                )  # fmt: skip
+            labels[i] = ids[i]
+            if start < stop and stop >= answer.stop:
+                break
+    return ids, labels
 
 
-def _mark(conversation: Conversation) -> Conversation:
-    """The same conversation with a mark in place of each assistant's words."""
-    messages, count = [], 0
-    for message in conversation.messages:
-        if message.role == "assistant":
-            message = type(message)("assistant", (TextPart(f"{_OPEN}{count}{_CLOSE}"),))
-            count += 1
-        messages.append(message)
-    return Conversation(tuple(messages), conversation.id, conversation.where)
-
-
-def _split_at_marks(marked: str, count: int) -> list[str] | None:
-    pieces = []
-    for k in range(count):
-        before, found, marked = marked.partition(f"{_OPEN}{k}{_CLOSE}")
-        if not found:
-            return None
-        pieces.append(before)
-    return [*pieces, marked]
-
-
-def end_of_turn(processor: Any, template: str) -> str:
-    """The special token that a template writes after an assistant's words (`<|im_end|>`, `</s>`, `<end_of_turn>`).
-
-    Raises:
-        OpticNerveError: there is none, so that a trained model would never stop.
-    """
-    # The last turn alone: in between, the first special token might belong to the next speaker.
-    from opticnerve.types import ask
-
-    probe = render(_mark(ask("q", answer="a")), processor, template)
-    after = probe.partition(_CLOSE)[2].lstrip()
-    tokenizer = processor.tokenizer
-    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
-    found = [s for s in special if after.startswith(s)]
-    if not found:
-        raise OpticNerveError(
-            f"the chat template ends an assistant's turn with {after[:20]!r}, which starts with no special token: "
-            f"a model trained so would never stop. Write {{{{ eos_token }}}} after the assistant's content"
-        )
-    return max(found, key=len)
+def _tokens(text: str, cuts: set[int], form: ChatForm) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text and their offsets; no token crosses a cut."""
+    tokenizer = form.tokenizer
+    bos = tokenizer.bos_token
+    ids = [] if bos is not None and text.startswith(bos) else list(form.beginning)
+    offsets = [(0, 0)] * len(ids)
+    for start, stop in pairwise([0, *sorted(c for c in cuts if 0 < c < len(text)), len(text)]):
+        # Behind a special token a tokenizer goes on within a text: it writes no first space.
+        mark = form.separator if start else ""
+        out = tokenizer(
+            mark + text[start:stop], return_offsets_mapping=True, add_special_tokens=False, verbose=False
+        )  # fmt: skip
+        skip, shift = bool(mark), start - len(mark)
+        ids += out["input_ids"][skip:]
+        offsets += [(a + shift, b + shift) for a, b in out["offset_mapping"][skip:]]
+    return ids, offsets
 
 
 def _expand(
-    text: str, spans: list[tuple[int, int]], blocks: dict[str, list[int]], where: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """Each placeholder word becomes as many of it as its picture takes; spans behind it move along."""
-    for token, counts in blocks.items():
-        pieces = text.split(token)
-        if len(pieces) != len(counts) + 1:
+    ids: list[int], labels: list[int], blocks: dict[str, list[int]], processor: Any, where: str
+) -> tuple[list[int], list[int], int]:
+    """Each placeholder becomes as many of it as its picture takes; and where the last one ends."""
+    wanted = {number: iter(blocks.get(token, ())) for token, number in _placeholder_ids(processor).items()}
+    for token, number in _placeholder_ids(processor).items():
+        if ids.count(number) != len(blocks.get(token, ())):
             raise DataError(
-                f"{len(counts)} {token} in the sample, {len(pieces) - 1} in the rendered chat template", where=where,
-                kind="template",
+                f"{len(blocks.get(token, ()))} {token} in the sample, {ids.count(number)} in the rendered chat template",
+                where=where, kind="template",
             )  # fmt: skip
-        starts, at = [], 0
-        for piece in pieces[:-1]:
-            starts.append(at + len(piece))
-            at = starts[-1] + len(token)
-        grows = [(start, (count - 1) * len(token)) for start, count in zip(starts, counts, strict=True)]
-        spans = [tuple(x + sum(g for s, g in grows if s < x) for x in span) for span in spans]  # type: ignore[misc]
-        text = "".join(p + token * n for p, n in zip(pieces, [*counts, 0], strict=True))
-    return text, spans
-
-
-def _label(
-    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], text: str, where: str
-) -> list[int]:
-    labels = [IGNORE] * len(ids)
-    k = 0
-    for i, (start, stop) in enumerate(offsets):
-        while k < len(spans) and (spans[k][1] < start or spans[k][1] == start < stop):
-            k += 1
-        if k == len(spans):
-            break
-        a, b = spans[k]
-        if start == stop:
-            # Tokenizers that trim their offsets leave a token of white space without width, at its end.
-            labels[i] = ids[i] if a < start else IGNORE
-            continue
-        inside, outside = text[max(a, start) : min(b, stop)], text[start:a] + text[b:stop]
-        # Some special tokens take the white space behind them along: what is left of the words begins after it.
-        if stop <= a or (outside.strip() and not inside.strip()):
-            continue
-        if outside.strip():
-            raise DataError(
-                f"the tokenizer joins {outside!r} of the template to the assistant's words in one token", where=where,
-                kind="template",
-            )  # fmt: skip
-        labels[i] = ids[i]
-    return labels
+    if not blocks:
+        return ids, labels, 0
+    out_ids: list[int] = []
+    out_labels: list[int] = []
+    media_end = 0
+    for number, label in zip(ids, labels, strict=True):
+        count = next(wanted[number]) if number in wanted else 1
+        out_ids += [number] * count
+        out_labels += [label if number not in wanted else IGNORE] * count
+        if number in wanted:
+            media_end = len(out_ids)
+    return out_ids, out_labels, media_end

@@ -8,8 +8,15 @@ so a text-only prompt renders to the same letters as before, in every library th
 
 from __future__ import annotations
 
+import datetime
+import re
 from pathlib import Path
+from typing import Any
 
+from jinja2 import TemplateError
+
+from opticnerve.language import thinking as think
+from opticnerve.language.thinking import Thinking
 from opticnerve.types import OpticNerveError
 
 IMAGE_TOKEN = "<image>"
@@ -96,3 +103,98 @@ def read_template(text: str) -> str:
     if not Path(text).is_file():
         raise OpticNerveError(f"chat_template {text!r} is no file, no Jinja, and none of {', '.join(NAMED)}")
     return Path(text).read_text(encoding="utf-8")
+
+
+def set_template(tokenizer: Any, text: str) -> None:
+    """Give a tokenizer a chat template instead of its own: by name, as it stands, or from a file."""
+    template = read_template(text)
+    tokenizer.chat_template = begun(template, tokenizer) if text in NAMED else template
+
+
+def caption_template(tokenizer: Any) -> str:
+    """LLaVA's alignment form for a language model: a picture and its caption."""
+    return with_parts(begun(CAPTION_ONLY, tokenizer))
+
+
+def begun(template: str, tokenizer: Any) -> str:
+    """A template that writes no beginning of text, with one where the language model wants it and its tokenizer adds
+    none (DeepSeek-V3's): its own template then writes it."""
+    bos = tokenizer.bos_token_id
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    wanted = getattr(tokenizer, "add_bos_token", False) or "bos_token" in own
+    if bos is None or not wanted or tokenizer("a")["input_ids"][:1] == [bos]:
+        return template
+    return "{{ bos_token }}" + template
+
+
+def settled(tokenizer: Any, *, thinking: Thinking | None, date: datetime.date) -> str:
+    """The template of a docked model: the tokenizer's own, with parts, its clock stopped at a day, and a generation
+    prompt behind which answers are learned as they stand.
+
+    What a template always writes between its prompt and an answer goes into the prompt: gpt-oss's channel header,
+    Qwen3's empty think block (unless think blocks are kept). White space does not, for it joins the first word.
+
+    Raises:
+        OpticNerveError: the template is no Jinja, or writes a date in a form that is not told in it.
+    """
+    body = stopped_clock(tokenizer.chat_template or PLAIN_CHAT, date)
+    if body.startswith(_MARK):
+        return body
+
+    def render(roles: str, cue: bool = False, template: str = body) -> str:
+        chat = [{"role": {"u": "user", "a": "assistant"}[r], "content": "\ue0f0"} for r in roles]
+        made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=cue)
+        return str(made)
+
+    try:
+        asked, whole, twice = render("u", True), render("ua"), render("uaua")
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return with_parts(body)  # whatever it is that this template refuses, each conversation is told so
+    gap = whole[len(asked) :].partition("\ue0f0")[0].rstrip(" \t") if whole.startswith(asked) else ""
+    opened = think.opened(asked)
+    if opened and thinking == "strip":
+        return with_parts(_cue_without(body, opened))
+    if think.CLOSE in gap:
+        wanted = thinking != "keep" and (thinking == "empty" or not opened)
+    else:
+        wanted = bool(gap.strip()) and twice.startswith(asked + gap)
+        if thinking == "empty" and not think.closed(asked):
+            gap, wanted = (think.EMPTY.removeprefix(opened) if opened else think.EMPTY), True
+    if not wanted:
+        return with_parts(body)
+    # Qwen3 and its kin have a name for it, which whoever asks may give another value.
+    named = "{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif %}{{ '' }}" + body
+    return with_parts(named if render("u", True, named) == asked + gap else _cue_with(body, gap))
+
+
+_CLOCK = re.compile(r"strftime_now\(\s*(?:'([^']*)'|\"([^\"]*)\")\s*\)")
+
+
+def stopped_clock(template: str, date: datetime.date) -> str:
+    """A template that writes today's date, with this day in its place: a run asks as it was trained, whenever.
+
+    Raises:
+        OpticNerveError: it writes the date in a form that it computes.
+    """
+    made = _CLOCK.sub(lambda m: repr(date.strftime(m[1] if m[1] is not None else m[2])), template)
+    if re.search(r"strftime_now\s*\(", made):
+        raise OpticNerveError(
+            "the chat template writes today's date in a form that is not told in it (strftime_now of something that is "
+            "no text); write the date into the template, and give that as model.language.chat_template"
+        )
+    return made
+
+
+def _cue_with(body: str, suffix: str) -> str:
+    """The template with something behind its generation prompt."""
+    # Jinja leaves out a template's last line break, as long as it is the last.
+    return body.removesuffix("\n") + f"{{{{ {suffix!r} if add_generation_prompt else '' }}}}"
+
+
+def _cue_without(body: str, end: str) -> str:
+    """The template without the end of its generation prompt."""
+    return (
+        "{% set opticnerve_text %}{{ '' }}" + body.removesuffix("\n") + "{{ '' }}{% endset %}"
+        f"{{{{ opticnerve_text[:-{len(end)}] if add_generation_prompt and opticnerve_text.endswith({end!r}) "
+        "else opticnerve_text }}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, with_parts
+from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
+from opticnerve.language.thinking import Thinking
 from opticnerve.models.tiling import TilingSpec
 from opticnerve.types import OpticNerveError
 
@@ -41,6 +43,10 @@ class OpticNerveProcessor(ProcessorMixin):
         tiling: a `TilingSpec` as a dict, where the number of placeholders depends on a picture's size.
         qformer_words: what the `qformer_tokenizer` is for: "questions" beside each picture (InstructBLIP), or
             "captions" in BLIP-2's first stage alone; None where there is none.
+        thinking: what becomes of think blocks, in training and in asking; see `opticnerve.language.thinking`.
+        sanitize_control_tokens: whether words that spell a special token (`<|im_end|>`) stay words when conversations
+            are encoded, as `apply_chat_template(sanitize_control_tokens=True)` of transformers has it.
+        date: the day that a template with today's date writes (ISO 8601); today by default.
         chat_template: Jinja; the tokenizer's own, made to take pictures and sound, by default.
     """
 
@@ -59,10 +65,16 @@ class OpticNerveProcessor(ProcessorMixin):
         audio_token: str = AUDIO_TOKEN,
         tiling: dict[str, Any] | None = None,
         qformer_words: Literal["questions", "captions"] | None = None,
+        thinking: Thinking | None = None,
+        sanitize_control_tokens: bool = False,
+        date: str | None = None,
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
         assert tokenizer is not None
+        self.thinking = thinking
+        self.sanitize_control_tokens = sanitize_control_tokens
+        self.date = date or datetime.date.today().isoformat()
         self.num_image_tokens = num_image_tokens if image_processor is not None else None
         self.num_audio_tokens = num_audio_tokens if feature_extractor is not None else None
         self.image_token = image_token if self.num_image_tokens else None
@@ -79,7 +91,7 @@ class OpticNerveProcessor(ProcessorMixin):
         for name, part in parts.items():
             if part is None:
                 setattr(self, name, None)
-        template = chat_template or with_parts(tokenizer.chat_template)
+        template = chat_template or settled(tokenizer, thinking=thinking, date=datetime.date.fromisoformat(self.date))
         super().__init__(**{k: v for k, v in parts.items() if v is not None}, chat_template=template)
 
     @classmethod

@@ -1,0 +1,376 @@
+"""A conversation as its chat template writes it, and where in that text every turn stands.
+
+A template is rendered once for each shape of conversation (roles, pictures, how many turns) with marks in place of the
+words. That skeleton says what the template writes around the words, where the generation prompt of each assistant's
+turn ends, and whether that prompt is the beginning of what training reads. A conversation's own text is then the
+skeleton with its words in the places of the marks, or it is refused: no word is dropped, moved or rewritten unnoticed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from jinja2 import TemplateError
+
+from opticnerve.language import thinking
+from opticnerve.language.chat_template import CAPTION_ONLY
+from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, Message, TextPart
+
+# Characters of Unicode's private use area: no template, no tokenizer and no text means anything by them.
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_MOST_SHAPES = 1024
+# What Jinja raises, and what Python raises from within a template's expressions.
+_RENDERING = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+OTHER_TEMPLATE = "give model.language.chat_template one that keeps them"
+FOLD = "write `repair: [fold-system]` beside the data's path, or give model.language.chat_template one that takes them"
+THINKING = "set model.language.thinking to strip, keep or empty, or give model.language.chat_template another template"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An assistant's turn in a rendered text: `start` is where its generation prompt ends, `stop` where its end of
+    turn ends."""
+
+    start: int
+    stop: int
+    learn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A rendered conversation. `words`: the spans of what people wrote, as opposed to the template."""
+
+    text: str
+    answers: list[Answer]
+    words: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """`pieces`: what the template writes before each mark; `order`: the marks as they come; `tail`: what stands behind
+    the last one. By assistant's turn: `gaps`, what stands between its generation prompt and its first mark; `ends`, how
+    many letters behind its last mark are learned."""
+
+    pieces: list[str]
+    order: list[int]
+    tail: str
+    gaps: dict[int, str] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+
+    def behind(self, mark: int) -> str:
+        """What the template writes behind a mark, up to the next one."""
+        return [*self.pieces, self.tail][self.order.index(mark) + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A message of a skeleton: its `content`, as (type, text with marks), and the numbers of its marks."""
+
+    role: str
+    content: tuple[tuple[str, str], ...]
+    marks: tuple[int, ...]
+
+    @property
+    def said(self) -> str:
+        return "".join(text for _, text in self.content)
+
+    def chat(self) -> dict[str, Any]:
+        """As templates take it."""
+        parts = [{"type": kind, "text": text} if kind == "text" else {"type": kind} for kind, text in self.content]
+        return {"role": self.role, "content": parts}
+
+
+class ChatForm:
+    """What a chat template makes of conversations. Get one with `form_of`.
+
+    Args:
+        processor: of a docked model. template: Jinja.
+    """
+
+    def __init__(self, processor: Any, template: str) -> None:
+        self.processor, self.template = processor, template
+        self.thinking = getattr(processor, "thinking", None)
+        self.captions = CAPTION_ONLY in template
+        self.tokenizer = processor.tokenizer
+        added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        special = {*map(str, added), *self.tokenizer.all_special_tokens}
+        self.special = sorted(special, key=len, reverse=True)
+        self._spelled = re.compile("(?=(" + "|".join(map(re.escape, self.special)) + "))")
+        # A special token that takes nothing of the text beside it along, to cut texts with.
+        plain = (str(t) for t in added if not (t.lstrip or t.rstrip or t.single_word or t.normalized))
+        self.separator = next(plain, "")
+        self.beginning = _beginning(self.tokenizer)
+        self._skeletons: dict[tuple[tuple[_Turn, ...], bool], _Skeleton | DataError] = {}
+
+    def lay_out(self, conversation: Conversation, *, cue: bool) -> Layout:
+        """Render a conversation (`cue`: with the generation prompt behind it) and find every turn in it.
+
+        Raises:
+            DataError: of kind "template": the template refuses the conversation, or drops, moves or rewrites words, or
+                asks for an answer by another prompt than the one that stands before it in training.
+        """
+        where = conversation.where or conversation.id
+        messages = conversation.messages
+        if self.thinking == "strip":
+            messages = tuple(_without_thinking(m) for m in messages)
+        turns, words = _marked(messages)
+        try:
+            try:
+                return self._fit(self._skeleton(turns, cue), turns, words, messages, cue)
+            except DataError:
+                # A template may look into the words (`{% if 'x' in content %}`): the assistants' alone are marks then.
+                turns, words = _marked(messages, ("assistant",))
+                if len(words) == len(messages):
+                    raise
+                return self._fit(self._new_skeleton(turns, cue), turns, words, messages, cue)
+        except DataError as e:
+            raise DataError(e.problem, where=where, remedy=e.remedy, kind="template") from None
+
+    # -- skeletons ------------------------------------------------------------------------------------------------
+
+    def _skeleton(self, turns: Sequence[_Turn], cue: bool) -> _Skeleton:
+        key = (tuple(turns), cue)
+        if key not in self._skeletons:
+            if len(self._skeletons) >= _MOST_SHAPES:
+                self._skeletons.clear()
+            try:
+                self._skeletons[key] = self._new_skeleton(turns, cue)
+            except DataError as e:
+                self._skeletons[key] = e
+        found = self._skeletons[key]
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def _new_skeleton(self, turns: Sequence[_Turn], cue: bool) -> _Skeleton:
+        whole = self._whole([t.chat() for t in turns], cue, turns[-1].said if turns else "")
+        pieces, order, starts, at = [], [], {}, 0
+        for match in _MARK.finditer(whole):
+            pieces.append(whole[at : match.start()])
+            order.append(int(match[1]))
+            starts.setdefault(int(match[1]), match.start())
+            at = match.end()
+        made = _Skeleton(pieces, order, whole[at:])
+        for turn in turns:
+            self._check_marks(turn, order)
+        users = (m for t in turns if t.role == "user" for m in t.marks[-1:] if m in order)
+        closing = {self._special_at(made.behind(m)) for m in users}
+        closing |= {self.end, self.tokenizer.eos_token}
+        for k, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            asked = self._render([t.chat() for t in turns[:k]], True)
+            if k < len(turns) - 1 and not whole.startswith(asked):
+                # Earlier answers stand without the empty think block that the last one is asked with (Qwen3).
+                asked = thinking.without_empty(asked)
+            if not whole.startswith(asked):
+                raise _other_prompt(asked, whole)
+            made.gaps[k] = whole[len(asked) : starts[turn.marks[0]]]
+            after = made.behind(turn.marks[-1])
+            end = self._special_at(after)
+            # In between, a special token might begin the next speaker's turn: one that ends users' turns does not.
+            ends = end is not None and (k == len(turns) - 1 or end in closing)
+            made.ends[k] = after.index(end) + len(end) if end is not None and ends else 0
+        return made
+
+    def _whole(self, chat: list[dict[str, Any]], cue: bool, said: str) -> str:
+        """The rendered conversation. Where the generation prompt opens or closes a think block that the template never
+        writes before an answer, the last answer stands behind that prompt, if `thinking` asks for it."""
+        whole = self._render(chat, cue)
+        if cue or not chat or chat[-1]["role"] != "assistant" or self.thinking not in ("keep", "empty"):
+            return whole
+        asked = self._render(chat[:-1], True)
+        behind = thinking.behind_cue(said, asked, self.thinking)
+        if whole.startswith(asked) or behind is None:
+            return whole
+        ended = self._render([*chat[:-1], {"role": "assistant", "content": [_part(_mark(0))]}], False)
+        return asked + behind + ended[ended.index(_mark(0)) + len(_mark(0)) :]
+
+    def _check_marks(self, turn: _Turn, order: Sequence[int]) -> None:
+        missing = [m for m in turn.marks if m not in order]
+        if turn.role == "assistant":
+            if missing and len(missing) < len(turn.marks):
+                raise DataError("the chat template drops what an assistant thinks", remedy=THINKING)
+            if missing:
+                raise DataError("the chat template drops an assistant turn", remedy=OTHER_TEMPLATE)
+            if any(order.count(m) > 1 for m in turn.marks):
+                raise DataError("the chat template writes an assistant turn twice", remedy=OTHER_TEMPLATE)
+        elif missing and not self.captions:
+            remedy = FOLD if turn.role == "system" else OTHER_TEMPLATE
+            raise DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy)
+
+    def _special_at(self, text: str) -> str | None:
+        text = text.lstrip()
+        return next((s for s in self.special if text.startswith(s)), None)
+
+    def after_last_answer(self) -> str:
+        """What the template writes behind the last words of an assistant."""
+        chat = [_Turn("user", (("text", "q"),), ()), _Turn("assistant", (("text", _mark(0)),), (0,))]
+        return self._render([t.chat() for t in chat], False).partition(_mark(0))[2]
+
+    @cached_property
+    def end(self) -> str | None:
+        """The special token that ends a conversation's last turn (`<|im_end|>`, `</s>`); None where there is none."""
+        return self._special_at(self.after_last_answer())
+
+    def ends_of_turns(self) -> set[str]:
+        """All special tokens that end an assistant's turn, last or not: gpt-oss has two."""
+        turns, _ = _marked([Message(role, (TextPart("x"),)) for role in ("user", "assistant", "user", "assistant")])
+        try:
+            made = self._skeleton(turns, False)
+        except DataError:  # this template has no second turn
+            return {self.end} - {None}
+        return {self._special_at(made.behind(turns[k].marks[-1])) for k, length in made.ends.items() if length} - {None}
+
+    def control_words(self, layout: Layout) -> list[tuple[int, int]]:
+        """Where people's words spell a special token of the tokenizer (`<|im_end|>`)."""
+        found = (m.span(1) for a, b in layout.words for m in self._spelled.finditer(layout.text, a, b))
+        ends = [b for _, b in layout.words]
+        return [(a, b) for a, b in found if any(a < end and b <= end for end in ends)] if self.special else []
+
+    # -- texts ----------------------------------------------------------------------------------------------------
+
+    def _fit(
+        self, skeleton: _Skeleton, turns: Sequence[_Turn], words: Sequence[str], messages: Sequence[Message], cue: bool
+    ) -> Layout:
+        """The words of a conversation in the places of a skeleton's marks."""
+        text = self._whole([_plain(m) for m in messages], cue, messages[-1].text if messages else "")
+        first, *following = [*skeleton.pieces, skeleton.tail]
+        if not text.startswith(first):
+            raise DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
+        at, spans = len(first), []
+        places: dict[int, tuple[int, int]] = {}
+        speaker = {m: t.role for t in turns for m in t.marks}
+        for mark, after in zip(skeleton.order, following, strict=True):
+            said = words[mark]
+            # Many templates trim what people say; no other change of their words goes unnoticed.
+            for form in dict.fromkeys((said, said.strip(), said.lstrip(), said.rstrip())):
+                if text.startswith(form + after, at):
+                    break
+            else:
+                raise DataError(f"the chat template rewrites the {speaker[mark]}'s words", remedy=OTHER_TEMPLATE)
+            places.setdefault(mark, (at, at + len(form)))
+            spans.append((at, at + len(form)))
+            at += len(form) + len(after)
+        if at != len(text):
+            raise DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
+        for message, turn in zip(messages, turns, strict=True):
+            if not turn.marks and not self.captions and message.text.strip() not in text:
+                remedy = FOLD if turn.role == "system" else OTHER_TEMPLATE
+                raise DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy)
+        answers = [
+            Answer(
+                places[turns[k].marks[0]][0] - len(gap),
+                places[turns[k].marks[-1]][1] + skeleton.ends[k],
+                messages[k].learn,
+            )
+            for k, gap in skeleton.gaps.items()
+        ]
+        return Layout(text, answers, spans)
+
+    def _render(self, chat: list[dict[str, Any]], cue: bool) -> str:
+        try:
+            return str(
+                self.processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue)
+            )
+        except _RENDERING as e:
+            system = any(m["role"] == "system" for m in chat)
+            raise DataError(
+                f"the chat template refuses this conversation: {' '.join(str(e).split()) or type(e).__name__}",
+                remedy=FOLD if system else OTHER_TEMPLATE, kind="template",
+            ) from None  # fmt: skip
+
+
+_FORMS: WeakKeyDictionary[Any, dict[tuple[str, str | None], ChatForm]] = WeakKeyDictionary()
+
+
+def form_of(processor: Any, template: str | None = None) -> ChatForm:
+    """The form of a processor's own template, or of another; made once for each."""
+    template = template or processor.chat_template
+    forms = _FORMS.setdefault(processor, {})
+    key = (template, processor.thinking)
+    if key not in forms:
+        forms[key] = ChatForm(processor, template)
+    return forms[key]
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """What a tokenizer writes before a text."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return list(whole[:at])
+
+
+def _mark(number: int) -> str:
+    return f"{_OPEN}{number}{_CLOSE}"
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as templates take it, its media without their contents."""
+    content = [_part(p.text) if isinstance(p, TextPart) else {"type": _kind(p)} for p in message.parts]
+    return {"role": message.role, "content": content}
+
+
+def _kind(part: ImagePart | AudioPart) -> str:
+    return "image" if isinstance(part, ImagePart) else "audio"
+
+
+def _marked(
+    messages: Sequence[Message], roles: Sequence[str] = ("system", "user", "assistant")
+) -> tuple[list[_Turn], list[str]]:
+    """The messages with marks for the words of these roles, and the words. Words that are white space alone are left
+    as they are, for templates ask whether there are any; an assistant's are marked all the same."""
+    turns, words = [], []
+    for message in messages:
+        content, marks = [], []
+
+        def mark(text: str, marks: list[int] = marks) -> str:
+            marks.append(len(words))
+            words.append(text)
+            return _mark(marks[-1])
+
+        parts = message.parts
+        if message.role == "assistant":
+            parts = parts or (TextPart(""),)
+        for part in parts:
+            if not isinstance(part, TextPart):
+                content.append((_kind(part), ""))
+            elif message.role not in roles or (message.role != "assistant" and not part.text.strip()):
+                content.append(("text", part.text))
+            elif message.role == "assistant" and (thought := thinking.BLOCK.match(part.text)):
+                before, inside, behind = thought.groups()
+                block = before + (mark(inside) if inside else "") + behind
+                content.append(("text", block + mark(part.text[thought.end() :])))
+            else:
+                content.append(("text", mark(part.text)))
+        turns.append(_Turn(message.role, tuple(content), tuple(marks)))
+    return turns, words
+
+
+def _without_thinking(message: Message) -> Message:
+    if message.role != "assistant":
+        return message
+    parts = tuple(TextPart(thinking.without(p.text)) if isinstance(p, TextPart) else p for p in message.parts)
+    return replace(message, parts=parts)
+
+
+def _other_prompt(asked: str, whole: str) -> DataError:
+    common = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole)))
+    start = max(0, common - 20)
+    said, written = (_MARK.sub("…", t[start : common + 30]) for t in (asked, whole))
+    return DataError(
+        f"the chat template asks for an answer with {said!r}, and in training {written!r} stands there: what is trained "
+        "would not be what is asked",
+        remedy=THINKING if thinking.OPEN in asked[start:] else OTHER_TEMPLATE, kind="template",
+    )  # fmt: skip
