@@ -6,7 +6,6 @@ of the same kind, to which the special tokens that the template writes are added
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +76,24 @@ FAMILIES = {
     "internlm2": Family(
         "llama2", "gguf:internlm2:1.8b", _IM, "<s>", add=_CHATML, stands_for="InternLM 2's SentencePiece model"
     ),
+    # -- SentencePiece, Mistral's ---------------------------------------------------------------------------------
+    "mistral-v0.1": Family("mistral-v1", "gguf:mistral:7b-instruct-fp16", ("</s>",), "<s>", system="refused"),
+    "mixtral": Family("mistral-v1", "gguf:mixtral:8x7b", ("</s>",), "<s>"),
+    "zephyr": Family("mistral-v1", "file:zephyr", ("</s>",), "<s>"),
+    "openchat": Family(
+        "mistral-v1", "gguf:openchat:7b", ("<|end_of_turn|>",), "<s>", add=("<|end_of_turn|>",), eos="<|end_of_turn|>"
+    ),
+    "nous-hermes-2": Family(
+        "mistral-v1", "gguf:nous-hermes2-mixtral:8x7b", _IM, "<s>", add=_CHATML, eos="<|im_end|>"
+    ),
+    "llava-1.6-mistral": Family("mistral-v1", "gguf:llava:7b", ("</s>",), "<s>", system="refused"),
+    "mixtral-8x22b": Family("mistral-v3", "gguf:mixtral:8x22b", ("</s>",), "<s>", system="dropped"),
+    "mistral-v0.3": Family("mistral-v3", "file:mistral-v0.3", ("</s>",), "<s>", system="dropped"),
+    "mistral-large-v7": Family("mistral-v7", "gguf:mistral-large:123b", ("</s>",), "<s>"),
+    # -- tekken ---------------------------------------------------------------------------------------------------
+    "mistral-nemo": Family("tekken", "file:mistral-nemo", ("</s>",), "<s>", system="dropped"),
+    "mistral-small-v7": Family("tekken", "gguf:mistral-small:24b", ("</s>",), "<s>"),
+    "devstral": Family("tekken", "gguf:devstral:latest", ("</s>",), "<s>"),
     # -- tiktoken's kind: Llama 3 ---------------------------------------------------------------------------------
     "llama-3": Family("llama3", "own", _EOT, _LLAMA3),
     "llama-3 (a cue where asked for)": Family("llama3", "trl:llama3", _EOT, _LLAMA3),
@@ -114,6 +131,7 @@ FAMILIES = {
         "qwen2.5", "gguf:granite3-dense:2b", ("<|end_of_text|>",), add=(*_GRANITE, "<|end_of_text|>"),
         eos="<|end_of_text|>", stands_for="Granite's",
     ),
+    "smollm2": Family("smollm2", "gguf:smollm2:135m", _IM),
     # -- DeepSeek -------------------------------------------------------------------------------------------------
     "deepseek-v2.5": Family("deepseek-v3", "gguf:deepseek-v2.5:236b", _DEEPSEEK_END, _DEEPSEEK),
     "deepseek-v3": Family("deepseek-v3", "own", _DEEPSEEK_END, _DEEPSEEK),
@@ -136,14 +154,12 @@ FAMILIES = {
         "gpt-oss", "gguf:phi4-mini:3.8b", ("<|end|>",), add=_PHI, eos="<|endoftext|>",
         stands_for="Phi-4-mini's, o200k with its own special tokens",
     ),
+    # -- cl100k ---------------------------------------------------------------------------------------------------
     "phi-4": Family(
-        "gpt-oss", "gguf:phi4:14b", _IM, add=("<|im_start|>", "<|im_sep|>", "<|im_end|>"), eos="<|im_end|>",
-        stands_for="Phi-4's cl100k",
+        "cl100k", "gguf:phi4:14b", _IM, add=("<|im_start|>", "<|im_sep|>", "<|im_end|>"), eos="<|im_end|>"
     ),
-    "olmo-2": Family(
-        "gpt-oss", "gguf:olmo2:7b", ("<|endoftext|>",), "<|endoftext|>", eos="<|endoftext|>",
-        stands_for="OLMo 2's cl100k",
-    ),
+    "olmo-2": Family("cl100k", "gguf:olmo2:7b", ("<|endoftext|>",), "<|endoftext|>"),
+    "dbrx": Family("cl100k", "gguf:dbrx:132b", _IM, add=_CHATML, eos="<|im_end|>"),
     # -- templates that cannot be trained on as they are ----------------------------------------------------------
     "qwen-1.5": Family("qwen2.5", "gguf:qwen:0.5b", _IM, refused="ends no last turn"),
     "falcon-2": Family("llama3", "gguf:falcon2:11b", (), refused="ends no turn", stands_for="Falcon's"),
@@ -151,11 +167,6 @@ FAMILIES = {
         "gemma2", "gguf:nemotron-mini:4b", (), refused="ends no turn with a special token", stands_for="Nemotron's"
     ),
 }  # fmt: skip
-
-
-@functools.cache
-def _base(name: str) -> Any:
-    return real_tokenizers.tokenizer(name)
 
 
 def tokenizer(family: Family) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 
+import opticnerve
 from opticnerve import durable
 from opticnerve.starter.cache import cache_dir, new_folder
 
@@ -91,6 +93,29 @@ PACKAGES = {
         "gptoss",
         "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3",
         "9279e942392b742d633c7adbb89ebe002c98399db8926a7af5125c726f404070",
+    ),
+    "cl100k": _lenml(
+        "gpt35turbo",
+        "1542d2ebccd8b9f7293d41f21b84b6dbc00780e467e5025b6b311f3aa97b3a20",
+        "3814ca590c9c7b6152da3aa909ca022ed393e9e1d5b8f1fbe57dd35943d85a3f",
+    ),
+    # Mistral's SentencePiece models and its tiktoken-like vocabulary.
+    "mistral-common": Package(
+        "pypi",
+        "mistral-common",
+        "1.13.1",
+        {
+            "mistral_common/data/tokenizer.model.v1": "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+            "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3": (
+                "9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33"
+            ),
+            "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7": (
+                "1b968b8dc352f42192367337c78ccc61e1eaddc6d641a579372d4f20694beb7a"
+            ),
+            "mistral_common/data/tekken_240911.json": (
+                "1948e2d48b0e7377f1bb5f1210f1ae5f984934e75713fc07e2452729b8365316"
+            ),
+        },
     ),
     # Chat templates as they stand in the GGUF files of many models, copied from those files by a program.
     "gguf templates": Package(
@@ -206,21 +231,85 @@ def _unpack(archive: Path, wanted: list[str], into: Path) -> None:
                 target.write_bytes(member.read())
 
 
+# Mistral's, as the configurations of its models on the hub have them.
+_SENTENCEPIECE = {
+    "mistral-v1": ("tokenizer.model.v1", {"legacy": True}),
+    "mistral-v3": ("mistral_instruct_tokenizer_240323.model.v3", {"legacy": False}),
+    "mistral-v7": ("mistral_instruct_tokenizer_241114.model.v7", {"legacy": False}),
+}
+# The control tokens that stand before the vocabulary of a tekken file which does not list them itself (Tekkenizer of
+# mistral-common), in order.
+_TEKKEN = (
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+    "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+)  # fmt: skip
+_BOS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False}
+TOKENIZERS = (
+    *(name for name, found in PACKAGES.items() if "package/models/tokenizer.json" in found.files),
+    *_SENTENCEPIECE, "tekken", "smollm2",
+)  # fmt: skip
+
+
 def tokenizer_folder(name: str) -> Path:
-    """A folder with `tokenizer.json` and `tokenizer_config.json`, as its model's has them."""
+    """A folder that `AutoTokenizer.from_pretrained` reads, as the model's own on the hub."""
+    assert name in TOKENIZERS, name
+    if name == "smollm2":  # ships with the starter model
+        return Path(opticnerve.__file__).parent / "starter" / "model"
+    if name == "tekken" or name in _SENTENCEPIECE:
+        return _mistral(name)
     return package(name) / "package" / "models"
 
 
+def _mistral(name: str) -> Path:
+    data = package("mistral-common") / "mistral_common" / "data"
+    folder = data / name
+    if folder.is_dir():
+        return folder
+    with new_folder(folder) as new:
+        if name == "tekken":
+            _convert_tekken(data / "tekken_240911.json", new)
+            settings = {**_BOS, "pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        else:
+            file, own = _SENTENCEPIECE[name]
+            shutil.copy(data / file, new / "tokenizer.model")
+            settings = {**_BOS, **own, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        (new / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def _convert_tekken(file: Path, into: Path) -> None:
+    """`tokenizer.json` by transformers' own converter, with the begin token that the models' on the hub write."""
+    converters = pytest.importorskip("transformers.integrations.mistral", reason="transformers reads no tekken files")
+    from tokenizers import processors
+
+    listed = json.loads(file.read_text(encoding="utf-8"))
+    listed["special_tokens"] = [{"rank": i, "token_str": t, "is_control": True} for i, t in enumerate(_TEKKEN)]
+    full = into / "tekken.json"
+    full.write_text(json.dumps(listed), encoding="utf-8")
+    made = converters.MistralConverter(str(full)).converted()
+    full.unlink()
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", made.token_to_id("<s>"))]
+    )
+    made.save(str(into / "tokenizer.json"))
+
+
 def tokenizer(name: str) -> Any:
-    """A fresh tokenizer, loaded as a language model's is."""
+    """A fresh tokenizer, loaded as a language model's is; without a template where its package has none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tokenizer_folder(name))
+    made = AutoTokenizer.from_pretrained(tokenizer_folder(name))
+    if name == "smollm2":
+        made.chat_template = None  # the starter's, not the language model's own
+    return made
 
 
 def template(name: str) -> str:
-    """A real chat template: `gguf:llama2:7b` (as in that model's GGUF file) or `trl:qwen3`."""
+    """A real chat template: `gguf:llama2:7b` (as in that model's GGUF file), `trl:qwen3`, or one of `tests/templates`."""
     source, _, rest = name.partition(":")
+    if source == "file":
+        return (Path(__file__).parent / "templates" / f"{rest}.jinja").read_text(encoding="utf-8")
     if source == "trl":
         return (package("trl") / "trl" / "chat_templates" / f"{rest}.jinja").read_text(encoding="utf-8")
     assert source == "gguf", name
