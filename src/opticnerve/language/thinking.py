@@ -37,11 +37,6 @@ def closed(cue: str) -> bool:
     return _CLOSED.search(cue) is not None
 
 
-def without_empty(cue: str) -> str:
-    """A generation prompt without the empty think block at its end."""
-    return _CLOSED.sub("", cue)
-
-
 def without(answer: str) -> str:
     """An answer without the think block at its beginning."""
     found = BLOCK.match(answer)
