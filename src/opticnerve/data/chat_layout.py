@@ -280,9 +280,7 @@ class ChatForm:
 
     def _render(self, chat: list[dict[str, Any]], cue: bool) -> str:
         try:
-            return str(
-                self.processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue)
-            )
+            return str(self.processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue))
         except _RENDERING as e:
             system = any(m["role"] == "system" for m in chat)
             raise DataError(
@@ -375,7 +373,9 @@ def _without_thinking(message: Message) -> Message:
 
 
 def _other_prompt(asked: str, whole: str) -> DataError:
-    common = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole)))
+    common = next(
+        (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole))
+    )
     start = max(0, common - 20)
     said, written = (_MARK.sub("…", t[start : common + 30]) for t in (asked, whole))
     return DataError(
