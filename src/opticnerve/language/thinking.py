@@ -49,7 +49,8 @@ def behind_cue(answer: str, cue: str, thinking: Thinking) -> str | None:
     if thinking == "keep" and opened(cue):
         begun = _BEGINS.match(answer)
         return answer[begun.end() :] if begun else f"\n{CLOSE}\n\n" + answer
-    return answer if thinking == "empty" and closed(cue) else None
+    thought = BLOCK.match(answer)
+    return answer if thinking == "empty" and closed(cue) and not (thought and thought[2]) else None
 
 
 class AnswerText:
