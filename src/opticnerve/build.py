@@ -11,13 +11,13 @@ import torch
 
 from opticnerve import registry
 from opticnerve.build_parts import dtype_of
-from opticnerve.language.chat_template import read_template
+from opticnerve.language.chat_template import set_template
 from opticnerve.language.load import Language, load_language
 from opticnerve.language.lora import has_lora
 from opticnerve.models import delta
 from opticnerve.models.delta import describe_bases
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.processing import OpticNerveProcessor
+from opticnerve.models.processing import OpticNerveProcessor, stops
 from opticnerve.models.tower import Tower, check_options, join, language_sizes
 from opticnerve.recipe import LanguageSpec, ModelSpec, PartSpec, Recipe, TilingSpec, TowerSpec
 from opticnerve.types import OpticNerveError
@@ -106,7 +106,7 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
     """The model that a validated specification describes."""
     brain = load_language(spec.language.name, dtype=dtype, gguf_file=spec.language.gguf_file)
     if spec.language.chat_template:
-        brain.tokenizer.chat_template = read_template(spec.language.chat_template)
+        set_template(brain.tokenizer, spec.language.chat_template)
     if seed is not None:
         torch.manual_seed(seed)
     encoders = {m: load_encoder(m, tower.encoder) for m, tower in spec.towers.items()}
@@ -117,7 +117,7 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
         towers[modality].fusion.start(brain.model.get_input_embeddings())
         towers[modality].to(dtype)
     bases = describe_bases(brain.name, brain.files, encoders, gguf_file=spec.language.gguf_file)
-    return assemble(brain, towers, bases)
+    return assemble(brain, towers, bases, **spec.language.words())
 
 
 def load_encoder(modality: str, spec: PartSpec) -> tuple[Any, Any]:
@@ -130,12 +130,14 @@ def load_encoder(modality: str, spec: PartSpec) -> tuple[Any, Any]:
     return name, cls.from_pretrained(name, **options)
 
 
-def assemble(brain: Language, towers: dict[str, Tower], bases: dict[str, Any]) -> Dock:
-    """Model and processor from loaded parts."""
-    processor = OpticNerveProcessor.from_tower(towers, brain.tokenizer)
+def assemble(brain: Language, towers: dict[str, Tower], bases: dict[str, Any], **words: Any) -> Dock:
+    """Model and processor from loaded parts; `words`: of the processor, what becomes of words."""
+    processor = OpticNerveProcessor.from_tower(towers, brain.tokenizer, **words)
     model = OpticNerveForConditionalGeneration.from_parts(
         brain.model, towers, image_token_id=processor.image_token_id, audio_token_id=processor.audio_token_id
     )
+    # So that `generate` of the model alone stops where training taught it to; it goes into every folder.
+    model.generation_config.update(**stops(model.generation_config, processor))
     return Dock(model, processor, bases)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opticnerve import registry
 from opticnerve.build_parts import dtype_of
-from opticnerve.language.chat_template import read_template
+from opticnerve.language.chat_template import set_template
 from opticnerve.language.load import load_language_config, resolve
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import HALVES, TOWERS, full_name, part_parameters, prefixes
@@ -97,8 +97,8 @@ def processor_for(recipe: Recipe) -> OpticNerveProcessor:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if language.chat_template:
-        tokenizer.chat_template = read_template(language.chat_template)
-    return OpticNerveProcessor.from_tower(shadow(recipe).towers, tokenizer)
+        set_template(tokenizer, language.chat_template)
+    return OpticNerveProcessor.from_tower(shadow(recipe).towers, tokenizer, **language.words())
 
 
 def context_of(config: Any) -> int | None:

@@ -5,6 +5,7 @@ Validation only: nothing here imports torch.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from opticnerve import registry
+from opticnerve.types import Thinking
 
 Positive = Annotated[int, Field(gt=0)]
 PARTS = (
@@ -59,6 +61,22 @@ class LanguageSpec(Strict):
     chat_template: str | None = Field(
         None, description="instead of the model's own: chatml, vicuna, a Jinja template, or a file"
     )
+    thinking: Thinking | None = Field(
+        None,
+        description="think blocks of answers: strip them, keep (and learn) them, or ask with an empty one; by default "
+        "an answer is learned as the chat template writes it",
+    )
+    sanitize_control_tokens: bool = Field(
+        False, description="words of the data that spell a special token (<|im_end|>) are encoded as words"
+    )
+    date: datetime.date | None = Field(
+        None, description="the day that a chat template with today's date writes; by default the day of the run's start"
+    )
+
+    def words(self) -> dict[str, Any]:
+        """What the processor is told of words."""
+        date = self.date.isoformat() if self.date else None
+        return {"thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens, "date": date}
 
 
 class TilingSpec(Strict):

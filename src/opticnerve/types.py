@@ -83,6 +83,9 @@ class AudioPart:
     source: Path | bytes | NDArray[Any]
 
 
+Thinking = Literal["strip", "keep", "empty"]
+"""What becomes of think blocks before answers; see `opticnerve.language.thinking`."""
+
 Part = TextPart | ImagePart | AudioPart
 Role = Literal["system", "user", "assistant"]
 

@@ -9,7 +9,7 @@ skeleton with its words in the places of the marks, or it is refused: no word is
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -45,11 +45,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A rendered conversation. `words`: the spans of what people wrote, as opposed to the template."""
+    """A rendered conversation. `words`: the spans of what people said, as opposed to the template, and who said it."""
 
     text: str
     answers: list[Answer]
-    words: list[tuple[int, int]]
+    words: list[tuple[int, int, str]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,10 @@ class ChatForm:
         added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         special = {*map(str, added), *self.tokenizer.all_special_tokens}
         self.special = sorted(special, key=len, reverse=True)
-        self._spelled = re.compile("(?=(" + "|".join(map(re.escape, self.special)) + "))")
+        # As `sanitize_control_tokens` of transformers: white space that templates write is ordinary text.
+        others = (str(t) for t in self.tokenizer.added_tokens_decoder.values() if str(t) in template)
+        self._special = _spelling(self.special)
+        self._control = _spelling([*self.special, *(t for t in others if not t.isspace())])
         # A special token that takes nothing of the text beside it along, to cut texts with.
         plain = (str(t) for t in added if not (t.lstrip or t.rstrip or t.single_word or t.normalized))
         self.separator = next(plain, "")
@@ -230,10 +233,13 @@ class ChatForm:
         return {self._special_at(made.behind(turns[k].marks[-1])) for k, length in made.ends.items() if length} - {None}
 
     def control_words(self, layout: Layout) -> list[tuple[int, int]]:
-        """Where people's words spell a special token of the tokenizer (`<|im_end|>`)."""
-        found = (m.span(1) for a, b in layout.words for m in self._spelled.finditer(layout.text, a, b))
-        ends = [b for _, b in layout.words]
-        return [(a, b) for a, b in found if any(a < end and b <= end for end in ends)] if self.special else []
+        """Where people's words spell a control token: a special token of the tokenizer (`<|im_end|>`), or in what is no
+        answer any other token of its own that the template writes (`<think>`)."""
+        found = []
+        for start, stop, role in layout.words:
+            spelled = self._special if role == "assistant" else self._control
+            found += [m.span(1) for m in spelled.finditer(layout.text, start, stop) if m.end(1) <= stop]
+        return found
 
     # -- texts ----------------------------------------------------------------------------------------------------
 
@@ -257,7 +263,7 @@ class ChatForm:
             else:
                 raise DataError(f"the chat template rewrites the {speaker[mark]}'s words", remedy=OTHER_TEMPLATE)
             places.setdefault(mark, (at, at + len(form)))
-            spans.append((at, at + len(form)))
+            spans.append((at, at + len(form), speaker[mark]))
             at += len(form) + len(after)
         if at != len(text):
             raise DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
@@ -299,6 +305,12 @@ def form_of(processor: Any, template: str | None = None) -> ChatForm:
     if key not in forms:
         forms[key] = ChatForm(processor, template)
     return forms[key]
+
+
+def _spelling(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds every place where one of the words begins, overlapping ones too; the longest of each."""
+    longest_first = sorted({w for w in words if w}, key=len, reverse=True)
+    return re.compile("(?=(" + "|".join(map(re.escape, longest_first)) + "))" if longest_first else "(?!)()")
 
 
 def _beginning(tokenizer: Any) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,14 +9,17 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from opticnerve.data.audio import RATE, open_audio
-from opticnerve.data.labels import end_of_turn, picture_questions, render
-from opticnerve.data.transform import open_for
+from opticnerve.data.chat_layout import form_of
+from opticnerve.data.collate import Collator
+from opticnerve.data.labels import encode
+from opticnerve.data.packing import pack
 from opticnerve.inference.compiled import decode_compiled
 from opticnerve.inference.decoding import decode
 from opticnerve.inference.lean import LeanDecoder
-from opticnerve.inference.shared_prefix import read_shared, share
-from opticnerve.types import Conversation, OpticNerveError
+from opticnerve.inference.shared_prefix import layout, read_shared, share
+from opticnerve.language.thinking import AnswerText, shown
+from opticnerve.models.processing import stops
+from opticnerve.types import Conversation
 
 
 class Answerer:
@@ -89,7 +91,7 @@ class Answerer:
             **self.stops(),
         )  # fmt: skip
         tokens_BT = torch.stack(list(tokens), 1)
-        return [t.strip() for t in self.processor.batch_decode(tokens_BT, skip_special_tokens=True)]
+        return [shown(t) for t in self.processor.batch_decode(tokens_BT, skip_special_tokens=True)]
 
     def stream(
         self,
@@ -104,15 +106,15 @@ class Answerer:
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         )
-        words = _Words(self.processor.tokenizer)
+        words, answer = _Words(self.processor.tokenizer), AnswerText()
         tokens = decode(
             self.model, dict(self.inputs([conversation])), max_new_tokens=max_new_tokens, lean=self.lean(), seed=seed,
             **sampling, **self.stops(),
         )  # fmt: skip
         for token_B in tokens:
-            yield from words.put_and_take(token_B)
+            yield from filter(None, map(answer.put, words.put_and_take(token_B)))
         words.end()
-        yield from words.take()
+        yield from filter(None, [*map(answer.put, words.take()), answer.end()])
 
     def lean(self) -> LeanDecoder | None:
         """The language model's lean form, made once; again, if its weights have moved since."""
@@ -120,40 +122,31 @@ class Answerer:
             self._lean = LeanDecoder.of(self.model.language_model)
         return self._lean
 
-    def inputs(self, conversations: Sequence[Conversation]) -> Any:
-        """Tensors on the model's device for prompts (a last assistant turn is left out)."""
-        prompts = [c.prompt() for c in conversations]
-        texts = [self.render(c) for c in prompts]
-        pictures = [
-            open_for(self.processor.image_processor, i.source, where=c.where or c.id) for c in prompts for i in c.images
+    def inputs(
+        self, conversations: Sequence[Conversation], *, sanitize_control_tokens: bool | None = None
+    ) -> dict[str, Any]:
+        """Tensors on the model's device for prompts (a last assistant turn is left out), padded on the left: the tokens
+        that training saw before the answer.
+
+        Args:
+            sanitize_control_tokens: as for `data.labels.encode`.
+        """
+        prompts = [
+            encode(c.prompt(), self.processor, learn=False, sanitize_control_tokens=sanitize_control_tokens)
+            for c in conversations
         ]
-        extractor = self.processor.feature_extractor
-        rate = extractor.sampling_rate if extractor is not None else RATE
-        sounds = [open_audio(a.source, where=c.where or c.id, rate=rate) for c in prompts for a in c.audios]
-        more: dict[str, Any] = {"audio": sounds, "sampling_rate": rate} if sounds else {}
-        if pictures and self.processor.reads_questions:
-            more["questions"] = [q for c in prompts for q in picture_questions(c)]
-        tokenizer = self.processor.tokenizer
-        starts_itself = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-        return self.processor(
-            text=texts, images=pictures or None, return_tensors="pt", padding=True,
-            add_special_tokens=not starts_itself, **more,
-        ).to(self.model.device)  # fmt: skip
+        ids = [p.input_ids for p in prompts]
+        made = layout([[] for _ in ids], ids, pad=self.processor.tokenizer.pad_token_id)
+        made |= Collator(self.processor).media([pack([[p]]) for p in prompts])
+        return {name: tensor.to(self.model.device) for name, tensor in made.items()}
 
     def render(self, prompt: Conversation) -> str:
         """The prompt as text, the template's cue for the assistant at its end."""
-        return render(prompt, self.processor, self.processor.chat_template, generation_prompt=True)
+        return form_of(self.processor).lay_out(prompt, cue=True).text
 
     def stops(self) -> dict[str, Any]:
         """What `generate` is told of ends: the tokens that end an answer, and the one that pads."""
-        tokenizer = self.processor.tokenizer
-        known = self.model.generation_config.eos_token_id
-        ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id}
-        # What training taught to end a turn is the template's word, which need not be the tokenizer's end token.
-        with contextlib.suppress(OpticNerveError):  # a template without one still answers, up to max_new_tokens
-            ends.add(tokenizer.convert_tokens_to_ids(end_of_turn(self.processor, self.processor.chat_template)))
-        ends -= {None}
-        return {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
+        return stops(self.model.generation_config, self.processor)
 
 
 class _Words(TextStreamer):

@@ -16,8 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from opticnerve.language import thinking as think
-from opticnerve.language.thinking import Thinking
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, Thinking
 
 IMAGE_TOKEN = "<image>"
 AUDIO_TOKEN = "<audio>"

@@ -11,9 +11,8 @@ stood in it. `thinking` of a recipe's language model settles what training and a
 from __future__ import annotations
 
 import re
-from typing import Literal
 
-Thinking = Literal["strip", "keep", "empty"]
+from opticnerve.types import Thinking
 
 OPEN, CLOSE = "<think>", "</think>"
 EMPTY = "<think>\n\n</think>\n\n"

@@ -4,6 +4,7 @@ A run keeps the tensors that differ from the base models (connector, LoRA, opene
 SHA-256 of their files. Loading builds the bases again and refuses others. `opticnerve merge` makes a folder of its own.
 
     config.json          the whole model's configuration
+    generation_config.json  which tokens end an answer
     dock.json            bases and their hashes, LoRA options, the list of trained tensors and the hash of their file,
                          format and library versions
     trained.safetensors  the trained tensors under their full names
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from opticnerve import durable, registry
 from opticnerve.language import load as language
@@ -107,8 +110,8 @@ def save(
     trained = set(trained)
     names = sorted({*trained, *moving_buffers(model, trained), *filter(is_docked, state)})
     chosen = {n: state[n].detach().cpu().contiguous().clone() for n in names}
-    config = model.config
-    config.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     save_file(chosen, folder / TENSORS, metadata={"format": "pt"})
     reference = {
         "format": FORMAT,
@@ -208,6 +211,9 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
         if reference["lora"]:
             model.give_lora(reference["lora"])
     put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
+    if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
+        with told(GENERATION_CONFIG_NAME, folder):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
     return model.eval()
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from opticnerve.data.chat_layout import form_of
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
-from opticnerve.language.thinking import Thinking
 from opticnerve.models.tiling import TilingSpec
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, Thinking
 
 
 class _Attributes:
@@ -265,6 +265,19 @@ class OpticNerveProcessor(ProcessorMixin):
         parts = loader._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         found = dict(zip(names, parts, strict=True))
         return [found.get(n) for n in _Attributes.names]
+
+
+def stops(generation_config: Any, processor: Any) -> dict[str, Any]:
+    """What `generate` is told of ends: the tokens that end an answer, and the one that pads.
+
+    What training teaches to end a turn is the template's word, which need not be the tokenizer's end token; a template
+    without one still answers, up to the longest answer.
+    """
+    tokenizer = processor.tokenizer
+    known = generation_config.eos_token_id
+    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id}
+    ends |= {tokenizer.convert_tokens_to_ids(word) for word in form_of(processor).ends_of_turns()}
+    return {"eos_token_id": sorted(ends - {None}), "pad_token_id": tokenizer.pad_token_id}
 
 
 def _questions_of(message: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opticnerve.language.thinking import AnswerText
 from opticnerve.serve.choosing import Chooser, Chosen, Wishes
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.schema import Finish, TokenLogprob, TopLogprob
@@ -68,7 +69,7 @@ class Row:
     def __init__(self, job: Job, number: int, model: Any, tokenizer: Any, ends: Sequence[int]) -> None:
         self.job, self.number, self.tokenizer, self.ends = job, number, tokenizer, ends
         self.chooser = Chooser(model, job.wishes, job.prompt.ids, number)
-        self.text = GrowingText(tokenizer, job.stops)
+        self.text, self.answer = GrowingText(tokenizer, job.stops), AnswerText()
         self.count, self.token, self.live = 0, 0, True
         self._waiting: list[tuple[int, Chosen]] = []  # tokens with log-probabilities, and where their text begins
 
@@ -100,6 +101,7 @@ class Row:
         spoken = [chosen for at, chosen in self._waiting if cut is None or at < cut]
         self._waiting = []
         self.live = finish is None
+        text = self.answer.put(text) + (self.answer.end() if finish else "")
         self.job.tell(Piece(self.number, text, [self._logprob(c) for c in spoken], finish, self.count))
 
     def _logprob(self, chosen: Chosen) -> TokenLogprob:
