@@ -59,8 +59,11 @@ def examine(family: Family, proc: Any, sample: Sample) -> None:
         regions = [region]
         for j, prompt in enumerate(prompts[:-1]):
             if whole.input_ids[: len(prompt)] != prompt:
-                if family.thinking != "words" and (proc.thinking or any(t <= j for t in sample.thinks)):
-                    return  # the template rewrites its history: earlier turns stand there as nobody asks for them
+                if family.thinking != "words":
+                    # The template writes earlier answers without the think block that the last one has: as history
+                    # they stand there, not as they were asked for. The last turn alone is held to the contract.
+                    check_labels(proc, whole, [region], from_=region.start, turn=k)
+                    return
                 same(proc, f"turn {j} of the whole, prompt against training", prompt, whole.input_ids)
             if messages[turns[j]].learn:
                 regions.append(learned_region(family, proc, whole.input_ids, len(prompt), j))
