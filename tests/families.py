@@ -31,6 +31,7 @@ class Family:
         continues it.
     add: special tokens of the template that the tokenizer lacks; `rstrip`: they take white space behind them along.
     eos: the tokenizer's end token, where the family's is another than the package's.
+    count: conversations that are tried: fewer where the tokenizer only stands for the family's own.
     refused: why no conversation at all can be trained on with this template, or "".
     stands_for: the tokenizer that is in no package, or "".
     """
@@ -47,6 +48,10 @@ class Family:
     eos: str | None = None
     refused: str = ""
     stands_for: str = ""
+
+    @property
+    def count(self) -> int:
+        return 100 if self.stands_for else 400
 
 
 _EOT = ("<|eot_id|>",)
