@@ -196,8 +196,9 @@ class ChatForm:
         behind = thinking.behind_cue(said, asked, self.thinking)
         if whole.startswith(asked) or behind is None:
             return whole
-        ended = self._render([*chat[:-1], {"role": "assistant", "content": [_part(_mark(0))]}], False)
-        return asked + behind + ended[ended.index(_mark(0)) + len(_mark(0)) :]
+        last = _mark(10**9)
+        ended = self._render([*chat[:-1], {"role": "assistant", "content": [_part(last)]}], False)
+        return asked + behind + ended.partition(last)[2]
 
     def _check_marks(self, turn: _Turn, order: Sequence[int], cue: bool) -> None:
         missing = [m for m in turn.marks if m not in order]

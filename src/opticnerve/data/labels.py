@@ -69,10 +69,10 @@ def encode(
         )
     where = conversation.where or conversation.id
     _check_placeholders(conversation, processor, where)
-    if learn:
-        end_of_turn(processor, template)
     form = form_of(processor, template)
     layout = form.lay_out(conversation, cue=not learn)
+    if learn:
+        end_of_turn(processor, template)
     if sanitize_control_tokens is None:
         sanitize_control_tokens = processor.sanitize_control_tokens
     written = form.control_words(layout) if sanitize_control_tokens else []
