@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
 import opticnerve
 import tiny
 from opticnerve.build import Dock
+from opticnerve.encoders.base import make_image_processor
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveConfig, OpticNerveForConditionalGeneration, OpticNerveProcessor
+from opticnerve.models.merge import merge
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -176,3 +179,35 @@ def test_a_saved_folder_names_no_other_folder(
     made.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["towers"]["image"]["encoder"]["name"] == "test_efficientnet"
+
+
+def test_every_folder_carries_the_ends_of_answers(docked: Callable[..., Dock], tmp_path: Path) -> None:
+    """A base model that knows its own end alone, trained with ChatML: `generate` of every folder stops at `<|im_end|>`."""
+    made = docked()
+    end = made.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in made.model.generation_config.eos_token_id
+    made.save(tmp_path / "run", [])
+    merge(tmp_path / "run", tmp_path / "merged")
+    for folder in ("run", "merged"):
+        model = OpticNerveForConditionalGeneration.from_pretrained(tmp_path / folder)
+        assert model.generation_config.eos_token_id == made.model.generation_config.eos_token_id
+
+
+def test_a_tokenizer_that_would_come_back_as_another(tmp_path: Path) -> None:
+    """Llama 2's says `legacy` by a constructor's argument that transformers does not save."""
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}, [("▁", "a")])
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    processor = OpticNerveProcessor(make_image_processor(size=32, mean=[0.5] * 3, std=[0.5] * 3), words)
+    processor.save_pretrained(tmp_path / "saved")
+    again = OpticNerveProcessor.from_pretrained(tmp_path / "saved")
+    assert words("</s>a")["input_ids"] == again.tokenizer("</s>a")["input_ids"] == [2, 5]
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("</s>a")["input_ids"] == [2, 5]
+    # Whatever else a class forgets is refused.
+    words.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    with pytest.raises(OpticNerveError):
+        processor.save_pretrained(tmp_path / "other")
