@@ -15,7 +15,7 @@ from opticnerve.encoders.base import make_image_processor
 from opticnerve.language.chat_template import CHATML, set_template
 from opticnerve.language.thinking import AnswerText, shown
 from opticnerve.models import OpticNerveProcessor
-from opticnerve.types import Conversation, DataError, Message, OpticNerveError, TextPart, ask
+from opticnerve.types import Conversation, DataError, Message, OpticNerveError, TextPart
 
 QWEN3 = (Path(__file__).parent.parent / "templates/qwen3.jinja").read_text(encoding="utf-8")
 # The generation prompt opens a think block, and history is shown without any (QwQ, DeepSeek-R1).
