@@ -208,7 +208,7 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
         if reference["lora"]:
             model.give_lora(reference["lora"])
     put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
-    model.config._name_or_path = str(folder)
+    model.config.name_or_path = str(folder)
     return model.eval()
 
 

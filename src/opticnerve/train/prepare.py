@@ -19,6 +19,7 @@ from opticnerve.fusion.base import decoder_layers
 from opticnerve.language.lora import has_lora
 from opticnerve.models.parts import is_docked_model
 from opticnerve.models.tower import check_options, language_sizes
+from opticnerve.private_names import undo_compile
 from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.train.processes import engine, timeout, without_deepspeed
 from opticnerve.types import OpticNerveError
@@ -84,7 +85,7 @@ def compiled_layers(model: Any) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer._compiled_call_impl = None
+            undo_compile(layer)
 
 
 def give_memory_back() -> None:
