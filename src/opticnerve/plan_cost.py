@@ -142,9 +142,8 @@ class _Saved:
     def __init__(self, model: nn.Module, length: int) -> None:
         self.length, self.bytes = length, 0
         # Held, so that no address is used twice while we count.
-        self.known = {
-            StorageWeakRef(p.untyped_storage()): p.untyped_storage() for p in [*model.parameters(), *model.buffers()]
-        }
+        storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        self.known = {StorageWeakRef(s): s for s in storages}
 
     def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -121,13 +121,20 @@ def steps(image_processor: Any) -> Steps | None:
     """
     from transformers.image_processing_backends import TorchvisionBackend
 
+    from opticnerve.private_names import PREPROCESS_STEPS, preprocess_of
+
     if not isinstance(image_processor, TorchvisionBackend):
         return None
     kind: Any = type(image_processor)
     p: Any = image_processor
-    pads = any(kind._preprocess is vars(c).get("_preprocess") for c in kind.__mro__ if _is_llava(c))
-    inherits = all(getattr(kind, name) is getattr(TorchvisionBackend, name) for name in _INHERITED)
-    if not inherits or not (pads or kind._preprocess is TorchvisionBackend._preprocess) or (p.do_pad and not pads):
+    pads = any(preprocess_of(kind) is preprocess_of(c) for c in kind.__mro__ if _is_llava(c))
+    inherited = (*_INHERITED, *PREPROCESS_STEPS)
+    inherits = all(getattr(kind, name) is getattr(TorchvisionBackend, name) for name in inherited)
+    if (
+        not inherits
+        or not (pads or preprocess_of(kind) is preprocess_of(TorchvisionBackend))
+        or (p.do_pad and not pads)
+    ):
         return None
     if not (p.do_resize and p.do_rescale and p.do_normalize and p.resample in (2, 3) and p.rescale_factor):
         return None
@@ -147,7 +154,6 @@ def steps(image_processor: Any) -> Steps | None:
 
 _INHERITED = (
     "__call__", "preprocess", "process_image", "rescale_and_normalize", "normalize", "fetch_images",
-    "_fuse_mean_std_and_rescale_factor", "_prepare_image_like_inputs", "_preprocess_image_like_inputs",
 )  # fmt: skip
 
 
