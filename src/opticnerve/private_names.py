@@ -60,6 +60,21 @@ def set_layers_not_to_split(model: Any, names: list[str]) -> None:
     model._no_split_modules = names
 
 
+def checkpoint_layers(model: Any, context_fn: Callable[[], Any]) -> None:
+    """Compute the activations of a model's layers again instead of keeping them. Not private, but renamed in 5.24."""
+    kwargs = {"use_reentrant": False, "context_fn": context_fn}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def keep_activations(model: Any) -> None:
+    """Take `checkpoint_layers` back."""
+    renamed = getattr(model, "activation_checkpointing_disable", None)
+    (renamed or model.gradient_checkpointing_disable)()
+
+
 def checkpoint_context(layer: Any) -> Callable[[], Any] | None:
     """The `context_fn` that gradient checkpointing runs a layer again in; None where it has none."""
     again = getattr(layer, "_gradient_checkpointing_func", None)

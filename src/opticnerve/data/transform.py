@@ -183,7 +183,7 @@ def _shrink(image_processor: Any, known: Steps, picture: PIL.Image.Image) -> Ten
         top, left = (side - picture.height) // 2, (side - picture.width) // 2
         pixels_HWC[top : top + picture.height, left : left + picture.width] = np.asarray(picture)
     else:
-        pixels_HWC = np.asarray(picture)
+        pixels_HWC = np.array(picture)  # a copy: torch warns of memory that nobody may write to
     # Channels stay last in memory: torch's 8-bit resize is made for that, and nothing is copied.
     pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
     small_CHW: Tensor = image_processor.resize(

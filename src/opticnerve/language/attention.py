@@ -168,9 +168,15 @@ def _bias_of(
     """Of a block, (M, Q, L), M one or as many as its segments; in causal order (1, Q, Q); None where all see all."""
     if bias_MLL is not None:
         return bias_MLL[slice(None) if len(bias_MLL) == 1 else some, queries]
-    return _triangle(queries.stop - queries.start, dtype) if causal else None
+    if not causal:
+        return None
+    # Every layer of a step asks for the same. A graph keeps what it made itself, and looks into no cache of ours.
+    make = _triangle if torch.compiler.is_compiling() else _known_triangle
+    return make(queries.stop - queries.start, dtype)
 
 
-@lru_cache(maxsize=32)  # every layer of a step asks for the same
 def _triangle(queries: int, dtype: torch.dtype) -> Tensor:
     return _bias(torch.ones(1, queries, queries, dtype=torch.bool).tril(), dtype)
+
+
+_known_triangle = lru_cache(maxsize=32)(_triangle)
