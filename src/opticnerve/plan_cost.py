@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.language.last_layer import last_mlp_at
@@ -141,13 +142,15 @@ class _Saved:
     def __init__(self, model: nn.Module, length: int) -> None:
         self.length, self.bytes = length, 0
         # Held, so that no address is used twice while we count.
-        self.known = {p.untyped_storage()._cdata: p.untyped_storage() for p in [*model.parameters(), *model.buffers()]}
+        storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        self.known = {StorageWeakRef(s): s for s in storages}
 
     def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+        place = StorageWeakRef(storage)
         square = tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2] == self.length
-        if storage._cdata not in self.known and not square:
-            self.known[storage._cdata] = storage
+        if place not in self.known and not square:
+            self.known[place] = storage
             self.bytes += storage.nbytes()
         return tensor
 

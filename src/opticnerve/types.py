@@ -5,6 +5,7 @@ Nothing here needs torch at run time, so that the command line can print its hel
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,12 @@ class DataError(OpticNerveError):
 
 def _rebuild_data_error(problem: str, where: str, remedy: str, kind: str) -> DataError:
     return DataError(problem, where=where, remedy=remedy, kind=kind)
+
+
+def to_install(requirement: str) -> str:
+    """The command that brings a package, or an extra such as `opticnerve[audio]`, into this environment."""
+    pip = "pip" if importlib.util.find_spec("pip") else "uv pip"  # environments of uv have no pip
+    return f"{pip} install " + (f"'{requirement}'" if "[" in requirement else requirement)
 
 
 @dataclass(frozen=True, slots=True)

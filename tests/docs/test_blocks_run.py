@@ -36,6 +36,7 @@ NOT_RUN = {
     "uvx ": "installs",
     "pip install": "installs",
     "pytest ": "CI runs the tests",
+    "scripts/versions.sh": "installs whole environments; tests/test_first_commands.py does so for two",
     "python benchmarks/": "tests/benchmarks runs their quick form",
     "accelerate launch": "several processes; tests/train/test_accelerate_launch.py runs them",
     "torchrun": "several processes; tests/train/test_two_processes.py runs them",

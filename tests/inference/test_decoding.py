@@ -16,6 +16,7 @@ from opticnerve.inference.decoding import decode
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.kv_cache import RoomyLayer, make_room
 from opticnerve.inference.lean import LeanDecoder
+from opticnerve.private_names import CACHE
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -144,13 +145,13 @@ class TestLean:
         lean = LeanDecoder.of(model)
         assert lean is not None
         with torch.inference_mode():
-            theirs, ours = (model(ids_BL, use_cache=True).past_key_values for _ in range(2))
+            theirs, ours = (model(ids_BL, use_cache=True)[CACHE] for _ in range(2))
             assert make_room(ours, 3)
             cos_BTd, sin_BTd = lean.tables(torch.tensor([9]), 5)
             lean.prepare(rows)
             for i in range(5):
                 token_B = torch.full((rows,), 20 + i)
-                wanted = model(token_B[:, None], past_key_values=theirs).logits[:, -1]
+                wanted = model(token_B[:, None], **{CACHE: theirs}).logits[:, -1]
                 logits_BV = lean.step(token_B, cos_BTd[:, i], sin_BTd[:, i], ours.layers, None)
                 if dtype is torch.bfloat16:
                     assert logits_BV.equal(wanted)

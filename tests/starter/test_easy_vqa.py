@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from opticnerve.starter import easy_vqa
+from opticnerve.starter import easy_vqa, weights
 from opticnerve.starter.easy_vqa import Facts, gather, learn, prepare
 from opticnerve.types import OpticNerveError
 
@@ -59,13 +62,25 @@ def test_contradictions_are_refused(answers: list[tuple[str, str]]) -> None:
         gather([(q, a, 5) for q, a in answers])
 
 
-def test_an_absent_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_package_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def absent(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
+    def download(requirement: str, into: Path) -> None:
+        assert requirement == "easy-vqa==1.0"
+        with zipfile.ZipFile(into / "easy_vqa-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("easy_vqa/data/test/questions.json", "[]")
+            wheel.writestr("easy_vqa/data/train/questions.json", json.dumps("known"))
+
     monkeypatch.setattr(importlib.metadata, "files", absent)
-    with pytest.raises(OpticNerveError, match="uv sync.*pip install easy-vqa"):
+    monkeypatch.setattr(weights, "_download", download)
+    monkeypatch.setenv("OPTICNERVE_CACHE", str(tmp_path))
+    with pytest.raises(OpticNerveError, match="SHA-256"):
         easy_vqa.locate()
+    known = hashlib.sha256(json.dumps("known").encode()).hexdigest()
+    monkeypatch.setattr(easy_vqa, "QUESTIONS", dataclasses.replace(easy_vqa.QUESTIONS, sha256=known))
+    assert (easy_vqa.locate() / "test" / "questions.json").is_file()
+    assert easy_vqa.QUESTIONS.found_version() == "1.0"
 
 
 @pytest.fixture(scope="module")

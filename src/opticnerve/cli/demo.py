@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def demo(
     name = "starter-full" if full else "starter"
     _clear(out, resume=resume, overwrite=overwrite)
     read = recipe.load(recipe_path(name))
+    if importlib.util.find_spec("tensorboard") is None:
+        read = read.model_copy(update={"trackers": []})  # its curves stand on the card as well
     command = [
         "opticnerve",
         "demo",

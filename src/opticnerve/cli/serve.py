@@ -58,7 +58,7 @@ def serve(
     import logging
     import os
 
-    from opticnerve.types import OpticNerveError
+    from opticnerve.types import OpticNerveError, to_install
 
     try:
         from opticnerve.serve.auth import Keys, check_address
@@ -66,7 +66,7 @@ def serve(
         from opticnerve.serve.media import Sources
         from opticnerve.serve.run import Server, Service, listen
     except ModuleNotFoundError as e:
-        raise OpticNerveError(f"{e.name} is not installed: pip install 'opticnerve[serve]'") from e
+        raise OpticNerveError(f"{e.name} is not installed: {to_install('opticnerve[serve]')}") from e
     from opticnerve.inference.load import load_model
     from opticnerve.listening import read_secrets
 

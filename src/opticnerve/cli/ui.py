@@ -46,11 +46,11 @@ def ui(
 
     from opticnerve.cli.guard import say, terminate_like_ctrl_c
     from opticnerve.listening import listen, read_secrets
-    from opticnerve.types import OpticNerveError
+    from opticnerve.types import OpticNerveError, to_install
 
     for package in ("gradio", "fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            raise OpticNerveError(f"{package} is not installed: pip install 'opticnerve[ui]'")
+            raise OpticNerveError(f"{package} is not installed: {to_install('opticnerve[ui]')}")
     from opticnerve.ui.app import listen_and_serve, private_folder, site
     from opticnerve.ui.door import Logins
     from opticnerve.ui.limits import Limits

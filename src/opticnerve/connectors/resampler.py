@@ -71,7 +71,7 @@ class ResamplerConnector(Connector):
             resampler_n_heads=heads, resampler_head_dim=head_dim, num_key_value_heads=key_value_heads,
         )  # fmt: skip
         self.modality_projection = Idefics2MLP(in_size, intermediate, out_size, activation)
-        self.perceiver_resampler = Idefics2PerceiverResampler._from_config(config)
+        self.perceiver_resampler = Idefics2PerceiverResampler(config)
         # transformers starts all latents at one; equal latents get equal gradients and would stay one token for ever.
         nn.init.normal_(self.perceiver_resampler.latents, std=config.initializer_range)
         self.num_latents = num_latents

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from opticnerve import durable
 from opticnerve.data.images import decode_data_url, is_url
-from opticnerve.types import DataError, OpticNerveError
+from opticnerve.types import DataError, OpticNerveError, to_install
 
 Source = Path | str | bytes | NDArray[np.float32]
 Samples = NDArray[np.float32]
@@ -106,7 +106,7 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except (ImportError, OSError) as e:  # OSError: the wheel's libsndfile does not load here
         raise OpticNerveError(
-            f"sound needs the package {name}, which cannot be imported: {e}; run `pip install 'opticnerve[audio]'`"
+            f"sound needs the package {name}, which cannot be imported: {e}; run `{to_install('opticnerve[audio]')}`"
         ) from e
 
 

@@ -121,13 +121,20 @@ def steps(image_processor: Any) -> Steps | None:
     """
     from transformers.image_processing_backends import TorchvisionBackend
 
+    from opticnerve.private_names import PREPROCESS_STEPS, preprocess_of
+
     if not isinstance(image_processor, TorchvisionBackend):
         return None
     kind: Any = type(image_processor)
     p: Any = image_processor
-    pads = any(kind._preprocess is vars(c).get("_preprocess") for c in kind.__mro__ if _is_llava(c))
-    inherits = all(getattr(kind, name) is getattr(TorchvisionBackend, name) for name in _INHERITED)
-    if not inherits or not (pads or kind._preprocess is TorchvisionBackend._preprocess) or (p.do_pad and not pads):
+    pads = any(preprocess_of(kind) is preprocess_of(c) for c in kind.__mro__ if _is_llava(c))
+    inherited = (*_INHERITED, *PREPROCESS_STEPS)
+    inherits = all(getattr(kind, name) is getattr(TorchvisionBackend, name) for name in inherited)
+    if (
+        not inherits
+        or not (pads or preprocess_of(kind) is preprocess_of(TorchvisionBackend))
+        or (p.do_pad and not pads)
+    ):
         return None
     if not (p.do_resize and p.do_rescale and p.do_normalize and p.resample in (2, 3) and p.rescale_factor):
         return None
@@ -147,7 +154,6 @@ def steps(image_processor: Any) -> Steps | None:
 
 _INHERITED = (
     "__call__", "preprocess", "process_image", "rescale_and_normalize", "normalize", "fetch_images",
-    "_fuse_mean_std_and_rescale_factor", "_prepare_image_like_inputs", "_preprocess_image_like_inputs",
 )  # fmt: skip
 
 
@@ -177,7 +183,7 @@ def _shrink(image_processor: Any, known: Steps, picture: PIL.Image.Image) -> Ten
         top, left = (side - picture.height) // 2, (side - picture.width) // 2
         pixels_HWC[top : top + picture.height, left : left + picture.width] = np.asarray(picture)
     else:
-        pixels_HWC = np.asarray(picture)
+        pixels_HWC = np.array(picture)  # a copy: torch warns of memory that nobody may write to
     # Channels stay last in memory: torch's 8-bit resize is made for that, and nothing is copied.
     pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
     small_CHW: Tensor = image_processor.resize(

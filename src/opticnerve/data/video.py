@@ -18,7 +18,7 @@ from typing import Any
 import PIL.Image
 
 from opticnerve.data.images import MAX_PIXELS, Frame, open_image
-from opticnerve.types import DataError, OpticNerveError
+from opticnerve.types import DataError, OpticNerveError, to_install
 
 MAX_COUNT = 1024  # frames that may be asked for
 MAX_SECONDS, MAX_FRAMES = 3600, 216_000  # an hour, at 60 frames a second
@@ -229,14 +229,13 @@ def _container(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     try:
         import av
     except ImportError as e:
-        raise OpticNerveError(f"{name} needs PyAV to be read: pip install 'opticnerve[video]'") from e
+        raise OpticNerveError(f"{name} needs PyAV to be read: {to_install('opticnerve[video]')}") from e
 
     # From an open file, not a name: FFmpeg reads some names as addresses, and nothing is ever fetched.
     file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     try:
-        # A title that is no UTF-8 says nothing against the pictures.
-        with file, av.open(file, options=options, metadata_errors="replace") as container:
+        with file, av.open(file, options=options, **_any_title(av)) as container:
             covers = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & covers]
             if not streams:
@@ -250,6 +249,11 @@ def _container(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
             f"{name} is no video of a known container, or is damaged or incomplete: {reason}",
             "MP4, WebM, Matroska, AVI, MPEG, Ogg and the like are read; replace the video or remove the sample",
         ) from e
+
+
+def _any_title(av: Any) -> dict[str, Any]:
+    """A title that is no UTF-8 says nothing against the pictures; PyAV 19 and later take it without being told."""
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 def _check_bounds(name: str, total: int, width: int, height: int, *, max_pixels: int) -> None:

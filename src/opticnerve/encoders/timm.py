@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from opticnerve.encoders.base import Encoder, make_image_processor
+from opticnerve.private_names import read_timm_config
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
@@ -175,7 +176,7 @@ def _look_up(name: str) -> tuple[str, dict[str, Any]]:
     source, colon, place = name.partition(":")
     if not colon:
         return name, {}
-    load = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
+    load = read_timm_config if source == "local-dir" else load_model_config_from_hf
     found, architecture, model_args = load(place)
     defaults: dict[str, Any] = {k: list(found[k]) for k in ("mean", "std") if k in found}
     if "input_size" in found:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, to_install
 
 Interval = tuple[float, float]
 
@@ -184,5 +184,5 @@ def _extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as e:
         raise OpticNerveError(
-            f"caption scores need {module.split('.')[0]}: pip install 'opticnerve[captions]' ({e})"
+            f"caption scores need {module.split('.')[0]}: {to_install('opticnerve[captions]')} ({e})"
         ) from e

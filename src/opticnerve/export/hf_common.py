@@ -17,6 +17,7 @@ from opticnerve.export.parity import Reference
 from opticnerve.export.samples import Sample, as_job
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.merge import is_gated
+from opticnerve.private_names import forget_where_from
 
 # What scales or bends logits behind the head of a causal model: a class with a decoder and a head has nothing of it.
 _BENDS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
@@ -110,7 +111,8 @@ def plain(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 def nameless(config: Any, parts: Sequence[str], model_class: str, dtype: torch.dtype) -> Any:
     """The configuration without the places that its parts came from."""
     for part in (config, *(getattr(config, p) for p in parts)):
-        part.dtype, part._name_or_path, part.architectures = dtype, "", None
+        part.dtype, part.architectures = dtype, None
+        forget_where_from(part)
     config.architectures = [model_class]
     return config
 

@@ -19,15 +19,16 @@ from torch import Tensor
 
 from opticnerve.fusion.gated_cross_attention import CrossAttention
 from opticnerve.inference.forced import Forced
+from opticnerve.private_names import attention_of
 from opticnerve.types import OpticNerveError
 
 
 @contextmanager
 def eager_attention(language_model: Any) -> Iterator[None]:
     """Within it the language model computes attention step by step: fused kernels keep the weights to themselves."""
-    before = language_model.config._attn_implementation
+    before = attention_of(language_model.config)
     language_model.set_attn_implementation("eager")
-    if language_model.config._attn_implementation != "eager":
+    if attention_of(language_model.config) != "eager":
         raise OpticNerveError(
             f"{type(language_model).__name__} does not let its attention be computed step by step; "
             f"take --method gradient or occlusion"

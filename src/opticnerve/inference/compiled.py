@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
+from opticnerve.private_names import compile_on_any_device
 from opticnerve.types import OpticNerveError
 
 
@@ -29,7 +30,7 @@ def decode_compiled(
         raise OpticNerveError("compile=True knows neither cross-attention nor lora `when: media`; leave it out")
     # Else transformers compiles on accelerators alone; who asks on a CPU gets it.
     config: Any = CompileConfig(mode="reduce-overhead" if model.device.type == "cuda" else "default")
-    config._compile_all_devices = True
+    compile_on_any_device(config)
     tokens_BT = language.generate(
         inputs_embeds=prompt.embeds_BLD, attention_mask=mask_BL, max_new_tokens=max_new_tokens,
         cache_implementation="static", compile_config=config, **options,

@@ -17,6 +17,7 @@ from opticnerve.inference.kv_cache import RoomyLayer, make_room
 from opticnerve.inference.lean import LeanDecoder
 from opticnerve.models.modeling import settled_rows
 from opticnerve.models.prompt import kept
+from opticnerve.private_names import CACHE, generation_config, generation_rules
 
 
 @torch.inference_mode()
@@ -46,19 +47,16 @@ def decode(
     A `generation_config` that asks for more than a step per token (`plain`) is transformers' business: all tokens come
     at the end of its `generate`.
     """
-    config, _ = model._prepare_generation_config(None, max_new_tokens=max_new_tokens, **options)
+    config = generation_config(model, max_new_tokens=max_new_tokens, **options)
     if not plain(config):
-        out_BL = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
+        out_BL = model.generate(**inputs, **{CACHE: cache}, max_new_tokens=max_new_tokens, **options)
         yield from out_BL[:, inputs["input_ids"].shape[1] :].unbind(1)
         return
     ids_BL, media = inputs["input_ids"], {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
     device, ends = ids_BL.device, _ends(config)
     mask_BL = inputs.get("attention_mask")
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
-    model._prepare_special_tokens(config, True, device=device)
-    change = model._get_logits_processor(
-        generation_config=config, input_ids_seq_length=ids_BL.shape[1], encoder_input_ids=ids_BL, device=str(device)
-    )
+    change = generation_rules(model, config, ids_BL)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
     state = _State(model, ids_BL, mask_BL, max_new_tokens, lean)
@@ -136,9 +134,9 @@ class _State:
         position_BL = (mask_BL.long().cumsum(1) - 1).masked_fill(mask_BL == 0, 0)
         out = self._forward(
             input_ids=self.ids()[:, past:], attention_mask=mask_BL if self.padded else None,
-            position_ids=position_BL[:, past:], past_key_values=cache, **media,
+            position_ids=position_BL[:, past:], **{CACHE: cache}, **media,
         )  # fmt: skip
-        self.cache = out.past_key_values
+        self.cache = out[CACHE]
         roomy = room and make_room(self.cache, self.new)
         self.beside = any(seen is not None for seen in kept(self.cache).values())
         if not roomy or self.beside or self.media_B is not None:
@@ -164,10 +162,10 @@ class _State:
             )  # fmt: skip
         else:
             out = self._forward(
-                input_ids=tokens_B[:, None], position_ids=self.next_B[:, None], past_key_values=self.cache,
-                attention_mask=self.all_mask_BT[:, : self.length] if self.padded else None,
+                input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
+                attention_mask=self.all_mask_BT[:, : self.length] if self.padded else None, **{CACHE: self.cache},
             )  # fmt: skip
-            self.cache, logits_BV = out.past_key_values, out.logits[:, -1]
+            self.cache, logits_BV = out[CACHE], out.logits[:, -1]
             self.next_B = self.next_B + 1
         self.steps += 1
         return logits_BV

@@ -20,7 +20,7 @@ from opticnerve.data.transform import open_for
 from opticnerve.inference.load import default_device
 from opticnerve.models.dual_encoder import DualEncoder
 from opticnerve.models.dual_processing import DualEncoderProcessor
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, to_install
 
 Vectors = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -121,7 +121,7 @@ def _write_index(path: Path, ready_ND: Vectors) -> None:
     try:
         import faiss
     except ImportError as e:
-        raise OpticNerveError("a Faiss index needs faiss: pip install faiss-cpu, or leave the index out") from e
+        raise OpticNerveError(f"a Faiss index needs faiss: {to_install('faiss-cpu')}, or leave the index out") from e
     index = faiss.IndexFlatIP(ready_ND.shape[1])
     index.add(ready_ND)
     faiss.write_index(index, str(path))

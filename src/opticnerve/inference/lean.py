@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opticnerve.inference.kv_cache import RoomyLayer
+from opticnerve.private_names import attention_of, can_reorder, has_hooks, reorder_weight, reordered_linear
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 PACK_FROM = 4  # rows; below, plain products are as fast, and some round differently from packed ones
@@ -69,7 +70,7 @@ class LeanDecoder:
     def prepare(self, rows: int) -> None:
         """Called before the steps of a batch of so many rows."""
         size = sum(p.weight.nbytes for p in self.products())
-        if self.pack and rows >= PACK_FROM and size <= PACK_UP_TO and _packs(self.head.weight):
+        if self.pack and rows >= PACK_FROM and size <= PACK_UP_TO and can_reorder(self.head.weight.dtype):
             for product in self.products():
                 product.pack()
 
@@ -163,11 +164,11 @@ class _Product:
 
     def pack(self) -> None:
         if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_FROM)
+            self.packed = reorder_weight(self.weight, PACK_FROM)
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         if self.packed is not None and len(x_BD) >= PACK_FROM:
-            return torch.ops.mkldnn._linear_pointwise(x_BD, self.packed, self.bias, "none", [], "")
+            return reordered_linear(x_BD, self.packed, self.bias)
         return F.linear(x_BD, self.weight, self.bias)
 
 
@@ -183,14 +184,6 @@ def _join(parameters: list[Any]) -> Tensor:
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:
     # Without its weight: Llama rounds to the model's precision before it multiplies with that, and torch after.
     return F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon).mul_(norm.weight)
-
-
-def _packs(weight: Tensor) -> bool:
-    return (
-        weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
 
 
 def _fits(language_model: Any) -> bool:
@@ -209,10 +202,10 @@ def _fits(language_model: Any) -> bool:
     parameters = list(language_model.parameters())
     return (
         not windows
-        and config._attn_implementation == "sdpa"
+        and attention_of(config) == "sdpa"
         and config.rope_parameters["rope_type"] not in _GROWING_ROPE
         and all(type(m) is nn.Linear for m in linears)
-        and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in language_model.modules())
+        and not any(has_hooks(m) or "forward" in vars(m) for m in language_model.modules())
         and {type(p) for p in parameters} == {nn.Parameter}
         and {p.device.type for p in parameters} == {"cpu"}
         and len({p.dtype for p in parameters}) == 1

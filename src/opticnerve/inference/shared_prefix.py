@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from opticnerve.data.labels import encode
 from opticnerve.fusion.base import Fusion
+from opticnerve.private_names import CACHE, is_stateful
 from opticnerve.types import AudioPart, Conversation, ImagePart, OpticNerveError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def read_heads(
     cache = model(
         input_ids=inputs["input_ids"], attention_mask=None if bool(mask_GS.all()) else mask_GS,
         position_ids=(mask_GS.cumsum(1) - 1).clamp_min(0), use_cache=True, logits_to_keep=1, **media,
-    ).past_key_values  # fmt: skip
+    )[CACHE]  # fmt: skip
     cache.batch_select_indices(torch.tensor(places, device=model.device))
     return cache
 
@@ -151,7 +152,7 @@ def refusal(answerer: Answerer) -> str | None:
 def _plain_cache(model: Any, length: int) -> bool:
     """Whether a cache of so many tokens would hold the keys and values of each of them, in every layer."""
     language = model.language_model
-    if language._is_stateful:
+    if is_stateful(language):
         return False
     layers = DynamicCache(config=language.config.get_text_config(decoder=True)).layers
     return all(

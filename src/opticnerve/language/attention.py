@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opticnerve.private_names import softmax_backward
+
 LONGEST = {torch.bfloat16: 8192, torch.float32: 768}
 """Positions up to which plain products are faster than torch's kernel on a CPU (`benchmarks/attention.py`); in float32
 only where not all see all."""
@@ -119,7 +121,7 @@ class _Grouped(torch.autograd.Function):
             p = _weights(q[some, :, :, queries], k[some, :, keys], bias, ctx.scaling)
             dv[some, :, keys] += p.transpose(-1, -2) @ g_some
             dp = g_some @ v[some, :, keys].transpose(-1, -2)
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            ds = softmax_backward(dp, p)
             dq[some, :, :, queries] = (ds @ k[some, :, keys]).mul_(ctx.scaling).unflatten(2, (q.shape[2], -1))
             dk[some, :, keys] += ds.transpose(-1, -2) @ q_some
         return dq_NLHD.transpose(1, 2), dk.mul_(ctx.scaling).to(k.dtype), dv.to(v.dtype), None, None, None
@@ -166,9 +168,15 @@ def _bias_of(
     """Of a block, (M, Q, L), M one or as many as its segments; in causal order (1, Q, Q); None where all see all."""
     if bias_MLL is not None:
         return bias_MLL[slice(None) if len(bias_MLL) == 1 else some, queries]
-    return _triangle(queries.stop - queries.start, dtype) if causal else None
+    if not causal:
+        return None
+    # Every layer of a step asks for the same. A graph keeps what it made itself, and looks into no cache of ours.
+    make = _triangle if torch.compiler.is_compiling() else _known_triangle
+    return make(queries.stop - queries.start, dtype)
 
 
-@lru_cache(maxsize=32)  # every layer of a step asks for the same
 def _triangle(queries: int, dtype: torch.dtype) -> Tensor:
     return _bias(torch.ones(1, queries, queries, dtype=torch.bool).tril(), dtype)
+
+
+_known_triangle = lru_cache(maxsize=32)(_triangle)

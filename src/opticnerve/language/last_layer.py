@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from opticnerve.language.lean import same_code, source_of
+from opticnerve.private_names import checkpoint_context, is_compiled
 
 # Llama's, Qwen2's, Mistral's…: layer after layer, then the norm, and no more.
 _LAYERS_THEN_NORM = re.compile(
@@ -81,11 +82,9 @@ def _last_mlp(language_model: Any, rows: int) -> nn.Module | None:
         return None
     if not same_code(type(layer.mlp).forward, LlamaMLP.forward):
         return None
-    if layer.gradient_checkpointing and layer.training:
-        again = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(again, "keywords", {}).get("context_fn") is None:
-            return None  # its second pass, in the backward pass, would find no hooks
-    if getattr(layer, "_compiled_call_impl", None) is not None:
+    if layer.gradient_checkpointing and layer.training and checkpoint_context(layer) is None:
+        return None  # its second pass, in the backward pass, would find no hooks
+    if is_compiled(layer):
         return None  # a graph for all layers, and this one would need its own
     gate = getattr(language_model, "lora_gate", None)
     if gate is not None and gate.rows_B is not None and rows > 1:

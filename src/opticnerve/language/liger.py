@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opticnerve.language.lean import Functions
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, to_install
 
 
 def liger(device: torch.device) -> Functions:
@@ -24,7 +24,7 @@ def liger(device: torch.device) -> Functions:
     try:
         from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
     except ImportError as e:
-        raise OpticNerveError(f"kernels: liger cannot be imported ({e}): pip install 'opticnerve[liger]'") from e
+        raise OpticNerveError(f"kernels: liger cannot be imported ({e}): {to_install('opticnerve[liger]')}") from e
 
     def norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         # offset 0; arithmetic in float32 as Llama's; gradients in memory of their own

@@ -55,7 +55,7 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
     model, report = loaded
     check_complete(name, report)
     # What was asked for, not where it was found: configurations travel, folders do not.
-    model.config._name_or_path = name
+    model.config.name_or_path = name
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise OpticNerveError(

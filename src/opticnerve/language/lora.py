@@ -11,6 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from opticnerve.private_names import forget_adapters
 from opticnerve.types import OpticNerveError
 
 DEFAULTS: dict[str, Any] = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": "all-linear", "when": "always"}
@@ -131,5 +132,4 @@ def merge_lora(language_model: nn.Module) -> None:
         base.to(dtype)
         parent_name, _, child = name.rpartition(".")
         setattr(language_model.get_submodule(parent_name) if parent_name else language_model, child, base)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):  # the second also stands on transformers' class
-        vars(language_model).pop(attribute, None)
+    forget_adapters(language_model)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from opticnerve.language.attention import attend
+from opticnerve.private_names import attention_of, offers_attention, set_attention
 
 NAME = "opticnerve_segments"
 LIKE = 0.75
@@ -125,10 +126,7 @@ _current: ContextVar[Segments | None] = ContextVar("segments", default=None)
 
 def supported(language_model: Any) -> bool:
     """Whether a language model takes its attention from transformers' interface, and has SDPA for it now."""
-    return (
-        bool(getattr(language_model, "_supports_attention_backend", False))
-        and _text_config(language_model)._attn_implementation == "sdpa"
-    )
+    return offers_attention(language_model) and attention_of(_text_config(language_model)) == "sdpa"
 
 
 @contextmanager
@@ -142,12 +140,12 @@ def within(language_model: Any, segments: Segments | None) -> Iterator[None]:
         yield
         return
     config = _text_config(language_model)
-    before, token = config._attn_implementation, _current.set(segments)
-    config._attn_implementation = NAME
+    before, token = attention_of(config), _current.set(segments)
+    set_attention(config, NAME)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        set_attention(config, before)
         _current.reset(token)
 
 

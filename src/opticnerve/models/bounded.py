@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from opticnerve.types import OpticNerveError
@@ -128,7 +128,7 @@ def _shape(name: str, entry: dict[str, Any]) -> list[int]:
 def _count(module: nn.Module, name: str, value: Any) -> None:
     allowed = _allowed.get()
     # Weights that come to a module on the meta device replace what was counted when it was built.
-    replaces = module._parameters.get(name) is not None or module._buffers.get(name) is not None
+    replaces = isinstance(getattr(module, name, None), Tensor)
     if allowed is not None and value is not None and not replaces:
         allowed.count(value)
 

@@ -214,7 +214,7 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
     if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
         with told(GENERATION_CONFIG_NAME, folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config._name_or_path = str(folder)
+    model.config.name_or_path = str(folder)
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from opticnerve.language import last_layer, segments
 from opticnerve.language.lora import add_lora
@@ -22,6 +22,7 @@ from opticnerve.models.expand import MEDIA_KEYS, repeat_media
 from opticnerve.models.prompt import Prompt, keep, kept, looking
 from opticnerve.models.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
+from opticnerve.private_names import CACHE, attention_of, layers_not_to_split, set_attention, set_layers_not_to_split
 from opticnerve.types import Features
 
 # While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
@@ -29,15 +30,10 @@ settled_rows: ContextVar[Tensor | None] = ContextVar("rows_with_media", default=
 
 
 @dataclass
-class OpticNerveOutput(ModelOutput):
-    """As transformers' `LlavaCausalLMOutputWithPast`: `logits` (B, L, V), and `image_hidden_states` (images, N, D),
-    `audio_hidden_states` (windows, N, D): the soft tokens."""
+class OpticNerveOutput(CausalLMOutputWithPast):
+    """As transformers' `LlavaCausalLMOutputWithPast`: what a causal language model gives, and `image_hidden_states`
+    (images, N, D), `audio_hidden_states` (windows, N, D): the soft tokens."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     audio_hidden_states: Tensor | None = None
 
@@ -74,7 +70,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
             setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
         if config.lora:
             add_lora(self.language_model, config.lora)
-        self._no_split_modules = list(getattr(self.language_model, "_no_split_modules", None) or [])
+        set_layers_not_to_split(self, layers_not_to_split(self.language_model))
         self._wire()
         self.post_init()
 
@@ -85,19 +81,19 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
     ) -> Any:  # fmt: skip
         """Dock modules that already hold their weights; nothing is copied. `towers`: by modality."""
         # The configuration's constructor resets its sub-configurations: remember which attention was loaded.
-        attention = language_model.config._attn_implementation
+        attention = attention_of(language_model.config)
         config = OpticNerveConfig(
             text_config=language_model.config, towers={m: t.describe() for m, t in towers.items()},
             image_token_id=image_token_id, audio_token_id=audio_token_id,
         )  # fmt: skip
-        config._attn_implementation = attention
+        set_attention(config, attention)
         model = cls.__new__(cls)
         PreTrainedModel.__init__(model, config)
-        language_model.config._attn_implementation = attention
+        set_attention(language_model.config, attention)
         model.language_model = language_model
         for modality, tower in towers.items():
             setattr(model, modality, tower)
-        model._no_split_modules = list(getattr(language_model, "_no_split_modules", None) or [])
+        set_layers_not_to_split(model, layers_not_to_split(language_model))
         # post_init would draw new random weights for parts that have theirs already; only its bookkeeping is wanted.
         model.all_tied_weights_keys = {
             f"language_model.{k}": f"language_model.{v}"
@@ -272,6 +268,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         qformer_attention_mask: Tensor | None = None,
         image_features: Features | None = None,
         audio_features: Features | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> OpticNerveOutput:
         """One forward pass.
@@ -283,6 +280,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
             input_features: (windows, mels, frames), the sound of the whole batch in the order of its placeholders.
             labels: (B, L), -100 where there is nothing to learn.
             qformer_input_ids, qformer_attention_mask: (images, T), the questions, where the connector reads them.
+            cache, past_key_values: two names of one thing; transformers knows the first from 5.24 on.
             The rest as for any causal language model of transformers.
 
         Raises:
@@ -290,6 +288,9 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("give one of cache and past_key_values")
+        cache = past_key_values if cache is None else cache
         media: dict[str, Any] = {
             "pixel_values": pixel_values, "image_sizes": image_sizes, "input_features": input_features,
             "qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask,
@@ -301,7 +302,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
             input_ids, inputs_embeds = None, prompt.embeds_BLD
         else:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-            earlier = kept(past_key_values)
+            earlier = kept(cache)
             prompt.seen = {m: getattr(self, m).fusion.later(s, length) for m, s in earlier.items()}
             prompt.rows_B = None if input_ids is None else self.rows_with_media(input_ids)
         prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
@@ -311,13 +312,13 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                **{CACHE: cache},
                 **{k: v for k, v in kwargs.items() if k not in ("return_dict", "num_items_in_batch")},
                 return_dict=True,
             )
-        cache = out.get("past_key_values")
+        cache = out.get(CACHE)
         keep(cache, prompt.seen)
         loss = None
         if labels is not None:
@@ -328,7 +329,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         return OpticNerveOutput(
             loss=loss,
             logits=out.logits,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=out.get("hidden_states"),
             attentions=out.get("attentions"),
             image_hidden_states=prompt.soft.get("image"),

@@ -16,6 +16,7 @@ from opticnerve.data.chat_layout import form_of
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
 from opticnerve.language.saved_tokenizer import check_saved, keep_arguments
 from opticnerve.models.tiling import TilingSpec
+from opticnerve.private_names import saved_parts
 from opticnerve.types import OpticNerveError, Thinking
 
 
@@ -273,9 +274,7 @@ class OpticNerveProcessor(ProcessorMixin):
         saved = processor_dict or {}
         there = {"tokenizer": True, "qformer_tokenizer": saved.get("qformer_words") is not None}
         names = [n for n in _Attributes.names if there.get(n, saved.get(n) is not None)]
-        # transformers asks the class for the parts' names: a class that knows only those that were saved.
-        loader: Any = type(cls.__name__, (ProcessorMixin,), {"get_attributes": staticmethod(lambda: names)})
-        parts = loader._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        parts = saved_parts(cls, names, pretrained_model_name_or_path, processor_dict, **kwargs)
         found = dict(zip(names, parts, strict=True))
         return [found.get(n) for n in _Attributes.names]
 

@@ -94,4 +94,4 @@ def restore_buffers(module: nn.Module, rebuild: Callable[[], nn.Module]) -> None
     for name in missing:
         place = module.get_buffer(name)
         owner = module.get_submodule(name.rpartition(".")[0])
-        owner._buffers[name.rpartition(".")[2]] = fresh[name].to(device=place.device, dtype=place.dtype)
+        setattr(owner, name.rpartition(".")[2], fresh[name].to(device=place.device, dtype=place.dtype))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opticnerve.models.fusion_heads import Read
+from opticnerve.private_names import times_written
 from opticnerve.types import Features
 
 MOST = 4096
@@ -60,8 +61,8 @@ class TextMemory:
 
 
 def _mark(weight: Tensor) -> tuple[int, int]:
-    """Where a weight lies, and how often it has been written to there (which inference tensors do not count)."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    """Where a weight lies, and how often it has been written to there."""
+    return weight.data_ptr(), times_written(weight)
 
 
 def _read(encoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Read:

@@ -29,6 +29,7 @@ from opticnerve.objectives.base import Objective
 from opticnerve.objectives.gather import gather, processes
 from opticnerve.types import OpticNerveError
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MAX_SCALE = 100.0
 """CLIP's bound on the learned temperature: logits are scaled by no more (Radford et al. 2021, section 2.5). SigLIP has
 none."""
@@ -230,7 +231,7 @@ def _refuse_duplicates(keys_N2: Tensor, first: int, batches: Sequence[Any]) -> N
 
 def _refuse_batch_norm(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, BATCH_NORMS) and module.training:
             raise OpticNerveError(
                 f"{name} normalises over the batch, so micro-batches cannot give the big batch's gradients; "
                 f"set accumulate: 1, or leave the part with it frozen"

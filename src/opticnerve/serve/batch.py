@@ -20,6 +20,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.inference.kv_cache import RoomyLayer
 from opticnerve.inference.lean import LeanDecoder
 from opticnerve.models.modeling import settled_rows
+from opticnerve.private_names import CACHE, is_stateful, repeat_rows
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
 _GROWING_ROPE = ("dynamic", "longrope")
@@ -30,7 +31,7 @@ def why_alone(model: Any) -> str | None:
     if any(type(tower.fusion).see is not Fusion.see for tower in model.towers.values()):
         return "its layers look at the picture beside the text (cross-attention)"
     language = model.language_model
-    if language._is_stateful:
+    if is_stateful(language):
         return "its language model carries a recurrent state"
     config = language.config.get_text_config(decoder=True)
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
@@ -76,11 +77,11 @@ class RunningBatch:
         inputs.pop("attention_mask", None)
         ids_BL = inputs.pop("input_ids")
         if not self.joins and rows > 1:
-            ids_BL, inputs = self.model._expand_inputs_for_generation(rows, input_ids=ids_BL, **inputs)
+            ids_BL, inputs = repeat_rows(self.model, rows, ids_BL, inputs)
         media_B = self.model.rows_with_media(ids_BL)
         position_BL = torch.arange(ids_BL.shape[1], device=self.device).expand_as(ids_BL)
         out = self._forward(media_B, input_ids=ids_BL, position_ids=position_BL, **inputs)
-        logits_BV, cache = out.logits[:, -1], out.past_key_values
+        logits_BV, cache = out.logits[:, -1], out[CACHE]
         if self.joins and rows > 1:
             cache.batch_select_indices(torch.zeros(rows, dtype=torch.long, device=self.device))
             logits_BV = logits_BV.expand(rows, -1)
@@ -146,9 +147,9 @@ class RunningBatch:
         else:
             out = self._forward(
                 self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
-                past_key_values=self.cache, attention_mask=None if mask_BT is None else mask_BT.long(),
+                attention_mask=None if mask_BT is None else mask_BT.long(), **{CACHE: self.cache},
             )  # fmt: skip
-            self.cache, logits_BV = out.past_key_values, out.logits[:, -1]
+            self.cache, logits_BV = out[CACHE], out.logits[:, -1]
         # A row that has ended stands still: its positions must not run out of the model's table.
         self.next_B = self.next_B + torch.tensor(live, device=self.device)
         return logits_BV

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opticnerve.inference.decoding import plain
+from opticnerve.private_names import generation_config, generation_rules
 from opticnerve.types import OpticNerveError
 
 GREEDY = 1e-4  # below this temperature only the likeliest token is drawn anyway, and scores divided by it overflow
@@ -65,14 +66,10 @@ class Chooser:
     """
 
     def __init__(self, model: Any, wishes: Wishes, prompt: list[int], number: int) -> None:
-        config, _ = model._prepare_generation_config(None, max_new_tokens=1, **wishes.options(model))
+        config = generation_config(model, max_new_tokens=1, **wishes.options(model))
         device = model.device
-        model._prepare_special_tokens(config, True, device=device)
         self.ids: list[int] = list(prompt)
-        ids_1L = torch.tensor([prompt], device=device)
-        self.change = model._get_logits_processor(
-            generation_config=config, input_ids_seq_length=len(prompt), encoder_input_ids=ids_1L, device=str(device)
-        )
+        self.change = generation_rules(model, config, torch.tensor([prompt], device=device))
         self.samples, self.wishes = bool(config.do_sample), wishes
         seed = secrets.randbits(62) if wishes.seed is None else wishes.seed + number
         self.dice = torch.Generator(device).manual_seed(seed) if self.samples else None
@@ -100,7 +97,7 @@ def check_plain(model: Any) -> None:
     Raises:
         OpticNerveError: beams, contrastive search, and the like.
     """
-    config, _ = model._prepare_generation_config(None, max_new_tokens=1)
+    config = generation_config(model, max_new_tokens=1)
     if not plain(config):
         raise OpticNerveError(
             "this model's generation_config asks for more than one step per token (beams, guidance, …), which the "

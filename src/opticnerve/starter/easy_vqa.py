@@ -1,12 +1,12 @@
 """easy-VQA (4,000 + 1,000 drawings with questions, PyPI `easy-vqa`) as captions, questions and conversations.
 
-The package is located by its file list and never imported. Captions are derived from what the questions and answers
-of the train split say about a train picture; no caption is made for a test picture, and no picture is looked at.
+The package is located by its file list, or fetched, and never imported. Captions are derived from what the questions
+and answers of the train split say about a train picture; no caption is made for a test picture, and no picture is
+looked at.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import random
@@ -18,9 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.starter.cache import cache_dir
+from opticnerve.starter.weights import PackagedFile
 from opticnerve.types import OpticNerveError
 
 PACKAGE = "easy-vqa"
+QUESTIONS = PackagedFile(
+    PACKAGE, "1.0", "train/questions.json", "bb67697636aed0e65631d4266824aebeae5c833b0f37ed781e20752e85617ec5"
+)
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 _LAYOUT = 2  # raise when the files written below change
@@ -59,22 +63,13 @@ class Facts:
 
 
 def locate() -> Path:
-    """The data folder of the installed package: `{train,test}/images/N.png` and `{train,test}/questions.json`.
+    """The data folder of the package: `{train,test}/images/N.png` and `{train,test}/questions.json`; fetched once if it
+    is not installed.
 
     Raises:
-        OpticNerveError: the package is not installed, or is without its data.
+        OpticNerveError: it cannot be fetched, or holds other questions than the known ones.
     """
-    remedy = f"run `uv sync`, or `pip install {PACKAGE}`"
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise OpticNerveError(f"the package {PACKAGE} is not installed; {remedy}") from None
-    for file in files:
-        if file.parts[-2:] == ("train", "questions.json"):
-            folder = Path(str(file.locate())).parent.parent
-            if folder.is_dir():
-                return folder
-    raise OpticNerveError(f"the package {PACKAGE} is installed without its data; remove it, then {remedy}")
+    return QUESTIONS.locate().parent.parent
 
 
 def learn(facts: Facts, question: str, answer: str) -> None:
@@ -132,7 +127,7 @@ def prepare(folder: Path | None = None) -> dict[str, Path]:
         "test": folder / "test" / "questions.jsonl",
     }
     marker = folder / _MARKER
-    version = json.dumps({"layout": _LAYOUT, PACKAGE: importlib.metadata.version(PACKAGE)})
+    version = json.dumps({"layout": _LAYOUT, PACKAGE: QUESTIONS.found_version()})
     if not _written(marker, version) or not all(p.is_file() for p in paths.values()):
         train, test = _load(media, "train"), _load(media, "test")
         _write_lines(paths["captions"], _captions(train))

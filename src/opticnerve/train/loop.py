@@ -22,6 +22,7 @@ from opticnerve.language.kernels import KERNELS
 from opticnerve.language.lean import lean
 from opticnerve.models.parts import is_docked_model, moving_buffers
 from opticnerve.models.tower import MEDIA_INPUT
+from opticnerve.private_names import keep_activations
 from opticnerve.recipe import CacheSpec, Recipe, Stage
 from opticnerve.train import same_data, saving
 from opticnerve.train.calibrate import calibrate
@@ -171,7 +172,7 @@ def _run_stage(
     finally:
         model.eval()
         if stage.gradient_checkpointing:
-            model.language_model.gradient_checkpointing_disable()
+            keep_activations(model.language_model)
 
 
 class Run:

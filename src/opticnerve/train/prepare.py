@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opticnerve import registry
+from opticnerve import private_names, registry
 from opticnerve.build import Dock
 from opticnerve.fusion.base import decoder_layers
 from opticnerve.language.lora import has_lora
@@ -21,7 +22,7 @@ from opticnerve.models.parts import is_docked_model
 from opticnerve.models.tower import check_options, language_sizes
 from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.train.processes import engine, timeout, without_deepspeed
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, to_install
 
 
 def make_objective(stage: Stage, model: Any) -> Any:
@@ -60,15 +61,15 @@ def checkpoint_layers(model: Any) -> None:
     """
     if not is_docked_model(model):
         raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out")
-    model.language_model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": model.recompute}
-    )
+    private_names.checkpoint_layers(model.language_model, model.recompute)
     for module in model.language_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
 
 
 BACKEND = "inductor"
+# Where the name is not that of the package.
+TRACKER_PACKAGES = {"tensorboard": "opticnerve[tensorboard]", "comet_ml": "comet-ml"}
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def compiled_layers(model: Any) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer._compiled_call_impl = None
+            private_names.undo_compile(layer)
 
 
 def give_memory_back() -> None:
@@ -102,9 +103,10 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters).
 
     Raises:
-        OpticNerveError: launched with an engine that the loop does not drive.
+        OpticNerveError: launched with an engine that the loop does not drive; or a tracker is unknown or not installed.
     """
     engine()
+    _check_trackers(recipe.trackers)
     with without_deepspeed():
         accelerator = Accelerator(
             log_with=recipe.trackers or None,
@@ -119,3 +121,14 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     if recipe.trackers:
         accelerator.init_trackers(recipe.name)
     return accelerator
+
+
+def _check_trackers(names: list[str]) -> None:
+    """accelerate passes over what it does not find, and a run would be without its curves."""
+    known = {str(t.value): t for t in LoggerType if t is not LoggerType.ALL}
+    for name in names:
+        if name not in known:
+            raise OpticNerveError(f"trackers: there is no {name!r}; known: {', '.join(sorted(known))}")
+        if known[name] not in get_available_trackers():
+            command = to_install(TRACKER_PACKAGES.get(name, name))
+            raise OpticNerveError(f"trackers: {name} is not installed; run `{command}`, or set trackers=[]")

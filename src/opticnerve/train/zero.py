@@ -28,7 +28,7 @@ from torch.func import functional_call
 from opticnerve.train.freeze import Frozen
 from opticnerve.train.sharded import layers
 from opticnerve.train.zero_optim import StillAdamW, ZeroAdamW
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, to_install
 
 
 class Zero:
@@ -203,8 +203,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as e:
         raise OpticNerveError(
-            f"the launcher asks for DeepSpeed, which cannot be imported ({e}): pip install deepspeed, or launch with "
-            f"recipes/launch/fsdp2.yaml, which shares out the same things"
+            f"the launcher asks for DeepSpeed, which cannot be imported ({e}): {to_install('opticnerve[deepspeed]')}, "
+            "or launch with recipes/launch/fsdp2.yaml, which shares out the same things"
         ) from e
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opticnerve.private_names import start_optimizer_state
 from opticnerve.train.freeze import Frozen
 from opticnerve.train.optim import decay_groups
 from opticnerve.types import OpticNerveError
@@ -62,7 +63,7 @@ class ZeroAdamW:
             step = torch.zeros((), dtype=torch.float32, device=flat.device)
             adam.state[flat] = {"step": step, **{m: torch.zeros_like(flat) for m in MOMENTS}}
         if zero.stage == 2:
-            around._lazy_init_hp_params_optimizer_state()
+            start_optimizer_state(around)
 
     def backward(self, batches: Sequence[Any], factor: float) -> Tensor:
         """Gradients of `factor` × the loss sums of a step, averaged over processes; this process's loss sum."""

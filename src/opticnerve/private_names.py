@@ -1,0 +1,223 @@
+"""What opticnerve uses of other libraries that these do not promise to keep, each behind one function.
+
+`tests/test_private_names.py` has a test for each that says what broke, and finds private names that stand elsewhere.
+Overriding a method that the library calls (`_init_weights`, `_preprocess`, …) is no use in this sense; tests there see
+that it is still called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+# The keyword, and the field of outputs, of keys and values. Not private, but renamed: `cache` from 5.24 on,
+# `past_key_values` before.
+CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+# What `preprocess` of an image processor calls around `_preprocess`.
+PREPROCESS_STEPS = (
+    "_fuse_mean_std_and_rescale_factor",
+    "_prepare_image_like_inputs",
+    "_preprocess_image_like_inputs",
+)
+
+
+def attention_of(config: Any) -> str | None:
+    """The name of the attention that a configuration has chosen, such as `sdpa`."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def set_attention(config: Any, name: str | None) -> None:
+    """As a model's `set_attn_implementation`, for one configuration and without its checks: it is done in each step."""
+    config._attn_implementation = name
+
+
+def offers_attention(model: Any) -> bool:
+    """Whether a model takes its attention from `AttentionInterface`."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether a model carries a recurrent state, so that its cache cannot be cut or put beside another."""
+    return bool(model._is_stateful)
+
+
+def layers_not_to_split(model: Any) -> list[str]:
+    """The classes of a model's layers that must stay on one device: what a model around it hands on."""
+    return list(getattr(model, "_no_split_modules", None) or [])
+
+
+def set_layers_not_to_split(model: Any, names: list[str]) -> None:
+    """For the model around another one: accelerate asks it."""
+    model._no_split_modules = names
+
+
+def checkpoint_layers(model: Any, context_fn: Callable[[], Any]) -> None:
+    """Compute the activations of a model's layers again instead of keeping them. Not private, but renamed in 5.24."""
+    kwargs = {"use_reentrant": False, "context_fn": context_fn}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def keep_activations(model: Any) -> None:
+    """Take `checkpoint_layers` back."""
+    renamed = getattr(model, "activation_checkpointing_disable", None)
+    (renamed or model.gradient_checkpointing_disable)()
+
+
+def checkpoint_context(layer: Any) -> Callable[[], Any] | None:
+    """The `context_fn` that gradient checkpointing runs a layer again in; None where it has none."""
+    again = getattr(layer, "_gradient_checkpointing_func", None)
+    found: Callable[[], Any] | None = getattr(again, "keywords", {}).get("context_fn")
+    return found
+
+
+def generation_config(model: Any, **options: Any) -> Any:
+    """The `GenerationConfig` that `model.generate(**options)` would go by."""
+    config, _ = model._prepare_generation_config(None, **options)
+    return config
+
+
+def generation_rules(model: Any, config: Any, ids_BL: Tensor) -> Any:
+    """What `generate` does to the scores of each token (`LogitsProcessorList`; it is empty where nothing is done).
+
+    `config` (see `generation_config`) gets its special tokens as tensors, as `generate` gives them to it.
+    """
+    model._prepare_special_tokens(config, True, device=ids_BL.device)
+    return model._get_logits_processor(
+        generation_config=config, input_ids_seq_length=ids_BL.shape[1], encoder_input_ids=ids_BL,
+        device=str(ids_BL.device),
+    )  # fmt: skip
+
+
+def repeat_rows(model: Any, times: int, ids_BL: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """A prompt's row `times` over, as `generate` does for several answers; our models repeat its media as well."""
+    ids_NL, inputs = model._expand_inputs_for_generation(times, input_ids=ids_BL, **inputs)
+    return ids_NL, inputs
+
+
+def compile_on_any_device(config: Any) -> None:
+    """Let a `CompileConfig` hold on a CPU, too; else transformers compiles on accelerators alone."""
+    config._compile_all_devices = True
+
+
+def forget_where_from(config: Any) -> None:
+    """A configuration without the place that it came from. (Its public name would turn None into the word.)"""
+    config._name_or_path = ""
+
+
+def saved_parts(processor_class: Any, names: list[str], folder: Any, saved: Any, **options: Any) -> list[Any]:
+    """The parts of a saved processor, in the order of `names`. transformers asks the class which parts it has: here
+    one that knows only those that were saved."""
+    from transformers import ProcessorMixin
+
+    loader: Any = type(processor_class.__name__, (ProcessorMixin,), {"get_attributes": staticmethod(lambda: names)})
+    parts: list[Any] = loader._get_arguments_from_pretrained(folder, saved, **options)
+    return parts
+
+
+def preprocess_of(image_processor_class: Any) -> Any:
+    """The method of an image processor that makes a batch of tensors from pictures."""
+    return image_processor_class._preprocess
+
+
+# -- peft -------------------------------------------------------------------------------------------------------------
+
+
+def forget_adapters(model: Any) -> None:
+    """What transformers and peft note on a model with adapters; the second also stands on transformers' class."""
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(attribute, None)
+
+
+# -- timm -------------------------------------------------------------------------------------------------------------
+
+
+def read_timm_config(folder: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """`pretrained_cfg`, architecture and `model_args` of a folder with timm's `config.json`."""
+    from timm.models._hub import load_model_config_from_path
+
+    found: tuple[dict[str, Any], str, dict[str, Any]] = load_model_config_from_path(folder)
+    return found
+
+
+# -- DeepSpeed --------------------------------------------------------------------------------------------------------
+
+
+def start_optimizer_state(zero2: Any) -> None:
+    """Let ZeRO-2's optimizer make what a checkpoint reads of it, before the first step has."""
+    zero2._lazy_init_hp_params_optimizer_state()
+
+
+# -- torch ------------------------------------------------------------------------------------------------------------
+
+
+def times_written(tensor: Tensor) -> int:
+    """How often a tensor has been written to in place, which inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or behind a module's own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Take away what runs before and behind the forward of a module and of those in it."""
+    for part in module.modules():
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def undo_compile(module: nn.Module) -> None:
+    """Take back `module.compile()`."""
+    module._compiled_call_impl = None
+
+
+def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of softmax's input over the last dimension, from those of its output `weights`, in one pass."""
+    out: Tensor = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+    return out
+
+
+def can_reorder(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies by weights of this precision that `reorder_weight` has laid out for it."""
+    return (
+        dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def reorder_weight(weight_ED: Tensor, rows: int) -> Tensor:
+    """A linear layer's weight as oneDNN wants it for so many rows."""
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_ED, rows)
+    return out
+
+
+def reordered_linear(x_BD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` with a weight of `reorder_weight`'s."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x_BD, weight, bias, "none", [], "")
+    return out
+
+
+def fake_tensors() -> tuple[Any, Callable[[], Any]]:
+    """A context whose tensors have shapes, devices and no numbers, and one that steps out of it for a moment."""
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+    return FakeTensorMode(), unset_fake_temporarily
