@@ -157,9 +157,8 @@ def _sample(row: dict[str, Any]) -> dict[str, Any]:
             media["image" if kind in PICTURES else "audio"].append(member)
     for kind, found in media.items():
         if found:
+            fields.pop(f"{kind}s", None)
             fields[kind] = found[0] if len(found) == 1 else found
-            if "messages" in fields:
-                fields[f"{kind}s"] = found
     text = row.get("txt")
     if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
         fields["caption"] = str(text).strip()

@@ -17,6 +17,7 @@ import json
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Shards:
         was whole in it comes before."""
         index = 0
         for number in range(len(self.files)):
-            found = self._samples(number)
+            found, seen = self._samples(number), set[str]()
             while True:
                 try:
                     key, start, size = next(found, (None, 0, 0))
@@ -64,6 +65,12 @@ class Shards:
                 if key is None:
                     break
                 try:
+                    if key in seen:
+                        raise DataError(
+                            "an earlier sample of the shard has this name", where=f"{self.files[number]}[{key}]",
+                            remedy="give each sample a name of its own", kind="shard",
+                        )  # fmt: skip
+                    seen.add(key)
                     yield self._record(number, key, index, Place(number, start, size))
                 except DataError as e:
                     yield e
@@ -123,8 +130,12 @@ class Shards:
     def _made(self, members: list[tuple[str, bytes]], key: str, index: int, place: Place) -> Record:
         where = f"{self.files[place.file]}[{key}]"
         fields: dict[str, Any] = {}
-        media: dict[str, list[bytes]] = {"image": [], "audio": []}
+        media: dict[str, list[dict[str, Any]]] = {"image": [], "audio": []}
         text = None
+        if twice := [n for n, count in Counter(name for name, _ in members).items() if count > 1]:
+            raise DataError(
+                f"{twice[0]} stands in it twice", where=where, remedy="give each member a name of its own", kind="shard"
+            )
         for name, content in sorted(members, key=lambda m: m[0]):
             kind = name.rpartition(".")[2].lower()
             if kind == "json":
@@ -132,14 +143,13 @@ class Shards:
             elif kind == "txt":
                 text = _text(content, where)
             elif kind in PICTURES:
-                media["image"].append(content)
+                media["image"].append({"bytes": content, "path": name})
             elif kind in SOUNDS:
-                media["audio"].append(content)
+                media["audio"].append({"bytes": content, "path": name})
         for kind, found in media.items():
             if found:
+                fields.pop(f"{kind}s", None)
                 fields[kind] = found[0] if len(found) == 1 else found
-                if "messages" in fields:
-                    fields[f"{kind}s"] = found
         if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
             fields["caption"] = text
         fields.setdefault("id", key)
