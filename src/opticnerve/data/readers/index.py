@@ -228,7 +228,7 @@ def _still_true(found: Path) -> bool:
 
 
 def _files_of(source: DataSource) -> list[Path]:
-    return open_records(Path(source.path), source.format).files
+    return open_records(Path(source.path), source.format, source.split).files
 
 
 def _contents(files: Sequence[Path], now: int) -> str:

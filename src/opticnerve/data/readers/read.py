@@ -152,7 +152,7 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
         DataError: as `read` does even with `on_error`.
     """
     path, format = Path(source.path), source.format
-    found = Streamed(source.path, source.stream) if source.stream is not None else open_records(path, format)
+    found = Streamed(source.path, source.stream) if source.stream is not None else open_records(path, format, source.split)
     known = path.is_dir() or path.suffix.lower() == ".parquet" or source.stream is not None
     if format == "hf" and not known:
         raise _format_error(path, "the hf format is a folder or a .parquet file", "leave format at auto")

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.readers.handles import Handles
-from opticnerve.data.readers.records import Place, Record, not_utf8
+from opticnerve.data.readers.records import Place, Record, no_key_twice, not_utf8
+from opticnerve.data.readers.splits import one_split
 from opticnerve.starter.cache import cache_dir, new_folder
 from opticnerve.types import DataError
 
@@ -45,9 +46,9 @@ def is_shards(path: Path) -> bool:
 class Shards:
     """The samples of some shards, one shard after the other."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, split: str | None = None) -> None:
         self.path = path
-        self.files = _expanded(path)
+        self.files = _expanded(path, split)
         self._handles = Handles(_Unpacked(self.files))
 
     def __iter__(self) -> Iterator[Record | DataError]:
@@ -191,16 +192,22 @@ def _block(file: Path, start: int) -> bytes:
         return opened.read(_BLOCK)
 
 
-def _expanded(path: Path) -> list[Path]:
+def _expanded(path: Path, split: str | None) -> list[Path]:
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if is_shards(p))
+        files = one_split(path, sorted(p for p in path.rglob("*") if is_shards(p)), split)
     else:
-        files = [p for text in braces(str(path)) for p in globbed(text)]
+        files = matching(str(path), split)
     if not files:
         raise DataError(
             "no shard fits this pattern", where=str(path), remedy="check it, or write {000..099}", kind="missing-file"
         )
     return files
+
+
+def matching(pattern: str, split: str | None = None) -> list[Path]:
+    """The files of a pattern. What a glob finds is of one split; braces name what they mean."""
+    files = [p for text in braces(pattern) for p in globbed(text)]
+    return one_split(Path(pattern), files, split) if any(sign in pattern for sign in "*?[") else files
 
 
 def globbed(text: str) -> list[Path]:
@@ -237,7 +244,7 @@ def _key(name: str) -> str:
 
 def _object(content: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = json.loads(content, object_pairs_hook=no_key_twice)
     except (ValueError, RecursionError) as e:
         raise DataError(f"its json is not valid: {e}", where=where, kind="json") from e
     if not isinstance(found, dict):
