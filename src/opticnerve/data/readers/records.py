@@ -87,7 +87,7 @@ def open_records(path: Path, format: str = "auto", split: str | None = None) -> 
         from opticnerve.data.readers.folders import open_folder
 
         return open_folder(path, split)
-    if split is not None:
+    if split not in (None, "train"):  # one file is what is trained on
         raise DataError(
             f"hub_split names the split {split!r}, and this is one file", where=str(path), remedy="leave hub_split out",
             kind="format",
