@@ -293,7 +293,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         brightest = int(grey_HW[grey_HW != hole].max(initial=0) if isinstance(hole, int) else grey_HW.max(initial=0))
         if 0 < brightest <= _TWELVE_BITS:
             raise ValueError(
-                f"its 16-bit values end at {brightest:,} of 65,535, so that it would be all but black; multiply them to "
+                f"its 16-bit values end at {brightest:,} of 65,535, so that it is all but black; multiply them to "
                 f"the full range, or save it with 8 bits"
             )
         if isinstance(hole, int):

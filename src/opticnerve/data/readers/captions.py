@@ -18,8 +18,8 @@ from opticnerve.types import Conversation, DataError
 CAPTION_FIELDS = ("caption", "captions")
 VAGUE_FIELDS = ("text", "comment")
 COMPANY = (
-    "question", "questions", "query", "instruction", "input", "answer", "answers", "response", "output", "label", "labels",
-    "choices", "options", "chosen", "rejected", "completion", "messages", "conversations", "A",
+    "question", "questions", "query", "instruction", "input", "answer", "answers", "response", "output", "label",
+    "labels",     "choices", "options", "chosen", "rejected", "completion", "messages", "conversations", "A",
 )  # fmt: skip
 """Beside these `text` is no caption."""
 
@@ -30,7 +30,7 @@ def captions(record: Record, context: Context) -> Iterator[Conversation]:
     if find(fields, CAPTION_FIELDS) is None and (beside := company(fields)):
         raise DataError(
             f"text beside {beside} is no caption", where=where,
-            remedy=f"call it caption, or question and answer; or pass over with ignore: [{beside}]", kind="unused-field",
+            remedy=f"call it caption, or question and answer; or ignore: [{beside}]", kind="unused-field",
         )  # fmt: skip
     found = take(fields, (*CAPTION_FIELDS, *VAGUE_FIELDS), "caption", where)
     id, several = context.id(record), isinstance(found, list)

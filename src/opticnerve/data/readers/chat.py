@@ -39,7 +39,7 @@ def completion(record: Record, context: Context) -> Iterator[Conversation]:
     fields, where = Fields.of(record), record.where
     asked = words_or_turns(take(fields, ("prompt",), "prompt", where), "user", "prompt", context, where)
     for turn in asked:
-        turn.learn = False
+        turn.learn = turn.role != "assistant"
     answer = take(fields, ("completion",), "completion", where)
     turns = [*asked, *words_or_turns(answer, "assistant", "completion", context, where)]
     yield conversation(fields, turns, context, where, context.id(record))

@@ -28,7 +28,9 @@ def choices_of(fields: Fields, where: str) -> tuple[list[Any], bool]:
     found: Any = fields[names[0]] if names else [fields[c] for c in letters]
     if isinstance(found, dict):
         if list(found) != list(ascii_uppercase[: len(found)]):
-            raise _wrong(f"{names[0]} is an object with the keys {', '.join(list(found)[:8])}", "name them A, B, …", where)
+            raise _wrong(
+                f"{names[0]} is an object with the keys {', '.join(list(found)[:8])}", "name them A, B, …", where
+            )
         found = [found[c] for c in list(found)]
     if not isinstance(found, list) or len(found) < 2:
         raise DataError(f"{names[0] if names else 'A, B'} is not a list of two or more", where=where, kind="wrong-type")
@@ -77,7 +79,8 @@ def lettered(question: str, choices: list[str]) -> str:
 def _none(answer: Any, words: list[str], where: str) -> DataError:
     return _wrong(
         f"the answer {brief(answer)} is none of the {len(words)} choices",
-        f"write one of {', '.join(w[:40] for w in words[:8])}; its place as a JSON number, 0 to {len(words) - 1}; or its letter",
+        f"write one of {', '.join(w[:40] for w in words[:8])}; its letter; or its place as a JSON number, 0 to "
+        f"{len(words) - 1}",
         where,
     )
 

@@ -1,4 +1,4 @@
-"""Tables of text with a header, as records: cells between commas, semicolons, tabs or bars; a quoted one may span lines.
+"""Tables of text with a header: cells between commas, semicolons, tabs or bars; a quoted one may span lines.
 
 A quote that is opened and not closed, or closed by another cell's, costs its own row: reading goes on at the next line.
 """
@@ -72,22 +72,24 @@ class Csv:
         while True:
             line, start = lines.number + 1, lines.read
             lines.taken.clear()
-            row: list[str] | DataError
+            row: list[str] = []
+            problem = ""
             try:
                 row = next(reader)
-                problem = "its quoted cell holds whole rows" if self._swallows(lines.taken, row, header) else ""
+                if self._swallows(lines.taken, row, header):
+                    problem = "its quoted cell holds whole rows"
             except StopIteration:
                 return
             except csv.Error as e:
-                row, problem = [], str(e)
+                problem = str(e)
             if problem:
                 lines.give_back()
                 reader = self._reader(lines)
-                row = DataError(
+                bad = DataError(
                     f"not a CSV row: {problem}", where=f"{self.path}:{line}",
                     remedy="close the quotes; a quote within a quoted cell is written twice", kind="csv",
                 )  # fmt: skip
-            yield line, start, row
+            yield line, start, bad if problem else row
 
     def _swallows(self, taken: list[str], row: list[str], header: list[str]) -> bool:
         """Whether a cell that spans lines spans rows: lines of it are rows, media and all, or every one might be."""

@@ -45,7 +45,7 @@ class Fields(dict[str, Any]):
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401  (`dict.get` would note nothing)
 
     def raw(self) -> Iterator[tuple[str, Any]]:
         """(key, value), nothing noted."""
@@ -54,7 +54,7 @@ class Fields(dict[str, Any]):
 
 def empty(value: Any) -> bool:
     """Whether a value says nothing: null, NaN (a table's missing number), blank text, and what holds nothing else."""
-    if value is None or isinstance(value, float) and math.isnan(value):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     if isinstance(value, str | bytes):
         return not value.strip()

@@ -79,7 +79,9 @@ class Files:
         inner = file.relative_to(self.folder).parent
         fields = dict(record.fields)
         if file.stem == "metadata" and inner.parts:
-            fields = {k: _below(inner, v) if k.lower().endswith(("file_name", "file_names")) else v for k, v in fields.items()}
+            fields = {
+                k: _below(inner, v) if k.lower().endswith(("file_name", "file_names")) else v for k, v in fields.items()
+            }
         if len(self.files) > 1 and fields.get("id") in (None, ""):
             fields["id"] = f"{file.relative_to(self.folder).with_suffix('').as_posix()}-{record.index}"
         return replace(record, fields=fields, place=Place(number, record.place.start, record.place.size))

@@ -22,7 +22,21 @@ MOST_FOLDERS = 20_000
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 _LONG = 64
 # PNG, JPEG, GIF, WebP and WAV, BMP, TIFF, ICO, MP4, MP3, Ogg, FLAC
-_BEGINNINGS = ("iVBORw", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAB", "AAAA", "SUQz", "//", "T2dnUw", "ZkxhQ")
+_BEGINNINGS = (
+    "iVBORw",
+    "/9j/",
+    "R0lGOD",
+    "UklGR",
+    "Qk",
+    "SUkqA",
+    "TU0AK",
+    "AAAB",
+    "AAAA",
+    "SUQz",
+    "//",
+    "T2dnUw",
+    "ZkxhQ",
+)
 
 Unit = list[Part]
 """What stands in one place: a picture, the frames of a video, a sound."""
@@ -171,7 +185,6 @@ def folder_age(folder: str) -> int:
         return os.stat(folder).st_mtime_ns
     except (OSError, ValueError):
         return -1
-
 
 
 def _is_still(value: Any) -> bool:

@@ -28,8 +28,8 @@ _KIND_OF: dict[str, Kind] = {
     form: kind for kind, nouns in _NOUNS.items() for noun in nouns for form in (noun, f"{noun}s")
 }
 _HOLDERS = {
-    "path", "paths", "file", "files", "filename", "filenames", "filepath", "filepaths", "name", "names", "url", "urls", "uri",
-    "uris", "src", "link", "links", "bytes", "data", "base64", "b64", "list", "local",
+    "path", "paths", "file", "files", "filename", "filenames", "filepath", "filepaths", "name", "names", "url", "urls",
+    "uri", "uris", "src", "link", "links", "bytes", "data", "base64", "b64", "list", "local",
 }  # fmt: skip
 _FILE_KEYS = {("file", "name"), ("file", "names"), ("file", "path"), ("file", "paths"), ("filename",), ("filenames",),
               ("filepath",), ("filepaths",)}  # fmt: skip
@@ -68,7 +68,7 @@ def names_by_number(key: str) -> bool:
 
 def kind_by_value(value: Any, depth: int = 0) -> Kind | None:
     """What media a value is or names, where it can be nothing else."""
-    if isinstance(value, str) and 4 < len(value):
+    if isinstance(value, str) and len(value) > 4:
         if found := _DATA_URL.match(value):
             return found[1].lower()  # type: ignore[return-value]
         if len(value) <= _LONGEST_NAME and (name := _NAME.fullmatch(value.strip())):
@@ -116,20 +116,23 @@ class Tag:
     path: str | None = None
 
 
-_ALL = "|".join(noun for nouns in _NOUNS.values() for noun in nouns if noun not in ("movie", "screenshot", "photograph"))
-_OPEN = r"<\|(?:vision_start|(?:begin_of|start_of)_(?:image|video|audio)|(?:image|img|video|audio)_(?:start|bos))\|>|<im_start>|<fake_token_around_image>"
-_CLOSE = r"<\|(?:vision_end|end_of_(?:image|video|audio)|(?:image|img|video|audio)_(?:end|eos))\|>|<im_end>|<fake_token_around_image>"
+_ALL = "|".join(
+    noun for nouns in _NOUNS.values() for noun in nouns if noun not in ("movie", "screenshot", "photograph")
+)
+_AROUND = "<fake_token_around_image>"
+_OPEN = r"<\|(?:vision_start|(?:begin|start)_of_(?:image|video|audio)|(?:i\w+|video|audio)_(?:start|bos))\|>|<im_start>"
+_CLOSE = r"<\|(?:vision_end|end_of_(?:image|video|audio)|(?:image|img|video|audio)_(?:end|eos))\|>|<im_end>"
 _BARE = (
-    rf"<\|?(?:start_of_)?(?P<noun>{_ALL})s?[_\- ]?(?P<number>\d+)?(?:[_ ]?(?:pad|token|soft_token|placeholder|here|content|context))?"
-    r"\s*(?:\|>|/?>)"
+    rf"<\|?(?:start_of_)?(?P<noun>{_ALL})s?[_\- ]?(?P<number>\d+)?"
+    r"(?:[_ ]?(?:pad|token|soft_token|placeholder|here|content|context))?\s*(?:\|>|/?>)"
 )
 _PLAIN = re.sub(r"\?P<\w+>", "?:", _BARE)
 _TAG = re.compile(
-    rf"(?P<wrapped>(?:{_OPEN})\s*(?:{_PLAIN}\s*)+(?:{_CLOSE}))"
+    rf"(?P<wrapped>(?:{_OPEN}|{_AROUND})\s*(?:{_PLAIN}\s*)+(?:{_CLOSE}|{_AROUND}))"
     rf"|<(?P<paired>{_ALL})>(?P<inner>(?:[^<>\n]|{_PLAIN})*)</(?P=paired)>"
     r"""|<img\s[^<>]*?\bsrc\s*=\s*["']?(?P<src>(?!https?:)[^"'\s<>]+)["']?[^<>]*>"""
     rf"|{_BARE}"
-    rf"|(?:{_OPEN})|(?:{_CLOSE})"
+    rf"|{_OPEN}|{_CLOSE}|{_AROUND}"
     r"|\[(?-i:(?P<upper>IMG|IMAGE|VIDEO|AUDIO))[_ ]?(?P<place>\d+)?\]",
     re.IGNORECASE,
 )
@@ -165,7 +168,7 @@ def _tag(found: re.Match[str]) -> Tag:
         return Tag("image", whole, path=found["src"])
     number = found["number"] or found["place"]
     noun = found["noun"] or found["paired"] or found["upper"] or ""
-    kind = _KIND_OF.get(noun.lower()) or next((k for k in KINDS[1:] if k in whole.lower()), "image")
+    kind: Kind = _KIND_OF.get(noun.lower()) or next((k for k in KINDS[1:] if k in whole.lower()), "image")
     path = (found["inner"] or "").strip()
     if path and _TAG.search(path) is None and path not in (".", "./"):
         return Tag(kind, whole, path=path)

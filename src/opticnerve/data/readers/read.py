@@ -152,7 +152,9 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
         DataError: as `read` does even with `on_error`.
     """
     path, format = Path(source.path), source.format
-    found = Streamed(source.path, source.stream) if source.stream is not None else open_records(path, format, source.split)
+    found = (
+        Streamed(source.path, source.stream) if source.stream is not None else open_records(path, format, source.split)
+    )
     known = path.is_dir() or path.suffix.lower() == ".parquet" or source.stream is not None
     if format == "hf" and not known:
         raise _format_error(path, "the hf format is a folder or a .parquet file", "leave format at auto")
@@ -198,7 +200,8 @@ def read(
         path: a .json, .jsonl, .csv, .tsv or .parquet file, a folder saved by `datasets`, a folder of Parquet files, or
             webdataset shards (`shards/{000..099}.tar`).
         format: `captions`, `vqa`, `llava`, `chat`, `completion` or `preference`; `hf`: a folder or Parquet file whose
-            columns tell which of these; `webdataset`: shards, whose samples tell; `auto`: the fields of the first recognisable record tell.
+            columns tell which of these; `webdataset`: shards, whose samples tell; `auto`: the fields of the first
+            recognisable record tell.
         media: the folder that pictures' paths start from; default: where the data file lies.
         prompt: captions only: what the user says beside the picture; of a list, one for each sample, fixed by its id.
         limit: stop after so many conversations.
@@ -243,7 +246,7 @@ def _matches(record: Record) -> list[str]:
 
     about = any(kind_by_name(k) and kind_of(k, v) for k, v in fields.items() if isinstance(k, str))
     fits = {
-        "captions": about and (has(*CAPTION_FIELDS) or has(*VAGUE_FIELDS) and company(fields) is None),
+        "captions": about and (has(*CAPTION_FIELDS) or (has(*VAGUE_FIELDS) and company(fields) is None)),
         "vqa": has("question") and has("answer", "answers"),
         "llava": has("conversations"),
         "chat": has("messages"),

@@ -26,11 +26,22 @@ ROLES: dict[str, Role] = {
     "system": "system", "developer": "system",
 }  # fmt: skip
 ROLE, CONTENT = ("role", "from"), ("content", "value")
-WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training", "trainable", "learn", "masked")
+WEIGHTS = (
+    "weight",
+    "loss",
+    "loss_weight",
+    "loss_scale",
+    "loss_mask",
+    "train",
+    "training",
+    "trainable",
+    "learn",
+    "masked",
+)
 """0 or false: not learned; of `masked` (torchtune) the reverse."""
 _READER_WEIGHTS = {"weight", "loss_weight", "loss_scale", "masked"}  # of a user's turn they say nothing
-REFUSED = ("train_detail", "training_detail", "mask", "assistant_masks", "completion_mask", "token_weights", "tool_calls",
-           "function_call", "reasoning_content", "reasoning", "thinking")  # fmt: skip
+REFUSED = ("train_detail", "training_detail", "mask", "assistant_masks", "completion_mask", "token_weights",
+           "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # fmt: skip
 """What changes what is learned of a turn, and is not honoured."""
 _TEXT = ("text", "input_text", "output_text")
 _KIND_OF_TYPE: dict[str, Kind] = {f"{before}{kind}{after}": kind for kind in KINDS for before in ("", "input_")

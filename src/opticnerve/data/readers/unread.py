@@ -1,4 +1,4 @@
-"""What a record holds and its reader did not look at: passed over where it is nobody's loss, else an error that names it.
+"""What a record holds and its reader did not look at: passed over where it is nobody's loss, else an error.
 
 One check for all formats, after the conversation has been made: `Fields` knows what was read. An error are fields that
 name media (other media than those that were used), that change what is learned, and, where the format was told by the
@@ -33,7 +33,7 @@ def check_unread(fields: Fields, where: str, *, format: str, strict: bool, media
             raise _unused(path, f"names {kind} files", value, format, where)
         if not media and names_by_number(key) and not empty(value):
             raise _unused(path, "points at a picture", value, format, where)
-        if key in WEIGHTS or key in REFUSED and path != key:
+        if key in WEIGHTS or (key in REFUSED and path != key):
             if not empty(value):
                 raise _unused(path, "may change what is learned", value, format, where)
         elif strict and path == key and key in QUESTION and format in ("captions", "vqa") and not empty(value):
@@ -86,6 +86,6 @@ def _unused(path: str, does: str, value: Any, format: str, where: str) -> DataEr
     return DataError(
         f"{path} ({shown[:60]}) {does}, and is not read in the format {format}",
         where=where,
-        remedy=f"put it where the format has it (docs/data.md), or pass it over with ignore: [{path.rpartition('.')[2]}]",
+        remedy=f"put it where the format has it (docs/data.md), or ignore: [{path.rpartition('.')[2]}]",
         kind="unused-field",
     )

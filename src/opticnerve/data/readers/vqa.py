@@ -49,11 +49,11 @@ def group_by_image(conversations: Iterable[Conversation]) -> Iterator[Conversati
     in the order of their first questions and carry its id and place. `meta["turns"]` holds each question's own meta.
     """
     groups: dict[tuple[Any, ...], list[Conversation]] = {}
-    for conversation in conversations:
-        pictures = (p.source if isinstance(p.source, Path) else image_digest(p.source) for p in conversation.images)
-        sounds = (a.source if isinstance(a.source, Path) else audio_digest(a.source) for a in conversation.audios)
+    for member in conversations:
+        pictures = (p.source if isinstance(p.source, Path) else image_digest(p.source) for p in member.images)
+        sounds = (a.source if isinstance(a.source, Path) else audio_digest(a.source) for a in member.audios)
         key = (*pictures, *sounds)
-        groups.setdefault(key, []).append(conversation)
+        groups.setdefault(key, []).append(member)
     yield from map(merged, groups.values())
 
 
