@@ -35,15 +35,16 @@ class Csv:
             lines = _Lines(file)
             self._delimiter = _delimiter(lines.peek(), self.path.suffix.lower())
             header: list[str] = []
-            for line, start, row in self._rows(lines, header):
+            for line, start, found in self._rows(lines, header):
                 where = f"{self.path}:{line}"
-                checked = self._checked(row, where, header) if isinstance(row, list) else row
+                checked = self._checked(found, where, header) if isinstance(found, list) else found
                 if checked is None:
                     continue
                 if not header:
                     if isinstance(checked, DataError):
                         raise checked
-                    header += self._named([str(c) for c in row], where)  # type: ignore[union-attr]
+                    assert isinstance(found, list)
+                    header += self._named(found, where)
                     self._header = header
                 elif isinstance(checked, DataError):
                     yield checked
@@ -54,7 +55,7 @@ class Csv:
         if not self._header:
             next(iter(self), None)  # reads the header
         text = self._handles.read(*place).decode("utf-8")
-        row = next(self._reader(io.StringIO(text, newline="")), [])
+        row: list[str] = next(self._reader(io.StringIO(text, newline="")), [])
         where = f"{self.path}:{index}"
         checked = self._checked(row, where, self._header)
         if isinstance(checked, DataError):

@@ -1,4 +1,4 @@
-"""A folder as records: saved by `datasets`, or files of Parquet, JSON lines, CSV, JSON, or an imagefolder
+"""A folder as records: saved by `datasets`, or files of Parquet, JSON lines, CSV or JSON, tar shards, or an imagefolder
 (pictures with `metadata.csv`, `.jsonl` or `.parquet`: huggingface.co/docs/datasets/image_dataset). One split of it.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.readers.records import CSV_SUFFIXES, JSONL_SUFFIXES, Place, Record, Records, open_records
+from opticnerve.data.readers.shards import Shards, is_shards
 from opticnerve.data.readers.splits import one_split
 from opticnerve.data.readers.tables import ParquetTables, SavedTable, saved_by_datasets
 from opticnerve.types import DataError
@@ -31,7 +32,10 @@ def open_folder(folder: Path, split: str | None) -> Records:
         return SavedTable(one_split(folder, list(dict.fromkeys(saved)), split)[0], None)
     if (folder / "dataset_dict.json").is_file():
         return SavedTable(folder, split)
-    files = one_split(folder, _data_files(folder), split)
+    found = _data_files(folder)
+    if is_shards(found[0]):
+        return Shards(folder, split)
+    files = one_split(folder, found, split)
     if all(f.suffix.lower() == ".parquet" and f.stem != "metadata" for f in files):
         return ParquetTables(folder, files)
     return Files(folder, files)
@@ -45,6 +49,8 @@ def _data_files(folder: Path) -> list[Path]:
     for suffixes in _KINDS:
         if files := [f for f in found if f.suffix.lower() in suffixes]:
             return files
+    if shards := [f for f in found if is_shards(f)]:
+        return shards
     raise DataError(
         "the folder holds neither a saved dataset nor files of data",
         where=str(folder),

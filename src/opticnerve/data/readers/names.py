@@ -120,8 +120,9 @@ _ALL = "|".join(
     noun for nouns in _NOUNS.values() for noun in nouns if noun not in ("movie", "screenshot", "photograph")
 )
 _AROUND = "<fake_token_around_image>"
-_OPEN = r"<\|(?:vision_start|(?:begin|start)_of_(?:image|video|audio)|(?:i\w+|video|audio)_(?:start|bos))\|>|<im_start>"
-_CLOSE = r"<\|(?:vision_end|end_of_(?:image|video|audio)|(?:image|img|video|audio)_(?:end|eos))\|>|<im_end>"
+_MEDIA = "(?:image|img|video|audio)"
+_OPEN = rf"<\|(?:vision_start|(?:begin|start)_of_{_MEDIA}|{_MEDIA}_(?:start|bos))\|>|<im_start>"
+_CLOSE = rf"<\|(?:vision_end|end_of_{_MEDIA}|{_MEDIA}_(?:end|eos))\|>|<im_end>"
 _BARE = (
     rf"<\|?(?:start_of_)?(?P<noun>{_ALL})s?[_\- ]?(?P<number>\d+)?"
     r"(?:[_ ]?(?:pad|token|soft_token|placeholder|here|content|context))?\s*(?:\|>|/?>)"
@@ -168,7 +169,8 @@ def _tag(found: re.Match[str]) -> Tag:
         return Tag("image", whole, path=found["src"])
     number = found["number"] or found["place"]
     noun = found["noun"] or found["paired"] or found["upper"] or ""
-    kind: Kind = _KIND_OF.get(noun.lower()) or next((k for k in KINDS[1:] if k in whole.lower()), "image")
+    spelled: Kind = next((k for k in KINDS[1:] if k in whole.lower()), "image")
+    kind = _KIND_OF.get(noun.lower(), spelled)
     path = (found["inner"] or "").strip()
     if path and _TAG.search(path) is None and path not in (".", "./"):
         return Tag(kind, whole, path=path)
