@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import PIL.Image
@@ -166,7 +166,7 @@ class TestJson:
             samples, bad = found(folder / "d.json")
             assert (len(samples), [e.kind for e in bad]) == (2, ["json"])
 
-    COCO: dict[str, Any] = {
+    COCO: ClassVar[dict[str, Any]] = {
         "info": {"year": 2014},
         "images": [{"id": 1, "file_name": "1.png", "coco_url": "http://x/1.jpg"}, {"id": 2, "file_name": "gone.png"}],
         "annotations": [{"id": 5, "image_id": 1, "caption": "red"}, {"id": 6, "image_id": 2, "caption": "gone"},
