@@ -237,7 +237,8 @@ def _measure(stage: Stage, docked: Any, processor: Any, data: StageData, kind: s
 
     def step() -> None:
         loss, _ = objective(batch)
-        loss.backward()
+        if loss.requires_grad:  # words alone move no connector
+            loss.backward()
         model.zero_grad(set_to_none=True)
 
     return cost.time_step(step, kind) / count

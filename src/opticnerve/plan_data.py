@@ -24,7 +24,7 @@ LOOK_AT = 96  # rows that are encoded to learn their length
 class StageData:
     """A stage's data, as far as it could be read. `rows`: some training rows; `sample`: the first conversation;
     `visits`: samples (or groups that share a prefix) in a row, more than one where rows are packed ahead; `pictures`:
-    how many different ones."""
+    how many different ones; `blind`: no sample (of a stream: of those looked at) has a picture or a sound."""
 
     samples: int = 0
     units: int = 0
@@ -37,6 +37,7 @@ class StageData:
     bad: int = 0
     first_bad: str = ""
     problem: str = ""
+    blind: bool = False
 
     @property
     def length(self) -> int:
@@ -69,6 +70,7 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
     found.units = len(units)
     found.samples = units.samples()
     found.pictures = units.pictures()
+    found.blind = not units.with_media()
     if processor is not None and stage.objective.type == "next_token":
         _encode_some(found, units, stage, processor, seed, bad)
     if found.steps is None:
@@ -90,6 +92,7 @@ def _look_ahead(found: StageData, stage: Stage, processor: Any, seed: int, bad: 
     except OpticNerveError as e:
         found.problem = str(e)
         return found
+    found.blind = bool(units) and not any(c.pieces for conversations, _ in units for c in conversations)
     if processor is not None and stage.objective.type == "next_token" and units:
         _encode_some(found, units, stage, processor, seed, bad)
     if found.steps is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from opticnerve import plan_model as parts
+from opticnerve.data.samples import NO_MEDIA
 from opticnerve.recipe import DataSpec, Recipe, Stage
 
 _HIGH = {"language": 1e-4, "language.last": 1e-4, "language.embeddings": 1e-3, "encoder": 1e-4, "encoder.last": 2e-4}
@@ -79,6 +80,8 @@ def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> list[str]:
             )
     if data.problem:
         found.append(f"its data cannot be read: {data.problem}")
+    if data.blind:
+        found.append(NO_MEDIA)
     if data.bad:
         refuses = "training will refuse them" if stage.bad_samples == "refuse" else "training will skip them"
         found.append(

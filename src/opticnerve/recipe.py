@@ -93,6 +93,21 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         raise RecipeError("\n".join(lines[:_SHOWN] + more)) from None
 
 
+def data_entry(raw: dict[str, Any], overrides: Sequence[str] = ()) -> DataSpec:
+    """One data entry by itself, with `key=value` overrides.
+
+    Raises:
+        RecipeError: as `load`.
+    """
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return DataSpec.model_validate(raw)
+    except ValidationError as e:
+        found = (f"{'.'.join(map(str, problem['loc'])) or 'data'}: {problem['msg']}" for problem in e.errors())
+        raise RecipeError("; ".join(brief(line, 500) for line in found)) from None
+
+
 _SHOWN = 20  # findings in one message
 
 

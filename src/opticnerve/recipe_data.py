@@ -19,7 +19,7 @@ class DataSpec(Strict):
     """
 
     path: str
-    format: Literal["auto", "captions", "vqa", "llava", "chat", "preference", "hf", "webdataset"] = "auto"
+    format: Literal["auto", "captions", "vqa", "llava", "chat", "completion", "preference", "hf", "webdataset"] = "auto"
     media: str | None = None
     prompt: str | list[str] | None = None
     limit: Positive | None = None
@@ -28,6 +28,7 @@ class DataSpec(Strict):
     share_prefix: bool = False
     per_image: Positive | None = None
     allow_outside_media: bool = False
+    ignore: list[str] = Field([], description="fields of the records to pass over, which would else be an error")
     frames: Positive = Field(8, description="pictures taken of a video, at equal distances")
     split: Literal["all", "train", "held_out"] = Field(
         "all", description="one picture in twenty, chosen by the hash of its file name, is held out"
@@ -37,7 +38,7 @@ class DataSpec(Strict):
     )
     shuffle_window: Positive = Field(1024, description="streaming: rows that are shuffled together; 1: none")
     subset: str | None = Field(None, description="streaming: a configuration of the hub's data set")
-    hub_split: str = Field("train", description="streaming: a split of the hub's data set")
+    hub_split: str | None = Field(None, description="a split of the hub's data set, or of a folder that holds several")
     revision: str | None = Field(None, description="streaming: a commit, tag or branch of the hub's data set")
 
     @field_validator("path", "media")
@@ -55,7 +56,7 @@ class DataSpec(Strict):
     def _counts_have_a_use(self) -> DataSpec:
         if self.per_image is not None and not self.share_prefix:
             raise ValueError("per_image says how many questions share a picture's prefix; set share_prefix: true, too")
-        own = {"shuffle_window", "subset", "hub_split", "revision"} & self.model_fields_set
+        own = {"shuffle_window", "subset", "revision"} & self.model_fields_set
         if not self.streaming:
             # (a recipe that was written out names every key)
             given = sorted(k for k in own if getattr(self, k) != type(self).model_fields[k].default)

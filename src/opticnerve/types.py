@@ -28,11 +28,24 @@ class RecipeError(OpticNerveError):
 
 
 class DataError(OpticNerveError):
-    """A sample that cannot be used; `where` is `file:line` or `file, sample id`."""
+    """A sample that cannot be used; `where` is `file:line` or `file, sample id`.
+
+    No part of it is longer than a few lines, whatever the data hold: values are quoted here, not printed.
+    """
+
+    MOST = 600
+    """Characters of a part."""
 
     def __init__(self, problem: str, *, where: str = "", remedy: str = "", kind: str = "sample") -> None:
+        problem, where, remedy = (self._shortened(part) for part in (problem, where, remedy))
         self.problem, self.where, self.remedy, self.kind = problem, where, remedy, kind
         super().__init__(": ".join(p for p in (where, problem) if p) + (f" ({remedy})" if remedy else ""))
+
+    @classmethod
+    def _shortened(cls, part: str) -> str:
+        if len(part) > cls.MOST:
+            part = f"{part[: cls.MOST * 2 // 3]} … {part[-cls.MOST // 3 :]}"
+        return part if part.count("\n") < 8 else part.replace("\n", "↵")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders (data loader workers); keyword-only arguments need help to be pickled.

@@ -55,6 +55,26 @@ def test_check_finds_test_data_in_the_training_data(opticnerve: Callable[..., An
     assert ran.code == 3 and f"{test}:1: also in {captions}:2" in ran.out
 
 
+def test_overrides_as_plan_and_train_take_them(
+    opticnerve: Callable[..., Any], recipe_file: Path, captions: Path
+) -> None:
+    ran = opticnerve("data", "check", recipe_file, "stages.0.data.0.limit=2", "--json")
+    assert [r["good"] for r in ran.json["data"].values()] == [2]
+    assert opticnerve("data", "check", captions, "limit=1", "--json").json["good"] == 1
+    assert opticnerve("data", "check", captions, "nonsense=1").code == 1
+    assert opticnerve("data", "show", recipe_file, "stages.0.data.0.limit=2", "--index", "2").code == 1
+
+
+def test_data_without_a_picture_for_a_recipe_with_an_encoder(
+    opticnerve: Callable[..., Any], recipe_file: Path, captions: Path
+) -> None:
+    said = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    captions.write_text(said * 4, encoding="utf-8")
+    assert opticnerve("data", "check", recipe_file, "--json").json["warning"]
+    remarks = opticnerve("plan", recipe_file, "--json").json["remarks"]
+    assert any("none of its samples has a picture" in r["text"] for r in remarks if r["level"] == "warning")
+
+
 def test_check_of_a_missing_file_is_an_error(opticnerve: Callable[..., Any], tmp_path: Path) -> None:
     assert opticnerve("data", "check", tmp_path / "none.jsonl").code == 1
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from opticnerve.data.images import open_image
 from opticnerve.data.readers import DataSource, read, read_all
-from opticnerve.data.readers.llava import _parts
+from opticnerve.data.readers.names import split
 from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, TextPart
 
 
@@ -136,7 +136,7 @@ def test_questions_on_one_picture_become_one_conversation(folder: Path) -> None:
     ("words", "parts"),
     [
         ("<image>\nWhat?", ["[1.png]", "What?"]),
-        ("What?\n<image>", ["What?", "[1.png]"]),
+        ("What?\n<image>", ["What?\n", "[1.png]"]),
         ("<image>\n\nWhat?", ["[1.png]", "\nWhat?"]),
         ("Look:\n<image>\nWhat?", ["Look:\n", "[1.png]", "What?"]),
         ("Look <image> here", ["Look ", "[1.png]", " here"]),
@@ -157,13 +157,11 @@ def test_llava_with_several_pictures_a_system_message_and_without_pictures(folde
 
 
 @given(st.lists(st.text("ab\n", max_size=4), min_size=1, max_size=5))
-def test_llava_loses_one_line_break_a_marker_and_nothing_else(pieces: list[str]) -> None:
-    pictures = [ImagePart(Path(str(i))) for i in range(len(pieces) - 1)]
-    parts = _parts("<image>".join(pieces), iter(pictures))
-    assert [p for p in parts if isinstance(p, ImagePart)] == pictures
-    kept, given_text = "".join(p.text for p in parts if isinstance(p, TextPart)), "".join(pieces)
-    assert kept.replace("\n", "") == given_text.replace("\n", "")
-    assert 0 <= given_text.count("\n") - kept.count("\n") <= len(pictures)
+def test_a_tag_takes_the_line_break_behind_it_and_nothing_else(pieces: list[str]) -> None:
+    """The template writes one behind each picture."""
+    first, *others = split("<image>".join(pieces)) or [""]
+    again = "".join([first if isinstance(first, str) else "", *(p for p in others if isinstance(p, str))])
+    assert again == pieces[0] + "".join(p.removeprefix("\n") for p in pieces[1:])
 
 
 # --- chat
@@ -268,8 +266,12 @@ GOOD = talk(("user", "Hi"), ("assistant", "Hello"))
         (talk(("user", "a"), ("robot", "b")), "unknown-role", "'robot'"),
         (talk(("user", "<image>\na"), ("assistant", "b")), "placeholder-without-image", "<image>"),
         (talk(("user", "a"), ("assistant", [{"type": "image", "image": "1.png"}])), "image-in-answer", "turn 2"),
-        (talk(("user", [{"type": "image"}]), ("assistant", "b")), "placeholder-without-image", "1 image part"),
-        (talk(("user", "a"), ("assistant", "b"), images=["1.png"]), "image-without-placeholder", "lists 1"),
+        (talk(("user", [{"type": "image"}]), ("assistant", "b")), "placeholder-without-image", "but 1 place"),
+        (
+            talk(("user", [{"type": "image"}]), ("assistant", "b"), images=["1.png", "2.png"]),
+            "image-without-placeholder",
+            "2 image(s)",
+        ),
         (talk(("user", [{"type": "scent"}]), ("assistant", "b")), "unknown-part", "'scent'"),
         (talk(("user", [{"type": "text"}]), ("assistant", "b")), "missing-field", "text"),
         (talk(("user", [{"type": "image", "image": 5}]), ("assistant", "b")), "wrong-type", "int 5"),
@@ -302,20 +304,19 @@ def test_each_bad_chat_record_has_its_kind_and_place(folder: Path, row: Any, kin
 @pytest.mark.parametrize(
     ("row", "kind", "says"),
     [
-        (llava(("human", "a"), ("gpt", "b"), image="1.png"), "image-without-placeholder", "1 picture(s) but 0"),
         (
             llava(("human", "<image>a"), ("gpt", "b"), image=["1.png", "2.png"]),
             "image-without-placeholder",
-            "2 picture(s) but 1",
+            "2 image(s) in the record, but 1",
         ),
         (
             llava(("human", "<image><image>a"), ("gpt", "b"), image="1.png"),
             "placeholder-without-image",
-            "2 <image> in the text but 1",
+            "1 image(s) in the record, but 2",
         ),
-        (llava(("human", "<image>a"), ("gpt", "b")), "placeholder-without-image", "but 0 picture"),
+        (llava(("human", "<image>a"), ("gpt", "b")), "placeholder-without-image", "0 image(s)"),
         (llava(("human", "a"), ("bot", "b")), "unknown-role", "'bot'"),
-        ({"conversations": [{"role": "user", "content": "a"}]}, "missing-field", "role, content"),
+        ({"conversations": [{"speaker": "user", "words": "a"}]}, "missing-field", "speaker, words"),
         (llava(("human", "a"), ("gpt", "<image>"), image="1.png"), "image-in-answer", "picture"),
     ],
 )

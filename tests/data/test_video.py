@@ -355,9 +355,11 @@ class TestReaders:
         assert found.messages[0].text == "What moves?"
         assert numbers([open_image(i.source) for i in found.images]) == [0, 3]
 
-    def test_llava_without_a_video_leaves_the_word_alone(self, tmp_path: Path) -> None:
-        says = [{"from": "human", "value": "What is <video> in HTML?"}, {"from": "gpt", "value": "An element."}]
-        assert self.conversation(tmp_path, {"conversations": says}).messages[0].text == "What is <video> in HTML?"
+    def test_the_tag_without_a_video(self, tmp_path: Path) -> None:
+        says = [{"from": "human", "value": "<video>What moves?"}, {"from": "gpt", "value": "A ball."}]
+        with pytest.raises(DataError) as caught:
+            self.conversation(tmp_path, {"conversations": says})
+        assert caught.value.kind == "placeholder-without-image"
 
     @pytest.mark.parametrize(
         ("record", "kind", "says"),
@@ -366,8 +368,8 @@ class TestReaders:
             ({"type": "video", "video": "../a.mp4"}, "outside-media", "outside the media folder"),
             ({"type": "video", "video": "https://x.org/a.mp4"}, "url", "fetches nothing"),
             ({"type": "video", "video": 5}, "wrong-type", "the video is given as int 5"),
-            ({"type": "video", "video": []}, "wrong-type", "empty list"),
-            ({"type": "video"}, "placeholder-without-image", "1 video part"),
+            ({"type": "video", "video": []}, "placeholder-without-image", "0 video"),
+            ({"type": "video"}, "placeholder-without-image", "0 video"),
         ],
     )
     def test_bad_records(self, record: Any, kind: str, says: str, tmp_path: Path) -> None:
@@ -375,8 +377,16 @@ class TestReaders:
             self.conversation(tmp_path, self.chat(record, {"type": "text", "text": "?"}))
         assert caught.value.kind == kind
 
-    def test_counts_in_llava(self, tmp_path: Path) -> None:
-        (tmp_path / "a.gif").write_bytes(b"")
+    def test_without_a_place_it_stands_first(self, tmp_path: Path) -> None:
+        (tmp_path / "a.gif").write_bytes(animation(6))
         says = [{"from": "human", "value": "What moves?"}, {"from": "gpt", "value": "A ball."}]
-        with pytest.raises(DataError, match=r"1 video\(s\) but 0 <image> in the text"):
-            self.conversation(tmp_path, {"video": "a.gif", "conversations": says})
+        found = self.conversation(tmp_path, {"video": "a.gif", "conversations": says}, frames=2)
+        assert [type(p) for p in found.messages[0].parts] == [ImagePart, ImagePart, TextPart]
+
+    def test_a_record_may_list_the_frames(self, tmp_path: Path) -> None:
+        for i in range(4):
+            picture(i).save(tmp_path / f"{i}.png")
+        says = [{"from": "human", "value": "<video>What moves?"}, {"from": "gpt", "value": "A ball."}]
+        record = {"video": [f"{i}.png" for i in range(4)], "conversations": says}
+        found = self.conversation(tmp_path, record, frames=2)
+        assert [i.source for i in found.images] == [tmp_path / "0.png", tmp_path / "2.png"]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from opticnerve.cli.guard import BAD_SAMPLES, guarded
-from opticnerve.cli.output import JsonFlag, console_for, examples, is_recipe, print_json, read_recipe
+from opticnerve.cli.output import OVERRIDES_HELP, JsonFlag, console_for, examples, is_recipe, print_json, read_recipe
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 CHECK_EPILOG = examples(
     "opticnerve data check captions.jsonl --media pictures/",
-    "opticnerve data check recipe.yaml",
+    "opticnerve data check recipe.yaml stages.0.data.0.limit=1000",
     "opticnerve data check conversations.json --format llava --json",
     "opticnerve data check train.jsonl --against test.jsonl --fail-on-leaks",
     note="Ends with exit code 3 if it finds samples that training would refuse.",
@@ -30,7 +30,14 @@ SHOW_EPILOG = examples(
     note="With a recipe the tokenizer alone is loaded, no weights.",
 )
 SourceArgument = Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe.")]
-FormatOption = Annotated[str, typer.Option("--format", help="auto, captions, vqa, llava, chat, hf or webdataset.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help=f"{OVERRIDES_HELP} For a data file: keys of a data entry, such as [cyan]limit=100[/].",
+                   metavar="[KEY=VALUE]..."),
+]  # fmt: skip
+FormatOption = Annotated[
+    str, typer.Option("--format", help="auto, captions, vqa, llava, chat, completion, preference, hf or webdataset.")
+]
 MediaOption = Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")]
 
 
@@ -38,6 +45,7 @@ MediaOption = Annotated[Path | None, typer.Option(help="The folder that pictures
 @guarded
 def check(
     source: SourceArgument,
+    overrides: Overrides = None,
     data_format: FormatOption = "auto",
     media: MediaOption = None,
     against: Annotated[
@@ -58,11 +66,12 @@ def check(
     from opticnerve.data.check import check as run_check
     from opticnerve.data.check import print_listed
     from opticnerve.data.overlap import Side, leaks
+    from opticnerve.data.samples import NO_MEDIA
 
     console = console_for(as_json)
     reports: dict[str, Any] = {}
     sides = {"train": Side(), "test": Side()}
-    for name, spec, count_tokens, side in _entries(source, data_format, media, against or [], quick):
+    for name, spec, count_tokens, side in _entries(source, overrides or [], data_format, media, against or [], quick):
         with _counting(console, name) as seen:
             reports[name] = run_check(
                 _samples(spec), open_media=not quick, max_listed=max_listed, count_tokens=count_tokens,
@@ -72,6 +81,13 @@ def check(
             if is_recipe(source) or against:
                 console.rule(name, align="left")
             reports[name].render(console)
+    blind = (
+        is_recipe(source)
+        and not any(r.images or r.audios for r in reports.values())
+        and any(r.good for r in reports.values())
+    )
+    if blind and not as_json:
+        console.print(f"[bold red]warning:[/] {source}: {NO_MEDIA}", soft_wrap=True, highlight=False)
     found = leaks(sides["train"], sides["test"], max_listed)
     if not as_json:
         for kind, title in found.NAMES:
@@ -80,7 +96,12 @@ def check(
     good = all(r.ok for r in reports.values())
     if as_json:
         several = is_recipe(source) or against
-        whole = {"ok": good, "data": {name: r.to_dict() for name, r in reports.items()}, "leaks": found.to_dict()}
+        whole = {
+            "ok": good,
+            **({"warning": NO_MEDIA} if blind else {}),
+            "data": {name: r.to_dict() for name, r in reports.items()},
+            "leaks": found.to_dict(),
+        }
         print_json(whole if several else next(iter(reports.values())).to_dict())
     if not good or (fail_on_leaks and not found.ok):
         raise typer.Exit(BAD_SAMPLES)
@@ -90,6 +111,7 @@ def check(
 @guarded
 def show(
     source: SourceArgument,
+    overrides: Overrides = None,
     model: Annotated[
         str | None, typer.Option(help="A model or recipe, for its tokenizer; default: the recipe.")
     ] = None,
@@ -108,49 +130,52 @@ def show(
 
     from opticnerve.cli import tokens
     from opticnerve.cli.places import processor_of
+    from opticnerve.data.images import described
     from opticnerve.data.labels import encode
     from opticnerve.data.samples import Joined
     from opticnerve.data.source import load_data
 
     template = None
     if is_recipe(source):
-        recipe = read_recipe(source)
+        recipe = read_recipe(source, overrides)
         if stage >= len(recipe.stages):
             raise OpticNerveError(f"--stage {stage}: {source} has {len(recipe.stages)} stages, counted from 0")
         specs, template = recipe.stages[stage].data, _template(recipe.stages[stage])
     else:
-        specs = [_spec(source, data_format, media)]
+        specs = [_spec(source, data_format, media, overrides)]
     everything = Joined([load_data(spec) for spec in specs])
     conversation = tokens.choose(everything, index=index, sample_id=sample_id)
-    processor = processor_of(model or source)
+    processor = processor_of(model) if model else processor_of(source, overrides)
     encoded = encode(conversation, processor, template=template)
     found = tokens.pieces(encoded, processor)
     if as_json:
         print_json(tokens.to_dict(encoded, found))
         return
     console = console_for(False)
-    for line in (conversation.where, *(str(i.source) for i in conversation.images)):
+    for line in (conversation.where, *(described(i.source) for i in conversation.images)):
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
     console.print(tokens.show(found), "", tokens.legend(), tokens.counts(encoded, processor), sep="\n", highlight=False)
 
 
 def _entries(
-    source: str, data_format: str, media: Path | None, against: list[str], quick: bool
+    source: str, overrides: list[str], data_format: str, media: Path | None, against: list[str], quick: bool
 ) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None, str]]:
     """(name, data entry, counter of tokens, train or test) of everything to check."""
     for path in against if is_recipe(source) else [source, *against]:
         if not path.startswith("starter/") and not any(sign in path for sign in "{*?[") and not Path(path).exists():
             raise OpticNerveError(f"there is no file or folder {path!r}")
     if not is_recipe(source):
-        yield source, _spec(source, data_format, media), None, "train"
+        yield source, _spec(source, data_format, media, overrides), None, "train"
     else:
-        yield from _of_recipe(source, quick)
+        yield from _of_recipe(source, overrides, quick)
     for path in against:
         yield path, _spec(path, data_format, media), None, "test"
 
 
-def _of_recipe(source: str, quick: bool) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None, str]]:
-    recipe = read_recipe(source)
+def _of_recipe(
+    source: str, overrides: list[str], quick: bool
+) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None, str]]:
+    recipe = read_recipe(source, overrides)
     length = None
     # Dual encoders and classifiers cut long texts instead of refusing them.
     if not quick and recipe.model.KIND == "docked":
@@ -184,13 +209,13 @@ def _samples(spec: Any) -> Iterator[Conversation | DataError]:
             yield conversation
 
 
-def _spec(path: str, data_format: str, media: Path | None) -> Any:
+def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] | None = None) -> Any:
     from opticnerve.data.readers import FORMATS
-    from opticnerve.recipe import DataSpec
+    from opticnerve.recipe import data_entry
 
     if data_format not in FORMATS:
         raise OpticNerveError(f"--format {data_format!r} is unknown; it is {', '.join(FORMATS)}")
-    return DataSpec.model_validate({"path": path, "format": data_format, "media": str(media) if media else None})
+    return data_entry({"path": path, "format": data_format, "media": str(media) if media else None}, overrides or [])
 
 
 def _template(stage: Any) -> str | None:

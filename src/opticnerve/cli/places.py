@@ -12,14 +12,14 @@ def model_folder(name: str) -> str:
     return resolve(name)
 
 
-def processor_of(name: str) -> Any:
+def processor_of(name: str, overrides: list[str] | None = None) -> Any:
     """The processor of a model or of a recipe's model; no weight is read."""
     from opticnerve.cli.output import is_recipe, read_recipe
 
     if is_recipe(name):
         from opticnerve.plan import processor_for
 
-        return processor_for(read_recipe(name))
+        return processor_for(read_recipe(name, overrides))
     from opticnerve.models import OpticNerveProcessor
 
     return OpticNerveProcessor.from_pretrained(model_folder(name))

@@ -245,7 +245,7 @@ def _add(
 ) -> None:
     answers = [m for m in item.messages if m.role == "assistant"]
     report.good += 1
-    report.turns += len(answers)
+    report.turns += sum(m.learn for m in answers)
     report.images += len(identities)
     report.audios += len(item.audios)
     report.images_per_sample[len(identities)] += 1
@@ -276,7 +276,7 @@ def _compare_looks(own: Side, report: Report, max_listed: int) -> None:
 def _digest(messages: Iterable[Message], identities: list[str]) -> bytes:
     """What makes two samples the same: roles, words and pictures, in order."""
     pictures = iter(identities)
-    content: list[tuple[str, list[tuple[str, str]]]] = []
+    content: list[tuple[str, bool, list[tuple[str, str]]]] = []
     for message in messages:
         parts: list[tuple[str, str]] = []
         for part in message.parts:
@@ -287,7 +287,7 @@ def _digest(messages: Iterable[Message], identities: list[str]) -> bytes:
                     parts.append(("image", next(pictures)))
                 case _:
                     parts.append(("audio", str(part.source)))
-        content.append((message.role, parts))
+        content.append((message.role, message.learn, parts))
     return hashlib.blake2b(repr(content).encode(), digest_size=16).digest()
 
 

@@ -37,6 +37,7 @@ class Frame:
 Source = Path | str | bytes | PIL.Image.Image | Frame
 
 MAX_PIXELS = 64_000_000
+_TWELVE_BITS = 4_095
 
 # A closed list: Pillow would also hand EPS to Ghostscript, and recognises some formats by next to nothing.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -77,7 +78,8 @@ def open_image(
     - EXIF orientation is applied (an unreadable EXIF block counts as none).
     - Animated GIF, WebP and APNG: the first frame.
     - Transparency (RGBA, LA, palette or a transparent colour): laid over white.
-    - 16-bit grey: 0…65535 becomes 0…255. Pillow's own conversion would clip everything above 255 to white.
+    - 16-bit grey: 0…65535 becomes 0…255. Pillow's own conversion would clip everything above 255 to white. One whose
+      values end at 4095 or below holds 12 bits or fewer: it would come out all but black, and is refused.
     - CMYK, YCbCr, palette, 1-bit, grey: converted by Pillow (Adobe's inverted CMYK included).
 
     Raises:
@@ -111,6 +113,10 @@ def open_image(
         found = re.search(r"\d+", str(e))
         raise _too_big(f"{int(found[0]):,}" if found else "too many", name, where, max_pixels) from e
     except Exception as e:
+        if "MAX_TEXT" in str(e) and not isinstance(source, PIL.Image.Image):
+            # Pillow bounds what a PNG's notes unpack to; the pixels want none of them.
+            bare = _without_notes(_locate(source, name, where), name, where)
+            return open_image(bare, where=where, max_pixels=max_pixels, at_least=at_least)
         # Pillow's decoders raise whatever their parsing trips over (OSError, SyntaxError, struct.error, IndexError…);
         # for the user it is one case.
         raise _unreadable(f"{name} is damaged or incomplete: {e or type(e).__name__}", where) from e
@@ -158,6 +164,22 @@ def decode_data_url(url: str, *, where: str = "") -> bytes:
         raise _unreadable(f"the data URL {head[:60]!r} does not hold valid base64: {e}", where) from e
 
 
+def described(source: object) -> str:
+    """A picture or a sound in one line: its file, or what else it is and how large."""
+    match source:
+        case Frame():
+            return f"{described(source.source)}, frame {source.index + 1} of {source.of}"
+        case bytes():
+            size = f"{len(source) / 1000:,.0f} kB" if len(source) >= 1000 else f"{len(source)} bytes"
+            return f"picture, {size}"
+        case Path():
+            return str(source)
+        case PIL.Image.Image():
+            return f"picture, {source.width} × {source.height}"
+        case _:
+            return type(source).__name__
+
+
 def _name(source: Source) -> str:
     match source:
         case PIL.Image.Image():
@@ -201,6 +223,23 @@ def _locate(source: Path | str | bytes, name: str, where: str) -> Path | bytes:
 
 def _open(located: Path | bytes) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(located) if isinstance(located, bytes) else located, formats=_known_list())
+
+
+def _without_notes(located: Path | bytes, name: str, where: str) -> bytes:
+    """A PNG without its texts and its colour profile; what may say its orientation is kept, unless it is packed."""
+    raw = located if isinstance(located, bytes) else located.read_bytes()
+    kept, at, dropped = [raw[:8]], 8, False
+    while at + 12 <= len(raw):
+        end = at + 12 + int.from_bytes(raw[at : at + 4], "big")
+        kind, body = raw[at + 4 : at + 8], raw[at + 8 : at + 40]
+        if kind in (b"zTXt", b"tEXt", b"iCCP") or (kind == b"iTXt" and not body.startswith(b"XML:com.adobe.xmp\0\0")):
+            dropped = True
+        else:
+            kept.append(raw[at:end])
+        at = end
+    if not dropped:
+        raise _unreadable(f"{name} holds notes that unpack to too much", where)
+    return b"".join(kept)
 
 
 @cache
@@ -250,7 +289,14 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey_HW = np.asarray(image).astype(np.int64).clip(0, 65_535)
         eight_HW = np.rint(grey_HW / 257).astype(np.uint8)
-        if isinstance(hole := image.info.get("transparency"), int):
+        hole = image.info.get("transparency")
+        brightest = int(grey_HW[grey_HW != hole].max(initial=0) if isinstance(hole, int) else grey_HW.max(initial=0))
+        if 0 < brightest <= _TWELVE_BITS:
+            raise ValueError(
+                f"its 16-bit values end at {brightest:,} of 65,535, so that it is all but black; multiply them to "
+                f"the full range, or save it with 8 bits"
+            )
+        if isinstance(hole, int):
             eight_HW = np.where(grey_HW == hole, np.uint8(255), eight_HW)
         return PIL.Image.fromarray(eight_HW).convert("RGB")
     if image.has_transparency_data:

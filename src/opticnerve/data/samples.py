@@ -15,6 +15,10 @@ from opticnerve.data.readers.index import Index, picture_key
 from opticnerve.data.readers.vqa import merged
 from opticnerve.types import Conversation
 
+NO_MEDIA = (
+    "none of its samples has a picture or a sound, and the recipe has an encoder: nothing is learned about media; "
+    "see with `opticnerve data check` which fields the data have, and docs/data.md which are read"
+)
 Unit = tuple[Sequence[Conversation], int | None]
 
 
@@ -168,6 +172,16 @@ class Units(Sequence[Unit]):
     def samples(self) -> int:
         """How many samples all units have."""
         return sum(e.repeat * (e.once if e.groups is None else len(e.groups.members)) for e in self.entries)
+
+    def with_media(self) -> int:
+        """How many samples have a picture or a sound; of what is not indexed, all are taken to have one."""
+        found = 0
+        for entry in self.entries:
+            if isinstance(entry.samples, Samples):
+                found += int((entry.samples.found.rows["pieces"][entry.samples.rows()] > 0).sum())
+            else:
+                found += len(entry.samples)
+        return found
 
     def pictures(self) -> int:
         """How many different pictures there are. Of samples that show one, the index tells; others are read."""

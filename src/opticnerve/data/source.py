@@ -85,10 +85,11 @@ def source_of(spec: DataSpec) -> DataSource:
     if path.startswith("starter/"):
         path, media = _starter(path)
         trusted = True
-    stream = Streaming(spec.subset, spec.hub_split, spec.revision) if spec.streaming else None
+    stream = Streaming(spec.subset, spec.hub_split or "train", spec.revision) if spec.streaming else None
     return DataSource(
-        path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream
-    )
+        path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
+        tuple(spec.ignore), None if spec.streaming else spec.hub_split,
+    )  # fmt: skip
 
 
 def load_streams(stage: Stage, *, seed: int) -> Streams:

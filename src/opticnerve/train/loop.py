@@ -138,7 +138,7 @@ def _run_stage(
     collate = objective.collator(processor, stage, recipe.seed)
     visits = visits_of(
         stage, processor, seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes,
-        template=template, collate=collate, skipped=skipped,
+        template=template, collate=collate, skipped=skipped, console=console,
     )  # fmt: skip
     model.to(accelerator.device)
     if stage.cache_features:

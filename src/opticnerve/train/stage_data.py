@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from opticnerve.data.samples import NO_MEDIA
 from opticnerve.data.source import load_streams, load_units
 from opticnerve.data.tally import Tally
 from opticnerve.recipe import Stage
@@ -11,14 +12,17 @@ from opticnerve.train.streamed import StreamedVisits
 from opticnerve.train.usable import samples_to_check, usable_units
 from opticnerve.train.visits import Collate, Visits
 
+_LOOKED_AT = 32  # rows of a stream
+
 
 def visits_of(
     stage: Stage, processor: Any, *, seed: int, rank: int, world: int, template: str | None,
-    collate: Collate | None, skipped: Tally,
+    collate: Collate | None, skipped: Tally, console: Any = None,
 ) -> Visits:  # fmt: skip
     """The visits of a stage, the first samples of its data looked at.
 
     Args:
+        console: gets a warning where no sample has a picture or a sound.
         skipped: is told bad samples, where the stage's `bad_samples` does not refuse them.
 
     Raises:
@@ -33,10 +37,17 @@ def visits_of(
         if stage.data[0].limit is not None and len(stage.data) == 1:
             skipped.of(stage.data[0].limit)
         visits.check(samples_to_check(stage))
+        _warn_if_blind(stage, any(c.pieces for v in range(_LOOKED_AT) for c in visits.drawn(v)), console)
         return visits
     loaded = load_units(stage.data, on_error=on_error)
+    _warn_if_blind(stage, loaded.with_media() > 0, console)
     skipped.of(loaded.samples() + len(skipped))
     units = usable_units(
         loaded, processor, stage, template=template, on_error=on_error, collate=collate, check=samples_to_check(stage)
     )
     return Visits(units, stage, processor, **shares)
+
+
+def _warn_if_blind(stage: Stage, has_media: bool, console: Any) -> None:
+    if console is not None and not has_media:
+        console.print(f"[bold red]warning:[/] stage {stage.name}: {NO_MEDIA}", soft_wrap=True, highlight=False)

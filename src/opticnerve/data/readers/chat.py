@@ -1,90 +1,58 @@
-"""transformers' chat messages: `{"messages": [{"role": "user", "content": [{"type": "image", "image": "1.jpg"}, …]}]}`.
+"""Turns of a chat: transformers' `messages`, LLaVA's `conversations` (github.com/haotian-liu/LLaVA,
+docs/Finetune_Custom_Data.md), and TRL's `prompt` and `completion`.
 
-Content is a string or a list of parts `{"type": "text", "text"}`, `{"type": "image", "image"|"path"|"url"}`,
-`{"type": "video", "video"|"path"|"url"}`, `{"type": "audio", "audio"|"path"|"url"}`. Pictures may be paths or base64
-`data:` URLs. A video becomes some of its frames, as pictures. Image and video parts that name nothing take the entries
-of the record's `images` and `videos` in order.
+`{"messages": [{"role": "user", "content": [{"type": "image", "image": "1.jpg"}, …]}]}`; content is a string or a list
+of parts: `{"type": "text", "text"}`, `{"type": "image", "image"|"path"|"url"}`, OpenAI's `{"type": "image_url",
+"image_url": {"url"}}`, and the same for video and audio. LLaMA-Factory and ms-swift write `<image>` in the words and
+list the files under `images`.
+
+`{"id", "image": "1.jpg" or a list, "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+{"from": "gpt", "value": "a circle"}]}`, optionally with `system`.
+
+`{"images": ["1.jpg"], "prompt": …, "completion": …}`, both texts or messages: the completion alone is learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any
 
-from opticnerve.data.readers.fields import Context, find, missing, objects, take, text
+from opticnerve.data.readers.fields import Fields, take, text
+from opticnerve.data.readers.media import Context
 from opticnerve.data.readers.records import Record
-from opticnerve.types import Conversation, DataError, Message, Part, Role, TextPart
-
-ROLES: tuple[str, ...] = get_args(Role)
+from opticnerve.data.readers.turns import Turn, conversation, said, turns_of
+from opticnerve.types import Conversation, Role
 
 
 def chat(record: Record, context: Context) -> Iterator[Conversation]:
     """One conversation a record."""
-    where = record.where
-    said = objects(take(record, ("messages",), "conversation"), "messages", where)
-    listed = {kind: _listed(record, kind, said, where) for kind in ("image", "video")}
-    messages = tuple(_message(m, listed, context, where) for m in said)
-    yield Conversation(messages, context.id(record), where)
+    yield _of(record, "messages", context)
 
 
-def _listed(record: Record, kind: str, said: list[dict[str, Any]], where: str) -> Iterator[Any]:
-    """The record's `images` (or `videos`), one for each part that names no file of its own."""
-    found = find(record, (f"{kind}s",))
-    entries = found if isinstance(found, list) else [] if found is None else [found]
-    contents = [m["content"] for m in said if isinstance(m.get("content"), list)]
-    bare = sum(_is_bare(part, kind) for content in contents for part in content)
-    if bare != len(entries):
-        raise DataError(
-            f"{bare} {kind} part(s) name no file, and {kind}s lists {len(entries)}",
-            where=where,
-            remedy=f'write {{"type": "{kind}", "{kind}": "a file"}}, or as many {kind}s as there are such parts',
-            kind="placeholder-without-image" if bare > len(entries) else "image-without-placeholder",
-        )
-    return iter(entries)
+def llava(record: Record, context: Context) -> Iterator[Conversation]:
+    """One conversation a record; without pictures too."""
+    yield _of(record, "conversations", context)
 
 
-def _message(message: dict[str, Any], listed: dict[str, Iterator[Any]], context: Context, where: str) -> Message:
-    if message.get("role") is None or message.get("content") is None:
-        raise missing(message, ("role and content",), "role and content in a message", where)
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise DataError(
-            f"unknown role {role!r}", where=where, remedy=f"wanted one of {', '.join(ROLES)}", kind="unknown-role"
-        )
-    if isinstance(content, list):
-        parts = tuple(made for p in objects(content, "content", where) for made in _parts(p, listed, context, where))
-    else:
-        parts = (TextPart(text(content, "content", where)),)
-    return Message(role, parts)
+def completion(record: Record, context: Context) -> Iterator[Conversation]:
+    """One conversation a record."""
+    fields, where = Fields.of(record), record.where
+    asked = words_or_turns(take(fields, ("prompt",), "prompt", where), "user", "prompt", context, where)
+    for turn in asked:
+        turn.learn = turn.role != "assistant"
+    answer = take(fields, ("completion",), "completion", where)
+    turns = [*asked, *words_or_turns(answer, "assistant", "completion", context, where)]
+    yield conversation(fields, turns, context, where, context.id(record))
 
 
-def _parts(part: dict[str, Any], listed: dict[str, Iterator[Any]], context: Context, where: str) -> Sequence[Part]:
-    """One part, or as many as a video has frames."""
-    kind = part.get("type")
-    if kind == "text":
-        if part.get("text") is None:
-            raise missing(part, ("text",), "text in a part of type text", where)
-        return [TextPart(text(part["text"], "text", where))]
-    if kind not in ("image", "video", "audio"):
-        raise DataError(
-            f"unknown part type {kind!r}", where=where, remedy="wanted text, image, video or audio", kind="unknown-part"
-        )
-    source = _source(part, kind)
-    if kind == "audio":
-        if source is None:
-            raise missing(part, ("audio", "path"), "file in a part of type audio", where)
-        return [context.audio(source, where)]
-    source = next(listed[kind]) if source is None else source
-    if kind == "video":
-        return context.video(source, where)
-    if isinstance(source, list):
-        raise DataError("an image part names one picture, not a list", where=where, kind="wrong-type")
-    return context.images(source, where)
+def words_or_turns(value: Any, role: Role, what: str, context: Context, where: str) -> list[Turn]:
+    """A text, which is one turn, or messages."""
+    if isinstance(value, list):
+        return turns_of(value, what, context, where)
+    return [said(role, text(value, what, where), tags=role != "assistant")]
 
 
-def _source(part: dict[str, Any], kind: str) -> Any:
-    return next((part[name] for name in (kind, "path", "url") if part.get(name) is not None), None)
-
-
-def _is_bare(part: Any, kind: str) -> bool:
-    return isinstance(part, dict) and part.get("type") == kind and _source(part, kind) is None
+def _of(record: Record, name: str, context: Context) -> Conversation:
+    fields, where = Fields.of(record), record.where
+    turns = turns_of(take(fields, (name,), "conversation", where), name, context, where)
+    return conversation(fields, turns, context, where, context.id(record))

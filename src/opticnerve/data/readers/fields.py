@@ -1,160 +1,91 @@
-"""Taking values out of a record: by one of several names, of the type wanted, with pictures found in their folder."""
+"""Taking values out of a record: by one of several names, of the type wanted, and remembering which were taken.
+
+A record is handed to its format's reader as `Fields`, which note each key that is looked up. What was not looked up and
+names a picture, or changes what is learned, is an error (`unread`): no format needs to know the fields of the others.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
-from zlib import crc32
 
-from opticnerve.data.images import Frame, decode_data_url, is_url
-from opticnerve.data.readers.records import Record
-from opticnerve.data.video import spaced
-from opticnerve.types import AudioPart, DataError, ImagePart
-
-IMAGE_FIELDS = ("image", "image_path", "file_name", "filepath")
-AUDIO_FIELDS = ("audio", "audio_path")
-MOST_FOLDERS = 20_000
-"""Folders of media that are remembered; where there are more, one more is."""
+from opticnerve.types import DataError
 
 
-@dataclass(frozen=True)
-class Context:
-    """What holds for all records of a file.
+class Fields(dict[str, Any]):
+    """An object of a record. `read`: the keys that were looked up. What lies in it is wrapped when it is looked up.
 
-    `name` begins the ids of records that have none. `media` is the folder in which pictures and sounds are looked for;
-    a path that leads out of it is refused unless `allow_outside_media`, so that a data file from elsewhere cannot make
-    us read whatever it names. `prompts`: what the user says to have a picture captioned. `frames`: pictures taken of a
-    video. `folders`, if given, takes each folder in which a file was looked for, and when it had last changed
-    (`folder_age`): as long as these stay, what was found is there and what was missing is not.
+    Iterating, `in` and `list()` are no looking up. `ignored` keys are not there, at any depth.
     """
 
-    name: str
-    media: Path
-    allow_outside_media: bool = False
-    prompts: Sequence[str] = ()
-    frames: int = 8
-    folders: dict[str, int] | None = None
-    _root: Path = field(init=False, repr=False)
+    __slots__ = ("ignored", "read")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_root", self.media.resolve())
+    def __init__(self, given: dict[str, Any], ignored: frozenset[str] = frozenset()) -> None:
+        super().__init__({k: v for k, v in given.items() if k not in ignored} if ignored else given)
+        self.read: set[str] = set()
+        self.ignored = ignored
 
-    def id(self, record: Record) -> str:
-        """The record's own id, else `<file's name>-<line or position>`."""
-        own = record.fields.get("id")
-        return f"{self.name}-{record.index}" if own is None or own == "" else str(own)
+    @classmethod
+    def of(cls, record: Any) -> Fields:
+        """A record's."""
+        fields = record.fields
+        return fields if isinstance(fields, cls) else cls(fields)
 
-    def prompt(self, id: str) -> str | None:
-        """One of the prompts, always the same for the same id."""
-        return self.prompts[crc32(id.encode(errors="replace")) % len(self.prompts)] if self.prompts else None
-
-    def images(self, value: Any, where: str) -> list[ImagePart]:
-        """One picture or a list of them: path, `data:` URL, bytes, or datasets' `{"bytes": …, "path": …}`."""
-        values = value if isinstance(value, list) else [value]
-        return [ImagePart(self._medium(v, where, "image")) for v in values]
-
-    def video(self, value: Any, where: str) -> list[ImagePart]:
-        """A video's frames as pictures, not yet decoded: a file, a folder of pictures, bytes, or a list of pictures."""
-        if isinstance(value, list):
-            pictures = self.images(value, where)
-            if not pictures:
-                raise DataError("the video is an empty list of pictures", where=where, kind="wrong-type")
-            return [pictures[index] for index in spaced(len(pictures), self.frames)]
-        source = self._medium(value, where, "video")
-        return [ImagePart(Frame(source, index, self.frames)) for index in range(self.frames)]  # type: ignore[arg-type]
-
-    def media_of(self, record: Record) -> list[ImagePart] | list[AudioPart]:
-        """What a record is about: its pictures, or the sound (or sounds) that it names instead."""
-        if find(record, IMAGE_FIELDS) is None and (value := find(record, AUDIO_FIELDS)) is not None:
-            return [self.audio(v, record.where) for v in (value if isinstance(value, list) else [value])]
-        return self.images(take(record, IMAGE_FIELDS, "picture"), record.where)
-
-    def audio(self, value: Any, where: str) -> AudioPart:
-        return AudioPart(self._medium(value, where, "audio"))
-
-    def _medium(self, value: Any, where: str, kind: str) -> Path | bytes:
-        if isinstance(value, dict) and ("bytes" in value or "path" in value):
-            value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if isinstance(value, bytes):
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        value = super().__getitem__(key)
+        if type(value) is dict:
+            value = Fields(value, self.ignored)
+        elif type(value) is list and any(type(v) is dict for v in value):
+            value = [Fields(v, self.ignored) if type(v) is dict else v for v in value]
+        else:
             return value
-        if not isinstance(value, str) or not value:
-            raise DataError(
-                f"the {kind} is given as {_brief(value)}", where=where, remedy="give a file's path", kind="wrong-type"
-            )
-        if is_url(value):
-            raise DataError(
-                f"the {kind} {value} is a web address, and opticnerve fetches nothing",
-                where=where,
-                remedy="download it and give the file's path",
-                kind="url",
-            )
-        if value[:5].lower() == "data:":
-            return decode_data_url(value, where=where)
-        return self._file(value.removeprefix("file://"), where, kind)
+        super().__setitem__(key, value)
+        return value
 
-    def _file(self, value: str, where: str, kind: str) -> Path:
-        path = self.media / value
-        if self.folders is not None and len(self.folders) <= MOST_FOLDERS:
-            folder = os.path.dirname(path)
-            if folder not in self.folders:
-                self.folders[folder] = folder_age(folder)
-        try:
-            outside = not self.allow_outside_media and self._leads_out(path, kind)
-            exists = path.exists()
-        except (OSError, ValueError, RuntimeError) as e:  # a name too long, a zero byte, a loop of links
-            raise DataError(
-                f"the {kind} {value[:200]!r} is no usable path: {e}", where=where, kind=f"missing-{kind}"
-            ) from e
-        if outside:
-            raise DataError(
-                f"the {kind} {value} lies outside the media folder {self.media}",
-                where=where,
-                remedy="set media to the folder that holds it, or allow_outside_media: true if you trust this data",
-                kind="outside-media",
-            )
-        if not exists:
-            raise DataError(
-                f"the {kind} {path} does not exist",
-                where=where,
-                remedy="set media to the folder that the paths start from",
-                kind=f"missing-{kind}",
-            )
-        return path
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401  (`dict.get` would note nothing)
 
-    def _leads_out(self, path: Path, kind: str) -> bool:
-        """A folder is a video of the pictures in it, and each of them may be a link of its own."""
-        if not path.resolve().is_relative_to(self._root):
-            return True
-        inner = path.iterdir() if kind == "video" and path.is_dir() else ()
-        return any(not picture.resolve().is_relative_to(self._root) for picture in inner)
+    def raw(self) -> Iterator[tuple[str, Any]]:
+        """(key, value), nothing noted."""
+        return iter(super().items())
 
 
-def folder_age(folder: str) -> int:
-    """When a folder was last changed, by its own clock (nanoseconds); -1 if there is none."""
-    try:
-        return os.stat(folder).st_mtime_ns
-    except (OSError, ValueError):
-        return -1
+def empty(value: Any) -> bool:
+    """Whether a value says nothing: null, NaN (a table's missing number), blank text, and what holds nothing else."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    if isinstance(value, str | bytes):
+        return not value.strip()
+    if isinstance(value, list):
+        return all(v is None or v == "" or _nulls(v) for v in value)
+    return _nulls(value)
 
 
-def take(record: Record, names: Sequence[str], what: str) -> Any:
-    """The value under the first of `names` that the record has.
+def _nulls(value: Any) -> bool:
+    return isinstance(value, dict) and all(v is None for v in value.values())
+
+
+def find(fields: dict[str, Any], names: Sequence[str]) -> Any:
+    """The value under the first of `names` that is there and neither null nor NaN; else None."""
+    for name in names:
+        value = fields.get(name)
+        if value is not None and not (isinstance(value, float) and math.isnan(value)):
+            return value
+    return None
+
+
+def take(fields: dict[str, Any], names: Sequence[str], what: str, where: str) -> Any:
+    """As `find`.
 
     Raises:
-        DataError: it has none; the message lists the fields it has and the names wanted (kind `missing-field`).
+        DataError: there is none; the message lists the fields that there are and the names wanted (`missing-field`).
     """
-    value = find(record, names)
+    value = find(fields, names)
     if value is None:
-        raise missing(record.fields, names, what, record.where)
+        raise missing(fields, names, what, where)
     return value
-
-
-def find(record: Record, names: Sequence[str]) -> Any:
-    """The value under the first of `names` that is there and not null; else None."""
-    return next((record.fields[n] for n in names if record.fields.get(n) is not None), None)
 
 
 def missing(fields: dict[str, Any], names: Sequence[str], what: str, where: str) -> DataError:
@@ -168,29 +99,30 @@ def missing(fields: dict[str, Any], names: Sequence[str], what: str, where: str)
 
 
 def text(value: Any, what: str, where: str) -> str:
-    """A string; whole and decimal numbers are written out.
+    """A string; numbers are written out, whole ones without a point: tables keep a column of whole numbers with holes
+    in it as 1.0, 2.0, NaN.
 
     Raises:
         DataError: anything else (kind `wrong-type`).
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    raise DataError(f"the {what} is not text but {_brief(value)}", where=where, kind="wrong-type")
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
+    raise DataError(f"the {what} is not text but {brief(value)}", where=where, kind="wrong-type")
 
 
-def objects(value: Any, what: str, where: str) -> list[dict[str, Any]]:
+def objects(value: Any, what: str, where: str) -> list[Fields]:
     """A list of JSON objects.
 
     Raises:
         DataError: anything else (kind `wrong-type`).
     """
     if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-        raise DataError(f"{what} is not a list of objects but {_brief(value)}", where=where, kind="wrong-type")
-    return value
+        raise DataError(f"{what} is not a list of objects but {brief(value)}", where=where, kind="wrong-type")
+    return [v if isinstance(v, Fields) else Fields(v) for v in value]
 
 
-def _brief(value: Any) -> str:
-    shown = repr(value)
+def brief(value: Any) -> str:
+    shown = repr(value[:60] if isinstance(value, str | bytes) else value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '…'}"

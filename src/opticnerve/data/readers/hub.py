@@ -9,14 +9,13 @@ place, and then the run stops: what could not be fetched is not a bad sample.
 
 from __future__ import annotations
 
-import json
 import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from opticnerve.data.readers.groups import BATCH, batches
+from opticnerve.data.readers.groups import BATCH, batches, rows_of
 from opticnerve.data.readers.records import DamagedShard, Place, Record
 from opticnerve.data.readers.shards import PICTURES, SOUNDS
 from opticnerve.types import DataError, OpticNerveError
@@ -92,7 +91,8 @@ def read_rows(name: str, shard: int, start: int, tables: Tables, features: Any) 
             if table is None:
                 return
             assert first == ready
-            for fields in _fields(table, features):
+            for row in rows_of(table, features):
+                fields = _sample(row) if "__key__" in row else row
                 yield Record(fields, f"{name}[{ready}]", ready, Place(shard, ready, 1))
                 ready, tries = ready + 1, 0
         if lost(problem):
@@ -117,35 +117,6 @@ def read_rows(name: str, shard: int, start: int, tables: Tables, features: Any) 
             return
 
 
-def _fields(table: Any, features: Any) -> Iterator[dict[str, Any]]:
-    kinds = features or {}
-    if features is None and b"huggingface" in (table.schema.metadata or {}):  # written by datasets
-        import datasets
-
-        kinds = datasets.Features.from_arrow_schema(table.schema)
-    mixed = {name for name, kind in kinds.items() if "Json(" in repr(kind)}
-    for row in table.to_pylist():
-        for name in mixed & row.keys():
-            row[name] = _read_json(row[name], kinds[name])
-        yield _sample(row) if "__key__" in row else row
-
-
-def _read_json(value: Any, kind: Any) -> Any:
-    """Values of mixed types, such as chat's `content`, are JSON texts in Arrow."""
-    import datasets
-
-    if value is None:
-        return None
-    if isinstance(kind, datasets.Json):
-        return json.loads(value) if isinstance(value, str | bytes) else value
-    if isinstance(kind, dict):
-        return {name: _read_json(value.get(name), inner) for name, inner in kind.items()}
-    if isinstance(kind, list):
-        return [_read_json(item, kind[0]) for item in value]
-    inner = getattr(kind, "feature", None)
-    return [_read_json(item, inner) for item in value] if inner is not None and isinstance(value, list) else value
-
-
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
     """A webdataset sample's members as fields, by the rules of `readers.shards`."""
     given = row.pop("json", None)
@@ -157,9 +128,8 @@ def _sample(row: dict[str, Any]) -> dict[str, Any]:
             media["image" if kind in PICTURES else "audio"].append(member)
     for kind, found in media.items():
         if found:
+            fields.pop(f"{kind}s", None)
             fields[kind] = found[0] if len(found) == 1 else found
-            if "messages" in fields:
-                fields[f"{kind}s"] = found
     text = row.get("txt")
     if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
         fields["caption"] = str(text).strip()

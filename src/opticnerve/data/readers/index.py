@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.data.images import Frame
-from opticnerve.data.readers.fields import MOST_FOLDERS, folder_age
+from opticnerve.data.readers.media import MOST_FOLDERS, folder_age
 from opticnerve.data.readers.read import DataSource, OnError, OpenSource, open_source, raise_error
 from opticnerve.data.readers.records import Place, Record, open_records
 from opticnerve.starter.cache import cache_dir, new_folder
@@ -79,7 +79,8 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
     if sum(size for size, _ in _stats(files)) < KEPT:
         return _made(source, tell)
     options = [str(source.path), str(Path(source.path).absolute()), source.format, str(source.media), source.prompt,
-               source.allow_outside_media, source.frames, _limit(source), _readers()]  # fmt: skip
+               source.allow_outside_media, source.frames, _limit(source), list(source.ignore), source.split,
+               _readers()]  # fmt: skip
     folder = cache_dir() / "indexes" / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
     with _alone(folder):  # several processes start at once: one makes it, the others find it
         started = time.time_ns()
@@ -228,7 +229,7 @@ def _still_true(found: Path) -> bool:
 
 
 def _files_of(source: DataSource) -> list[Path]:
-    return open_records(Path(source.path), source.format).files
+    return open_records(Path(source.path), source.format, source.split).files
 
 
 def _contents(files: Sequence[Path], now: int) -> str:

@@ -1,4 +1,7 @@
-"""A JSON list of records, read an item at a time: a file of a gigabyte on one line takes a few megabytes."""
+"""What a .json file may be: a list of records, records a line, or COCO's captions.
+
+A list is read an item at a time: a file of a gigabyte on one line takes a few megabytes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opticnerve.data.readers.handles import Handles
-from opticnerve.data.readers.records import Place, Record, bad_json, not_utf8, parse, record_of
+from opticnerve.data.readers.records import (
+    JsonLines,
+    Place,
+    Record,
+    Records,
+    Twice,
+    bad_json,
+    no_key_twice,
+    not_utf8,
+    parse,
+    record_of,
+)
 from opticnerve.types import DataError
 
 CHUNK = 1 << 20
@@ -18,8 +32,31 @@ _BOM = codecs.BOM_UTF8
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NEAR = 64
 """An error so near the end of what has been read may be for want of the rest: longer than any literal."""
+_MOST_COCO = 1 << 30
 _WHOLE = 64 << 20
 """What is no list is parsed whole up to this size, to say what it is instead."""
+
+
+_OF_RECORDS = {"messages", "conversations", "question", "caption", "captions", "chosen", "completion"}
+
+
+def open_json(path: Path) -> Records:
+    """The records of a .json file, by how it begins."""
+    with path.open("rb") as file:
+        lines = (line.removeprefix(_BOM).strip() for line in iter(lambda: file.readline(_WHOLE), b""))
+        first = next(filter(None, lines), b"")
+        if not first.startswith(b"{"):
+            return JsonList(path)
+        several = any(lines)
+    try:
+        found = json.loads(first)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and (several or found.keys() & _OF_RECORDS):
+        return JsonLines(path)
+    if several and found is None and first.endswith(b"}"):  # the first of some lines is broken
+        return JsonLines(path)
+    return CocoCaptions(path)
 
 
 class JsonList:
@@ -37,6 +74,8 @@ class JsonList:
                 return
             for index, (entry, start, size) in enumerate(text.items()):
                 try:
+                    if isinstance(entry, Twice):
+                        raise bad_json(f"{self.path}[{index}]", str(entry))
                     yield record_of(entry, f"{self.path}[{index}]", index, Place(0, start, size))
                 except DataError as e:
                     yield e
@@ -62,15 +101,74 @@ class JsonList:
                 raise not_utf8(f"{self.path}:{line}", e.start, raw[e.start]) from e
             if not text.strip():
                 return
-            entries = parse(text, self.path, line=None)
-            names = ", ".join(list(entries)[:12]) if isinstance(entries, dict) else ""
-            seen = f"an object with the keys {names}" if isinstance(entries, dict) else type(entries).__name__
-        raise DataError(
-            f"wanted a JSON list of records, found {seen}",
-            where=str(self.path),
-            remedy="put the records in a list, or one to a line in a .jsonl file",
-            kind="json",
-        )
+            seen = type(parse(text, self.path, line=None)).__name__
+        raise _no_records(self.path, seen)
+
+
+class CocoCaptions:
+    """COCO's captions (cocodataset.org/#format-data): `images` with `id` and `file_name`, `annotations` with `image_id`
+    and `caption`. Each annotation is a record; the file is held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.files = path, [path]
+        self._rows: list[dict[str, Any] | DataError] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": []}
+
+    def __iter__(self) -> Iterator[Record | DataError]:
+        for index in range(len(self._read())):
+            try:
+                yield self.at(Place(0, index, 1), index)
+            except DataError as e:
+                yield e
+
+    def at(self, place: Place, index: int) -> Record:
+        row = self._read()[place.start]
+        if isinstance(row, DataError):
+            raise row
+        return Record(row, f"{self.path}[{index}]", index, place)
+
+    def _read(self) -> list[dict[str, Any] | DataError]:
+        if self._rows:
+            return self._rows
+        if self.path.stat().st_size > _MOST_COCO:
+            raise _no_records(self.path, f"an object of more than {_MOST_COCO >> 20:,} MiB")
+        raw = self.path.read_bytes().removeprefix(_BOM)
+        try:
+            found = parse(raw.decode(), self.path, line=None)
+        except UnicodeDecodeError as e:
+            line = raw.count(b"\n", 0, e.start) + 1
+            raise not_utf8(f"{self.path}:{line}", e.start, raw[e.start]) from e
+        images, notes = (found.get(k) for k in ("images", "annotations"))
+        listed = all(isinstance(v, list) and all(isinstance(x, dict) for x in v) for v in (images, notes))
+        if not listed or not any("caption" in a for a in notes):
+            raise _no_records(self.path, f"an object with the keys {', '.join(list(found)[:12])}")
+        names: dict[str, Any] = {}
+        for image in images:
+            own = str(image.get("id"))
+            if names.setdefault(own, image.get("file_name")) != image.get("file_name"):
+                raise DataError(f"two images have the id {own}", where=str(self.path), kind="json")
+        self._rows = [_annotation(a, names, f"{self.path}[{n}]") for n, a in enumerate(notes)]
+        return self._rows
+
+
+def _annotation(note: dict[str, Any], names: dict[str, Any], where: str) -> dict[str, Any] | DataError:
+    own = note.get("image_id")
+    if names.get(str(own)) is None:
+        problem = f"the annotation's image_id {str(own)[:60]} is none of the images with a file_name"
+        return DataError(problem, where=where, remedy="correct or remove it", kind="missing-field")
+    fields = {k: v for k, v in note.items() if k not in ("image_id", "id")}
+    return fields | {"file_name": names[str(own)]} | ({"id": note["id"]} if note.get("id") is not None else {})
+
+
+def _no_records(path: Path, seen: str) -> DataError:
+    return DataError(
+        f"wanted a JSON list of records, found {seen}",
+        where=str(path),
+        remedy="put the records in a list, or one to a line",
+        kind="json",
+    )
 
 
 class _Text:
@@ -129,6 +227,9 @@ class _Text:
                 if self.ended or not cut:
                     self._move(e.pos)
                     raise self._error(e.msg) from e
+            except Twice as e:
+                # Where it ends is known to who does not mind.
+                return e, _PLAIN.raw_decode(self.text, self.at)[1]
             except (RecursionError, ValueError) as e:  # nested too deep; a number of thousands of digits
                 raise bad_json(f"{self.path}:{self.line}", str(e)) from e
             else:
@@ -163,4 +264,5 @@ class _Text:
         return bad_json(f"{self.path}:{self.line}:{self.column}", reason)
 
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=no_key_twice)
+_PLAIN = json.JSONDecoder()

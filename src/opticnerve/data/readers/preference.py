@@ -7,53 +7,49 @@ The conversation ends with the chosen answer; `Conversation.meta["rejected"]` ho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from opticnerve.data.readers.chat import chat
-from opticnerve.data.readers.fields import AUDIO_FIELDS, IMAGE_FIELDS, Context, find, objects, take, text
+from opticnerve.data.readers.chat import words_or_turns
+from opticnerve.data.readers.fields import Fields, take, text
+from opticnerve.data.readers.media import Context
 from opticnerve.data.readers.records import Record
-from opticnerve.types import Conversation, DataError, Message, TextPart
+from opticnerve.data.readers.turns import conversation, said, turns_of
+from opticnerve.types import Conversation, DataError, TextPart
 
 PROMPT_FIELDS = ("prompt", "question")
 
 
 def preference(record: Record, context: Context) -> Iterator[Conversation]:
     """One conversation a record."""
-    where = record.where
-    asked = take(record, PROMPT_FIELDS, "question")
-    answers = {name: _answer(take(record, (name,), f"{name} answer"), name, where) for name in ("chosen", "rejected")}
+    fields, where = Fields.of(record), record.where
+    asked = words_or_turns(take(fields, PROMPT_FIELDS, "question", where), "user", "prompt", context, where)
+    answers = {
+        name: _answer(take(fields, (name,), f"{name} answer", where), name, context, where)
+        for name in ("chosen", "rejected")
+    }
     if answers["chosen"].strip() == answers["rejected"].strip():
         raise DataError(
             "the chosen and the rejected answer are the same", where=where, remedy="remove the sample",
             kind="same-answers",
         )  # fmt: skip
-    if isinstance(asked, list):
-        said = [*objects(asked, "prompt", where), {"role": "assistant", "content": answers["chosen"]}]
-        [made] = chat(replace(record, fields={**record.fields, "messages": said}), context)
-    else:
-        shows = find(record, (*IMAGE_FIELDS, *AUDIO_FIELDS)) is not None  # a pair may be about text alone
-        media = context.media_of(record) if shows else []
-        user = Message("user", (*media, TextPart(text(asked, "question", where))))
-        made = Conversation((user, Message("assistant", (TextPart(answers["chosen"]),))), context.id(record), where)
-    yield replace(made, meta={**made.meta, "rejected": answers["rejected"]})
+    turns = [*asked, said("assistant", answers["chosen"], tags=False)]
+    yield conversation(fields, turns, context, where, context.id(record), {"rejected": answers["rejected"]})
 
 
-def _answer(found: Any, name: str, where: str) -> str:
+def _answer(found: Any, name: str, context: Context, where: str) -> str:
     """A text, or one assistant message (in a list of one, as TRL has it)."""
     if isinstance(found, list):
-        messages = objects(found, name, where)
-        if len(messages) != 1 or messages[0].get("role") != "assistant":
+        turns = turns_of(found, name, context, where)
+        if len(turns) != 1 or turns[0].role != "assistant":
             raise DataError(
-                f"{name} holds {len(messages)} messages", where=where,
+                f"{name} holds {len(turns)} messages", where=where,
                 remedy="write one assistant message; what both answers follow belongs into prompt", kind="wrong-type",
             )  # fmt: skip
-        found = messages[0].get("content")
-        if isinstance(found, list):
-            parts = objects(found, f"content of {name}", where)
-            if any(p.get("type") != "text" for p in parts):
-                raise DataError(f"{name} holds a part that is no text", where=where, kind="wrong-type")
-            found = "".join(text(p.get("text"), f"text of {name}", where) for p in parts)
+        if not turns[0].learn:
+            raise DataError(f"{name} is not to be learned", where=where, remedy="remove the sample", kind="weight")
+        if not all(isinstance(p, TextPart) for p in turns[0].pieces):
+            raise DataError(f"{name} holds a part that is no text", where=where, kind="wrong-type")
+        found = "".join(p.text for p in turns[0].pieces if isinstance(p, TextPart))
     words = text(found, name, where)
     if not words.strip():
         raise DataError(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 
-from opticnerve.data.readers.captions import CAPTION_FIELDS, captions
-from opticnerve.data.readers.chat import chat
-from opticnerve.data.readers.fields import AUDIO_FIELDS, IMAGE_FIELDS, Context
-from opticnerve.data.readers.llava import llava
+from opticnerve.data.readers.captions import CAPTION_FIELDS, VAGUE_FIELDS, captions, company
+from opticnerve.data.readers.chat import chat, completion, llava
+from opticnerve.data.readers.fields import Fields
+from opticnerve.data.readers.media import Context
+from opticnerve.data.readers.names import kind_by_name, kind_of
 from opticnerve.data.readers.preference import preference
 from opticnerve.data.readers.records import Record, Records, open_records
 from opticnerve.data.readers.rules import check_conversation
 from opticnerve.data.readers.stream import Streamed, Streaming, is_hub_name
+from opticnerve.data.readers.unread import check_unread
 from opticnerve.data.readers.vqa import group_by_image as grouped
 from opticnerve.data.readers.vqa import vqa
 from opticnerve.data.video import MAX_COUNT
@@ -24,7 +26,7 @@ OnError = Callable[[DataError], None]
 Convert = Callable[[Record, Context], Iterator[Conversation]]
 
 _CONVERTERS: dict[str, Convert] = {
-    "captions": captions, "vqa": vqa, "llava": llava, "chat": chat, "preference": preference,
+    "captions": captions, "vqa": vqa, "llava": llava, "chat": chat, "completion": completion, "preference": preference,
 }  # fmt: skip
 FORMATS = ("auto", *_CONVERTERS, "hf", "webdataset")
 _BY_FIELDS = ("auto", "hf", "webdataset")  # the fields of the records tell which of the converters is meant
@@ -44,6 +46,8 @@ class DataSource:
     group_by_image: bool = False
     frames: int = 8
     stream: Streaming | None = None
+    ignore: Sequence[str] = ()
+    split: str | None = None
 
     def read(self, on_error: OnError | None = None) -> Iterator[Conversation]:
         self.check()
@@ -70,8 +74,9 @@ class OpenSource:
     """A source whose format is known: its records, and what makes conversations of them."""
 
     records: Records
-    convert: Convert
+    format: str
     context: Context
+    ignore: frozenset[str]
     head: list[Record | DataError]
     rest: Iterator[Record | DataError]
 
@@ -81,7 +86,7 @@ class OpenSource:
             if isinstance(record, DataError):
                 on_error(record)
                 continue
-            made = self.convert(record, self.context)
+            made = self._made(record)
             for part in count():
                 # Only our own work stands in the try: an error of the caller, thrown at a yield, is not a bad sample.
                 try:
@@ -104,7 +109,7 @@ class OpenSource:
         Raises:
             DataError: one of them cannot be used, or there is none.
         """
-        found = list(self.convert(record, self.context))
+        found = list(self._made(record))
         if not found:
             raise DataError("there is no sample in it", where=record.where, kind="missing-field")
         for conversation in found:
@@ -113,7 +118,7 @@ class OpenSource:
 
     def read(self) -> OpenSource:
         """The same without what is still to come: for reading single records."""
-        return OpenSource(self.records, self.convert, self.context, [], iter(()))
+        return OpenSource(self.records, self.format, self.context, self.ignore, [], iter(()))
 
     def one(self, record: Record, part: int) -> Conversation:
         """A conversation that `converted` gave, made again.
@@ -121,10 +126,20 @@ class OpenSource:
         Raises:
             DataError: its record, or a file that it names, is no longer what it was.
         """
-        found = next(islice(self.convert(record, self.context), part, None), None)
+        found = next(islice(self._made(record, check=False), part, None), None)
         if found is None:
             raise DataError("the sample is no longer there", where=record.where, kind="changed-file")
         return found
+
+    def _made(self, record: Record, *, check: bool = True) -> Iterator[Conversation]:
+        """A record's conversations, once it is seen that nothing of it is passed over that must not be."""
+        fields = Fields(record.fields, self.ignore)
+        made = _CONVERTERS[self.format](replace(record, fields=fields), self.context)
+        for number, conversation in enumerate(made):
+            if check and number == 0:
+                media = len(conversation.pieces)
+                check_unread(fields, record.where, format=self.format, strict=self.context.strict, media=media)
+            yield conversation
 
 
 def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int] | None = None) -> OpenSource:
@@ -137,7 +152,9 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
         DataError: as `read` does even with `on_error`.
     """
     path, format = Path(source.path), source.format
-    found = Streamed(source.path, source.stream) if source.stream is not None else open_records(path, format)
+    found = (
+        Streamed(source.path, source.stream) if source.stream is not None else open_records(path, format, source.split)
+    )
     known = path.is_dir() or path.suffix.lower() == ".parquet" or source.stream is not None
     if format == "hf" and not known:
         raise _format_error(path, "the hf format is a folder or a .parquet file", "leave format at auto")
@@ -158,8 +175,9 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     if not head:
         raise _empty(path)
     prompts = [source.prompt] if isinstance(source.prompt, str) else source.prompt or ()
-    context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, folders)
-    return OpenSource(found, _CONVERTERS[format], context, head, rest)
+    strict = source.format in _BY_FIELDS
+    context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders)
+    return OpenSource(found, format, context, frozenset(source.ignore), head, rest)
 
 
 def read(
@@ -172,6 +190,8 @@ def read(
     allow_outside_media: bool = False,
     group_by_image: bool = False,
     frames: int = 8,
+    ignore: Sequence[str] = (),
+    split: str | None = None,
     on_error: OnError | None = None,
 ) -> Iterator[Conversation]:
     """The conversations of a data file, one after another; pictures are named, not opened.
@@ -179,21 +199,25 @@ def read(
     Args:
         path: a .json, .jsonl, .csv, .tsv or .parquet file, a folder saved by `datasets`, a folder of Parquet files, or
             webdataset shards (`shards/{000..099}.tar`).
-        format: `captions`, `vqa`, `llava` or `chat`; `hf`: a folder or Parquet file whose columns tell which of these;
-            `webdataset`: shards, whose samples tell; `auto`: the fields of the first recognisable record tell.
+        format: `captions`, `vqa`, `llava`, `chat`, `completion` or `preference`; `hf`: a folder or Parquet file whose
+            columns tell which of these; `webdataset`: shards, whose samples tell; `auto`: the fields of the first
+            recognisable record tell.
         media: the folder that pictures' paths start from; default: where the data file lies.
         prompt: captions only: what the user says beside the picture; of a list, one for each sample, fixed by its id.
         limit: stop after so many conversations.
         allow_outside_media: read files outside `media`, too. For data you trust.
         group_by_image: vqa only: all questions on a picture become one conversation.
         frames: how many pictures are taken of a video, at equal distances (chat and llava).
+        ignore: fields of the records that are passed over, although they name media or say what is learned.
+        split: of a folder with several splits, the one that is meant.
         on_error: gets each sample that cannot be used, and reading goes on; without it the first one is raised.
 
     Raises:
         DataError: a bad sample, without `on_error`. With it, still: a file that cannot be read at all, that holds no
             record, whose format cannot be told, or an argument that does not fit the format.
     """
-    source = DataSource(path, format, media, prompt, limit, allow_outside_media, group_by_image, frames)
+    source = DataSource(path, format, media, prompt, limit, allow_outside_media, group_by_image, frames,
+                        ignore=ignore, split=split)  # fmt: skip
     return source.read(on_error)
 
 
@@ -215,14 +239,18 @@ def _head(stream: Iterator[Record | DataError]) -> list[Record | DataError]:
 def _matches(record: Record) -> list[str]:
     """The formats whose fields the record has."""
 
-    def has(*names: str) -> bool:
-        return any(record.fields.get(n) is not None for n in names)
+    fields = record.fields
 
+    def has(*names: str) -> bool:
+        return any(fields.get(n) is not None for n in names)
+
+    about = any(kind_by_name(k) and kind_of(k, v) for k, v in fields.items() if isinstance(k, str))
     fits = {
-        "captions": has(*IMAGE_FIELDS, *AUDIO_FIELDS) and has(*CAPTION_FIELDS),
+        "captions": about and (has(*CAPTION_FIELDS) or (has(*VAGUE_FIELDS) and company(fields) is None)),
         "vqa": has("question") and has("answer", "answers"),
         "llava": has("conversations"),
         "chat": has("messages"),
+        "completion": has("prompt") and has("completion"),
         "preference": has("chosen") and has("rejected"),
     }
     return [name for name, fit in fits.items() if fit]

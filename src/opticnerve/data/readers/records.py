@@ -7,10 +7,9 @@ good ones; a file that cannot be read at all raises.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from opticnerve.data.readers.handles import Handles
 from opticnerve.types import DataError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+CSV_SUFFIXES = (".csv", ".tsv")
 
 
 class Place(NamedTuple):
@@ -63,16 +62,19 @@ class Records(Protocol):
         ...
 
 
-def open_records(path: Path, format: str = "auto") -> Records:
+def open_records(path: Path, format: str = "auto", split: str | None = None) -> Records:
     """The records of a path, which may be a pattern of shards.
 
+    Args:
+        split: which of a folder's splits.
+
     Raises:
-        DataError: the file is missing, or of an unknown suffix.
+        DataError: the file is missing, or of an unknown suffix; a folder of several splits, of which none is named.
     """
     from opticnerve.data.readers.shards import Shards, is_shards
 
     if format == "webdataset" or is_shards(path):
-        return Shards(path)
+        return Shards(path, split)
     if not path.exists():
         remedy = "check the path"
         if format == "hf" and not path.is_absolute():
@@ -81,18 +83,29 @@ def open_records(path: Path, format: str = "auto") -> Records:
     if not os.access(path, os.R_OK):
         raise DataError("no permission to read it", where=str(path), remedy="chmod u+r", kind="missing-file")
     suffix = path.suffix.lower()
-    if path.is_dir() or suffix == ".parquet":
-        from opticnerve.data.readers.tables import open_table
+    if path.is_dir():
+        from opticnerve.data.readers.folders import open_folder
 
-        return open_table(path)
+        return open_folder(path, split)
+    if split not in (None, "train"):  # one file is what is trained on
+        raise DataError(
+            f"hub_split names the split {split!r}, and this is one file", where=str(path), remedy="leave hub_split out",
+            kind="format",
+        )  # fmt: skip
+    if suffix == ".parquet":
+        from opticnerve.data.readers.tables import ParquetTables
+
+        return ParquetTables(path, [path])
     if suffix in JSONL_SUFFIXES:
         return JsonLines(path)
     if suffix in CSV_SUFFIXES:
-        return Csv(path, CSV_SUFFIXES[suffix])
-    if suffix == ".json":
-        from opticnerve.data.readers.json_list import JsonList
+        from opticnerve.data.readers.csv_rows import Csv
 
-        return JsonList(path)
+        return Csv(path)
+    if suffix == ".json":
+        from opticnerve.data.readers.json_list import open_json
+
+        return open_json(path)
     raise DataError(
         f"cannot tell what kind of data file {suffix or 'a file without a suffix'!r} is",
         where=str(path),
@@ -146,99 +159,27 @@ class JsonLines:
         return record_of(parse(text, self.path, line), where, line, Place(0, start, len(raw)))
 
 
-class Csv:
-    """A table with a header; a row may span lines."""
-
-    def __init__(self, path: Path, delimiter: str) -> None:
-        self.path, self.files, self.delimiter = path, [path], delimiter
-        self._handles = Handles(self.files)
-        self._header: list[str] | None = None
-
-    def __iter__(self) -> Iterator[Record | DataError]:
-        with self.path.open("rb") as file:
-            lines = _Lines(file)
-            rows = csv.reader(lines, delimiter=self.delimiter, strict=True)
-            header: list[str] | None = None
-            while True:
-                line, start = rows.line_num + 1, lines.read
-                where = f"{self.path}:{line}"
-                try:
-                    row = next(rows)
-                    checked = self._checked(row, where, header)
-                except StopIteration:
-                    return
-                except csv.Error as e:
-                    checked = DataError(
-                        f"not a CSV row: {e}", where=where, remedy="check quotes and line breaks", kind="csv"
-                    )
-                if checked is None:
-                    continue
-                if header is None:
-                    if isinstance(checked, DataError):
-                        raise checked
-                    header = self._header = [name.strip() for name in row]
-                elif isinstance(checked, DataError):
-                    yield checked
-                else:
-                    yield Record(checked, where, line, Place(0, start, lines.read - start))
-
-    def at(self, place: Place, index: int) -> Record:
-        if self._header is None:
-            next(iter(self), None)  # reads the header
-        text = self._handles.read(*place).decode("utf-8")
-        row = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True), [])
-        where = f"{self.path}:{index}"
-        checked = self._checked(row, where, self._header)
-        if isinstance(checked, DataError):
-            raise checked
-        if checked is None:
-            raise changed(self.path)
-        return Record(checked, where, index, place)
-
-    @staticmethod
-    def _checked(row: list[str], where: str, header: list[str] | None) -> dict[str, Any] | DataError | None:
-        """The row's fields, what is wrong with it, or None if it is empty."""
-        if not any(row):
-            return None
-        bad = next((c for cell in row if not cell.isascii() for c in cell if "\udc80" <= c <= "\udcff"), None)
-        if bad is not None:
-            return not_utf8(where, None, ord(bad) - 0xDC00)
-        if header is None:
-            return {}
-        if len(row) != len(header):
-            return DataError(
-                f"{len(row)} cells under {len(header)} column names ({', '.join(header)})",
-                where=where,
-                remedy="put cells that hold commas or line breaks in double quotes",
-                kind="csv",
-            )
-        return {k: v for k, v in zip(header, row, strict=True) if v != ""}
-
-
-class _Lines(Iterator[str]):
-    """The lines of a file as text, and how many bytes have been read of it.
-
-    Bytes that are not UTF-8 pass as lone surrogates, so that only the row they stand in is lost.
-    """
-
-    def __init__(self, file: Any) -> None:
-        self.read = 3 if file.peek(3).startswith(b"\xef\xbb\xbf") else 0  # a byte order mark
-        self._text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-    def __next__(self) -> str:
-        line = next(self._text)
-        self.read += len(line) if line.isascii() else len(line.encode("utf-8", "surrogateescape"))
-        return line
-
-
 def parse(text: str, path: Path, line: int | None) -> Any:
     """JSON → Python. `line`: where in the file `text` stands if it is one line of it."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=no_key_twice)
     except json.JSONDecodeError as e:
         raise bad_json(f"{path}:{line or e.lineno}:{e.colno}", e.msg) from e
     except (RecursionError, ValueError) as e:  # nested too deep; a number of thousands of digits
         raise bad_json(f"{path}:{line}" if line else str(path), str(e)) from e
+
+
+class Twice(ValueError):
+    """A key that stands twice in one object: which of the two is meant, nobody knows."""
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json`'s `object_pairs_hook`."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        name = next(n for n, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise Twice(f"the key {name[:60]!r} stands twice in one object")
+    return made
 
 
 def record_of(entry: Any, where: str, index: int, place: Place) -> Record:

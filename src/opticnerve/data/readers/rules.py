@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from opticnerve.data.readers.names import first_tag
 from opticnerve.types import Conversation, DataError, ImagePart, Message, TextPart
-
-IMAGE_MARKER = "<image>"
 
 
 def check_conversation(conversation: Conversation) -> None:
@@ -17,7 +16,7 @@ def check_conversation(conversation: Conversation) -> None:
     - `assistant-first`, `two-assistant-turns`, `two-user-turns`: turns do not alternate, beginning with the user.
     - `empty-answer`, `empty-question`: a turn with nothing in it.
     - `image-in-answer`: the assistant cannot be taught to draw.
-    - `placeholder-without-image`: `<image>` as plain text; the processor would count it as a picture.
+    - `placeholder-without-image`: `<image>`, `<video>`, `[IMG]` and the like as plain text: a picture is missing.
     - `encoding`: half of a surrogate pair, which no tokenizer can take.
     """
     where = conversation.where
@@ -42,6 +41,13 @@ def check_conversation(conversation: Conversation) -> None:
         raise DataError(
             "the assistant speaks first", where=where, remedy="begin with a user turn", kind="assistant-first"
         )
+    if not any(m.role == "assistant" and m.learn for m in turns):
+        raise DataError(
+            "no assistant turn is to be learned",
+            where=where,
+            remedy="remove the sample, or the flag (weight, loss, train) that says so",
+            kind="no-assistant-turn",
+        )
     for number, (before, after) in enumerate(pairwise(turns), start=1):
         if before.role == after.role:
             raise DataError(
@@ -65,12 +71,12 @@ def _check_text(message: Message, where: str) -> None:
     for part in message.parts:
         if not isinstance(part, TextPart):
             continue
-        if IMAGE_MARKER in part.text:
+        if (tag := first_tag(part.text)) is not None:
             raise DataError(
-                f"the {message.role}'s text holds the characters {IMAGE_MARKER!r}, which would be taken for a picture",
+                f"the {message.role}'s text holds the characters {tag[:80]!r}, which stand for a picture or sound",
                 where=where,
                 remedy='remove them; where a picture belongs, write a part {"type": "image", "image": "file.jpg"}, '
-                "or use the llava format",
+                "or the tag in the user's words and the file under image",
                 kind="placeholder-without-image",
             )
         try:

@@ -17,12 +17,14 @@ import json
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from opticnerve.data.readers.handles import Handles
-from opticnerve.data.readers.records import Place, Record, not_utf8
+from opticnerve.data.readers.records import Place, Record, no_key_twice, not_utf8
+from opticnerve.data.readers.splits import one_split
 from opticnerve.starter.cache import cache_dir, new_folder
 from opticnerve.types import DataError
 
@@ -44,9 +46,9 @@ def is_shards(path: Path) -> bool:
 class Shards:
     """The samples of some shards, one shard after the other."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, split: str | None = None) -> None:
         self.path = path
-        self.files = _expanded(path)
+        self.files = _expanded(path, split)
         self._handles = Handles(_Unpacked(self.files))
 
     def __iter__(self) -> Iterator[Record | DataError]:
@@ -54,7 +56,7 @@ class Shards:
         was whole in it comes before."""
         index = 0
         for number in range(len(self.files)):
-            found = self._samples(number)
+            found, seen = self._samples(number), set[str]()
             while True:
                 try:
                     key, start, size = next(found, (None, 0, 0))
@@ -64,6 +66,12 @@ class Shards:
                 if key is None:
                     break
                 try:
+                    if key in seen:
+                        raise DataError(
+                            "an earlier sample of the shard has this name", where=f"{self.files[number]}[{key}]",
+                            remedy="give each sample a name of its own", kind="shard",
+                        )  # fmt: skip
+                    seen.add(key)
                     yield self._record(number, key, index, Place(number, start, size))
                 except DataError as e:
                     yield e
@@ -123,8 +131,12 @@ class Shards:
     def _made(self, members: list[tuple[str, bytes]], key: str, index: int, place: Place) -> Record:
         where = f"{self.files[place.file]}[{key}]"
         fields: dict[str, Any] = {}
-        media: dict[str, list[bytes]] = {"image": [], "audio": []}
+        media: dict[str, list[dict[str, Any]]] = {"image": [], "audio": []}
         text = None
+        if twice := [n for n, count in Counter(name for name, _ in members).items() if count > 1]:
+            raise DataError(
+                f"{twice[0]} stands in it twice", where=where, remedy="give each member a name of its own", kind="shard"
+            )
         for name, content in sorted(members, key=lambda m: m[0]):
             kind = name.rpartition(".")[2].lower()
             if kind == "json":
@@ -132,14 +144,13 @@ class Shards:
             elif kind == "txt":
                 text = _text(content, where)
             elif kind in PICTURES:
-                media["image"].append(content)
+                media["image"].append({"bytes": content, "path": name})
             elif kind in SOUNDS:
-                media["audio"].append(content)
+                media["audio"].append({"bytes": content, "path": name})
         for kind, found in media.items():
             if found:
+                fields.pop(f"{kind}s", None)
                 fields[kind] = found[0] if len(found) == 1 else found
-                if "messages" in fields:
-                    fields[f"{kind}s"] = found
         if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
             fields["caption"] = text
         fields.setdefault("id", key)
@@ -181,16 +192,22 @@ def _block(file: Path, start: int) -> bytes:
         return opened.read(_BLOCK)
 
 
-def _expanded(path: Path) -> list[Path]:
+def _expanded(path: Path, split: str | None) -> list[Path]:
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if is_shards(p))
+        files = one_split(path, sorted(p for p in path.rglob("*") if is_shards(p)), split)
     else:
-        files = [p for text in braces(str(path)) for p in globbed(text)]
+        files = matching(str(path), split)
     if not files:
         raise DataError(
             "no shard fits this pattern", where=str(path), remedy="check it, or write {000..099}", kind="missing-file"
         )
     return files
+
+
+def matching(pattern: str, split: str | None = None) -> list[Path]:
+    """The files of a pattern. What a glob finds is of one split; braces name what they mean."""
+    files = [p for text in braces(pattern) for p in globbed(text)]
+    return one_split(Path(pattern), files, split) if any(sign in pattern for sign in "*?[") else files
 
 
 def globbed(text: str) -> list[Path]:
@@ -227,7 +244,7 @@ def _key(name: str) -> str:
 
 def _object(content: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = json.loads(content, object_pairs_hook=no_key_twice)
     except (ValueError, RecursionError) as e:
         raise DataError(f"its json is not valid: {e}", where=where, kind="json") from e
     if not isinstance(found, dict):

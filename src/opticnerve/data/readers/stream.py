@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from opticnerve.data.readers.groups import batches
 from opticnerve.data.readers.hub import HubShelf, read_rows
 from opticnerve.data.readers.records import CSV_SUFFIXES, JSONL_SUFFIXES, DamagedShard, Place, Record, open_records
-from opticnerve.data.readers.shards import braces, globbed, is_shards
+from opticnerve.data.readers.shards import is_shards, matching
 from opticnerve.data.readers.tables import saved_by_datasets
 from opticnerve.types import DataError
 
@@ -134,7 +134,7 @@ def _shelf(path: str, given: Streaming) -> Shelf:
             remedy="leave them out",
             kind="format",
         )
-    files = [file for text in braces(path) for file in globbed(text)]
+    files = matching(path)
     if not any(file.exists() for file in files):
         raise DataError(
             "no such data file, and no name of a data set on the hub (owner/name)",

@@ -8,10 +8,11 @@ Parquet is compressed by groups of rows; for rows in any order a file is written
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from opticnerve.data.readers.groups import no_column_twice, rows_of
 from opticnerve.data.readers.records import Place, Record
 from opticnerve.starter.cache import cache_dir, new_folder
 from opticnerve.types import DataError
@@ -20,18 +21,14 @@ _ROWS = 64  # rows turned to Python at a time: pictures are large
 _SMALL = 8 << 20  # bytes of Parquet that are held in memory instead of written out
 
 
-def open_table(path: Path) -> SavedTable | ParquetTables:
-    """A folder saved by `datasets`, or one Parquet file or more."""
-    return SavedTable(path) if path.is_dir() and saved_by_datasets(path) else ParquetTables(path)
-
-
 class SavedTable:
     """A folder saved by `datasets`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, split: str | None = None) -> None:
+        self.path, self.split = path, split
         self.files = sorted(f for f in path.rglob("*") if f.is_file())
         self._rows: Any = None
+        self._features: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}
@@ -44,12 +41,12 @@ class SavedTable:
         """
         with _reading(self.path):
             tables = self._table().iter(batch_size=_ROWS)
-            for index, fields in enumerate(row for table in tables for row in table.to_pylist()):
+            for index, fields in enumerate(row for table in tables for row in rows_of(table, self._features)):
                 yield Record(fields, f"{self.path}[{index}]", index, Place(0, index, 1))
 
     def at(self, place: Place, index: int) -> Record:
         with _reading(self.path):
-            (fields,) = self._table()[place.start : place.start + 1].to_pylist()
+            (fields,) = rows_of(self._table()[place.start : place.start + 1], self._features)
         return Record(fields, f"{self.path}[{index}]", index, place)
 
     def _table(self) -> Any:
@@ -58,31 +55,28 @@ class SavedTable:
 
             loaded = datasets.load_from_disk(str(self.path))
             if isinstance(loaded, datasets.DatasetDict):
-                if len(loaded) != 1:
+                if (len(loaded) != 1 and self.split is None) or self.split not in (None, *loaded):
                     raise DataError(
                         f"the folder holds the splits {', '.join(loaded)}",
                         where=str(self.path),
-                        remedy=f"name one: {self.path / next(iter(loaded), 'train')}",
+                        remedy=f"name one with hub_split, or its folder: {self.path / next(iter(loaded), 'train')}",
                         kind="format",
                     )
-                loaded = next(iter(loaded.values()))
+                loaded = loaded[self.split or next(iter(loaded))]
+            elif self.split not in (None, "train"):
+                raise DataError("the folder holds one split", where=str(self.path), remedy="leave hub_split out",
+                                kind="format")  # fmt: skip
+            self._features = loaded.features
             self._rows = loaded.with_format("arrow")
         return self._rows
 
 
 class ParquetTables:
-    """One Parquet file, or all in a folder, by name."""
+    """One Parquet file, or several of a folder; each row is called by its own file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self.path = path
-        self.files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        if not self.files:
-            raise DataError(
-                "the folder holds neither a saved dataset nor .parquet files",
-                where=str(path),
-                remedy="name the .json, .jsonl or .csv file itself, or save with datasets' save_to_disk",
-                kind="format",
-            )
+        self.files = list(files)
         self._tables: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,18 +84,22 @@ class ParquetTables:
 
     def __iter__(self) -> Iterator[Record]:
         """The rows in their order; a file that is damaged raises when its turn comes."""
-        index = 0
         for number, file in enumerate(self.files):
-            with _reading(self.path):
-                rows = (row for batch in _batches(file) for row in batch.to_pylist())
+            with _reading(file):
+                rows = (row for batch in _batches(file) for row in rows_of(batch, None))
                 for row, fields in enumerate(rows):
-                    yield Record(fields, f"{self.path}[{index}]", index, Place(number, row, 1))
-                    index += 1
+                    yield self._record(fields, row, Place(number, row, 1))
 
     def at(self, place: Place, index: int) -> Record:
-        with _reading(self.path):
-            (fields,) = self._table(place.file).slice(place.start, 1).to_pylist()
-        return Record(fields, f"{self.path}[{index}]", index, place)
+        with _reading(self.files[place.file]):
+            (fields,) = rows_of(self._table(place.file).slice(place.start, 1), None)
+        return self._record(fields, index, place)
+
+    def _record(self, fields: dict[str, Any], row: int, place: Place) -> Record:
+        file = self.files[place.file]
+        if len(self.files) > 1 and fields.get("id") in (None, ""):
+            fields["id"] = f"{file.stem}-{row}"
+        return Record(fields, f"{file}[{row}]", row, place)
 
     def _table(self, number: int) -> Any:
         import pyarrow as pa  # type: ignore[import-untyped]
@@ -133,6 +131,7 @@ def _batches(file: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     with pq.ParquetFile(file) as table:
+        no_column_twice(table.schema_arrow, str(file))
         yield from table.iter_batches(batch_size=_ROWS)
 
 

@@ -1,9 +1,9 @@
 """Questions about pictures: `{"image": "1.jpg", "question": "what shape?", "answer": "circle"}`; about sound: `audio`.
 
-Optional: `answers` (all accepted ones: strings, or VQAv2's `{"answer": …}`), `choices` (a list, of which `answer` names
-one, or its place counted from 0), `type` (or `answer_type`, `question_type`), `id`. `Conversation.meta` carries
-`{"answers": […], "type": …}`, and `choices` where there are some, to evaluation. With `answers` alone the most frequent
-one, the first of equals, is what is learned.
+Optional: `answers` (all accepted ones: strings, or VQAv2's `{"answer": …}`), `choices` or `options` (`choices`), `type`
+(or `answer_type`, `question_type`), `system`, `id`. `Conversation.meta` carries `{"answers": […], "type": …}`, and
+`choices` where there are some, to evaluation. With `answers` alone the most frequent one, the first of equals, is what
+is learned.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from typing import Any
 
 from opticnerve.data.audio import audio_digest
 from opticnerve.data.images import image_digest
-from opticnerve.data.readers.fields import Context, find, missing, take, text
+from opticnerve.data.readers.captions import with_media
+from opticnerve.data.readers.choices import choices_of, chosen, lettered
+from opticnerve.data.readers.fields import Fields, find, missing, take, text
+from opticnerve.data.readers.media import Context
 from opticnerve.data.readers.records import Record
+from opticnerve.data.readers.turns import conversation, said
 from opticnerve.types import Conversation, DataError, Message, TextPart
 
 TYPE_FIELDS = ("type", "answer_type", "question_type")
@@ -24,14 +28,18 @@ TYPE_FIELDS = ("type", "answer_type", "question_type")
 
 def vqa(record: Record, context: Context) -> Iterator[Conversation]:
     """One conversation of one question and one answer."""
-    where = record.where
-    question = text(take(record, ("question",), "question"), "question", where)
-    choices = _choices(record)
-    answer, accepted = _answers(record) if not choices else _chosen(record, choices)
-    media = context.media_of(record)
-    messages = (Message("user", (*media, TextPart(question))), Message("assistant", (TextPart(answer),)))
-    meta = {"answers": accepted, "type": find(record, TYPE_FIELDS), **({"choices": choices} if choices else {})}
-    yield Conversation(messages, context.id(record), where, meta)
+    fields, where = Fields.of(record), record.where
+    question = text(take(fields, ("question",), "question", where), "question", where)
+    given, shown = choices_of(fields, where)
+    choices = [text(c, "entry of choices", where) for c in given]
+    if choices:
+        answer = chosen(take(fields, ("answer",), "answer", where), given, where)
+        accepted = [answer]
+    else:
+        answer, accepted = _answers(fields, where)
+    meta = {"answers": accepted, "type": find(fields, TYPE_FIELDS), **({"choices": choices} if choices else {})}
+    turns = [said("user", lettered(question, choices) if shown else question), said("assistant", answer, tags=False)]
+    yield with_media(conversation(fields, turns, context, where, context.id(record), meta), fields)
 
 
 def group_by_image(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
@@ -41,57 +49,42 @@ def group_by_image(conversations: Iterable[Conversation]) -> Iterator[Conversati
     in the order of their first questions and carry its id and place. `meta["turns"]` holds each question's own meta.
     """
     groups: dict[tuple[Any, ...], list[Conversation]] = {}
-    for conversation in conversations:
-        pictures = (p.source if isinstance(p.source, Path) else image_digest(p.source) for p in conversation.images)
-        sounds = (a.source if isinstance(a.source, Path) else audio_digest(a.source) for a in conversation.audios)
+    for member in conversations:
+        pictures = (p.source if isinstance(p.source, Path) else image_digest(p.source) for p in member.images)
+        sounds = (a.source if isinstance(a.source, Path) else audio_digest(a.source) for a in member.audios)
         key = (*pictures, *sounds)
-        groups.setdefault(key, []).append(conversation)
+        groups.setdefault(key, []).append(member)
     yield from map(merged, groups.values())
 
 
 def merged(members: Sequence[Conversation]) -> Conversation:
-    """The questions of all members as the turns of one conversation, which shows the first one's pictures."""
+    """The questions of all members as the turns of one conversation, which shows the first one's pictures.
+
+    Raises:
+        DataError: their system turns differ.
+    """
     first = members[0]
     messages = list(first.messages)
     for later in members[1:]:
-        user, assistant = later.messages
-        messages += [Message("user", (TextPart(user.text),)), assistant]
+        *system, user, assistant = later.messages
+        if system != messages[: len(messages) - len(messages) // 2 * 2]:
+            raise DataError(
+                f"its system turn is another than that of {first.where}, which is about the same picture",
+                where=later.where, remedy="leave group_by_image out", kind="misplaced-system",
+            )  # fmt: skip
+        messages += [Message("user", tuple(p for p in user.parts if isinstance(p, TextPart))), assistant]
     return Conversation(tuple(messages), first.id, first.where, {"turns": [m.meta for m in members]})
 
 
-def _choices(record: Record) -> list[str]:
-    found = record.fields.get("choices")
-    if found is None:
-        return []
-    if not isinstance(found, list) or len(found) < 2:
-        raise DataError("choices is not a list of two or more", where=record.where, kind="wrong-type")
-    return [text(c, "entry of choices", record.where) for c in found]
-
-
-def _chosen(record: Record, choices: list[str]) -> tuple[str, list[str]]:
-    """The right choice, which `answer` names by its words or by its place."""
-    named = take(record, ("answer",), "answer")
-    if str(named) in choices:
-        return str(named), [str(named)]
-    if isinstance(named, int) and not isinstance(named, bool) and 0 <= named < len(choices):
-        return choices[named], [choices[named]]
-    raise DataError(
-        f"the answer {named!r} is none of the {len(choices)} choices", where=record.where,
-        remedy=f"write one of {', '.join(choices[:8])}, or its place, 0 to {len(choices) - 1}", kind="choices",
-    )  # fmt: skip
-
-
-def _answers(record: Record) -> tuple[str, list[str]]:
-    several = record.fields.get("answers")
+def _answers(fields: Fields, where: str) -> tuple[str, list[str]]:
+    several = find(fields, ("answers",))
     if several is not None and not isinstance(several, list):
-        raise DataError("answers is not a list", where=record.where, kind="wrong-type")
-    accepted = [
-        text(a.get("answer") if isinstance(a, dict) else a, "entry of answers", record.where) for a in several or []
-    ]
-    single = record.fields.get("answer")
+        raise DataError("answers is not a list", where=where, kind="wrong-type")
+    accepted = [text(a.get("answer") if isinstance(a, dict) else a, "entry of answers", where) for a in several or []]
+    single = find(fields, ("answer",))
     if single is not None:
-        answer = text(single, "answer", record.where)
+        answer = text(single, "answer", where)
         return answer, accepted or [answer]
     if not accepted:
-        raise missing(record.fields, ("answer", "answers"), "answer", record.where)
+        raise missing(fields, ("answer", "answers"), "answer", where)
     return Counter(accepted).most_common(1)[0][0], accepted
