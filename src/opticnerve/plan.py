@@ -18,6 +18,7 @@ from opticnerve.data.collate import Collator
 from opticnerve.data.labels import Encoded
 from opticnerve.language.lora import add_lora
 from opticnerve.models.delta import weight_names
+from opticnerve.models.tower import placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan_data import StageData, look
 from opticnerve.plan_model import Shape, Share, context_of, processor_for
@@ -216,7 +217,7 @@ def _time(planned: StagePlan, stage: Stage, docked: Any, processor: Any, rate: f
         planned.timing = "a short batch was timed with the real weights"
         planned.seconds = per_row * stage.batch_size * steps if steps else None
         return
-    rate = rate or cost.matmul_rate(kind, next(docked.model.parameters()).dtype if docked else torch.float32)
+    rate = rate or cost.matmul_rate(kind, placed_like(docked.model).dtype if docked else torch.float32)
     planned.timing = (
         f"estimated from {planned.flops / 1e9:,.0f} GFLOP a step at {cost.EFFICIENCY:.0%} of this device's "
         f"matmul rate ({rate / 1e9:,.0f} GFLOP/s)"

@@ -55,7 +55,7 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
         parameter.requires_grad_(frozen.get(name.replace(".base_layer", ""), False))
     if chosen["when"] == "media":
         Gate.install(language_model)
-    dtype = dtype or next(p.dtype for p in language_model.parameters())
+    dtype = dtype or next(p.dtype for p in language_model.parameters() if p.is_floating_point())
     for name, parameter in language_model.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.to(dtype)

@@ -71,9 +71,7 @@ class Tower(nn.Module):
 
     def encode(self, media: Tensor) -> Features:
         """The encoder's part alone: what a cache of frozen features holds."""
-        weight = next(self.encoder.parameters(), None)
-        weight = next(self.connector.parameters()) if weight is None else weight
-        features: Features = self.encoder(media.to(weight.device, weight.dtype))
+        features: Features = self.encoder(media.to(placed_like(self.encoder, self.connector)))
         return features
 
     def connect(
@@ -82,8 +80,8 @@ class Tower(nn.Module):
         """The connector's part, and the arranging of tiles, on features from `encode` or from a cache."""
         if self.tiling is not None and sizes is None:
             raise ValueError("the images come in tiles: give image_sizes beside pixel_values")
-        weight = next(self.connector.parameters())
-        features = Features(features.tokens_BND.to(weight.device, weight.dtype), features.mask_BN)
+        weight = placed_like(self.connector)
+        features = Features(features.tokens_BND.to(weight), features.mask_BN)
         if self.wants_text and text is None:
             raise ValueError("this connector reads the question: give qformer_input_ids and qformer_attention_mask")
         words: list[Tensor] = [t.to(weight.device) for t in text or ()] if self.wants_text else []
@@ -96,7 +94,7 @@ class Tower(nn.Module):
 
     def blank(self) -> Features:
         """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""
-        weight = next(self.connector.parameters())
+        weight = placed_like(self.connector)
         media = torch.zeros(1, *self.encoder.media_shape, device=weight.device)
         sizes = torch.tensor([self.encoder.media_shape[-2:]]) if self.tiling is not None else None
         if self.tiling is not None and sizes is not None:
@@ -112,6 +110,18 @@ class Tower(nn.Module):
             "fusion": {"type": type_name(registry.fusions, self.fusion), **self.fusion.options},
         }
         return entry if self.tiling is None else {**entry, "tiling": self.tiling.options}
+
+
+def placed_like(*modules: nn.Module) -> Tensor:
+    """A tensor of the device and floating dtype that the first of the modules with any computes in.
+
+    Quantised layers hold whole numbers, or nothing that torch calls a parameter; what they are given stays floating.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and tensor.element_size() > 1:  # below 16 bits: stored, not computed in
+                return tensor
+    return torch.empty(0)
 
 
 def language_sizes(language_model: Any) -> dict[str, int]:
