@@ -33,6 +33,7 @@ from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
 from opticnerve.starter.cache import weight_files
+from opticnerve.starter.checkpoint import UNREADABLE, find_file, read_config, unreadable
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]
@@ -221,7 +222,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _vision_config(name: str) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
         raise OpticNerveError(f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm")

@@ -15,12 +15,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor
+from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Transformer
 
 from opticnerve.encoders.base import Encoder
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import weight_files
+from opticnerve.starter.checkpoint import UNREADABLE, find_file, read_config, unreadable
 from opticnerve.types import Features, OpticNerveError
 
 SAMPLING_RATE = 16_000
@@ -238,9 +239,7 @@ def _read_transformers(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _config(name: str) -> Any:
-    # Configurations are read even where `plan` builds modules on the meta device.
-    with torch.device("cpu"):
-        config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     if config.model_type != "whisper":
         raise OpticNerveError(f"{name!r} ({config.model_type}) is no Whisper; type: whisper takes Whisper's encoder")
     return config

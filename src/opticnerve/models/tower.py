@@ -13,6 +13,7 @@ from opticnerve import registry
 from opticnerve.connectors.base import Connector
 from opticnerve.encoders.base import Encoder
 from opticnerve.fusion.base import Fusion
+from opticnerve.language.layers import decoder_layers
 from opticnerve.models.tiling import Tiling
 from opticnerve.types import Features, OpticNerveError
 
@@ -126,10 +127,9 @@ def placed_like(*modules: nn.Module) -> Tensor:
 
 def language_sizes(language_model: Any) -> dict[str, int]:
     """What connectors and fusions must know of a language model."""
-    lists = [len(m) for m in language_model.modules() if isinstance(m, nn.ModuleList)]
     return {
         "language_size": int(language_model.get_input_embeddings().embedding_dim),
-        "language_layers": max(lists, default=0),
+        "language_layers": len(decoder_layers(language_model)[1]),
     }
 
 

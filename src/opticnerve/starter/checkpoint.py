@@ -29,7 +29,7 @@ def read_config(name: str) -> Any:
     try:
         # Configurations hold tensors here and there, and are read even where `plan` builds on the meta device.
         with torch.device("cpu"):
-            return AutoConfig.from_pretrained(name)
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)  # an error, not a question
     except UNREADABLE as e:
         raise unreadable(f"the configuration of {name!r}", e, REMEDY) from e
 
@@ -56,7 +56,7 @@ def find_file(name: str, file: str) -> Path | None:
 
 
 def unreadable(what: str, error: BaseException, remedy: str) -> OpticNerveError:
-    """One sentence about a file that could not be read: the first line of what the library says, and what to do."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0][:300] if lines else type(error).__name__
-    return OpticNerveError(f"cannot read {what}: {first.rstrip('.')}; {remedy}")
+    """One sentence about a file that could not be read: what the library says, at most a line or two, and what to do."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    said = said if len(said) <= 240 else f"{said[:240]}…"
+    return OpticNerveError(f"cannot read {what}: {said.rstrip('.')}; {remedy}")
