@@ -22,7 +22,6 @@ from transformers import (
     MODEL_MAPPING,
     AttentionInterface,
     AutoConfig,
-    AutoImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -32,8 +31,9 @@ from transformers.utils import logging
 from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
+from opticnerve.encoders.preparation import preparation
 from opticnerve.starter.cache import weight_files
-from opticnerve.starter.checkpoint import UNREADABLE, find_file, read_config, unreadable
+from opticnerve.starter.checkpoint import UNREADABLE, read_config, unreadable
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]
@@ -67,8 +67,8 @@ class HFVisionEncoder(Encoder):
             `hidden_states` (-2 in LLaVA-1.5), or a list of them, joined along the width.
         class_token: "drop" leaves out class and register tokens, "keep" keeps them first.
         image_size: side of the square input; other than the model's own interpolates its position embeddings.
-        fit, mean, std, resample: picture preparation (see `make_image_processor`); the checkpoint's own by default. A
-            "crop" takes the largest square in the middle, also where a checkpoint (DINOv2's) takes a smaller one.
+        fit, crop_pct, mean, std, resample: picture preparation (see `make_image_processor`); the checkpoint's own by
+            default, as `image_size` is. Where `fit` is given, the whole picture is fitted so: `crop_pct` is 1 then.
     """
 
     def __init__(
@@ -82,13 +82,14 @@ class HFVisionEncoder(Encoder):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         resample: int = 3,
+        crop_pct: float = 1.0,
         _model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
         config = _config_from_dict(architecture)
-        self.layer, self.class_token, self.fit, self.resample = layer, class_token, fit, resample
+        self.layer, self.class_token, self.fit, self.resample, self.crop_pct = layer, class_token, fit, resample, crop_pct
         self.native_size, self.patch_size = _sizes(config)
         self.image_size = image_size or self.native_size
         self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
@@ -98,7 +99,7 @@ class HFVisionEncoder(Encoder):
         self.options = {
             "architecture": _plain(config),
             "layer": layer, "class_token": class_token, "image_size": self.image_size,
-            "fit": fit, "mean": self.mean, "std": self.std, "resample": resample,
+            "fit": fit, "mean": self.mean, "std": self.std, "resample": resample, "crop_pct": crop_pct,
         }  # fmt: skip
         self._been_through = False
         self._states = 0  # entries of `hidden_states`; the probe counts them
@@ -130,7 +131,7 @@ class HFVisionEncoder(Encoder):
                 f"{name!r} lacks weights of its vision tower: missing {sorted(report['missing_keys'])[:8]}, "
                 f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
             )
-        encoder = cls(architecture=config.to_dict(), _model=model, **{**_preparation(name), **options})
+        encoder = cls(architecture=config.to_dict(), _model=model, **{**_preparation(name, config, options), **options})
         folder = Path(name)
         if folder.is_dir():
             encoder.files = weight_files(folder)
@@ -138,10 +139,16 @@ class HFVisionEncoder(Encoder):
 
     @classmethod
     def planned(cls, name: str, **options: Any) -> HFVisionEncoder:
-        """The same shapes from the configuration alone; how the checkpoint prepares pictures is not looked up."""
+        """The same shapes and picture preparation from the configurations alone."""
         with torch.device("cpu"):
             config = _vision_config(name)
+            options = {**_preparation(name, config, options), **options}
         return cls(architecture=config.to_dict(), **options)
+
+    @classmethod
+    def loading_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        # Folders from before `crop_pct` were trained without it.
+        return {"crop_pct": 1.0, **super().loading_options(options)}
 
     def forward(self, pixel_values: Tensor) -> Features:
         tokens_BND = self._select(self.model, pixel_values)
@@ -206,8 +213,9 @@ class HFVisionEncoder(Encoder):
 
     def image_processor(self) -> Any:
         return make_image_processor(
-            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample
-        )
+            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample,
+            crop_pct=self.crop_pct,
+        )  # fmt: skip
 
     def blocks(self) -> list[nn.Module]:
         """The longest ModuleList: the transformer's layers."""
@@ -229,21 +237,11 @@ def _vision_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def _preparation(name: str) -> dict[str, Any]:
-    """How the checkpoint prepares pictures, as this encoder's options; nothing where it does not say."""
-    try:
-        own: Any = AutoImageProcessor.from_pretrained(name)
-    except OSError:
-        return {}  # a bare folder of weights: the options say how pictures are prepared
-    except ValueError as e:
-        raise OpticNerveError(f"{name!r}: how it prepares pictures cannot be read: {e}") from e
-    said = {key: getattr(own, f"image_{key}", None) for key in ("mean", "std")}
-    found: dict[str, Any] = {key: list(value) for key, value in said.items() if value is not None}
-    found["fit"] = "crop" if getattr(own, "do_center_crop", False) else "squash"
-    if type(own).__name__.startswith("LlavaImageProcessor") and getattr(own, "do_pad", False):
-        found["fit"] = "pad"
-    if (resample := getattr(own, "resample", None)) is not None:
-        found["resample"] = int(resample)
+def _preparation(name: str, config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """How the checkpoint prepares pictures, as this encoder's options."""
+    found = preparation(name, config.model_type, given)
+    if found.get("image_size") == _sizes(config)[0]:
+        found.pop("image_size")
     return found
 
 
