@@ -63,8 +63,10 @@ class HFVisionEncoder(Encoder):
     Args:
         architecture: the vision model's configuration as a dict with `model_type` (`clip_vision_model`,
             `siglip_vision_model`, `siglip2_vision_model`, `dinov2`, `vit`, `blip_2_vision_model`, …).
-        layer: "last" for the model's last hidden state (after its final norm), a whole number for an entry of
-            `hidden_states` (-2 in LLaVA-1.5), or a list of them, joined along the width.
+        layer: "last" for the model's last hidden state: behind its final norm, which all families have but CLIP, whose
+            `post_layernorm` is for the pooled vector alone; a whole number for an entry of `hidden_states` (-2 in
+            LLaVA-1.5), of which -1 is what the last block gives, before any final norm; or a list of such numbers,
+            joined along the width.
         class_token: "drop" leaves out class and register tokens, "keep" keeps them first.
         image_size: side of the square input; other than the model's own interpolates its position embeddings.
         fit, crop_pct, mean, std, resample: picture preparation (see `make_image_processor`); the checkpoint's own by
@@ -149,6 +151,17 @@ class HFVisionEncoder(Encoder):
     def loading_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         # Folders from before `crop_pct` were trained without it.
         return {"crop_pct": 1.0, **super().loading_options(options)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Tables that the model computes itself (DINOv3's and Pixtral's rotary frequencies) keep their precision, as
+        they do where transformers loads the model in another dtype."""
+        kept = [(m, n, m._buffers[n]) for m in self.model.modules() for n in m._non_persistent_buffers_set]
+        super()._apply(fn, recurse)
+        for module, name, before in kept:
+            now = module._buffers[name]
+            if before is not None and now is not None and now.dtype != before.dtype:
+                module._buffers[name] = before.to(now.device)
+        return self
 
     def forward(self, pixel_values: Tensor) -> Features:
         tokens_BND = self._select(self.model, pixel_values)
@@ -256,7 +269,7 @@ def _config_from_dict(architecture: dict[str, Any]) -> PreTrainedConfig:
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     """The configuration as it comes back from a JSON file (the numbers of labels as text, for one)."""
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {k: v for k, v in found.items() if k != "_name_or_path"}
+    return {k: v for k, v in found.items() if k not in ("_name_or_path", "dtype")}  # the weights' dtype is the recipe's
 
 
 def _model_class(config: PreTrainedConfig) -> Any:

@@ -12,7 +12,7 @@ import transformers as tf
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from opticnerve.starter.checkpoint import UNREADABLE, find_file, unreadable
+from opticnerve.starter.checkpoint import UNREADABLE, says_how, unreadable
 from opticnerve.types import OpticNerveError
 
 COLOURS = ("mean", "std")
@@ -80,7 +80,7 @@ def preparation(name: str, family: str, given: dict[str, Any]) -> dict[str, Any]
 
 def _own(name: str, family: str) -> tuple[Any, bool]:
     """Its image processor, and whether the checkpoint holds one."""
-    if find_file(name, "preprocessor_config.json") or _nested(name):
+    if says_how(name, "image_processor"):
         try:
             return tf.AutoImageProcessor.from_pretrained(name, trust_remote_code=False), True
         except UNREADABLE as e:
@@ -91,12 +91,6 @@ def _own(name: str, family: str) -> tuple[Any, bool]:
             f"{_REMEDY}"
         )
     return _PUBLISHED[family](), False
-
-
-def _nested(name: str) -> bool:
-    """Whether a processor of several parts, written as one file, has an image processor among them."""
-    file = find_file(name, "processor_config.json")
-    return file is not None and '"image_processor"' in file.read_text(encoding="utf-8", errors="replace")
 
 
 def as_options(own: Any, name: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -112,6 +106,8 @@ def as_options(own: Any, name: str, given: dict[str, Any] | None = None) -> dict
         geometry = {k: v for k, v in geometry.items() if k == "image_size"}
     else:
         problems += refused
+        if geometry.get("fit") == "squash_float" and not own.do_rescale:
+            problems.append("do_rescale: false")
         if geometry.get("fit") == "pad" and not (own.do_normalize and _scale(own) == 1):
             problems.append("do_pad, which pads with the mean, without a plain normalisation")
         problems += [f"{k}: true" for k in dir(own) if k.startswith("do_") and k not in _KNOWN and getattr(own, k) is True]

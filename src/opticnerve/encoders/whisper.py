@@ -21,7 +21,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Trans
 from opticnerve.encoders.base import Encoder
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import weight_files
-from opticnerve.starter.checkpoint import UNREADABLE, find_file, read_config, unreadable
+from opticnerve.starter.checkpoint import UNREADABLE, read_config, says_how, unreadable
 from opticnerve.types import Features, OpticNerveError
 
 SAMPLING_RATE = 16_000
@@ -260,7 +260,7 @@ def _window(name: str, architecture: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OpticNerveError: the file cannot be read, or makes spectrograms otherwise than Whisper's.
     """
-    if not find_file(name, "preprocessor_config.json"):
+    if not says_how(name, "feature_extractor"):
         return {}
     try:
         own: Any = WhisperFeatureExtractor.from_pretrained(name)
@@ -268,8 +268,6 @@ def _window(name: str, architecture: dict[str, Any]) -> dict[str, Any]:
         raise unreadable(f"how {name!r} prepares sound", e, "restore its preprocessor_config.json") from e
     wanted = {**_SPECTROGRAM, "feature_size": int(architecture["num_mel_bins"])}
     odd = [f"{k}: {getattr(own, k)}, not {v}" for k, v in wanted.items() if getattr(own, k) != v]
-    if type(own).__name__ != own.to_dict().get("feature_extractor_type", type(own).__name__):
-        odd.append(f"feature_extractor_type: {own.to_dict()['feature_extractor_type']}")
     if odd:
         raise OpticNerveError(f"{name!r} prepares sound as Whisper's encoder here cannot ({'; '.join(odd)})")
     whole = int(architecture["max_source_positions"]) // FRAMES

@@ -55,6 +55,15 @@ def find_file(name: str, file: str) -> Path | None:
         raise unreadable(f"{file} of {name!r}", e, REMEDY) from e
 
 
+def says_how(name: str, part: str) -> bool:
+    """Whether a checkpoint says how media are prepared: in a file of its own, or as `part` ("image_processor",
+    "feature_extractor") of a processor that was written as one file."""
+    if find_file(name, "preprocessor_config.json"):
+        return True
+    file = find_file(name, "processor_config.json")
+    return file is not None and f'"{part}"' in file.read_text(encoding="utf-8", errors="replace")
+
+
 def unreadable(what: str, error: BaseException, remedy: str) -> OpticNerveError:
     """One sentence about a file that could not be read: what the library says, at most a line or two, and what to do."""
     said = " ".join(str(error).split()) or type(error).__name__
