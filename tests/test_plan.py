@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
-from opticnerve import plan, plan_cost, plan_model
+from opticnerve import plan, plan_cost
 from opticnerve import recipe as recipes
 from opticnerve.build import dock_recipe
 from opticnerve.data.collate import Collator

@@ -58,13 +58,24 @@ REFUSED_BY = {
     "llava": {"not normalised", "not rescaled", "neither", "to ±1", "a crop", "squashed, then cropped", "another size"},
     "dinov3": {"not rescaled", "neither", "a crop", "squashed, then cropped"},
 }
-PICTURES = [tiny.picture(1, 32), tiny.picture(2, 70), tiny.picture(3).resize((90, 50)), tiny.picture(4).resize((41, 66))]
+PICTURES = [
+    tiny.picture(1, 32),
+    tiny.picture(2, 70),
+    tiny.picture(3).resize((90, 50)),
+    tiny.picture(4).resize((41, 66)),
+]
 
 
 def checkpoint(folder: Path, family: str) -> Path:
     kind, processor = FAMILIES[family]
     config = tf.AutoConfig.for_model(
-        kind, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+        kind,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
     )
     torch.manual_seed(0)
     model = tf.Blip2VisionModel if kind == "blip_2_vision_model" else tf.MODEL_MAPPING[type(config)]
@@ -204,7 +215,14 @@ def test_whisper_s_feature_extractor(tmp_path: Path) -> None:
     tf.WhisperFeatureExtractor(chunk_length=10).save_pretrained(tmp_path)
     kept = json.loads(file.read_text())
     assert WhisperEncoder.planned(str(tmp_path)).seconds == 10
-    changes = {"hop_length": 200, "sampling_rate": 8000, "n_fft": 512, "dither": 0.1, "padding_value": 1.0, "feature_size": 128}
+    changes = {
+        "hop_length": 200,
+        "sampling_rate": 8000,
+        "n_fft": 512,
+        "dither": 0.1,
+        "padding_value": 1.0,
+        "feature_size": 128,
+    }
     for key, value in changes.items():
         file.write_text(json.dumps(kept | {key: value}))
         with pytest.raises(OpticNerveError, match=key):

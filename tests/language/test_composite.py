@@ -34,7 +34,13 @@ SIGHT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
-QWEN_SIGHT: dict[str, Any] = {"depth": 5, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 16}
+QWEN_SIGHT: dict[str, Any] = {
+    "depth": 5,
+    "hidden_size": 16,
+    "out_hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 16,
+}
 SOUND: dict[str, Any] = {
     "d_model": 16, "encoder_layers": 5, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_mel_bins": 8,
     "max_source_positions": 10,
@@ -164,9 +170,9 @@ def no_language_model(what: str, folder: Path) -> str:
             config = tf.T5Config(vocab_size=VOCABULARY, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
             tf.T5ForConditionalGeneration(config).save_pretrained(folder)
         case "clip":
-            tf.CLIPModel(tf.CLIPConfig(text_config=small("clip_text_model").to_dict(), vision_config=tower)).save_pretrained(
-                folder
-            )
+            tf.CLIPModel(
+                tf.CLIPConfig(text_config=small("clip_text_model").to_dict(), vision_config=tower)
+            ).save_pretrained(folder)
         case "vision":
             tiny.save_vision(folder)
         case "docked" | "run":
@@ -203,7 +209,9 @@ def no_language_model(what: str, folder: Path) -> str:
         case "foreign code":
             (folder / "config.json").write_text('{"model_type": "nonesuch", "auto_map": {"AutoConfig": "c.C"}}')
         case "adapter":
-            model = peft.get_peft_model(tiny.language_model("llama", VOCABULARY), peft.LoraConfig(target_modules=["q_proj"]))
+            model = peft.get_peft_model(
+                tiny.language_model("llama", VOCABULARY), peft.LoraConfig(target_modules=["q_proj"])
+            )
             model.save_pretrained(str(folder))
         case "gguf":
             (folder / "m.gguf").write_bytes(b"GGUF" + bytes(40))

@@ -16,7 +16,13 @@ import opticnerve
 import tiny
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 
-SHARED = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
+SHARED = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+}
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "clip": (tf.CLIPVisionModel, {}),
     "siglip": (tf.SiglipVisionModel, {}),

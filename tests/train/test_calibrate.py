@@ -62,11 +62,13 @@ def test_no_pictures_no_calibration(make_recipe: Callable[..., Recipe]) -> None:
     assert not bool(made.model.image.connector.calibrated)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "bloom", "opt", "xglm"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "bloom", "opt", "xglm"]
+)
 @pytest.mark.parametrize("fusion", ["splice", "cross_attention"])
 def test_soft_tokens_weigh_what_the_first_layer_gets_of_words(family: str, fusion: str, tmp_path: Path) -> None:
     """Gemma's embedding module multiplies by the root of its width, XGLM's, too; Bloom's norm comes behind both."""
-    model, processor = opticnerve.dock(
+    model, _ = opticnerve.dock(
         vision={"type": "hf_vision", "name": tiny.save_vision(tmp_path / "vision")},
         language={"name": language(tmp_path / "language", family), "chat_template": "chatml"},
         fusion={"type": fusion},

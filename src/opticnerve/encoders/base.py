@@ -122,7 +122,9 @@ def make_image_processor(
     if fit not in FITS:
         raise OpticNerveError(f"unknown fit {fit!r}; known: {', '.join(FITS)}")
     if crop_pct != 1 and (fit not in ("squash", "crop") or not crop_pct > 0):
-        raise OpticNerveError(f"crop_pct: {crop_pct} does not go with fit: {fit}; it is above 0, and for squash and crop")
+        raise OpticNerveError(
+            f"crop_pct: {crop_pct} does not go with fit: {fit}; it is above 0, and for squash and crop"
+        )
     common: dict[str, Any] = {"image_mean": mean, "image_std": std, "resample": resample, "do_convert_rgb": True}
     square = {"height": size, "width": size}
     resized = int(size / crop_pct + 1e-6)  # rounded down, as timm does

@@ -33,7 +33,7 @@ from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
 from opticnerve.encoders.preparation import preparation
 from opticnerve.starter.cache import weight_files
-from opticnerve.starter.checkpoint import UNREADABLE, read_config, unreadable
+from opticnerve.starter.checkpoint import read_config
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]
@@ -91,7 +91,13 @@ class HFVisionEncoder(Encoder):
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
         config = _config_from_dict(architecture)
-        self.layer, self.class_token, self.fit, self.resample, self.crop_pct = layer, class_token, fit, resample, crop_pct
+        self.layer, self.class_token, self.fit, self.resample, self.crop_pct = (
+            layer,
+            class_token,
+            fit,
+            resample,
+            crop_pct,
+        )
         self.native_size, self.patch_size = _sizes(config)
         self.image_size = image_size or self.native_size
         self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)

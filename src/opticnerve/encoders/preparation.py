@@ -1,4 +1,5 @@
-"""How a checkpoint prepares pictures, as an encoder's own options: `image_size`, `fit`, `crop_pct`, `mean`, `std`, `resample`.
+"""How a checkpoint prepares pictures, as an encoder's options: `image_size`, `fit`, `crop_pct`, `mean`, `std`,
+`resample`.
 
 Everything that transformers' image processor says is honoured, or refused by name. A scale other than 1/255 is put into
 mean and deviation: (x · scale − mean) / std = (x / 255 − mean / (255 · scale)) / (std / (255 · scale)).
@@ -19,8 +20,8 @@ COLOURS = ("mean", "std")
 SETTLE = ("fit", *COLOURS)
 _REMEDY = "give the encoder `fit`, `mean` and `std` yourself, or name a checkpoint that says"
 
-# What the published checkpoints of a family hold, for folders that hold none: the defaults of transformers' class, which
-# for DINOv2 are another model's.
+# What the published checkpoints of a family hold, for folders that hold none: the defaults of transformers' class,
+# which for DINOv2 are another model's.
 _PUBLISHED: dict[str, Any] = {
     "clip_vision_model": lambda: tf.CLIPImageProcessor(),
     "siglip_vision_model": lambda: tf.SiglipImageProcessor(),
@@ -41,8 +42,8 @@ _PUBLISHED: dict[str, Any] = {
     ),
 )  # fmt: skip
 
-# These cut a picture into squares, or keep its proportions, before they resize and normalise as the others do. The encoder
-# gets a square of the model's own size; cutting is `tiling`'s business here.
+# These cut a picture into squares, or keep its proportions, before they resize and normalise as the others do. The
+# encoder gets a square of the model's own size; cutting is `tiling`'s business here.
 _PIECES = (
     "Siglip2ImageProcessor", "Idefics2ImageProcessor", "Idefics3ImageProcessor", "SmolVLMImageProcessor",
     "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "GotOcr2ImageProcessor", "Gemma3ImageProcessor",
@@ -87,8 +88,8 @@ def _own(name: str, family: str) -> tuple[Any, bool]:
             raise unreadable(f"how {name!r} prepares pictures", e, _REMEDY) from e
     if family not in _PUBLISHED:
         raise OpticNerveError(
-            f"{name!r} does not say how it prepares pictures (no preprocessor_config.json), and {family} has no one way; "
-            f"{_REMEDY}"
+            f"{name!r} does not say how it prepares pictures (no preprocessor_config.json), and {family} has no one "
+            f"way; {_REMEDY}"
         )
     return _PUBLISHED[family](), False
 
@@ -110,10 +111,13 @@ def as_options(own: Any, name: str, given: dict[str, Any] | None = None) -> dict
             problems.append("do_rescale: false")
         if geometry.get("fit") == "pad" and not (own.do_normalize and _scale(own) == 1):
             problems.append("do_pad, which pads with the mean, without a plain normalisation")
-        problems += [f"{k}: true" for k in dir(own) if k.startswith("do_") and k not in _KNOWN and getattr(own, k) is True]
+        problems += [
+            f"{k}: true" for k in dir(own) if k.startswith("do_") and k not in _KNOWN and getattr(own, k) is True
+        ]
     if problems:
         raise OpticNerveError(
-            f"{name!r} prepares pictures as an encoder here cannot ({type(own).__name__}: {'; '.join(problems)}); {_REMEDY}"
+            f"{name!r} prepares pictures as an encoder here cannot ({type(own).__name__}: {'; '.join(problems)}); "
+            f"{_REMEDY}"
         )
     resample = getattr(own, "resample", None)
     return {**geometry, **colours, "resample": 2 if resample is None else int(resample)}
@@ -161,7 +165,7 @@ def _geometry(own: Any) -> tuple[dict[str, Any], list[str]]:
     if len(sides) != 1 or len(out) != 1 or None in sides | out:
         return {}, [f"size: {dict(size)}" + (f", crop_size: {dict(crop)}" if crop is not None else "")]
     [side], [square] = sides, out
-    if exact and crop is not None or pads and side != square:
+    if (exact and crop is not None) or (pads and side != square):
         return {}, [f"do_center_crop: true, crop_size: {square}"]
     fit = "pad" if pads else "squash_float" if exact else "crop" if shortest else "squash"
     return {"image_size": square, "fit": fit, "crop_pct": square / side}, []

@@ -33,8 +33,8 @@ class TimmEncoder(Encoder):
             map by `forward_intermediates`' indexing (-1 is the last stage or block).
         image_size: side of the square input in pixels; the model's own by default.
         class_token: "drop" leaves out class and register tokens, "keep" puts them first. CNNs have none.
-        fit, crop_pct, mean, std, resample: picture preparation (see `make_image_processor`); what timm's `pretrained_cfg`
-            says by default. Where `fit` is given, the whole picture is fitted so: `crop_pct` is 1 then.
+        fit, crop_pct, mean, std, resample: picture preparation (see `make_image_processor`); by default what timm's
+            `pretrained_cfg` says. Where `fit` is given, the whole picture is fitted so: `crop_pct` is 1 then.
         model_args: further keywords for `timm.create_model` (they must be plain JSON values).
     """
 

@@ -41,8 +41,8 @@ def causal_config(name: str, config: Any) -> Any:
     kind = config.model_type
     if kind.startswith("opticnerve"):
         raise OpticNerveError(
-            f"{name!r} is a model of opticnerve already ({kind}), not a language model; name the language model that it "
-            "was made of"
+            f"{name!r} is a model of opticnerve already ({kind}), not a language model; name the language model that "
+            "it was made of"
         )
     text = text_config_of(config)
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
@@ -54,8 +54,8 @@ def causal_config(name: str, config: Any) -> Any:
         foreign = [k.removesuffix("_config") for k in getattr(config, "sub_configs", {}) if _is_medium(k)]
         if foreign:
             raise OpticNerveError(
-                f"{name!r} ({kind}) has {', '.join(foreign)} parts of its own, which its language model cannot be taken "
-                "out of; name a language model alone"
+                f"{name!r} ({kind}) has {', '.join(foreign)} parts of its own, which its language model cannot be "
+                "taken out of; name a language model alone"
             )
     elif text.model_type in _PLAIN:
         text = _plain(text)
@@ -92,7 +92,9 @@ def _plain(text: Any) -> Any:
     kind = _PLAIN[text.model_type]
     known = AutoConfig.for_model(kind).to_dict()
     kept = {k: v for k, v in text.to_dict().items() if k in known and k not in _FOREIGN}
-    rope = {k: v for k, v in (text.rope_parameters or {}).items() if k not in ("mrope_section", "mrope_interleaved", "type")}
+    rope = {
+        k: v for k, v in (text.rope_parameters or {}).items() if k not in ("mrope_section", "mrope_interleaved", "type")
+    }
     if rope.get("rope_type", "default") == "mrope":
         rope["rope_type"] = "default"
     return AutoConfig.for_model(kind, **kept, rope_parameters=rope)
@@ -109,7 +111,8 @@ def text_model(name: str, config: Any, text_config: Any, *, dtype: torch.dtype) 
     """
     whole = _load_whole(name, config, dtype)
     model: Any = whole.get_decoder()
-    if not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]):  # BLIP-2 and Llama 4 keep such a one
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+    if not isinstance(model, causal):  # BLIP-2 and Llama 4 keep such a one
         model = _with_head(name, whole, copy.deepcopy(text_config), dtype)
         _check_same(name, whole.eval(), model.eval())
     model.generation_config = whole.generation_config
@@ -120,7 +123,9 @@ def _with_head(name: str, whole: Any, text_config: Any, dtype: torch.dtype) -> A
     """The causal language model of a composite's decoder and head; the tensors are theirs."""
     decoder, head = whole.get_decoder(), whole.get_output_embeddings()
     if head is None:
-        raise OpticNerveError(f"{name!r} ({whole.config.model_type}) has no head for words; name a language model alone")
+        raise OpticNerveError(
+            f"{name!r} ({whole.config.model_type}) has no head for words; name a language model alone"
+        )
     text_config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
     text_config.architectures = None
     with no_init_weights():
@@ -132,7 +137,7 @@ def _with_head(name: str, whole: Any, text_config: Any, dtype: torch.dtype) -> A
     found = {n: t.shape for n, t in state.items()}
     if odd := sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)):
         raise OpticNerveError(
-            f"the text model of {name!r} ({whole.config.model_type}) has other tensors than a {text_config.model_type}: "
+            f"the text model of {name!r} ({whole.config.model_type}) has other tensors than {text_config.model_type}: "
             f"{', '.join(odd[:4])}; name a language model alone"
         )
     model.load_state_dict(state, assign=True)
@@ -142,7 +147,7 @@ def _with_head(name: str, whole: Any, text_config: Any, dtype: torch.dtype) -> A
 
 def _load_whole(name: str, config: Any, dtype: torch.dtype) -> Any:
     written = (config.architectures or [""])[0]
-    cls = getattr(transformers, written, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    cls: Any = getattr(transformers, written, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if cls is None:
         raise OpticNerveError(f"transformers has no model {written!r} for {name!r}; name a language model alone")
     try:
@@ -152,7 +157,9 @@ def _load_whole(name: str, config: Any, dtype: torch.dtype) -> Any:
     model, report = loaded
     lacking = sorted({*map(str, report["missing_keys"]), *map(str, report["mismatched_keys"])})
     if lacking:
-        raise OpticNerveError(f"the weights of {name!r} are not those of its config.json: missing {', '.join(lacking[:8])}")
+        raise OpticNerveError(
+            f"the weights of {name!r} are not those of its config.json: missing {', '.join(lacking[:8])}"
+        )
     return model
 
 
@@ -169,8 +176,8 @@ def _check_same(name: str, whole: Any, model: Any) -> None:
     apart = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
     if not apart <= 0.02 * float(theirs.std()):  # in bf16 the order of sums shows; another scale or mask shows more
         raise OpticNerveError(
-            f"the text model of {name!r} ({whole.config.model_type}) does not say by itself what it says inside; name a "
-            "language model alone"
+            f"the text model of {name!r} ({whole.config.model_type}) does not say by itself what it says inside; name "
+            "a language model alone"
         )
 
 

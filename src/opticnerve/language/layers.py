@@ -34,7 +34,7 @@ class _EnteredError(Exception):
 def check_takes_embeddings(language_model: Any, name: str) -> None:
     """Refuse a language model whose layers get something else from words' embeddings than from the words.
 
-    Falcon-H1 multiplies what it looked up itself, Gemma 3n and Gemma 4 look every word up once more for each layer: beside a
+    Falcon-H1 multiplies what it looked up itself, Gemma 3n looks every word up once more for each layer: beside a
     picture, where words come as embeddings, all of them would be others than in a text. Costs two look-ups.
 
     Raises:
@@ -53,8 +53,8 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
         ) from e
     if len(told) != len(given) or any(not torch.equal(a, b) for a, b in zip(told, given, strict=True)):
         raise OpticNerveError(
-            f"{name!r} ({family}) makes something else of its words' embeddings than of the words themselves, so that text "
-            "beside a picture would be misread; choose another language model"
+            f"{name!r} ({family}) makes something else of its words' embeddings than of the words themselves, so that "
+            "text beside a picture would be misread; choose another language model"
         )
 
 

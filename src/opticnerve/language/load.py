@@ -17,8 +17,8 @@ from transformers.utils import logging
 from opticnerve.language.composite import causal_config, takes_text_of, text_model
 from opticnerve.language.layers import check_takes_embeddings
 from opticnerve.starter import weights as starter
-from opticnerve.starter.checkpoint import UNREADABLE, find_file, read_config, unreadable
 from opticnerve.starter.cache import cache_dir, fingerprint, new_folder, weight_files
+from opticnerve.starter.checkpoint import UNREADABLE, find_file, read_config, unreadable
 from opticnerve.types import OpticNerveError
 
 
@@ -81,7 +81,9 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (*UNREADABLE, RuntimeError) as e:
-        raise unreadable(f"the tokenizer of {name!r}", e, "save it beside the weights (tokenizer.save_pretrained)") from e
+        raise unreadable(
+            f"the tokenizer of {name!r}", e, "save it beside the weights (tokenizer.save_pretrained)"
+        ) from e
     if len(tokenizer) == 0:  # what transformers makes of a folder that holds none
         raise OpticNerveError(f"{name!r} holds no tokenizer; save it beside the weights (tokenizer.save_pretrained)")
     if tokenizer.pad_token_id is None:
@@ -161,7 +163,9 @@ def _dequantised(file: Path) -> Path:
                 quantization_config=GgufConfig(dequantize=True),
             )  # fmt: skip
         except (*UNREADABLE, RuntimeError) as e:
-            raise unreadable(f"the GGUF file {str(file)!r}", e, "give one that holds a whole language model, or a folder") from e
+            raise unreadable(
+                f"the GGUF file {str(file)!r}", e, "give one that holds a whole language model, or a folder"
+            ) from e
         model, report = loaded
         check_complete(str(file), report)
         if hasattr(model.config, "quantization_config"):

@@ -103,7 +103,7 @@ def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[Non
 
 
 def linear_layers(language_model: nn.Module) -> list[str]:
-    """Names of the linear layers that LoRA may wrap: those within the decoder's layers. GPT-2's Conv1D counts as linear."""
+    """Names of the linear layers that LoRA may wrap: those within the decoder's layers. GPT-2's Conv1D is one."""
     from transformers.pytorch_utils import Conv1D
 
     start = decoder_layers(language_model)[0]

@@ -65,7 +65,7 @@ def says_how(name: str, part: str) -> bool:
 
 
 def unreadable(what: str, error: BaseException, remedy: str) -> OpticNerveError:
-    """One sentence about a file that could not be read: what the library says, at most a line or two, and what to do."""
+    """One sentence about a file that could not be read: what the library says, cut short, and what to do."""
     said = " ".join(str(error).split()) or type(error).__name__
     said = said if len(said) <= 240 else f"{said[:240]}…"
     return OpticNerveError(f"cannot read {what}: {said.rstrip('.')}; {remedy}")
