@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig
 
@@ -45,8 +45,11 @@ def find_file(name: str, file: str) -> Path | None:
     try:
         return Path(hf_hub_download(name, file))
     except LocalEntryNotFoundError as e:
-        # Not reached. What the cache holds beside a path is a note that the model has no such file.
+        # Not reached. What the cache holds beside a path is a note that the model has no such file; who works offline
+        # by choice works with the snapshot that lies there.
         if try_to_load_from_cache(name, file) is not None:
+            return None
+        if constants.HF_HUB_OFFLINE and isinstance(try_to_load_from_cache(name, "config.json"), str):
             return None
         raise unreadable(f"{file} of {name!r}", e, REMEDY) from e
     except EntryNotFoundError:
