@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
-from opticnerve import plan, plan_cost, plan_model
+from opticnerve import plan, plan_cost
 from opticnerve import recipe as recipes
 from opticnerve.build import dock_recipe
 from opticnerve.data.collate import Collator
@@ -211,13 +211,10 @@ def test_bad_samples_are_counted_not_raised(make_recipe: Callable[..., Any], cap
     assert any("data check" in r.text and ":11" in r.text for r in made.remarks)
 
 
-def test_an_unreachable_model_is_named(make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("no such thing\nand more")
-
-    monkeypatch.setattr(plan_model, "load_language_config", refuse)
-    with pytest.raises(OpticNerveError, match=r"model\.language: cannot read .*no such thing; give"):
-        plan.make(make_recipe())
+def test_an_unreachable_model_is_named(make_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(OpticNerveError, match=r"cannot read .*nowhere"):
+        plan.make(make_recipe(language={"name": nowhere, "chat_template": "chatml"}))
 
 
 def test_the_plan_is_json(make_recipe: Callable[..., Any]) -> None:

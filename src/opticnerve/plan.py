@@ -16,8 +16,10 @@ from opticnerve import plan_model as parts
 from opticnerve.build_parts import dtype_of
 from opticnerve.data.collate import Collator
 from opticnerve.data.labels import Encoded
+from opticnerve.language.load import load_language_config
 from opticnerve.language.lora import add_lora
 from opticnerve.models.delta import weight_names
+from opticnerve.models.tower import placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan_data import StageData, look
 from opticnerve.plan_model import Shape, Share, context_of, processor_for
@@ -135,6 +137,8 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
     try:
         plan.processor = processor_for(recipe)
     except OpticNerveError as e:
+        if Path(recipe.docked.language.name).exists():
+            raise  # it will not be there when the run wants it
         plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
     docked = dock(recipe) if dock is not None and recipe.stages else None
     rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], dtype_of(recipe))
@@ -154,7 +158,8 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
 
 def context_length(recipe: Recipe) -> int | None:
     """How many tokens the recipe's language model takes."""
-    return context_of(parts.language_config(recipe.docked.language))
+    language = recipe.docked.language
+    return context_of(load_language_config(language.name, gguf_file=language.gguf_file))
 
 
 def weights_at_hand(recipe: Recipe) -> bool:
@@ -216,7 +221,7 @@ def _time(planned: StagePlan, stage: Stage, docked: Any, processor: Any, rate: f
         planned.timing = "a short batch was timed with the real weights"
         planned.seconds = per_row * stage.batch_size * steps if steps else None
         return
-    rate = rate or cost.matmul_rate(kind, next(docked.model.parameters()).dtype if docked else torch.float32)
+    rate = rate or cost.matmul_rate(kind, placed_like(docked.model).dtype if docked else torch.float32)
     planned.timing = (
         f"estimated from {planned.flops / 1e9:,.0f} GFLOP a step at {cost.EFFICIENCY:.0%} of this device's "
         f"matmul rate ({rate / 1e9:,.0f} GFLOP/s)"

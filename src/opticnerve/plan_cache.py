@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.data.feature_disk import default_budget, features_dir, folder_bytes, free_bytes
+from opticnerve.models.tower import placed_like
 from opticnerve.plan_data import StageData
 from opticnerve.recipe import Stage
 
@@ -117,7 +118,7 @@ def foresee(stage: Stage, model: Any, data: StageData, *, flops: int, seconds: f
 
 def _look_once(tower: Any) -> tuple[int, tuple[int, int], torch.dtype]:
     """Arithmetic of the eye on one picture, the shape (N, D) of what it sees, and its dtype."""
-    dtype = next(tower.encoder.parameters()).dtype
+    dtype = placed_like(tower.encoder).dtype
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         features = tower.encoder(torch.empty(1, *tower.encoder.media_shape, dtype=dtype))
     _, count, width = features.tokens_BND.shape

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from opticnerve import registry
 from opticnerve.build_parts import dtype_of
 from opticnerve.language.chat_template import set_template
-from opticnerve.language.load import load_language_config, resolve
+from opticnerve.language.layers import decoder_layers
+from opticnerve.language.load import load_language_config, load_tokenizer
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import HALVES, TOWERS, full_name, part_parameters, prefixes
 from opticnerve.models.processing import OpticNerveProcessor
 from opticnerve.models.tower import check_options, join, language_sizes
-from opticnerve.recipe import LanguageSpec, PartSpec, Recipe
+from opticnerve.recipe import PartSpec, Recipe
 from opticnerve.types import OpticNerveError
 
 
@@ -48,25 +48,18 @@ def shadow(recipe: Recipe) -> Any:
         OpticNerveError: a configuration cannot be read, or the parts do not fit each other.
     """
     dtype = dtype_of(recipe)
-    config = language_config(recipe.docked.language)
+    language = recipe.docked.language
+    config = load_language_config(language.name, gguf_file=language.gguf_file)
     with torch.device("meta"):
-        language = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        sizes = language_sizes(language)
+        brain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        sizes = language_sizes(brain)
         towers = {
             m: join(encoder(m, tower.encoder), tower.parts(), sizes).to(dtype)
             for m, tower in recipe.docked.towers.items()
         }
     # The real ids are the tokenizer's business; shapes do not depend on them.
     size = int(config.get_text_config().vocab_size)
-    return OpticNerveForConditionalGeneration.from_parts(language, towers, image_token_id=size, audio_token_id=size + 1)
-
-
-def language_config(spec: LanguageSpec) -> Any:
-    """The language model's configuration, alone."""
-    try:
-        return load_language_config(spec.name, gguf_file=spec.gguf_file)
-    except OSError as e:
-        raise _unreachable("model.language", spec.name, e) from e
+    return OpticNerveForConditionalGeneration.from_parts(brain, towers, image_token_id=size, audio_token_id=size + 1)
 
 
 def encoder(modality: str, spec: PartSpec) -> Any:
@@ -90,12 +83,7 @@ def processor_for(recipe: Recipe) -> OpticNerveProcessor:
         OpticNerveError: the tokenizer is not at hand.
     """
     language = recipe.docked.language
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(language.name, gguf_file=language.gguf_file)[0])
-    except OSError as e:
-        raise _unreachable("model.language", language.name, e) from e
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(language.name, gguf_file=language.gguf_file)
     if language.chat_template:
         set_template(tokenizer, language.chat_template)
     return OpticNerveProcessor.from_tower(shadow(recipe).towers, tokenizer, **language.words())
@@ -142,7 +130,7 @@ def shapes(recipe: Recipe, model: Any) -> list[Shape]:
         ]
     language = model.language_model
     name = recipe.docked.language.name
-    layers = _layers(language)
+    layers = len(decoder_layers(language)[1])
     kind = f"{language.config.model_type} {name}, {layers} layers"
     return [*found, Shape("language", kind, f"tokens × {width}", _count(language.parameters()))]
 
@@ -173,10 +161,6 @@ def native_size(eye: Any) -> int | None:
     settings = getattr(getattr(eye, "model", None), "pretrained_cfg", None) or {}
     found = settings.get("input_size")
     return int(found[-1]) if found else None
-
-
-def _layers(language: nn.Module) -> int:
-    return max((len(m) for m in language.modules() if isinstance(m, nn.ModuleList)), default=0)
 
 
 def _count(parameters: Any) -> int:

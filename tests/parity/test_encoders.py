@@ -60,7 +60,6 @@ FAMILIES = {
         lambda: tf.DINOv3ViTImageProcessor(size=SQUARE),
         prefix=3,
         config={**SIZES, "num_register_tokens": 2},
-        any_shape=False,  # it resizes floats, ours 8-bit numbers: up to half a grey level apart
     ),
     "vit": Family(tf.ViTModel, lambda: tf.ViTImageProcessor(size=SQUARE), prefix=1),
     "blip-2": Family(tf.Blip2VisionModel, lambda: tf.BlipImageProcessor(size=SQUARE), prefix=1),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
+import opticnerve
+import tiny
 from opticnerve.build import dock_recipe
 from opticnerve.data.source import load_units
+from opticnerve.fusion.base import words_of
 from opticnerve.recipe import Recipe
 from opticnerve.train.calibrate import calibrate
 from opticnerve.train.visits import Visits
@@ -54,3 +60,41 @@ def test_no_pictures_no_calibration(make_recipe: Callable[..., Recipe]) -> None:
     made = dock_recipe(recipe)
     calibrate(made.model, Visits([([ask("q", answer="a")], None)], recipe.stages[0], made.processor, seed=0))
     assert not bool(made.model.image.connector.calibrated)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "bloom", "opt", "xglm"]
+)
+@pytest.mark.parametrize("fusion", ["splice", "cross_attention"])
+def test_soft_tokens_weigh_what_the_first_layer_gets_of_words(family: str, fusion: str, tmp_path: Path) -> None:
+    """Gemma's embedding module multiplies by the root of its width, XGLM's, too; Bloom's norm comes behind both."""
+    model, _ = opticnerve.dock(
+        vision={"type": "hf_vision", "name": tiny.save_vision(tmp_path / "vision")},
+        language={"name": language(tmp_path / "language", family), "chat_template": "chatml"},
+        fusion={"type": fusion},
+    )
+    pixels = torch.randn(8, 3, 32, 32)
+    calibrate(model, [SimpleNamespace(media={"pixel_values": pixels})])  # type: ignore[arg-type]
+    embeddings = model.get_input_embeddings()
+    words = embeddings(torch.arange(embeddings.num_embeddings)).detach()
+    assert float(model.get_image_features(pixels).std() / words.std()) == pytest.approx(1, rel=1e-3)
+    if fusion == "cross_attention":
+        torch.testing.assert_close(model.image.fusion.marker.detach(), words.mean(0))
+
+
+def language(folder: Path, family: str) -> str:
+    if family != "xglm":
+        return tiny.save_language(folder, family)
+    words = tiny.tokenizer()
+    config = tf.XGLMConfig(vocab_size=len(words), d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
+    tf.XGLMForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("rows", [7, 10_000])
+def test_words_are_counted_piece_by_piece(rows: int) -> None:
+    embeddings = torch.nn.Embedding(100, 6)
+    mean, deviation = words_of(embeddings, rows)
+    torch.testing.assert_close(mean, embeddings.weight.detach().mean(0))
+    assert deviation == pytest.approx(float(embeddings.weight.detach().std()))

@@ -104,23 +104,36 @@ def last_blocks(encoder: Encoder, count: int) -> list[nn.Module]:
     return blocks[-count:]
 
 
+FITS = ("squash", "squash_float", "crop", "pad")
+
+
 def make_image_processor(
-    *, size: int, mean: list[float], std: list[float], fit: str = "squash", resample: int = 3
+    *, size: int, mean: list[float], std: list[float], fit: str = "squash", resample: int = 3, crop_pct: float = 1.0
 ) -> Any:
     """An image processor for square inputs.
 
     `fit`: "squash" resizes to size × size (SigLIP), "crop" resizes the shorter side and crops the centre (CLIP),
-    "pad" pads to a square first (LLaVA-1.5). `resample` is PIL's number (3 is bicubic).
+    "pad" pads to a square first (LLaVA-1.5), "squash_float" squashes without rounding to 8 bits (DINOv3).
+    `crop_pct`: how much of the resized side the square in the middle keeps, as timm has it: with 0.875 a picture is
+    resized to 256 where `size` is 224 (DINOv2). `resample` is PIL's number (3 is bicubic).
     """
     import transformers as tf
 
-    common: dict[str, Any] = {"image_mean": mean, "image_std": std, "resample": resample, "do_convert_rgb": True}
-    if fit == "squash":
-        return tf.SiglipImageProcessor(size={"height": size, "width": size}, **common)
-    if fit == "crop":
-        return tf.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **common)
-    if fit == "pad":
-        return tf.LlavaImageProcessor(
-            do_pad=True, size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **common
+    if fit not in FITS:
+        raise OpticNerveError(f"unknown fit {fit!r}; known: {', '.join(FITS)}")
+    if crop_pct != 1 and (fit not in ("squash", "crop") or not crop_pct > 0):
+        raise OpticNerveError(
+            f"crop_pct: {crop_pct} does not go with fit: {fit}; it is above 0, and for squash and crop"
         )
-    raise OpticNerveError(f"unknown fit {fit!r}; known: squash, crop, pad")
+    common: dict[str, Any] = {"image_mean": mean, "image_std": std, "resample": resample, "do_convert_rgb": True}
+    square = {"height": size, "width": size}
+    resized = int(size / crop_pct + 1e-6)  # rounded down, as timm does
+    if fit == "crop":
+        return tf.CLIPImageProcessor(size={"shortest_edge": resized}, crop_size=square, **common)
+    if fit == "pad":
+        return tf.LlavaImageProcessor(do_pad=True, size={"shortest_edge": size}, crop_size=square, **common)
+    if fit == "squash_float":
+        return tf.DINOv3ViTImageProcessor(size=square, **common)
+    if resized != size:
+        return tf.CLIPImageProcessor(size={"height": resized, "width": resized}, crop_size=square, **common)
+    return tf.SiglipImageProcessor(size=square, **common)

@@ -22,7 +22,6 @@ from transformers import (
     MODEL_MAPPING,
     AttentionInterface,
     AutoConfig,
-    AutoImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -32,7 +31,9 @@ from transformers.utils import logging
 from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
+from opticnerve.encoders.preparation import preparation
 from opticnerve.starter.cache import weight_files
+from opticnerve.starter.checkpoint import read_config
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]
@@ -62,12 +63,14 @@ class HFVisionEncoder(Encoder):
     Args:
         architecture: the vision model's configuration as a dict with `model_type` (`clip_vision_model`,
             `siglip_vision_model`, `siglip2_vision_model`, `dinov2`, `vit`, `blip_2_vision_model`, …).
-        layer: "last" for the model's last hidden state (after its final norm), a whole number for an entry of
-            `hidden_states` (-2 in LLaVA-1.5), or a list of them, joined along the width.
+        layer: "last" for the model's last hidden state: behind its final norm, which all families have but CLIP, whose
+            `post_layernorm` is for the pooled vector alone; a whole number for an entry of `hidden_states` (-2 in
+            LLaVA-1.5), of which -1 is what the last block gives, before any final norm; or a list of such numbers,
+            joined along the width.
         class_token: "drop" leaves out class and register tokens, "keep" keeps them first.
         image_size: side of the square input; other than the model's own interpolates its position embeddings.
-        fit, mean, std, resample: picture preparation (see `make_image_processor`); the checkpoint's own by default. A
-            "crop" takes the largest square in the middle, also where a checkpoint (DINOv2's) takes a smaller one.
+        fit, crop_pct, mean, std, resample: picture preparation (see `make_image_processor`); the checkpoint's own by
+            default, as `image_size` is. Where `fit` is given, the whole picture is fitted so: `crop_pct` is 1 then.
     """
 
     def __init__(
@@ -81,13 +84,20 @@ class HFVisionEncoder(Encoder):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         resample: int = 3,
+        crop_pct: float = 1.0,
         _model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
         config = _config_from_dict(architecture)
-        self.layer, self.class_token, self.fit, self.resample = layer, class_token, fit, resample
+        self.layer, self.class_token, self.fit, self.resample, self.crop_pct = (
+            layer,
+            class_token,
+            fit,
+            resample,
+            crop_pct,
+        )
         self.native_size, self.patch_size = _sizes(config)
         self.image_size = image_size or self.native_size
         self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
@@ -97,7 +107,7 @@ class HFVisionEncoder(Encoder):
         self.options = {
             "architecture": _plain(config),
             "layer": layer, "class_token": class_token, "image_size": self.image_size,
-            "fit": fit, "mean": self.mean, "std": self.std, "resample": resample,
+            "fit": fit, "mean": self.mean, "std": self.std, "resample": resample, "crop_pct": crop_pct,
         }  # fmt: skip
         self._been_through = False
         self._states = 0  # entries of `hidden_states`; the probe counts them
@@ -129,7 +139,7 @@ class HFVisionEncoder(Encoder):
                 f"{name!r} lacks weights of its vision tower: missing {sorted(report['missing_keys'])[:8]}, "
                 f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
             )
-        encoder = cls(architecture=config.to_dict(), _model=model, **{**_preparation(name), **options})
+        encoder = cls(architecture=config.to_dict(), _model=model, **{**_preparation(name, config, options), **options})
         folder = Path(name)
         if folder.is_dir():
             encoder.files = weight_files(folder)
@@ -137,10 +147,27 @@ class HFVisionEncoder(Encoder):
 
     @classmethod
     def planned(cls, name: str, **options: Any) -> HFVisionEncoder:
-        """The same shapes from the configuration alone; how the checkpoint prepares pictures is not looked up."""
+        """The same shapes and picture preparation from the configurations alone."""
         with torch.device("cpu"):
             config = _vision_config(name)
+            options = {**_preparation(name, config, options), **options}
         return cls(architecture=config.to_dict(), **options)
+
+    @classmethod
+    def loading_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        # Folders from before `crop_pct` were trained without it.
+        return {"crop_pct": 1.0, **super().loading_options(options)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Tables that the model computes itself (DINOv3's and Pixtral's rotary frequencies) keep their precision, as
+        they do where transformers loads the model in another dtype."""
+        kept = [(m, n, m._buffers[n]) for m in self.model.modules() for n in m._non_persistent_buffers_set]
+        super()._apply(fn, recurse)
+        for module, name, before in kept:
+            now = module._buffers[name]
+            if before is not None and now is not None and now.dtype != before.dtype:
+                module._buffers[name] = before.to(now.device)
+        return self
 
     def forward(self, pixel_values: Tensor) -> Features:
         tokens_BND = self._select(self.model, pixel_values)
@@ -205,8 +232,9 @@ class HFVisionEncoder(Encoder):
 
     def image_processor(self) -> Any:
         return make_image_processor(
-            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample
-        )
+            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample,
+            crop_pct=self.crop_pct,
+        )  # fmt: skip
 
     def blocks(self) -> list[nn.Module]:
         """The longest ModuleList: the transformer's layers."""
@@ -221,28 +249,18 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _vision_config(name: str) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
         raise OpticNerveError(f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm")
     return config
 
 
-def _preparation(name: str) -> dict[str, Any]:
-    """How the checkpoint prepares pictures, as this encoder's options; nothing where it does not say."""
-    try:
-        own: Any = AutoImageProcessor.from_pretrained(name)
-    except OSError:
-        return {}  # a bare folder of weights: the options say how pictures are prepared
-    except ValueError as e:
-        raise OpticNerveError(f"{name!r}: how it prepares pictures cannot be read: {e}") from e
-    said = {key: getattr(own, f"image_{key}", None) for key in ("mean", "std")}
-    found: dict[str, Any] = {key: list(value) for key, value in said.items() if value is not None}
-    found["fit"] = "crop" if getattr(own, "do_center_crop", False) else "squash"
-    if type(own).__name__.startswith("LlavaImageProcessor") and getattr(own, "do_pad", False):
-        found["fit"] = "pad"
-    if (resample := getattr(own, "resample", None)) is not None:
-        found["resample"] = int(resample)
+def _preparation(name: str, config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """How the checkpoint prepares pictures, as this encoder's options."""
+    found = preparation(name, config.model_type, given)
+    if found.get("image_size") == _sizes(config)[0]:
+        found.pop("image_size")
     return found
 
 
@@ -257,7 +275,7 @@ def _config_from_dict(architecture: dict[str, Any]) -> PreTrainedConfig:
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     """The configuration as it comes back from a JSON file (the numbers of labels as text, for one)."""
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {k: v for k, v in found.items() if k != "_name_or_path"}
+    return {k: v for k, v in found.items() if k not in ("_name_or_path", "dtype")}  # the weights' dtype is the recipe's
 
 
 def _model_class(config: PreTrainedConfig) -> Any:

@@ -27,6 +27,7 @@ from transformers import (
 
 from opticnerve.registry import Registry
 from opticnerve.starter.cache import weight_files
+from opticnerve.starter.checkpoint import read_config
 from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import Features, OpticNerveError
 
@@ -102,7 +103,7 @@ class HFTextEncoder(nn.Module):
             OpticNerveError: no text encoder, or weights are missing.
         """
         folder = bert_folder(name)
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         config = getattr(config, "text_config", config)
         wanted = options.get("pooling") or default_pooling(config)
         loaded: Any = _model_class(config).from_pretrained(

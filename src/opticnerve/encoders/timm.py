@@ -34,8 +34,8 @@ class TimmEncoder(Encoder):
             map by `forward_intermediates`' indexing (-1 is the last stage or block).
         image_size: side of the square input in pixels; the model's own by default.
         class_token: "drop" leaves out class and register tokens, "keep" puts them first. CNNs have none.
-        fit: how a picture is made square: "squash", "crop" or "pad".
-        mean, std: normalisation per channel; the model's own by default.
+        fit, crop_pct, mean, std, resample: picture preparation (see `make_image_processor`); by default what timm's
+            `pretrained_cfg` says. Where `fit` is given, the whole picture is fitted so: `crop_pct` is 1 then.
         model_args: further keywords for `timm.create_model` (they must be plain JSON values).
     """
 
@@ -49,6 +49,8 @@ class TimmEncoder(Encoder):
         fit: str = "squash",
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        resample: int = 3,
+        crop_pct: float = 1.0,
         model_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -58,13 +60,14 @@ class TimmEncoder(Encoder):
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
         self.layer, self.class_token, self.fit = layer, class_token, fit
+        self.resample, self.crop_pct = resample, crop_pct
         self.model = _create(name, image_size, model_args)
         data = timm.data.resolve_model_data_config(self.model)
         self.image_size = image_size or int(data["input_size"][-1])
         self.mean, self.std = list(mean or data["mean"]), list(std or data["std"])
         self.options = {
             "name": name, "layer": layer, "image_size": self.image_size, "class_token": class_token, "fit": fit,
-            "mean": self.mean, "std": self.std, "model_args": model_args,
+            "mean": self.mean, "std": self.std, "resample": resample, "crop_pct": crop_pct, "model_args": model_args,
         }  # fmt: skip
         self.num_tokens, self.hidden_size = self._probe(name, image_size, model_args)
 
@@ -95,9 +98,14 @@ class TimmEncoder(Encoder):
         if starter.is_starter(name):
             eye = starter.eye(name)
             return cls(name=eye.architecture, **{**eye.options, **options})
-        architecture, defaults = _look_up(name)
+        architecture, defaults = _look_up(name, options)
         model_args = {**defaults.pop("model_args", {}), **(options.pop("model_args", None) or {})}
         return cls(name=architecture, model_args=model_args, **{**defaults, **options})
+
+    @classmethod
+    def loading_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        # Folders from before these two were trained without them.
+        return {"resample": 3, "crop_pct": 1.0, **super().loading_options(options)}
 
     def forward(self, pixel_values: Tensor) -> Features:
         # Convolutions are a quarter to a half faster on pixels that lie with their channels together.
@@ -147,7 +155,10 @@ class TimmEncoder(Encoder):
         return shape[1], shape[2]
 
     def image_processor(self) -> Any:
-        return make_image_processor(size=self.image_size, mean=self.mean, std=self.std, fit=self.fit)
+        return make_image_processor(
+            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample,
+            crop_pct=self.crop_pct,
+        )  # fmt: skip
 
     def blocks(self) -> list[nn.Module]:
         for attribute in ("blocks", "stages", "layers"):
@@ -168,21 +179,56 @@ def _rows(map_4d: Tensor, model: nn.Module) -> Tensor:
     return map_4d.flatten(2).transpose(1, 2)
 
 
-def _look_up(name: str) -> tuple[str, dict[str, Any]]:
+def _look_up(name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The architecture behind `hf-hub:…` or `local-dir:…`, and what its config.json says beside it.
 
     So that a configuration names the architecture alone, and builds where neither hub nor folder is at hand.
     """
     source, colon, place = name.partition(":")
     if not colon:
-        return name, {}
+        return name, _preparation(name, _registered(name), given)
     load = read_timm_config if source == "local-dir" else load_model_config_from_hf
     found, architecture, model_args = load(place)
     defaults: dict[str, Any] = {k: list(found[k]) for k in ("mean", "std") if k in found}
     if "input_size" in found:
         defaults["image_size"] = int(found["input_size"][-1])
     classes = {"num_classes": found["num_classes"]} if "num_classes" in found else {}
+    # What a folder leaves out is as in timm's own registry.
+    defaults |= _preparation(name, {**_registered(architecture), **found}, given)
     return architecture, {**defaults, "model_args": {**classes, **(model_args or {})}}
+
+
+def _registered(name: str) -> dict[str, Any]:
+    """timm's own settings of an architecture; none of one that it does not know, which is told when it is built."""
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        return {}
+    return {} if known is None else dict(known.to_dict())
+
+
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+def _preparation(name: str, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`fit`, `crop_pct` and `resample` as timm's own evaluation prepares pictures (`timm.data.create_transform`).
+
+    Raises:
+        OpticNerveError: a way that cannot be honoured, and `given` does not settle it.
+    """
+    resample = _RESAMPLE.get(settings.get("interpolation") or "bicubic")
+    fit = {"center": "crop", "squash": "squash"}.get(settings.get("crop_mode") or "center")
+    refused = [f"interpolation: {settings['interpolation']}"] if resample is None and "resample" not in given else []
+    refused += [f"crop_mode: {settings['crop_mode']}"] if fit is None and "fit" not in given else []
+    if refused:
+        raise OpticNerveError(
+            f"timm model {name!r} prepares pictures as an encoder here cannot ({', '.join(refused)}); give the encoder "
+            "`fit` and `resample` yourself"
+        )
+    found: dict[str, Any] = {} if resample is None else {"resample": resample}
+    if "fit" not in given:
+        found |= {"fit": fit, "crop_pct": float(settings.get("crop_pct") or timm.data.DEFAULT_CROP_PCT)}
+    return found
 
 
 def _hub_files(model: Any) -> list[str]:

@@ -15,12 +15,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor
+from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Transformer
 
 from opticnerve.encoders.base import Encoder
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import weight_files
+from opticnerve.starter.checkpoint import UNREADABLE, read_config, says_how, unreadable
 from opticnerve.types import Features, OpticNerveError
 
 SAMPLING_RATE = 16_000
@@ -107,6 +108,7 @@ class WhisperEncoder(Encoder):
             architecture, state = read_openai(Path(name))
         else:
             architecture, state = _read_transformers(name)
+            options = {**_window(name, architecture), **options}
             if Path(name).is_dir():
                 files = weight_files(Path(name))
         with torch.device("meta"):
@@ -125,7 +127,8 @@ class WhisperEncoder(Encoder):
             return cls(architecture=starter.ear(name).architecture, **options)
         if name.endswith(".pt"):
             return cls(architecture=read_openai(Path(name))[0], **options)
-        return cls(architecture=_config(name).to_dict(), **options)
+        architecture = _config(name).to_dict()
+        return cls(architecture=architecture, **{**_window(name, architecture), **options})
 
     def forward(self, input_features: Tensor) -> Features:
         """Log-mel `input_features` (B, mels, 100 * seconds) → `Features` (B, 50 * seconds / pool, hidden_size)."""
@@ -238,12 +241,37 @@ def _read_transformers(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _config(name: str) -> Any:
-    # Configurations are read even where `plan` builds modules on the meta device.
-    with torch.device("cpu"):
-        config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     if config.model_type != "whisper":
         raise OpticNerveError(f"{name!r} ({config.model_type}) is no Whisper; type: whisper takes Whisper's encoder")
     return config
+
+
+# What the encoder's window and its frames a second rest on: Whisper's own, for all of its sizes.
+_SPECTROGRAM = {"sampling_rate": SAMPLING_RATE, "hop_length": SAMPLING_RATE // MEL_FRAMES, "n_fft": 400,
+                "padding_value": 0.0, "dither": 0.0}  # fmt: skip
+
+
+def _window(name: str, architecture: dict[str, Any]) -> dict[str, Any]:
+    """`seconds`, where a checkpoint's feature extractor says another window than the positions hold.
+
+    A folder without preprocessor_config.json is taken for a Whisper as OpenAI published it.
+
+    Raises:
+        OpticNerveError: the file cannot be read, or makes spectrograms otherwise than Whisper's.
+    """
+    if not says_how(name, "feature_extractor"):
+        return {}
+    try:
+        own: Any = WhisperFeatureExtractor.from_pretrained(name)
+    except (*UNREADABLE, ZeroDivisionError) as e:
+        raise unreadable(f"how {name!r} prepares sound", e, "restore its preprocessor_config.json") from e
+    wanted = {**_SPECTROGRAM, "feature_size": int(architecture["num_mel_bins"])}
+    odd = [f"{k}: {getattr(own, k)}, not {v}" for k, v in wanted.items() if getattr(own, k) != v]
+    if odd:
+        raise OpticNerveError(f"{name!r} prepares sound as Whisper's encoder here cannot ({'; '.join(odd)})")
+    whole = int(architecture["max_source_positions"]) // FRAMES
+    return {} if own.chunk_length == whole else {"seconds": int(own.chunk_length)}
 
 
 def _check_state(state: dict[str, Tensor], wanted: dict[str, Tensor], name: str) -> None:

@@ -91,10 +91,10 @@ def fold_shuffle(tower: Any) -> None:
 
 def _picture_refusals(encoder: Any) -> list[str]:
     reasons = []
-    if encoder.fit != "squash":
+    if encoder.fit != "squash" or encoder.crop_pct != 1:
         reasons.append(
-            f"it prepares pictures with fit: {encoder.fit}, and the image processor that goes with Idefics3 makes them "
-            "square by squashing; nearest: fit: squash"
+            f"it prepares pictures with fit: {encoder.fit}, crop_pct: {encoder.crop_pct:g}, and the image processor "
+            "that goes with Idefics3 makes them square by squashing; nearest: fit: squash"
         )
     side = encoder.image_size // encoder.patch_size
     if encoder.model.config.model_type not in OWN and not _counts_places(side):

@@ -95,6 +95,25 @@ def check_count(wanted: int, found: int, kind: str = "image") -> None:
         )
 
 
+@torch.no_grad()
+def words_of(embeddings: nn.Module, rows: int = 8192) -> tuple[Tensor, float]:
+    """Mean (D,) and deviation of all words as the language model's first layer meets them, in float32.
+
+    The embedding *module* is asked, not its table: Gemma's multiplies by the square root of its width, others end in a
+    norm. What a model does to embeddings behind the module (Granite's multiplier, Bloom's norm, OPT's projection) it
+    does to soft tokens as well.
+    """
+    weight: Any = embeddings.weight
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64), 0.0
+    for start in range(0, weight.shape[0], rows):
+        ids_V = torch.arange(start, min(start + rows, weight.shape[0]), device=weight.device)
+        words_VD = embeddings(ids_V).double().cpu()
+        count, total, squares = count + len(ids_V), total + words_VD.sum(0), squares + float(words_VD.square().sum())
+    numbers = count * total.numel()
+    variance = (squares - float(total.sum()) ** 2 / numbers) / (numbers - 1)
+    return (total / count).float(), max(variance, 0.0) ** 0.5
+
+
 def decoder_layers(language_model: nn.Module, count: int) -> list[nn.Module]:
     """The language model's layers, from input to output: its longest list of modules."""
     lists = [m for m in language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from opticnerve.fusion.base import Fusion, decoder_layers, scatter_rows
+from opticnerve.fusion.base import Fusion, decoder_layers, scatter_rows, words_of
 from opticnerve.types import Features, OpticNerveError
 
 
@@ -110,7 +110,7 @@ class Seen:
 class GatedCrossAttention(Fusion):
     """Gated cross-attention between frozen layers: text looks at the latest picture before it.
 
-    One placeholder stands for a picture, with a learned embedding that starts as the mean of the table. The gates are
+    One placeholder stands for a picture, with a learned embedding that starts as the mean of all words. The gates are
     zero at the start, so a fresh dock computes exactly what the bare language model does. A position that no picture
     precedes is left as it is, for good: text alone always meets the untouched language model, whatever is trained and
     whatever shares its batch. (Flamingo runs such positions through the dense half of each layer.)
@@ -156,7 +156,7 @@ class GatedCrossAttention(Fusion):
 
     @torch.no_grad()
     def start(self, embeddings: nn.Module) -> None:
-        self.marker.copy_(embeddings.weight.float().mean(0))  # type: ignore[union-attr, operator]
+        self.marker.copy_(words_of(embeddings)[0])
 
     def wire(self, language_model: nn.Module) -> None:
         for number, layer in enumerate(decoder_layers(language_model, self.language_layers)):

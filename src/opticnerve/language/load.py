@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from opticnerve.language.composite import causal_config, takes_text_of, text_model
+from opticnerve.language.layers import check_takes_embeddings
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import cache_dir, fingerprint, new_folder, weight_files
+from opticnerve.starter.checkpoint import UNREADABLE, find_file, read_config, unreadable
 from opticnerve.types import OpticNerveError
 
 
@@ -40,29 +44,55 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
     GGUF weights are dequantised once into the cache, for training needs real matrices.
     """
     folder, files = resolve(name, gguf_file=gguf_file)
-    if (Path(folder) / "adapter_config.json").is_file():
-        # transformers would put the adapter onto the base that it names, and say nothing.
-        raise OpticNerveError(
-            f"{name!r} holds an adapter of peft (adapter_config.json), not a language model alone; merge it into its "
-            "base with peft's merge_and_unload(), save that, and name its folder"
-        )
+    config = load_language_config(name, gguf_file=gguf_file)
     with no_bars() if Path(folder).is_dir() else nullcontext():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(name, gguf_file=gguf_file)
+        whole = read_config(folder)
+        if takes_text_of(whole):
+            model = text_model(name, whole, config, dtype=dtype)
+        else:
+            model = _whole_model(folder, name, dtype=dtype)
+    check_takes_embeddings(model, name)
+    # What was asked for, not where it was found: configurations travel, folders do not.
+    model.config.name_or_path = name
+    return Language(model, tokenizer, name, tuple(files))
+
+
+def _whole_model(folder: str, name: str, *, dtype: torch.dtype) -> Any:
+    try:
         # Mismatched tensors are listed below with the others, and refused.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except (*UNREADABLE, SafetensorError) as e:
+        raise unreadable(f"the weights of {name!r}", e, "give a folder or hub model that holds them whole") from e
     model, report = loaded
     check_complete(name, report)
-    # What was asked for, not where it was found: configurations travel, folders do not.
-    model.config.name_or_path = name
+    return model
+
+
+def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
+    """The tokenizer beside a language model; its end token pads where it names no other.
+
+    Raises:
+        OpticNerveError: there is none that transformers can read, or it has neither padding nor end token.
+    """
+    folder = resolve(name, gguf_file=gguf_file)[0]
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (*UNREADABLE, RuntimeError) as e:
+        raise unreadable(
+            f"the tokenizer of {name!r}", e, "save it beside the weights (tokenizer.save_pretrained)"
+        ) from e
+    if len(tokenizer) == 0:  # what transformers makes of a folder that holds none
+        raise OpticNerveError(f"{name!r} holds no tokenizer; save it beside the weights (tokenizer.save_pretrained)")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise OpticNerveError(
                 f"the tokenizer of {name!r} has neither padding nor end token; set one before docking"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    return Language(model, tokenizer, name, tuple(files))
+    return tokenizer
 
 
 def check_complete(name: str, report: dict[str, Any]) -> None:
@@ -78,8 +108,23 @@ def check_complete(name: str, report: dict[str, Any]) -> None:
 
 
 def load_language_config(name: str, *, gguf_file: str | None = None) -> Any:
-    """The configuration alone (for `plan`): no weight is read, except where a GGUF file holds both."""
-    return AutoConfig.from_pretrained(resolve(name, gguf_file=gguf_file)[0])
+    """The language model's configuration alone (for `plan`): no weight is read, except where a GGUF file holds both.
+
+    Of a composite checkpoint (Gemma 3, Qwen2.5-VL, LLaVA, …) that of its text model.
+
+    Raises:
+        OpticNerveError: nothing that transformers can read, or no causal language model.
+    """
+    folder = resolve(name, gguf_file=gguf_file)[0]
+    # A folder with an adapter alone holds no configuration to read.
+    config = None if (Path(folder) / "adapter_config.json").is_file() else read_config(folder)
+    if config is None or find_file(folder, "adapter_config.json"):
+        # transformers would put the adapter onto the base that it names, and say nothing.
+        raise OpticNerveError(
+            f"{name!r} holds an adapter of peft (adapter_config.json), not a language model alone; merge it into its "
+            "base with peft's merge_and_unload(), save that, and name its folder"
+        )
+    return causal_config(name, config)
 
 
 def resolve(name: str, *, gguf_file: str | None = None) -> tuple[str, list[str]]:
@@ -93,9 +138,9 @@ def resolve(name: str, *, gguf_file: str | None = None) -> tuple[str, list[str]]
             raise OpticNerveError(f"there is no GGUF file {name!r}")
         return str(_dequantised(path)), [str(path)]
     if gguf_file is not None:
-        from transformers.utils import cached_file
-
-        found = path / gguf_file if path.is_dir() else Path(str(cached_file(name, gguf_file)))
+        found = find_file(name, gguf_file)
+        if found is None:
+            raise OpticNerveError(f"{name!r} holds no GGUF file {gguf_file!r}")
         return str(_dequantised(found)), [str(found)]
     if path.is_dir():
         return name, weight_files(path)
@@ -110,12 +155,17 @@ def _dequantised(file: Path) -> Path:
     from transformers import GgufConfig
 
     with new_folder(target) as new, no_bars():
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        # transformers 5 keeps GGUF weights packed unless told otherwise.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True,
-            quantization_config=GgufConfig(dequantize=True),
-        )  # fmt: skip
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            # transformers 5 keeps GGUF weights packed unless told otherwise.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True,
+                quantization_config=GgufConfig(dequantize=True),
+            )  # fmt: skip
+        except (*UNREADABLE, RuntimeError) as e:
+            raise unreadable(
+                f"the GGUF file {str(file)!r}", e, "give one that holds a whole language model, or a folder"
+            ) from e
         model, report = loaded
         check_complete(str(file), report)
         if hasattr(model.config, "quantization_config"):

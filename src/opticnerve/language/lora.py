@@ -11,6 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from opticnerve.language.layers import decoder_layers
 from opticnerve.private_names import forget_adapters
 from opticnerve.types import OpticNerveError
 
@@ -21,8 +22,8 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
     """Put low-rank adapters beside the language model's linear layers, in place.
 
     Args:
-        options: `rank`; `alpha` (2 × rank by default); `dropout`; `targets`: "all-linear" (every linear layer but the
-            LM head), or a list of module-name endings such as [q_proj, v_proj]; `when`: see `Gate`.
+        options: `rank`; `alpha` (2 × rank by default); `dropout`; `targets`: "all-linear" (every linear layer of the
+            decoder), or a list of module-name endings such as [q_proj, v_proj]; `when`: see `Gate`.
         dtype: of the adapter weights; the language model's own by default. (peft's default, float32 beside bf16
             weights, casts every activation and is a third slower on a CPU.)
     """
@@ -56,7 +57,7 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
         parameter.requires_grad_(frozen.get(name.replace(".base_layer", ""), False))
     if chosen["when"] == "media":
         Gate.install(language_model)
-    dtype = dtype or next(p.dtype for p in language_model.parameters())
+    dtype = dtype or next(p.dtype for p in language_model.parameters() if p.is_floating_point())
     for name, parameter in language_model.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.to(dtype)
@@ -103,11 +104,15 @@ def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[Non
 
 
 def linear_layers(language_model: nn.Module) -> list[str]:
-    """Names of the linear layers that LoRA may wrap: all but the LM head. GPT-2's Conv1D counts as linear."""
+    """Names of the linear layers that LoRA may wrap: those within the decoder's layers. GPT-2's Conv1D is one."""
     from transformers.pytorch_utils import Conv1D
 
-    head = getattr(language_model, "get_output_embeddings", lambda: None)()
-    return [name for name, m in language_model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    start = decoder_layers(language_model)[0]
+    return [
+        name
+        for name, m in language_model.named_modules()
+        if isinstance(m, (nn.Linear, Conv1D)) and name.startswith(f"{start}.")
+    ]
 
 
 def is_lora(name: str) -> bool:

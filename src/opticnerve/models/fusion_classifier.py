@@ -21,7 +21,7 @@ from opticnerve.models.classifier_configuration import FusionClassifierConfig, T
 from opticnerve.models.fusion_heads import COMBINATIONS, Scores, make_head
 from opticnerve.models.strict import trusts
 from opticnerve.models.text_memory import TextMemory
-from opticnerve.models.tower import make, type_name
+from opticnerve.models.tower import make, placed_like, type_name
 from opticnerve.models.two_towers import TwoTowerModel
 from opticnerve.recipe import ClassifierSpec
 from opticnerve.types import Features, OpticNerveError
@@ -156,7 +156,7 @@ class FusionClassifier(TwoTowerModel):
             raise ValueError(f"{seen} pictures for {len(input_ids)} questions; give one to each")
         mask_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         read = self._memory.read(input_ids, mask_BL)
-        weight = next(self.classifier.parameters())
+        weight = placed_like(self.classifier)
         read.states = Features(read.states.tokens_BND.to(weight.dtype), read.states.mask_BN)
         read.vector_BD = read.vector_BD.to(weight.dtype)
         if self.image is None:

@@ -13,6 +13,7 @@ from opticnerve import registry
 from opticnerve.connectors.base import Connector
 from opticnerve.encoders.base import Encoder
 from opticnerve.fusion.base import Fusion
+from opticnerve.language.layers import decoder_layers
 from opticnerve.models.tiling import Tiling
 from opticnerve.types import Features, OpticNerveError
 
@@ -71,9 +72,7 @@ class Tower(nn.Module):
 
     def encode(self, media: Tensor) -> Features:
         """The encoder's part alone: what a cache of frozen features holds."""
-        weight = next(self.encoder.parameters(), None)
-        weight = next(self.connector.parameters()) if weight is None else weight
-        features: Features = self.encoder(media.to(weight.device, weight.dtype))
+        features: Features = self.encoder(media.to(placed_like(self.encoder, self.connector)))
         return features
 
     def connect(
@@ -82,8 +81,8 @@ class Tower(nn.Module):
         """The connector's part, and the arranging of tiles, on features from `encode` or from a cache."""
         if self.tiling is not None and sizes is None:
             raise ValueError("the images come in tiles: give image_sizes beside pixel_values")
-        weight = next(self.connector.parameters())
-        features = Features(features.tokens_BND.to(weight.device, weight.dtype), features.mask_BN)
+        weight = placed_like(self.connector)
+        features = Features(features.tokens_BND.to(weight), features.mask_BN)
         if self.wants_text and text is None:
             raise ValueError("this connector reads the question: give qformer_input_ids and qformer_attention_mask")
         words: list[Tensor] = [t.to(weight.device) for t in text or ()] if self.wants_text else []
@@ -96,7 +95,7 @@ class Tower(nn.Module):
 
     def blank(self) -> Features:
         """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""
-        weight = next(self.connector.parameters())
+        weight = placed_like(self.connector)
         media = torch.zeros(1, *self.encoder.media_shape, device=weight.device)
         sizes = torch.tensor([self.encoder.media_shape[-2:]]) if self.tiling is not None else None
         if self.tiling is not None and sizes is not None:
@@ -114,12 +113,23 @@ class Tower(nn.Module):
         return entry if self.tiling is None else {**entry, "tiling": self.tiling.options}
 
 
+def placed_like(*modules: nn.Module) -> Tensor:
+    """A tensor of the device and floating dtype that the first of the modules with any computes in.
+
+    Quantised layers hold whole numbers, or nothing that torch calls a parameter; what they are given stays floating.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and tensor.element_size() > 1:  # below 16 bits: stored, not computed in
+                return tensor
+    return torch.empty(0)
+
+
 def language_sizes(language_model: Any) -> dict[str, int]:
     """What connectors and fusions must know of a language model."""
-    lists = [len(m) for m in language_model.modules() if isinstance(m, nn.ModuleList)]
     return {
         "language_size": int(language_model.get_input_embeddings().embedding_dim),
-        "language_layers": max(lists, default=0),
+        "language_layers": len(decoder_layers(language_model)[1]),
     }
 
 

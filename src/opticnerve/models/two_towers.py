@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from opticnerve.encoders.base import last_blocks
 from opticnerve.models.strict import StrictLoading, restore_buffers
+from opticnerve.models.tower import placed_like
 from opticnerve.types import OpticNerveError
 
 
@@ -43,7 +44,7 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
         model._assemble(eye, reader)
         # post_init would draw new random weights for parts that have theirs already; only its bookkeeping is wanted.
         model.all_tied_weights_keys = {}
-        model.config.dtype = next(model.parameters()).dtype
+        model.config.dtype = placed_like(model).dtype
         model.config.architectures = [cls.__name__]
         return model.eval()
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from opticnerve.fusion.base import words_of
 from opticnerve.models.parts import is_docked_model
-from opticnerve.models.tower import MEDIA_INPUT
+from opticnerve.models.tower import MEDIA_INPUT, placed_like
 from opticnerve.train.visits import Visits
 from opticnerve.types import Features
 
@@ -36,20 +37,21 @@ def calibrate(model: Any, visits: Visits, *, pieces: int = 64) -> None:
                 found[modality].append(tower.encode(given))
         if all(sum(len(f.mask_BN) for f in seen) >= pieces for seen in found.values()):
             break
-    weights = model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings()
+    _, words_std = words_of(embeddings) if any(found.values()) else (None, 0.0)
     for modality, tower in waiting.items():
         if found[modality]:
-            seen = found[modality]
+            seen, device = found[modality], embeddings.weight.device
             features = Features(
-                torch.cat([f.tokens_BND.to(weights.device) for f in seen])[:pieces],
-                torch.cat([f.mask_BN.to(weights.device) for f in seen])[:pieces],
+                torch.cat([f.tokens_BND.to(device) for f in seen])[:pieces],
+                torch.cat([f.mask_BN.to(device) for f in seen])[:pieces],
             )
-            _measure(tower, features, float(weights.float().std()))
+            _measure(tower, features, words_std)
 
 
 def _measure(tower: Any, features: Features, embedding_std: float) -> None:
     connector = tower.connector
-    dtype = next(connector.parameters()).dtype
+    dtype = placed_like(connector).dtype
     text: list[torch.Tensor] = []
     if tower.wants_text:
         # One word stands for every question: what is measured is the scale of what comes out.

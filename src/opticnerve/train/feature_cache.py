@@ -197,7 +197,7 @@ def open_store(
     prepared = {k: v for k, v in processor.image_processor.to_dict().items() if not k.startswith("_")}
     told = {"encoder": encoder.options, "prepared": prepared, "pooling": getattr(model.image, "pooling", None),
             "decoding": DECODING}  # fmt: skip
-    dtype = next((p.dtype for p in encoder.parameters()), None)
+    dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), None)
     stored_as = getattr(torch, stored) if stored else None
     if stored_as is not None and stored_as != dtype:
         told["stored"] = stored

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from opticnerve.encoders.hf_vision import HFVisionEncoder
+from opticnerve.encoders.preparation import as_options
 from opticnerve.language.chat_template import IMAGE_TOKEN, with_parts
 from opticnerve.models.import_hf.source import Source
 from opticnerve.models.processing import OpticNerveProcessor
@@ -68,14 +69,12 @@ def language_model(base: nn.Module, head: nn.Module, config: Any, *, tied: bool)
 
 def eye(source: Source, model: Any, *, layer: Any, class_token: Any) -> HFVisionEncoder:
     """Their vision model as an encoder, with what their image processor says of pictures."""
-    images = source.processor.image_processor
-    fit = "crop" if getattr(images, "do_center_crop", False) else "squash"
-    if type(images).__name__.startswith("LlavaImageProcessor") and getattr(images, "do_pad", False):
-        fit = "pad"
+    options = as_options(source.processor.image_processor, source.name)
+    if options.get("image_size") == model.config.image_size:
+        options.pop("image_size")
     return HFVisionEncoder(
-        architecture=model.config.to_dict(), layer=layer, class_token=class_token, fit=fit,
-        mean=list(images.image_mean), std=list(images.image_std), resample=int(images.resample), _model=model,
-    )  # fmt: skip
+        architecture=model.config.to_dict(), layer=layer, class_token=class_token, **options, _model=model
+    )
 
 
 def processor(
