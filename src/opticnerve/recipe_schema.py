@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, field_validator, model_validator
@@ -236,6 +237,13 @@ class Recipe(Strict):
                 f"(`opticnerve train` takes both)"
             )
         return self.model
+
+    def dated(self, day: datetime.date) -> Recipe:
+        """The same recipe with a day for the chat templates that write today's date, unless it names one."""
+        if not isinstance(self.model, ModelSpec) or self.model.language.date is not None:
+            return self
+        language = self.model.language.model_copy(update={"date": day})
+        return self.model_copy(update={"model": self.model.model_copy(update={"language": language})})
 
     @model_validator(mode="after")
     def _parts_exist(self) -> Recipe:

@@ -31,6 +31,7 @@ class Case:
     end: str
     trims: bool = False
     system: bool = True
+    block: str = ""  # what it writes between its generation prompt and the last answer
 
 
 def shipped(name: str) -> str:
@@ -40,7 +41,7 @@ def shipped(name: str) -> str:
 CASES = {
     "smollm2": Case(shipped("smollm2"), "<|im_start|>", "<|im_end|>", "<|im_end|>"),
     "qwen2.5": Case(shipped("qwen2.5"), None, "<|im_end|>", "<|im_end|>"),
-    "qwen3": Case(shipped("qwen3"), None, "<|im_end|>", "<|im_end|>"),
+    "qwen3": Case(shipped("qwen3"), None, "<|im_end|>", "<|im_end|>", block="<think>\n\n</think>\n\n"),
     "llama-2": Case(shipped("llama-2"), "<s>", "</s>", " </s>", trims=True),
     "llama-3": Case(shipped("llama-3"), "<|begin_of_text|>", "<|endoftext|>", "<|eot_id|>", trims=True),
     "mistral-v0.3": Case(shipped("mistral-v0.3"), "<s>", "</s>", "</s>", trims=True, system=False),
@@ -96,6 +97,7 @@ def check(conversation: Conversation, name: str, kind: str) -> Encoded:
     encoded = encode(conversation, proc)
     answers = [m.text for m in conversation.messages if m.role == "assistant"]
     wanted = [(a.strip() if case.trims else a) + case.end for a in answers]
+    wanted[-1] = case.block + wanted[-1]
     found = learned(encoded, proc)
     assert len(found) == len(wanted)
     for said, want in zip(found, wanted, strict=True):
@@ -191,7 +193,8 @@ def test_any_words(name: str, kind: str, texts: list[str], system: str | None, s
     encoded = encode(talk, proc)
     ids = [i for i, label in enumerate(encoded.labels) if label != IGNORE]
     found = proc.tokenizer.decode([encoded.input_ids[i] for i in ids], skip_special_tokens=False)
-    wanted = "".join((a.strip() if case.trims else a) + case.end for a in answers)
+    said = [(a.strip() if case.trims else a) + case.end for a in answers]
+    wanted = "".join([*said[:-1], case.block, said[-1]])
     # White space before an answer may share a token with it, in the template as in the answer.
     assert "".join(found.split()) == "".join(wanted.split())
     assert encoded.input_ids.count(proc.image_token_id) == 3 * len(talk.images)
@@ -269,7 +272,9 @@ def test_thinking_that_the_template_drops_is_refused_and_kept_thinking_is_learne
     old = turns("q", "<think>\nhm\n</think>\n\nyes", "q", "no")
     with pytest.raises(DataError, match="template"):
         encode(old, proc)
-    assert learned(encode(turns("q", "yes", "q", "no"), proc), proc) == ["yes<|im_end|>", "no<|im_end|>"]
+    assert learned(encode(turns("q", "yes", "q", "no"), proc), proc) == [
+        "yes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>",
+    ]  # fmt: skip
 
 
 def test_a_template_that_drops_a_turn_is_refused() -> None:

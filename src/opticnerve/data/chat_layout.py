@@ -76,6 +76,7 @@ class _Turn:
     role: str
     content: tuple[tuple[str, str], ...]
     marks: tuple[int, ...]
+    learn: bool = True
 
     @property
     def said(self) -> str:
@@ -162,19 +163,18 @@ class ChatForm:
             at = match.end()
         made = _Skeleton(pieces, order, whole[at:])
         for turn in turns:
-            self._check_marks(turn, order)
+            self._check_marks(turn, order, cue)
         users = (m for t in turns if t.role == "user" for m in t.marks[-1:] if m in order)
         closing = {self._special_at(made.behind(m)) for m in users}
         closing |= {self.end, self.tokenizer.eos_token}
         for k, turn in enumerate(turns):
-            if turn.role != "assistant":
+            if turn.role != "assistant" or any(m not in order for m in turn.marks):
                 continue
             asked = self._render([t.chat() for t in turns[:k]], True)
-            if k < len(turns) - 1 and not whole.startswith(asked):
-                # Earlier answers stand without the empty think block that the last one is asked with (Qwen3).
-                asked = thinking.without_empty(asked)
             if not whole.startswith(asked):
-                raise _other_prompt(asked, whole)
+                if cue or not turn.learn:
+                    continue  # no more than history
+                raise _other_prompt(asked, whole, any(t.role == "system" for t in turns))
             made.gaps[k] = whole[len(asked) : starts[turn.marks[0]]]
             after = made.behind(turn.marks[-1])
             end = self._special_at(after)
@@ -196,9 +196,11 @@ class ChatForm:
         ended = self._render([*chat[:-1], {"role": "assistant", "content": [_part(_mark(0))]}], False)
         return asked + behind + ended[ended.index(_mark(0)) + len(_mark(0)) :]
 
-    def _check_marks(self, turn: _Turn, order: Sequence[int]) -> None:
+    def _check_marks(self, turn: _Turn, order: Sequence[int], cue: bool) -> None:
         missing = [m for m in turn.marks if m not in order]
         if turn.role == "assistant":
+            if cue or not turn.learn:
+                return  # templates that shorten their history know what they do
             if missing and len(missing) < len(turn.marks):
                 raise DataError("the chat template drops what an assistant thinks", remedy=THINKING)
             if missing:
@@ -283,9 +285,7 @@ class ChatForm:
 
     def _render(self, chat: list[dict[str, Any]], cue: bool) -> str:
         try:
-            return str(
-                self.processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue)
-            )
+            return str(self.processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue))
         except _RENDERING as e:
             system = any(m["role"] == "system" for m in chat)
             raise DataError(
@@ -366,7 +366,7 @@ def _marked(
                 content.append(("text", block + mark(part.text[thought.end() :])))
             else:
                 content.append(("text", mark(part.text)))
-        turns.append(_Turn(message.role, tuple(content), tuple(marks)))
+        turns.append(_Turn(message.role, tuple(content), tuple(marks), message.learn))
     return turns, words
 
 
@@ -377,12 +377,13 @@ def _without_thinking(message: Message) -> Message:
     return replace(message, parts=parts)
 
 
-def _other_prompt(asked: str, whole: str) -> DataError:
-    common = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole)))
+def _other_prompt(asked: str, whole: str, system: bool) -> DataError:
+    common = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(whole))
     start = max(0, common - 20)
     said, written = (_MARK.sub("…", t[start : common + 30]) for t in (asked, whole))
+    thinks = thinking.OPEN in asked[start:] or thinking.OPEN in whole[start : common + 30]
     return DataError(
-        f"the chat template asks for an answer with {said!r}, and in training {written!r} stands there: what is trained "
-        "would not be what is asked",
-        remedy=THINKING if thinking.OPEN in asked[start:] else OTHER_TEMPLATE, kind="template",
+        f"the chat template asks for an answer with {said!r}, and in training {written!r} stands there: what is "
+        "trained would not be what is asked",
+        remedy=THINKING if thinks else FOLD if system else OTHER_TEMPLATE, kind="template",
     )  # fmt: skip

@@ -207,11 +207,11 @@ def _expand(
     """Each placeholder becomes as many of it as its picture takes; and where the last one ends."""
     wanted = {number: iter(blocks.get(token, ())) for token, number in _placeholder_ids(processor).items()}
     for token, number in _placeholder_ids(processor).items():
-        if ids.count(number) != len(blocks.get(token, ())):
+        given, written = len(blocks.get(token, ())), ids.count(number)
+        if given != written:
             raise DataError(
-                f"{len(blocks.get(token, ()))} {token} in the sample, {ids.count(number)} in the rendered chat template",
-                where=where, kind="template",
-            )  # fmt: skip
+                f"{given} {token} in the sample, {written} in the rendered chat template", where=where, kind="template"
+            )
     if not blocks:
         return ids, labels, 0
     out_ids: list[int] = []

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -51,12 +52,15 @@ def run_recipe(
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(recipe, run_dir)
     main = accelerator.is_main_process
-    on_main(accelerator, lambda: keep_recipe(recipe, run_dir, resume))
+    recipe = on_main(accelerator, partial(keep_recipe, recipe, run_dir, resume))
     results = Results(run_dir / "results.json", fresh=not resume, writes=main)
     for spec in recipe.evaluate:
         load_data(spec.data)  # a bad question is found now, not when all is trained
     dock = dock_any(recipe)
     docked = is_docked_model(dock.model)
+    if docked and main:  # a tokenizer that would come back as another is found now, not when all is trained
+        with TemporaryDirectory() as scratch:
+            dock.processor.save_pretrained(scratch)
     if console is not None:
         console.print(headline(dock))
     results.set("model", describe(dock))

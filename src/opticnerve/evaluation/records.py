@@ -3,13 +3,14 @@ two of them goes on where it was."""
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 from opticnerve import durable
 from opticnerve import recipe as recipes
-from opticnerve.recipe import Recipe
+from opticnerve.recipe import ModelSpec, Recipe
 from opticnerve.types import OpticNerveError, RecipeError
 
 RECIPE, RESULT = "recipe.yaml", "result.json"
@@ -42,25 +43,31 @@ class Results:
             durable.write_json(self.path, self.data, default=str)
 
 
-def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> None:
-    """Write the recipe into the run folder, or see that it is the one that is there.
+def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
+    """Write the recipe into the run folder, or see that it is the one that is there; returns what the run goes by.
+
+    A chat template that writes today's date writes the day on which the run began, however long it takes.
 
     Raises:
         OpticNerveError: it differs; the message names the keys, with both values.
     """
     path = run_dir / RECIPE
     if not (resume and path.is_file()):
+        recipe = recipe.dated(datetime.date.today())
         durable.write(path, recipes.dump(recipe))
-        return
+        return recipe
     try:
         kept = recipes.load(path)
     except RecipeError as e:
         raise OpticNerveError(f"{e}\n{path} is of another version of opticnerve, or was changed by hand") from e
+    if isinstance(kept.model, ModelSpec) and kept.docked.language.date is not None:
+        recipe = recipe.dated(kept.docked.language.date)
     if lines := differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")):
         raise OpticNerveError(
             f"{run_dir} was begun with another recipe: {'; '.join(lines)}. Go on with its own by `opticnerve train "
             f"--resume {run_dir}`, or choose another --out"
         )
+    return recipe
 
 
 def differences(was: Any, now: Any, key: str = "") -> list[str]:

@@ -130,8 +130,9 @@ def settled(tokenizer: Any, *, thinking: Thinking | None, date: datetime.date) -
     """The template of a docked model: the tokenizer's own, with parts, its clock stopped at a day, and a generation
     prompt behind which answers are learned as they stand.
 
-    What a template always writes between its prompt and an answer goes into the prompt: gpt-oss's channel header,
-    Qwen3's empty think block (unless think blocks are kept). White space does not, for it joins the first word.
+    What a template writes between its prompt and every answer goes into the prompt (gpt-oss's channel header). White
+    space does not, for it joins the first word; nor does what stands before the last answer alone (Qwen3's empty think
+    block, unless `thinking` is "empty"): it is learned.
 
     Raises:
         OpticNerveError: the template is no Jinja, or writes a date in a form that is not told in it.
@@ -153,12 +154,10 @@ def settled(tokenizer: Any, *, thinking: Thinking | None, date: datetime.date) -
     opened = think.opened(asked)
     if opened and thinking == "strip":
         return with_parts(_cue_without(body, opened))
-    if think.CLOSE in gap:
-        wanted = thinking != "keep" and (thinking == "empty" or not opened)
-    else:
-        wanted = bool(gap.strip()) and twice.startswith(asked + gap)
-        if thinking == "empty" and not think.closed(asked):
-            gap, wanted = (think.EMPTY.removeprefix(opened) if opened else think.EMPTY), True
+    # What stands before earlier answers, too, is asked with: else those would be trained as nobody asks for them.
+    wanted = bool(gap.strip()) and twice.startswith(asked + gap) and not (thinking == "keep" and think.CLOSE in gap)
+    if thinking == "empty" and not think.closed(asked):
+        gap, wanted = (gap if think.CLOSE in gap else think.EMPTY.removeprefix(opened)), True
     if not wanted:
         return with_parts(body)
     # Qwen3 and its kin have a name for it, which whoever asks may give another value.

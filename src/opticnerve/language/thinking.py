@@ -37,11 +37,6 @@ def closed(cue: str) -> bool:
     return _CLOSED.search(cue) is not None
 
 
-def without_empty(cue: str) -> str:
-    """A generation prompt without the empty think block at its end."""
-    return _CLOSED.sub("", cue)
-
-
 def without(answer: str) -> str:
     """An answer without the think block at its beginning."""
     found = BLOCK.match(answer)
@@ -54,7 +49,8 @@ def behind_cue(answer: str, cue: str, thinking: Thinking) -> str | None:
     if thinking == "keep" and opened(cue):
         begun = _BEGINS.match(answer)
         return answer[begun.end() :] if begun else f"\n{CLOSE}\n\n" + answer
-    return answer if thinking == "empty" and closed(cue) else None
+    thought = BLOCK.match(answer)
+    return answer if thinking == "empty" and closed(cue) and not (thought and thought[2]) else None
 
 
 class AnswerText:

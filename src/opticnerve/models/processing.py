@@ -6,6 +6,7 @@ import datetime
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from opticnerve.data.chat_layout import form_of
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
+from opticnerve.language.saved_tokenizer import check_saved, keep_arguments
 from opticnerve.models.tiling import TilingSpec
 from opticnerve.types import OpticNerveError, Thinking
 
@@ -72,6 +74,7 @@ class OpticNerveProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         assert tokenizer is not None
+        keep_arguments(tokenizer)
         self.thinking = thinking
         self.sanitize_control_tokens = sanitize_control_tokens
         self.date = date or datetime.date.today().isoformat()
@@ -115,6 +118,16 @@ class OpticNerveProcessor(ProcessorMixin):
                 "num_audio_tokens": audio.num_placeholders,
             }
         return cls(tokenizer=tokenizer, **options)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any processor of transformers.
+
+        Raises:
+            OpticNerveError: another tokenizer would come back from the folder.
+        """
+        made = super().save_pretrained(save_directory, *args, **kwargs)
+        check_saved(self.tokenizer, Path(save_directory))
+        return made
 
     # -- counting -------------------------------------------------------------------------------------------------
 
