@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -108,8 +109,9 @@ class ChatForm:
         self._special = _spelling(self.special)
         self._control = _spelling([*self.special, *(t for t in others if not t.isspace())])
         # A special token that takes nothing of the text beside it along, to cut texts with.
-        plain = (str(t) for t in added if not (t.lstrip or t.rstrip or t.single_word or t.normalized))
-        self.separator = next(plain, "")
+        plain = [t for t in added if not (t.lstrip or t.rstrip or t.single_word or t.normalized)]
+        self.separator = str(plain[0]) if plain else ""
+        self.parting = set(self.tokenizer.convert_tokens_to_ids([str(t) for t in plain]))
         self.beginning = _beginning(self.tokenizer)
         self._skeletons: dict[tuple[tuple[_Turn, ...], bool], _Skeleton | DataError] = {}
 
@@ -155,7 +157,8 @@ class ChatForm:
 
     def _new_skeleton(self, turns: Sequence[_Turn], cue: bool) -> _Skeleton:
         whole = self._whole([t.chat() for t in turns], cue, turns[-1].said if turns else "")
-        pieces, order, starts, at = [], [], {}, 0
+        pieces, order, at = [], [], 0
+        starts: dict[int, int] = {}
         for match in _MARK.finditer(whole):
             pieces.append(whole[at : match.start()])
             order.append(int(match[1]))
@@ -193,8 +196,9 @@ class ChatForm:
         behind = thinking.behind_cue(said, asked, self.thinking)
         if whole.startswith(asked) or behind is None:
             return whole
-        ended = self._render([*chat[:-1], {"role": "assistant", "content": [_part(_mark(0))]}], False)
-        return asked + behind + ended[ended.index(_mark(0)) + len(_mark(0)) :]
+        last = _mark(10**9)
+        ended = self._render([*chat[:-1], {"role": "assistant", "content": [_part(last)]}], False)
+        return asked + behind + ended.partition(last)[2]
 
     def _check_marks(self, turn: _Turn, order: Sequence[int], cue: bool) -> None:
         missing = [m for m in turn.marks if m not in order]
@@ -228,11 +232,16 @@ class ChatForm:
     def ends_of_turns(self) -> set[str]:
         """All special tokens that end an assistant's turn, last or not: gpt-oss has two."""
         turns, _ = _marked([Message(role, (TextPart("x"),)) for role in ("user", "assistant", "user", "assistant")])
-        try:
-            made = self._skeleton(turns, False)
-        except DataError:  # this template has no second turn
-            return {self.end} - {None}
-        return {self._special_at(made.behind(turns[k].marks[-1])) for k, length in made.ends.items() if length} - {None}
+        for some in (turns, turns[:2]):  # there are templates without a second turn
+            try:
+                made = self._skeleton(some, False)
+            except DataError:
+                continue
+            found = [self._special_at(made.behind(some[k].marks[-1])) for k, length in made.ends.items() if length]
+            return {end for end in found if end is not None}
+        with suppress(DataError):  # one that refuses everything still answers, up to the longest answer
+            return {end for end in (self.end,) if end is not None}
+        return set()
 
     def control_words(self, layout: Layout) -> list[tuple[int, int]]:
         """Where people's words spell a control token: a special token of the tokenizer (`<|im_end|>`), or in what is no
@@ -343,9 +352,11 @@ def _marked(
 ) -> tuple[list[_Turn], list[str]]:
     """The messages with marks for the words of these roles, and the words. Words that are white space alone are left
     as they are, for templates ask whether there are any; an assistant's are marked all the same."""
-    turns, words = [], []
+    turns: list[_Turn] = []
+    words: list[str] = []
     for message in messages:
-        content, marks = [], []
+        content: list[tuple[str, str]] = []
+        marks: list[int] = []
 
         def mark(text: str, marks: list[int] = marks) -> str:
             marks.append(len(words))

@@ -69,10 +69,10 @@ def encode(
         )
     where = conversation.where or conversation.id
     _check_placeholders(conversation, processor, where)
-    if learn:
-        end_of_turn(processor, template)
     form = form_of(processor, template)
     layout = form.lay_out(conversation, cue=not learn)
+    if learn:
+        end_of_turn(processor, template)
     if sanitize_control_tokens is None:
         sanitize_control_tokens = processor.sanitize_control_tokens
     written = form.control_words(layout) if sanitize_control_tokens else []
@@ -158,11 +158,17 @@ def _tokenise(layout: Layout, cuts: set[int], form: ChatForm, where: str) -> tup
     ids, offsets = _tokens(text, cuts, form)
     begins: list[int] = []
     for answer in layout.answers:
-        prompt, _ = _tokens(text[: answer.start], cuts, form)
-        if ids[: len(prompt)] != prompt:
+        # A special token parts a text: what stands before the last one is the same tokens in the prompt.
+        known = range(begins[-1] if begins else 0, len(ids))
+        parted = [i for i in known if ids[i] in form.parting and offsets[i][1] <= answer.start]
+        head = parted[-1] if parted and not cuts else 0
+        start = offsets[head][0] if head else 0
+        prompt, _ = _tokens(text[start : answer.start], cuts, form, begins=head == 0)
+        if ids[head : head + len(prompt)] != prompt:
             cuts.add(answer.start)
             ids, offsets = _tokens(text, cuts, form)
-        begins.append(len(prompt))
+            head, (prompt, _) = 0, _tokens(text[: answer.start], cuts, form)
+        begins.append(head + len(prompt))
     labels = [IGNORE] * len(ids)
     for answer, begin in zip(layout.answers, begins, strict=True):
         if not answer.learn:
@@ -183,11 +189,14 @@ def _tokenise(layout: Layout, cuts: set[int], form: ChatForm, where: str) -> tup
     return ids, labels
 
 
-def _tokens(text: str, cuts: set[int], form: ChatForm) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text and their offsets; no token crosses a cut."""
+def _tokens(
+    text: str, cuts: set[int], form: ChatForm, *, begins: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text (`begins`: and what the tokenizer writes before one), and their offsets; no token crosses a
+    cut."""
     tokenizer = form.tokenizer
     bos = tokenizer.bos_token
-    ids = [] if bos is not None and text.startswith(bos) else list(form.beginning)
+    ids = list(form.beginning) if begins and not (bos is not None and text.startswith(bos)) else []
     offsets = [(0, 0)] * len(ids)
     for start, stop in pairwise([0, *sorted(c for c in cuts if 0 < c < len(text)), len(text)]):
         # Behind a special token a tokenizer goes on within a text: it writes no first space.
