@@ -89,9 +89,11 @@ def expect(family: Family, sample: Sample, turn: int, mode: str | None = None) -
             # Asked behind an empty block, or behind none: the recipe's `thinking` decides between the two.
             return "either" if thinks or before else "trained"
         case "dropped":
-            return "refused" if thinks or before else "trained"
+            # An earlier block may stand in a turn that is not learned: history loses it in asking, too.
+            return "refused" if thinks else ("either" if before else "trained")
         case "opened":
-            return "refused" if not thinks else ("either" if before else "trained")
+            # Earlier answers without a block do not continue their prompts, either.
+            return "refused" if not thinks else ("either" if turn else "trained")
     return "refused"
 
 
