@@ -13,7 +13,7 @@ from opticnerve.data.pack_plan import first_fit_decreasing
 from opticnerve.data.packing import Row, pack, side_by_side
 from opticnerve.data.samples import Unit
 from opticnerve.data.source import draw, load_streams, load_units
-from opticnerve.language.chat_template import caption_template
+from opticnerve.language.chat_template import stage_template
 from opticnerve.recipe import Stage
 from opticnerve.types import DataError, OpticNerveError
 
@@ -104,7 +104,7 @@ def _look_ahead(found: StageData, stage: Stage, processor: Any, seed: int, bad: 
 def _encode_some(
     found: StageData, units: Sequence[Unit], stage: Stage, processor: Any, seed: int, bad: list[DataError],
 ) -> None:  # fmt: skip
-    template = caption_template(processor.tokenizer) if stage.template == "caption" else None
+    template = stage_template(stage.template, processor.tokenizer)
     rng = random.Random(seed)
     # The first unit is the one that is shown; the others are a fair sample of lengths.
     chosen = [0, *rng.sample(range(1, len(units)), min(LOOK_AT - 1, len(units) - 1))]

@@ -28,6 +28,11 @@ class DataSpec(Strict):
     share_prefix: bool = False
     per_image: Positive | None = None
     allow_outside_media: bool = False
+    repair: list[Literal["fold-system"]] = Field(
+        [],
+        description="fold-system: the system's words go to the head of the first user turn, for chat templates that "
+        "know no system turn",
+    )
     ignore: list[str] = Field([], description="fields of the records to pass over, which would else be an error")
     frames: Positive = Field(8, description="pictures taken of a video, at equal distances")
     split: Literal["all", "train", "held_out"] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import tiny
 from opticnerve.data.chat_layout import form_of
 from opticnerve.data.labels import IGNORE, Encoded, encode
+from opticnerve.data.readers import read
 from opticnerve.encoders.base import make_image_processor
-from opticnerve.language.chat_template import CHATML, set_template
+from opticnerve.language.chat_template import CHATML, set_template, stage_template
 from opticnerve.language.thinking import AnswerText, shown
 from opticnerve.models import OpticNerveProcessor
 from opticnerve.types import Conversation, DataError, Message, OpticNerveError, TextPart
@@ -199,6 +201,20 @@ class TestSystem:
             assert e.value.remedy
 
 
+def test_a_system_turn_is_folded_where_the_data_entry_asks(tmp_path: Path) -> None:
+    tiny.picture(1).save(tmp_path / "1.png")
+    asked = [{"type": "image", "image": "1.png"}, {"type": "text", "text": "q"}]
+    said = [("system", "Be brief."), ("user", asked), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    record = {"messages": [{"role": role, "content": content} for role, content in said]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n")
+    [talk] = read(tmp_path / "chat.jsonl", repair=["fold-system"])
+    assert [m.role for m in talk.messages] == ["user", "assistant", "user", "assistant"]
+    assert talk.messages[0].text == "Be brief.\n\nq"
+    assert spelled(encode(talk, processor(LAST)), processor(LAST)) == " a</s> b</s>"
+    with pytest.raises(DataError):
+        list(read(tmp_path / "chat.jsonl", repair=["no-such-repair"]))
+
+
 class TestClock:
     CLOCK = "{{- strftime_now('%d %b %Y') + strftime_now(\"%H:%M:%S\") + '\n' }}" + CHATML
 
@@ -244,10 +260,8 @@ class TestControlTokens:
 
 def test_the_begin_token_is_written_for_tokenizers_that_write_none() -> None:
     """DeepSeek-V3's own template writes it, its tokenizer does not; named templates and captions then write it, too."""
-    from opticnerve.language.chat_template import caption_template
-
     words = tiny.tokenizer("byte-level", bos="<s>", eos="</s>", chat_template="{{ bos_token }}" + CHATML)
-    captions = caption_template(words)
+    captions = stage_template("caption", words)
     set_template(words, "vicuna")
     proc = OpticNerveProcessor(make_image_processor(size=32, mean=[0.5] * 3, std=[0.5] * 3), words, num_image_tokens=3)
     for template in (None, captions):

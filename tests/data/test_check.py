@@ -17,6 +17,7 @@ from rich.console import Console
 
 from opticnerve.data.check import check
 from opticnerve.data.images import open_image
+from opticnerve.data.labels import Encoded
 from opticnerve.data.overlap import MOST_BITS, Side, dhash, leaks, near_pairs
 from opticnerve.data.readers import DataSource
 from opticnerve.types import Conversation, DataError, OpticNerveError, ask
@@ -96,14 +97,16 @@ def test_without_opening_media_broken_pictures_pass(folder: Path) -> None:
 def test_too_long_samples_are_bad(folder: Path) -> None:
     source = write(folder, row("red.png", "one two three"), row("blue.png", "one"))
 
-    def words(conversation: Conversation) -> int:
-        return len((conversation.answer or "").split())
+    def words(conversation: Conversation) -> Encoded:
+        said = (conversation.answer or "").split()
+        return Encoded([0] * len(said), [0] * len(said), [], control_words=[w for w in said if w == "two"])
 
-    report = check([source], count_tokens=words, max_length=2)
+    report = check([source], encode=words, max_length=2)
+    assert (report.control_words.count, report.to_dict()["control_words"]["count"]) == (1, 1)
     assert report.kinds["too-long"].count == 1 and "3 tokens, 2 fit" in report.kinds["too-long"].examples[0][1]
     assert report.to_dict()["tokens"]["max"] == 3
-    assert check([source], count_tokens=words).ok
-    with pytest.raises(OpticNerveError, match="count_tokens"):
+    assert check([source], encode=words).ok
+    with pytest.raises(OpticNerveError, match="encode"):
         check([source], max_length=2)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opticnerve.cli.guard import BAD_SAMPLES, guarded
 from opticnerve.cli.output import OVERRIDES_HELP, JsonFlag, console_for, examples, is_recipe, print_json, read_recipe
 from opticnerve.types import Conversation, DataError, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.data.labels import Encoded
 
 app = typer.Typer(
     help="Look at data before a model does: what is wrong with it, and what is learned.", no_args_is_help=True
@@ -71,10 +74,10 @@ def check(
     console = console_for(as_json)
     reports: dict[str, Any] = {}
     sides = {"train": Side(), "test": Side()}
-    for name, spec, count_tokens, side in _entries(source, overrides or [], data_format, media, against or [], quick):
+    for name, spec, encoder, side in _entries(source, overrides or [], data_format, media, against or [], quick):
         with _counting(console, name) as seen:
             reports[name] = run_check(
-                _samples(spec), open_media=not quick, max_listed=max_listed, count_tokens=count_tokens,
+                _samples(spec), open_media=not quick, max_listed=max_listed, encode=encoder,
                 on_progress=seen, side=sides[side],
             )  # fmt: skip
         if not as_json:
@@ -134,18 +137,20 @@ def show(
     from opticnerve.data.labels import encode
     from opticnerve.data.samples import Joined
     from opticnerve.data.source import load_data
+    from opticnerve.language.chat_template import stage_template
 
-    template = None
+    recipe = None
     if is_recipe(source):
         recipe = read_recipe(source, overrides)
         if stage >= len(recipe.stages):
             raise OpticNerveError(f"--stage {stage}: {source} has {len(recipe.stages)} stages, counted from 0")
-        specs, template = recipe.stages[stage].data, _template(recipe.stages[stage])
+        specs = recipe.stages[stage].data
     else:
         specs = [_spec(source, data_format, media, overrides)]
     everything = Joined([load_data(spec) for spec in specs])
     conversation = tokens.choose(everything, index=index, sample_id=sample_id)
     processor = processor_of(model) if model else processor_of(source, overrides)
+    template = stage_template(recipe.stages[stage].template, processor.tokenizer) if recipe else None
     encoded = encode(conversation, processor, template=template)
     found = tokens.pieces(encoded, processor)
     if as_json:
@@ -159,8 +164,8 @@ def show(
 
 def _entries(
     source: str, overrides: list[str], data_format: str, media: Path | None, against: list[str], quick: bool
-) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None, str]]:
-    """(name, data entry, counter of tokens, train or test) of everything to check."""
+) -> Iterator[tuple[str, Any, Callable[[Conversation], Encoded] | None, str]]:
+    """(name, data entry, encoder, train or test) of everything to check."""
     for path in against if is_recipe(source) else [source, *against]:
         if not path.startswith("starter/") and not any(sign in path for sign in "{*?[") and not Path(path).exists():
             raise OpticNerveError(f"there is no file or folder {path!r}")
@@ -174,17 +179,18 @@ def _entries(
 
 def _of_recipe(
     source: str, overrides: list[str], quick: bool
-) -> Iterator[tuple[str, Any, Callable[[Conversation], int] | None, str]]:
+) -> Iterator[tuple[str, Any, Callable[[Conversation], Encoded] | None, str]]:
     recipe = read_recipe(source, overrides)
-    length = None
+    encoder = None
     # Dual encoders and classifiers cut long texts instead of refusing them.
     if not quick and recipe.model.KIND == "docked":
         from opticnerve.plan import processor_for
 
-        length = _token_counter(processor_for(recipe), _context(recipe))
+        encoder = _encoder(processor_for(recipe), _context(recipe))
     for i, stage in enumerate(recipe.stages):
         for k, spec in enumerate(stage.data):
-            yield f"stages.{i}.data.{k} ({stage.name}): {spec.path}", spec, length(stage) if length else None, "train"
+            made = encoder(stage) if encoder else None
+            yield f"stages.{i}.data.{k} ({stage.name}): {spec.path}", spec, made, "train"
     for i, task in enumerate(recipe.evaluate):
         yield f"evaluate.{i} ({task.name}): {task.data.path}", task.data, None, "test"
 
@@ -218,25 +224,20 @@ def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] 
     return data_entry({"path": path, "format": data_format, "media": str(media) if media else None}, overrides or [])
 
 
-def _template(stage: Any) -> str | None:
-    from opticnerve.language.chat_template import CAPTION_ONLY, with_parts
-
-    return with_parts(CAPTION_ONLY) if stage.template == "caption" else None
-
-
 def _context(recipe: Any) -> int | None:
     from opticnerve.plan import context_length
 
     return context_length(recipe)
 
 
-def _token_counter(processor: Any, context: int | None) -> Callable[[Any], Callable[[Conversation], int]]:
-    """For a stage: the function that counts a sample's tokens, and refuses what the stage would refuse."""
+def _encoder(processor: Any, context: int | None) -> Callable[[Any], Callable[[Conversation], Encoded]]:
+    """For a stage: the function that makes tokens of a sample, and refuses what the stage would refuse."""
     from opticnerve.data.labels import encode
+    from opticnerve.language.chat_template import stage_template
 
-    def of_stage(stage: Any) -> Callable[[Conversation], int]:
-        limit, template = stage.max_length or context, _template(stage)
-        return lambda c: len(encode(c, processor, template=template, max_length=limit).input_ids)
+    def of_stage(stage: Any) -> Callable[[Conversation], Encoded]:
+        limit, template = stage.max_length or context, stage_template(stage.template, processor.tokenizer)
+        return lambda c: encode(c, processor, template=template, max_length=limit)
 
     return of_stage
 

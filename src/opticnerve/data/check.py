@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from opticnerve.data.images import image_digest, open_image
+from opticnerve.data.labels import Encoded
 from opticnerve.data.overlap import Listed, Side, answers_of, dhash, near_pairs
 from opticnerve.data.readers import DataSource
 from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, TextPart
 
-CountTokens = Callable[[Conversation], int]
+Encode = Callable[[Conversation], Encoded]
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Report:
     duplicates: Listed = field(default_factory=Listed)
     near_pictures: Listed = field(default_factory=Listed)  # look alike and are not the same
     repeated_answers: Listed = field(default_factory=Listed)  # beside those of whole samples
+    control_words: Listed = field(default_factory=Listed)  # words that spell a special token of the language model
     media_opened: bool = True
 
     @property
@@ -67,6 +69,7 @@ class Report:
             "duplicates": self.duplicates.to_dict(),
             "near_pictures": self.near_pictures.to_dict(),
             "repeated_answers": self.repeated_answers.to_dict(),
+            "control_words": self.control_words.to_dict(),
             "media_opened": self.media_opened,
         }
 
@@ -82,6 +85,7 @@ class Report:
             ("exact duplicates", self.duplicates),
             ("the same question and answer on the same picture", self.repeated_answers),
             ("pictures that look like another", self.near_pictures),
+            ("words that spell a control token (model.language.sanitize_control_tokens)", self.control_words),
         ):
             if listed.count:
                 print_listed(console, f"[bold yellow]{name}[/]: {listed.count:,}", listed)
@@ -113,7 +117,7 @@ def check(
     *,
     open_media: bool = True,
     max_listed: int = 20,
-    count_tokens: CountTokens | None = None,
+    encode: Encode | None = None,
     max_length: int | None = None,
     on_progress: Callable[[int], None] | None = None,
     side: Side | None = None,
@@ -124,12 +128,13 @@ def check(
         data: sources (each read to its end), conversations, or errors found by others.
         open_media: decode every picture (each file once), and find duplicates by content instead of by path.
         max_listed: examples kept for each kind of trouble.
-        count_tokens: tokens of a sample as the model gets it; with `max_length`, longer ones are bad, kind `too-long`.
+        encode: makes a sample's tokens as the model gets them; with `max_length`, longer ones are bad, kind
+            `too-long`.
         on_progress: told the number of samples seen, after each.
         side: takes what is in the good samples, to compare training with test by `overlap.leaks`.
     """
-    if max_length is not None and count_tokens is None:
-        raise OpticNerveError("max_length without count_tokens: give the function that counts a sample's tokens")
+    if max_length is not None and encode is None:
+        raise OpticNerveError("max_length without encode: give the function that makes a sample's tokens")
     report = Report(media_opened=open_media)
     pictures = _Pictures(open_media)
     own = Side()
@@ -139,8 +144,8 @@ def check(
             if isinstance(item, DataError):
                 raise item
             identities = [pictures.identify(part, item.where) for part in item.images]
-            if count_tokens is not None:
-                _count(item, count_tokens, max_length, report)
+            if encode is not None:
+                _count(item, encode(item), max_length, report, max_listed)
         except DataError as e:
             report.bad += 1
             report.kinds.setdefault(e.kind, Listed()).add(e.where, _message(e), max_listed)
@@ -228,8 +233,11 @@ def _all(data: Iterable[DataSource | Conversation | DataError]) -> Iterator[Conv
             yield conversation
 
 
-def _count(item: Conversation, count_tokens: CountTokens, max_length: int | None, report: Report) -> None:
-    length = count_tokens(item)
+def _count(item: Conversation, made: Encoded, max_length: int | None, report: Report, max_listed: int) -> None:
+    length = len(made.input_ids)
+    if made.control_words:
+        spelled = ", ".join(dict.fromkeys(made.control_words))
+        report.control_words.add(item.where or item.id, f"the words hold {spelled}", max_listed)
     report.tokens[length] += 1
     if max_length is not None and length > max_length:
         raise DataError(

@@ -23,7 +23,8 @@ IGNORE = -100
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One sample as the model gets it. `labels[i]` is `input_ids[i]` where it is learned, -100 elsewhere
-    (unshifted). `questions`: for each picture the words of its turn, where a Q-Former reads them."""
+    (unshifted). `questions`: for each picture the words of its turn, where a Q-Former reads them. `control_words`:
+    what people wrote that spells a control token."""
 
     input_ids: list[int]
     labels: list[int]
@@ -33,6 +34,7 @@ class Encoded:
     media_end: int = 0
     audios: list[AudioPart] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
+    control_words: list[str] = field(default_factory=list)
 
     @property
     def supervised(self) -> int:
@@ -75,8 +77,10 @@ def encode(
         end_of_turn(processor, template)
     if sanitize_control_tokens is None:
         sanitize_control_tokens = processor.sanitize_control_tokens
-    written = form.control_words(layout) if sanitize_control_tokens else []
-    ids, labels = _tokenise(layout, {start + 1 for start, _ in written}, form, where)
+    spelled = form.control_words(layout)
+    # A cut within its letters keeps a word from being a token.
+    cuts = {start + 1 for start, _ in spelled} if sanitize_control_tokens else set()
+    ids, labels = _tokenise(layout, cuts, form, where)
     if not learn:
         labels = [IGNORE] * len(ids)
     ids, labels, media_end = _expand(ids, labels, media_blocks(conversation, processor), processor, where)
@@ -88,7 +92,11 @@ def encode(
     if learn and all(label == IGNORE for label in labels):
         raise DataError("nothing to learn from: no token is an assistant's", where=where, kind="no-assistant-turn")
     questions = picture_questions(conversation) if processor.reads_questions else []
-    return Encoded(ids, labels, conversation.images, conversation.id, where, media_end, conversation.audios, questions)
+    control_words = [layout.text[start:stop] for start, stop in spelled]
+    return Encoded(
+        ids, labels, conversation.images, conversation.id, where, media_end, conversation.audios, questions,
+        control_words,
+    )  # fmt: skip
 
 
 def media_blocks(conversation: Conversation, processor: Any) -> dict[str, list[int]]:

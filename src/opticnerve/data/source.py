@@ -88,7 +88,7 @@ def source_of(spec: DataSpec) -> DataSource:
     stream = Streaming(spec.subset, spec.hub_split or "train", spec.revision) if spec.streaming else None
     return DataSource(
         path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
-        tuple(spec.ignore), None if spec.streaming else spec.hub_split,
+        tuple(spec.ignore), None if spec.streaming else spec.hub_split, tuple(spec.repair),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
@@ -110,9 +110,9 @@ def set_template(tokenizer: Any, text: str) -> None:
     tokenizer.chat_template = begun(template, tokenizer) if text in NAMED else template
 
 
-def caption_template(tokenizer: Any) -> str:
-    """LLaVA's alignment form for a language model: a picture and its caption."""
-    return with_parts(begun(CAPTION_ONLY, tokenizer))
+def stage_template(name: Literal["chat", "caption"], tokenizer: Any) -> str | None:
+    """What a stage trains with instead of the model's own template: LLaVA's alignment form, or nothing else."""
+    return with_parts(begun(CAPTION_ONLY, tokenizer)) if name == "caption" else None
 
 
 def begun(template: str, tokenizer: Any) -> str:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from opticnerve import durable
 from opticnerve.data.loader import Waiting, loader
 from opticnerve.data.tally import Tally
-from opticnerve.language.chat_template import caption_template
+from opticnerve.language.chat_template import stage_template
 from opticnerve.language.kernels import KERNELS
 from opticnerve.language.lean import lean
 from opticnerve.models.parts import is_docked_model, moving_buffers
@@ -133,7 +133,7 @@ def _run_stage(
 
     skipped = Tally(stage.bad_samples, stage.name)
     on_error = skipped if stage.bad_samples != "refuse" else None
-    template = caption_template(processor.tokenizer) if stage.template == "caption" else None
+    template = stage_template(stage.template, processor.tokenizer)
     objective = make_objective(stage, model)
     collate = objective.collator(processor, stage, recipe.seed)
     visits = visits_of(

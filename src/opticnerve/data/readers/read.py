@@ -14,6 +14,7 @@ from opticnerve.data.readers.media import Context
 from opticnerve.data.readers.names import kind_by_name, kind_of
 from opticnerve.data.readers.preference import preference
 from opticnerve.data.readers.records import Record, Records, open_records
+from opticnerve.data.readers.repairs import REPAIRS, repaired
 from opticnerve.data.readers.rules import check_conversation
 from opticnerve.data.readers.stream import Streamed, Streaming, is_hub_name
 from opticnerve.data.readers.unread import check_unread
@@ -48,6 +49,7 @@ class DataSource:
     stream: Streaming | None = None
     ignore: Sequence[str] = ()
     split: str | None = None
+    repair: Sequence[str] = ()
 
     def read(self, on_error: OnError | None = None) -> Iterator[Conversation]:
         self.check()
@@ -65,6 +67,8 @@ class DataSource:
             raise _format_error(path, f"unknown format {self.format!r}", f"choose one of {', '.join(FORMATS)}")
         if self.limit is not None and self.limit < 0:
             raise _format_error(path, f"limit is {self.limit}", "give 0 or more")
+        if unknown := sorted(set(self.repair) - set(REPAIRS)):
+            raise _format_error(path, f"unknown repair {unknown[0]!r}", f"choose of {', '.join(REPAIRS)}")
         if not 0 < self.frames <= MAX_COUNT:
             raise _format_error(path, f"frames is {self.frames}", f"give 1 to {MAX_COUNT}")
 
@@ -77,6 +81,7 @@ class OpenSource:
     format: str
     context: Context
     ignore: frozenset[str]
+    repair: Sequence[str]
     head: list[Record | DataError]
     rest: Iterator[Record | DataError]
 
@@ -118,7 +123,7 @@ class OpenSource:
 
     def read(self) -> OpenSource:
         """The same without what is still to come: for reading single records."""
-        return OpenSource(self.records, self.format, self.context, self.ignore, [], iter(()))
+        return OpenSource(self.records, self.format, self.context, self.ignore, self.repair, [], iter(()))
 
     def one(self, record: Record, part: int) -> Conversation:
         """A conversation that `converted` gave, made again.
@@ -139,7 +144,7 @@ class OpenSource:
             if check and number == 0:
                 media = len(conversation.pieces)
                 check_unread(fields, record.where, format=self.format, strict=self.context.strict, media=media)
-            yield conversation
+            yield repaired(conversation, self.repair)
 
 
 def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int] | None = None) -> OpenSource:
@@ -177,7 +182,7 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     prompts = [source.prompt] if isinstance(source.prompt, str) else source.prompt or ()
     strict = source.format in _BY_FIELDS
     context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders)
-    return OpenSource(found, format, context, frozenset(source.ignore), head, rest)
+    return OpenSource(found, format, context, frozenset(source.ignore), source.repair, head, rest)
 
 
 def read(
@@ -192,6 +197,7 @@ def read(
     frames: int = 8,
     ignore: Sequence[str] = (),
     split: str | None = None,
+    repair: Sequence[str] = (),
     on_error: OnError | None = None,
 ) -> Iterator[Conversation]:
     """The conversations of a data file, one after another; pictures are named, not opened.
@@ -210,6 +216,7 @@ def read(
         frames: how many pictures are taken of a video, at equal distances (chat and llava).
         ignore: fields of the records that are passed over, although they name media or say what is learned.
         split: of a folder with several splits, the one that is meant.
+        repair: repairs to make, by name; see `opticnerve.data.readers.repairs`.
         on_error: gets each sample that cannot be used, and reading goes on; without it the first one is raised.
 
     Raises:
@@ -217,7 +224,7 @@ def read(
             record, whose format cannot be told, or an argument that does not fit the format.
     """
     source = DataSource(path, format, media, prompt, limit, allow_outside_media, group_by_image, frames,
-                        ignore=ignore, split=split)  # fmt: skip
+                        ignore=ignore, split=split, repair=repair)  # fmt: skip
     return source.read(on_error)
 
 
