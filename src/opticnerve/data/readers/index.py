@@ -79,8 +79,8 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
     if sum(size for size, _ in _stats(files)) < KEPT:
         return _made(source, tell)
     options = [str(source.path), str(Path(source.path).absolute()), source.format, str(source.media), source.prompt,
-               source.allow_outside_media, source.frames, _limit(source), list(source.ignore), source.split, list(source.repair),
-               _readers()]  # fmt: skip
+               source.allow_outside_media, source.frames, _limit(source), list(source.ignore), source.split,
+               list(source.repair), _readers()]  # fmt: skip
     folder = cache_dir() / "indexes" / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
     with _alone(folder):  # several processes start at once: one makes it, the others find it
         started = time.time_ns()
