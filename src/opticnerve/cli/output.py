@@ -12,7 +12,7 @@ import typer
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
 TrustFlag = Annotated[bool, typer.Option("--trust-remote-code", help="Run parts that the model names by dotted path.")]
-RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-contrastive, photos, …"
+RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-contrastive, llava-1.5-7b, …"
 OVERRIDES_HELP = "Changes to the recipe, such as [cyan]stages.0.steps=50[/] or [cyan]precision=fp32[/]."
 
 
@@ -57,20 +57,21 @@ def quiet_libraries() -> None:
 
 
 def is_recipe(name: str) -> bool:
-    """Whether an argument that may be data or a recipe is a recipe."""
-    return Path(name).suffix.lower() in (".yaml", ".yml")
+    """Whether an argument that may be data, a model or a recipe is a recipe: a packaged one's name, or a YAML file."""
+    from opticnerve.starter.demo import packaged
+
+    return name in packaged() or Path(name).suffix.lower() in (".yaml", ".yml")
 
 
 def read_recipe(name: str, overrides: list[str] | None = None) -> Any:
-    """The recipe in a file, or the packaged one of that name."""
+    """The packaged recipe of that name, or the one in a file."""
     from opticnerve import recipe
+    from opticnerve.cli.guard import say
+    from opticnerve.starter.demo import packaged, recipe_path
 
-    path = Path(name)
-    if not path.suffix and not path.exists():
-        from opticnerve.starter.demo import recipe_path
-
-        path = recipe_path(name)
-    return recipe.load(path, overrides or [])
+    if name in packaged() and Path(name).exists():
+        say(f"{name} is the packaged recipe here; what is called so in this folder is ./{name}", style="dim")
+    return recipe.load(recipe_path(name), overrides or [])
 
 
 def duration(seconds: float) -> str:
