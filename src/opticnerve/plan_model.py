@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from opticnerve import registry
 from opticnerve.build_parts import dtype_of
 from opticnerve.language.chat_template import read_template
-from opticnerve.language.load import load_language_config, resolve
+from opticnerve.language.load import load_language_config, load_tokenizer, resolve
 from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import HALVES, TOWERS, full_name, part_parameters, prefixes
 from opticnerve.models.processing import OpticNerveProcessor
@@ -63,10 +63,7 @@ def shadow(recipe: Recipe) -> Any:
 
 def language_config(spec: LanguageSpec) -> Any:
     """The language model's configuration, alone."""
-    try:
-        return load_language_config(spec.name, gguf_file=spec.gguf_file)
-    except OSError as e:
-        raise _unreachable("model.language", spec.name, e) from e
+    return load_language_config(spec.name, gguf_file=spec.gguf_file)
 
 
 def encoder(modality: str, spec: PartSpec) -> Any:
@@ -90,10 +87,8 @@ def processor_for(recipe: Recipe) -> OpticNerveProcessor:
         OpticNerveError: the tokenizer is not at hand.
     """
     language = recipe.docked.language
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(language.name, gguf_file=language.gguf_file)[0])
-    except OSError as e:
-        raise _unreachable("model.language", language.name, e) from e
+    folder, _ = resolve(language.name, gguf_file=language.gguf_file, weights=False)
+    tokenizer = load_tokenizer(folder, language.name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if language.chat_template:

@@ -49,11 +49,13 @@ def _plain(value: Any) -> Any:
 
 def quiet_libraries() -> None:
     """No bars while weights are read from disk; downloads keep theirs, for they take long."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    enable_progress_bars()
+    logging.disable_progress_bar()  # those of huggingface_hub go with it
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # where the environment says it, it is not ours to say
+        enable_progress_bars()
 
 
 def is_recipe(name: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BertModel
 
+from opticnerve import hub
 from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import OpticNerveError
 
@@ -45,7 +46,7 @@ def load_bert(connector: Any, name: str) -> None:
     Q-Former exactly as out of the BERT. A row for [DEC] keeps its random numbers.
     """
     loaded: Any = BertModel.from_pretrained(
-        bert_folder(name), add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+        hub.fetch(bert_folder(name)), add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
     )
     bert, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -74,6 +75,6 @@ def _bert_name(ours: str) -> str | None:
 
 def _config(name: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(bert_folder(name))
+        return AutoConfig.from_pretrained(hub.fetch(bert_folder(name), weights=False))
     except OSError as e:
         raise OpticNerveError(f"cannot read the configuration of the BERT {name!r}: {e}") from e

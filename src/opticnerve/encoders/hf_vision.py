@@ -29,6 +29,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
+from opticnerve import hub
 from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
@@ -118,10 +119,11 @@ class HFVisionEncoder(Encoder):
         Raises:
             OpticNerveError: there is no vision transformer in it, or weights of it are missing.
         """
+        folder = hub.fetch(name)
         config = _vision_config(name)
         with _quiet():  # of all that is not the eye; what is missing is told below
             loaded: Any = _model_class(config).from_pretrained(
-                name, config=config, key_mapping=_TOWER, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, config=config, key_mapping=_TOWER, output_loading_info=True, ignore_mismatched_sizes=True
             )
         model, report = loaded
         if report["missing_keys"] or report["mismatched_keys"]:
@@ -130,9 +132,7 @@ class HFVisionEncoder(Encoder):
                 f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
             )
         encoder = cls(architecture=config.to_dict(), _model=model, **{**_preparation(name), **options})
-        folder = Path(name)
-        if folder.is_dir():
-            encoder.files = weight_files(folder)
+        encoder.files = weight_files(Path(folder))
         return encoder
 
     @classmethod
@@ -221,7 +221,9 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _vision_config(name: str) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(name)
+    folder = hub.fetch(name, weights=False)
+    with hub.reading("the configuration", name, "name a vision transformer of transformers; for others use type: timm"):
+        config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
         raise OpticNerveError(f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm")
@@ -231,7 +233,7 @@ def _vision_config(name: str) -> PreTrainedConfig:
 def _preparation(name: str) -> dict[str, Any]:
     """How the checkpoint prepares pictures, as this encoder's options; nothing where it does not say."""
     try:
-        own: Any = AutoImageProcessor.from_pretrained(name)
+        own: Any = AutoImageProcessor.from_pretrained(hub.fetch(name, weights=False))
     except OSError:
         return {}  # a bare folder of weights: the options say how pictures are prepared
     except ValueError as e:

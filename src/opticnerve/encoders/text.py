@@ -25,6 +25,7 @@ from transformers import (
     SiglipTextModel,
 )
 
+from opticnerve import hub
 from opticnerve.registry import Registry
 from opticnerve.starter.cache import weight_files
 from opticnerve.starter.minilm import bert_folder
@@ -101,8 +102,9 @@ class HFTextEncoder(nn.Module):
         Raises:
             OpticNerveError: no text encoder, or weights are missing.
         """
-        folder = bert_folder(name)
-        config = AutoConfig.from_pretrained(folder)
+        folder = hub.fetch(bert_folder(name))
+        with hub.reading("the configuration", name, "name a text encoder of transformers"):
+            config = AutoConfig.from_pretrained(folder)
         config = getattr(config, "text_config", config)
         wanted = options.get("pooling") or default_pooling(config)
         loaded: Any = _model_class(config).from_pretrained(
@@ -116,8 +118,7 @@ class HFTextEncoder(nn.Module):
                 f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
             )
         encoder = cls.from_loaded(model, AutoTokenizer.from_pretrained(folder), **options)
-        if Path(folder).is_dir():
-            encoder.files = weight_files(Path(folder))
+        encoder.files = weight_files(Path(folder))
         return encoder
 
     @classmethod

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Transformer
 
+from opticnerve import hub
 from opticnerve.encoders.base import Encoder
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import weight_files
@@ -107,8 +108,7 @@ class WhisperEncoder(Encoder):
             architecture, state = read_openai(Path(name))
         else:
             architecture, state = _read_transformers(name)
-            if Path(name).is_dir():
-                files = weight_files(Path(name))
+            files = weight_files(Path(hub.fetch(name)))
         with torch.device("meta"):
             ear = cls(architecture=architecture, **options)
         state["embed_positions.weight"] = state["embed_positions.weight"][: FRAMES * ear.seconds].clone()
@@ -225,7 +225,7 @@ class _EncoderAlone(Transformer):
 def _read_transformers(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _config(name)
     loaded: Any = _EncoderAlone.from_pretrained(
-        name, config=config, key_mapping={r"^(model\.)?encoder\.": ""}, output_loading_info=True,
+        hub.fetch(name), config=config, key_mapping={r"^(model\.)?encoder\.": ""}, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     model, report = loaded
@@ -239,8 +239,9 @@ def _read_transformers(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _config(name: str) -> Any:
     # Configurations are read even where `plan` builds modules on the meta device.
-    with torch.device("cpu"):
-        config = AutoConfig.from_pretrained(name)
+    folder = hub.fetch(name, weights=False)
+    with torch.device("cpu"), hub.reading("the configuration", name, "name a Whisper in transformers' format"):
+        config = AutoConfig.from_pretrained(folder)
     if config.model_type != "whisper":
         raise OpticNerveError(f"{name!r} ({config.model_type}) is no Whisper; type: whisper takes Whisper's encoder")
     return config

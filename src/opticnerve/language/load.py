@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from opticnerve import hub
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import cache_dir, fingerprint, new_folder, weight_files
 from opticnerve.types import OpticNerveError
@@ -46,8 +47,8 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
             f"{name!r} holds an adapter of peft (adapter_config.json), not a language model alone; merge it into its "
             "base with peft's merge_and_unload(), save that, and name its folder"
         )
-    with no_bars() if Path(folder).is_dir() else nullcontext():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with no_bars():
+        tokenizer = load_tokenizer(folder, name)
         # Mismatched tensors are listed below with the others, and refused.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -79,11 +80,27 @@ def check_complete(name: str, report: dict[str, Any]) -> None:
 
 def load_language_config(name: str, *, gguf_file: str | None = None) -> Any:
     """The configuration alone (for `plan`): no weight is read, except where a GGUF file holds both."""
-    return AutoConfig.from_pretrained(resolve(name, gguf_file=gguf_file)[0])
+    folder, _ = resolve(name, gguf_file=gguf_file, weights=False)
+    with hub.reading("the configuration", name, "name a causal language model of transformers"):
+        return AutoConfig.from_pretrained(folder)
 
 
-def resolve(name: str, *, gguf_file: str | None = None) -> tuple[str, list[str]]:
-    """A folder (or hub name) that transformers reads as it is, and the files whose contents identify the weights."""
+def load_tokenizer(folder: str, name: str) -> Any:
+    """The tokenizer in a folder.
+
+    Raises:
+        OpticNerveError: there is none, or its files are damaged.
+    """
+    with hub.reading("the tokenizer", name, "save one into a copy of it, or name the model that it was made from"):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def resolve(name: str, *, gguf_file: str | None = None, weights: bool = True) -> tuple[str, list[str]]:
+    """A folder that transformers reads as it is, and the files whose contents identify the weights.
+
+    Args:
+        weights: False fetches nothing large of a name of the hub.
+    """
     if starter.is_starter(name):
         file = starter.language(name).file()
         return str(_dequantised(file)), [str(file)]
@@ -93,13 +110,10 @@ def resolve(name: str, *, gguf_file: str | None = None) -> tuple[str, list[str]]
             raise OpticNerveError(f"there is no GGUF file {name!r}")
         return str(_dequantised(path)), [str(path)]
     if gguf_file is not None:
-        from transformers.utils import cached_file
-
-        found = path / gguf_file if path.is_dir() else Path(str(cached_file(name, gguf_file)))
+        found = hub.fetch_file(name, gguf_file)
         return str(_dequantised(found)), [str(found)]
-    if path.is_dir():
-        return name, weight_files(path)
-    return name, []
+    folder = hub.fetch(name, weights=weights)
+    return folder, weight_files(Path(folder))
 
 
 def _dequantised(file: Path) -> Path:
@@ -135,18 +149,6 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def hub_files(name: str) -> list[str]:
-    """The weight files of a hub model in the local cache, after it was loaded; empty where there are none."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):  # nothing there, or no name of the hub at all (a folder)
-        return []
-    return weight_files(folder)
 
 
 def tensor_fingerprint(state: dict[str, torch.Tensor]) -> str:
