@@ -132,7 +132,9 @@ def shares_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str, note:
     axes.axvline(rows[0]["area"], color="#D55E00", linestyle="--", linewidth=1.6, zorder=3)
     axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **words())
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the map on the object (dashed: its share of the area; dotted: the most this grid allows)")
+    axes.set_xlabel(
+        "share of the map on the object\n(dashed: its share of the area; dotted: the most that this grid allows)"
+    )
     axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **words())
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, axis="y", length=0)
