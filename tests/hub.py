@@ -7,6 +7,7 @@ the other. A repository's `revisions` are folders; what goes wrong with it (`gat
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -23,6 +24,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 TOKEN = "hf_loopback"  # of a user who has accepted every licence
 
@@ -79,6 +82,8 @@ class Hub:
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     address: str = ""
+    uploads: Path | None = None
+    """Where what is pushed is kept: a folder for each repository, and the blobs."""
 
     def add(self, name: str, folder: str | Path, *, kind: str = "models", **options: Any) -> Repository:
         made = Repository({"main": Path(folder)}, **options)
@@ -92,6 +97,20 @@ class Hub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "", "HF_HUB_OFFLINE": "0",
             **more,
         }  # fmt: skip
+
+    def point_here(self, patch: pytest.MonkeyPatch, home: Path) -> None:
+        """The same for this process, in which huggingface_hub is imported already."""
+        from huggingface_hub import constants
+
+        for name, value in self.environment(home, HF_TOKEN=TOKEN).items():
+            patch.setenv(name, value)
+        patch.setattr(constants, "ENDPOINT", self.address)
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -109,7 +128,58 @@ class _Answers(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        self._answer(body=True, posted=self.rfile.read(length))
+        posted = self.rfile.read(length)
+        if self.hub.uploads is None or not self._push(urlsplit(self.path).path, posted):
+            self._answer(body=True, posted=posted)
+
+    def do_PUT(self) -> None:
+        assert self.hub.uploads is not None
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        (self.hub.uploads / hashlib.sha256(content).hexdigest()).write_bytes(content)
+        self._json({}, body=True)
+
+    def _push(self, path: str, posted: bytes) -> bool:
+        """The calls of an upload; False where it is another."""
+        assert self.hub.uploads is not None
+        found = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(preupload|commit)/main", path)
+        batch = re.fullmatch(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path)
+        if not (found or batch or path in ("/api/repos/create", "/api/validate-yaml")):
+            return False
+        if path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []}, body=True)
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._error(401, "", body=True)
+        elif path == "/api/repos/create":
+            asked = json.loads(posted)
+            name = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
+            name = name if "/" in name else f"me/{name}"
+            (self.hub.uploads / name).mkdir(parents=True, exist_ok=True)
+            self.hub.add(name, self.hub.uploads / name)
+            self._json({"url": f"{self.hub.address}/{name}"}, body=True)
+        elif batch:
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.hub.address}/upload/{o['oid']}"}}}
+                for o in json.loads(posted)["objects"]
+            ]
+            self._json({"transfer": "basic", "objects": objects}, body=True)
+        elif found and found[2] == "preupload":
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if is_large(Path(f["path"])) else "regular",
+                 "shouldIgnore": False, "oid": None} for f in json.loads(posted)["files"]
+            ]  # fmt: skip
+            self._json({"files": modes}, body=True)
+        elif found:
+            for line in map(json.loads, filter(None, posted.splitlines())):
+                value = line["value"]
+                if line["key"] in ("file", "lfsFile"):
+                    place = self.hub.uploads / found[1] / value["path"]
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    kept = line["key"] == "lfsFile" and (self.hub.uploads / value["oid"]).read_bytes()
+                    place.write_bytes(kept or base64.b64decode(value["content"]))
+            commit = self.hub.repositories["models", found[1]].commit("main")
+            url = f"{self.hub.address}/{found[1]}/commit/{commit}"
+            self._json({"commitUrl": url, "commitOid": commit, "pullRequestUrl": None}, body=True)
+        return True
 
     def _answer(self, *, body: bool, posted: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path)

@@ -221,6 +221,23 @@ def test_weights_under_anothers_hash(hub: Hub, opticnerve: CommandLine, tmp_path
     assert opticnerve(*loading("mill/forged")).code == 0
 
 
+def test_a_model_is_pushed_and_asked(
+    hub: Hub, opticnerve: CommandLine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "uploads", tmp_path)
+    assert opticnerve("train", "recipe.yaml", "--out", "runs/pushed").code == 0
+    for environment in ({}, {"HF_TOKEN": "hf_of_another"}):
+        refused(opticnerve("push", "runs/pushed", "me/mine-1.5", **environment), "me/mine-1.5", "hf auth login")
+    done = opticnerve("push", "runs/pushed", "me/mine-1.5", "--license", "apache-2.0", HF_TOKEN=TOKEN)
+    assert done.code == 0, done.err
+    answers = [
+        opticnerve("ask", name, "what colour?", "--image", "0.png", "--max-new-tokens", "3")
+        for name in ("runs/pushed", "me/mine-1.5")
+    ]
+    assert answers[1].code == 0, answers[1].err
+    assert answers[0].out == answers[1].out
+
+
 # What fails: the kind of part × what is wrong with it.
 
 

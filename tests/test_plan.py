@@ -12,10 +12,11 @@ import PIL.Image
 import pytest
 import torch
 
-from opticnerve import plan, plan_cost, plan_model
+from opticnerve import plan, plan_cost
 from opticnerve import recipe as recipes
 from opticnerve.build import dock_recipe
 from opticnerve.data.collate import Collator
+from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.train.freeze import freeze
 from opticnerve.types import OpticNerveError
@@ -215,8 +216,8 @@ def test_an_unreachable_model_is_named(make_recipe: Callable[..., Any], monkeypa
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no such thing\nand more")
 
-    monkeypatch.setattr(plan_model, "load_language_config", refuse)
-    with pytest.raises(OpticNerveError, match=r"model\.language: cannot read .*no such thing; give"):
+    monkeypatch.setattr(HFVisionEncoder, "planned", refuse)
+    with pytest.raises(OpticNerveError, match=r"model\.image\.encoder: cannot read .*no such thing; give"):
         plan.make(make_recipe())
 
 

@@ -176,16 +176,19 @@ def _converted(repository: str) -> str:
 
 
 @contextlib.contextmanager
-def errors(name: str) -> Iterator[None]:
+def errors(name: str, *, kind: str = "model", writes: bool = False) -> Iterator[None]:
     """Whatever a library raises because a hub is asked for `name` is one sentence; all else passes."""
     try:
         yield
     except OpticNerveError:
         raise
     except Exception as e:
-        found = explain(e, name)
+        found = explain(e, name, kind=kind)
         if found is None:
             raise
+        if writes and found.kind in ("repository", "token", "gated"):
+            remedy = "log in by `hf auth login` (or set HF_TOKEN) with a token that may write there"
+            raise HubError(f"the hub does not let you write to {name!r}", remedy, kind="token") from e
         raise found from e
 
 

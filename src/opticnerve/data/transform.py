@@ -177,8 +177,8 @@ def _shrink(image_processor: Any, known: Steps, picture: PIL.Image.Image) -> Ten
         top, left = (side - picture.height) // 2, (side - picture.width) // 2
         pixels_HWC[top : top + picture.height, left : left + picture.width] = np.asarray(picture)
     else:
-        pixels_HWC = np.asarray(picture)
-    # Channels stay last in memory: torch's 8-bit resize is made for that, and nothing is copied.
+        pixels_HWC = np.array(picture)  # a copy: of Pillow's own memory, which is not for writing, torch warns
+    # Channels stay last in memory: torch's 8-bit resize is made for that.
     pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
     small_CHW: Tensor = image_processor.resize(
         image=pixels_CHW, size=image_processor.size, resample=image_processor.resample

@@ -130,7 +130,7 @@ def _packaged() -> str | None:
 def fonts_for(text: str) -> tuple[list[font_manager.FontEntry], str]:
     """Fonts for what DejaVu Sans lacks of `text`, each for what those before it lack; and what none of them has."""
     own = _glyphs(font_manager.findfont(_OURS))
-    missing, fonts = {c for c in text if not c.isspace() and ord(c) not in own}, []
+    missing, fonts = {c for c in text if c.isprintable() and not c.isspace() and ord(c) not in own}, []
     for font in _others() if missing else []:
         if found := {c for c in missing if ord(c) in _glyphs(font.fname)}:
             fonts.append(font)
@@ -149,6 +149,11 @@ def _has_weight(family: str, weight: str | int) -> bool:
     return any(number.get(f.weight, f.weight) == number.get(weight, weight) for f in same)
 
 
+def visible(text: str) -> str:
+    """Without control characters and the like, for which no font has a form."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+
+
 @contextmanager
 def dressed(figure: Figure) -> Iterator[None]:
     """Draw a figure whose every text has fonts with its glyphs. What no font has is drawn as boxes, and said once."""
@@ -158,6 +163,8 @@ def dressed(figure: Figure) -> Iterator[None]:
     missing = ""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
+        if (shown := visible(text.get_text())) != text.get_text():
+            text.set_text(shown)
         fonts, lacking = fonts_for(text.get_text())
         missing += lacking
         text.set_fontfamily([_OURS, *(f.name for f in fonts)])

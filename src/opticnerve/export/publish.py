@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from opticnerve import hub
 from opticnerve.evaluation.card import write_card
 from opticnerve.export.export import Exported, export
 from opticnerve.export.formats import PLAIN, Options
@@ -72,8 +73,9 @@ def push(
         folder = Path(scratch) / repo.rpartition("/")[2]
         made = _make(name, folder, to, repo, licence, datasets, options, say)
         say(f"uploading to {repo}")
-        api.create_repo(repo_id=repo, private=private, exist_ok=True)
-        address = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{to} by opticnerve")
+        with hub.errors(repo, writes=True):
+            api.create_repo(repo_id=repo, private=private, exist_ok=True)
+            address = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{to} by opticnerve")
         return Published(str(address), made)
 
 

@@ -40,6 +40,7 @@ from opticnerve.train.prepare import (
     compiled_layers,
     give_lora,
     give_memory_back,
+    keep_activations,
     make_accelerator,
     make_objective,
     within_context,
@@ -171,7 +172,7 @@ def _run_stage(
     finally:
         model.eval()
         if stage.gradient_checkpointing:
-            model.language_model.gradient_checkpointing_disable()
+            keep_activations(model)
 
 
 class Run:

@@ -60,12 +60,24 @@ def checkpoint_layers(model: Any) -> None:
     """
     if not is_docked_model(model):
         raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out")
-    model.language_model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": model.recompute}
-    )
+    options = {"use_reentrant": False, "context_fn": model.recompute}
+    language = model.language_model
+    if hasattr(language, "activation_checkpointing_enable"):  # the former name has gone out of use in transformers 5
+        language.activation_checkpointing_enable(options)
+    else:
+        language.gradient_checkpointing_enable(options)
     for module in model.language_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+def keep_activations(model: Any) -> None:
+    """The end of `checkpoint_layers`."""
+    language = model.language_model
+    if hasattr(language, "activation_checkpointing_disable"):
+        language.activation_checkpointing_disable()
+    else:
+        language.gradient_checkpointing_disable()
 
 
 BACKEND = "inductor"
