@@ -143,6 +143,15 @@ def test_a_run_by_names_of_the_hub(hub: Hub, opticnerve: CommandLine, offline: C
     assert asked(hub, ".safetensors") == 2  # what is there is not fetched again
 
 
+def test_a_ready_recipe_is_planned_before_its_data_are_there(hub: Hub, opticnerve: CommandLine, tmp_path: Path) -> None:
+    hub.add("lmsys/vicuna-7b-v1.5", main(hub.repositories["models", LANGUAGE]))
+    hub.add("openai/clip-vit-large-patch14-336", main(hub.repositories["models", EYE]))
+    done = opticnerve("plan", "llava-1.5-7b")
+    assert done.code == 0, done.err
+    assert "LLAVA_PRETRAIN" in done.out
+    assert "set the environment variable LLAVA_PRETRAIN" in opticnerve("train", "llava-1.5-7b").err
+
+
 def test_a_docked_model_and_a_llava_of_the_hub(hub: Hub, opticnerve: CommandLine, tmp_path: Path, folder: Path) -> None:
     checkpoints.save_llava(tmp_path / "llava")
     hub.add("mill/llava-1.5-7b-hf", tmp_path / "llava")

@@ -257,6 +257,20 @@ def refusal(name: str, *, kind: str = "data set") -> HubError | None:
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' log says nothing below an error: of a checkpoint of which a part is taken it warns of the rest
+    (SigLIP's text tower, for one, names tokens that it does not have)."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
 def reading(what: str, name: str, remedy: str) -> Iterator[None]:
     """Files that transformers cannot read (another version's, another library's, damaged ones) are one sentence."""
     try:

@@ -31,7 +31,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a folder where something else is called as the recipes are; what is read is thrown."""
     from opticnerve import recipe
 
-    def load(path: Any, overrides: Any = ()) -> Recipe:
+    def load(path: Any, overrides: Any = (), **_: Any) -> Recipe:
         raise Read(Path(path))
 
     for name in NAMES:

@@ -175,6 +175,7 @@ def shell(block: Block, monkeypatch: pytest.MonkeyPatch, workshop: Path) -> None
             if place:
                 patch.setattr(place, stop)
                 stopped[f"{block.where} {command}"] = why
+                words = [f"{w}-new" if before == "--out" else w for before, w in zip(["", *words], words, strict=False)]
             while "=" in words[0]:
                 patch.setenv(*words.pop(0).split("=", 1))
             assert words[0] == "opticnerve", f"{block.where}: nobody runs {line!r}; say why, or how"

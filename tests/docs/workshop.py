@@ -18,7 +18,7 @@ from hub import Hub
 from opticnerve.build_dual import dual
 from ready_data import data_folders
 
-RUNS = ("demo", "run", "plates", "photos")
+RUNS = ("demo", "run", "plates", "photos", "mine")
 RECIPES = ("recipe.yaml", "plates.yaml", "mine.yaml")
 # Public data of the ready recipes: a variable of theirs → where a page has it.
 PUBLIC = {"LLAVA_PRETRAIN": "LLaVA-Pretrain", "LLAVA_INSTRUCT": "llava-instruct", "VQAV2": "VQAv2"}

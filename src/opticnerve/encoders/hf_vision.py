@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +25,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import logging
 
 from opticnerve import hub
 from opticnerve.encoders.base import Encoder, make_image_processor
@@ -121,7 +118,7 @@ class HFVisionEncoder(Encoder):
         """
         folder = hub.fetch(name)
         config = _vision_config(name)
-        with _quiet():  # of all that is not the eye; what is missing is told below
+        with hub.quiet():  # of all that is not the eye; what is missing is told below
             loaded: Any = _model_class(config).from_pretrained(
                 folder, config=config, key_mapping=_TOWER, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -222,7 +219,10 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 def _vision_config(name: str) -> PreTrainedConfig:
     folder = hub.fetch(name, weights=False)
-    with hub.reading("the configuration", name, "name a vision transformer of transformers; for others use type: timm"):
+    with (
+        hub.quiet(),
+        hub.reading("the configuration", name, "name a vision transformer of transformers; for others use type: timm"),
+    ):
         config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
@@ -297,13 +297,3 @@ def _build(config: PreTrainedConfig) -> Any:
 def _can_be_asked_to_interpolate(model: nn.Module) -> bool:
     """DINO interpolates unasked; CLIP, SigLIP, ViT and BLIP must be asked, and only when the size is not their own."""
     return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

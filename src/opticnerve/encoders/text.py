@@ -103,7 +103,7 @@ class HFTextEncoder(nn.Module):
             OpticNerveError: no text encoder, or weights are missing.
         """
         folder = hub.fetch(bert_folder(name))
-        with hub.reading("the configuration", name, "name a text encoder of transformers"):
+        with hub.quiet(), hub.reading("the configuration", name, "name a text encoder of transformers"):
             config = AutoConfig.from_pretrained(folder)
         config = getattr(config, "text_config", config)
         wanted = options.get("pooling") or default_pooling(config)

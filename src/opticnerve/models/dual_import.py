@@ -21,7 +21,9 @@ def import_dual_encoder(name: str) -> tuple[DualEncoder, DualEncoderProcessor]:
     Raises:
         OpticNerveError: another kind of model, or weights are missing.
     """
-    loaded: Any = AutoModel.from_pretrained(hub.fetch(name), output_loading_info=True)
+    folder = hub.fetch(name)
+    with hub.quiet():
+        loaded: Any = AutoModel.from_pretrained(folder, output_loading_info=True)
     whole, report = loaded
     if whole.config.model_type not in ("clip", "siglip"):
         raise OpticNerveError(f"{name!r} is a {whole.config.model_type}; only CLIP and SigLIP can be taken over whole")
