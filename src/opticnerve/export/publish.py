@@ -66,8 +66,11 @@ def push(
         folder = Path(to_folder) / repo.rpartition("/")[2]
         made = _make(name, folder, to, repo, licence, datasets, options, say)
         return Published(str(folder), made)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
+    if api is None and get_token() is None:  # before minutes of export
+        remedy = "log in by `hf auth login` (or set HF_TOKEN) with a token that may write there"
+        raise hub.HubError(f"nobody is logged in who could write to {repo!r}", remedy, kind="token")
     api = api or HfApi()
     with tempfile.TemporaryDirectory(prefix="opticnerve-push-") as scratch:
         folder = Path(scratch) / repo.rpartition("/")[2]
