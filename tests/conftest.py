@@ -81,3 +81,9 @@ def docked(
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny BERT and its tokenizer."""
     return tiny.save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny Whisper."""
+    return tiny.save_whisper(tmp_path_factory.mktemp("whisper"))

@@ -208,6 +208,19 @@ def save_timm(folder: Path, name: str = "test_efficientnet", *, seed: int = 2, *
     return f"local-dir:{folder}"
 
 
+def save_whisper(folder: Path) -> str:
+    """A Whisper of two seconds and its feature extractor."""
+    config = tf.WhisperConfig(
+        d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=16, max_source_positions=100, vocab_size=50,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    tf.WhisperModel(config).save_pretrained(folder)
+    tf.WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder)
+    return str(folder)
+
+
 def save_bert(folder: Path, *, seed: int = 3) -> str:
     """A tiny BERT and its tokenizer."""
     words = tokenizer()

@@ -60,8 +60,13 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, without_data: bool = False
+) -> Recipe:
     """Read a recipe from a YAML file (or a mapping), apply `key.path=value` overrides, and validate.
+
+    Args:
+        without_data: the environment variables in paths of data need not be set, for nothing has to be there.
 
     Raises:
         RecipeError: names the key, what is wrong with it, and the nearest valid key.
@@ -84,7 +89,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     for override in overrides:
         _override(raw, override)
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(raw, context={"without_data": without_data})
     except UnicodeEncodeError as e:
         raise RecipeError(f"{origin}: a text holds half a surrogate pair, which is no character: {e}") from e
     except ValidationError as e:

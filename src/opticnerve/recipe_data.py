@@ -6,7 +6,7 @@ import os
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from opticnerve.recipe_model import Positive, Strict
 
@@ -48,9 +48,9 @@ class DataSpec(Strict):
 
     @field_validator("path", "media")
     @classmethod
-    def _variables(cls, path: str | None) -> str | None:
+    def _variables(cls, path: str | None, info: ValidationInfo) -> str | None:
         """`${NAME}` stands for an environment variable: recipes name no machine's folders."""
-        if path is None or "$" not in path:
+        if path is None or "$" not in path or (info.context or {}).get("without_data"):
             return path
         if missing := re.findall(r"\$\{?(\w+)", os.path.expandvars(path)):
             raise ValueError(f"{path}: set the environment variable {missing[0]}, or write the folder")

@@ -35,11 +35,23 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def pinned(given: Any) -> Any:
+    """`name` with `revision` beside it as the one name `NAME@REVISION`, by which weights are found and kept."""
+    if not isinstance(given, dict) or given.get("revision") is None:
+        return given
+    rest = {k: v for k, v in given.items() if k != "revision"}
+    if not isinstance(rest.get("name"), str) or "@" in rest["name"]:
+        raise ValueError("revision belongs to a name of the hub that does not hold one (NAME@REVISION) already")
+    return {**rest, "name": f"{rest['name']}@{given['revision']}"}
+
+
 class PartSpec(BaseModel):
-    """A part by exact name (or dotted path), with that part's own options beside it."""
+    """A part by exact name (or dotted path), with that part's own options beside it; `revision` of its weights."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     type: str
+
+    _pinned = model_validator(mode="before")(pinned)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -54,7 +66,8 @@ def check_known(spec: PartSpec, parts: registry.Registry[Any]) -> None:
 
 
 class LanguageSpec(Strict):
-    """A causal language model: hub name, local folder, `.gguf` file, or `starter/…`."""
+    """A causal language model: hub name (`revision` or NAME@REVISION pins it), local folder, `.gguf` file, or
+    `starter/…`."""
 
     name: str
     gguf_file: str | None = None
@@ -77,6 +90,8 @@ class LanguageSpec(Strict):
         """What the processor is told of words."""
         date = self.date.isoformat() if self.date else None
         return {"thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens, "date": date}
+
+    _pinned = model_validator(mode="before")(pinned)
 
 
 class TilingSpec(Strict):

@@ -1,8 +1,9 @@
 """What the documents show is done: a page's Python and its commands run in order, in a folder with what they name.
 
-Names of a hub stand for tiny local models there, and `starter` for a run of two steps. Names of several pages, such as
-`recipe.yaml`, are the folder's own; that a page's recipes load, and its data are read, test_docs.py sees to. A block
-that is not run has `<!-- not run: why -->` before it; `NOT_RUN` has single lines of the others.
+Names of a hub are those of tiny models on a hub on the loopback, `starter` is a run of two steps. Names of several
+pages, such as `recipe.yaml`, are the folder's own; that a page's recipes load, and its data are read, test_docs.py sees
+to. A block that is not run has `<!-- not run: why -->` before it; `NOT_RUN` has single lines of the others, none of them
+ours, and `STOPS` the few commands of ours that do not go to their end. Commands within sentences are looked up.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import DOCS, Block, blocks
-from workshop import furnish, served
+import typer
+from pages import DOCS, Block, blocks, prose
+from workshop import PUBLIC, furnish, served, stock
 
+from hub import serving
 from opticnerve import recipe
 from opticnerve.cli.guard import show_tracebacks
-from opticnerve.cli.main import main
+from opticnerve.cli.main import app, main
+from opticnerve.starter.demo import recipe_path
 
 pytestmark = pytest.mark.slow
 PAGES = [p for p in DOCS if p.name != "README.ja.md"]  # its blocks are README.md's: test_docs.py
@@ -43,30 +47,44 @@ NOT_RUN = {
     "llama-server": "another program",
     "vllm ": "another program; tests/export/test_vllm.py runs it",
     "printf ": "versions for another program",
-    "opticnerve ui": "does not end; tests/ui runs it",
-    "opticnerve export runs/photos exported-gguf": "wants llama.cpp; tests/export/test_gguf.py runs it",
-    "opticnerve push": "wants a hub; tests/export runs it",
-    "opticnerve compare": "trains many models; tests/compare runs it",
-    "opticnerve train starter-contrastive": "a quarter of an hour",
-    "opticnerve embed runs/contrastive --data starter/": "minutes",
-    "opticnerve plan llava-1.5-7b": "wants a hub's configurations; tests/test_ready_recipes.py plans it",
-    "opticnerve train llava-1.5-7b": "wants a hub and a large device",
 }
+# What a command would take long, or another program, for: it goes as far as there, which reads its whole command line,
+# its recipe and its changes. How the line begins → where it stops, and why.
+STOPS = {
+    "opticnerve ui": ("opticnerve.ui.app.listen_and_serve", "does not end; tests/ui runs it"),
+    "opticnerve export runs/photos exported-gguf": (
+        "opticnerve.export.export.export", "wants llama.cpp; tests/export/test_gguf.py runs it"),
+    "opticnerve compare": ("opticnerve.compare.experiment.run", "trains many models; tests/compare runs it"),
+    "opticnerve train starter-contrastive": ("opticnerve.evaluation.pipeline.run_recipe", "a quarter of an hour"),
+    "opticnerve embed runs/contrastive --data starter/": ("opticnerve.inference.embeddings.Embedder.images", "minutes"),
+}  # fmt: skip
 ADDRESS = "127.0.0.1:8000"  # of the server that pages ask
 ran: list[str] = []
 left_out: dict[str, str] = {}
+stopped: dict[str, str] = {}
 pages_done: set[str] = set()
 
 
-def opticnerve(*words: str) -> None:
+class Stop(BaseException):
+    """A command has come as far as it is to go."""
+
+
+def stop(*args: Any, **kwargs: Any) -> None:
+    raise Stop
+
+
+def opticnerve(*words: str, stops: bool = False) -> None:
     """`opticnerve …` in this process, with nothing typed to it."""
     out, err = io.StringIO(), io.StringIO()
     before, code = (sys.stdin, sys.stdout, sys.stderr), 0
     sys.stdin, sys.stdout, sys.stderr = io.StringIO(""), out, err
     try:
         main(list(words))
+        assert not stops, f"opticnerve {shlex.join(words)} does not come to where it should stop"
     except SystemExit as left:
         code = int(left.code or 0)
+    except Stop:
+        assert stops
     finally:
         sys.stdin, sys.stdout, sys.stderr = before
         show_tracebacks(False)
@@ -77,12 +95,13 @@ def opticnerve(*words: str) -> None:
 def furnished(
     tmp_path_factory: pytest.TempPathFactory, language_folder: Callable[..., str], vision_folder: Callable[..., str],
     bert_folder: str, private_cache: Path,
-) -> Path:  # fmt: skip
+) -> Iterator[Path]:  # fmt: skip
     folder = tmp_path_factory.mktemp("workshop")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, serving() as hub:
+        stock(hub, tmp_path_factory.mktemp("hub"), language_folder, vision_folder)
+        hub.point_here(patch, tmp_path_factory.mktemp("home"))
         patch.chdir(folder)
-        furnish(folder, language_folder(), vision_folder, bert_folder, opticnerve)
-    return folder
+        yield furnish(folder, language_folder(), vision_folder, bert_folder, opticnerve)
 
 
 @pytest.fixture
@@ -99,6 +118,8 @@ def workshop(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("COLUMNS", "200")
+    for variable, name in PUBLIC.items():
+        monkeypatch.setenv(variable, str(folder / "data" / name))
     monkeypatch.setattr(opticnerve.starter.demo, "shipped_model", lambda: folder / "runs/demo")
     yield folder
     for name in [n for n in sys.modules if n.partition(".")[0] == "my_parts"]:
@@ -126,7 +147,7 @@ def test_what_a_page_shows_is_done(page: Path, workshop: Path, monkeypatch: pyte
             elif block in asks:
                 curl(block, address)
             elif block.language in ("sh", "bash"):
-                shell(block, monkeypatch)
+                shell(block, monkeypatch, workshop)
     pages_done.add(page.name)
 
 
@@ -140,7 +161,7 @@ def curl(block: Block, address: str) -> None:
     ran.append(block.where)
 
 
-def shell(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def shell(block: Block, monkeypatch: pytest.MonkeyPatch, workshop: Path) -> None:
     """Each line of the block that `NOT_RUN` does not name."""
     from opticnerve.serve.run import Server
 
@@ -149,8 +170,13 @@ def shell(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
         if why := next((why for begin, why in NOT_RUN.items() if command.startswith(begin)), None):
             left_out[f"{block.where} {command}"] = why
             continue
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.replace("=/data/", f"={workshop}/data/"), comments=True)
+        place, why = next((stop for begin, stop in STOPS.items() if command.startswith(begin)), ("", ""))
         with monkeypatch.context() as patch:
+            if place:
+                patch.setattr(place, stop)
+                stopped[f"{block.where} {command}"] = why
+                words = [f"{w}-new" if before == "--out" else w for before, w in zip(["", *words], words, strict=False)]
             while "=" in words[0]:
                 patch.setenv(*words.pop(0).split("=", 1))
             assert words[0] == "opticnerve", f"{block.where}: nobody runs {line!r}; say why, or how"
@@ -160,8 +186,8 @@ def shell(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             if words[1] == "export":  # a page may show several ways into one folder
                 shutil.rmtree("exported", ignore_errors=True)
             if words[1] == "train" and not {"--out", "--resume"} & set(words):  # the run that other pages have already
-                shutil.rmtree(Path("runs", recipe.load(Path(words[2])).name), ignore_errors=True)
-            opticnerve(*words[1:])
+                shutil.rmtree(Path("runs", recipe.load(recipe_path(words[2])).name), ignore_errors=True)
+            opticnerve(*words[1:], stops=bool(place))
         ran.append(f"{block.where} {line}")
 
 
@@ -170,8 +196,28 @@ def test_what_is_left_out_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     if pages_done != {p.name for p in PAGES}:
         pytest.skip("not all pages ran")
     with capsys.disabled():
-        print(f"\ndocuments: {len(ran)} blocks and commands ran, {len(left_out)} did not")
-        print(*(f"  {where}: {why}" for where, why in left_out.items()), sep="\n")
+        print(
+            f"\ndocuments: {len(ran)} blocks and commands ran, {len(stopped)} of them in part; {len(left_out)} did not"
+        )
+        print(*(f"  {where}: {why}" for where, why in (*stopped.items(), *left_out.items())), sep="\n")
     assert len(ran) > 40
     unused = [b for b in NOT_RUN if not any(f" {b}" in where for where in left_out)]
+    unused += [b for b in STOPS if not any(f" {b}" in where for where in stopped)]
     assert unused == []
+    assert not any("opticnerve" in b for b in NOT_RUN)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
+def test_commands_within_sentences_are_there(page: Path) -> None:
+    """`opticnerve COMMAND --option` between backquotes: command and options exist."""
+    for text in re.findall(r"`(opticnerve [^`]+)`", prose(page)):
+        found: Any = typer.main.get_command(app)
+        words = text.split()[1:]
+        while words and hasattr(found, "commands"):
+            if not re.fullmatch(r"[a-z]+", words[0]):  # `opticnerve …`, `opticnerve --debug`
+                break
+            assert words[0] in found.commands, f"{page.name}: {text}"
+            found = found.commands[words.pop(0)]
+        known = {name for p in found.params for name in (*p.opts, *p.secondary_opts)} | {"--help", "-h", "--debug"}
+        options = {w.partition("=")[0].rstrip(",.;)") for w in words if re.match(r"--?[a-z]", w)}
+        assert options <= known, f"{page.name}: {text}"

@@ -14,13 +14,28 @@ import yaml
 
 import checkpoints
 import tiny
+from hub import Hub
 from opticnerve.build_dual import dual
+from ready_data import data_folders
 
-RUNS = ("demo", "run", "plates", "photos")
+RUNS = ("demo", "run", "plates", "photos", "mine")
 RECIPES = ("recipe.yaml", "plates.yaml", "mine.yaml")
-# What the documents fetch from a hub, as folders beside the reader.
-EYE, BRAIN = "google/siglip-base-patch16-224", "Qwen/Qwen2.5-0.5B-Instruct"
-LLAVA = "llava-hf/llava-1.5-7b-hf"
+# Public data of the ready recipes: a variable of theirs → where a page has it.
+PUBLIC = {"LLAVA_PRETRAIN": "LLaVA-Pretrain", "LLAVA_INSTRUCT": "llava-instruct", "VQAV2": "VQAv2"}
+
+
+def stock(hub: Hub, folder: Path, language: Callable[..., str], eyes: Callable[[str], str]) -> None:
+    """What the documents fetch from a hub: tiny models under those names."""
+    for name, kind in (("google/siglip-base-patch16-224", "siglip_vision_model"),
+                       ("openai/clip-vit-large-patch14-336", "clip_vision_model")):  # fmt: skip
+        hub.add(name, eyes(kind))
+    hub.add("Qwen/Qwen2.5-0.5B-Instruct", language())
+    hub.add(
+        "lmsys/vicuna-7b-v1.5", tiny.save_language(folder / "vicuna", "llama", kind="metaspace", bos="<s>", eos="</s>")
+    )
+    hub.add("llava-hf/llava-1.5-7b-hf", checkpoints.save_llava(folder / "llava"))
+    hub.uploads = folder / "uploads"
+    hub.uploads.mkdir()
 
 
 def furnish(folder: Path, language: str, eyes: Callable[[str], str], bert: str, opticnerve: Callable[..., str]) -> Path:
@@ -30,9 +45,11 @@ def furnish(folder: Path, language: str, eyes: Callable[[str], str], bert: str, 
         language, eyes, bert: folders of tiny parts. opticnerve: runs a command here.
     """
     pictures(folder)
-    shutil.copytree(eyes("siglip_vision_model"), folder / EYE)
-    shutil.copytree(language, folder / BRAIN)
-    checkpoints.save_llava(folder / LLAVA)
+    made = data_folders(folder / "public")
+    (folder / "data").mkdir(exist_ok=True)
+    for variable, name in PUBLIC.items():
+        Path(made[variable]).rename(folder / "data" / name)
+    shutil.rmtree(folder / "public")
     recipe = {
         "precision": "fp32", "forgetting": False,
         "model": {

@@ -171,9 +171,9 @@ class TestLoad:
     def test_refusals(self, tmp_path: Path) -> None:
         with pytest.raises(OpticNerveError, match=r"holds no model \(no config\.json\)"):
             load_model(tmp_path)
-        with pytest.raises(OpticNerveError, match="there is no model folder"):
+        with pytest.raises(OpticNerveError, match="there is no folder"):
             load_model(tmp_path / "nowhere")
-        with pytest.raises(OpticNerveError, match="there is no model folder"):
+        with pytest.raises(OpticNerveError, match="there is no folder"):
             load_model("./runs/typo")
 
     def test_device(self) -> None:

@@ -29,20 +29,6 @@ def sound(seed: int, seconds: float = 0.7) -> Any:
     return np.random.default_rng(seed).normal(0, 0.1, int(seconds * RATE)).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("whisper")
-    config = tf.WhisperConfig(
-        d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=16, max_source_positions=100, vocab_size=50,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(3)
-    tf.WhisperModel(config).save_pretrained(folder)
-    tf.WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def both(docked: Callable[..., Dock], whisper_folder: str) -> Dock:
     ear = {"encoder": {"type": "whisper", "name": whisper_folder, "seconds": 1, "pool": 5}}

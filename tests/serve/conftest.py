@@ -7,26 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from served import Live, serving
 
 from opticnerve.build import Dock, dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.types import Conversation, ask
-
-
-@pytest.fixture(scope="session")
-def whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("whisper")
-    config = tf.WhisperConfig(
-        d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=16, max_source_positions=100, vocab_size=50,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(3)
-    tf.WhisperModel(config).save_pretrained(folder)
-    tf.WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

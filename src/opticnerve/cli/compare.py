@@ -86,7 +86,9 @@ def _run(
         *(word for k, v in options.items() if v is not None for word in (k, str(v))),
         *(["--quick"] if quick else []), *(["--keep-models"] if keep_models else []),
     ])  # fmt: skip
-    where = "packaged recipe" if not Path(recipe).suffix else "recipe"
+    from opticnerve.starter.demo import packaged
+
+    where = "packaged recipe" if recipe in packaged() else "recipe"
     base = Base(read, text=more.get("--text") or "starter/minilm", name=f"the {where} {Path(recipe).name}")
     console = console_for(False)
     quiet_libraries()

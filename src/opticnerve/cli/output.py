@@ -12,7 +12,7 @@ import typer
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
 TrustFlag = Annotated[bool, typer.Option("--trust-remote-code", help="Run parts that the model names by dotted path.")]
-RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-contrastive, photos, …"
+RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-contrastive, llava-1.5-7b, …"
 OVERRIDES_HELP = "Changes to the recipe, such as [cyan]stages.0.steps=50[/] or [cyan]precision=fp32[/]."
 
 
@@ -49,28 +49,31 @@ def _plain(value: Any) -> Any:
 
 def quiet_libraries() -> None:
     """No bars while weights are read from disk; downloads keep theirs, for they take long."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    enable_progress_bars()
+    logging.disable_progress_bar()  # those of huggingface_hub go with it
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # where the environment says it, it is not ours to say
+        enable_progress_bars()
 
 
 def is_recipe(name: str) -> bool:
-    """Whether an argument that may be data or a recipe is a recipe."""
-    return Path(name).suffix.lower() in (".yaml", ".yml")
+    """Whether an argument that may be data, a model or a recipe is a recipe: a packaged one's name, or a YAML file."""
+    from opticnerve.starter.demo import packaged
+
+    return name in packaged() or Path(name).suffix.lower() in (".yaml", ".yml")
 
 
-def read_recipe(name: str, overrides: list[str] | None = None) -> Any:
-    """The recipe in a file, or the packaged one of that name."""
+def read_recipe(name: str, overrides: list[str] | None = None, *, without_data: bool = False) -> Any:
+    """The packaged recipe of that name, or the one in a file; `without_data` as for `recipe.load`."""
     from opticnerve import recipe
+    from opticnerve.cli.guard import say
+    from opticnerve.starter.demo import packaged, recipe_path
 
-    path = Path(name)
-    if not path.suffix and not path.exists():
-        from opticnerve.starter.demo import recipe_path
-
-        path = recipe_path(name)
-    return recipe.load(path, overrides or [])
+    if name in packaged() and Path(name).exists():
+        say(f"{name} is the packaged recipe here; what is called so in this folder is ./{name}", style="dim")
+    return recipe.load(recipe_path(name), overrides or [], without_data=without_data)
 
 
 def duration(seconds: float) -> str:

@@ -1,15 +1,8 @@
-"""What a name on the command line stands for: a model's folder, a processor."""
+"""What a name on the command line stands for: a processor."""
 
 from __future__ import annotations
 
 from typing import Any
-
-
-def model_folder(name: str) -> str:
-    """The folder (or hub name) that holds a model: a run's last finished stage, the shipped starter, …"""
-    from opticnerve.inference.load import resolve
-
-    return resolve(name)
 
 
 def processor_of(name: str, overrides: list[str] | None = None) -> Any:
@@ -20,6 +13,6 @@ def processor_of(name: str, overrides: list[str] | None = None) -> Any:
         from opticnerve.plan import processor_for
 
         return processor_for(read_recipe(name, overrides))
-    from opticnerve.models import OpticNerveProcessor
+    from opticnerve.inference.load import load_processor, resolve
 
-    return OpticNerveProcessor.from_pretrained(model_folder(name))
+    return load_processor(resolve(name, weights=False))

@@ -41,7 +41,7 @@ def plan(
     as_json: JsonFlag = False,
 ) -> None:
     """Show shapes, visual tokens, what trains, memory, time, a masked sample and warnings, before training."""
-    read = read_recipe(recipe, overrides)
+    read = read_recipe(recipe, overrides, without_data=True)
     console = console_for(as_json)
     with console.status("reading configurations"):
         from opticnerve import plan as planning

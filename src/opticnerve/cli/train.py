@@ -16,6 +16,7 @@ from opticnerve.cli.output import (
     JsonFlag,
     console_for,
     examples,
+    is_recipe,
     print_json,
     quiet_libraries,
     read_recipe,
@@ -60,7 +61,7 @@ def of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Path
         OpticNerveError: it is no run's folder, or resuming was not asked for.
     """
     folder = Path(recipe)
-    if not folder.is_dir():
+    if not folder.is_dir() or (is_recipe(recipe) and not resume):
         return recipe, out
     kept = folder / "recipe.yaml"
     if not resume:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, Blip2QFormerConfig
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 
+from opticnerve import hub
 from opticnerve.connectors.base import Connector
 from opticnerve.connectors.qformer_bert import bert_sizes, load_bert
 from opticnerve.starter.minilm import bert_folder
@@ -122,7 +123,7 @@ class QFormerConnector(Connector):
         """
         if self.vocab_size is None or self.tokenizer_name is None:
             raise OpticNerveError("this qformer has no tokenizer: set instruct or text, and text_tokenizer or bert")
-        tokenizer = AutoTokenizer.from_pretrained(bert_folder(self.tokenizer_name))
+        tokenizer = AutoTokenizer.from_pretrained(hub.fetch(bert_folder(self.tokenizer_name), weights=False))
         rows = len(tokenizer) + (self.pretraining is not None)
         if rows > self.vocab_size:
             raise OpticNerveError(
@@ -259,7 +260,8 @@ def _resolve(
     if sizes["vocab_size"] is None:
         if tokenizer is None:
             raise OpticNerveError("a qformer that reads words wants one of bert, text_tokenizer and vocab_size")
-        sizes["vocab_size"] = len(AutoTokenizer.from_pretrained(bert_folder(tokenizer))) + decoder_token
+        folder = hub.fetch(bert_folder(tokenizer), weights=False)
+        sizes["vocab_size"] = len(AutoTokenizer.from_pretrained(folder)) + decoder_token
     return sizes
 
 

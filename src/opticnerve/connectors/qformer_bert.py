@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BertModel
 
+from opticnerve import hub
 from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import OpticNerveError
 
@@ -37,6 +38,12 @@ def bert_sizes(name: str) -> dict[str, int]:
     }
 
 
+class _WithoutPooler(BertModel):
+    """So that transformers does not report what is left out on purpose."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^pooler\.", r"^cls\."]  # noqa: RUF012 (transformers' own way of saying it)
+
+
 def load_bert(connector: Any, name: str) -> None:
     """Copy a BERT's weights into a `QFormerConnector` of its sizes; cross-attention and query tokens keep theirs.
 
@@ -44,8 +51,8 @@ def load_bert(connector: Any, name: str) -> None:
     positions, too; BERT's embedding of "first sentence" is added to the positions', so that words alone come out of the
     Q-Former exactly as out of the BERT. A row for [DEC] keeps its random numbers.
     """
-    loaded: Any = BertModel.from_pretrained(
-        bert_folder(name), add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+    loaded: Any = _WithoutPooler.from_pretrained(
+        hub.fetch(bert_folder(name)), add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
     )
     bert, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -73,7 +80,6 @@ def _bert_name(ours: str) -> str | None:
 
 
 def _config(name: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(bert_folder(name))
-    except OSError as e:
-        raise OpticNerveError(f"cannot read the configuration of the BERT {name!r}: {e}") from e
+    folder = hub.fetch(bert_folder(name), weights=False)
+    with hub.reading("the configuration", name, "name a BERT of transformers"):
+        return AutoConfig.from_pretrained(folder)

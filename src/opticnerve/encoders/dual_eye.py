@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from opticnerve import registry
+from opticnerve import hub, registry
 from opticnerve.encoders.base import Encoder
 from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
@@ -47,7 +47,7 @@ class DualEncoderEye(Encoder):
         Raises:
             OpticNerveError: there is no `DualEncoder`, or weights of its eye are missing or left over.
         """
-        folder = _folder(name)
+        folder = Path(hub.fetch(name))
         spec = _spec(folder, options.get("encoder"))
         inner = _build(spec)
         files = weight_files(folder)
@@ -73,7 +73,7 @@ class DualEncoderEye(Encoder):
     def planned(cls, name: str, **options: Any) -> DualEncoderEye:
         """The same shapes from the configuration alone."""
         with torch.device("cpu"):
-            spec = _spec(_folder(name), options.get("encoder"))
+            spec = _spec(Path(hub.fetch(name, weights=False)), options.get("encoder"))
         return cls(encoder=spec)
 
     def forward(self, media: Tensor) -> Features:
@@ -90,18 +90,6 @@ def _build(spec: dict[str, Any]) -> Encoder:
     options = {k: v for k, v in spec.items() if k != "type"}
     encoder: Encoder = registry.encoders.get(spec["type"], allow_dotted=False)(**options)
     return encoder
-
-
-def _folder(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*"]))
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as e:
-        raise OpticNerveError(f"there is neither a folder nor a hub model {name!r}") from e
 
 
 def _spec(folder: Path, changes: dict[str, Any] | None) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import logging
 
+from opticnerve import hub
 from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
@@ -128,10 +126,11 @@ class HFVisionEncoder(Encoder):
         Raises:
             OpticNerveError: there is no vision transformer in it, or weights of it are missing.
         """
+        folder = hub.fetch(name)
         config = _vision_config(name)
-        with _quiet():  # of all that is not the eye; what is missing is told below
+        with hub.quiet():  # of all that is not the eye; what is missing is told below
             loaded: Any = _model_class(config).from_pretrained(
-                name, config=config, key_mapping=_TOWER, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, config=config, key_mapping=_TOWER, output_loading_info=True, ignore_mismatched_sizes=True
             )
         model, report = loaded
         if report["missing_keys"] or report["mismatched_keys"]:
@@ -140,9 +139,7 @@ class HFVisionEncoder(Encoder):
                 f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
             )
         encoder = cls(architecture=config.to_dict(), _model=model, **{**_preparation(name, config, options), **options})
-        folder = Path(name)
-        if folder.is_dir():
-            encoder.files = weight_files(folder)
+        encoder.files = weight_files(Path(folder))
         return encoder
 
     @classmethod
@@ -313,13 +310,3 @@ def _build(config: PreTrainedConfig) -> Any:
 def _can_be_asked_to_interpolate(model: nn.Module) -> bool:
     """DINO interpolates unasked; CLIP, SigLIP, ViT and BLIP must be asked, and only when the size is not their own."""
     return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

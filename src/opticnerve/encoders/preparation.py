@@ -13,6 +13,7 @@ import transformers as tf
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from opticnerve import hub
 from opticnerve.starter.checkpoint import UNREADABLE, says_how, unreadable
 from opticnerve.types import OpticNerveError
 
@@ -83,7 +84,7 @@ def _own(name: str, family: str) -> tuple[Any, bool]:
     """Its image processor, and whether the checkpoint holds one."""
     if says_how(name, "image_processor"):
         try:
-            return tf.AutoImageProcessor.from_pretrained(name, trust_remote_code=False), True
+            return tf.AutoImageProcessor.from_pretrained(hub.fetch(name, weights=False), trust_remote_code=False), True
         except UNREADABLE as e:
             raise unreadable(f"how {name!r} prepares pictures", e, _REMEDY) from e
     if family not in _PUBLISHED:

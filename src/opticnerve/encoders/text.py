@@ -25,6 +25,7 @@ from transformers import (
     SiglipTextModel,
 )
 
+from opticnerve import hub
 from opticnerve.registry import Registry
 from opticnerve.starter.cache import weight_files
 from opticnerve.starter.checkpoint import read_config
@@ -102,7 +103,7 @@ class HFTextEncoder(nn.Module):
         Raises:
             OpticNerveError: no text encoder, or weights are missing.
         """
-        folder = bert_folder(name)
+        folder = hub.fetch(bert_folder(name))
         config = read_config(folder)
         config = getattr(config, "text_config", config)
         wanted = options.get("pooling") or default_pooling(config)
@@ -117,8 +118,7 @@ class HFTextEncoder(nn.Module):
                 f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
             )
         encoder = cls.from_loaded(model, AutoTokenizer.from_pretrained(folder), **options)
-        if Path(folder).is_dir():
-            encoder.files = weight_files(Path(folder))
+        encoder.files = weight_files(Path(folder))
         return encoder
 
     @classmethod

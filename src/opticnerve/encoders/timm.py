@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
+from opticnerve import hub
 from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.private_names import read_timm_config
 from opticnerve.starter import weights as starter
@@ -82,12 +82,14 @@ class TimmEncoder(Encoder):
             return encoder
         size = _size_args(encoder.model, encoder.options["image_size"])
         try:
-            pretrained = timm.create_model(name, pretrained=True, **{**size, **encoder.options["model_args"]})
+            options = {**size, **encoder.options["model_args"]}
+            with hub.errors(name):
+                pretrained = timm.create_model(_local(name), pretrained=True, **options)
             encoder.model.load_state_dict(pretrained.state_dict())
         except RuntimeError as e:  # timm and torch list the missing, unexpected and mismatched tensors
             raise OpticNerveError(f"the weights of {name!r} are not those of its configuration: {e}") from e
-        if name.startswith("local-dir:"):
-            encoder.files = weight_files(Path(name.removeprefix("local-dir:")))
+        if ":" in name:
+            encoder.files = weight_files(Path(_local(name).removeprefix("local-dir:")))
         else:
             encoder.files = _hub_files(pretrained)
         return encoder
@@ -184,11 +186,10 @@ def _look_up(name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
     So that a configuration names the architecture alone, and builds where neither hub nor folder is at hand.
     """
-    source, colon, place = name.partition(":")
-    if not colon:
+    if ":" not in name:
         return name, _preparation(name, _registered(name), given)
-    load = read_timm_config if source == "local-dir" else load_model_config_from_hf
-    found, architecture, model_args = load(place)
+    place = _local(name, weights=False).removeprefix("local-dir:")
+    found, architecture, model_args = read_timm_config(place)
     defaults: dict[str, Any] = {k: list(found[k]) for k in ("mean", "std") if k in found}
     if "input_size" in found:
         defaults["image_size"] = int(found["input_size"][-1])
@@ -229,6 +230,12 @@ def _preparation(name: str, settings: dict[str, Any], given: dict[str, Any]) -> 
     if "fit" not in given:
         found |= {"fit": fit, "crop_pct": float(settings.get("crop_pct") or timm.data.DEFAULT_CROP_PCT)}
     return found
+
+
+def _local(name: str, *, weights: bool = True) -> str:
+    """`hf-hub:…` as `local-dir:…`; other names as they are."""
+    source, _, place = name.partition(":")
+    return f"local-dir:{hub.fetch(place, weights=weights)}" if source in ("hf-hub", "hf_hub") else name
 
 
 def _hub_files(model: Any) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Transformer
 
+from opticnerve import hub
 from opticnerve.encoders.base import Encoder
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import weight_files
@@ -109,8 +110,7 @@ class WhisperEncoder(Encoder):
         else:
             architecture, state = _read_transformers(name)
             options = {**_window(name, architecture), **options}
-            if Path(name).is_dir():
-                files = weight_files(Path(name))
+            files = weight_files(Path(hub.fetch(name)))
         with torch.device("meta"):
             ear = cls(architecture=architecture, **options)
         state["embed_positions.weight"] = state["embed_positions.weight"][: FRAMES * ear.seconds].clone()
@@ -228,7 +228,7 @@ class _EncoderAlone(Transformer):
 def _read_transformers(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _config(name)
     loaded: Any = _EncoderAlone.from_pretrained(
-        name, config=config, key_mapping={r"^(model\.)?encoder\.": ""}, output_loading_info=True,
+        hub.fetch(name), config=config, key_mapping={r"^(model\.)?encoder\.": ""}, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     model, report = loaded

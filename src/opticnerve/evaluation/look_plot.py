@@ -40,7 +40,7 @@ def look_plot(looked: Looked, picture: PIL.Image.Image, question: str, path: Pat
     characters = int(width * 9)
     figure.text(0.15 / width, 1 - 0.14 / height, wrap(question, characters, 1), **title)
     figure.text(
-        0.15 / width, 1 - 0.44 / height, wrap(_seen(f"answer: {looked.answer}"), characters, 1),
+        0.15 / width, 1 - 0.44 / height, wrap(f"answer: {looked.answer}", characters, 1),
         **{**title, "fontsize": 11, "fontweight": "normal"},
     )  # fmt: skip
     shown = np.asarray(picture.convert("RGB"))
@@ -64,11 +64,6 @@ def _method(figure: Figure, found: Map, x: float, y: float) -> None:
     figure.text(x, y, found.method.replace("_", "-"), fontsize=11, fontweight="bold", color=INK, va="top", **words())
     size = figure.get_figheight()
     figure.text(x, y - 0.24 / size, wrap(found.note, 19, 8), fontsize=8.5, color="#5A6069", va="top", **words())
-
-
-def _seen(text: str) -> str:
-    """Without control characters, for which no font has a form."""
-    return "".join(c if c.isprintable() else "·" for c in text)
 
 
 def _bare(axes: Axes, shown: NDArray[Any]) -> None:
@@ -97,7 +92,9 @@ def panel(axes: Axes, shown: NDArray[Any], looked: Looked, found: Map, word: int
     axes.set_xlim(-0.5, shown.shape[1] - 0.5)
     axes.set_ylim(shown.shape[0] - 0.5, -0.5)
     _frame(axes)
-    axes.set_title(wrap(_seen(looked.words[word].text), 14, 1), loc="left", fontsize=11, color=INK, pad=4, **words())
+    axes.set_title(
+        wrap(looked.words[word].text.replace("\n", "·"), 14, 1), loc="left", fontsize=11, color=INK, pad=4, **words()
+    )
     axes.set_title(_highest(found, word), loc="right", fontsize=8.5, color="#5A6069", pad=4)
 
 
@@ -132,7 +129,9 @@ def shares_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str, note:
     axes.axvline(rows[0]["area"], color="#D55E00", linestyle="--", linewidth=1.6, zorder=3)
     axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **words())
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the map on the object (dashed: its share of the area; dotted: the most this grid allows)")
+    axes.set_xlabel(
+        "share of the map on the object\n(dashed: its share of the area; dotted: the most that this grid allows)"
+    )
     axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **words())
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, axis="y", length=0)

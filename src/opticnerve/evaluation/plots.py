@@ -133,7 +133,6 @@ def _sample(axes: Axes, sample: dict[str, Any], folder: Path) -> None:
             0.955, 0.955, mark, transform=axes.transAxes, ha="right", va="top", fontsize=15, fontweight="bold",
             color="white",
             bbox={"boxstyle": "round,pad=0.22", "facecolor": colour, "edgecolor": "white", "linewidth": 1.2},
-            fontfamily="DejaVu Sans",
         )  # fmt: skip
     lines = wrap(sample.get("question") or "(no question)", 33, 2)
     said = wrap(f"{mark} {sample.get('prediction') or '(nothing)'}".strip(), 29, 2)

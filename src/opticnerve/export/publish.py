@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from opticnerve import hub
 from opticnerve.evaluation.card import write_card
 from opticnerve.export.export import Exported, export
 from opticnerve.export.formats import PLAIN, Options
@@ -65,15 +66,19 @@ def push(
         folder = Path(to_folder) / repo.rpartition("/")[2]
         made = _make(name, folder, to, repo, licence, datasets, options, say)
         return Published(str(folder), made)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
+    if api is None and get_token() is None:  # before minutes of export
+        remedy = "log in by `hf auth login` (or set HF_TOKEN) with a token that may write there"
+        raise hub.HubError(f"nobody is logged in who could write to {repo!r}", remedy, kind="token")
     api = api or HfApi()
     with tempfile.TemporaryDirectory(prefix="opticnerve-push-") as scratch:
         folder = Path(scratch) / repo.rpartition("/")[2]
         made = _make(name, folder, to, repo, licence, datasets, options, say)
         say(f"uploading to {repo}")
-        api.create_repo(repo_id=repo, private=private, exist_ok=True)
-        address = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{to} by opticnerve")
+        with hub.errors(repo, writes=True):
+            api.create_repo(repo_id=repo, private=private, exist_ok=True)
+            address = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{to} by opticnerve")
         return Published(str(address), made)
 
 

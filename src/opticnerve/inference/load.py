@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from opticnerve import hub
 from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProcessor
 from opticnerve.models.strict import told
 from opticnerve.types import OpticNerveError
@@ -43,15 +44,25 @@ def load_processor(folder: str) -> Any:
 
 
 def kind_of(name: str) -> str:
-    """What a folder (or hub name) holds: "docked", "dual" or "classifier", by its config.json."""
+    """What a folder holds: "docked", "dual" or "classifier", by its config.json.
+
+    Raises:
+        OpticNerveError: it is damaged, or another library's model.
+    """
     with told("config.json", name):
         config, _ = PreTrainedConfig.get_config_dict(name)
-    return _KINDS.get(str(config.get("model_type")), "docked")
+        kind = _KINDS.get(str(config.get("model_type")))
+    if kind is None:
+        raise OpticNerveError(
+            f"{name} holds a {str(config.get('model_type'))[:80]}, which is no model of opticnerve; `opticnerve "
+            "import` takes LLaVA's and BLIP-2's kinds over, and a recipe docks encoders onto language models"
+        )
+    return kind
 
 
 ADAPTER = "adapter_config.json"
-# By `model_type` of config.json; whatever else is tried as a docked model, whose loading says what is wrong.
-_KINDS = {"opticnerve_dual_encoder": "dual", "opticnerve_fusion_classifier": "classifier"}
+# By `model_type` of config.json.
+_KINDS = {"opticnerve": "docked", "opticnerve_dual_encoder": "dual", "opticnerve_fusion_classifier": "classifier"}
 
 
 def default_device() -> str:
@@ -59,8 +70,8 @@ def default_device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
 
 
-def resolve(name: str) -> str:
-    """The folder (or hub name) that a model's name stands for."""
+def resolve(name: str, *, weights: bool = True) -> str:
+    """The folder that a model's name stands for; one of a hub is fetched first, its weights where they are wanted."""
     if name == "starter":
         from opticnerve.starter.demo import shipped_model
 
@@ -78,6 +89,4 @@ def resolve(name: str) -> str:
                 "with peft's merge_and_unload(), save that, and name the folder as the recipe's language"
             )
         raise OpticNerveError(f"{name} holds no model (no config.json); a run has one once its first stage has ended")
-    if path.suffix or name.startswith((".", "/")) or name.count("/") > 1:
-        raise OpticNerveError(f"there is no model folder {name!r}")
-    return name
+    return hub.fetch(name, weights=weights)

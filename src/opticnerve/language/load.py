@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from opticnerve import hub
 from opticnerve.language.composite import causal_config, takes_text_of, text_model
 from opticnerve.language.layers import check_takes_embeddings
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import cache_dir, fingerprint, new_folder, weight_files
-from opticnerve.starter.checkpoint import UNREADABLE, find_file, read_config, unreadable
+from opticnerve.starter.checkpoint import UNREADABLE, read_config, unreadable
 from opticnerve.types import OpticNerveError
 
 
@@ -45,7 +46,7 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
     """
     folder, files = resolve(name, gguf_file=gguf_file)
     config = load_language_config(name, gguf_file=gguf_file)
-    with no_bars() if Path(folder).is_dir() else nullcontext():
+    with no_bars():
         tokenizer = load_tokenizer(name, gguf_file=gguf_file)
         whole = read_config(folder)
         if takes_text_of(whole):
@@ -77,7 +78,7 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
     Raises:
         OpticNerveError: there is none that transformers can read, or it has neither padding nor end token.
     """
-    folder = resolve(name, gguf_file=gguf_file)[0]
+    folder = resolve(name, gguf_file=gguf_file, weights=False)[0]
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (*UNREADABLE, RuntimeError) as e:
@@ -115,20 +116,22 @@ def load_language_config(name: str, *, gguf_file: str | None = None) -> Any:
     Raises:
         OpticNerveError: nothing that transformers can read, or no causal language model.
     """
-    folder = resolve(name, gguf_file=gguf_file)[0]
-    # A folder with an adapter alone holds no configuration to read.
-    config = None if (Path(folder) / "adapter_config.json").is_file() else read_config(folder)
-    if config is None or find_file(folder, "adapter_config.json"):
+    folder = resolve(name, gguf_file=gguf_file, weights=False)[0]
+    if (Path(folder) / "adapter_config.json").is_file():
         # transformers would put the adapter onto the base that it names, and say nothing.
         raise OpticNerveError(
             f"{name!r} holds an adapter of peft (adapter_config.json), not a language model alone; merge it into its "
             "base with peft's merge_and_unload(), save that, and name its folder"
         )
-    return causal_config(name, config)
+    return causal_config(name, read_config(folder))
 
 
-def resolve(name: str, *, gguf_file: str | None = None) -> tuple[str, list[str]]:
-    """A folder (or hub name) that transformers reads as it is, and the files whose contents identify the weights."""
+def resolve(name: str, *, gguf_file: str | None = None, weights: bool = True) -> tuple[str, list[str]]:
+    """A folder that transformers reads as it is, and the files whose contents identify the weights.
+
+    Args:
+        weights: False fetches nothing large of a name of the hub.
+    """
     if starter.is_starter(name):
         file = starter.language(name).file()
         return str(_dequantised(file)), [str(file)]
@@ -138,13 +141,10 @@ def resolve(name: str, *, gguf_file: str | None = None) -> tuple[str, list[str]]
             raise OpticNerveError(f"there is no GGUF file {name!r}")
         return str(_dequantised(path)), [str(path)]
     if gguf_file is not None:
-        found = find_file(name, gguf_file)
-        if found is None:
-            raise OpticNerveError(f"{name!r} holds no GGUF file {gguf_file!r}")
+        found = hub.fetch_file(name, gguf_file)
         return str(_dequantised(found)), [str(found)]
-    if path.is_dir():
-        return name, weight_files(path)
-    return name, []
+    folder = hub.fetch(name, weights=weights)
+    return folder, weight_files(Path(folder))
 
 
 def _dequantised(file: Path) -> Path:
@@ -185,18 +185,6 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def hub_files(name: str) -> list[str]:
-    """The weight files of a hub model in the local cache, after it was loaded; empty where there are none."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):  # nothing there, or no name of the hub at all (a folder)
-        return []
-    return weight_files(folder)
 
 
 def tensor_fingerprint(state: dict[str, torch.Tensor]) -> str:

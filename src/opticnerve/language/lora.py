@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from opticnerve.language.layers import decoder_layers
 from opticnerve.private_names import forget_adapters
@@ -49,6 +50,7 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
         lora_alpha=chosen["alpha"] if chosen["alpha"] is not None else 2 * chosen["rank"],
         lora_dropout=chosen["dropout"],
         target_modules=targets,
+        fan_in_fan_out=any(isinstance(language_model.get_submodule(n), Conv1D) for n in names),  # GPT-2's layers
     )
     frozen = {name: p.requires_grad for name, p in language_model.named_parameters()}
     inject_adapter_in_model(config, language_model)

@@ -33,7 +33,6 @@ from opticnerve.models.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.parts import is_docked, moving_buffers
 from opticnerve.models.strict import told
 from opticnerve.models.tower import join, language_sizes
-from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import fingerprint
 from opticnerve.types import OpticNerveError
 
@@ -63,7 +62,7 @@ def describe_bases(
     language_name: str, language_files: Iterable[str], towers: dict[str, Any], *, gguf_file: str | None = None
 ) -> dict[str, Any]:
     """The references: `language` and, per modality, `encoder`: how each is called, and the hash of its weight files."""
-    files = list(language_files) or language.hub_files(language_name)
+    files = list(language_files)
     bases: dict[str, Any] = {"language": {"name": language_name, "sha256": fingerprint(files) if files else None}}
     if gguf_file is not None:
         bases["language"]["gguf_file"] = gguf_file
@@ -72,7 +71,7 @@ def describe_bases(
 
 def base_of(name: Any, encoder: Any) -> dict[str, Any]:
     """How an encoder's weights are called, and the hash of their files."""
-    files = encoder.weight_files() or [f for n in weight_names(name) for f in _hub_files(n)]
+    files = encoder.weight_files()
     return {"name": name, "sha256": fingerprint(files) if files else None}
 
 
@@ -81,10 +80,6 @@ def weight_names(name: Any) -> list[str]:
     if isinstance(name, dict):
         return [n for inner in name.values() for n in weight_names(inner)]
     return [] if name is None else [str(name)]
-
-
-def _hub_files(name: str) -> list[str]:
-    return [] if starter.is_starter(name) else language.hub_files(name.removeprefix("hf-hub:"))
 
 
 def save(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from opticnerve import hub
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.models.dual_encoder import DualEncoder
@@ -20,7 +21,9 @@ def import_dual_encoder(name: str) -> tuple[DualEncoder, DualEncoderProcessor]:
     Raises:
         OpticNerveError: another kind of model, or weights are missing.
     """
-    loaded: Any = AutoModel.from_pretrained(name, output_loading_info=True)
+    folder = hub.fetch(name)
+    with hub.quiet():
+        loaded: Any = AutoModel.from_pretrained(folder, output_loading_info=True)
     whole, report = loaded
     if whole.config.model_type not in ("clip", "siglip"):
         raise OpticNerveError(f"{name!r} is a {whole.config.model_type}; only CLIP and SigLIP can be taken over whole")

@@ -214,6 +214,8 @@ class OpticNerveProcessor(ProcessorMixin):
         if batched or kwargs.get("padding"):
             kwargs.setdefault("padding", True)
             kwargs.setdefault("padding_side", "left")
+        # Whether a prompt is too long, the language model's context says, not what a tokenizer was once made for.
+        kwargs.setdefault("verbose", False)
         prompts = [text] if isinstance(text, str) else list(text or [])
         made = super().__call__(images=images, text=text, audio=audio, **kwargs)
         if self.reads_questions and "pixel_values" in made:

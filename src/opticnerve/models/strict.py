@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from opticnerve import hub
 from opticnerve.models.bounded import no_larger_than_files
 from opticnerve.types import OpticNerveError
 
@@ -76,6 +77,8 @@ def told(what: str, source: Any) -> Iterator[None]:
         # Rust code that panics over a file (tokenizers) raises what is no Exception.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
+        if found := hub.explain(e, str(source)):
+            raise found from e
         said = f"{type(e).__name__}: {e}" if str(e).strip() else type(e).__name__
         raise OpticNerveError(f"{what} in {source} cannot be loaded: {said[:2_000]}") from e
 

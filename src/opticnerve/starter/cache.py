@@ -43,22 +43,25 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def fingerprint(files: Iterable[str | Path]) -> str:
-    """SHA-256 over the contents of weight files, in name order; remembered by path, size and time of change."""
+    """SHA-256 over the contents of weight files, in name order."""
+    total = hashlib.sha256()
+    for file in sorted(map(Path, files), key=lambda f: f.name):
+        total.update(sha256_of(file).encode())
+    return total.hexdigest()
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a large file; remembered by path, size and time of change."""
     memory = cache_dir() / "fingerprints.json"
     try:
         known: dict[str, str] = json.loads(memory.read_text())
     except (OSError, json.JSONDecodeError):
         known = {}
-    total, changed = hashlib.sha256(), False
-    for file in sorted(map(Path, files), key=lambda f: f.name):
-        stat = file.stat()
-        key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if key not in known:
-            known[key] = durable.sha256(file)
-            changed = True
-        total.update(known[key].encode())
-    if changed:
+    stat = file.stat()
+    key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    if key not in known:
+        known[key] = durable.sha256(file)
         partial = memory.with_suffix(f".{os.getpid()}.tmp")
         partial.write_text(json.dumps(known))
         partial.replace(memory)
-    return total.hexdigest()
+    return known[key]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
+from opticnerve import hub
 from opticnerve.types import OpticNerveError
 
 # In as many ways do transformers and its parts say that a file is missing, damaged, or of a kind they do not know.
@@ -28,8 +28,11 @@ def read_config(name: str) -> Any:
     """
     try:
         # Configurations hold tensors here and there, and are read even where `plan` builds on the meta device.
-        with torch.device("cpu"):
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)  # an error, not a question
+        with torch.device("cpu"), hub.quiet():
+            folder = hub.fetch(name, weights=False)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # an error, not a question
+    except OpticNerveError:
+        raise
     except UNREADABLE as e:
         raise unreadable(f"the configuration of {name!r}", e, REMEDY) from e
 
@@ -40,22 +43,8 @@ def find_file(name: str, file: str) -> Path | None:
     Raises:
         OpticNerveError: whether it has one cannot be told: the hub is not reached, or refuses.
     """
-    if Path(name).is_dir():
-        return Path(name) / file if (Path(name) / file).is_file() else None
-    try:
-        return Path(hf_hub_download(name, file))
-    except LocalEntryNotFoundError as e:
-        # Not reached. What the cache holds beside a path is a note that the model has no such file; who works offline
-        # by choice works with the snapshot that lies there.
-        if try_to_load_from_cache(name, file) is not None:
-            return None
-        if constants.HF_HUB_OFFLINE and isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return None
-        raise unreadable(f"{file} of {name!r}", e, REMEDY) from e
-    except EntryNotFoundError:
-        return None
-    except UNREADABLE as e:
-        raise unreadable(f"{file} of {name!r}", e, REMEDY) from e
+    path = Path(hub.fetch(name, weights=False)) / file
+    return path if path.is_file() else None
 
 
 def says_how(name: str, part: str) -> bool:

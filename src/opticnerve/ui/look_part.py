@@ -54,7 +54,7 @@ def _draw(shown: NDArray[Any], looked: Any, found: Any, number: int) -> PIL.Imag
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from opticnerve.evaluation.drawing import INK
+    from opticnerve.evaluation.drawing import INK, dressed
     from opticnerve.evaluation.look_plot import panel
 
     side, head, rim = 3.6, 0.62, 0.12  # inches
@@ -67,7 +67,8 @@ def _draw(shown: NDArray[Any], looked: Any, found: Any, number: int) -> PIL.Imag
         figure.add_axes((rim / (side + 2 * rim), rim / whole, side / (side + 2 * rim), height / whole)), shown, looked,
         found, number,
     )  # fmt: skip
-    canvas.draw()
+    with dressed(figure):
+        canvas.draw()
     return PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 

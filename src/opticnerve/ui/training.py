@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opticnerve import recipe as recipes
+from opticnerve.starter.demo import packaged, recipe_path
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import jobs
 from opticnerve.ui.jobs import PROGRAM, Job, lives, log_of, read_job, trained_by, write_job
@@ -64,8 +65,7 @@ class Watched:
 def list_recipes(root: Path) -> list[str]:
     """`ready:NAME` for those that ship with opticnerve, those of the starter first, and `file:PLACE` for those below
     the folder of runs."""
-    shipped = sorted(p.stem for p in _shipped().glob("*.yaml"))
-    ready = sorted(shipped, key=lambda name: not name.startswith("starter"))
+    ready = sorted(packaged(), key=lambda name: not name.startswith("starter"))
     own: list[str] = []
     for seen, (here, inner, names) in enumerate(os.walk(root)):
         folder = Path(here)
@@ -86,7 +86,7 @@ def recipe_file(root: Path, choice: str) -> Path:
     if choice not in list_recipes(root):
         raise OpticNerveError(f"there is no recipe {choice!r}: choose a ready one, or one that lies in {root}")
     if choice.startswith(READY):
-        return _shipped() / f"{choice.removeprefix(READY)}.yaml"
+        return recipe_path(choice.removeprefix(READY))
     path = root / choice.removeprefix(FILE)
     if not path.resolve().is_relative_to(root.resolve()) or not path.is_file():
         raise OpticNerveError(f"{path} is a link to elsewhere; copy the recipe into {root}")
@@ -272,12 +272,6 @@ def _lock(root: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _shipped() -> Path:
-    from opticnerve.starter.demo import recipe_path
-
-    return recipe_path().parent
 
 
 def _typed(path: Path) -> str:

@@ -13,8 +13,10 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opticnerve import hub
 from opticnerve.data.readers.groups import BATCH, batches, rows_of
 from opticnerve.data.readers.records import DamagedShard, Place, Record
 from opticnerve.data.readers.shards import PICTURES, SOUNDS
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 TRIES, PAUSE = 3, 5.0
 """How often a shard is opened again at one place when the network fails, and the first pause (seconds); it doubles."""
-_NETWORK = {"aiohttp", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3"}
+_NETWORK = {*hub.NETWORK, "huggingface_hub"}
 
 
 class HubShelf:
@@ -39,11 +41,14 @@ class HubShelf:
             builder = datasets.load_dataset_builder(path, given.subset, revision=given.revision)
             self._stream = builder.as_streaming_dataset(split=given.split)
         except Exception as e:  # as in `read_rows`
-            if not (lost(e) or damaged(e)):
+            name = f"{path}@{given.revision}" if given.revision else path
+            if found := hub.explain(e, name, kind="data set"):
+                raise DataError(found.problem, where=path, remedy=found.remedy, kind="missing-file") from e
+            if not damaged(e):
                 raise
-            remedy = "check path, subset, hub_split and revision, and whether the hub can be reached"
-            if lost(e):
-                remedy += " (HF_HUB_OFFLINE forbids it)"
+            if not Path(path).exists() and (found := hub.refusal(name)):
+                raise DataError(found.problem, where=path, remedy=found.remedy, kind="missing-file") from e
+            remedy = "check path, subset, hub_split and revision"
             raise DataError(
                 f"datasets cannot stream it: {_brief(e)}", where=path, remedy=remedy, kind="missing-file"
             ) from e

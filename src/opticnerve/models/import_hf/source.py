@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
 from huggingface_hub.errors import StrictDataclassError
 
+from opticnerve import hub
 from opticnerve.language.load import no_bars
 from opticnerve.types import OpticNerveError
 
@@ -39,12 +39,11 @@ def read_config(name: str, known: list[str]) -> Any:
     Raises:
         OpticNerveError: nothing there, or a kind of model that is not `known`; the message lists those that are.
     """
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise OpticNerveError(f"there is no folder {name}")
+    folder = hub.fetch(name, weights=False)
     try:
-        config = tf.AutoConfig.from_pretrained(name)
+        config = tf.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
-        raise OpticNerveError(f"{name} has no configuration that transformers can read: {e}") from e
+        raise OpticNerveError(f"{name} has no configuration that transformers can read: {hub.brief(e)}") from e
     if config.model_type == "opticnerve":
         raise OpticNerveError(f"{name} is a model of opticnerve already; nothing to import")
     if config.model_type not in known:
@@ -78,10 +77,10 @@ def read(name: str, model_class: str) -> Source:
     Raises:
         OpticNerveError: tensors are missing, unexpected or of another shape, or there is no processor.
     """
-    cls = getattr(tf, model_class)
+    cls, folder = getattr(tf, model_class), hub.fetch(name)
     with no_bars():
         loaded: Any = cls.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
         model, report = loaded
         problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
@@ -89,9 +88,9 @@ def read(name: str, model_class: str) -> Source:
             listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
             raise OpticNerveError(f"the weights of {name} are not those of its config.json: {listing}")
         try:
-            processor = tf.AutoProcessor.from_pretrained(name)
+            processor = tf.AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise OpticNerveError(f"{name} has no processor that transformers can read: {e}") from e
+            raise OpticNerveError(f"{name} has no processor that transformers can read: {hub.brief(e)}") from e
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise OpticNerveError(
             f"{name} has no processor, only a {type(processor).__name__}; save the tokenizer and the image processor "
