@@ -30,8 +30,8 @@ from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
 from opticnerve.encoders.preparation import preparation
+from opticnerve.hub import read_config
 from opticnerve.starter.cache import weight_files
-from opticnerve.starter.checkpoint import read_config
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]

@@ -14,7 +14,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from opticnerve import hub
-from opticnerve.starter.checkpoint import UNREADABLE, says_how, unreadable
+from opticnerve.hub import UNREADABLE, says_how, unreadable
 from opticnerve.types import OpticNerveError
 
 COLOURS = ("mean", "std")

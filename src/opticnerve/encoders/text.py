@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from opticnerve import hub
+from opticnerve.hub import read_config
 from opticnerve.registry import Registry
 from opticnerve.starter.cache import weight_files
-from opticnerve.starter.checkpoint import read_config
 from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import Features, OpticNerveError
 

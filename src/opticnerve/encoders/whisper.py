@@ -20,9 +20,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Trans
 
 from opticnerve import hub
 from opticnerve.encoders.base import Encoder
+from opticnerve.hub import UNREADABLE, read_config, says_how, unreadable
 from opticnerve.starter import weights as starter
 from opticnerve.starter.cache import weight_files
-from opticnerve.starter.checkpoint import UNREADABLE, read_config, says_how, unreadable
 from opticnerve.types import Features, OpticNerveError
 
 SAMPLING_RATE = 16_000

@@ -67,15 +67,6 @@ def checkpoint_layers(model: Any) -> None:
             module.training = True
 
 
-def keep_activations(model: Any) -> None:
-    """The end of `checkpoint_layers`."""
-    language = model.language_model
-    if hasattr(language, "activation_checkpointing_disable"):
-        language.activation_checkpointing_disable()
-    else:
-        language.gradient_checkpointing_disable()
-
-
 BACKEND = "inductor"
 # Where the name is not that of the package.
 TRACKER_PACKAGES = {"tensorboard": "opticnerve[tensorboard]", "comet_ml": "comet-ml"}
