@@ -9,7 +9,7 @@ skeleton with its words in the places of the marks, or it is refused: no word is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -104,6 +104,8 @@ class ChatForm:
         added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         special = {*map(str, added), *self.tokenizer.all_special_tokens}
         self.special = sorted(special, key=len, reverse=True)
+        media = [re.escape(t) for t in (processor.image_token, processor.audio_token) if t]
+        self._media = re.compile("(?:" + "|".join([r"\s", *media]) + ")*")
         # As `sanitize_control_tokens` of transformers: white space that templates write is ordinary text.
         others = (str(t) for t in self.tokenizer.added_tokens_decoder.values() if str(t) in template)
         self._special = _spelling(self.special)
@@ -168,12 +170,15 @@ class ChatForm:
         for turn in turns:
             self._check_marks(turn, order, cue)
         users = (m for t in turns if t.role == "user" for m in t.marks[-1:] if m in order)
-        closing = {self._special_at(made.behind(m)) for m in users}
+        closing = {self._special_at(made.behind(m), behind_media=True) for m in users}
         closing |= {self.end, self.tokenizer.eos_token}
         for k, turn in enumerate(turns):
             if turn.role != "assistant" or any(m not in order for m in turn.marks):
                 continue
             asked = self._render([t.chat() for t in turns[:k]], True)
+            if k < len(turns) - 1 and self.thinking in ("keep", "empty") and not whole.startswith(asked):
+                # The template shows earlier answers without the block that an answer is asked with.
+                asked = thinking.without_block(asked)
             if not whole.startswith(asked):
                 if cue or not turn.learn:
                     continue  # no more than history
@@ -215,8 +220,9 @@ class ChatForm:
             remedy = FOLD if turn.role == "system" else OTHER_TEMPLATE
             raise DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy)
 
-    def _special_at(self, text: str) -> str | None:
-        text = text.lstrip()
+    def _special_at(self, text: str, *, behind_media: bool = False) -> str | None:
+        """The special token that a text begins with, behind white space."""
+        text = self._media.sub("", text, count=1) if behind_media else text.lstrip()
         return next((s for s in self.special if text.startswith(s)), None)
 
     def after_last_answer(self) -> str:
@@ -266,12 +272,8 @@ class ChatForm:
         places: dict[int, tuple[int, int]] = {}
         speaker = {m: t.role for t in turns for m in t.marks}
         for mark, after in zip(skeleton.order, following, strict=True):
-            said = words[mark]
-            # Many templates trim what people say; no other change of their words goes unnoticed.
-            for form in dict.fromkeys((said, said.strip(), said.lstrip(), said.rstrip())):
-                if text.startswith(form + after, at):
-                    break
-            else:
+            form = next((f for f in _trimmed(words[mark]) if text.startswith(f + after, at)), None)
+            if form is None:
                 raise DataError(f"the chat template rewrites the {speaker[mark]}'s words", remedy=OTHER_TEMPLATE)
             places.setdefault(mark, (at, at + len(form)))
             spans.append((at, at + len(form), speaker[mark]))
@@ -314,6 +316,14 @@ def form_of(processor: Any, template: str | None = None) -> ChatForm:
     if key not in forms:
         forms[key] = ChatForm(processor, template)
     return forms[key]
+
+
+def _trimmed(said: str) -> Iterator[str]:
+    """Words as they are, and as templates trim them: of some kind of white space, or of all, at either end. No other
+    change of people's words goes unnoticed."""
+    yield said
+    kinds = ("", "\n", " \t", " ", " \n", None)
+    yield from dict.fromkeys(said.lstrip(left).rstrip(right) for left in kinds for right in kinds)
 
 
 def _spelling(words: Iterable[str]) -> re.Pattern[str]:

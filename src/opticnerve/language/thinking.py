@@ -37,6 +37,11 @@ def closed(cue: str) -> bool:
     return _CLOSED.search(cue) is not None
 
 
+def without_block(cue: str) -> str:
+    """A generation prompt without the think block, opened or empty, at its end."""
+    return _OPENED.sub("", _CLOSED.sub("", cue))
+
+
 def without(answer: str) -> str:
     """An answer without the think block at its beginning."""
     found = BLOCK.match(answer)
