@@ -34,8 +34,8 @@ LOSS, MOST = 0.1, 1000
 def language(folder: Path, width: int) -> str:
     words = tf.AutoTokenizer.from_pretrained(resolve("starter/smollm2-135m-instruct")[0])
     config = tf.Gemma2Config(
-        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=max(8, width // 4), eos_token_id=words.eos_token_id,
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=max(8, width // 4), eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id,
     )  # fmt: skip
     tf.Gemma2ForCausalLM(config).save_pretrained(folder)
