@@ -9,22 +9,20 @@ skeleton with its words in the places of the marks, or it is refused: no word is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from jinja2 import TemplateError
 
+from opticnerve.data.chat_skeleton import MARK, Skeleton, Turn, mark, marked, plain, text_part, trimmed
 from opticnerve.language import thinking
 from opticnerve.language.chat_template import CAPTION_ONLY
-from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, Message, TextPart
+from opticnerve.types import Conversation, DataError, Message, TextPart
 
-# Characters of Unicode's private use area: no template, no tokenizer and no text means anything by them.
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
-_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _MOST_SHAPES = 1024
 # What Jinja raises, and what Python raises from within a template's expressions.
 _RENDERING = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -53,42 +51,6 @@ class Layout:
     words: list[tuple[int, int, str]]
 
 
-@dataclass(frozen=True)
-class _Skeleton:
-    """`pieces`: what the template writes before each mark; `order`: the marks as they come; `tail`: what stands behind
-    the last one. By assistant's turn: `gaps`, what stands between its generation prompt and its first mark; `ends`, how
-    many letters behind its last mark are learned."""
-
-    pieces: list[str]
-    order: list[int]
-    tail: str
-    gaps: dict[int, str] = field(default_factory=dict)
-    ends: dict[int, int] = field(default_factory=dict)
-
-    def behind(self, mark: int) -> str:
-        """What the template writes behind a mark, up to the next one."""
-        return [*self.pieces, self.tail][self.order.index(mark) + 1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """A message of a skeleton: its `content`, as (type, text with marks), and the numbers of its marks."""
-
-    role: str
-    content: tuple[tuple[str, str], ...]
-    marks: tuple[int, ...]
-    learn: bool = True
-
-    @property
-    def said(self) -> str:
-        return "".join(text for _, text in self.content)
-
-    def chat(self) -> dict[str, Any]:
-        """As templates take it."""
-        parts = [{"type": kind, "text": text} if kind == "text" else {"type": kind} for kind, text in self.content]
-        return {"role": self.role, "content": parts}
-
-
 class ChatForm:
     """What a chat template makes of conversations. Get one with `form_of`.
 
@@ -97,7 +59,8 @@ class ChatForm:
     """
 
     def __init__(self, processor: Any, template: str) -> None:
-        self.processor, self.template = processor, template
+        # The processor owns its forms.
+        self._processor, self.template = ref(processor), template
         self.thinking = getattr(processor, "thinking", None)
         self.captions = CAPTION_ONLY in template
         self.tokenizer = processor.tokenizer
@@ -115,7 +78,7 @@ class ChatForm:
         self.separator = str(plain[0]) if plain else ""
         self.parting = set(self.tokenizer.convert_tokens_to_ids([str(t) for t in plain]))
         self.beginning = _beginning(self.tokenizer)
-        self._skeletons: dict[tuple[tuple[_Turn, ...], bool], _Skeleton | DataError] = {}
+        self._skeletons: dict[tuple[tuple[Turn, ...], bool], Skeleton | DataError] = {}
 
     def lay_out(self, conversation: Conversation, *, cue: bool) -> Layout:
         """Render a conversation (`cue`: with the generation prompt behind it) and find every turn in it.
@@ -128,13 +91,13 @@ class ChatForm:
         messages = conversation.messages
         if self.thinking == "strip":
             messages = tuple(_without_thinking(m) for m in messages)
-        turns, words = _marked(messages)
+        turns, words = marked(messages)
         try:
             try:
                 return self._fit(self._skeleton(turns, cue), turns, words, messages, cue)
             except DataError:
                 # A template may look into the words (`{% if 'x' in content %}`): the assistants' alone are marks then.
-                turns, words = _marked(messages, ("assistant",))
+                turns, words = marked(messages, ("assistant",))
                 if len(words) == len(messages):
                     raise
                 return self._fit(self._new_skeleton(turns, cue), turns, words, messages, cue)
@@ -143,7 +106,7 @@ class ChatForm:
 
     # -- skeletons ------------------------------------------------------------------------------------------------
 
-    def _skeleton(self, turns: Sequence[_Turn], cue: bool) -> _Skeleton:
+    def _skeleton(self, turns: Sequence[Turn], cue: bool) -> Skeleton:
         key = (tuple(turns), cue)
         if key not in self._skeletons:
             if len(self._skeletons) >= _MOST_SHAPES:
@@ -157,16 +120,16 @@ class ChatForm:
             raise found
         return found
 
-    def _new_skeleton(self, turns: Sequence[_Turn], cue: bool) -> _Skeleton:
+    def _new_skeleton(self, turns: Sequence[Turn], cue: bool) -> Skeleton:
         whole = self._whole([t.chat() for t in turns], cue, turns[-1].said if turns else "")
         pieces, order, at = [], [], 0
         starts: dict[int, int] = {}
-        for match in _MARK.finditer(whole):
+        for match in MARK.finditer(whole):
             pieces.append(whole[at : match.start()])
             order.append(int(match[1]))
             starts.setdefault(int(match[1]), match.start())
             at = match.end()
-        made = _Skeleton(pieces, order, whole[at:])
+        made = Skeleton(pieces, order, whole[at:])
         for turn in turns:
             self._check_marks(turn, order, cue)
         users = (m for t in turns if t.role == "user" for m in t.marks[-1:] if m in order)
@@ -201,11 +164,11 @@ class ChatForm:
         behind = thinking.behind_cue(said, asked, self.thinking)
         if whole.startswith(asked) or behind is None:
             return whole
-        last = _mark(10**9)
-        ended = self._render([*chat[:-1], {"role": "assistant", "content": [_part(last)]}], False)
+        last = mark(10**9)
+        ended = self._render([*chat[:-1], {"role": "assistant", "content": [text_part(last)]}], False)
         return asked + behind + ended.partition(last)[2]
 
-    def _check_marks(self, turn: _Turn, order: Sequence[int], cue: bool) -> None:
+    def _check_marks(self, turn: Turn, order: Sequence[int], cue: bool) -> None:
         missing = [m for m in turn.marks if m not in order]
         if turn.role == "assistant":
             if cue or not turn.learn:
@@ -227,8 +190,8 @@ class ChatForm:
 
     def after_last_answer(self) -> str:
         """What the template writes behind the last words of an assistant."""
-        chat = [_Turn("user", (("text", "q"),), ()), _Turn("assistant", (("text", _mark(0)),), (0,))]
-        return self._render([t.chat() for t in chat], False).partition(_mark(0))[2]
+        chat = [Turn("user", (("text", "q"),), ()), Turn("assistant", (("text", mark(0)),), (0,))]
+        return self._render([t.chat() for t in chat], False).partition(mark(0))[2]
 
     @cached_property
     def end(self) -> str | None:
@@ -237,7 +200,7 @@ class ChatForm:
 
     def ends_of_turns(self) -> set[str]:
         """All special tokens that end an assistant's turn, last or not: gpt-oss has two."""
-        turns, _ = _marked([Message(role, (TextPart("x"),)) for role in ("user", "assistant", "user", "assistant")])
+        turns, _ = marked([Message(role, (TextPart("x"),)) for role in ("user", "assistant", "user", "assistant")])
         for some in (turns, turns[:2]):  # there are templates without a second turn
             try:
                 made = self._skeleton(some, False)
@@ -261,22 +224,22 @@ class ChatForm:
     # -- texts ----------------------------------------------------------------------------------------------------
 
     def _fit(
-        self, skeleton: _Skeleton, turns: Sequence[_Turn], words: Sequence[str], messages: Sequence[Message], cue: bool
+        self, skeleton: Skeleton, turns: Sequence[Turn], words: Sequence[str], messages: Sequence[Message], cue: bool
     ) -> Layout:
         """The words of a conversation in the places of a skeleton's marks."""
-        text = self._whole([_plain(m) for m in messages], cue, messages[-1].text if messages else "")
+        text = self._whole([plain(m) for m in messages], cue, messages[-1].text if messages else "")
         first, *following = [*skeleton.pieces, skeleton.tail]
         if not text.startswith(first):
             raise DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
         at, spans = len(first), []
         places: dict[int, tuple[int, int]] = {}
         speaker = {m: t.role for t in turns for m in t.marks}
-        for mark, after in zip(skeleton.order, following, strict=True):
-            form = next((f for f in _trimmed(words[mark]) if text.startswith(f + after, at)), None)
+        for number, after in zip(skeleton.order, following, strict=True):
+            form = next((f for f in trimmed(words[number]) if text.startswith(f + after, at)), None)
             if form is None:
-                raise DataError(f"the chat template rewrites the {speaker[mark]}'s words", remedy=OTHER_TEMPLATE)
-            places.setdefault(mark, (at, at + len(form)))
-            spans.append((at, at + len(form), speaker[mark]))
+                raise DataError(f"the chat template rewrites the {speaker[number]}'s words", remedy=OTHER_TEMPLATE)
+            places.setdefault(number, (at, at + len(form)))
+            spans.append((at, at + len(form), speaker[number]))
             at += len(form) + len(after)
         if at != len(text):
             raise DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
@@ -295,8 +258,10 @@ class ChatForm:
         return Layout(text, answers, spans)
 
     def _render(self, chat: list[dict[str, Any]], cue: bool) -> str:
+        processor = self._processor()
+        assert processor is not None, "a form lives as long as its processor"
         try:
-            return str(self.processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue))
+            return str(processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue))
         except _RENDERING as e:
             system = any(m["role"] == "system" for m in chat)
             raise DataError(
@@ -318,14 +283,6 @@ def form_of(processor: Any, template: str | None = None) -> ChatForm:
     return forms[key]
 
 
-def _trimmed(said: str) -> Iterator[str]:
-    """Words as they are, and as templates trim them: of some kind of white space, or of all, at either end. No other
-    change of people's words goes unnoticed."""
-    yield said
-    kinds = ("", "\n", " \t", " ", " \n", None)
-    yield from dict.fromkeys(said.lstrip(left).rstrip(right) for left in kinds for right in kinds)
-
-
 def _spelling(words: Iterable[str]) -> re.Pattern[str]:
     """Finds every place where one of the words begins, overlapping ones too; the longest of each."""
     longest_first = sorted({w for w in words if w}, key=len, reverse=True)
@@ -339,58 +296,6 @@ def _beginning(tokenizer: Any) -> list[int]:
     return list(whole[:at])
 
 
-def _mark(number: int) -> str:
-    return f"{_OPEN}{number}{_CLOSE}"
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates take it, its media without their contents."""
-    content = [_part(p.text) if isinstance(p, TextPart) else {"type": _kind(p)} for p in message.parts]
-    return {"role": message.role, "content": content}
-
-
-def _kind(part: ImagePart | AudioPart) -> str:
-    return "image" if isinstance(part, ImagePart) else "audio"
-
-
-def _marked(
-    messages: Sequence[Message], roles: Sequence[str] = ("system", "user", "assistant")
-) -> tuple[list[_Turn], list[str]]:
-    """The messages with marks for the words of these roles, and the words. Words that are white space alone are left
-    as they are, for templates ask whether there are any; an assistant's are marked all the same."""
-    turns: list[_Turn] = []
-    words: list[str] = []
-    for message in messages:
-        content: list[tuple[str, str]] = []
-        marks: list[int] = []
-
-        def mark(text: str, marks: list[int] = marks) -> str:
-            marks.append(len(words))
-            words.append(text)
-            return _mark(marks[-1])
-
-        parts = message.parts
-        if message.role == "assistant":
-            parts = parts or (TextPart(""),)
-        for part in parts:
-            if not isinstance(part, TextPart):
-                content.append((_kind(part), ""))
-            elif message.role not in roles or (message.role != "assistant" and not part.text.strip()):
-                content.append(("text", part.text))
-            elif message.role == "assistant" and (thought := thinking.BLOCK.match(part.text)):
-                before, inside, behind = thought.groups()
-                block = before + (mark(inside) if inside else "") + behind
-                content.append(("text", block + mark(part.text[thought.end() :])))
-            else:
-                content.append(("text", mark(part.text)))
-        turns.append(_Turn(message.role, tuple(content), tuple(marks), message.learn))
-    return turns, words
-
-
 def _without_thinking(message: Message) -> Message:
     if message.role != "assistant":
         return message
@@ -401,7 +306,7 @@ def _without_thinking(message: Message) -> Message:
 def _other_prompt(asked: str, whole: str, system: bool) -> DataError:
     common = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(whole))
     start = max(0, common - 20)
-    said, written = (_MARK.sub("…", t[start : common + 30]) for t in (asked, whole))
+    said, written = (MARK.sub("…", t[start : common + 30]) for t in (asked, whole))
     thinks = thinking.OPEN in asked[start:] or thinking.OPEN in whole[start : common + 30]
     return DataError(
         f"the chat template asks for an answer with {said!r}, and in training {written!r} stands there: what is "

@@ -1,0 +1,111 @@
+"""The skeleton of a conversation: messages with marks in place of words, and what a template writes around the marks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from opticnerve.language import thinking
+from opticnerve.types import AudioPart, ImagePart, Message, TextPart
+
+# Characters of Unicode's private use area: no template, no tokenizer and no text means anything by them.
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """`pieces`: what the template writes before each mark; `order`: the marks as they come; `tail`: what stands behind
+    the last one. By assistant's turn: `gaps`, what stands between its generation prompt and its first mark; `ends`, how
+    many letters behind its last mark are learned."""
+
+    pieces: list[str]
+    order: list[int]
+    tail: str
+    gaps: dict[int, str] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+
+    def behind(self, mark: int) -> str:
+        """What the template writes behind a mark, up to the next one."""
+        return [*self.pieces, self.tail][self.order.index(mark) + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A message of a skeleton: its `content`, as (type, text with marks), and the numbers of its marks."""
+
+    role: str
+    content: tuple[tuple[str, str], ...]
+    marks: tuple[int, ...]
+    learn: bool = True
+
+    @property
+    def said(self) -> str:
+        return "".join(text for _, text in self.content)
+
+    def chat(self) -> dict[str, Any]:
+        """As templates take it."""
+        parts = [{"type": kind, "text": text} if kind == "text" else {"type": kind} for kind, text in self.content]
+        return {"role": self.role, "content": parts}
+
+
+def mark(number: int) -> str:
+    return f"{_OPEN}{number}{_CLOSE}"
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as templates take it, its media without their contents."""
+    content = [text_part(p.text) if isinstance(p, TextPart) else {"type": _kind(p)} for p in message.parts]
+    return {"role": message.role, "content": content}
+
+
+def _kind(part: ImagePart | AudioPart) -> str:
+    return "image" if isinstance(part, ImagePart) else "audio"
+
+
+def marked(
+    messages: Sequence[Message], roles: Sequence[str] = ("system", "user", "assistant")
+) -> tuple[list[Turn], list[str]]:
+    """The messages with marks for the words of these roles, and the words. Words that are white space alone are left
+    as they are, for templates ask whether there are any; an assistant's are marked all the same."""
+    turns: list[Turn] = []
+    words: list[str] = []
+    for message in messages:
+        content: list[tuple[str, str]] = []
+        marks: list[int] = []
+
+        def put(text: str, marks: list[int] = marks) -> str:
+            marks.append(len(words))
+            words.append(text)
+            return mark(marks[-1])
+
+        parts = message.parts
+        if message.role == "assistant":
+            parts = parts or (TextPart(""),)
+        for part in parts:
+            if not isinstance(part, TextPart):
+                content.append((_kind(part), ""))
+            elif message.role not in roles or (message.role != "assistant" and not part.text.strip()):
+                content.append(("text", part.text))
+            elif message.role == "assistant" and (thought := thinking.BLOCK.match(part.text)):
+                before, inside, behind = thought.groups()
+                block = before + (put(inside) if inside else "") + behind
+                content.append(("text", block + put(part.text[thought.end() :])))
+            else:
+                content.append(("text", put(part.text)))
+        turns.append(Turn(message.role, tuple(content), tuple(marks), message.learn))
+    return turns, words
+
+
+def trimmed(said: str) -> Iterator[str]:
+    """Words as they are, and as templates trim them: of some kind of white space, or of all, at either end. No other
+    change of people's words goes unnoticed."""
+    yield said
+    kinds = ("", "\n", " \t", " ", " \n", None)
+    yield from dict.fromkeys(said.lstrip(left).rstrip(right) for left in kinds for right in kinds)
