@@ -1,4 +1,4 @@
-"""The skeleton of a conversation: messages with marks in place of words, and what a template writes around the marks."""
+"""The skeleton of a conversation: messages with marks in place of words, and what a template writes around them."""
 
 from __future__ import annotations
 
