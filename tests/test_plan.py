@@ -213,8 +213,8 @@ def test_bad_samples_are_counted_not_raised(make_recipe: Callable[..., Any], cap
 
 def test_an_unreachable_model_is_named(make_recipe: Callable[..., Any], tmp_path: Path) -> None:
     nowhere = str(tmp_path / "nowhere")
-    with pytest.raises(OpticNerveError, match=r"cannot read .*nowhere"):
-        plan.make(make_recipe(language={"name": nowhere, "chat_template": "chatml"}))
+    with pytest.raises(OpticNerveError, match="nowhere"):
+        plan.make(make_recipe(language=nowhere))
 
 
 def test_the_plan_is_json(make_recipe: Callable[..., Any]) -> None:

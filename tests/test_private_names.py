@@ -250,6 +250,13 @@ def test_hooks_are_seen_and_removed(register: str) -> None:
     assert ran == [1]
 
 
+def test_tables_that_no_checkpoint_holds() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(2))
+    table = torch.ones(2)
+    module[0].register_buffer("frequencies", table, persistent=False)
+    assert [(m, n) for m, n, _ in names.computed_tables(module)] == [(module[0], "frequencies")]
+
+
 def test_compiling_a_module_is_taken_back() -> None:
     module, ran = nn.Linear(2, 2), []
 

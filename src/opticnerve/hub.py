@@ -178,8 +178,8 @@ def _converted(repository: str) -> str:
     )
 
 
-def read_config(name: str) -> Any:
-    """transformers' configuration of a folder or hub model.
+def read_config(name: str, called: str = "") -> Any:
+    """transformers' configuration of a folder or hub model; `called`: what the user calls a folder of the cache.
 
     Raises:
         OpticNerveError: nothing there, the hub is not reached, or no configuration that transformers knows.
@@ -195,7 +195,7 @@ def read_config(name: str) -> Any:
     except OpticNerveError:
         raise
     except UNREADABLE as e:
-        raise unreadable(f"the configuration of {name!r}", e, REMEDY) from e
+        raise unreadable(f"the configuration of {(called or name)!r}", e, REMEDY) from e
 
 
 def find_file(name: str, file: str) -> Path | None:

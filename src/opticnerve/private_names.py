@@ -7,7 +7,7 @@ that it is still called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -177,6 +177,14 @@ def remove_hooks(module: nn.Module) -> None:
     for part in module.modules():
         part._forward_pre_hooks.clear()
         part._forward_hooks.clear()
+
+
+def computed_tables(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The buffers within a module that no checkpoint holds, with the modules that own them and their names there."""
+    for part in module.modules():
+        for name in part._non_persistent_buffers_set:
+            if (table := part._buffers[name]) is not None:
+                yield part, name, table
 
 
 def is_compiled(module: nn.Module) -> bool:

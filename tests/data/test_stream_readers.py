@@ -218,7 +218,7 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
         with pytest.raises(
-            DataError, match=r"some/data-set: datasets cannot stream it: Couldn't reach.*HF_HUB_OFFLINE"
+            DataError, match="some/data-set: 'some/data-set' cannot be fetched.*Couldn't reach.*run the command again"
         ):
             found("some/data-set")
 

@@ -310,7 +310,7 @@ class TestRefusals:
             HFVisionEncoder.from_pretrained(str(tmp_path))
 
     def test_fit(self, vision_folder: Callable[..., str]) -> None:
-        with pytest.raises(OpticNerveError, match="unknown fit 'stretch'; known: squash, crop, pad"):
+        with pytest.raises(OpticNerveError, match="unknown fit 'stretch'; known: squash, squash_float, crop, pad"):
             HFVisionEncoder.from_pretrained(vision_folder(), fit="stretch").image_processor()
 
 

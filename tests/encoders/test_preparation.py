@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 import transformers as tf
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import tiny
+from opticnerve import hub
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.encoders.whisper import WhisperEncoder
@@ -155,15 +158,14 @@ def test_one_file_for_a_whole_processor(tmp_path: Path) -> None:
     assert HFVisionEncoder.planned(str(tmp_path)).mean == [0.1, 0.2, 0.3]
 
 
-def test_a_hub_that_is_not_reached_is_no_missing_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from opticnerve.starter import checkpoint as reading
-
+def test_a_hub_that_is_not_reached_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> str:
-        raise reading.LocalEntryNotFoundError("cannot reach it")
+        raise LocalEntryNotFoundError("cannot reach it")
 
-    monkeypatch.setattr(reading, "hf_hub_download", unreachable)
-    with pytest.raises(OpticNerveError, match="cannot read preprocessor_config.json"):
-        reading.find_file("some/model", "preprocessor_config.json")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(hub.HubError) as e:
+        hub.find_file("some/model", "preprocessor_config.json")
+    assert e.value.kind in ("network", "offline")
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ class TestCheckpoints:
         reference = json.loads((tmp_path / "run/dock.json").read_text())
         reference["bases"]["language"]["name"] = " "
         (tmp_path / "run/dock.json").write_text(json.dumps(reference))
-        with pytest.raises(OpticNerveError, match=r"the language model ' ' in .* cannot be loaded"):
+        with pytest.raises(OpticNerveError, match="there is no folder ' '"):
             load_model(tmp_path / "run", device="cpu")
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json", "tokenizer_config.json"])

@@ -13,7 +13,7 @@ from conversations import Sample
 from families import Family
 from opticnerve.data.labels import encode
 from opticnerve.encoders.base import make_image_processor
-from opticnerve.language.chat_template import caption_template, set_template
+from opticnerve.language.chat_template import set_template, stage_template
 from opticnerve.models import OpticNerveProcessor
 from opticnerve.types import Message
 from prompt_contract import Broken, examine, judge
@@ -51,7 +51,7 @@ def test_named_templates(name: str, words: Any, template: str) -> None:
             words.add_tokens(["<|im_start|>", end], special_tokens=True)
     pictures = make_image_processor(size=8, mean=[0.5] * 3, std=[0.5] * 3)
     if template == "caption":
-        form = caption_template(words)
+        form = stage_template("caption", words)
     else:
         set_template(words, template)
         form = None

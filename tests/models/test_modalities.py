@@ -157,7 +157,7 @@ class TestEarAlone:
             )
 
     def test_pictures_are_refused(self, ear: Dock) -> None:
-        with pytest.raises(OpticNerveError, match="takes no pictures"):
+        with pytest.raises(OpticNerveError, match="a picture, but the model has no"):
             inputs(ear, ask("q", P[0]))
         with pytest.raises(DataError, match="the model has no eye"):
             encode(ask("q", P[0], answer="a"), ear.processor)
@@ -176,7 +176,7 @@ class TestEarAlone:
 
 def test_an_eye_alone_refuses_sound(docked: Callable[..., Dock]) -> None:
     dock = docked("llama")
-    with pytest.raises(OpticNerveError, match="takes no sound"):
+    with pytest.raises(OpticNerveError, match="sound, but the model has no"):
         inputs(dock, ask("q", audios=[sound(0)]))
     with pytest.raises(DataError, match="the model has no ear"):
         encode(ask("q", audios=[sound(0)], answer="a"), dock.processor)

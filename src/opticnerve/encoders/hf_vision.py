@@ -31,6 +31,7 @@ from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
 from opticnerve.encoders.preparation import preparation
 from opticnerve.hub import read_config
+from opticnerve.private_names import computed_tables
 from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
@@ -158,12 +159,12 @@ class HFVisionEncoder(Encoder):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Tables that the model computes itself (DINOv3's and Pixtral's rotary frequencies) keep their precision, as
         they do where transformers loads the model in another dtype."""
-        kept = [(m, n, m._buffers[n]) for m in self.model.modules() for n in m._non_persistent_buffers_set]
+        kept = list(computed_tables(self.model))
         super()._apply(fn, recurse)
         for module, name, before in kept:
-            now = module._buffers[name]
-            if before is not None and now is not None and now.dtype != before.dtype:
-                module._buffers[name] = before.to(now.device)
+            now = module.get_buffer(name)
+            if now.dtype != before.dtype:
+                setattr(module, name, before.to(now.device))
         return self
 
     def forward(self, pixel_values: Tensor) -> Features:

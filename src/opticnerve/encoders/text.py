@@ -104,7 +104,7 @@ class HFTextEncoder(nn.Module):
             OpticNerveError: no text encoder, or weights are missing.
         """
         folder = hub.fetch(bert_folder(name))
-        config = read_config(folder)
+        config = read_config(folder, name)
         config = getattr(config, "text_config", config)
         wanted = options.get("pooling") or default_pooling(config)
         loaded: Any = _model_class(config).from_pretrained(

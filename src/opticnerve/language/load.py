@@ -48,7 +48,7 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
     config = load_language_config(name, gguf_file=gguf_file)
     with no_bars():
         tokenizer = load_tokenizer(name, gguf_file=gguf_file)
-        whole = read_config(folder)
+        whole = read_config(folder, name)
         if takes_text_of(whole):
             model = text_model(name, whole, config, dtype=dtype)
         else:
@@ -123,7 +123,7 @@ def load_language_config(name: str, *, gguf_file: str | None = None) -> Any:
             f"{name!r} holds an adapter of peft (adapter_config.json), not a language model alone; merge it into its "
             "base with peft's merge_and_unload(), save that, and name its folder"
         )
-    return causal_config(name, read_config(folder))
+    return causal_config(name, read_config(folder, name))
 
 
 def resolve(name: str, *, gguf_file: str | None = None, weights: bool = True) -> tuple[str, list[str]]:
