@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,10 @@ def test_features_are_checked() -> None:
     for tokens, mask in ((torch.ones(2, 3), torch.ones(2, 3)), (torch.ones(2, 3, 4), torch.ones(2, 4))):
         with pytest.raises(ValueError, match="Features want tokens"):
             Features(tokens, mask)
+
+
+def test_asking_for_pip_leaves_setuptools_whole() -> None:
+    """setuptools' hook takes a search for pip for pip at work: torch's compiler then cannot import it."""
+    code = "from opticnerve.types import to_install; to_install('x'); import setuptools._distutils"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

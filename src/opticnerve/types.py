@@ -5,7 +5,7 @@ Nothing here needs torch at run time, so that the command line can print its hel
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +56,17 @@ def _rebuild_data_error(problem: str, where: str, remedy: str, kind: str) -> Dat
     return DataError(problem, where=where, remedy=remedy, kind=kind)
 
 
+def has_pip() -> bool:
+    """Whether this environment has pip; those of uv have none.
+
+    Not asked of `find_spec`: setuptools takes that for pip at work, and cannot be imported afterwards.
+    """
+    return any(importlib.metadata.distributions(name="pip"))
+
+
 def to_install(requirement: str) -> str:
     """The command that brings a package, or an extra such as `opticnerve[audio]`, into this environment."""
-    pip = "pip" if importlib.util.find_spec("pip") else "uv pip"  # environments of uv have no pip
-    return f"{pip} install " + (f"'{requirement}'" if "[" in requirement else requirement)
+    return f"{'pip' if has_pip() else 'uv pip'} install " + (f"'{requirement}'" if "[" in requirement else requirement)
 
 
 @dataclass(frozen=True, slots=True)

