@@ -115,10 +115,10 @@ def without_torch() -> dict[str, Any]:
     values = {
         m: {k: yaml.safe_load(r["example"].strip("`")) for k, r in rows.items()} for m, rows in key_tables().items()
     }
+    given = json.dumps({"recipes": recipes, "data": data, "values": values}, default=str)  # YAML knows dates
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH], input=json.dumps({"recipes": recipes, "data": data, "values": values}),
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-c", WITHOUT_TORCH], input=given, capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
