@@ -17,7 +17,7 @@ from opticnerve.encoders.base import make_image_processor
 from opticnerve.language.chat_template import CHATML, set_template, stage_template
 from opticnerve.language.thinking import AnswerText, shown
 from opticnerve.models import OpticNerveProcessor
-from opticnerve.types import Conversation, DataError, Message, OpticNerveError, TextPart
+from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, TextPart
 
 QWEN3 = (Path(__file__).parent.parent / "templates/qwen3.jinja").read_text(encoding="utf-8")
 # The generation prompt opens a think block, and history is shown without any (QwQ, DeepSeek-R1).
@@ -213,6 +213,19 @@ def test_a_system_turn_is_folded_where_the_data_entry_asks(tmp_path: Path) -> No
     assert spelled(encode(talk, processor(LAST)), processor(LAST)) == " a</s> b</s>"
     with pytest.raises(DataError):
         list(read(tmp_path / "chat.jsonl", repair=["no-such-repair"]))
+
+
+def test_a_template_may_look_into_the_words() -> None:
+    """Then what it writes around them is asked of it for each conversation; what it drops is still told."""
+    curious = CHATML.replace(
+        "message['role'] + '\n'", "message['role'] + ('!' if 'x' in message['content'] else '') + '\n'"
+    )
+    parts = (TextPart("an x"), ImagePart(tiny.picture(1)), TextPart("and more"))
+    talk = Conversation((Message("user", parts), Message("assistant", (TextPart("a"),))))
+    assert learned(talk, processor(curious)) == "a<|im_end|>"
+    deaf = "{% for m in messages %}{{ m.content if 'x' not in m.content else '<image>' }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(DataError):
+        encode(talk, processor(deaf))
 
 
 class TestClock:

@@ -244,7 +244,8 @@ class ChatForm:
         if at != len(text):
             raise DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
         for message, turn in zip(messages, turns, strict=True):
-            if not turn.marks and not self.captions and message.text.strip() not in text:
+            said = (p.text.strip() for p in message.parts if isinstance(p, TextPart))
+            if not turn.marks and not self.captions and any(words not in text for words in said):
                 remedy = FOLD if turn.role == "system" else OTHER_TEMPLATE
                 raise DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy)
         answers = [
