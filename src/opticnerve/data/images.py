@@ -113,7 +113,9 @@ def open_image(
         found = re.search(r"\d+", str(e))
         raise _too_big(f"{int(found[0]):,}" if found else "too many", name, where, max_pixels) from e
     except Exception as e:
-        if "MAX_TEXT" in str(e) and not isinstance(source, PIL.Image.Image):
+        if any(said in str(e) for said in ("MAX_TEXT", "Decompressed Data Too Large")) and not isinstance(
+            source, PIL.Image.Image
+        ):
             # Pillow bounds what a PNG's notes unpack to; the pixels want none of them.
             bare = _without_notes(_locate(source, name, where), name, where)
             return open_image(bare, where=where, max_pixels=max_pixels, at_least=at_least)
