@@ -319,18 +319,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-@contextlib.contextmanager
-def reading(what: str, name: str, remedy: str) -> Iterator[None]:
-    """Files that transformers cannot read (another version's, another library's, damaged ones) are one sentence."""
-    try:
-        yield
-    except OpticNerveError:
-        raise
-    # Whatever its parsing trips over.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as e:
-        raise OpticNerveError(f"{what} of {name!r} cannot be read ({brief(e)}); {remedy}") from e
-
-
 def brief(error: BaseException) -> str:
     """The first line of what an error says, short enough for a sentence."""
     lines = str(error).strip().splitlines()

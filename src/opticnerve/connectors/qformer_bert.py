@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, BertModel
+from transformers import BertModel
 
 from opticnerve import hub
 from opticnerve.starter.minilm import bert_folder
@@ -80,6 +80,4 @@ def _bert_name(ours: str) -> str | None:
 
 
 def _config(name: str) -> Any:
-    folder = hub.fetch(bert_folder(name), weights=False)
-    with hub.reading("the configuration", name, "name a BERT of transformers"):
-        return AutoConfig.from_pretrained(folder)
+    return hub.read_config(bert_folder(name), name)
