@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from side_by_side import in_turn, machine
 from torch import Tensor
 
-from opticnerve.language.attention import faster, products
+from opticnerve.ops.attention import faster, products
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Visits:
         return self.samples // self.batch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        from opticnerve.data.transform import open_for, pixels
+        from opticnerve.data.media.transform import open_for, pixels
 
         places = range(index * self.batch, (index + 1) * self.batch)
         pictures = [open_for(self.processor, self.files[p % len(self.files)]) for p in places]
@@ -122,7 +122,7 @@ def clip(kind: str = "CLIPImageProcessor") -> Any:
 def batches(side: str, files: list[Path], samples: int, batch: int, workers: int) -> Iterator[dict[str, Any]]:
     from torch.utils.data import DataLoader
 
-    from opticnerve.data.loader import Waiting, loader
+    from opticnerve.data.encode.loader import Waiting, loader
 
     if side in ("opticnerve", "decoding alone"):
         visits = Visits(files, samples, batch, decode_only=side == "decoding alone")
@@ -196,7 +196,7 @@ def differences(files: list[Path]) -> str:
     """How far opticnerve's pixel values lie from each of transformers' processors."""
     import torch
 
-    from opticnerve.data.transform import open_for, pixels
+    from opticnerve.data.media.transform import open_for, pixels
 
     ours_BCHW = pixels(clip(), [open_for(clip(), f) for f in files])["pixel_values"]
     found = []

@@ -95,9 +95,9 @@ def status(*names: str) -> list[float]:
 
 def start(path: Path) -> dict[str, Any]:
     """One start: the units of a stage, the order of its first epoch, and the samples of its first visits."""
-    from opticnerve.data.source import load_units
+    from opticnerve.data.dataset.load import load_units
     from opticnerve.recipe import DataSpec, Stage
-    from opticnerve.train.visits import Visits
+    from opticnerve.train.sampler import Visits
 
     spec = DataSpec(path=str(path), media=str(path.parent / "media"))
     stage = Stage(name="instruct", train={"connector": 1e-3}, data=[spec], batch_size=8, steps=VISITS // 8)
@@ -122,9 +122,9 @@ def start(path: Path) -> dict[str, Any]:
 
 def stream(path: Path, rows: int, marks: Path) -> dict[str, Any]:
     """Every row drawn once; where marks lie already, the last tenth of them."""
-    from opticnerve.data.source import load_streams
+    from opticnerve.data.dataset.load import load_streams
     from opticnerve.recipe import DataSpec, Stage
-    from opticnerve.train.streamed import StreamedVisits
+    from opticnerve.train.streaming_sampler import StreamedVisits
 
     spec = DataSpec(path=str(path), media=str(path.parent / "media"), streaming=True)
     stage = Stage(name="instruct", train={"connector": 1e-3}, data=[spec], batch_size=8, steps=rows // 8)

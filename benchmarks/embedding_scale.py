@@ -18,12 +18,12 @@ import PIL.Image
 import torch
 import transformers as tf
 
-from opticnerve.build import dock
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.fusion.base import words_of
 from opticnerve.language.load import resolve
+from opticnerve.models.vlm.build import dock
 from opticnerve.objectives.next_token import batch_logits
 from opticnerve.types import ask
 

@@ -81,8 +81,8 @@ def mine(
 ) -> list[list[int]]:  # fmt: skip
     """Our tokens; `shared`: of so many first tokens of all rows, read once, `images` shows one row's."""
     from opticnerve.inference.decoding import decode
-    from opticnerve.inference.lean import LeanDecoder
     from opticnerve.inference.shared_prefix import layout, read_heads
+    from opticnerve.ops.fused_decode import LeanDecoder
 
     decoder = LeanDecoder.of(model.language_model, pack=pack, group_queries=group_queries) if lean else None
     inputs, cache = {"input_ids": ids, "attention_mask": mask, "pixel_values": images}, None

@@ -90,11 +90,11 @@ def trial(side: str, work: Training | Generation, device: str, *, compiled: bool
 
 
 def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
-    from opticnerve.language.lean import lean
+    from opticnerve.models.freeze import freeze
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.train.freeze import freeze
+    from opticnerve.ops.fused_layers import lean
     from opticnerve.train.optim import MasterAdamW
-    from opticnerve.train.prepare import checkpoint_layers
+    from opticnerve.train.setup import checkpoint_layers
 
     shape = work.shaped()
     model = shapes.ours(shape, device=device)
@@ -136,8 +136,8 @@ def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
 
 
 def _batch(samples: Sequence[Any], pool: Any, budget: int | None) -> Any:
-    from opticnerve.data.collate import Collator
-    from opticnerve.data.packing import fit, pack
+    from opticnerve.data.collators.next_token import Collator
+    from opticnerve.data.encode.packing import fit, pack
 
     rows = [pack([[s]]) for s in samples]
     collator = Collator(SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0), reads_questions=False))
@@ -257,8 +257,7 @@ def _generate(side: str, work: Generation, device: str) -> Trial:
 
 
 def _answers_ours(shape: Shape, asked: list[Any], work: Generation, device: str) -> Callable[[int], list[str]]:
-    from opticnerve.inference.generate import Answerer
-    from opticnerve.inference.shared_prefix import answer_about
+    from opticnerve.inference.generate import Answerer, answer_about
 
     answerer = Answerer(shapes.ours(shape, device=device), made_data.processor(shape))
     if work.one_picture:

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from opticnerve.data.images import open_image
-from opticnerve.evaluation import on_object
-from opticnerve.evaluation.look_plot import shares_plot
-from opticnerve.inference import looking
+from opticnerve.data.media.open import open_image
 from opticnerve.inference.load import load_model
+from opticnerve.interpret import attribution as looking
+from opticnerve.interpret import localization as on_object
+from opticnerve.interpret.plot import shares_plot
 from opticnerve.starter import easy_vqa
 from opticnerve.types import OpticNerveError, ask
 

@@ -12,9 +12,9 @@ from shapes import Shape
 def samples(
     shape: Shape, count: int, *, question: tuple[int, int], answer: tuple[int, int], seed: int = 0, images: int = 1
 ) -> list[Any]:
-    """Random conversations as `opticnerve.data.labels.Encoded`: the pictures' placeholders, a question, an answer that
+    """Random conversations as `Encoded`: the pictures' placeholders, a question, an answer that
     is learned. `question`, `answer`: least and most tokens, drawn log-uniformly, as captions and chats are skewed."""
-    from opticnerve.data.labels import IGNORE, Encoded
+    from opticnerve.data.encode.tokenize import IGNORE, Encoded
 
     rng = random.Random(seed)
 
@@ -69,7 +69,7 @@ def tokenizer(vocabulary: int) -> Any:
 def processor(shape: Shape) -> Any:
     """Pictures and words for either side, Vicuna's form of chat."""
     from opticnerve.encoders.base import make_image_processor
-    from opticnerve.models.processing import OpticNerveProcessor
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
     prepared = make_image_processor(size=shape.eye.image, mean=[0.5] * 3, std=[0.5] * 3)
     words = tokenizer(shape.brain.vocabulary)

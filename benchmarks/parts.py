@@ -220,9 +220,9 @@ def run(row: Row, budget: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    from opticnerve import plan_model
     from opticnerve import recipe as recipes
-    from opticnerve.evaluation.pipeline import run_recipe
+    from opticnerve.plan import model as plan_model
+    from opticnerve.runs.pipeline import run_recipe
 
     for name in re.findall(r"\{random\}/([\w-]+)", " ".join(row.change)):
         make_random(name)
@@ -258,7 +258,7 @@ def run(row: Row, budget: dict[str, Any]) -> dict[str, Any]:
 @cache
 def _question_alone(base: str, questions: int) -> dict[str, Any]:
     from opticnerve import recipe as recipes
-    from opticnerve.data.source import fixed_sample, load_data
+    from opticnerve.data.dataset.load import fixed_sample, load_data
     from opticnerve.evaluation.metrics import summarise
     from opticnerve.evaluation.tasks import score_answers, usual_answers
 

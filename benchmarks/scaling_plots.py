@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from side_by_side import Trial
 
-from opticnerve.evaluation.drawing import BLUE, FAINT, GREY, INK, ORANGE, figure_of, save, tidy, title_of, words
+from opticnerve.common.drawing import BLUE, FAINT, GREY, INK, ORANGE, figure_of, save, tidy, title_of, words
 
 GIB = 2**30
 Series = dict[str, list[tuple[int, Trial]]]

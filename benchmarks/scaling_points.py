@@ -52,11 +52,11 @@ def _steps(shape: Shape, *, pictures: int, text: int, batch: int, live: bool = F
     come from the cache, as they do from the second visit of a picture on."""
     import torch
 
-    from opticnerve.data.collate import Collator
-    from opticnerve.data.packing import pack
-    from opticnerve.language.lean import lean
+    from opticnerve.data.collators.next_token import Collator
+    from opticnerve.data.encode.packing import pack
+    from opticnerve.models.freeze import freeze
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.train.freeze import freeze
+    from opticnerve.ops.fused_layers import lean
     from opticnerve.train.optim import MasterAdamW
     from opticnerve.types import Features
 
@@ -119,7 +119,7 @@ def _stage(rows: int, *, steps: int, batch: int = 8, files: int = 20) -> Trial:
     from opticnerve.objectives.next_token import NextToken
     from opticnerve.recipe import Recipe
     from opticnerve.train.loop import run_stage
-    from opticnerve.train.prepare import give_memory_back
+    from opticnerve.train.setup import give_memory_back
 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)

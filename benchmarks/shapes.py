@@ -125,8 +125,8 @@ SHAPES = {
 def ours(shape: Shape, dtype: Any = None, device: Any = "cpu", *, seed: int = 0, calibrate: bool = False) -> Any:
     """The docked model. `dtype`: bfloat16 by default. `calibrate`: let a stage measure the connector's scales, which
     transformers' LLaVA has no place for."""
-    from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-    from opticnerve.models.tower import Tower
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.tower import Tower
 
     encoder, connector, fusion, language = _parts(shape, dtype, device, seed, calibrate)
     return OpticNerveForConditionalGeneration.from_parts(
@@ -199,7 +199,7 @@ def open_llava(model: Any, trains: Trains, *, lora: dict[str, int] = LORA) -> An
 
 
 def stage(trains: Trains) -> dict[str, float]:
-    """The same for `opticnerve.train.freeze.freeze`, at LLaVA-1.5's learning rates."""
+    """The same for `opticnerve.models.freeze.freeze`, at LLaVA-1.5's learning rates."""
     return {
         "connector": {"connector": 1e-3},
         "lora": {"connector": 2e-5, "language.lora": 2e-4},

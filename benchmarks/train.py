@@ -65,14 +65,14 @@ def arguments() -> argparse.ArgumentParser:
 
 def opticnerve(args: Any, folder: Path) -> Trial:
     """A stage of a recipe, as `opticnerve train` runs it."""
-    from opticnerve.build import Dock
-    from opticnerve.data.collate import Collator
-    from opticnerve.data.packing import pack
-    from opticnerve.language.lean import lean
+    from opticnerve.data.collators.next_token import Collator
+    from opticnerve.data.encode.packing import pack
+    from opticnerve.models.freeze import freeze
+    from opticnerve.models.vlm.build import Dock
     from opticnerve.objectives.next_token import NextToken
+    from opticnerve.ops.fused_layers import lean
     from opticnerve.recipe import load
     from opticnerve.train import loop
-    from opticnerve.train.freeze import freeze
     from opticnerve.train.loop import run_stage
 
     os.environ["OPTICNERVE_CACHE"] = str(folder / "cache")

@@ -42,7 +42,7 @@ def processor(shape: shapes.Shape) -> Any:
     """Words and pictures to tensors, for the shape's eye; no weight is built."""
     from transformers import CLIPImageProcessor
 
-    from opticnerve.models.processing import OpticNerveProcessor
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
     side = shape.eye.image
     pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -93,9 +93,9 @@ def template(stage: str) -> str | None:
 
 
 def encoded(file: Path, stage: str, processor: Any) -> list[Any]:
-    """The samples, tokenised, with their labels: `opticnerve.data.labels.Encoded`."""
-    from opticnerve.data.labels import encode
-    from opticnerve.data.source import load_units
+    """The samples, tokenised, with their labels: `opticnerve.data.encode.tokenize.Encoded`."""
+    from opticnerve.data.dataset.load import load_units
+    from opticnerve.data.encode.tokenize import encode
     from opticnerve.recipe import DataSpec
 
     units = load_units([DataSpec(path=str(file))])

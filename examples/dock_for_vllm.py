@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from opticnerve.build import dock
+from opticnerve.models.vlm.build import dock
 
 EYES = {
     "siglip": ("siglip_vision_model", {"layer": -2}, "mlp"),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import tiny
-from opticnerve.build import Dock, dock
 from opticnerve.language.chat_template import CHATML
+from opticnerve.models.vlm.build import Dock, dock
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 
 from conversations import Sample
 from families import Family
-from opticnerve.data.labels import IGNORE, Encoded, encode
+from opticnerve.data.encode.tokenize import IGNORE, Encoded, encode
 from opticnerve.types import DataError, Message, TextPart
 
 

@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 
 import opticnerve
-from opticnerve import durable
-from opticnerve.starter.cache import cache_dir, new_folder
+from opticnerve.common import atomic as durable
+from opticnerve.common.cache import cache_dir, new_folder
 
 # Asked for once, before any test gives itself a cache of its own: these files are shared by all tests and runs.
 FOLDER = cache_dir() / "test-packages"

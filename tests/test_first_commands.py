@@ -37,10 +37,10 @@ stages:
 EXTRAS_AT_WORK = """
 import io
 import numpy as np, soundfile, av
-from opticnerve.data.audio import open_audio
-from opticnerve.data.video import frames
+from opticnerve.data.media.audio import open_audio
+from opticnerve.data.media.video import frames
 from opticnerve.evaluation import metrics
-import opticnerve.serve.app, opticnerve.ui.app, opticnerve.language.liger
+import opticnerve.serve.app, opticnerve.ui.app, opticnerve.ops.liger
 import liger_kernel.transformers, prometheus_client, sacrebleu, pycocoevalcap.cider.cider, tensorboard
 from torch.utils.tensorboard import SummaryWriter
 

@@ -23,7 +23,7 @@ import checkpoints
 import tiny
 from hub import TOKEN, CommandLine, Done, Hub, Repository, oid, serving
 from opticnerve.cli.guard import ERROR
-from opticnerve.hub import HubError, explain, split_revision
+from opticnerve.common.hub import HubError, explain, split_revision
 from opticnerve.language.chat_template import CHATML
 from opticnerve.recipe import load
 

@@ -12,12 +12,13 @@ import PIL.Image
 import pytest
 import torch
 
-from opticnerve import plan, plan_cost
 from opticnerve import recipe as recipes
-from opticnerve.build import dock_recipe
-from opticnerve.data.collate import Collator
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.models.freeze import freeze
+from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.objectives.next_token import NextToken
-from opticnerve.train.freeze import freeze
+from opticnerve.plan import cost as plan_cost
+from opticnerve.plan import plan
 from opticnerve.types import OpticNerveError
 
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 import tiny
-from opticnerve import plan, plan_cache, plan_model
 from opticnerve import recipe as recipes
-from opticnerve.build import dock_recipe
-from opticnerve.data.feature_disk import BUDGET
-from opticnerve.plan_cache import CachePlan
+from opticnerve.features.budget import BUDGET
+from opticnerve.features.store import see_all
+from opticnerve.models.vlm.build import dock_recipe
+from opticnerve.plan import feature_cache as plan_cache
+from opticnerve.plan import model as plan_model
+from opticnerve.plan import plan
+from opticnerve.plan.feature_cache import CachePlan
 from opticnerve.recipe import Recipe
-from opticnerve.train.feature_cache import see_all
-from opticnerve.train.visits import Visits
+from opticnerve.train.sampler import Visits
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_disk_and_views_are_the_real_ones(make_recipe: Callable[..., Recipe], tm
     recipe = make_recipe()
     found = foreseen(recipe)
     dock = dock_recipe(recipe)
-    from opticnerve.data.source import load_units
+    from opticnerve.data.dataset.load import load_units
 
     visits = Visits(load_units(recipe.stages[0].data), recipe.stages[0], dock.processor, seed=0)
     assert (found.visits, found.pictures) == (visits.steps * 3, len(visits.pictures())) == (300, 6)

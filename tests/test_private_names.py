@@ -18,10 +18,10 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tiny
-from opticnerve import private_names as names
-from opticnerve.build import Dock
-from opticnerve.models.processing import OpticNerveProcessor
-from opticnerve.models.tile_images import TilingImageProcessor
+from opticnerve.common import private_names as names
+from opticnerve.models.vlm.build import Dock
+from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.models.vlm.tiling_processor import TilingImageProcessor
 
 SOURCE = Path(__file__).parents[1] / "src"
 HOME = SOURCE / "opticnerve" / "private_names.py"

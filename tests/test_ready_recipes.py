@@ -40,7 +40,7 @@ READY = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml") if p.stem not i
 PLAN_ALL = """
 import json, sys, traceback
 from opticnerve import plan, plan_cost, recipe
-from opticnerve.data.source import load_data
+from opticnerve.data.dataset.load import load_data
 
 # Room enough: whether a 7B model fits into this machine is not what is asked.
 plan_cost.device = lambda: {"type": "cpu", "name": "", "cores": 1, "memory": 10**14, "free": 10**14}

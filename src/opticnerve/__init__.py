@@ -10,11 +10,11 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from opticnerve.common.version import __version__
 
 _LAZY = {
-    "dock": "opticnerve.build",
-    "Dock": "opticnerve.build",
+    "dock": "opticnerve.models.vlm.build",
+    "Dock": "opticnerve.models.vlm.build",
     "Recipe": "opticnerve.recipe",
     "Conversation": "opticnerve.types",
     "ask": "opticnerve.types",
@@ -27,8 +27,8 @@ _LAZY = {
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
-    from opticnerve.build import Dock, dock
     from opticnerve.models import OpticNerveConfig, OpticNerveForConditionalGeneration, OpticNerveProcessor
+    from opticnerve.models.vlm.build import Dock, dock
     from opticnerve.recipe import Recipe
     from opticnerve.types import Conversation, Features, OpticNerveError, ask
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from opticnerve.data.images import Frame
-
 
 class OpticNerveError(ValueError):
     """Something a user can put right: the message says what is wrong, where, and what to do."""
@@ -95,9 +93,18 @@ class TextPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame of a video, not yet decoded: number `index` of the `of` that are taken (see `media.video`)."""
+
+    source: Path | bytes
+    index: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
 class ImagePart:
-    """A picture within a message: a file, encoded bytes, an opened picture, or a frame of a video. Opened late, by
-    `data.images.open_image`."""
+    """A picture within a message: a file, encoded bytes, an opened picture, or a frame of a video.
+    Opened late, by `data.media.open.open_image`."""
 
     source: Path | bytes | PIL.Image.Image | Frame
 
@@ -105,7 +112,7 @@ class ImagePart:
 @dataclass(frozen=True, slots=True)
 class AudioPart:
     """A sound within a message: a file, encoded bytes, or samples already opened (float32, mono, at the ear's rate).
-    Opened late, by `data.audio.open_audio`."""
+    Opened late, by `data.media.audio.open_audio`."""
 
     source: Path | bytes | NDArray[Any]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opticnerve.build import Dock
+from opticnerve.models.vlm.build import Dock
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import made_data
 import shapes
 
-from opticnerve.language.last_layer import last_mlp_at
-from opticnerve.train.freeze import freeze
+from opticnerve.models.freeze import freeze
+from opticnerve.ops.last_mlp import last_mlp_at
 
 TINY = ["tiny", "tiny-siglip"]
 

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from opticnerve.cli.chat import Session
-from opticnerve.data.readers import read
+from opticnerve.data.dataset.read import read
 from opticnerve.types import Conversation, ImagePart
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from opticnerve.cli import tokens
 from opticnerve.cli.picture import draw
-from opticnerve.data.labels import encode
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.types import ask
 
 

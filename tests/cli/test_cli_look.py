@@ -13,10 +13,10 @@ import pytest
 
 import tiny
 from cli.conftest import Ran
-from opticnerve.build import dock
-from opticnerve.evaluation.look_plot import look_plot, shares_plot
-from opticnerve.inference.forced import Word
-from opticnerve.inference.looking import Looked, Map
+from opticnerve.interpret.attribution import Looked, Map
+from opticnerve.interpret.plot import look_plot, shares_plot
+from opticnerve.interpret.teacher_forcing import Word
+from opticnerve.models.vlm.build import dock
 
 QUESTION = "what colour is the circle?"
 

@@ -26,7 +26,7 @@ RESULTS = {
 @pytest.fixture
 def ran_with(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The pipeline replaced by one that notes how it was called."""
-    from opticnerve.evaluation import pipeline
+    from opticnerve.runs import pipeline
 
     seen: dict[str, Any] = {}
 
@@ -65,7 +65,7 @@ def test_train_json_is_alone_on_stdout_and_strict(
 def test_an_interrupted_run_says_how_to_go_on(
     opticnerve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path
 ) -> None:
-    from opticnerve.evaluation import pipeline
+    from opticnerve.runs import pipeline
     from opticnerve.train.loop import Interrupted
 
     def stop(*_: Any, **__: Any) -> None:

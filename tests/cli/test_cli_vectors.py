@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
-from opticnerve.build_dual import dual
+from opticnerve.models.dual_encoder.build import dual
 
 
 @pytest.fixture(scope="module")

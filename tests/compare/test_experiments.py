@@ -108,7 +108,8 @@ def test_classifiers_of_the_second_budget_see_as_many_questions(starter: Base) -
 
 
 def test_rows_without_a_first_stage_read_as_many_tokens(base: Base) -> None:
-    from opticnerve import plan_data, plan_model
+    from opticnerve.plan import data as plan_data
+    from opticnerve.plan import model as plan_model
 
     budget = stages.BUDGET
     processor = plan_model.processor_for(base.recipe)

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opticnerve.build import Dock
 from opticnerve.connectors.abstractor import AbstractorConnector
 from opticnerve.connectors.base import Connector
 from opticnerve.connectors.pixel_shuffle import PixelShuffleConnector
 from opticnerve.connectors.resampler import ResamplerConnector
 from opticnerve.models import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import Features, OpticNerveError
 
 SMALL: dict[str, Any] = {"num_latents": 3, "depth": 2, "heads": 2, "key_value_heads": 1, "head_dim": 4}

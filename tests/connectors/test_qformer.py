@@ -13,9 +13,9 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from opticnerve.build import Dock
 from opticnerve.connectors.qformer import QFormerConnector
-from opticnerve.models.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.build import Dock
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.types import Features, OpticNerveError
 
 SIZES: dict[str, Any] = {"in_size": 6, "out_size": 10, "in_tokens": 4}

@@ -17,8 +17,8 @@ import torch
 
 import tiny
 from opticnerve import recipe, registry
-from opticnerve.build import Dock, dock, dock_recipe
 from opticnerve.models import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.build import Dock, dock, dock_recipe
 from opticnerve.types import OpticNerveError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "third_party"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import tiny
-from opticnerve.data.chat_layout import form_of
-from opticnerve.data.labels import IGNORE, Encoded, encode
-from opticnerve.data.readers import read
+from opticnerve.data.dataset.read import read
+from opticnerve.data.encode.chat_layout import form_of
+from opticnerve.data.encode.tokenize import IGNORE, Encoded, encode
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.language.chat_template import CHATML, set_template, stage_template
 from opticnerve.language.thinking import AnswerText, shown

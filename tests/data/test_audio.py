@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opticnerve.data import audio
-from opticnerve.data.audio import audio_digest, open_audio
+from opticnerve.data.media import audio
+from opticnerve.data.media.audio import audio_digest, open_audio
 from opticnerve.types import DataError, OpticNerveError
 
 sf = pytest.importorskip("soundfile", reason="sound needs `pip install 'opticnerve[audio]'`")

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from opticnerve.data.check import check
-from opticnerve.data.images import open_image
-from opticnerve.data.labels import Encoded
-from opticnerve.data.overlap import MOST_BITS, Side, dhash, leaks, near_pairs
-from opticnerve.data.readers import DataSource
+from opticnerve.data.check.leakage import MOST_BITS, Side, dhash, leaks, near_pairs
+from opticnerve.data.check.report import check
+from opticnerve.data.dataset.read import DataSource
+from opticnerve.data.encode.tokenize import Encoded
+from opticnerve.data.media.open import open_image
 from opticnerve.types import Conversation, DataError, OpticNerveError, ask
 
 
@@ -85,7 +85,7 @@ def test_duplicates_are_found_by_content_and_do_not_block(folder: Path) -> None:
 def test_each_file_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[object] = []
     real = open_image
-    monkeypatch.setattr("opticnerve.data.check.open_image", lambda s, **k: (opened.append(s), real(s, **k))[1])
+    monkeypatch.setattr("opticnerve.data.check.report.open_image", lambda s, **k: (opened.append(s), real(s, **k))[1])
     check([write(folder, row("red.png"), row("red.png", "other"), row("blue.png"))])
     assert opened == [folder / "red.png", folder / "blue.png"]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.data.collate import Batch, Collator
-from opticnerve.data.labels import encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Batch, Collator
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.types import Conversation, DataError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

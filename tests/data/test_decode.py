@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 from PIL.Image import Transpose
 
-from opticnerve.data.images import open_image
+from opticnerve.data.media.open import open_image
 
 ORIENTATIONS = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opticnerve.data.readers import read
-from opticnerve.data.source import load_data, stream_data
+from opticnerve.data.dataset.load import load_data, stream_data
+from opticnerve.data.dataset.read import read
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opticnerve.data.images import image_digest, open_image
+from opticnerve.data.media.open import image_digest, open_image
 from opticnerve.types import DataError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)

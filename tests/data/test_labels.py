@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from opticnerve.data.labels import IGNORE, Encoded, encode, end_of_turn
+from opticnerve.data.encode.tokenize import IGNORE, Encoded, encode, end_of_turn
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.language.chat_template import CAPTION_ONLY, CHATML, PLAIN_CHAT, with_parts
 from opticnerve.models import OpticNerveProcessor

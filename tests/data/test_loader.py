@@ -14,11 +14,11 @@ import psutil
 import pytest
 import torch
 
-from opticnerve.data.collate import Batch, Collator
-from opticnerve.data.labels import encode
-from opticnerve.data.loader import Sent, Waiting, loader
-from opticnerve.data.packing import pack
-from opticnerve.data.transform import Bytes, open_for, pixels
+from opticnerve.data.collators.next_token import Batch, Collator
+from opticnerve.data.encode.loader import Sent, Waiting, loader
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import encode
+from opticnerve.data.media.transform import Bytes, open_for, pixels
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.types import Conversation, DataError, Features, ask
 

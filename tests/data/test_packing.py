@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from opticnerve.data.labels import IGNORE, Encoded
-from opticnerve.data.packing import Row, fit, pack, shared_prefix
+from opticnerve.data.encode.packing import Row, fit, pack, shared_prefix
+from opticnerve.data.encode.tokenize import IGNORE, Encoded
 from opticnerve.types import DataError, ImagePart
 
 PICTURE = ImagePart(tiny.picture(0))

@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.data.pairs import PairCollator, caption_of
-from opticnerve.models.dual_processing import DualEncoderProcessor
+from opticnerve.data.collators.contrastive import PairCollator, caption_of
+from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.types import Conversation, DataError, Message, TextPart, ask
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opticnerve.data.images import open_image
-from opticnerve.data.readers import DataSource, read, read_all
-from opticnerve.data.readers.names import split
+from opticnerve.data.dataset.read import DataSource, read, read_all
+from opticnerve.data.formats.names import split
+from opticnerve.data.media.open import open_image
 from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, TextPart
 
 

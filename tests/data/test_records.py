@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opticnerve.data.readers import read
-from opticnerve.data.readers.names import Tag, kind_by_name, split
+from opticnerve.data.dataset.read import read
+from opticnerve.data.formats.names import Tag, kind_by_name, split
 from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, TextPart
 
 SAID = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
@@ -332,7 +332,7 @@ class TestPictures:
     def test_a_png_with_long_notes(self, folder: Path) -> None:
         from PIL.PngImagePlugin import PngInfo
 
-        from opticnerve.data.images import image_size, open_image
+        from opticnerve.data.media.open import image_size, open_image
 
         for packed in (True, False):
             info = PngInfo()
@@ -345,7 +345,7 @@ class TestPictures:
 
     @pytest.mark.parametrize("brightest", [255, 1023, 4095])
     def test_twelve_bits_in_sixteen_are_told(self, folder: Path, brightest: int) -> None:
-        from opticnerve.data.images import open_image
+        from opticnerve.data.media.open import open_image
 
         PIL.Image.fromarray(np.array([[0, brightest]], dtype=np.uint16)).save(folder / "dark.png")
         with pytest.raises(DataError) as caught:

@@ -19,9 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opticnerve.data.readers import index, json_list, read
-from opticnerve.data.readers.records import records
-from opticnerve.data.source import by_picture, held_out, load_data, load_units, stream_data
+from opticnerve.data.dataset import index
+from opticnerve.data.dataset.load import by_picture, held_out, load_data, load_units, stream_data
+from opticnerve.data.dataset.read import read
+from opticnerve.data.sources import json_list
+from opticnerve.data.sources.open import records
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
@@ -143,7 +145,7 @@ class TestIndexedIsPlain:
         if form == "folder":
             Dataset.from_list(rows).save_to_disk(str(path))
         else:
-            monkeypatch.setattr("opticnerve.data.readers.tables._SMALL", 0 if form == "shards" else 1 << 20)
+            monkeypatch.setattr("opticnerve.data.sources.arrow._SMALL", 0 if form == "shards" else 1 << 20)
             path.mkdir()
             for part in range(2):
                 pq.write_table(pa.Table.from_pylist(rows[part::2]), path / f"{part}.parquet", row_group_size=30)
@@ -283,7 +285,7 @@ class TestKept:
 
 GROWTH = """
 import resource, sys
-from opticnerve.data.source import load_units
+from opticnerve.data.dataset.load import load_units
 from opticnerve.recipe import DataSpec
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 units = load_units([DataSpec(path=sys.argv[1])])

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opticnerve.data.images import open_image
-from opticnerve.data.readers import read, shards
-from opticnerve.data.source import load_data
+from opticnerve.data.dataset.load import load_data
+from opticnerve.data.dataset.read import read
+from opticnerve.data.media.open import open_image
+from opticnerve.data.sources import webdataset as shards
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opticnerve.data import stream as streams
-from opticnerve.data.readers import DataSource
-from opticnerve.data.readers.stream import Streaming
-from opticnerve.data.stream import Stream, Streams
+from opticnerve.data.dataset import streaming as streams
+from opticnerve.data.dataset.read import DataSource
+from opticnerve.data.dataset.streaming import Stream, Streams
+from opticnerve.data.sources.base import Streaming
 from opticnerve.types import DataError, OpticNerveError
 
 BAD = "not JSON"

@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opticnerve.data.images import open_image
-from opticnerve.data.readers import DataSource, groups, hub
-from opticnerve.data.readers.records import Record
-from opticnerve.data.readers.stream import Streamed, Streaming
-from opticnerve.data.source import load_data, load_units, stream_data
-from opticnerve.data.stream import Stream
+from opticnerve.data.dataset.load import load_data, load_units, stream_data
+from opticnerve.data.dataset.read import DataSource
+from opticnerve.data.dataset.streaming import Stream
+from opticnerve.data.media.open import open_image
+from opticnerve.data.sources import hub
+from opticnerve.data.sources import parquet as groups
+from opticnerve.data.sources.base import Record, Streaming
+from opticnerve.data.sources.streaming import Streamed
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError, OpticNerveError
 

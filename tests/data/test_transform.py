@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers as tf
 
-from opticnerve.data.transform import GAP, Bytes, open_for, pixels, steps
+from opticnerve.data.media.transform import GAP, Bytes, open_for, pixels, steps
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.encoders.patches import PatchesEncoder
-from opticnerve.models.tiling import Tiling
+from opticnerve.models.vlm.tiling import Tiling
 
 SHAPES = [(48, 64), (65, 43), (32, 32), (9, 7), (6, 90), (100, 33), (31, 1)]
 KNOWN = ["CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor", "ViTImageProcessor", "BlipImageProcessor",

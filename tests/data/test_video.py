@@ -16,11 +16,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from opticnerve.data import video
-from opticnerve.data.images import Frame, image_digest, image_size, open_image
-from opticnerve.data.readers import read
-from opticnerve.data.video import frames, spaced
-from opticnerve.types import Conversation, DataError, ImagePart, OpticNerveError, TextPart
+from opticnerve.data.dataset.read import read
+from opticnerve.data.media import video
+from opticnerve.data.media.open import image_digest, image_size, open_image
+from opticnerve.data.media.video import frames, spaced
+from opticnerve.types import Conversation, DataError, Frame, ImagePart, OpticNerveError, TextPart
 
 STEP = 8  # frame number n is a field of grey 8 · n, with a white corner at the top left
 

@@ -55,7 +55,7 @@ STOPS = {
     "opticnerve export runs/photos exported-gguf": (
         "opticnerve.export.export.export", "wants llama.cpp; tests/export/test_gguf.py runs it"),
     "opticnerve compare": ("opticnerve.compare.experiment.run", "trains many models; tests/compare runs it"),
-    "opticnerve train starter-contrastive": ("opticnerve.evaluation.pipeline.run_recipe", "a quarter of an hour"),
+    "opticnerve train starter-contrastive": ("opticnerve.runs.pipeline.run_recipe", "a quarter of an hour"),
     "opticnerve embed runs/contrastive --data starter/": ("opticnerve.inference.embeddings.Embedder.images", "minutes"),
 }  # fmt: skip
 ADDRESS = "127.0.0.1:8000"  # of the server that pages ask
@@ -163,7 +163,7 @@ def curl(block: Block, address: str) -> None:
 
 def shell(block: Block, monkeypatch: pytest.MonkeyPatch, workshop: Path) -> None:
     """Each line of the block that `NOT_RUN` does not name."""
-    from opticnerve.serve.run import Server
+    from opticnerve.serve.server import Server
 
     for line in filter(str.strip, block.text.replace("\\\n", " ").splitlines()):
         command = re.sub(r"^(\w+=\S* )+", "", line)

@@ -32,8 +32,8 @@ from pydantic import TypeAdapter
 from typing import Annotated
 from opticnerve import recipe
 from opticnerve.cli.main import app
-from opticnerve.data.images import open_image
-from opticnerve.data.readers import read
+from opticnerve.data.media.images import open_image
+from opticnerve.data.dataset.read import read
 
 asked, found = json.load(sys.stdin), {"recipes": {}, "data": {}, "keys": {}, "values": {}, "commands": {}}
 

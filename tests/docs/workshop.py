@@ -15,7 +15,7 @@ import yaml
 import checkpoints
 import tiny
 from hub import Hub
-from opticnerve.build_dual import dual
+from opticnerve.models.dual_encoder.build import dual
 from ready_data import data_folders
 
 RUNS = ("demo", "run", "plates", "photos", "mine")
@@ -104,7 +104,7 @@ def pictures(folder: Path) -> None:
 def served(model: str, name: str) -> Iterator[str]:
     """A live server with `model` under `name`; its address."""
     from opticnerve.inference.load import load_model
-    from opticnerve.serve.run import Server, Service, listen
+    from opticnerve.serve.server import Server, Service, listen
 
     socket = listen("127.0.0.1", 0)
     loaded: tuple[Any, Any] = load_model(model)

@@ -13,10 +13,10 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import tiny
-from opticnerve.build import Dock, dock
-from opticnerve.build_dual import dual
 from opticnerve.encoders.dual_eye import DualEncoderEye
-from opticnerve.models.dual_encoder import DualEncoder
+from opticnerve.models.dual_encoder.build import dual
+from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.encoders.base import last_blocks
 from opticnerve.encoders.pair import PairEncoder
 from opticnerve.inference.generate import Answerer
-from opticnerve.models import OpticNerveForConditionalGeneration, delta
-from opticnerve.models.parts import part_parameters
+from opticnerve.models import OpticNerveForConditionalGeneration
+from opticnerve.models.checkpoint import delta
+from opticnerve.models.vlm.build import Dock
+from opticnerve.models.vlm.parts import part_parameters
 from opticnerve.types import OpticNerveError, ask
 
 Folder = Callable[..., str]

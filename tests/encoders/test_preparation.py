@@ -14,7 +14,7 @@ import transformers as tf
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import tiny
-from opticnerve import hub
+from opticnerve.common import hub
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.encoders.whisper import WhisperEncoder

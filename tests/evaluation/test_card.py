@@ -9,11 +9,11 @@ import PIL.Image
 import pytest
 import yaml
 
-from opticnerve.evaluation import drawing
-from opticnerve.evaluation.card import write_card
-from opticnerve.evaluation.drawing import smooth
-from opticnerve.evaluation.plots import samples_plot
-from opticnerve.evaluation.run_folder import read_metrics
+from opticnerve.common import drawing
+from opticnerve.common.drawing import smooth
+from opticnerve.runs.card.card import write_card
+from opticnerve.runs.card.plots import samples_plot
+from opticnerve.runs.folder import read_metrics
 from opticnerve.types import DataError, OpticNerveError
 
 

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.cli.main import app
-from opticnerve.data.readers import read
+from opticnerve.data.dataset.read import read
 from opticnerve.evaluation.choice import run_multiple_choice
 from opticnerve.evaluation.judges import JUDGES, anls, levenshtein, says_yes, yes_no_report
 from opticnerve.evaluation.metrics import rouge_l
 from opticnerve.evaluation.suite import read_suite, run_suite
 from opticnerve.evaluation.tasks import run_vqa
 from opticnerve.inference.likelihood import answer_scores
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import DataError, OpticNerveError, ask
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.likelihood import answer_scores
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import Conversation, ImagePart, Message, TextPart, ask
 
 PYTHON = os.environ.get("OPTICNERVE_LMMS_EVAL_PYTHON") or (

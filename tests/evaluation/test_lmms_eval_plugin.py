@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import AudioPart, ImagePart, OpticNerveError, TextPart, ask
 
 

@@ -7,7 +7,7 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 
-from opticnerve.evaluation import on_object
+from opticnerve.interpret import localization as on_object
 from opticnerve.starter import easy_vqa
 from opticnerve.types import OpticNerveError
 

@@ -16,10 +16,12 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 
+from opticnerve.common import drawing
 from opticnerve.compare import plots as compare_plots
 from opticnerve.compare.stats import Estimate
-from opticnerve.evaluation import drawing, look_plot, plots
-from opticnerve.inference.looking import Looked, Map, Word
+from opticnerve.interpret import plot as look_plot
+from opticnerve.interpret.attribution import Looked, Map, Word
+from opticnerve.runs.card import plots
 from opticnerve.ui.look_part import _draw
 
 WORDS = "写真の色は何ですか"

@@ -17,10 +17,10 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tiny
-from opticnerve.build import dock
 from opticnerve.encoders.hf_vision import _model_class
 from opticnerve.export import probe
 from opticnerve.language.chat_template import CHATML
+from opticnerve.models.vlm.build import dock
 
 
 def sentencepiece(scheme: str) -> Tokenizer:

@@ -15,10 +15,11 @@ import transformers as tf
 from tokenizers import Regex, pre_tokenizers
 
 import tiny
-from opticnerve.export import gguf as gguf_format
-from opticnerve.export import gguf_tokens, parity, samples
+from opticnerve.export import parity, samples
 from opticnerve.export.export import export
 from opticnerve.export.formats import Options
+from opticnerve.export.gguf import format as gguf_format
+from opticnerve.export.gguf import tokenizer as gguf_tokens
 from opticnerve.inference.load import load_model
 from opticnerve.language.chat_template import CHATML, PLAIN_CHAT, with_parts
 from opticnerve.types import OpticNerveError
@@ -188,7 +189,7 @@ def test_llama_cpp_reads_sentencepieces_words_alike(spaces: str, chat: str, save
 
 @pytest.mark.skipif(ENGINE is None, reason="OPTICNERVE_LLAMA_PYTHON names no interpreter with xllamacpp")
 def test_one_scaled_tensor_is_caught_by_llama_cpp(saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opticnerve.export import gguf_vision
+    from opticnerve.export.gguf import vision as gguf_vision
 
     honest = gguf_vision.add
 

@@ -12,7 +12,8 @@ import transformers as tf
 from gguf import TokenType
 
 import tiny
-from opticnerve.export import gguf_sentencepiece, gguf_tokens
+from opticnerve.export.gguf import sentencepiece as gguf_sentencepiece
+from opticnerve.export.gguf import tokenizer as gguf_tokens
 from opticnerve.types import OpticNerveError
 
 

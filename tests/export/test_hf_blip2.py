@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import checkpoints
 import tiny
-from opticnerve.export import hf_blip2
 from opticnerve.export.export import export
+from opticnerve.export.hf import blip2 as hf_blip2
 from opticnerve.models.import_hf import import_checkpoint
 from opticnerve.types import OpticNerveError
 

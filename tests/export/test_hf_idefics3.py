@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.export import hf_idefics3
 from opticnerve.export.export import export
+from opticnerve.export.hf import idefics3 as hf_idefics3
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -14,8 +14,10 @@ import torch
 import transformers as tf
 from safetensors import safe_open
 
-from opticnerve.export import hf_common, hf_llava, parity, probe
+from opticnerve.export import parity, probe
 from opticnerve.export.export import Exported, export
+from opticnerve.export.hf import common as hf_common
+from opticnerve.export.hf import llava as hf_llava
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

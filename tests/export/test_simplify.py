@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opticnerve.export.clip_like import connector_matrices
-from opticnerve.export.hf_blip2_eye import final_norm, fold_scales
+from opticnerve.export.hf.blip2_vision import final_norm, fold_scales
 from opticnerve.export.parity import cast
 from opticnerve.export.simplify import fix_picture_size, fold_calibration, fold_into_norm
 from opticnerve.inference.load import load_model

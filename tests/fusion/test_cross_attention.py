@@ -10,12 +10,12 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.fusion.gated_cross_attention import GatedCrossAttention, GatedCrossAttentionLayer
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.types import Conversation, ImagePart, Message, OpticNerveError, TextPart, ask
 
@@ -235,7 +235,7 @@ class TestTraining:
             torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=2e-5, msg=name)
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, opened: Dock) -> None:
-        from opticnerve.train.prepare import checkpoint_layers
+        from opticnerve.train.setup import checkpoint_layers
 
         plain = loss_of(opened, [[[c]] for c in self.SAMPLES])
         checkpoint_layers(opened.model)

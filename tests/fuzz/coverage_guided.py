@@ -20,8 +20,8 @@ with atheris.instrument_imports(include=["opticnerve"]):
     from fuzz_target import attempt
     from fuzz_targets import TARGETS
 
-    import opticnerve.data.readers.read
-    import opticnerve.models.delta
+    import opticnerve.data.dataset.read
+    import opticnerve.models.checkpoint.delta
     import opticnerve.recipe  # noqa: F401
 
 PARSERS = ("recipes", "data-files", "records", "paths", "images", "sounds", "checkpoint-json", "safetensors")

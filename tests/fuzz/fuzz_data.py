@@ -14,9 +14,9 @@ import fuzz_mutate as hurt
 import PIL.Image
 from fuzz_target import Target
 
-from opticnerve.data.images import Frame, open_image
-from opticnerve.data.readers import read
-from opticnerve.types import Conversation, DataError, ImagePart
+from opticnerve.data.dataset.read import read
+from opticnerve.data.media.open import open_image
+from opticnerve.types import Conversation, DataError, Frame, ImagePart
 
 FORMATS = ("auto", "captions", "vqa", "llava", "chat", "completion", "preference")
 GOOD: dict[str, list[dict[str, Any]]] = {

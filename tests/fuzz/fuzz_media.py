@@ -17,9 +17,9 @@ import numpy as np
 import PIL.Image
 from fuzz_target import Target
 
-from opticnerve.data.audio import MAX_SECONDS, RATE, audio_digest, open_audio
-from opticnerve.data.images import image_size, open_image
-from opticnerve.data.video import frames
+from opticnerve.data.media.audio import MAX_SECONDS, RATE, audio_digest, open_audio
+from opticnerve.data.media.open import image_size, open_image
+from opticnerve.data.media.video import frames
 
 
 @functools.cache

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny
-from opticnerve.build import dock
 from opticnerve.inference.load import kind_of, load_model, load_processor
 from opticnerve.language.chat_template import CHATML
-from opticnerve.models import OpticNerveConfig, delta
-from opticnerve.models.strict import told
+from opticnerve.models import OpticNerveConfig
+from opticnerve.models.checkpoint import delta
+from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.vlm.build import dock
 from opticnerve.train import checkpoint
 
 DELTA, WHOLE = "delta", "whole"
@@ -216,7 +217,7 @@ def make_state(rng: random.Random) -> bytes:
 
 def run_state(data: bytes, folder: Path) -> None:
     """A state whose hash was made to fit: someone tampered with it, and `weights_only` stands alone."""
-    from opticnerve.durable import sha256
+    from opticnerve.common.atomic import sha256
 
     made = folder / "checkpoint-00000003"
     made.mkdir(exist_ok=True)

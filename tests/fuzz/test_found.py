@@ -17,13 +17,14 @@ import torch
 from fuzz_recipes import GOOD
 from fuzz_target import limited
 
-from opticnerve.build import Dock
-from opticnerve.data.audio import open_audio
-from opticnerve.data.readers import read
-from opticnerve.data.video import frames
+from opticnerve.data.dataset.read import read
+from opticnerve.data.media.audio import open_audio
+from opticnerve.data.media.video import frames
 from opticnerve.inference.load import load_model, load_processor
-from opticnerve.models import OpticNerveConfig, delta
-from opticnerve.models.strict import told
+from opticnerve.models import OpticNerveConfig
+from opticnerve.models.checkpoint import delta
+from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.vlm.build import Dock
 from opticnerve.recipe import load
 from opticnerve.types import DataError, OpticNerveError, RecipeError
 

@@ -11,12 +11,12 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from opticnerve.build import Dock
+from opticnerve.common.private_names import CACHE
 from opticnerve.inference.decoding import decode
 from opticnerve.inference.generate import Answerer
-from opticnerve.inference.kv_cache import RoomyLayer, make_room
-from opticnerve.inference.lean import LeanDecoder
-from opticnerve.private_names import CACHE
+from opticnerve.models.vlm.build import Dock
+from opticnerve.ops.fused_decode import LeanDecoder
+from opticnerve.ops.kv_cache import RoomyLayer, make_room
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -160,7 +160,7 @@ class TestLean:
 
     def test_the_model_stays_itself(self, docked: Callable[..., Dock], tmp_path: Path) -> None:
         """Joined weights are the parameters: the model trains, saves and loads as before."""
-        from opticnerve.models.modeling import OpticNerveForConditionalGeneration
+        from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 
         made = docked()
         before = {k: v.clone() for k, v in made.model.state_dict().items()}

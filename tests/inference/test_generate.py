@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock, dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import default_device, load_model
+from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import DataError, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -156,7 +156,7 @@ class TestLoad:
         assert Answerer(model, processor).answer([ASKED[0]], max_new_tokens=3)
 
     def test_a_run_in_progress_serves_its_last_stage(self, docked: Callable[..., Dock], tmp_path: Path) -> None:
-        from opticnerve.models import delta
+        from opticnerve.models.checkpoint import delta
 
         made = docked()
         for i in range(2):

@@ -11,10 +11,11 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.inference import attention_maps, looking
-from opticnerve.inference.forced import Forced, Word, split_words
-from opticnerve.inference.occlusion import edges, occlusion
+from opticnerve.interpret import attention_maps
+from opticnerve.interpret import attribution as looking
+from opticnerve.interpret.occlusion import edges, occlusion
+from opticnerve.interpret.teacher_forcing import Forced, Word, split_words
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

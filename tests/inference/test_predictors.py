@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.build_classifier import ClassifierDock, classifier
 from opticnerve.inference.likelihood import answer_scores
 from opticnerve.inference.predictors import ClassifierPredictor, TextOnlyPredictor, VLMPredictor, load_classifier
-from opticnerve.models.late_fusion import LateFusion
+from opticnerve.models.classifier.build import ClassifierDock, classifier
+from opticnerve.models.classifier.late_fusion import LateFusion
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import DataError, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

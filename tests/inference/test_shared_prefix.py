@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.inference.generate import Answerer
-from opticnerve.inference.shared_prefix import answer_about, share
+from opticnerve.inference.generate import Answerer, answer_about
+from opticnerve.inference.shared_prefix import share
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import Conversation, Message, OpticNerveError, TextPart, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

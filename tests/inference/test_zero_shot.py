@@ -17,8 +17,8 @@ from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.inference.embeddings import Embedder, load_dual_encoder, save_embeddings
 from opticnerve.inference.zero_shot import TEMPLATES, ZeroShotClassifier, ZeroShotPredictor, class_vectors
-from opticnerve.models.dual_encoder import DualEncoder
-from opticnerve.models.dual_processing import DualEncoderProcessor
+from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.types import OpticNerveError, ask
 
 CLASSES = ["circle", "square", "triangle"]

@@ -15,9 +15,9 @@ import transformers as tf
 
 import opticnerve
 import tiny
-from opticnerve import plan
 from opticnerve.language.load import load_language, load_language_config
 from opticnerve.language.lora import add_lora
+from opticnerve.plan import plan
 from opticnerve.recipe import Recipe
 from opticnerve.types import OpticNerveError
 

@@ -10,10 +10,10 @@ import PIL.Image
 import pytest
 import torch
 
-from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveForConditionalGeneration
-from opticnerve.models.merge import merge
+from opticnerve.models.vlm.build import Dock
+from opticnerve.models.vlm.merge import merge
 from opticnerve.types import ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -11,9 +11,9 @@ import transformers as tf
 from torch import Tensor
 
 from opticnerve import recipe
-from opticnerve.language.inductor import inductor
-from opticnerve.language.kernels import KERNELS
-from opticnerve.language.lean import Functions, lean
+from opticnerve.ops.fused_layers import Functions, lean
+from opticnerve.ops.inductor import inductor
+from opticnerve.ops.kernels import KERNELS
 from opticnerve.types import OpticNerveError
 
 CPU = torch.device("cpu")

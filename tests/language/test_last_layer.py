@@ -9,10 +9,10 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from opticnerve.language.last_layer import last_mlp_at
-from opticnerve.language.lean import lean
 from opticnerve.language.lora import adapter_on, add_lora
 from opticnerve.objectives.head import supervised_logits
+from opticnerve.ops.fused_layers import lean
+from opticnerve.ops.last_mlp import last_mlp_at
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -9,8 +9,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from opticnerve.language.lean import lean
 from opticnerve.language.lora import adapter_on, add_lora
+from opticnerve.ops.fused_layers import lean
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,9 +13,9 @@ import torch
 import transformers as tf
 
 from opticnerve import recipe
-from opticnerve.language import lean as lean_page
-from opticnerve.language.lean import lean
-from opticnerve.language.liger import liger
+from opticnerve.ops import fused_layers as lean_page
+from opticnerve.ops.fused_layers import lean
+from opticnerve.ops.liger import liger
 from opticnerve.types import OpticNerveError
 
 CUDA = torch.device("cuda")

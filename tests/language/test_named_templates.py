@@ -11,7 +11,7 @@ import conversations
 import real_tokenizers
 from conversations import Sample
 from families import Family
-from opticnerve.data.labels import encode
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.language.chat_template import set_template, stage_template
 from opticnerve.models import OpticNerveProcessor

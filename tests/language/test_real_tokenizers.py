@@ -13,10 +13,10 @@ import conversations
 import families
 from conversations import Sample
 from families import FAMILIES, Family
-from opticnerve.data.chat_layout import form_of
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import IGNORE, encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.chat_layout import form_of
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import IGNORE, encode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveProcessor
 from opticnerve.types import Conversation, DataError, Message, OpticNerveError, TextPart, ask

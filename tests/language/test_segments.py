@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opticnerve.language import attention
-from opticnerve.language.attention import attend
-from opticnerve.language.segments import Segments, segments_of, supported, within
+from opticnerve.ops import attention
+from opticnerve.ops.attention import attend
+from opticnerve.ops.varlen import Segments, segments_of, supported, within
 
 WIDTHS: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -20,8 +20,8 @@ import transformers as tf
 import families
 from families import FAMILIES
 from opticnerve import recipe as recipes
-from opticnerve.build import dock_recipe
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.train.loop import run_stage
 from opticnerve.types import Conversation, ask
 

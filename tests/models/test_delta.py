@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import add_lora, has_lora
-from opticnerve.models import OpticNerveForConditionalGeneration, delta
-from opticnerve.models.merge import merge
-from opticnerve.models.parts import part_parameters
+from opticnerve.models import OpticNerveForConditionalGeneration
+from opticnerve.models.checkpoint import delta
+from opticnerve.models.vlm.build import Dock
+from opticnerve.models.vlm.merge import merge
+from opticnerve.models.vlm.parts import part_parameters
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -112,8 +113,8 @@ class TestRefusals:
     @pytest.fixture
     def run(self, tmp_path: Path) -> Path:
         """A run on bases of its own, which a test may spoil."""
-        from opticnerve.build import dock
         from opticnerve.language.chat_template import CHATML
+        from opticnerve.models.vlm.build import dock
 
         language = tiny.save_language(tmp_path / "language", "llama", chat_template=CHATML)
         made = dock(tiny.save_vision(tmp_path / "vision"), "mlp", language)
@@ -276,8 +277,8 @@ def test_a_gguf_file_within_a_folder_is_found_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """(Dequantising itself is the starter's daily bread; here it is stood in for.)"""
-    from opticnerve.build import dock
     from opticnerve.language import load
+    from opticnerve.models.vlm.build import dock
 
     (tmp_path / "base").mkdir()
     (tmp_path / "base/small.gguf").write_bytes(b"weights")

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from opticnerve.data.pairs import PairCollator
+from opticnerve.data.collators.contrastive import PairCollator
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.timm import TimmEncoder
-from opticnerve.models.dual_encoder import DualEncoder
-from opticnerve.models.dual_processing import DualEncoderProcessor
+from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.objectives.contrastive import Contrastive
 from opticnerve.types import OpticNerveError, ask
 

@@ -18,7 +18,7 @@ import checkpoints
 import tiny
 from opticnerve.cli.guard import guarded
 from opticnerve.cli.import_ import import_
-from opticnerve.data.labels import encode
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model
 from opticnerve.models.import_hf import import_checkpoint, verify

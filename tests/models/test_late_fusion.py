@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from opticnerve.models.late_fusion import LateFusion, combine
+from opticnerve.models.classifier.late_fusion import LateFusion, combine
 from opticnerve.types import Conversation, OpticNerveError, ask
 
 CHOICES = ["red", "green", "blue"]

@@ -11,8 +11,8 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

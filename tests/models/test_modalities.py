@@ -12,12 +12,12 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProcessor
+from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.types import DataError, OpticNerveError, ask
 
@@ -136,7 +136,7 @@ def test_save_and_load(both: Dock, tmp_path: Path) -> None:
 class TestEarAlone:
     @pytest.fixture
     def ear(self, language_folder: Callable[..., str], whisper_folder: str) -> Dock:
-        from opticnerve.build import dock
+        from opticnerve.models.vlm.build import dock
 
         return dock(
             language=language_folder("llama"),
@@ -163,7 +163,7 @@ class TestEarAlone:
             encode(ask("q", P[0], answer="a"), ear.processor)
 
     def test_cross_attention_hears_too(self, language_folder: Callable[..., str], whisper_folder: str) -> None:
-        from opticnerve.build import dock
+        from opticnerve.models.vlm.build import dock
 
         made = dock(
             language=language_folder("llama"), fusion={"type": "cross_attention", "every": 1, "heads": 2},

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock, dock
 from opticnerve.inference.generate import Answerer
 from opticnerve.language.load import load_language
 from opticnerve.models import OpticNerveConfig, OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -150,7 +150,7 @@ def test_labels_give_a_loss_and_connector_gradients(llama: Dock) -> None:
 
 def test_neighbours_that_do_not_fit_are_refused_when_built(llama: Dock) -> None:
     from opticnerve.connectors.linear import LinearConnector
-    from opticnerve.models.tower import Tower
+    from opticnerve.models.vlm.tower import Tower
 
     tower = llama.model.image
     with pytest.raises(OpticNerveError, match="16 tokens of width 24; connector takes 9 of width 7"):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import tiny
-from opticnerve.build import Dock, dock
 from opticnerve.language.lora import add_lora, is_lora
-from opticnerve.models.parts import full_name, part_parameters
+from opticnerve.models.vlm.build import Dock, dock
+from opticnerve.models.vlm.parts import full_name, part_parameters
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.models import OpticNerveProcessor
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

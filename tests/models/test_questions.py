@@ -10,11 +10,11 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.types import DataError, ask
 

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 import opticnerve
 import tiny
-from opticnerve.build import Dock
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveConfig, OpticNerveForConditionalGeneration, OpticNerveProcessor
-from opticnerve.models.merge import merge
+from opticnerve.models.vlm.build import Dock
+from opticnerve.models.vlm.merge import merge
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -74,7 +74,7 @@ def test_tables_that_no_file_holds_are_computed_again(
     options: dict[str, Any], docked: Callable[..., Dock], tmp_path: Path
 ) -> None:
     from opticnerve.encoders.timm import TimmEncoder
-    from opticnerve.models.tower import join
+    from opticnerve.models.vlm.tower import join
 
     base = docked("llama")
     torch.manual_seed(0)

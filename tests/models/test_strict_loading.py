@@ -18,8 +18,8 @@ from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.inference.load import load_model
 from opticnerve.language.load import check_complete, load_language
-from opticnerve.models.bounded import no_larger_than
-from opticnerve.models.strict import told
+from opticnerve.models.checkpoint.bounds import no_larger_than
+from opticnerve.models.checkpoint.strict import told
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

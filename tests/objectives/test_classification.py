@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from opticnerve.build_classifier import ClassifierDock, classifier
-from opticnerve.data.answers import AnswerCollator
+from opticnerve.data.collators.classification import AnswerCollator
+from opticnerve.models.classifier.build import ClassifierDock, classifier
 from opticnerve.objectives.classification import Classification
 from opticnerve.types import Conversation, DataError, Features, ImagePart, Message, TextPart, ask
 

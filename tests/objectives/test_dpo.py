@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import IGNORE, encode
-from opticnerve.data.packing import pack
-from opticnerve.data.preferences import PreferenceCollator
-from opticnerve.data.readers import read
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.collators.preference import PreferenceCollator
+from opticnerve.data.dataset.read import read
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import IGNORE, encode
+from opticnerve.models.freeze import freeze
+from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.dpo import DPO, log_likelihoods
 from opticnerve.objectives.next_token import batch_logits
 from opticnerve.recipe import load
-from opticnerve.train.freeze import freeze
 from opticnerve.train.loop import run_stage
 from opticnerve.types import Conversation, DataError, OpticNerveError, ask
 

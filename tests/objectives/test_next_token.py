@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.data.collate import Batch, Collator
-from opticnerve.data.labels import encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Batch, Collator
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import encode
+from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.head import supervised_logits
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.types import Conversation, OpticNerveError, ask
@@ -98,7 +98,7 @@ def test_the_soft_cap_is_applied(docked: Callable[..., Dock]) -> None:
 
 @pytest.fixture(scope="module")
 def llama(language_folder: Callable[..., str], vision_folder: Callable[..., str], private_cache: Any) -> Dock:
-    from opticnerve.build import dock
+    from opticnerve.models.vlm.build import dock
 
     return dock(vision_folder(), "mlp", language_folder("llama"))
 

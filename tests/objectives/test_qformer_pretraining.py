@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import tiny
 from opticnerve.connectors.linear import LinearConnector
 from opticnerve.connectors.qformer import QFormerConnector
-from opticnerve.data.captions import CaptionBatch, CaptionCollator
+from opticnerve.data.collators.qformer import CaptionBatch, CaptionCollator
 from opticnerve.objectives.gather import gather_padded
 from opticnerve.objectives.qformer_pretraining import (
     QFormerPretraining,
@@ -31,7 +31,7 @@ from opticnerve.objectives.qformer_pretraining import (
 from opticnerve.types import DataError, Features, OpticNerveError, ask
 
 if TYPE_CHECKING:  # the second process of a test imports this file, too, and has no need of it
-    from opticnerve.build import Dock
+    from opticnerve.models.vlm.build import Dock
 
 CAPTIONS = ["a red circle", "a blue square", "the green dog", "three foxes", "a beach", "no triangle", "a cat", "snow"]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for c in CAPTIONS for w in c.split()})]

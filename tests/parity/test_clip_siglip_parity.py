@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.models.dual_encoder import DualEncoder
-from opticnerve.models.dual_import import import_dual_encoder
+from opticnerve.models.dual_encoder.import_clip import import_dual_encoder
+from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.objectives.contrastive import Negatives, clip_loss, siglip_loss
 
 TEXTS = ["a red circle", "the lazy dog, and a triangle is green", "three of them"]

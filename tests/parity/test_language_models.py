@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from opticnerve.build import dock
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import dock
 from opticnerve.types import ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

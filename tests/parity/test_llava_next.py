@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
 import tiny
-from opticnerve.models.tiling import Tiling
+from opticnerve.models.vlm.tiling import Tiling
 from opticnerve.types import Features
 
 WIDTH = 16

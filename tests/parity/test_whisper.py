@@ -295,7 +295,7 @@ class TestStarterWeights:
         if (speak := shutil.which("espeak-ng")) is None:
             pytest.skip("espeak-ng is not installed (Debian: apt-get install espeak-ng)")
         pytest.importorskip("soundfile", reason="sound needs `pip install 'opticnerve[audio]'`")
-        from opticnerve.data.audio import open_audio
+        from opticnerve.data.media.audio import open_audio
 
         subprocess.run([speak, "-v", "en-us", "-w", tmp_path / "a.wav", "The dog looks at the cat."], check=True)
         ear = WhisperEncoder.from_pretrained("starter/whisper-tiny.en").eval()

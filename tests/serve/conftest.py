@@ -9,8 +9,8 @@ import pytest
 import torch
 from served import Live, serving
 
-from opticnerve.build import Dock, dock
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import Conversation, ask
 
 

@@ -18,9 +18,9 @@ import openai
 import soundfile
 
 import tiny
-from opticnerve.build import Dock
+from opticnerve.models.vlm.build import Dock
 from opticnerve.serve.limits import Limits
-from opticnerve.serve.run import Server, Service, listen
+from opticnerve.serve.server import Server, Service, listen
 
 NAME = "tiny"
 LIMITS = Limits(slots=4, queue=200, body_bytes=200_000, pixels=40_000, media=3, audio_seconds=3.0, answer_tokens=16)

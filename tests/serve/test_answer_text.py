@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tiny
-from opticnerve.serve.text import GrowingText, token_text
+from opticnerve.serve.detokenizer import GrowingText, token_text
 
 TEXTS = ["what colour is the circle?", "naïve — 円は赤い 🙂🙂 ok", " spaces  and\nlines ", "e", ""]
 

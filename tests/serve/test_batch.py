@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.inference.decoding import decode
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import Dock
 from opticnerve.serve.batch import RunningBatch, why_alone
 from opticnerve.types import Conversation, ask
 

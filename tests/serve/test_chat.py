@@ -11,9 +11,9 @@ import torch
 from served import NAME, Live, audio, chat, image, sound
 
 import tiny
-from opticnerve.build import Dock
 from opticnerve.inference.decoding import decode
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.build import Dock
 from opticnerve.serve.schema import ChatRequest
 from opticnerve.types import AudioPart, Conversation, ImagePart, Message, TextPart, ask
 

@@ -17,7 +17,7 @@ import pytest
 from served import LIMITS, Live, chat, image, serving, until
 
 import tiny
-from opticnerve.build import Dock
+from opticnerve.models.vlm.build import Dock
 from opticnerve.types import ask
 
 WORDS = ["red", "blue", "dog", "fox", "circle", "square", "green", "how many", "lazy", "beach"]

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from served import LIMITS, chat, folder_of, image_url, serving, until
 
-from opticnerve.build import Dock
+from opticnerve.models.vlm.build import Dock
 
 
 def test_sigterm(both: Dock, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ class TestTheCommand:
         assert message in refused(*words)
 
     def test_a_port_that_is_taken(self, refused: Callable[..., str]) -> None:
-        from opticnerve.serve.run import listen
+        from opticnerve.serve.server import listen
 
         with listen("127.0.0.1", 0) as taken:
             assert "another --port" in refused("--port", str(taken.getsockname()[1]))
@@ -138,7 +138,7 @@ class TestTheCommand:
             context_of(both.model, 513)
 
     def test_a_key_file(self, tmp_path: Path) -> None:
-        from opticnerve.listening import read_secrets
+        from opticnerve.web.listen import read_secrets
 
         (tmp_path / "keys").write_text("# of the team\nfirst-key\n\n second-key \n")
         assert read_secrets(tmp_path / "keys") == ["first-key", "second-key"]

@@ -110,8 +110,8 @@ def test_within_a_test_vendors_captions_are_unique(rows: dict[str, list[dict[str
 
 
 def test_captions_read_as_training_data(prepared: dict[str, Path]) -> None:
-    from opticnerve.data.images import open_image
-    from opticnerve.data.readers import read
+    from opticnerve.data.dataset.read import read
+    from opticnerve.data.media.open import open_image
 
     talks = list(read(prepared["both"], media=prepared["media"], allow_outside_media=True))
     assert len(talks) == 191

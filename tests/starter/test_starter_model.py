@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from opticnerve.data.source import fixed_sample, load_data
+from opticnerve.data.dataset.load import fixed_sample, load_data
 from opticnerve.evaluation.tasks import run_vqa
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import opticnerve.durable as durable
-import opticnerve.evaluation.records as records
-import opticnerve.models.delta as delta
+import opticnerve.common.atomic as durable
+import opticnerve.features.shards as feature_shards
+import opticnerve.models.checkpoint.delta as delta
+import opticnerve.runs.records as records
 import opticnerve.train.checkpoint as checkpoint
-import opticnerve.train.feature_shards as feature_shards
-from opticnerve.train.metrics_log import MetricsLog
+from opticnerve.train.metrics import MetricsLog
 
 
 def die() -> None:

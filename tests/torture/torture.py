@@ -39,9 +39,10 @@ import opticnerve_launch  # noqa: E402, F401
 import tiny  # noqa: E402
 from opticnerve import recipe as recipes  # noqa: E402
 from opticnerve.cli.main import app  # noqa: E402
-from opticnerve.evaluation import drawing, pipeline  # noqa: E402, F401
+from opticnerve.common import drawing  # noqa: E402
+from opticnerve.features import store as feature_cache  # noqa: E402
 from opticnerve.language.chat_template import CHATML  # noqa: E402
-from opticnerve.train import feature_cache  # noqa: E402
+from opticnerve.runs import pipeline  # noqa: E402, F401
 
 CLOCKS = ("elapsed_s", "waited_s", "tokens_per_second")
 SAVE_EVERY, STEPS = 3, (10, 14)

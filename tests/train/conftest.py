@@ -11,10 +11,10 @@ import pytest
 
 import tiny
 from opticnerve import recipe as recipes
-from opticnerve.build import Dock, dock_recipe
+from opticnerve.common.progress import Progress
+from opticnerve.models.vlm.build import Dock, dock_recipe
 from opticnerve.recipe import Recipe
 from opticnerve.train.loop import Interrupted, StageResult, run_stage
-from opticnerve.train.progress import Progress
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import transformers as tf
 
 import opticnerve
 import tiny
-from opticnerve.build import dock_recipe
-from opticnerve.data.source import load_units
+from opticnerve.data.dataset.load import load_units
 from opticnerve.fusion.base import words_of
+from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.recipe import Recipe
 from opticnerve.train.calibrate import calibrate
-from opticnerve.train.visits import Visits
+from opticnerve.train.sampler import Visits
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from opticnerve import durable
+from opticnerve.common import atomic as durable
 from opticnerve.train import checkpoint
 from opticnerve.types import OpticNerveError
 

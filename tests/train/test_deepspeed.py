@@ -12,9 +12,9 @@ import torch
 import worlds
 from test_many_processes import CASES, make, same  # noqa: F401 (a fixture)
 
+from opticnerve.distributed.collectives import engine
+from opticnerve.distributed.deepspeed import Zero
 from opticnerve.objectives.next_token import NextToken
-from opticnerve.train.processes import engine
-from opticnerve.train.zero import Zero
 from opticnerve.types import OpticNerveError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opticnerve import durable
 from opticnerve import recipe as recipes
-from opticnerve.build import dock_recipe
+from opticnerve.common import atomic as durable
+from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.recipe import Recipe
 from opticnerve.train.loop import run_stage
 
@@ -22,7 +22,7 @@ RUN = """
 import sys
 from pathlib import Path
 from opticnerve import recipe as recipes
-from opticnerve.build import dock_recipe
+from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.train.loop import run_stage
 
 recipe, out = recipes.load(sys.argv[1]), Path(sys.argv[2])

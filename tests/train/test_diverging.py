@@ -12,14 +12,14 @@ import torch
 
 import tiny
 from opticnerve import recipe as recipes
-from opticnerve.build import dock_recipe
 from opticnerve.cli.main import app
-from opticnerve.data.source import load_data
-from opticnerve.evaluation.card import write_card
-from opticnerve.evaluation.card_warnings import warnings_of
+from opticnerve.data.dataset.load import load_data
+from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.recipe import DataSpec, Recipe
-from opticnerve.train import diverged
-from opticnerve.train.diverged import SAMPLES, Diverged
+from opticnerve.runs.card.card import write_card
+from opticnerve.runs.card.warnings import warnings_of
+from opticnerve.train import divergence as diverged
+from opticnerve.train.divergence import SAMPLES, Diverged
 from opticnerve.train.optim import MasterAdamW
 
 pytestmark = pytest.mark.usefixtures("private_cache")

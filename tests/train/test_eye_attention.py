@@ -11,9 +11,9 @@ import transformers as tf
 from torch import nn
 
 from opticnerve.encoders.hf_vision import HFVisionEncoder
-from opticnerve.language import attention
-from opticnerve.train import eye_attention
-from opticnerve.train.eye_attention import plain_attention
+from opticnerve.ops import attention
+from opticnerve.ops import vision_attention as eye_attention
+from opticnerve.ops.vision_attention import plain_attention
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,

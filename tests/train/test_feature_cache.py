@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock, dock_recipe
-from opticnerve.data.images import open_image
-from opticnerve.models.tower import Tower
+from opticnerve.data.media.open import open_image
+from opticnerve.features import extract as feature_fill
+from opticnerve.features import store as feature_cache
+from opticnerve.features.store import FeatureStore, encode_function, open_store, see_all
+from opticnerve.models.vlm.build import Dock, dock_recipe
+from opticnerve.models.vlm.tower import Tower
 from opticnerve.recipe import PartSpec, Recipe
-from opticnerve.train import feature_cache, feature_fill
-from opticnerve.train.feature_cache import FeatureStore, encode_function, open_store, see_all
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import tiny
-from opticnerve.data.images import Frame, image_digest
-from opticnerve.train import digests as module
-from opticnerve.train.digests import Digests
-from opticnerve.types import DataError, OpticNerveError
+from opticnerve.data.media.open import image_digest
+from opticnerve.features import digests as module
+from opticnerve.features.digests import Digests
+from opticnerve.types import DataError, Frame, OpticNerveError
 
 
 @pytest.fixture

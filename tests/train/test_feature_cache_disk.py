@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.data import feature_disk
-from opticnerve.data.feature_disk import default_budget, folder_bytes, hold, make_room
-from opticnerve.train import feature_cache, feature_fill
-from opticnerve.train.feature_cache import FeatureStore
+from opticnerve.features import budget as feature_disk
+from opticnerve.features import extract as feature_fill
+from opticnerve.features import store as feature_cache
+from opticnerve.features.budget import default_budget, folder_bytes, hold, make_room
+from opticnerve.features.store import FeatureStore
 from opticnerve.types import Features, OpticNerveError
 
 A, B, C = "a" * 24, "b" * 24, "c" * 24

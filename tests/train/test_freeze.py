@@ -9,10 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from opticnerve.build import Dock
 from opticnerve.language.lora import add_lora, is_lora
-from opticnerve.models.parts import part_parameters
-from opticnerve.train.freeze import freeze
+from opticnerve.models.freeze import freeze
+from opticnerve.models.vlm.build import Dock
+from opticnerve.models.vlm.parts import part_parameters
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from opticnerve.evaluation.card_warnings import gap_interval, warnings_of
 from opticnerve.recipe import Recipe
+from opticnerve.runs.card.warnings import gap_interval, warnings_of
 from opticnerve.train import loop
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from opticnerve.train.processes import engine, timeout
+from opticnerve.distributed.collectives import engine, timeout
 from opticnerve.types import OpticNerveError
 
 LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"

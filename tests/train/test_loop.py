@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.build import Dock, dock_recipe
-from opticnerve.data.source import load_data
+from opticnerve.data.dataset.load import load_data
 from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import is_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
-from opticnerve.models.parts import part_parameters
+from opticnerve.models.vlm.build import Dock, dock_recipe
+from opticnerve.models.vlm.parts import part_parameters
 from opticnerve.recipe import PartSpec, Recipe
-from opticnerve.train import checkpoint, prepare
+from opticnerve.train import checkpoint
+from opticnerve.train import setup as prepare
 from opticnerve.types import DataError, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -249,7 +250,7 @@ class TestBadInput:
     ) -> None:
         path = tiny.save_captions(tmp_path / "mine")
         recipe = make_recipe(data=[{"path": str(path)}], steps=4)
-        from opticnerve.train.progress import Progress
+        from opticnerve.common.progress import Progress
 
         def lose(self: Progress, line: dict[str, Any]) -> None:
             if line["step"] == 2:
@@ -306,7 +307,7 @@ class TestGradientCheckpointing:
     def test_same_run_but_layers_run_twice(
         self, make_recipe: Make, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from opticnerve.language import lean
+        from opticnerve.ops import fused_layers as lean
         from opticnerve.train import loop
 
         monkeypatch.setattr(loop, "image_use", lambda *_: None)  # it reads some samples again

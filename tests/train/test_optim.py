@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from opticnerve.train.freeze import Frozen
+from opticnerve.models.freeze import Frozen
 from opticnerve.train.optim import MasterAdamW, schedule
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.data.collate import Batch, Collator
-from opticnerve.data.packing import Row, pack
+from opticnerve.data.collators.next_token import Batch, Collator
+from opticnerve.data.encode.packing import Row, pack
+from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.recipe import DataSpec, Recipe, Stage
-from opticnerve.train import visits as visits_module
-from opticnerve.train.visits import Visits
+from opticnerve.train import sampler as visits_module
+from opticnerve.train.sampler import Visits
 from opticnerve.types import Conversation, DataError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

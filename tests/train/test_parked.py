@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from opticnerve.train.parked import make_room, park
+from opticnerve.ops.offload import make_room, park
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="files are mapped and removed on POSIX systems alone")
 

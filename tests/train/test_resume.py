@@ -13,12 +13,15 @@ import pytest
 import torch
 
 import tiny
-from opticnerve import durable
-from opticnerve.evaluation import drawing, pipeline, records
-from opticnerve.evaluation.pipeline import run_recipe
+from opticnerve.common import atomic as durable
+from opticnerve.common import drawing
+from opticnerve.features import store as feature_cache
 from opticnerve.recipe import Recipe
-from opticnerve.train import checkpoint, feature_cache, saving
-from opticnerve.train.metrics_log import MetricsLog, steps_in
+from opticnerve.runs import pipeline, records
+from opticnerve.runs.pipeline import run_recipe
+from opticnerve.train import checkpoint
+from opticnerve.train import state as saving
+from opticnerve.train.metrics import MetricsLog, steps_in
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -14,15 +14,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny
-from opticnerve import plan
 from opticnerve.cli.main import app
-from opticnerve.data.loader import Waiting, loader
-from opticnerve.data.readers import hub
-from opticnerve.data.source import load_streams
+from opticnerve.data.dataset.load import load_streams
+from opticnerve.data.encode.loader import Waiting, loader
+from opticnerve.data.sources import hub
+from opticnerve.plan import plan
 from opticnerve.recipe import DataSpec, Recipe, Stage
-from opticnerve.recipe_schema import EvaluateSpec
-from opticnerve.train import same_data, streamed
-from opticnerve.train.streamed import StreamedVisits
+from opticnerve.recipe.schema import EvaluateSpec
+from opticnerve.train import data_fingerprint as same_data
+from opticnerve.train import streaming_sampler as streamed
+from opticnerve.train.streaming_sampler import StreamedVisits
 from opticnerve.types import DataError, OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

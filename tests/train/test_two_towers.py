@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import tiny
 from opticnerve import recipe as recipes
+from opticnerve.common.progress import Progress
 from opticnerve.evaluation.kinds import dock_any, load_any
-from opticnerve.evaluation.pipeline import run_recipe
 from opticnerve.recipe import Recipe
+from opticnerve.runs.pipeline import run_recipe
 from opticnerve.train.loop import Interrupted, run_stage
-from opticnerve.train.progress import Progress
 from opticnerve.types import DataError, OpticNerveError, RecipeError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

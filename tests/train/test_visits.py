@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from opticnerve.build import Dock
-from opticnerve.data.loader import Waiting, loader
-from opticnerve.data.tally import Tally
+from opticnerve.data.dataset.bad_samples import Tally
+from opticnerve.data.encode.loader import Waiting, loader
+from opticnerve.models.vlm.build import Dock
 from opticnerve.recipe import DataSpec, Stage
-from opticnerve.recipe_data import BadSamples
-from opticnerve.train.usable import samples_to_check, usable_units
-from opticnerve.train.visits import Visits
+from opticnerve.recipe.data import BadSamples
+from opticnerve.train.precheck import samples_to_check, usable_units
+from opticnerve.train.sampler import Visits
 from opticnerve.types import Conversation, DataError, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from opticnerve import recipe as recipes
-from opticnerve.data.loader import Waiting
+from opticnerve.data.encode.loader import Waiting
 from opticnerve.evaluation.kinds import dock_any
 from opticnerve.train import checkpoint
 from opticnerve.train.loop import Interrupted, run_stage

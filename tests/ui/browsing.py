@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from opticnerve.listening import listen
 from opticnerve.ui.app import private_folder, site
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.models import Models
-from opticnerve.ui.place import LOCAL_NAMES
+from opticnerve.web.listen import listen
+from opticnerve.web.place import LOCAL_NAMES
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = [

@@ -11,7 +11,7 @@ import torch
 from browsing import chromium, page_at
 
 import tiny
-from opticnerve.build import dock
+from opticnerve.models.vlm.build import dock
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.models import Models
 

@@ -14,8 +14,8 @@ import PIL.Image
 import pytest
 import yaml
 
-from opticnerve.evaluation.card import write_card
-from opticnerve.ui.words_runs import TEXTS
+from opticnerve.runs.card.card import write_card
+from opticnerve.ui.i18n_runs import TEXTS
 
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>${window.hit=1} {{window.hit}}'
 

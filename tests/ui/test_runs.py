@@ -13,9 +13,9 @@ from run_folders import EVIL, line, make_run, words
 
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import runs_html as html
+from opticnerve.ui.i18n_runs import TEXTS
 from opticnerve.ui.runs import list_runs, open_run, read_file
 from opticnerve.ui.runs_answers import chosen, read_answers, thumbnail
-from opticnerve.ui.words_runs import TEXTS
 
 
 def age(run: Path, seconds: float) -> None:

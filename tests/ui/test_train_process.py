@@ -19,9 +19,10 @@ import yaml
 from run_folders import make_run
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import jobs, training
+from opticnerve.ui import jobs
+from opticnerve.ui import train_process as training
 from opticnerve.ui.jobs import lives, log_of, read_job, write_job
-from opticnerve.ui.training import (
+from opticnerve.ui.train_process import (
     changes_of,
     free_name,
     list_recipes,

@@ -14,14 +14,14 @@ import tiny
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model
 from opticnerve.types import ImagePart, OpticNerveError, ask
+from opticnerve.ui.chat_state import Talk, stream
 from opticnerve.ui.chat_tab import Asker
 from opticnerve.ui.compare_tab import compare
+from opticnerve.ui.i18n import Words
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.look_part import AUTO, see
 from opticnerve.ui.models import Models
 from opticnerve.ui.picture import Refused, alert, check_picture
-from opticnerve.ui.talk import Talk, stream
-from opticnerve.ui.words import Words
 
 EN, JA = Words("en"), Words("ja")
 LIMITS = Limits(upload_bytes=22_000, pixels=10_000, question_characters=50, answer_tokens=16)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from opticnerve.listening import listen, read_secrets
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import door
-from opticnerve.ui.door import Door, Logins
-from opticnerve.ui.place import LOCAL_NAMES, address
+from opticnerve.web import guard as door
+from opticnerve.web.guard import Door, Logins
+from opticnerve.web.listen import listen, read_secrets
+from opticnerve.web.place import LOCAL_NAMES, address
 
 
 async def _pages(scope: Any, receive: Any, send: Any) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from opticnerve import ui
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.words import LANGUAGES, TEXTS, Words, preferred
-from opticnerve.ui.words_runs import TEXTS as RUN_TEXTS
+from opticnerve.ui.i18n import LANGUAGES, TEXTS, Words, preferred
+from opticnerve.ui.i18n_runs import TEXTS as RUN_TEXTS
 
 
 def _fields(text: str) -> set[str | None]:

@@ -30,8 +30,8 @@ def ask(
     as_json: JsonFlag = False,
 ) -> None:
     """Ask a model one question, about a picture, a sound, or none. The answer is what is printed on stdout."""
-    from opticnerve.data.audio import open_audio
-    from opticnerve.data.images import open_image
+    from opticnerve.data.media.audio import open_audio
+    from opticnerve.data.media.open import open_image
     from opticnerve.types import ask as conversation
 
     # Before the model is loaded: a wrong path should not take seconds to be found.

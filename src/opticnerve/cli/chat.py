@@ -104,7 +104,7 @@ class Session:
 
     def look_at(self, path: Path) -> None:
         """Show another picture with the next question; an unreadable one leaves the present one in place."""
-        from opticnerve.data.images import open_image
+        from opticnerve.data.media.open import open_image
 
         open_image(path)
         self.picture, self.shown = path, False

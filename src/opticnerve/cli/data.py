@@ -14,7 +14,7 @@ from opticnerve.cli.output import OVERRIDES_HELP, JsonFlag, console_for, example
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 if TYPE_CHECKING:
-    from opticnerve.data.labels import Encoded
+    from opticnerve.data.encode.tokenize import Encoded
 
 app = typer.Typer(
     help="Look at data before a model does: what is wrong with it, and what is learned.", no_args_is_help=True
@@ -66,10 +66,10 @@ def check(
     For a recipe: all data of its stages and its evaluation, with the lengths in tokens and the length that fits, and
     what of the evaluation is in the training data.
     """
-    from opticnerve.data.check import check as run_check
-    from opticnerve.data.check import print_listed
-    from opticnerve.data.overlap import Side, leaks
-    from opticnerve.data.samples import NO_MEDIA
+    from opticnerve.data.check.leakage import Side, leaks
+    from opticnerve.data.check.report import check as run_check
+    from opticnerve.data.check.report import print_listed
+    from opticnerve.data.dataset.dataset import NO_MEDIA
 
     console = console_for(as_json)
     reports: dict[str, Any] = {}
@@ -133,10 +133,10 @@ def show(
 
     from opticnerve.cli import tokens
     from opticnerve.cli.places import processor_of
-    from opticnerve.data.images import described
-    from opticnerve.data.labels import encode
-    from opticnerve.data.samples import Joined
-    from opticnerve.data.source import load_data
+    from opticnerve.data.dataset.dataset import Joined
+    from opticnerve.data.dataset.load import load_data
+    from opticnerve.data.encode.tokenize import encode
+    from opticnerve.data.media.images import described
     from opticnerve.language.chat_template import stage_template
 
     recipe = None
@@ -184,7 +184,7 @@ def _of_recipe(
     encoder = None
     # Dual encoders and classifiers cut long texts instead of refusing them.
     if not quick and recipe.model.KIND == "docked":
-        from opticnerve.plan import processor_for
+        from opticnerve.plan.plan import processor_for
 
         encoder = _encoder(processor_for(recipe), _context(recipe))
     for i, stage in enumerate(recipe.stages):
@@ -197,7 +197,7 @@ def _of_recipe(
 
 def _samples(spec: Any) -> Iterator[Conversation | DataError]:
     """Good samples and bad ones as they come; a file that cannot be read at all is a bad one, too."""
-    from opticnerve.data.source import stream_data
+    from opticnerve.data.dataset.load import stream_data
 
     waiting: list[DataError] = []
     found = stream_data(spec, on_error=waiting.append)
@@ -216,8 +216,8 @@ def _samples(spec: Any) -> Iterator[Conversation | DataError]:
 
 
 def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] | None = None) -> Any:
-    from opticnerve.data.readers import FORMATS
-    from opticnerve.recipe import data_entry
+    from opticnerve.data.dataset.read import FORMATS
+    from opticnerve.recipe.loading import data_entry
 
     if data_format not in FORMATS:
         raise OpticNerveError(f"--format {data_format!r} is unknown; it is {', '.join(FORMATS)}")
@@ -225,14 +225,14 @@ def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] 
 
 
 def _context(recipe: Any) -> int | None:
-    from opticnerve.plan import context_length
+    from opticnerve.plan.plan import context_length
 
     return context_length(recipe)
 
 
 def _encoder(processor: Any, context: int | None) -> Callable[[Any], Callable[[Conversation], Encoded]]:
     """For a stage: the function that makes tokens of a sample, and refuses what the stage would refuse."""
-    from opticnerve.data.labels import encode
+    from opticnerve.data.encode.tokenize import encode
     from opticnerve.language.chat_template import stage_template
 
     def of_stage(stage: Any) -> Callable[[Conversation], Encoded]:

@@ -81,7 +81,7 @@ def _clear(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _three_questions(recipe: Any, out: Path, console: Any) -> Path:
     """Three questions about one picture that training has not seen, answered on screen; returns the picture's path."""
-    from opticnerve.data.source import by_picture, load_data
+    from opticnerve.data.dataset.load import by_picture, load_data
     from opticnerve.inference.generate import Answerer
     from opticnerve.inference.load import load_model
 

@@ -48,7 +48,7 @@ def look(
     as_json: JsonFlag = False,
 ) -> None:
     """Draw where in the picture a model looks for each word of its answer. Weights are taken as float32."""
-    from opticnerve.data.images import open_image
+    from opticnerve.data.media.open import open_image
     from opticnerve.types import OpticNerveError
     from opticnerve.types import ask as conversation
 
@@ -62,9 +62,9 @@ def look(
 
     import torch
 
-    from opticnerve.evaluation.look_plot import look_plot
-    from opticnerve.inference import looking
     from opticnerve.inference.load import load_model
+    from opticnerve.interpret import attribution as looking
+    from opticnerve.interpret.plot import look_plot
 
     for name in method or []:
         if name not in looking.METHODS:

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from opticnerve import __version__
 from opticnerve.cli import (
     ask,
     chat,
@@ -29,6 +28,7 @@ from opticnerve.cli import (
     vectors,
 )
 from opticnerve.cli.guard import MEANING, guarded, show_tracebacks
+from opticnerve.common.version import __version__
 
 _CODES = "\n\n".join(f"[cyan]{code}[/]  {meaning}" for code, meaning in MEANING.items())
 EPILOG = f"""[bold]A first run[/]

@@ -12,7 +12,7 @@ def draw(source: Any, *, columns: int = 32) -> Any:
     """
     from rich.text import Text
 
-    from opticnerve.data.images import open_image
+    from opticnerve.data.media.open import open_image
 
     image = open_image(source)
     # An even number of pixel rows, for two share a character.

@@ -10,7 +10,7 @@ def processor_of(name: str, overrides: list[str] | None = None) -> Any:
     from opticnerve.cli.output import is_recipe, read_recipe
 
     if is_recipe(name):
-        from opticnerve.plan import processor_for
+        from opticnerve.plan.plan import processor_for
 
         return processor_for(read_recipe(name, overrides))
     from opticnerve.inference.load import load_processor, resolve

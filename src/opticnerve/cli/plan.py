@@ -44,13 +44,13 @@ def plan(
     read = read_recipe(recipe, overrides, without_data=True)
     console = console_for(as_json)
     with console.status("reading configurations"):
-        from opticnerve import plan as planning
+        from opticnerve.plan import plan as planning
 
         quiet_libraries()
         wanted = planning.weights_at_hand(read) if calibrate is None else calibrate
         dock = None
         if wanted:
-            from opticnerve import build
+            from opticnerve.models.vlm import build
 
             dock = build.dock_recipe
         made = planning.make(read, dock=dock)

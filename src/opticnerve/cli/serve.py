@@ -64,11 +64,11 @@ def serve(
         from opticnerve.serve.auth import Keys, check_address
         from opticnerve.serve.limits import Limits
         from opticnerve.serve.media import Sources
-        from opticnerve.serve.run import Server, Service, listen
+        from opticnerve.serve.server import Server, Service, listen
     except ModuleNotFoundError as e:
         raise OpticNerveError(f"{e.name} is not installed: {to_install('opticnerve[serve]')}") from e
     from opticnerve.inference.load import load_model
-    from opticnerve.listening import read_secrets
+    from opticnerve.web.listen import read_secrets
 
     keys = [*(api_key or ()), *(read_secrets(api_key_file) if api_key_file else ())]
     keys += [key] if (key := os.environ.get("OPTICNERVE_API_KEY")) else []

@@ -75,7 +75,7 @@ def of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Path
 
 def run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json: bool) -> dict[str, Any]:
     """Run the recipe; an interruption says what was saved and how to go on."""
-    from opticnerve.evaluation.pipeline import run_recipe
+    from opticnerve.runs.pipeline import run_recipe
 
     quiet_libraries()
     terminate_like_ctrl_c()

@@ -45,18 +45,18 @@ def ui(
     import os
 
     from opticnerve.cli.guard import say, terminate_like_ctrl_c
-    from opticnerve.listening import listen, read_secrets
     from opticnerve.types import OpticNerveError, to_install
+    from opticnerve.web.listen import listen, read_secrets
 
     for package in ("gradio", "fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise OpticNerveError(f"{package} is not installed: {to_install('opticnerve[ui]')}")
     from opticnerve.ui.app import listen_and_serve, private_folder, site
-    from opticnerve.ui.door import Logins
+    from opticnerve.ui.i18n import Words
     from opticnerve.ui.limits import Limits
     from opticnerve.ui.models import Models
-    from opticnerve.ui.place import address
-    from opticnerve.ui.words import Words
+    from opticnerve.web.guard import Logins
+    from opticnerve.web.place import address
 
     # All that can be wrong is found before the page is built.
     if language is not None:

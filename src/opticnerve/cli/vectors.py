@@ -36,7 +36,7 @@ def classify(
     as_json: JsonFlag = False,
 ) -> None:
     """Classify pictures among classes that you name, without training (zero-shot)."""
-    from opticnerve.data.images import open_image
+    from opticnerve.data.media.open import open_image
     from opticnerve.inference.zero_shot import ZeroShotClassifier, check_classes
 
     named = _classes(classes)
@@ -67,9 +67,9 @@ def embed(
     as_json: JsonFlag = False,
 ) -> None:
     """Turn captioned pictures into vectors: of the pictures and of the captions, in files for a search engine."""
-    from opticnerve.data.pairs import caption_of
-    from opticnerve.data.source import load_data
-    from opticnerve.evaluation.waiting import Waiting
+    from opticnerve.common.waiting import Waiting
+    from opticnerve.data.collators.contrastive import caption_of
+    from opticnerve.data.dataset.load import load_data
     from opticnerve.inference.embeddings import save_embeddings
     from opticnerve.recipe import DataSpec
 

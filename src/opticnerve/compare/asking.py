@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from opticnerve.data.source import fixed_sample, load_data
+from opticnerve.data.dataset.load import fixed_sample, load_data
 from opticnerve.evaluation.tasks import run_vqa
 from opticnerve.inference.embeddings import Embedder, load_dual_encoder
 from opticnerve.inference.load import load_model
 from opticnerve.inference.predictors import VLMPredictor, load_classifier
 from opticnerve.inference.zero_shot import ZeroShotPredictor
-from opticnerve.models.late_fusion import LateFusion
+from opticnerve.models.classifier.late_fusion import LateFusion
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.types import Conversation
 

@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from opticnerve import recipe as recipes
-from opticnerve.data.answers import answer_set
-from opticnerve.data.source import fixed_sample, load_data, load_units
+from opticnerve.data.collators.classification import answer_set
+from opticnerve.data.dataset.load import fixed_sample, load_data, load_units
 from opticnerve.evaluation.tasks import score_answers, usual_answers
 from opticnerve.recipe import EvaluateSpec, ModelSpec, Recipe, Stage
 from opticnerve.starter import minilm

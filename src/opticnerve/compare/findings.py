@@ -15,7 +15,7 @@ import numpy as np
 from opticnerve.compare.base import Base
 from opticnerve.compare.rows import Outcome
 from opticnerve.compare.stats import Array, Estimate, difference, over_seeds
-from opticnerve.evaluation.run_folder import StageRecord, read_run
+from opticnerve.runs.folder import StageRecord, read_run
 from opticnerve.types import OpticNerveError
 
 ALL = "all"

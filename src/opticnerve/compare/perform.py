@@ -9,7 +9,7 @@ from typing import Any
 from opticnerve import recipe as recipes
 from opticnerve.compare.asking import ASKS
 from opticnerve.compare.base import TASK
-from opticnerve.evaluation.pipeline import machine, run_recipe
+from opticnerve.runs.pipeline import machine, run_recipe
 from opticnerve.train.loop import Diverged
 
 

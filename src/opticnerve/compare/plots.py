@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from opticnerve.compare.stats import Estimate
-from opticnerve.evaluation.drawing import (
+from opticnerve.common.drawing import (
     BLUE,
     FAINT,
     GREEN,
@@ -28,6 +27,7 @@ from opticnerve.evaluation.drawing import (
     title_of,
     words,
 )  # fmt: skip
+from opticnerve.compare.stats import Estimate
 
 _STYLES = tuple(
     zip((BLUE, ORANGE, GREEN, RED, PURPLE, GREY), ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))), strict=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-import opticnerve
+from opticnerve.common.markdown import duration, plain, table
+from opticnerve.common.version import __version__
 from opticnerve.compare.findings import ALL, Findings
 from opticnerve.compare.stats import Estimate
-from opticnerve.evaluation.markdown import duration, plain, table
 from opticnerve.evaluation.metrics import summarise
 
 
@@ -135,7 +135,7 @@ def _made(findings: Findings, command: str) -> str:
         f"- date: {datetime.now(UTC).date().isoformat()}",
         f"- machine: {m.get('cpu', '?')}, {m.get('cores', '?')} cores, {size(m.get('memory_bytes'))}, "
         f"{m.get('device', '?')}; torch used {torch.get_num_threads()} thread(s)",
-        f"- versions: opticnerve {opticnerve.__version__}, Python {m.get('python', '?')}, torch {m.get('torch', '?')}, "
+        f"- versions: opticnerve {__version__}, Python {m.get('python', '?')}, torch {m.get('torch', '?')}, "
         f"transformers {m.get('transformers', '?')}",
         f"- seeds: {', '.join(map(str, findings.seeds))}",
         f"- all rows together: {duration(findings.wall_seconds)}"

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import opticnerve
+from opticnerve.common.markdown import duration
+from opticnerve.common.version import __version__
 from opticnerve.compare.base import Raw
-from opticnerve.evaluation.markdown import duration
 from opticnerve.types import OpticNerveError
 
 SPEC, OUTCOME, RECORD, LOG = "spec.json", "outcome.json", "row.json", "log.txt"
@@ -87,7 +87,7 @@ def identity(row: Row, seed: int) -> str:
     }
     if row.of:
         told["of"] = [recipe | {"seed": seed} for recipe in row.of]
-    text = json.dumps([opticnerve.__version__, told], sort_keys=True)
+    text = json.dumps([__version__, told], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -176,7 +176,7 @@ def _run_one(outcome: Outcome, needs: list[Path], how: How, probe: int) -> None:
         return
     (folder / "error.txt").unlink(missing_ok=True)
     outcome.record = {
-        "identity": mine, "row": row.name, "seed": seed, "opticnerve": opticnerve.__version__,
+        "identity": mine, "row": row.name, "seed": seed, "opticnerve": __version__,
         "wall_seconds": round(took, 3), **found,
     }  # fmt: skip
     _write(folder / RECORD, outcome.record)

@@ -3,11 +3,12 @@ forgetting, cost and convergence."""
 
 from __future__ import annotations
 
-from opticnerve import plan_data, plan_model
 from opticnerve.compare.base import Base, Raw, stage_of
 from opticnerve.compare.experiment import Budget, Experiment
 from opticnerve.compare.rows import Row
 from opticnerve.compare.stages_report import TITLES, report
+from opticnerve.plan import data as plan_data
+from opticnerve.plan import model as plan_model
 
 BUDGET: Budget = {
     "seeds": 2,

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from opticnerve.common.markdown import duration, plain, table
 from opticnerve.compare import plots
 from opticnerve.compare.findings import ALL, Findings
 from opticnerve.compare.report import Report, accuracy_table, number, size, verdict
 from opticnerve.compare.stats import failed, running, steps_to
-from opticnerve.evaluation.markdown import duration, plain, table
 
 REACHED = 1.25  # a training has converged where its loss is within this factor of the best row's final loss
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Blip2QFormerConfig
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 
-from opticnerve import hub
+from opticnerve.common import hub
 from opticnerve.connectors.base import Connector
 from opticnerve.connectors.qformer_bert import bert_sizes, load_bert
 from opticnerve.starter.minilm import bert_folder

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import BertModel
 
-from opticnerve import hub
+from opticnerve.common import hub
 from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import OpticNerveError
 

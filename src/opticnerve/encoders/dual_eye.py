@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from opticnerve import hub, registry
+from opticnerve import registry
+from opticnerve.common import hub
+from opticnerve.common.cache import weight_files
 from opticnerve.encoders.base import Encoder
-from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
 _PREFIX = "image.encoder."

@@ -25,14 +25,14 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from opticnerve import hub
+from opticnerve.common import hub
+from opticnerve.common.cache import weight_files
+from opticnerve.common.hub import read_config
+from opticnerve.common.private_names import computed_tables
 from opticnerve.encoders.base import Encoder, make_image_processor
 from opticnerve.encoders.cut_patches import cut_patches
 from opticnerve.encoders.early import inputs_of
 from opticnerve.encoders.preparation import preparation
-from opticnerve.hub import read_config
-from opticnerve.private_names import computed_tables
-from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]

@@ -13,8 +13,8 @@ import transformers as tf
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from opticnerve import hub
-from opticnerve.hub import UNREADABLE, says_how, unreadable
+from opticnerve.common import hub
+from opticnerve.common.hub import UNREADABLE, says_how, unreadable
 from opticnerve.types import OpticNerveError
 
 COLOURS = ("mean", "std")

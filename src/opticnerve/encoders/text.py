@@ -25,10 +25,10 @@ from transformers import (
     SiglipTextModel,
 )
 
-from opticnerve import hub
-from opticnerve.hub import read_config
+from opticnerve.common import hub
+from opticnerve.common.cache import weight_files
+from opticnerve.common.hub import read_config
 from opticnerve.registry import Registry
-from opticnerve.starter.cache import weight_files
 from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import Features, OpticNerveError
 

@@ -15,11 +15,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from opticnerve import hub
+from opticnerve.common import hub
+from opticnerve.common.cache import weight_files
+from opticnerve.common.private_names import read_timm_config
 from opticnerve.encoders.base import Encoder, make_image_processor
-from opticnerve.private_names import read_timm_config
 from opticnerve.starter import weights as starter
-from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | Literal["last"]

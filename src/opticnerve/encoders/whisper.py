@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Transformer
 
-from opticnerve import hub
+from opticnerve.common import hub
+from opticnerve.common.cache import weight_files
+from opticnerve.common.hub import UNREADABLE, read_config, says_how, unreadable
 from opticnerve.encoders.base import Encoder
-from opticnerve.hub import UNREADABLE, read_config, says_how, unreadable
 from opticnerve.starter import weights as starter
-from opticnerve.starter.cache import weight_files
 from opticnerve.types import Features, OpticNerveError
 
 SAMPLING_RATE = 16_000

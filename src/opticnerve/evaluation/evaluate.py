@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opticnerve.data.source import by_picture, fixed_sample, load_data
+from opticnerve.common.waiting import Waiting
+from opticnerve.data.dataset.load import by_picture, fixed_sample, load_data
 from opticnerve.evaluation import tasks
 from opticnerve.evaluation.choice import run_choice, run_multiple_choice
 from opticnerve.evaluation.image_dependence import balanced, image_dependence
 from opticnerve.evaluation.judges import JUDGES
 from opticnerve.evaluation.kinds import answers_of
 from opticnerve.evaluation.retrieval import run_retrieval, run_zero_shot
-from opticnerve.evaluation.waiting import Waiting
 from opticnerve.inference.embeddings import Embedder
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.types import Conversation

@@ -16,10 +16,10 @@ from typing import Any
 
 import PIL.Image
 
-from opticnerve.data.images import Frame, image_digest, open_image
+from opticnerve.data.media.open import image_digest, open_image
 from opticnerve.evaluation.metrics import normalise_answer, summarise
 from opticnerve.evaluation.tasks import Generate, Progress, answer_all, score_answers
-from opticnerve.types import Conversation, ImagePart, OpticNerveError
+from opticnerve.types import Conversation, Frame, ImagePart, OpticNerveError
 
 # Not the picture's own mean colour, which would give away the answer to "what colour is it?".
 GREY = (128, 128, 128)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opticnerve.build import dock_recipe
-from opticnerve.build_classifier import classifier_recipe
-from opticnerve.build_dual import dual_recipe
 from opticnerve.inference.embeddings import load_dual_encoder
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import kind_of, load_model, resolve
 from opticnerve.inference.predictors import ClassifierPredictor, load_classifier
-from opticnerve.models.dual_encoder import DualEncoder
-from opticnerve.models.parts import is_docked_model
+from opticnerve.models.classifier.build import classifier_recipe
+from opticnerve.models.dual_encoder.build import dual_recipe
+from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.vlm.build import dock_recipe
+from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.recipe import ClassifierSpec, DualSpec, Recipe
 from opticnerve.starter import weights as starter
 from opticnerve.types import Conversation

@@ -16,7 +16,7 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from opticnerve.data.audio import RATE
+from opticnerve.data.media.audio import RATE
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.likelihood import answer_scores
 from opticnerve.inference.load import load_model

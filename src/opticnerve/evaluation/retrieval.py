@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from opticnerve.data.images import image_digest
-from opticnerve.data.pairs import caption_of
+from opticnerve.data.collators.contrastive import caption_of
+from opticnerve.data.media.open import image_digest
 from opticnerve.evaluation.metrics import summarise
 from opticnerve.evaluation.tasks import harness_version
 from opticnerve.inference.embeddings import Embedder, Progress, Vectors

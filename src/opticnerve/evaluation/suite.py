@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from opticnerve import durable
+from opticnerve.common import atomic as durable
+from opticnerve.common.markdown import table
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.kinds import load_any
-from opticnerve.evaluation.markdown import table
 from opticnerve.recipe import EvaluateSpec
-from opticnerve.recipe_model import Strict
+from opticnerve.recipe.model import Strict
 from opticnerve.types import OpticNerveError
 
 

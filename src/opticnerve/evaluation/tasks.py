@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from opticnerve.data.images import open_image
+from opticnerve.data.media.open import open_image
 from opticnerve.evaluation.judges import JUDGES, Judge
 from opticnerve.evaluation.metrics import accuracy_by_type, bleu4, cider, normalise_answer, rouge_l, summarise
 from opticnerve.types import Conversation, DataError, OpticNerveError, TextPart

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from opticnerve.common.cache import new_folder
 from opticnerve.export import parity, samples
 from opticnerve.export.formats import PLAIN, Format, Options, Proof, formats
 from opticnerve.inference.load import load_model
 from opticnerve.language.load import no_bars
-from opticnerve.starter.cache import new_folder
 from opticnerve.types import OpticNerveError
 
 RECORD = "export.json"

@@ -88,10 +88,10 @@ formats: Registry[Format] = Registry(
     "format",
     group="opticnerve.formats",
     builtin={
-        "hf-llava": "opticnerve.export.hf_llava:HFLlava",
-        "hf-idefics3": "opticnerve.export.hf_idefics3:HFIdefics3",
-        "hf-blip2": "opticnerve.export.hf_blip2:HFBlip2",
+        "hf-llava": "opticnerve.export.hf.llava:HFLlava",
+        "hf-idefics3": "opticnerve.export.hf.idefics3:HFIdefics3",
+        "hf-blip2": "opticnerve.export.hf.blip2:HFBlip2",
         "merged": "opticnerve.export.merged:Merged",
-        "gguf": "opticnerve.export.gguf:Gguf",
+        "gguf": "opticnerve.export.gguf.format:Gguf",
     },
 )

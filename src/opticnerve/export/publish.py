@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from opticnerve import hub
-from opticnerve.evaluation.card import write_card
+from opticnerve.common import hub
 from opticnerve.export.export import Exported, export
 from opticnerve.export.formats import PLAIN, Options
 from opticnerve.inference.load import resolve
+from opticnerve.runs.card.card import write_card
 from opticnerve.types import OpticNerveError
 
 LIBRARY = {

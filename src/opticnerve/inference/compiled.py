@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
-from opticnerve.private_names import compile_on_any_device
+from opticnerve.common.private_names import compile_on_any_device
 from opticnerve.types import OpticNerveError
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opticnerve.inference.kv_cache import RoomyLayer, make_room
-from opticnerve.inference.lean import LeanDecoder
-from opticnerve.models.modeling import settled_rows
-from opticnerve.models.prompt import kept
-from opticnerve.private_names import CACHE, generation_config, generation_rules
+from opticnerve.common.private_names import CACHE, generation_config, generation_rules
+from opticnerve.models.vlm.modeling import settled_rows
+from opticnerve.models.vlm.prompt import kept
+from opticnerve.ops.fused_decode import LeanDecoder
+from opticnerve.ops.kv_cache import RoomyLayer, make_room
 
 
 @torch.inference_mode()

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opticnerve.data.images import Source
-from opticnerve.data.transform import open_for
+from opticnerve.data.media.images import Source
+from opticnerve.data.media.transform import open_for
 from opticnerve.inference.load import default_device
-from opticnerve.models.dual_encoder import DualEncoder
-from opticnerve.models.dual_processing import DualEncoderProcessor
+from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.types import OpticNerveError, to_install
 
 Vectors = npt.NDArray[np.float32]

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from opticnerve.data.chat_layout import form_of
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.chat_layout import form_of
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.inference.compiled import decode_compiled
 from opticnerve.inference.decoding import decode
-from opticnerve.inference.lean import LeanDecoder
-from opticnerve.inference.shared_prefix import layout, read_shared, share
+from opticnerve.inference.shared_prefix import Row, group_rows, layout, media_key, read_shared, refusal, share
 from opticnerve.language.thinking import AnswerText, shown
-from opticnerve.models.processing import stops
-from opticnerve.types import Conversation
+from opticnerve.models.vlm.processing import stops
+from opticnerve.ops.fused_decode import LeanDecoder
+from opticnerve.types import Conversation, OpticNerveError
 
 
 class Answerer:
@@ -72,16 +72,20 @@ class Answerer:
         self, prompts: Sequence[Conversation], max_new_tokens: int, batch_size: int, share_prefix: bool
     ) -> Iterator[tuple[list[int], Any, Any]]:
         """Which prompts, their inputs, and the cache of what is read of them already."""
-        sharing = share(self, prompts, max_new_tokens) if share_prefix and not self.compile else []
+        shares = share_prefix and not self.compile
+        sharing = share(self.model, self.processor, prompts, max_new_tokens) if shares else []
         for start in range(0, len(sharing), batch_size):
             rows = sharing[start : start + batch_size]
-            yield [row.number for row in rows], *read_shared(self, rows)
+            yield [row.number for row in rows], *self.read_shared(rows)
         together = {row.number for row in sharing}
         lengths = [sum(len(m.text) for m in c.messages) for c in prompts]
         alone = sorted((i for i in range(len(prompts)) if i not in together), key=lengths.__getitem__)
         for start in range(0, len(alone), batch_size):
             chosen = alone[start : start + batch_size]
             yield chosen, self.inputs([prompts[i] for i in chosen]), None
+
+    def read_shared(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Any]:
+        return read_shared(self.model, self.processor.tokenizer.pad_token_id, rows, self.inputs)
 
     def say(self, inputs: Any, cache: Any = None, *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to a batch; `cache` holds what was read of it already."""
@@ -166,3 +170,38 @@ class _Words(TextStreamer):
     def take(self) -> list[str]:
         ready, self._ready = [t for t in self._ready if t], []
         return ready
+
+
+def answer_about(
+    answerer: Answerer, conversations: Sequence[Conversation], *, max_new_tokens: int = 64, batch_size: int = 16
+) -> list[str]:
+    """Greedy answers to questions that show the same pictures and sounds, in order: what `Answerer.answer` says, or an
+    error where they cannot share.
+
+    Raises:
+        OpticNerveError: the questions show different media, or differ before these end; or the model's picture is not
+            in the cache.
+    """
+    prompts = [c.prompt() for c in conversations]
+    if not prompts:
+        return []
+    first = [media_key(p) for p in prompts[0].pieces]
+    if any([media_key(p) for p in c.pieces] != first for c in prompts[1:]):
+        raise OpticNerveError("these questions show different pictures; ask them with Answerer.answer")
+    if (why := refusal(answerer.model, answerer.processor)) is not None:
+        raise OpticNerveError(f"{why}; use Answerer.answer")
+    encoded = [encode(p, answerer.processor, learn=False) for p in prompts]
+    rows = group_rows({i: e.input_ids for i, e in enumerate(encoded)}, 0, prompts)
+    if rows[0].shared < encoded[0].media_end:
+        raise OpticNerveError(
+            f"the questions differ at token {rows[0].shared}, before the end of their pictures at "
+            f"{encoded[0].media_end}; put the picture first in each"
+        )
+    answers: list[str] = []
+    try:
+        for start in range(0, len(rows), batch_size):
+            inputs, cache = answerer.read_shared(rows[start : start + batch_size])
+            answers += answerer.say(inputs, cache, max_new_tokens=max_new_tokens)
+    finally:
+        answerer.release()
+    return answers

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from opticnerve.data.collate import Collator
-from opticnerve.data.labels import IGNORE, encode
-from opticnerve.data.packing import pack
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import IGNORE, encode
 from opticnerve.objectives.next_token import batch_logits
 from opticnerve.types import Conversation, Message, TextPart
 

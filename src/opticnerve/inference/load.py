@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from opticnerve import hub
+from opticnerve.common import hub
 from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProcessor
-from opticnerve.models.strict import told
+from opticnerve.models.checkpoint.strict import told
 from opticnerve.types import OpticNerveError
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from opticnerve.data.answers import question_of
-from opticnerve.data.transform import open_for
+from opticnerve.data.collators.classification import question_of
+from opticnerve.data.media.transform import open_for
 from opticnerve.inference.likelihood import answer_scores
 from opticnerve.inference.load import default_device, resolve
-from opticnerve.models.classifier_processing import FusionClassifierProcessor
-from opticnerve.models.fusion_classifier import FusionClassifier
-from opticnerve.models.late_fusion import check_choices
+from opticnerve.models.classifier.late_fusion import check_choices
+from opticnerve.models.classifier.modeling import FusionClassifier
+from opticnerve.models.classifier.processing import FusionClassifierProcessor
 from opticnerve.types import Conversation, Features, Message, OpticNerveError, TextPart
 
 # Questions, and numbers of features (1 GiB in float32), whose pictures are held at a time.

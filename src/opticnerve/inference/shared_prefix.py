@@ -15,22 +15,19 @@ Which conversations share is settled before anything is read (`share`). They do 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from opticnerve.data.labels import encode
+from opticnerve.common.private_names import CACHE, is_stateful
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.fusion.base import Fusion
-from opticnerve.private_names import CACHE, is_stateful
-from opticnerve.types import AudioPart, Conversation, ImagePart, OpticNerveError
-
-if TYPE_CHECKING:
-    from opticnerve.inference.generate import Answerer
+from opticnerve.types import AudioPart, Conversation, ImagePart
 
 
 @dataclass(frozen=True)
@@ -45,36 +42,37 @@ class Row:
     first: Conversation
 
 
-def share(answerer: Answerer, prompts: Sequence[Conversation], max_new_tokens: int) -> list[Row]:
+def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_tokens: int) -> list[Row]:
     """The prompts that share their beginning with another, groups together, like lengths beside each other."""
     by_media: dict[Hashable, list[int]] = {}
     for number, prompt in enumerate(prompts):
         if prompt.pieces:
-            by_media.setdefault(tuple(_same(p) for p in prompt.pieces), []).append(number)
+            by_media.setdefault(tuple(media_key(p) for p in prompt.pieces), []).append(number)
     candidates = [numbers for numbers in by_media.values() if len(numbers) > 1]
-    if not candidates or refusal(answerer) is not None or not answerer.processor.tokenizer.is_fast:
+    if not candidates or refusal(model, processor) is not None or not processor.tokenizer.is_fast:
         return []
     groups: list[list[Row]] = []
     for numbers in candidates:
-        encoded = {i: encode(prompts[i], answerer.processor, learn=False) for i in numbers}
+        encoded = {i: encode(prompts[i], processor, learn=False) for i in numbers}
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, sample in encoded.items():
             if len(sample.input_ids) > sample.media_end:
                 alike.setdefault(tuple(sample.input_ids[: sample.media_end]), []).append(i)
         for members in alike.values():
             rows = {i: encoded[i].input_ids for i in members}
-            if len(rows) > 1 and _plain_cache(answerer.model, max(map(len, rows.values())) + max_new_tokens):
-                groups.append(_group(rows, len(groups), prompts))
+            if len(rows) > 1 and _plain_cache(model, max(map(len, rows.values())) + max_new_tokens):
+                groups.append(group_rows(rows, len(groups), prompts))
     groups.sort(key=lambda rows: max(len(r.ids) for r in rows))
     return [row for rows in groups for row in sorted(rows, key=lambda r: len(r.ids))]
 
 
-def read_shared(answerer: Answerer, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Any]:
+def read_shared(
+    model: Any, pad: int, rows: Sequence[Row], inputs_of: Callable[[list[Conversation]], dict[str, Any]]
+) -> tuple[dict[str, Tensor], Any]:
     """The batch of these rows as `decode` takes it, and the cache with each group's beginning read."""
-    model, pad = answerer.model, answerer.processor.tokenizer.pad_token_id
     firsts = list({row.group: row for row in rows}.values())
     places = {row.group: i for i, row in enumerate(firsts)}
-    given = answerer.inputs([row.first for row in firsts])
+    given = inputs_of([row.first for row in firsts])
     media = {k: v for k, v in given.items() if k not in ("input_ids", "attention_mask")}
     cache = read_heads(model, [r.ids[: r.shared] for r in firsts], media, [places[r.group] for r in rows], pad=pad)
     inputs = layout([r.ids[: r.shared] for r in rows], [r.ids[r.shared :] for r in rows], pad=pad)
@@ -105,46 +103,11 @@ def layout(heads: Sequence[list[int]], tails: Sequence[list[int]], *, pad: int) 
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def answer_about(
-    answerer: Answerer, conversations: Sequence[Conversation], *, max_new_tokens: int = 64, batch_size: int = 16
-) -> list[str]:
-    """Greedy answers to questions that show the same pictures and sounds, in order: what `Answerer.answer` says, or an
-    error where they cannot share.
-
-    Raises:
-        OpticNerveError: the questions show different media, or differ before these end; or the model's picture is not
-            in the cache.
-    """
-    prompts = [c.prompt() for c in conversations]
-    if not prompts:
-        return []
-    first = [_same(p) for p in prompts[0].pieces]
-    if any([_same(p) for p in c.pieces] != first for c in prompts[1:]):
-        raise OpticNerveError("these questions show different pictures; ask them with Answerer.answer")
-    if (why := refusal(answerer)) is not None:
-        raise OpticNerveError(f"{why}; use Answerer.answer")
-    encoded = [encode(p, answerer.processor, learn=False) for p in prompts]
-    rows = _group({i: e.input_ids for i, e in enumerate(encoded)}, 0, prompts)
-    if rows[0].shared < encoded[0].media_end:
-        raise OpticNerveError(
-            f"the questions differ at token {rows[0].shared}, before the end of their pictures at "
-            f"{encoded[0].media_end}; put the picture first in each"
-        )
-    answers: list[str] = []
-    try:
-        for start in range(0, len(rows), batch_size):
-            inputs, cache = read_shared(answerer, rows[start : start + batch_size])
-            answers += answerer.say(inputs, cache, max_new_tokens=max_new_tokens)
-    finally:
-        answerer.release()
-    return answers
-
-
-def refusal(answerer: Answerer) -> str | None:
+def refusal(model: Any, processor: Any) -> str | None:
     """Why this model's pictures cannot be shared; None if they can."""
-    if answerer.processor.reads_questions:
+    if processor.reads_questions:
         return "this connector reads the question with the picture"
-    if any(type(t.fusion).see is not Fusion.see for t in answerer.model.towers.values()):
+    if any(type(t.fusion).see is not Fusion.see for t in model.towers.values()):
         return "with cross-attention the pictures stand beside the text"
     return None
 
@@ -160,14 +123,14 @@ def _plain_cache(model: Any, length: int) -> bool:
     )
 
 
-def _same(piece: ImagePart | AudioPart) -> Hashable:
+def media_key(piece: ImagePart | AudioPart) -> Hashable:
     """Equal for the same file, the same bytes, or the same object."""
     source = piece.source
     known = source if isinstance(source, Path | bytes) else id(source)
     return type(piece), type(source), known
 
 
-def _group(rows: dict[int, list[int]], group: int, prompts: Sequence[Conversation]) -> list[Row]:
+def group_rows(rows: dict[int, list[int]], group: int, prompts: Sequence[Conversation]) -> list[Row]:
     shared = _common(list(rows.values()))
     return [Row(i, group, ids, shared, prompts[next(iter(rows))]) for i, ids in rows.items()]
 

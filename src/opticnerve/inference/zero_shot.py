@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opticnerve.data.images import Source
+from opticnerve.data.media.images import Source
 from opticnerve.inference.embeddings import Embedder, Vectors
 from opticnerve.types import Conversation, OpticNerveError
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from opticnerve.hub import UNREADABLE, unreadable
+from opticnerve.common.hub import UNREADABLE, unreadable
 from opticnerve.types import OpticNerveError
 
 # Text models that transformers has no causal class for, and the model that they are as long as positions count in one

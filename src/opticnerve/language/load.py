@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from opticnerve import hub
-from opticnerve.hub import UNREADABLE, read_config, unreadable
+from opticnerve.common import hub
+from opticnerve.common.cache import cache_dir, fingerprint, new_folder, weight_files
+from opticnerve.common.hub import UNREADABLE, read_config, unreadable
 from opticnerve.language.composite import causal_config, takes_text_of, text_model
 from opticnerve.language.layers import check_takes_embeddings
 from opticnerve.starter import weights as starter
-from opticnerve.starter.cache import cache_dir, fingerprint, new_folder, weight_files
 from opticnerve.types import OpticNerveError
 
 

@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from opticnerve.common.private_names import forget_adapters
 from opticnerve.language.layers import decoder_layers
-from opticnerve.private_names import forget_adapters
 from opticnerve.types import OpticNerveError
 
 DEFAULTS: dict[str, Any] = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": "all-linear", "when": "always"}

@@ -8,15 +8,15 @@ from transformers import (
     AutoProcessor,
 )
 
-from opticnerve.models.classifier_configuration import FusionClassifierConfig
-from opticnerve.models.classifier_processing import FusionClassifierProcessor
-from opticnerve.models.configuration import OpticNerveConfig
-from opticnerve.models.dual_configuration import DualEncoderConfig
-from opticnerve.models.dual_encoder import DualEncoder
-from opticnerve.models.dual_processing import DualEncoderProcessor
-from opticnerve.models.fusion_classifier import FusionClassifier
-from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.processing import OpticNerveProcessor
+from opticnerve.models.classifier.configuration import FusionClassifierConfig
+from opticnerve.models.classifier.modeling import FusionClassifier
+from opticnerve.models.classifier.processing import FusionClassifierProcessor
+from opticnerve.models.dual_encoder.configuration import DualEncoderConfig
+from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
+from opticnerve.models.vlm.configuration import OpticNerveConfig
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 for config in (OpticNerveConfig, DualEncoderConfig, FusionClassifierConfig):
     AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opticnerve.encoders.base import last_blocks
-from opticnerve.models.strict import StrictLoading, restore_buffers
-from opticnerve.models.tower import placed_like
+from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers
+from opticnerve.models.vlm.tower import placed_like
 from opticnerve.types import OpticNerveError
 
 

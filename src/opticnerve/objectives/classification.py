@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opticnerve.data.answers import AnswerBatch, AnswerCollator
+from opticnerve.data.collators.classification import AnswerBatch, AnswerCollator
 from opticnerve.objectives.base import Objective
 
 

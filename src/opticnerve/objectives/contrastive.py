@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opticnerve.data.pairs import PairBatch, PairCollator
+from opticnerve.data.collators.contrastive import PairBatch, PairCollator
 from opticnerve.objectives.base import Objective
 from opticnerve.objectives.gather import gather, processes
 from opticnerve.types import OpticNerveError

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from opticnerve.data.preferences import PreferenceBatch, PreferenceCollator
+from opticnerve.data.collators.preference import PreferenceBatch, PreferenceCollator
 from opticnerve.objectives.base import Objective
 from opticnerve.objectives.next_token import IGNORE, batch_logits
 from opticnerve.types import OpticNerveError

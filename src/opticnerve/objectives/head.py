@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opticnerve.language.last_layer import last_mlp_at
+from opticnerve.ops.last_mlp import last_mlp_at
 
 PIECE = 1 << 22
 """Logits that exist at a time: of so many positions as come to it, of 64 at least."""

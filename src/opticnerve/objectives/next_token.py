@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from opticnerve.language.segments import supported, within
 from opticnerve.objectives.base import Objective
 from opticnerve.objectives.head import supervised_logits, supervised_loss
+from opticnerve.ops.varlen import supported, within
 from opticnerve.types import OpticNerveError
 
 IGNORE = -100

@@ -14,14 +14,13 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from opticnerve import __version__
+from opticnerve.common.version import __version__
 from opticnerve.serve.auth import Keys
-from opticnerve.serve.choosing import Wishes
 from opticnerve.serve.errors import ApiError, from_validation
-from opticnerve.serve.gate import CHAT, Gate
 from opticnerve.serve.metrics import Metrics
+from opticnerve.serve.middleware import CHAT, Gate
 from opticnerve.serve.prompts import Reader
-from opticnerve.serve.row import Job
+from opticnerve.serve.sampling import Wishes
 from opticnerve.serve.scheduler import Scheduler
 from opticnerve.serve.schema import (
     ChatCompletion,
@@ -32,6 +31,7 @@ from opticnerve.serve.schema import (
     Model,
     ModelList,
 )
+from opticnerve.serve.sequence import Job
 from opticnerve.serve.stream import Answer, EventStream, Gone, Listener
 from opticnerve.types import OpticNerveError
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from opticnerve.listening import Secrets, is_loopback
 from opticnerve.serve.errors import ApiError
 from opticnerve.types import OpticNerveError
+from opticnerve.web.listen import Secrets, is_loopback
 
 
 class Keys:

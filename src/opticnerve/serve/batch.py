@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from opticnerve.common.private_names import CACHE, is_stateful, repeat_rows
 from opticnerve.fusion.base import Fusion
 from opticnerve.inference.generate import Answerer
-from opticnerve.inference.kv_cache import RoomyLayer
-from opticnerve.inference.lean import LeanDecoder
-from opticnerve.models.modeling import settled_rows
-from opticnerve.private_names import CACHE, is_stateful, repeat_rows
+from opticnerve.models.vlm.modeling import settled_rows
+from opticnerve.ops.fused_decode import LeanDecoder
+from opticnerve.ops.kv_cache import RoomyLayer
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
 _GROWING_ROPE = ("dynamic", "longrope")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from opticnerve.data.audio import MAX_SECONDS
-from opticnerve.data.images import MAX_PIXELS
+from opticnerve.data.media.audio import MAX_SECONDS
+from opticnerve.data.media.images import MAX_PIXELS
 from opticnerve.types import OpticNerveError
 
 

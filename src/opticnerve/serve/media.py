@@ -14,9 +14,10 @@ from urllib.parse import unquote, urlsplit
 
 import PIL.Image
 
-from opticnerve.data.audio import open_audio
-from opticnerve.data.images import decode_data_url, image_size, is_url
-from opticnerve.data.transform import open_for
+from opticnerve.data.media.audio import open_audio
+from opticnerve.data.media.images import decode_data_url, is_url
+from opticnerve.data.media.open import image_size
+from opticnerve.data.media.transform import open_for
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.fetch import fetch
 from opticnerve.serve.limits import Limits

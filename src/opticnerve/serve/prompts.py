@@ -10,7 +10,7 @@ from opticnerve.serve import schema
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import Limits
 from opticnerve.serve.media import Opener, Sources
-from opticnerve.serve.row import Prompt
+from opticnerve.serve.sequence import Prompt
 from opticnerve.types import AudioPart, Conversation, ImagePart, Message, OpticNerveError, Part, TextPart
 
 UNKNOWN_CONTEXT = 2048  # for language models whose configuration names no bound

@@ -16,7 +16,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.serve.batch import RunningBatch
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.metrics import Metrics
-from opticnerve.serve.row import Job, Row
+from opticnerve.serve.sequence import Job, Row
 
 log = logging.getLogger("opticnerve.serve")
 

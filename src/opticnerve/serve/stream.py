@@ -12,7 +12,6 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.row import Event, Job, Piece
 from opticnerve.serve.schema import (
     AnswerMessage,
     ChatCompletion,
@@ -24,6 +23,7 @@ from opticnerve.serve.schema import (
     TokenLogprob,
     Usage,
 )
+from opticnerve.serve.sequence import Event, Job, Piece
 
 PATIENCE = 15.0  # seconds past a deadline after which the model's thread is taken for stuck
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opticnerve.starter.cache import cache_dir
+from opticnerve.common.cache import cache_dir
 from opticnerve.starter.weights import PackagedFile
 from opticnerve.types import OpticNerveError
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opticnerve.starter.cache import cache_dir, new_folder
+from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.starter.weights import PackagedFile
 from opticnerve.types import OpticNerveError, to_install
 

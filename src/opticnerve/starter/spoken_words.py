@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from opticnerve.starter.cache import cache_dir, new_folder
+from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.types import OpticNerveError, to_install
 
 PROGRAM = "espeak-ng"

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from opticnerve import durable
-from opticnerve.starter.cache import cache_dir, new_folder
+from opticnerve.common import atomic as durable
+from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.types import OpticNerveError, has_pip
 
 PREFIX = "starter/"

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from opticnerve.private_names import fake_tensors
+from opticnerve.common.private_names import fake_tensors
 from opticnerve.types import Features
 
 SAME = 1e-5  # largest difference between two ways to the same numbers, in units of the largest number (at least 1)

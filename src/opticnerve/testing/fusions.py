@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opticnerve.common.private_names import CACHE, remove_hooks
 from opticnerve.fusion.base import Fusion
-from opticnerve.private_names import CACHE, remove_hooks
 from opticnerve.testing.contract import (
     SAME,
     Broken,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from opticnerve.fusion.base import words_of
-from opticnerve.models.parts import is_docked_model
-from opticnerve.models.tower import MEDIA_INPUT, placed_like
-from opticnerve.train.visits import Visits
+from opticnerve.models.vlm.parts import is_docked_model
+from opticnerve.models.vlm.tower import MEDIA_INPUT, placed_like
+from opticnerve.train.sampler import Visits
 from opticnerve.types import Features
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opticnerve import durable
+from opticnerve.common import atomic as durable
 from opticnerve.types import OpticNerveError
 
 STATE, SUMS = "state.pt", "sha256.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opticnerve.models.tower import MEDIA_INPUT
+from opticnerve.models.vlm.tower import MEDIA_INPUT
 
 
 def fill(batches: list[Any]) -> dict[str, float]:

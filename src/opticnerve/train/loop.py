@@ -14,29 +14,35 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from opticnerve import durable
-from opticnerve.data.loader import Waiting, loader
-from opticnerve.data.tally import Tally
+from opticnerve.common import atomic as durable
+from opticnerve.common.private_names import keep_activations
+from opticnerve.common.progress import Progress
+from opticnerve.data.dataset.bad_samples import Tally
+from opticnerve.data.encode.loader import Waiting, loader
+from opticnerve.distributed.collectives import add_up, attempt, companions, meet, on_main
+from opticnerve.distributed.deepspeed import Zero, ZeroAdamW
+from opticnerve.distributed.fsdp import Sharded
+from opticnerve.distributed.heartbeat import LostProcess
+from opticnerve.features.store import see_all
 from opticnerve.language.chat_template import stage_template
-from opticnerve.language.kernels import KERNELS
-from opticnerve.language.lean import lean
-from opticnerve.models.parts import is_docked_model, moving_buffers
-from opticnerve.models.tower import MEDIA_INPUT
-from opticnerve.private_names import keep_activations
+from opticnerve.models.freeze import Frozen, freeze
+from opticnerve.models.vlm.parts import is_docked_model, moving_buffers
+from opticnerve.models.vlm.tower import MEDIA_INPUT
+from opticnerve.ops.fused_layers import lean
+from opticnerve.ops.kernels import KERNELS
+from opticnerve.ops.offload import make_room
+from opticnerve.ops.vision_attention import plain_attention
 from opticnerve.recipe import CacheSpec, Recipe, Stage
-from opticnerve.train import same_data, saving
+from opticnerve.train import data_fingerprint as same_data
+from opticnerve.train import state as saving
 from opticnerve.train.calibrate import calibrate
 from opticnerve.train.counts import fill, media_counts
-from opticnerve.train.diverged import Diverged, Divergence, samples_of
-from opticnerve.train.engines import make_optimizer, sharded_if_asked
-from opticnerve.train.eye_attention import plain_attention
-from opticnerve.train.feature_cache import see_all
-from opticnerve.train.freeze import Frozen, freeze
-from opticnerve.train.image_use import image_use
-from opticnerve.train.metrics_log import METRICS, MetricsLog
+from opticnerve.train.divergence import Diverged, Divergence, samples_of
+from opticnerve.train.image_ablation import image_use
+from opticnerve.train.metrics import METRICS, MetricsLog
 from opticnerve.train.optim import MasterAdamW, schedule
-from opticnerve.train.parked import make_room
-from opticnerve.train.prepare import (
+from opticnerve.train.sampler import Visits
+from opticnerve.train.setup import (
     checkpoint_layers,
     compiled_layers,
     give_lora,
@@ -45,15 +51,9 @@ from opticnerve.train.prepare import (
     make_objective,
     within_context,
 )
-from opticnerve.train.processes import add_up, attempt, companions, meet, on_main
-from opticnerve.train.progress import Progress
-from opticnerve.train.pulse import LostProcess
-from opticnerve.train.sharded import Sharded
 from opticnerve.train.signals import asked_by_signals
 from opticnerve.train.stage_data import visits_of
-from opticnerve.train.visits import Visits
-from opticnerve.train.zero import Zero
-from opticnerve.train.zero_optim import ZeroAdamW
+from opticnerve.train.strategy import make_optimizer, sharded_if_asked
 from opticnerve.types import OpticNerveError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from opticnerve.train.freeze import Frozen
-from opticnerve.train.sharded import as_shard, whole
+from opticnerve.distributed.fsdp import as_shard, whole
+from opticnerve.models.freeze import Frozen, decay_groups
 
 
 class MasterAdamW:
@@ -104,17 +104,6 @@ class MasterAdamW:
                 master.copy_(as_shard(state["masters"][name], master))
                 if master is not weight:
                     weight.copy_(master)
-
-
-def decay_groups(parts: list[str], tensors: list[list[Any]], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for AdamW, of each part those with decay before those without: no decay on biases and norms, as GPT-3 and
-    most after it."""
-    groups: list[dict[str, Any]] = []
-    for part, mine in zip(parts, tensors, strict=True):
-        for decay, these in ((weight_decay, [t for t in mine if t.ndim > 1]), (0.0, [t for t in mine if t.ndim <= 1])):
-            if these:
-                groups.append({"params": these, "part": part, "weight_decay": decay})
-    return groups
 
 
 def schedule(step: int, steps: int, *, warmup: float, kind: str, floor: float = 0.0) -> float:

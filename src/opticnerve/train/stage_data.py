@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from opticnerve.data.samples import NO_MEDIA
-from opticnerve.data.source import load_streams, load_units
-from opticnerve.data.tally import Tally
+from opticnerve.data.dataset.bad_samples import Tally
+from opticnerve.data.dataset.dataset import NO_MEDIA
+from opticnerve.data.dataset.load import load_streams, load_units
 from opticnerve.recipe import Stage
-from opticnerve.train.streamed import StreamedVisits
-from opticnerve.train.usable import samples_to_check, usable_units
-from opticnerve.train.visits import Collate, Visits
+from opticnerve.train.precheck import samples_to_check, usable_units
+from opticnerve.train.sampler import Collate, Visits
+from opticnerve.train.streaming_sampler import StreamedVisits
 
 _LOOKED_AT = 32  # rows of a stream
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opticnerve.ui.door import App, Door, Logins
+from opticnerve.ui.i18n import LANGUAGES, Words, preferred
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.models import Models
-from opticnerve.ui.words import LANGUAGES, Words, preferred
+from opticnerve.web.guard import App, Door, Logins
 
 # The system's fonts; readable in the sun and with the keyboard; wide enough for a thumb.
 CSS = """

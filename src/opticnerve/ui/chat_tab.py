@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from opticnerve.types import OpticNerveError
+from opticnerve.ui.chat_state import Talk, stream
+from opticnerve.ui.i18n import Words
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.look_part import look_part
 from opticnerve.ui.models import Models
 from opticnerve.ui.picture import Refused, alert, check_picture, note, picture_input, watch_picture
-from opticnerve.ui.talk import Talk, stream
-from opticnerve.ui.words import Words
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from opticnerve.types import OpticNerveError
+from opticnerve.ui.chat_state import Talk
 from opticnerve.ui.chat_tab import Asker
+from opticnerve.ui.i18n import Words
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.models import Models
 from opticnerve.ui.picture import alert, note, picture_input, watch_picture
-from opticnerve.ui.talk import Talk
-from opticnerve.ui.words import Words
 
 Side = tuple[str, str]  # an answer, and HTML of what is going on
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from opticnerve.evaluation.drawing import smooth
-from opticnerve.evaluation.run_folder import finite
+from opticnerve.common.drawing import smooth
+from opticnerve.runs.folder import finite
 
 WIDTH, HEIGHT = 640, 270
 LEFT, RIGHT, TOP, BOTTOM = 60, 14, 12, 56

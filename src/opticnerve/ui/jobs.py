@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from opticnerve import durable
+from opticnerve.common import atomic as durable
 from opticnerve.types import OpticNerveError
 
 FOLDER = ".opticnerve-ui"

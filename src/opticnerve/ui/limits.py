@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opticnerve.data.images import MAX_PIXELS
+from opticnerve.data.media.images import MAX_PIXELS
 from opticnerve.types import OpticNerveError
 
 

@@ -16,10 +16,10 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from opticnerve.types import Conversation, OpticNerveError
+from opticnerve.ui.chat_state import Talk
+from opticnerve.ui.i18n import Words
 from opticnerve.ui.models import Models
 from opticnerve.ui.picture import Refused, alert, note
-from opticnerve.ui.talk import Talk
-from opticnerve.ui.words import Words
 
 AUTO = "auto"
 TOKENS = 24  # of the explained answer: each takes a pass backwards
@@ -35,7 +35,7 @@ class Seen:
 
     def drawings(self, number: int) -> list[PIL.Image.Image]:
         """The maps of one word, a picture for each method."""
-        from opticnerve.data.images import open_image
+        from opticnerve.data.media.open import open_image
 
         shown = np.asarray(open_image(self.picture))
         return [_draw(shown, self.looked, found, number) for found in self.looked.maps]
@@ -54,8 +54,8 @@ def _draw(shown: NDArray[Any], looked: Any, found: Any, number: int) -> PIL.Imag
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from opticnerve.evaluation.drawing import INK, dressed
-    from opticnerve.evaluation.look_plot import panel
+    from opticnerve.common.drawing import INK, dressed
+    from opticnerve.interpret.plot import panel
 
     side, head, rim = 3.6, 0.62, 0.12  # inches
     height = min(max(side * shown.shape[0] / shown.shape[1], 0.5), 3 * side)
@@ -83,7 +83,7 @@ def see(models: Models, model: str, conversation: Conversation, method: str) -> 
     Raises:
         OpticNerveError: the model's parts do not allow the method, or no map at all.
     """
-    from opticnerve.inference.looking import look
+    from opticnerve.interpret.attribution import look
 
     with models.turn(model, exact=True) as answerer:
         looked = look(
@@ -101,7 +101,7 @@ def look_part(words: Words, models: Models, model: Any, talk: Any) -> tuple[Any,
     answer."""
     import gradio as gr
 
-    from opticnerve.inference.looking import METHODS
+    from opticnerve.interpret.attribution import METHODS
 
     seen = gr.State(None)
     with gr.Row(elem_classes="buttons look"):

@@ -7,10 +7,10 @@ from abc import ABCMeta
 from pathlib import Path
 from typing import Any
 
-from opticnerve.data.images import image_size, open_image
+from opticnerve.data.media.open import image_size, open_image
 from opticnerve.types import DataError, OpticNerveError
+from opticnerve.ui.i18n import Words
 from opticnerve.ui.limits import Limits
-from opticnerve.ui.words import Words
 
 
 class Refused(OpticNerveError):

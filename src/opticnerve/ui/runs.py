@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opticnerve import recipe as recipes
-from opticnerve.evaluation.run_folder import read_metrics
+from opticnerve.runs.folder import read_metrics
 from opticnerve.types import OpticNerveError, RecipeError
 from opticnerve.ui.jobs import Job, lives, read_job
 

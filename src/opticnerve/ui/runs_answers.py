@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from opticnerve.data.images import open_image
+from opticnerve.data.media.open import open_image
 from opticnerve.evaluation.tasks import slug
 from opticnerve.types import OpticNerveError
 from opticnerve.ui.runs import MEGABYTE, Run, dicts, read_file

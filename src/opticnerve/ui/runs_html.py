@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from opticnerve.evaluation.card_warnings import warnings_of
-from opticnerve.evaluation.markdown import percent
-from opticnerve.evaluation.run_folder import finite
+from opticnerve.common.markdown import percent
+from opticnerve.runs.card.warnings import warnings_of
+from opticnerve.runs.folder import finite
 from opticnerve.types import OpticNerveError
 from opticnerve.ui.curve import curve_of, curve_svg, pace
 from opticnerve.ui.runs import Run, Stage, dicts

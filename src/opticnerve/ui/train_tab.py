@@ -14,7 +14,7 @@ from opticnerve.ui import runs_html as html
 from opticnerve.ui.curve import curve_of, pace
 from opticnerve.ui.jobs import Job
 from opticnerve.ui.runs import list_runs
-from opticnerve.ui.training import Watched, free_name, list_recipes, resume, start, stop, watch
+from opticnerve.ui.train_process import Watched, free_name, list_recipes, resume, start, stop, watch
 
 EVERY = 2.0
 """Seconds between two looks at the training."""

@@ -14,7 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN
-from opticnerve.models.tower import Tower, build_tower
+from opticnerve.models.vlm.tower import Tower, build_tower
 from opticnerve.vllm_plugin import takes
 from opticnerve.vllm_plugin.processing import DummyInputs, Info, Processor
 from opticnerve.vllm_plugin.towers import language_sizes, load_towers

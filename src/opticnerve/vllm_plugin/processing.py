@@ -21,8 +21,8 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
-from opticnerve.models.configuration import OpticNerveConfig
-from opticnerve.models.processing import OpticNerveProcessor
+from opticnerve.models.vlm.configuration import OpticNerveConfig
+from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 # The side of a profiling picture where its size changes nothing: the processor resizes it anyway.
 ANY_SIDE = 224

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from opticnerve.models import delta
+from opticnerve.models.checkpoint import delta
 from opticnerve.types import OpticNerveError
 
 

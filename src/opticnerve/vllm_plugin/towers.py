@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opticnerve.models.configuration import OpticNerveConfig
-from opticnerve.models.strict import restore_buffers
-from opticnerve.models.tower import Tower, build_tower
+from opticnerve.models.checkpoint.strict import restore_buffers
+from opticnerve.models.vlm.configuration import OpticNerveConfig
+from opticnerve.models.vlm.tower import Tower, build_tower
 from opticnerve.types import OpticNerveError
 
 

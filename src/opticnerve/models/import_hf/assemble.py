@@ -14,8 +14,8 @@ from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.preparation import as_options
 from opticnerve.language.chat_template import IMAGE_TOKEN, with_parts
 from opticnerve.models.import_hf.source import Source
-from opticnerve.models.processing import OpticNerveProcessor
-from opticnerve.models.tower import Tower
+from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.models.vlm.tower import Tower
 from opticnerve.types import OpticNerveError
 
 

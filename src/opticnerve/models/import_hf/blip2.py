@@ -15,8 +15,8 @@ from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.fusion.splice import Splice
 from opticnerve.models.import_hf import assemble
 from opticnerve.models.import_hf.source import Source
-from opticnerve.models.processing import OpticNerveProcessor
-from opticnerve.models.tower import Tower, language_sizes
+from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.models.vlm.tower import Tower, language_sizes
 from opticnerve.types import OpticNerveError
 
 # Pictures first, then the begin token, then the words: BLIP-2's form of questions (Li et al. 2023, section 4.2), and

@@ -11,10 +11,10 @@ from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.fusion.splice import Splice
 from opticnerve.models.import_hf import assemble
 from opticnerve.models.import_hf.source import Source
-from opticnerve.models.processing import OpticNerveProcessor
-from opticnerve.models.tile_images import TilingImageProcessor
-from opticnerve.models.tiling import Tiling
-from opticnerve.models.tower import Tower, language_sizes
+from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.models.vlm.tiling import Tiling
+from opticnerve.models.vlm.tiling_processor import TilingImageProcessor
+from opticnerve.models.vlm.tower import Tower, language_sizes
 from opticnerve.types import OpticNerveError
 
 # Vision transformers that take square pictures of one size. (Pixtral, Qwen2-VL's and SigLIP 2 NaFlex take any.)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from opticnerve.common.cache import new_folder
 from opticnerve.language.load import no_bars
 from opticnerve.models.import_hf import blip2, llava, verify
 from opticnerve.models.import_hf.source import Source, check_image_token, common_refusals, read, read_config
-from opticnerve.models.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.processing import OpticNerveProcessor
-from opticnerve.starter.cache import new_folder
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.types import OpticNerveError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

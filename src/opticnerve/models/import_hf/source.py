@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from huggingface_hub.errors import StrictDataclassError
 
-from opticnerve import hub
+from opticnerve.common import hub
 from opticnerve.language.load import no_bars
 from opticnerve.types import OpticNerveError
 

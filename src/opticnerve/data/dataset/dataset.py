@@ -1,0 +1,232 @@
+"""Sequences of samples and of units of training that are read when they are visited: a few bytes each."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opticnerve.data.dataset.index import Index, picture_key
+from opticnerve.data.formats.vqa import merged
+from opticnerve.types import Conversation
+
+NO_MEDIA = (
+    "none of its samples has a picture or a sound, and the recipe has an encoder: nothing is learned about media; "
+    "see with `opticnerve data check` which fields the data have, and docs/data.md which are read"
+)
+Unit = tuple[Sequence[Conversation], int | None]
+
+
+@dataclass
+class Groups:
+    """Members of groups, one group after the other: group `g` has `members[starts[g]:starts[g + 1]]`."""
+
+    members: NDArray[Any]
+    starts: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, group: int) -> NDArray[Any]:
+        return self.members[self.starts[group] : self.starts[group + 1]]
+
+    @classmethod
+    def of(cls, keys: NDArray[Any]) -> Groups:
+        """Positions with equal keys together; groups in the order of their first members, members in theirs."""
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        rank = np.empty(len(first), np.int64)
+        rank[np.argsort(first, kind="stable")] = np.arange(len(first))
+        group = rank[group]
+        counts = np.bincount(group, minlength=len(first))
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        return cls(np.argsort(group, kind="stable").astype(np.uint32), starts)
+
+
+class Samples(Sequence[Conversation]):
+    """The conversations of an index, each read when it is asked for.
+
+    Args:
+        chosen: which rows of the index (or which groups), in their order; default: all.
+        groups: rows of which each group is one conversation.
+    """
+
+    def __init__(self, index: Index, chosen: NDArray[Any] | None = None, groups: Groups | None = None) -> None:
+        self.found, self.chosen, self.groups = index, chosen, groups
+
+    def __len__(self) -> int:
+        if self.chosen is not None:
+            return len(self.chosen)
+        return len(self.found) if self.groups is None else len(self.groups)
+
+    @overload
+    def __getitem__(self, number: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, number: slice) -> Samples: ...
+    def __getitem__(self, number: int | slice) -> Conversation | Samples:
+        if isinstance(number, slice):
+            return self.only(np.arange(len(self), dtype=np.uint32)[number])
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        number %= len(self)
+        item = number if self.chosen is None else int(self.chosen[number])
+        if self.groups is None:
+            return self.found.sample(item)
+        return merged([self.found.sample(int(row)) for row in self.groups[item]])
+
+    def only(self, numbers: NDArray[Any]) -> Samples:
+        """Some of them, in the order given."""
+        return Samples(self.found, numbers if self.chosen is None else self.chosen[numbers], self.groups)
+
+    def first_rows(self) -> NDArray[Any]:
+        """The row of the index with which each sample begins."""
+        rows = np.arange(len(self.found)) if self.groups is None else self.groups.members[self.groups.starts[:-1]]
+        return rows if self.chosen is None else rows[self.chosen]
+
+    def rows(self) -> NDArray[Any]:
+        """All rows of the index that the samples are made of."""
+        if self.groups is None or self.chosen is None:
+            return self.first_rows() if self.groups is None else self.groups.members
+        return np.concatenate([self.groups[int(g)] for g in self.chosen]) if len(self.chosen) else self.chosen
+
+    def by_picture(self) -> Groups:
+        """Samples about the same pictures, together. Text-only samples share no picture; each stays by itself."""
+        keys = self.found.rows["picture"][self.first_rows()]
+        alone = keys == 0
+        keys[alone] = np.arange(alone.sum(), dtype=np.uint64) * 2  # a picture's key is odd
+        return Groups.of(keys)
+
+
+class Joined(Sequence[Conversation]):
+    """Several sequences of samples, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Conversation]]) -> None:
+        self.parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, number: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Conversation]: ...
+    def __getitem__(self, number: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        part, own = _place(self._ends, number, "sample")
+        return self.parts[part][own]
+
+
+@dataclass
+class Entry:
+    """The units of one data entry. `groups`: samples that share a prefix, of which `per_image` are drawn at a time."""
+
+    samples: Sequence[Conversation]
+    groups: Groups | None = None
+    per_image: int | None = None
+    repeat: int = 1
+
+    @property
+    def once(self) -> int:
+        return len(self.samples) if self.groups is None else len(self.groups)
+
+    def __len__(self) -> int:
+        return self.once * self.repeat
+
+    def __getitem__(self, number: int) -> Unit:
+        number %= self.once
+        if self.groups is None:
+            return [self.samples[number]], None
+        assert isinstance(self.samples, Samples)
+        return self.samples.only(self.groups[number]), self.per_image
+
+    def members(self, number: int) -> int:
+        return 1 if self.groups is None else len(self.groups[number % self.once])
+
+
+class Units(Sequence[Unit]):
+    """The units of all data entries of a stage, one entry after the other."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self._ends = list(accumulate(map(len, entries)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, number: int) -> Unit: ...
+    @overload
+    def __getitem__(self, number: slice) -> Chosen: ...
+    def __getitem__(self, number: int | slice) -> Unit | Chosen:
+        if isinstance(number, slice):
+            return Chosen(self, np.arange(len(self), dtype=np.uint32)[number])
+        entry, own = _place(self._ends, number, "unit")
+        return self.entries[entry][own]
+
+    def samples(self) -> int:
+        """How many samples all units have."""
+        return sum(e.repeat * (e.once if e.groups is None else len(e.groups.members)) for e in self.entries)
+
+    def with_media(self) -> int:
+        """How many samples have a picture or a sound; of what is not indexed, all are taken to have one."""
+        found = 0
+        for entry in self.entries:
+            if isinstance(entry.samples, Samples):
+                found += int((entry.samples.found.rows["pieces"][entry.samples.rows()] > 0).sum())
+            else:
+                found += len(entry.samples)
+        return found
+
+    def pictures(self) -> int:
+        """How many different pictures there are. Of samples that show one, the index tells; others are read."""
+        keys = [np.zeros(0, np.uint64)]
+        for samples in (e.samples for e in self.entries if isinstance(e.samples, Samples)):
+            numbers = samples.rows()
+            rows = samples.found.rows[numbers]
+            alone = (rows["images"] == 1) & (rows["pieces"] == 1)
+            keys.append(np.unique(rows["picture"][alone]))
+            several = numbers[(rows["images"] > 0) & ~alone]
+            shown = (i.source for n in several for i in samples.found.sample(int(n)).images)
+            keys.append(np.fromiter((picture_key([source]) for source in shown), np.uint64))
+        return len(np.unique(np.concatenate(keys)))
+
+
+@dataclass
+class Chosen(Sequence[Unit]):
+    """Some of the units; `without`: of a unit (by its place here) only these members."""
+
+    units: Sequence[Unit]
+    numbers: NDArray[Any]
+    kept: dict[int, list[int]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> Unit: ...
+    @overload
+    def __getitem__(self, number: slice) -> Chosen: ...
+    def __getitem__(self, number: int | slice) -> Unit | Chosen:
+        if isinstance(number, slice):
+            places = range(len(self))[number]
+            kept = {new: self.kept[old] for new, old in enumerate(places) if old in self.kept}
+            return Chosen(self.units, self.numbers[number], kept)
+        conversations, count = self.units[int(self.numbers[number])]
+        members = self.kept.get(number % len(self))
+        return (conversations if members is None else [conversations[k] for k in members]), count
+
+
+def _place(ends: Sequence[int], number: int, what: str) -> tuple[int, int]:
+    """Of sequences laid end to end, which one holds item `number`, and where; `ends`: behind which item each ends."""
+    total = ends[-1] if ends else 0
+    if not -total <= number < total:
+        raise IndexError(f"{what} {number} of {total}")
+    number %= total
+    part = bisect_right(ends, number)
+    return part, number - (ends[part - 1] if part else 0)

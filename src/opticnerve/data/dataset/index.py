@@ -1,0 +1,285 @@
+"""Where every good sample of a source lies, found in one pass, so that samples are read when they are visited.
+
+A sample takes 36 bytes: its place, and what sorting needs of its pictures. Of a source of some size the index is kept
+in the cache folder, with every bad sample's error, and mapped from there; it is taken again while nothing that it
+depends on has changed: the contents of the data (hashed; beyond 4 GiB their sizes, times and samples of them), the
+folders in which media were looked for (their times of change), the options, and the readers themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opticnerve.common.cache import cache_dir, new_folder
+from opticnerve.data.dataset.read import DataSource, OnError, OpenSource, open_source, raise_error
+from opticnerve.data.formats.media import MOST_FOLDERS, folder_age
+from opticnerve.data.sources.base import Place, Record
+from opticnerve.data.sources.open import open_records
+from opticnerve.types import Conversation, DataError, Frame, OpticNerveError
+
+KEPT = 16 << 20
+"""Bytes of data from which on an index is kept on disk: reading less takes no time."""
+_HASHED = 4 << 30
+_SAMPLED, _SAMPLE = 64, 1 << 16
+_UNSURE = 2_000_000_000
+"""Nanoseconds: what changed so shortly before it was looked at may have changed after it, within one tick."""
+
+ROW = np.dtype(
+    [("start", "<u8"), ("picture", "<u8"), ("size", "<u4"), ("file", "<u4"), ("index", "<u4"), ("part", "<u4"),
+     ("held_out", "?"), ("images", "u1"), ("pieces", "u1"), ("_", "u1")]
+)  # fmt: skip
+"""`part`: which of its record's conversations. `picture`: a hash of which pictures and sounds it shows. `images`: how
+many pictures, `pieces`: sounds, too; 255 for more."""
+
+
+@dataclass
+class Index:
+    """The rows of a source's good samples, in their order, and how to read them."""
+
+    rows: NDArray[Any]
+    source: OpenSource
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, number: int) -> Conversation:
+        """Read one sample.
+
+        Raises:
+            DataError: it is no longer what it was, or a file that it names is gone.
+        """
+        row = self.rows[number]
+        place = Place(int(row["file"]), int(row["start"]), int(row["size"]))
+        return self.source.one(self.source.records.at(place, int(row["index"])), int(row["part"]))
+
+
+def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
+    """The index of a source, made or found; `limit` and `group_by_image` are the caller's business, save that with
+    `limit` alone no more is read than it takes.
+
+    Raises:
+        DataError: as `read`: a bad sample without `on_error`, or a source that cannot be read at all.
+    """
+    source.check()
+    tell = on_error or raise_error
+    files = _files_of(source)
+    if sum(size for size, _ in _stats(files)) < KEPT:
+        return _made(source, tell)
+    options = [str(source.path), str(Path(source.path).absolute()), source.format, str(source.media), source.prompt,
+               source.allow_outside_media, source.frames, _limit(source), list(source.ignore), source.split,
+               list(source.repair), _readers()]  # fmt: skip
+    folder = cache_dir() / "indexes" / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
+    with _alone(folder):  # several processes start at once: one makes it, the others find it
+        started = time.time_ns()
+        before = _stats(files)
+        contents = _contents(files, started)
+        found = folder / contents
+        if not _still_true(found):
+            shutil.rmtree(found, ignore_errors=True)
+            _make(source, found, started, tell)
+            if _stats(files) != before:
+                shutil.rmtree(found, ignore_errors=True)
+                raise DataError("it changed while it was read", where=str(source.path), kind="changed-file")
+            for old in folder.iterdir():
+                if old.is_dir() and old != found:
+                    shutil.rmtree(old, ignore_errors=True)
+        else:
+            with (found / "errors.jsonl").open() as errors:
+                for line in errors:
+                    problem, where, remedy, kind = json.loads(line)
+                    tell(DataError(problem, where=where, remedy=remedy, kind=kind))
+        rows = np.load(found / "rows.npy", mmap_mode="r")
+    return Index(rows, open_source(source, _pass_over).read())
+
+
+def picture_key(sources: Sequence[Any]) -> int:
+    """A hash (63 bits, odd) of which pictures and sounds these are, by their paths or bytes; 0 if there are none."""
+    if not sources:
+        return 0
+    named = "\n".join(map(_named, sources)).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little") | 1
+
+
+def held_out(conversation: Conversation) -> bool:
+    """Whether a sample belongs to the held-out twentieth.
+
+    The hash of its first picture's (or sound's) file name (or bytes) decides, so that all that is said of one picture
+    stays on one side, in every data file and on every machine.
+    """
+    for part in conversation.pieces:
+        source = part.source.source if isinstance(part.source, Frame) else part.source
+        if isinstance(source, Path | bytes):
+            key = source.name.encode() if isinstance(source, Path) else source
+            return hashlib.sha256(key).digest()[0] % 20 == 0
+    return False
+
+
+def _named(source: Any) -> str:
+    if isinstance(source, Frame):
+        return f"{_named(source.source)} {source.index}/{source.of}"
+    return f"{type(source).__name__} {hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else source}"
+
+
+class _Rows:
+    """Rows as they come, in memory or in a .npy file."""
+
+    def __init__(self, file: Any = None) -> None:
+        self._file, self._count = file, 0
+        self._parts: list[NDArray[Any]] = []
+        self._part, self._filled = np.zeros(1 << 14, ROW), 0
+        if file is not None:
+            self._head(0)
+
+    def add(self, record: Record, part: int, conversation: Conversation) -> None:
+        place, pieces = record.place, conversation.pieces
+        if place.size >= 1 << 32:
+            raise DataError(f"a record of {place.size:,} bytes", where=record.where, kind="too-long")
+        self._part[self._filled] = (
+            place.start, picture_key([p.source for p in pieces]), place.size, place.file, record.index, part,
+            held_out(conversation), min(255, len(conversation.images)), min(255, len(pieces)), 0,
+        )  # fmt: skip
+        self._filled += 1
+        if self._filled == len(self._part):
+            self._flush()
+
+    def end(self) -> NDArray[Any]:
+        self._flush()
+        if self._file is None:
+            return np.concatenate(self._parts) if self._parts else np.zeros(0, ROW)
+        self._head(self._count)
+        return np.zeros(0, ROW)
+
+    def _flush(self) -> None:
+        filled = self._part[: self._filled]
+        self._count += len(filled)
+        if self._file is None:
+            self._parts.append(filled.copy())
+        else:
+            self._file.write(filled.tobytes())
+        self._filled = 0
+
+    def _head(self, count: int) -> None:
+        # The header of .npy has room to grow: the number of rows is written at the end.
+        about = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
+        at = self._file.tell()
+        self._file.seek(0)
+        np.lib.format.write_array_header_1_0(self._file, about)
+        self._file.seek(max(at, self._file.tell()))
+
+
+def _made(source: DataSource, tell: OnError) -> Index:
+    """In memory."""
+    opened, rows = open_source(source, tell), _Rows()
+    _collect(opened, rows, _limit(source), tell)
+    return Index(rows.end(), opened.read())
+
+
+def _make(source: DataSource, target: Path, started: int, tell: OnError) -> None:
+    """On disk, whole or not at all."""
+    folders: dict[str, int] = {}
+    with new_folder(target) as made:
+        with (made / "rows.npy").open("w+b") as file, (made / "errors.jsonl").open("w") as errors:
+
+            def note(error: DataError) -> None:
+                errors.write(json.dumps([error.problem, error.where, error.remedy, error.kind]) + "\n")
+                tell(error)
+
+            rows = _Rows(file)
+            _collect(open_source(source, note, folders=folders), rows, _limit(source), note)
+            rows.end()
+        # What changed while it was read, or too shortly before to be sure, is not relied on.
+        sure = len(folders) <= MOST_FOLDERS and all(age < started - _UNSURE for age in folders.values())
+        about = {"folders": folders if sure else None}
+        (made / "about.json").write_text(json.dumps(about))
+
+
+def _collect(opened: OpenSource, rows: _Rows, limit: int | None, tell: OnError) -> None:
+    if limit == 0:
+        return
+    for number, (record, part, conversation) in enumerate(opened.converted(tell), start=1):
+        rows.add(record, part, conversation)
+        if number == limit:
+            return
+
+
+def _limit(source: DataSource) -> int | None:
+    """Groups are complete when all is read."""
+    return None if source.group_by_image else source.limit
+
+
+def _still_true(found: Path) -> bool:
+    try:
+        folders = json.loads((found / "about.json").read_text())["folders"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return folders is not None and all(folder_age(folder) == age for folder, age in folders.items())
+
+
+def _files_of(source: DataSource) -> list[Path]:
+    return open_records(Path(source.path), source.format, source.split).files
+
+
+def _contents(files: Sequence[Path], now: int) -> str:
+    """A hash of what the files hold. Of more than 4 GiB, of their sizes, times and 64 pieces each; and of what changed
+    just now, of the present moment: it is not taken for known."""
+    stats = _stats(files)
+    whole = sum(size for size, _ in stats) <= _HASHED
+    total = hashlib.blake2b(digest_size=16)
+    for file, (size, age) in zip(files, stats, strict=True):
+        total.update(f"{file}|{size}\n".encode("utf-8", "surrogateescape"))
+        if age < 0:
+            continue
+        with file.open("rb", buffering=0) as opened:
+            if whole:
+                while block := opened.read(1 << 20):
+                    total.update(block)
+                continue
+            total.update(f"{age} {now if age > now - _UNSURE else 0}".encode())
+            for number in range(_SAMPLED):
+                opened.seek(size * number // _SAMPLED)
+                total.update(opened.read(_SAMPLE))
+    return total.hexdigest()
+
+
+def _stats(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """(bytes, time of change) of each; (0, -1) of one that is missing."""
+    found = (f.stat() if f.exists() else None for f in files)
+    return [(s.st_size, s.st_mtime_ns) if s is not None else (0, -1) for s in found]
+
+
+def _readers() -> str:
+    """A hash of the code that reads: with other rules, other samples are good."""
+    folders = (files("opticnerve.data") / part for part in ("formats", "sources", "dataset"))
+    code = sorted(f for folder in folders for f in folder.iterdir() if f.name.endswith(".py"))  # type: ignore[type-var]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in code)).hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as e:
+        raise OpticNerveError(
+            f"the index of data in {folder} cannot be written: {e}; let OPTICNERVE_CACHE name a folder that can be"
+        ) from e
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _pass_over(error: DataError) -> None:
+    """It has been told already."""

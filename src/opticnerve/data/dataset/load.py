@@ -1,0 +1,155 @@
+"""From a recipe's data entries to conversations, the starter kit's names included, and to the units of an epoch."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opticnerve.data.dataset.dataset import Entry, Groups, Samples, Unit, Units
+from opticnerve.data.dataset.index import held_out, index_of
+from opticnerve.data.dataset.read import DataSource, OnError
+from opticnerve.data.dataset.streaming import Stream, Streams
+from opticnerve.data.sources.base import Streaming
+from opticnerve.recipe import DataSpec, Stage
+from opticnerve.types import Conversation, Frame, OpticNerveError
+
+# Names that stand for data of the starter kit: the module that prepares it, and the file among those that it makes.
+STARTER = {
+    "starter/easy-vqa/captions": ("easy_vqa", "captions"),
+    "starter/easy-vqa/train-questions": ("easy_vqa", "questions"),
+    "starter/easy-vqa/test-questions": ("easy_vqa", "test"),
+    "starter/easy-vqa/conversations": ("easy_vqa", "conversations"),
+    "starter/easy-vqa/preferences": ("easy_vqa", "preferences"),
+    "starter/emoji/train": ("emoji", "train"),
+    "starter/emoji/held-out-vendor": ("emoji", "vendor"),
+    "starter/emoji/held-out-emoji": ("emoji", "emoji"),
+    "starter/emoji/held-out-both": ("emoji", "both"),
+    "starter/spoken-words/captions": ("spoken_words", "captions"),
+    "starter/spoken-words/train": ("spoken_words", "questions"),
+    "starter/spoken-words/held-out-voices": ("spoken_words", "held-out-voices"),
+    "starter/spoken-words/held-out-words": ("spoken_words", "held-out-words"),
+}
+
+
+def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> Sequence[Conversation]:
+    """All conversations of one data entry, in file order; each is read from its file when it is asked for.
+
+    Of a stream, the first `limit`, in memory.
+
+    Raises:
+        DataError: a bad sample, unless `on_error` takes it.
+        OpticNerveError: no such file or starter name; a stream without a limit.
+    """
+    if not spec.streaming:
+        return _indexed(spec, on_error)
+    if spec.limit is None:
+        raise OpticNerveError(
+            f"{spec.path} is streamed, and here all of it is wanted; give a limit, and the first so many samples are "
+            f"taken, or download it and leave streaming out"
+        )
+    return list(stream_data(spec, on_error=on_error))
+
+
+def _indexed(spec: DataSpec, on_error: OnError | None) -> Samples:
+    source = source_of(spec)
+    index = index_of(source, on_error)
+    if source.group_by_image:
+        samples = Samples(index, groups=Groups.of(index.rows["picture"]))[: source.limit]
+    else:
+        samples = Samples(index)
+    if spec.split == "all":
+        return samples
+    wanted = index.rows["held_out"][samples.first_rows()] == (spec.split == "held_out")
+    return samples.only(np.flatnonzero(wanted).astype(np.uint32))
+
+
+def stream_data(spec: DataSpec, *, on_error: OnError | None = None) -> Iterator[Conversation]:
+    """The same conversations, one after another in a single pass, and nothing kept."""
+    found = source_of(spec).read(on_error)
+    return (c for c in found if spec.split == "all" or held_out(c) == (spec.split == "held_out"))
+
+
+def source_of(spec: DataSpec) -> DataSource:
+    """What a data entry reads: environment variables filled in, starter data made."""
+    path = os.path.expandvars(spec.path)
+    media = os.path.expandvars(spec.media) if spec.media else None
+    trusted = spec.allow_outside_media
+    if path.startswith("starter/"):
+        path, media = _starter(path)
+        trusted = True
+    stream = Streaming(spec.subset, spec.hub_split or "train", spec.revision) if spec.streaming else None
+    return DataSource(
+        path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
+        tuple(spec.ignore), None if spec.streaming else spec.hub_split, tuple(spec.repair),
+    )  # fmt: skip
+
+
+def load_streams(stage: Stage, *, seed: int) -> Streams:
+    """The streams of a stage, whose entries are all streamed.
+
+    Raises:
+        DataError: one of them cannot be opened, or has no format.
+    """
+    made = []
+    for number, spec in enumerate(stage.data):
+        source = source_of(spec)
+        source.check()
+        made.append(Stream(source, key=f"{seed}/{stage.name}/{number}", window=spec.shuffle_window, limit=spec.limit))
+    return Streams(made, [spec.repeat for spec in stage.data])
+
+
+def load_units(specs: Sequence[DataSpec], *, on_error: OnError | None = None) -> Units:
+    """Units of training: one conversation, or, with `share_prefix`, all questions about one picture and how many of
+    them to draw at a time."""
+    entries = []
+    for spec in specs:
+        if spec.streaming:
+            raise OpticNerveError(f"{spec.path} is streamed: how many samples it has is not known before it is read")
+        samples = _indexed(spec, on_error)
+        if not samples:
+            raise OpticNerveError(f"{spec.path} holds no usable sample")
+        groups = samples.by_picture() if spec.share_prefix else None
+        entries.append(Entry(samples, groups, spec.per_image, spec.repeat))
+    return Units(entries)
+
+
+def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
+    """Conversations about the same pictures, together; in order of first appearance."""
+    groups: dict[Any, list[Conversation]] = {}
+    for conversation in conversations:
+        key = tuple(
+            p.source if isinstance(p.source, Path | bytes | Frame) else id(p.source) for p in conversation.pieces
+        )
+        # Text-only samples share no picture; each stays by itself.
+        groups.setdefault(key or id(conversation), []).append(conversation)
+    return list(groups.values())
+
+
+def draw(unit: Unit, rng: random.Random) -> list[Conversation]:
+    """The conversations of a unit that one visit trains on."""
+    conversations, count = unit
+    if count is None or count >= len(conversations):
+        return list(conversations)
+    return [conversations[k] for k in rng.sample(range(len(conversations)), count)]  # only these are read
+
+
+def fixed_sample(conversations: Sequence[Conversation], count: int | None, *, seed: int = 0) -> list[Conversation]:
+    """The same random sample every time, in file order."""
+    if count is None or count >= len(conversations):
+        return list(conversations)
+    chosen = sorted(random.Random(seed).sample(range(len(conversations)), count))
+    return [conversations[i] for i in chosen]
+
+
+def _starter(name: str) -> tuple[str, str]:
+    if name not in STARTER:
+        raise OpticNerveError(f"unknown starter data {name!r}; known: {', '.join(STARTER)}")
+    module, key = STARTER[name]
+    made = importlib.import_module(f"opticnerve.starter.{module}").prepare()
+    return str(made[key]), str(made["media"])

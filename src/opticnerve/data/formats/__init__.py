@@ -1,0 +1,1 @@
+"""A record of a data file as conversations, one module a format."""

@@ -1,0 +1,226 @@
+"""From what a record says of its media to pictures, frames and sounds: found in their folder, not yet opened."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from opticnerve.data.formats.fields import Fields, brief, empty
+from opticnerve.data.formats.names import KINDS, Kind, file_names, kind_by_name, kind_of, split, words_of
+from opticnerve.data.media.images import decode_data_url, is_url
+from opticnerve.data.media.video import spaced
+from opticnerve.data.sources.base import Record
+from opticnerve.types import AudioPart, DataError, Frame, ImagePart, Part
+
+MOST_FOLDERS = 20_000
+"""Folders of media that are remembered; where there are more, one more is."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+_LONG = 64
+# PNG, JPEG, GIF, WebP and WAV, BMP, TIFF, ICO, MP4, MP3, Ogg, FLAC
+_BEGINNINGS = (
+    "iVBORw",
+    "/9j/",
+    "R0lGOD",
+    "UklGR",
+    "Qk",
+    "SUkqA",
+    "TU0AK",
+    "AAAB",
+    "AAAA",
+    "SUQz",
+    "//",
+    "T2dnUw",
+    "ZkxhQ",
+)
+
+Unit = list[Part]
+"""What stands in one place: a picture, the frames of a video, a sound."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What holds for all records of a file.
+
+    `name` begins the ids of records that have none. `media` is the folder in which pictures and sounds are looked for;
+    a path that leads out of it is refused unless `allow_outside_media`, so that a data file from elsewhere cannot make
+    us read whatever it names. `prompts`: what the user says to have a picture captioned. `frames`: pictures taken of a
+    video. `strict`: the format was not named but told by the fields, so that words which it has no use for are an
+    error. `folders`, if given, takes each folder in which a file was looked for, and when it had last changed
+    (`folder_age`): as long as these stay, what was found is there and what was missing is not.
+    """
+
+    name: str
+    media: Path
+    allow_outside_media: bool = False
+    prompts: Sequence[str] = ()
+    frames: int = 8
+    strict: bool = False
+    folders: dict[str, int] | None = None
+    _root: Path = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_root", self.media.resolve())
+
+    def id(self, record: Record) -> str:
+        """The record's own id, else `<file's name>-<line or position>`."""
+        own = record.fields.get("id")
+        return f"{self.name}-{record.index}" if empty(own) else str(own)
+
+    def prompt(self, id: str) -> str | None:
+        """One of the prompts, always the same for the same id."""
+        return self.prompts[crc32(id.encode(errors="replace")) % len(self.prompts)] if self.prompts else None
+
+    def media_of(self, fields: Fields, where: str) -> dict[Kind, list[Unit]]:
+        """What a record is about, by kind: its fields that name media by their own name.
+
+        Raises:
+            DataError: two fields name different ones (kind `unused-field`); or as `unit`.
+        """
+        keys: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
+        for key, value in fields.raw():
+            if kind_by_name(key) and (kind := kind_of(key, value)):
+                keys[kind].append(key)
+        found: dict[Kind, list[Unit]] = {}
+        for kind, names in keys.items():
+            value = _joined(fields, names, where) if names else None
+            if isinstance(value, dict) and all(any(not isinstance(p, str) for p in split(k)) for k in value):
+                value = [value[k] for k in list(value)]  # MiniCPM-V's {"<image_00>": "1.jpg", …}
+            if kind == "video" and isinstance(value, list) and len(value) > 1 and all(map(_is_still, value)):
+                value = [value]  # the frames of one
+            units = value if isinstance(value, list) else [] if value is None else [value]
+            found[kind] = [self.unit(kind, v, where) for v in units]
+        return found
+
+    def unit(self, kind: Kind, value: Any, where: str) -> Unit:
+        """One picture, one video's frames (not yet decoded) or one sound: a path, a `data:` URL, bytes, datasets'
+        `{"bytes": …, "path": …}`; of a video also a folder of pictures or a list of them.
+
+        Raises:
+            DataError: no such file, one outside the media folder, a web address, or nothing that names a file.
+        """
+        if kind == "audio":
+            return [AudioPart(self._medium(value, where, kind))]
+        if kind == "image":
+            return [ImagePart(self._medium(value, where, kind))]
+        if isinstance(value, list):
+            if not value:
+                raise DataError("the video is an empty list of pictures", where=where, kind="wrong-type")
+            pictures = [ImagePart(self._medium(v, where, "image")) for v in value]
+            return [pictures[index] for index in spaced(len(pictures), self.frames)]
+        source = self._medium(value, where, kind)
+        return [ImagePart(Frame(source, index, self.frames)) for index in range(self.frames)]
+
+    def _medium(self, value: Any, where: str, kind: str) -> Path | bytes:
+        if isinstance(value, dict):
+            value = next((value[k] for k in ("bytes", "path", "url", "data") if value.get(k) is not None), value)
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str) or not value:
+            raise DataError(
+                f"the {kind} is given as {brief(value)}", where=where, remedy="give a file's path", kind="wrong-type"
+            )
+        if is_url(value):
+            raise DataError(
+                f"the {kind} {value[:200]} is a web address, and opticnerve fetches nothing",
+                where=where,
+                remedy="download it and give the file's path",
+                kind="url",
+            )
+        if value[:5].lower() == "data:":
+            return decode_data_url(value, where=where)
+        if len(value) >= _LONG and value.startswith(_BEGINNINGS) and _BASE64.fullmatch(value):
+            raise DataError(
+                f"the {kind} is {len(value):,} characters that look like base64: {value[:16]}…",
+                where=where,
+                remedy=f"write data:{kind}/{ {'image': 'png', 'audio': 'wav'}.get(kind, 'mp4') };base64, before it",
+                kind=f"missing-{kind}",
+            )
+        return self._file(value.removeprefix("file://"), where, kind)
+
+    def _file(self, value: str, where: str, kind: str) -> Path:
+        path = self.media / value
+        if self.folders is not None and len(self.folders) <= MOST_FOLDERS:
+            folder = os.path.dirname(path)
+            if folder not in self.folders:
+                self.folders[folder] = folder_age(folder)
+        try:
+            outside = not self.allow_outside_media and self._leads_out(path, kind)
+            exists = path.exists()
+        except (OSError, ValueError, RuntimeError) as e:  # a name too long, a zero byte, a loop of links
+            raise DataError(
+                f"the {kind} {value[:200]!r} is no usable path: {e}", where=where, kind=f"missing-{kind}"
+            ) from e
+        if outside:
+            raise DataError(
+                f"the {kind} {value} lies outside the media folder {self.media}",
+                where=where,
+                remedy="set media to the folder that holds it, or allow_outside_media: true if you trust this data",
+                kind="outside-media",
+            )
+        if not exists:
+            raise DataError(
+                f"the {kind} {path} does not exist",
+                where=where,
+                remedy="set media to the folder that the paths start from",
+                kind=f"missing-{kind}",
+            )
+        return path
+
+    def _leads_out(self, path: Path, kind: str) -> bool:
+        """A folder is a video of the pictures in it, and each of them may be a link of its own."""
+        if not path.resolve().is_relative_to(self._root):
+            return True
+        inner = path.iterdir() if kind == "video" and path.is_dir() else ()
+        return any(not picture.resolve().is_relative_to(self._root) for picture in inner)
+
+
+def folder_age(folder: str) -> int:
+    """When a folder was last changed, by its own clock (nanoseconds); -1 if there is none."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except (OSError, ValueError):
+        return -1
+
+
+def _is_still(value: Any) -> bool:
+    return isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
+
+
+def _joined(fields: Fields, keys: list[str], where: str) -> Any:
+    """The value of the fields that name media of one kind: of one, of several that name the same, or of numbered ones
+    (`image_1`, `image_2`) as a list."""
+    numbers = [[w for w in words_of(k) if w.isdigit()] for k in keys]
+    stems = {tuple(w for w in words_of(k) if not w.isdigit()) for k in keys}
+    if len(keys) > 1 and len(stems) == 1 and all(numbers):
+        return [fields[k] for k in sorted(keys, key=lambda k: [int(w) for w in words_of(k) if w.isdigit()])]
+    first, *others = sorted(keys, key=lambda k: kind_by_name(k) == "file")
+    value = fields[first]
+    for key in others:
+        if not same_files(value, dict(fields.raw())[key]):
+            raise DataError(
+                f"{first} and {key} both name media, and different ones",
+                where=where,
+                remedy=f"join them in one list, or pass one over with ignore: [{key}]",
+                kind="unused-field",
+            )
+        # With bytes at hand nothing is looked for.
+        held = fields[key]
+        value = held if isinstance(held, dict) and not isinstance(held.get("bytes"), type(None)) else value
+    return value
+
+
+def same_files(one: Any, other: Any) -> bool:
+    """Whether two values name the same files: paths of which one is the other's end."""
+    left, right = list(file_names(one)), list(file_names(other))
+    return len(left) == len(right) > 0 and all(ends_alike(a, b) for a, b in zip(left, right, strict=True))
+
+
+def ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """Whether one path is the other's end."""
+    shared = min(len(a), len(b))
+    return shared > 0 and a[-shared:] == b[-shared:]

@@ -1,0 +1,259 @@
+"""From the turns of a record to a conversation: every format ends here, so that media, tags and flags mean the same in
+all of them.
+
+A turn is words, or a list of parts. Media stand where a part names them, where a part names none (`{"type": "image"}`)
+or a tag in the words (`<image>`, `<|image_1|>`, `<video>`) keeps a place for the record's own (`image`, `images`,
+`videos`, …, in order), or, where the turns keep no place at all, before the first user's words.
+
+An assistant's turn with `weight: 0` (OpenAI), `loss: false` (ms-swift, xtuner), `train: false` (axolotl) or
+`loss_mask: 0` is read and not learned; the record may say the same of all turns, or list it for each. What lies
+between, or speaks of parts of a turn, is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from opticnerve.data.formats.fields import Fields, brief, empty, find, missing, objects, text
+from opticnerve.data.formats.media import Context, Unit
+from opticnerve.data.formats.names import KINDS, Kind, Tag, kind_by_name, split
+from opticnerve.types import Conversation, DataError, Message, Part, Role, TextPart
+
+ROLES: dict[str, Role] = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "system": "system", "developer": "system",
+}  # fmt: skip
+ROLE, CONTENT = ("role", "from"), ("content", "value")
+WEIGHTS = (
+    "weight",
+    "loss",
+    "loss_weight",
+    "loss_scale",
+    "loss_mask",
+    "train",
+    "training",
+    "trainable",
+    "learn",
+    "masked",
+)
+"""0 or false: not learned; of `masked` (torchtune) the reverse."""
+_READER_WEIGHTS = {"weight", "loss_weight", "loss_scale", "masked"}  # of a user's turn they say nothing
+REFUSED = ("train_detail", "training_detail", "mask", "assistant_masks", "completion_mask", "token_weights",
+           "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # fmt: skip
+"""What changes what is learned of a turn, and is not honoured."""
+_TEXT = ("text", "input_text", "output_text")
+_KIND_OF_TYPE: dict[str, Kind] = {f"{before}{kind}{after}": kind for kind in KINDS for before in ("", "input_")
+                                  for after in ("", "_url")}  # fmt: skip
+
+
+@dataclass
+class Turn:
+    """What one says. A `Tag` among the pieces is a place for the record's media."""
+
+    role: Role
+    pieces: list[Part | Tag]
+    learn: bool = True
+
+
+def said(role: Role, words: str, *, tags: bool = True) -> Turn:
+    """A turn of words; without `tags` they are taken as they stand."""
+    pieces = split(words) if tags else [words] if words else []
+    return Turn(role, [TextPart(p) if isinstance(p, str) else p for p in pieces])
+
+
+def turns_of(value: Any, what: str, context: Context, where: str) -> list[Turn]:
+    """A list of messages, `{"role", "content"}` or `{"from", "value"}`."""
+    return [_turn(message, context, where) for message in objects(value, what, where)]
+
+
+def conversation(
+    fields: Fields, turns: Sequence[Turn], context: Context, where: str, id: str, meta: dict[str, Any] | None = None
+) -> Conversation:
+    """The conversation of a record, its media put in their places.
+
+    Raises:
+        DataError: other numbers of media than of places for them, or flags that cannot be honoured.
+    """
+    if (system := find(fields, ("system", "system_prompt"))) is not None and system != "":
+        turns = [said("system", text(system, "system", where)), *turns]
+    media = context.media_of(fields, where)
+    _check_record_flags(fields, turns, where)
+    tags = [p for t in turns for p in t.pieces if isinstance(p, Tag) and p.path is None]
+    if media.get("video") and not media.get("image") and not any(t.kind == "video" for t in tags):
+        # LLaVA-NeXT's data say <image> where a video goes.
+        tags = [Tag("video", t.text, t.number) if t.kind == "image" else t for t in tags]
+        shown_as: dict[Kind, Kind] = {"image": "video"}
+    else:
+        shown_as = {}
+    queues: dict[Kind, list[Unit]] = {}
+    first: Unit = []
+    for kind in KINDS:
+        own, units = [t for t in tags if t.kind == kind], media.get(kind, [])
+        if units and not own:
+            first += [part for unit in units for part in unit]
+            queues[kind] = []
+        else:
+            queues[kind] = _in_order(units, own, kind, where)
+    messages = []
+    for turn in turns:
+        parts: list[Part] = []
+        if first and turn.role == "user":
+            parts, first = first, []
+        for piece in turn.pieces:
+            if not isinstance(piece, Tag):
+                parts.append(piece)
+            elif piece.path is not None:
+                parts += context.unit(piece.kind, piece.path, where)
+            else:
+                parts += queues[shown_as.get(piece.kind, piece.kind)].pop(0)
+        messages.append(Message(turn.role, tuple(parts), turn.learn))
+    return Conversation(tuple(messages), id, where, meta or {})
+
+
+def _in_order(units: list[Unit], tags: list[Tag], kind: str, where: str) -> list[Unit]:
+    """The media in the order of their places; numbered places name theirs."""
+    if len(units) != len(tags):
+        shown = f" ({tags[0].text[:60]})" if tags else ""
+        raise DataError(
+            f"{len(units)} {kind}(s) in the record, but {len(tags)} place(s) for one in its turns{shown}",
+            where=where,
+            remedy=f"name as many under {kind}s as there are places, or take the places out of the words",
+            kind="placeholder-without-image" if len(tags) > len(units) else "image-without-placeholder",
+        )
+    numbers = [t.number for t in tags]
+    if not any(n is not None for n in numbers):
+        return list(units)
+    base = min((n for n in numbers if n is not None), default=0)
+    if base > 1 or sorted(n if n is not None else -1 for n in numbers) != list(range(base, base + len(units))):
+        raise DataError(
+            f"the {kind}s are {len(units)}, their places {', '.join(t.text[:40] for t in tags[:8])}",
+            where=where,
+            remedy="number each once, from 1 on, or leave the numbers out",
+            kind="placeholder-without-image",
+        )
+    return [units[cast(int, n) - base] for n in numbers]
+
+
+# -- one message ------------------------------------------------------------------------------------------------------
+
+
+def _turn(message: Fields, context: Context, where: str) -> Turn:
+    name, content = find(message, ROLE), find(message, CONTENT)
+    if name is None or content is None:
+        raise missing(message, ("role and content", "from and value"), "speaker and words in a message", where)
+    if not isinstance(name, str) or name not in ROLES:
+        raise DataError(
+            f"unknown role {brief(name) if not isinstance(name, str) else repr(name[:60])}", where=where,
+            remedy=f"wanted one of {', '.join(ROLES)}", kind="unknown-role",
+        )  # fmt: skip
+    role = ROLES[name]
+    if isinstance(content, list) and all(isinstance(p, str) for p in content):
+        pieces = [p for words in content for p in said(role, words).pieces]
+    elif isinstance(content, list):
+        pieces = [made for part in objects(content, "content", where) for made in _part(part, context, where)]
+    elif isinstance(content, dict):
+        pieces = _part(Fields(content) if not isinstance(content, Fields) else content, context, where)
+    else:
+        pieces = said(role, text(content, "content", where)).pieces
+    return Turn(role, pieces, _learned(message, role, where))
+
+
+def _part(part: Fields, context: Context, where: str) -> list[Part | Tag]:
+    """One part, or as many as a video has frames. What says no type is what it names."""
+    given = part.get("type")
+    if given is None:
+        named = [k for k, v in part.raw() if not empty(v) and (k == "text" or kind_by_name(k) in KINDS)]
+        given = "text" if named == ["text"] else kind_by_name(named[0]) if len(named) == 1 else None
+    if given in _TEXT:
+        words = part.get("text")
+        if words is None:
+            raise missing(part, ("text",), "text in a part of type text", where)
+        return said("user", text(words, "text", where)).pieces
+    kind = _KIND_OF_TYPE.get(given) if isinstance(given, str) else None
+    if kind is None:
+        raise DataError(
+            f"unknown part type {brief(given) if not isinstance(given, str) else repr(given[:60])}", where=where,
+            remedy="wanted text, image, video or audio", kind="unknown-part",
+        )  # fmt: skip
+    names = dict.fromkeys((given, kind, f"{kind}_url", f"input_{kind}", "source", "path", "url", "data", "bytes"))
+    source = next((part[n] for n in names if not empty(dict(part.raw()).get(n))), None)
+    if source is None:
+        return [Tag(kind, f"a part of type {given}")]
+    if kind == "image" and isinstance(source, list):
+        raise DataError("an image part names one picture, not a list", where=where, kind="wrong-type")
+    return list(context.unit(kind, _located(source, kind), where))
+
+
+def _located(source: Any, kind: Kind) -> Any:
+    """Of `{"url": …}` (OpenAI), `{"type": "base64", "media_type", "data"}` (Anthropic) and `{"data", "format"}`
+    (OpenAI's sound) what names the medium."""
+    if not isinstance(source, Fields):
+        return source
+    data = source.get("data")
+    if isinstance(data, str) and not data.startswith("data:"):
+        form = source.get("media_type") or f"{kind}/{source.get('format') or 'unknown'}"
+        return f"data:{form};base64,{data}"
+    return source
+
+
+# -- what is learned --------------------------------------------------------------------------------------------------
+
+
+def _learned(message: Fields, role: Role, where: str) -> bool:
+    for name in REFUSED:
+        if not empty(message.get(name)):
+            raise DataError(
+                f"{name} of a turn is not honoured", where=where,
+                remedy="take it out, or write what is to be learned as turns of their own", kind="weight",
+            )  # fmt: skip
+    found = True
+    for name in WEIGHTS:
+        if (value := message.get(name)) is None or empty(value):
+            continue
+        learn = flag(name, value, where)
+        if role != "assistant" and learn and name not in _READER_WEIGHTS:
+            raise DataError(
+                f"{name} asks for a {role}'s turn to be learned, and an assistant's alone is", where=where,
+                remedy=f"take {name} out of it", kind="weight",
+            )  # fmt: skip
+        found = found and learn
+    return found
+
+
+def _check_record_flags(fields: Fields, turns: Sequence[Turn], where: str) -> None:
+    """Flags of the whole record, or a list with one for each turn (or each of the assistant's)."""
+    for name in WEIGHTS:
+        if empty(value := fields.get(name)):
+            continue
+        answers = [t for t in turns if t.role == "assistant"]
+        if not isinstance(value, list):
+            listed, over = [value] * len(answers), answers
+        elif len(value) in (len(turns), len(answers)):
+            listed, over = value, list(turns) if len(value) == len(turns) else answers
+        else:
+            raise DataError(
+                f"{name} lists {len(value)} for {len(turns)} turns", where=where,
+                remedy="one for each turn, or for each of the assistant's", kind="weight",
+            )  # fmt: skip
+        for turn, item in zip(over, listed, strict=True):
+            learn = flag(name, item, where)
+            if learn and turn.role != "assistant" and name not in _READER_WEIGHTS:
+                raise DataError(
+                    f"{name} asks for a {turn.role}'s turn to be learned, and an assistant's alone is", where=where,
+                    remedy="write 0 in its place", kind="weight",
+                )  # fmt: skip
+            turn.learn = turn.learn and learn
+
+
+def flag(name: str, value: Any, where: str) -> bool:
+    """Whether a turn is learned, by a flag of this name: 0 or 1, true or false."""
+    known = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+    found = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+    if found is None:
+        raise DataError(
+            f"{name} is {brief(value)}: a turn is learned or not", where=where,
+            remedy=f"write 0 or 1, or take it out; where it means something else: ignore: [{name}]", kind="weight",
+        )  # fmt: skip
+    return found != (name == "masked")

@@ -1,0 +1,290 @@
+"""A video as pictures: a fixed number of its frames at equal distances, so that any model that sees pictures sees it.
+
+Which frames: of T frames, number ⌊i · T / count⌋ for i = 0 … count − 1, transformers' uniform sampling
+(`video_utils.default_sample_indices_fn`), which LLaVA-NeXT-Video uses, too. Of fewer frames than `count` some come
+twice. Frames are counted, not seconds: in a video of varying rate they are not at equal times.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from opticnerve.data.media.images import MAX_PIXELS, open_picture
+from opticnerve.types import DataError, Frame, OpticNerveError, to_install
+
+MAX_COUNT = 1024  # frames that may be asked for
+MAX_SECONDS, MAX_FRAMES = 3600, 216_000  # an hour, at 60 frames a second
+MAX_DECODED = 300_000_000_000  # pixels that may have to be decoded: an hour of 1920 × 1080 at 30 frames a second is 224
+MAX_KEPT = 256_000_000  # pixels of the frames that are kept: 123 of 1920 × 1080
+
+_ANIMATED, _STILL = ("GIF", "WEBP", "PNG", "AVIF"), ("JPEG", "MPO", "BMP", "TIFF")
+_PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# A closed list of FFmpeg's names: it would also follow playlists to other files, and take a text for a video.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf"
+_UPRIGHT = {90: PIL.Image.Transpose.ROTATE_90, 180: PIL.Image.Transpose.ROTATE_180, 270: PIL.Image.Transpose.ROTATE_270}
+
+
+def frames(source: Path | bytes, count: int, *, where: str = "", max_pixels: int = MAX_PIXELS) -> list[PIL.Image.Image]:
+    """`count` frames as pictures of mode RGB, in their order.
+
+    Args:
+        source: a file of a video container (MP4, WebM, Matroska, AVI, MPEG, …; needs PyAV, the extra `video`), an
+            animated GIF, WebP, PNG or AVIF, a folder of pictures (by name, numbers by their value), or the bytes of a
+            file. Sound is not read. GIF and MPEG streams do not say how long they are: one that is cut off ends there.
+        where: what the error shall name. max_pixels: of one frame.
+
+    Raises:
+        DataError: kind `missing-video`, or `unreadable-video`: empty, damaged or cut off, no video in it, a still
+            picture, larger or longer than the bounds above.
+        OpticNerveError: PyAV is not installed, or count is not 1 to 1024.
+    """
+    return [f.copy() for f in _loaded(source, count, where, max_pixels)]
+
+
+def open_frame(frame: Frame, *, where: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+    """The picture that a `Frame` names; errors as of `frames`."""
+    return _loaded(frame.source, frame.of, where, max_pixels)[frame.index].copy()
+
+
+def picture_of_folder(frame: Frame, *, where: str = "") -> Path | None:
+    """The file that holds a frame, where the video is a folder of pictures; else None."""
+    if not isinstance(frame.source, Path) or not frame.source.is_dir():
+        return None
+    with _told(frame.source, where):
+        return _pictures(frame.source, frame.of)[frame.index]
+
+
+def spaced(total: int, count: int) -> list[int]:
+    """The numbers of `count` of `total` things at equal distances; the first is always among them."""
+    return [i * total // count for i in range(count)]
+
+
+def _loaded(source: Path | bytes, count: int, where: str, max_pixels: int) -> tuple[PIL.Image.Image, ...]:
+    if not 0 < count <= MAX_COUNT:
+        raise OpticNerveError(f"frames is {count}; ask for 1 to {MAX_COUNT} frames of a video")
+    with _told(source, where):
+        stamp = source.stat().st_mtime_ns if isinstance(source, Path) and source.exists() else None
+        return _recent(source, stamp, count, max_pixels)
+
+
+@contextmanager
+def _told(source: Path | bytes, where: str) -> Iterator[None]:
+    """Errors that say where the video was named."""
+    try:
+        yield
+    except DataError as e:
+        raise DataError(e.problem, where=where, remedy=e.remedy, kind=e.kind) from e
+    except OSError as e:
+        problem = f"{_name(source)} cannot be read: {e.strerror or e}"
+        raise DataError(problem, where=where, kind="unreadable-video") from e
+
+
+@lru_cache(maxsize=1)
+def _recent(source: Path | bytes, stamp: int | None, count: int, max_pixels: int) -> tuple[PIL.Image.Image, ...]:
+    """The frames of the last video stay in memory: they are opened one by one, and decoded together."""
+    name = _name(source)
+    if isinstance(source, Path):
+        if not source.exists():
+            raise DataError(f"{name} does not exist", remedy="check the path", kind="missing-video")
+        if source.is_dir():
+            return tuple(_of_folder(source, count, max_pixels))
+        if not source.is_file():
+            raise _unreadable(f"{name} is not a regular file")
+    if not (source if isinstance(source, bytes) else source.stat().st_size):
+        raise _unreadable(f"{name} is empty")
+    picture = _as_picture(source, name, max_pixels)
+    if picture is not None:
+        with picture:
+            return tuple(_of_animation(picture, name, count))
+    return tuple(_of_container(source, name, count, max_pixels))
+
+
+def _of_folder(folder: Path, count: int, max_pixels: int) -> Iterator[PIL.Image.Image]:
+    kept = 0
+    for picture in _pictures(folder, count):
+        image = open_picture(picture, max_pixels=max_pixels)
+        kept += image.width * image.height
+        _check_kept(str(folder), count, kept)
+        yield image
+
+
+def _pictures(folder: Path, count: int) -> list[Path]:
+    found = sorted((p for p in folder.iterdir() if p.suffix.lower() in _PICTURES), key=_by_number)
+    if not found:
+        raise _unreadable(f"the folder {folder} holds no pictures ({', '.join(_PICTURES)})")
+    return [found[index] for index in spaced(len(found), count)]
+
+
+def _by_number(path: Path) -> list[Any]:
+    """So that 2.jpg comes before 10.jpg."""
+    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", path.name)]
+
+
+def _as_picture(source: Path | bytes, name: str, max_pixels: int) -> PIL.Image.Image | None:
+    """The file as Pillow sees it; None where it is no picture."""
+    PIL.Image.init()
+    known = [f for f in (*_ANIMATED, *_STILL) if f in PIL.Image.OPEN]
+    try:
+        picture = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known)
+        total = getattr(picture, "n_frames", 1)
+    except PIL.UnidentifiedImageError:
+        return None
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as e:
+        raise _unreadable(f"{name} has too many pixels: {e}") from e
+    except Exception as e:  # Pillow raises whatever its parsing trips over
+        raise _unreadable(f"{name} is damaged or incomplete: {e or type(e).__name__}") from e
+    if picture.format not in _ANIMATED or total < 2:
+        picture.close()
+        raise _unreadable(f"{name} is a still picture ({picture.format})", "give it as an image")
+    _check_bounds(name, total, *picture.size, max_pixels=max_pixels)
+    return picture
+
+
+def _of_animation(picture: Any, name: str, count: int) -> Iterator[PIL.Image.Image]:
+    _check_kept(name, count, count * picture.width * picture.height)
+    for index in spaced(picture.n_frames, count):
+        try:
+            picture.seek(index)
+            yield open_picture(picture.copy())
+        except (DataError, MemoryError):
+            raise
+        except Exception as e:  # Pillow raises whatever its parsing trips over
+            raise _unreadable(f"{name} is damaged or incomplete at frame {index}: {e or type(e).__name__}") from e
+
+
+def _of_container(source: Path | bytes, name: str, count: int, max_pixels: int) -> list[PIL.Image.Image]:
+    """Two passes: one counts the coded frames without decoding them, one decodes up to the last that is wanted."""
+    total = _count(source, name, max_pixels)
+    found, decoded = _decoded(source, name, spaced(total, count), max_pixels)
+    if len(found) < len(set(spaced(total, count))):  # coded frames that are never shown: count what is
+        if not decoded:
+            raise _unreadable(f"{name} holds {total} coded frames, and none can be decoded")
+        total = decoded
+        found, _ = _decoded(source, name, spaced(total, count), max_pixels)
+    return [found[index] for index in spaced(total, count)]
+
+
+def _count(source: Path | bytes, name: str, max_pixels: int) -> int:
+    """Coded frames in the file, after all bounds are checked."""
+    with _container(source, name) as (container, stream):
+        declared = float(container.duration or 0) / 1e6
+        _check_length(name, declared)
+        total = shown = 0
+        end = 0.0
+        for packet in container.demux():
+            if packet.pts is not None and packet.time_base:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index == stream.index and packet.size:
+                total += 1
+                shown += not packet.is_discard
+        end -= float(container.start_time or 0) / 1e6
+        _check_length(name, end)
+        _check_bounds(name, total, stream.codec_context.width, stream.codec_context.height, max_pixels=max_pixels)
+        if total < 0.9 * (stream.frames or 0):
+            raise _unreadable(f"{name} is cut off: it holds {total} of {stream.frames} frames")
+        if end < 0.9 * declared - 1 / float(stream.average_rate or 1):
+            raise _unreadable(f"{name} is cut off: it ends after {end:.1f} of {declared:.1f} seconds")
+        if not shown:
+            raise _unreadable(f"{name} holds no frame")
+        return shown
+
+
+def _decoded(
+    source: Path | bytes, name: str, wanted: list[int], max_pixels: int
+) -> tuple[dict[int, PIL.Image.Image], int]:
+    """Number → frame of those that are wanted, and how many were decoded (to the last wanted one, or to the end)."""
+    found: dict[int, PIL.Image.Image] = {}
+    number = 0
+    with _container(source, name) as (container, stream):
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            if number in wanted:
+                _check_bounds(name, 1, frame.width, frame.height, max_pixels=max_pixels)
+                _check_kept(name, len(wanted), len(wanted) * frame.width * frame.height)
+                found[number] = _upright(frame)
+            number += 1
+            if number > wanted[-1]:
+                break
+    return found, number
+
+
+def _upright(frame: Any) -> PIL.Image.Image:
+    """As a player shows it: telephones film lying down and say so beside the picture."""
+    image: PIL.Image.Image = frame.to_image()
+    turn = round(frame.rotation / 90) * 90 % 360  # counterclockwise
+    return image.transpose(_UPRIGHT[turn]) if turn else image
+
+
+@contextmanager
+def _container(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
+    """The opened container and its video stream; whatever FFmpeg trips over is a `DataError`."""
+    try:
+        import av
+    except ImportError as e:
+        raise OpticNerveError(f"{name} needs PyAV to be read: {to_install('opticnerve[video]')}") from e
+
+    # From an open file, not a name: FFmpeg reads some names as addresses, and nothing is ever fetched.
+    file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
+    try:
+        with file, av.open(file, options=options, **_any_title(av)) as container:
+            covers = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams.video if not s.disposition & covers]
+            if not streams:
+                raise _unreadable(f"there is no video in {name} ({container.format.name})", "name another file")
+            if streams[0].codec_context is None:
+                raise _unreadable(f"the video in {name} is of a codec that FFmpeg does not know", "convert it")
+            yield container, streams[0]
+    except (av.FFmpegError, EOFError) as e:
+        reason = e.strerror if isinstance(e, av.FFmpegError) else "end of file"
+        raise _unreadable(
+            f"{name} is no video of a known container, or is damaged or incomplete: {reason}",
+            "MP4, WebM, Matroska, AVI, MPEG, Ogg and the like are read; replace the video or remove the sample",
+        ) from e
+
+
+def _any_title(av: Any) -> dict[str, Any]:
+    """A title that is no UTF-8 says nothing against the pictures; PyAV 19 and later take it without being told."""
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
+
+def _check_bounds(name: str, total: int, width: int, height: int, *, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise _unreadable(
+            f"the frames of {name} have {width} × {height} = {width * height:,} pixels, more than the {max_pixels:,} "
+            "allowed", "make it smaller",
+        )  # fmt: skip
+    if total > MAX_FRAMES or total * width * height > MAX_DECODED:
+        raise _unreadable(
+            f"{name} has {total:,} frames of {width} × {height}; at most {MAX_FRAMES:,} frames and {MAX_DECODED:,} "
+            "pixels in all are read", "cut it, or make it smaller",
+        )  # fmt: skip
+
+
+def _check_length(name: str, seconds: float) -> None:
+    if seconds > MAX_SECONDS:
+        raise _unreadable(f"{name} takes {seconds:,.0f} seconds, more than the {MAX_SECONDS:,} allowed", "cut it")
+
+
+def _check_kept(name: str, count: int, pixels: int) -> None:
+    if pixels > MAX_KEPT:
+        raise _unreadable(
+            f"{count} frames of {name} have {pixels:,} pixels, more than the {MAX_KEPT:,} that are kept",
+            "ask for fewer frames, or make it smaller",
+        )
+
+
+def _unreadable(problem: str, remedy: str = "replace the video or remove the sample") -> DataError:
+    return DataError(problem, remedy=remedy, kind="unreadable-video")
+
+
+def _name(source: Path | bytes) -> str:
+    return f"the video of {len(source):,} bytes" if isinstance(source, bytes) else str(source)

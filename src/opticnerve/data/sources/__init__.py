@@ -1,0 +1,1 @@
+"""Files as records: JSON, CSV, parquet, WebDataset shards, folders, a hub."""

@@ -1,0 +1,181 @@
+"""Tables of text with a header: cells between commas, semicolons, tabs or bars; a quoted one may span lines.
+
+A quote that is opened and not closed, or closed by another cell's, costs its own row: reading goes on at the next line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from opticnerve.data.formats.names import kind_by_name, kind_by_value
+from opticnerve.data.sources.base import Place, Record, changed, not_utf8
+from opticnerve.data.sources.pread import Handles
+from opticnerve.types import DataError
+
+_DELIMITERS = ",;\t|"
+_MISSING = ("", "NaN", "nan")  # as pandas writes missing numbers
+
+
+class Csv:
+    """A table with a header, whose delimiter is the one that stands most often in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.files = path, [path]
+        self._handles = Handles(self.files)
+        self._header: list[str] = []
+        self._delimiter = ""
+
+    def __iter__(self) -> Iterator[Record | DataError]:
+        with self.path.open("rb") as file:
+            lines = _Lines(file)
+            self._delimiter = _delimiter(lines.peek(), self.path.suffix.lower())
+            header: list[str] = []
+            for line, start, found in self._rows(lines, header):
+                where = f"{self.path}:{line}"
+                checked = self._checked(found, where, header) if isinstance(found, list) else found
+                if checked is None:
+                    continue
+                if not header:
+                    if isinstance(checked, DataError):
+                        raise checked
+                    assert isinstance(found, list)
+                    header += self._named(found, where)
+                    self._header = header
+                elif isinstance(checked, DataError):
+                    yield checked
+                else:
+                    yield Record(checked, where, line, Place(0, start, lines.read - start))
+
+    def at(self, place: Place, index: int) -> Record:
+        if not self._header:
+            next(iter(self), None)  # reads the header
+        text = self._handles.read(*place).decode("utf-8")
+        row: list[str] = next(self._reader(io.StringIO(text, newline="")), [])
+        where = f"{self.path}:{index}"
+        checked = self._checked(row, where, self._header)
+        if isinstance(checked, DataError):
+            raise checked
+        if checked is None:
+            raise changed(self.path)
+        return Record(checked, where, index, place)
+
+    def _reader(self, lines: Iterator[str]) -> Any:
+        return csv.reader(lines, delimiter=self._delimiter, skipinitialspace=self._delimiter == "|", strict=True)
+
+    def _rows(self, lines: _Lines, header: list[str]) -> Iterator[tuple[int, int, list[str] | DataError]]:
+        """(line, first byte, row or what is wrong with it); `header` is filled by the caller."""
+        reader = self._reader(lines)
+        while True:
+            line, start = lines.number + 1, lines.read
+            lines.taken.clear()
+            row: list[str] = []
+            problem = ""
+            try:
+                row = next(reader)
+                if self._swallows(lines.taken, row, header):
+                    problem = "its quoted cell holds whole rows"
+            except StopIteration:
+                return
+            except csv.Error as e:
+                problem = str(e)
+            if problem:
+                lines.give_back()
+                reader = self._reader(lines)
+                bad = DataError(
+                    f"not a CSV row: {problem}", where=f"{self.path}:{line}",
+                    remedy="close the quotes; a quote within a quoted cell is written twice", kind="csv",
+                )  # fmt: skip
+            yield line, start, bad if problem else row
+
+    def _swallows(self, taken: list[str], row: list[str], header: list[str]) -> bool:
+        """Whether a cell that spans lines spans rows: lines of it are rows, media and all, or every one might be."""
+        if len(taken) < 2 or not header:
+            return False
+        inner = [next(csv.reader([line], delimiter=self._delimiter), []) for line in taken[1:]]
+        if len(row) == len(header):
+            media = [n for n, name in enumerate(header) if kind_by_name(name)]
+            telling = [n for n in media if kind_by_value(row[n].strip())]
+            if telling:
+                return any(len(i) == len(header) and kind_by_value(i[n].strip()) for i in inner for n in telling)
+        return len(header) > 1 and all(len(i) == len(header) for i in inner)
+
+    @staticmethod
+    def _named(row: list[str], where: str) -> list[str]:
+        names = [name.strip() for name in row]
+        if twice := [n for n, count in Counter(names).items() if count > 1 and n]:
+            raise DataError(
+                f"two columns are called {twice[0]}", where=where, remedy="give each a name of its own", kind="csv"
+            )
+        return names
+
+    def _checked(self, row: list[str], where: str, header: list[str]) -> dict[str, Any] | DataError | None:
+        """The row's fields, what is wrong with it, or None if it is empty."""
+        if not any(row):
+            return None
+        bad = next((c for cell in row if not cell.isascii() for c in cell if "\udc80" <= c <= "\udcff"), None)
+        if bad is not None:
+            return not_utf8(where, None, ord(bad) - 0xDC00)
+        if not header:
+            return {}
+        if len(row) != len(header):
+            return DataError(
+                f"{len(row)} cells under {len(header)} column names ({', '.join(header)})",
+                where=where,
+                remedy="put cells that hold the delimiter or line breaks in double quotes",
+                kind="csv",
+            )
+        cells = [cell.strip() for cell in row] if self._delimiter == "|" else row
+        return {k: v for k, v in zip(header, cells, strict=True) if v not in _MISSING}
+
+
+def _delimiter(header: str, suffix: str) -> str:
+    usual = "\t" if suffix == ".tsv" else ","
+    bare = "".join(header.split('"')[::2])  # what is not in quotes
+    return max(usual + _DELIMITERS, key=bare.count)
+
+
+class _Lines(Iterator[str]):
+    """The lines of a file as text. `read`: bytes that have been taken of it; `number`: lines; `taken`: the last ones.
+
+    Bytes that are not UTF-8 pass as lone surrogates, so that only the row they stand in is lost.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.read = 3 if file.peek(3).startswith(b"\xef\xbb\xbf") else 0  # a byte order mark
+        self.number = 0
+        self.taken: list[str] = []
+        self._ahead: deque[str] = deque()
+        self._text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+    def __next__(self) -> str:
+        line = self._ahead.popleft() if self._ahead else next(self._text)
+        self.read += _bytes(line)
+        self.number += 1
+        self.taken.append(line)
+        return line
+
+    def peek(self) -> str:
+        """The first line that is not blank, or ''."""
+        while not any(line.strip() for line in self._ahead):
+            line = next(self._text, "")
+            self._ahead.append(line)
+            if not line:
+                self._ahead.pop()
+                return ""
+        return self._ahead[-1]
+
+    def give_back(self) -> None:
+        """All of the lines that were taken but the first."""
+        again = self.taken[1:]
+        self._ahead.extendleft(reversed(again))
+        self.number -= len(again)
+        self.read -= sum(map(_bytes, again))
+
+
+def _bytes(line: str) -> int:
+    return len(line) if line.isascii() else len(line.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,1 @@
+"""Several processes: collectives, a heartbeat, FSDP2, DeepSpeed."""

@@ -1,0 +1,215 @@
+"""Several processes, one training: which engine, what they tell each other, and how they stop together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from opticnerve.distributed.heartbeat import LostProcess, Pulse
+from opticnerve.types import OpticNerveError
+
+Value = TypeVar("Value")
+TIMEOUT = "OPTICNERVE_TIMEOUT"
+_pulse: Pulse | None = None  # one for each process, whatever it trains
+
+
+def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2", "zero2", "zero3"]:
+    """What shares the work between processes, by what `accelerate launch` says in the environment.
+
+    Raises:
+        OpticNerveError: an engine that the loop does not drive, or an option of one that it does not honour.
+    """
+
+    def on(name: str) -> bool:
+        return environment.get(name, "false").lower() == "true"
+
+    others = {
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config (tensor, context and pipeline parallelism)",
+    }
+    for name, words in others.items():
+        if on(name):
+            raise OpticNerveError(f"{words} is not driven here; launch with recipes/launch/ddp.yaml or fsdp2.yaml")
+    if on("ACCELERATE_USE_DEEPSPEED"):
+        return _zero(environment)
+    if not on("ACCELERATE_USE_FSDP"):
+        return "ddp"
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise OpticNerveError(
+            "FSDP's first version is not driven here; set fsdp_version: 2, as recipes/launch/fsdp2.yaml"
+        )
+    if on("FSDP_OFFLOAD_PARAMS"):
+        raise OpticNerveError("fsdp_offload_params is not honoured here; set it to false")
+    if on("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise OpticNerveError(
+            "fsdp_activation_checkpointing: leave it out, and write gradient_checkpointing: true in the stage"
+        )
+    return "fsdp2"
+
+
+def _zero(environment: Mapping[str, str]) -> Literal["zero2", "zero3"]:
+    """The stage of DeepSpeed's ZeRO; its other options are refused."""
+    start = "ACCELERATE_DEEPSPEED_"
+    if environment.get(start + "CONFIG_FILE", "none") != "none":
+        raise OpticNerveError(
+            "deepspeed_config_file is not honoured here: the recipe says what such a file would; launch with "
+            "recipes/launch/deepspeed-zero2.yaml or deepspeed-zero3.yaml"
+        )
+    for option, off in (
+        ("OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        ("OFFLOAD_PARAM_DEVICE", "none"),
+        ("ZERO3_INIT", "false"),
+    ):
+        if environment.get(start + option, off).lower() != off:
+            raise OpticNerveError(f"DeepSpeed's {option.lower()} is not honoured here; set it to {off}")
+    stage = environment.get(start + "ZERO_STAGE", "2")
+    if stage not in ("2", "3"):
+        raise OpticNerveError(f"DeepSpeed's zero_stage {stage} is not driven here; 2 and 3 are")
+    return "zero2" if stage == "2" else "zero3"
+
+
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """Within it, accelerate does not see that DeepSpeed was asked for: it would want to drive the engine itself."""
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
+
+
+def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:
+    """How long a process waits for the others within one exchange: `$OPTICNERVE_TIMEOUT` seconds, 600 by default."""
+    text = environment.get(TIMEOUT, "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise OpticNerveError(f"{TIMEOUT}={text}: give a number of seconds above 0")
+    return timedelta(seconds=seconds)
+
+
+def gather_objects(accelerator: Any, value: Any) -> list[Any]:
+    """Each process's `value`, in the order of the processes, on all of them; every process must call it.
+
+    `value` is what `pickle` takes: tensors (on the CPU) and plain values. One process: `[value]`.
+    """
+    if accelerator.num_processes == 1:
+        return [value]
+    found: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(found, value)
+    return found
+
+
+def attempt(make: Callable[[], list[Value]]) -> tuple[list[Value], OpticNerveError | None]:
+    """What `make` gives, or nothing and the error for users that it raised: `add_up` raises it on all processes."""
+    try:
+        return make(), None
+    except OpticNerveError as e:
+        return [], e
+
+
+def add_up(accelerator: Any, counts: list[int], error: OpticNerveError | None = None) -> list[int]:
+    """Sums of `counts` over all processes.
+
+    Raises:
+        OpticNerveError: `error`, where one process or several have one: on all of them, so that all stand at the same
+            step and can save it together.
+    """
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return counts
+    summed = torch.tensor([*counts, int(error is not None)], device=accelerator.device)
+    *totals, failed = accelerator.reduce(summed).tolist()
+    if failed:
+        _raise_together(accelerator, error)
+    return totals
+
+
+def on_main(accelerator: Any, work: Callable[[], Value]) -> Value:
+    """What `work` gives on the main process, for all; the others wait, however long it takes, while that one lives.
+
+    Raises:
+        OpticNerveError: what `work` raised, on all processes.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except OpticNerveError as e:
+            outcome[1] = e
+    meet(accelerator)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    value: Value = outcome[0]
+    return value
+
+
+def meet(accelerator: Any) -> None:
+    """Wait until all processes are here: without a limit in time as long as all of them live.
+
+    For what one process does alone and takes long over (an evaluation, its share of the pictures): one of torch's
+    exchanges would time out.
+
+    Raises:
+        OpticNerveError: one of them has stopped; the message says which.
+    """
+    if (pulse := _start(accelerator)) is not None:
+        pulse.meet()
+
+
+@contextmanager
+def companions(accelerator: Any, doing: str) -> Iterator[None]:
+    """Within it, an error here ends the other processes with its message, and their absence ends this one with theirs.
+
+    Raises:
+        OpticNerveError: an exchange failed; the message names the process that is missing, and what it said.
+    """
+    pulse = _start(accelerator)
+    if pulse is None:
+        yield
+        return
+    pulse.doing = doing
+    try:
+        yield
+    except Exception as e:
+        if not _lost_others(e):
+            pulse.tell(e)
+            raise
+        raise LostProcess(pulse.explain(e)) from e
+
+
+def _start(accelerator: Any) -> Pulse | None:
+    global _pulse
+    if accelerator.num_processes == 1:
+        return None
+    if _pulse is None:
+        _pulse = Pulse(accelerator.process_index, accelerator.num_processes, timeout())
+    return _pulse
+
+
+def _raise_together(accelerator: Any, error: OpticNerveError | None) -> None:
+    said = gather_objects(accelerator, None if error is None else str(error))
+    if error is not None:
+        raise error
+    first = next(rank for rank, text in enumerate(said) if text is not None)
+    raise OpticNerveError(f"process {first} of {accelerator.num_processes}: {said[first]}")
+
+
+def _lost_others(error: Exception) -> bool:
+    """Whether an exchange between processes failed. Gloo says so in a RuntimeError that only its words tell apart."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    by_words = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return isinstance(error, dist.DistError) or by_words

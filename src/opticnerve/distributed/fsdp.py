@@ -1,0 +1,102 @@
+"""FSDP2: weights, gradients and optimizer spread over the processes, and brought together again at a stage's end.
+
+Each layer of the language model, each block of an encoder that trains, and all the rest is a group of torch's
+`fully_shard` (Zhao et al. 2023, PyTorch FSDP; its second version keeps each parameter a `DTensor`). A group is whole
+while it computes. A frozen encoder stays whole on every process: one whose share of a batch holds no picture does not
+run it, and the others would wait for its shards.
+
+A twin of the model is sharded, module by module the same, and the model's own parameters are empty meanwhile: at the
+end they take what the twin has learned, and nothing of FSDP is left in them.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from opticnerve.fusion.base import decoder_layers
+from opticnerve.models.freeze import Frozen
+from opticnerve.models.vlm.tower import language_sizes
+
+
+class Sharded:
+    """An objective whose model is spread over the processes.
+
+    Args:
+        objective: the objective over the whole model, which is on `device` already.
+        reshard: free a layer's weights again after its forward pass (as ZeRO-3); False keeps them until the backward
+            pass has been through (as ZeRO-2).
+
+    Attributes:
+        objective, model: the sharded twins.
+    """
+
+    def __init__(self, objective: Any, *, world: int, device: torch.device, reshard: bool = True) -> None:
+        self.whole, self._objective = objective.model, objective
+        tensors = [*self.whole.parameters(), *self.whole.buffers()]
+        self.objective = copy.deepcopy(objective, {id(t): t for t in tensors})
+        self.model = self.objective.model
+        own = dict(self.whole.named_parameters())
+        mesh = init_device_mesh(device.type, (world,))
+        kept_whole = {p for tower in self.model.towers.values() for p in _frozen_encoder(tower)}
+        for module in layers(self.model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=kept_whole)
+        fully_shard(self.objective, mesh=mesh, reshard_after_forward=False, ignored_params=kept_whole)
+        self.shards: dict[str, Any] = {n: p for n, p in self.model.named_parameters() if isinstance(p, DTensor)}
+        for name in self.shards:
+            own[name].data = own[name].data.new_empty(0)
+
+    def trained(self, frozen: Frozen) -> Frozen:
+        """What trains, by the same names, in shards."""
+        groups = {part: {n: self.shards[n] for n in group} for part, group in frozen.groups.items()}
+        return replace(frozen, groups=groups)
+
+    @torch.no_grad()
+    def bring_together(self) -> tuple[Any, Any]:
+        """Give the whole model, on every process, the weights and buffers that the twin has come to; returns it, and
+        its objective."""
+        own = dict(self.whole.named_parameters())
+        for name, shard in self.shards.items():
+            own[name].data = whole(shard)
+            shard.to_local().untyped_storage().resize_(0)  # not twice in memory
+        for name, buffer in self.model.named_buffers():
+            if (mine := self.whole.get_buffer(name)) is not buffer:
+                mine.copy_(buffer)
+        return self.whole, self._objective
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in shards; every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_shard(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a whole tensor, if `like` lies in shards; else the tensor."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """What is whole only while it computes, from the inside out."""
+    blocks = [
+        block
+        for tower in model.towers.values()
+        for block in tower.encoder.blocks()
+        if any(p.requires_grad for p in block.parameters())
+    ]
+    count = language_sizes(model.language_model)["language_layers"]
+    return [*blocks, *decoder_layers(model.language_model, count)]
+
+
+def _frozen_encoder(tower: Any) -> list[nn.Parameter]:
+    """An encoder's weights, if none of them trains."""
+    weights = list(tower.encoder.parameters())
+    return [] if any(p.requires_grad for p in weights) else weights

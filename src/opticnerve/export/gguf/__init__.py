@@ -1,0 +1,1 @@
+"""llama.cpp's format: the language model, its tokenizer, the vision encoder."""

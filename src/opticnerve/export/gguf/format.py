@@ -1,0 +1,146 @@
+"""`gguf`: two files for llama.cpp, the language model and the eye (`mmproj`).
+
+llama-server -m model-f16.gguf --mmproj mmproj-f16.gguf
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from gguf import MODEL_ARCH_NAMES, GGUFWriter
+
+from opticnerve.data.encode.tokenize import end_of_turn
+from opticnerve.export import parity, probe
+from opticnerve.export.formats import Format, Options, Proof
+from opticnerve.export.gguf import language as gguf_language
+from opticnerve.export.gguf import tokenizer as gguf_tokens
+from opticnerve.export.gguf import vision as gguf_vision
+from opticnerve.export.parity import Reference
+from opticnerve.export.samples import Sample, as_job
+from opticnerve.export.simplify import fix_picture_size, fold_calibration
+from opticnerve.models.vlm.merge import is_gated, merge_adapter
+from opticnerve.types import OpticNerveError
+
+# Largest difference of a likely word's log-probability, in nats. llama.cpp rounds activations as it does weights, and
+# takes GELU from a table of 16-bit floats. Seen on SmolLM2-135M: f16 0.014, bf16 0.08, q8_0 0.34.
+TOLERANCE = {"float32": 0.01, "f16": 0.03, "bf16": 0.15, "q8_0": 0.5}
+
+# Read by both sides beside the prompts: what tokenizers stumble over.
+PROBES = (
+    "aaaaaaaa  bb   cc\n\n\nd\te", "It's 3.14159, isn't it? 1234567890", "naïve café — 東京 на кухне 🦊",
+    "x=[(1,2),{3}]; y->z != 0x1F", "UPPER lower CamelCase snake_case",
+)  # fmt: skip
+
+
+class Gguf(Format):
+    """SigLIP × linear or two-layer mlp × splice, on Llama, Mistral, Qwen2 or Qwen3."""
+
+    dtypes: ClassVar[tuple[str, ...]] = ("f16", "bf16", "q8_0", "float32")
+    needs: ClassVar[str | None] = "pip install xllamacpp"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.dtype = "f16" if options.dtype == "auto" else options.dtype
+
+    def refuse(self, model: Any, processor: Any) -> list[str]:
+        reasons = [*gguf_vision.refusals(model), *gguf_language.refusals(model.language_model)]
+        if is_gated(model):
+            reasons.append(
+                "its adapter works beside pictures alone (lora.when: media), and such a gate cannot be added into "
+                "weights; nearest: lora {when: always}"
+            )
+        if words := gguf_tokens.refusals(processor.tokenizer):
+            return reasons + words
+        try:
+            gguf_tokens.beginning(processor)
+        except OpticNerveError as e:
+            reasons.append(str(e))
+        return reasons
+
+    def simplify(self, model: Any, processor: Any) -> None:
+        merge_adapter(model)
+        first, last = gguf_vision.connector_matrices(model.image.connector)
+        fold_calibration(model.image.connector, first, last)
+        fix_picture_size(model.image.encoder)
+
+    def files(self, folder: Path) -> tuple[Path, Path]:
+        """The language model's file and the eye's."""
+        return folder / f"model-{self.dtype}.gguf", folder / f"mmproj-{self.dtype}.gguf"
+
+    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+        language, eye = self.files(folder)
+        config = model.language_model.config
+        writer = GGUFWriter(language, MODEL_ARCH_NAMES[gguf_language.ARCHITECTURES[config.model_type]])
+        writer.add_type("model")
+        writer.add_name(folder.parent.name)
+        gguf_language.write(writer, model.language_model, self.dtype)
+        tokenizer = processor.tokenizer
+        turn_end = tokenizer.convert_tokens_to_ids(end_of_turn(processor, processor.chat_template))
+        gguf_tokens.write(
+            writer, tokenizer, processor.chat_template, rows=config.vocab_size, turn_end=turn_end,
+            begins=gguf_tokens.beginning(processor),
+        )  # fmt: skip
+        _finish(writer)
+        writer = GGUFWriter(eye, "clip")
+        writer.add_type("mmproj")
+        gguf_vision.write(writer, model.image, self.dtype)
+        _finish(writer)
+        size = model.image.encoder.image_size
+        return [
+            f"llama.cpp pads and resizes pictures in its own way: compared are pictures of {size} × {size} px, which "
+            "need neither; for others its answers may differ from those of the model"
+        ]
+
+    def picture_sizes(self, model: Any) -> list[tuple[int, int]]:
+        side = model.image.encoder.image_size
+        return [(side, side)]
+
+    def check(
+        self, folder: Path, model: Any, processor: Any, samples: Sequence[Sample], wanted: Sequence[Reference],
+        scratch: Path,
+    ) -> Proof:  # fmt: skip
+        language, eye = self.files(folder)
+        banned = gguf_tokens.half_letters(processor.tokenizer, model.language_model.config.vocab_size)
+        begins = gguf_tokens.beginning(processor)
+        texts = [r.text for r, s in zip(wanted, samples, strict=True) if not s.pictures]
+        first = gguf_tokens.first_space(processor.tokenizer)
+        job = {
+            "model": str(language), "mmproj": str(eye), "samples": as_job(samples), "greedy": parity.GREEDY,
+            "texts": [*(begins + _unbegun(processor.tokenizer, t) for t in texts), *(first + t for t in PROBES)],
+            "threads": torch.get_num_threads(), "banned": banned,
+        }  # fmt: skip
+        assert self.options.check_python is not None
+        said = probe.run("llama_cpp", job, scratch, python=self.options.check_python)
+        for text, ids in zip([*texts, *PROBES], said["ids"], strict=True):
+            if ids != (ours := _read(processor.tokenizer, text)):
+                raise OpticNerveError(f"{said['engine']} reads {text!r} as {ids}, not as {ours}")
+        for sample, reference in zip(said["samples"], wanted, strict=True):
+            prompt = sample["prompt"].removeprefix(begins)
+            if _unbegun(processor.tokenizer, reference.text) != reference.text:
+                prompt = processor.tokenizer.bos_token + prompt.removeprefix(processor.tokenizer.bos_token)
+            sample["prompt"] = prompt
+        difference = parity.compare_logprobs(model, processor, samples, wanted, said, banned, TOLERANCE[self.dtype])
+        return Proof(said["engine"], difference, TOLERANCE[self.dtype], "nats of a log-probability", len(samples))
+
+
+def _read(tokenizer: Any, text: str) -> list[int]:
+    """Our token ids; a begin token is never written twice."""
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+    return ids
+
+
+def _unbegun(tokenizer: Any, text: str) -> str:
+    """The text without the begin token: where llama.cpp's tokeniser adds it by itself, its server takes it off."""
+    adds = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds else text
+
+
+def _finish(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

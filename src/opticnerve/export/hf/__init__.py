@@ -1,0 +1,1 @@
+"""Stock transformers' formats: LLaVA, Idefics3, BLIP-2."""

@@ -1,0 +1,1 @@
+"""The cache of frozen encoders' features: computed once, found by content."""

@@ -1,0 +1,172 @@
+"""How much disk the frozen eyes' features may take, and who goes first when it is full.
+
+The folder `features` holds one store for each eye (see `train.feature_cache`). A budget bounds the whole of it, before
+anything is written: stores of other eyes are removed, the least recently used first, unless a process reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from opticnerve.common.cache import cache_dir
+from opticnerve.types import OpticNerveError
+
+BUDGET = "OPTICNERVE_FEATURE_BUDGET"
+"""Environment variable: the budget of a stage that names none, such as `50GB`."""
+_MOST = 20_000_000_000
+_MARK = ".in-use"
+_NAME = 24  # hexadecimal digits in a store's name
+
+
+def features_dir() -> Path:
+    """The folder of all stores: `features` in opticnerve's cache."""
+    return cache_dir() / "features"
+
+
+def default_budget(root: Path) -> int:
+    """Bytes: `$OPTICNERVE_FEATURE_BUDGET`, else 20 GB or a tenth of the disk that is free (or in `root` already),
+    whichever is less.
+
+    Raises:
+        OpticNerveError: the variable holds no size.
+    """
+    told = os.environ.get(BUDGET)
+    if told is None:
+        return min(_MOST, (free_bytes(root) + folder_bytes(root)) // 10)
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(told))
+    except ValidationError as e:
+        raise OpticNerveError(f"{BUDGET} is {told!r}, which is no size; write for example 50GB") from e
+
+
+def make_room(root: Path, keep: Path, needed: int, budget: int) -> None:
+    """See to it that `needed` more bytes fit under `root`, by removing stores other than `keep`.
+
+    Nothing is removed where that would not be enough.
+
+    Raises:
+        OpticNerveError: they do not fit into the budget, or not onto the disk; both numbers and the remedies.
+    """
+    used, own = folder_bytes(root), folder_bytes(keep)
+    others = sorted((s for s in _stores(root) if s != keep), key=_last_used)
+    over = max(used + needed - budget, needed - free_bytes(root))
+    if over <= 0:
+        return
+    goes: list[tuple[Path, Any]] = []
+    for store in others:
+        if over > 0 and (lock := _alone(store)) is not None:
+            goes.append((store, lock))
+            over -= folder_bytes(store)
+    if over <= 0:
+        for store, _ in goes:
+            _remove(store)
+    for _, lock in goes:
+        lock.close()
+    if over > 0:
+        kept = f"; {_gb(own)} are this eye's already ({keep})" if own else ""
+        raise OpticNerveError(
+            f"the frozen eye's features need {_gb(needed)} more of disk; the feature cache may hold {_gb(budget)} and "
+            f"{_gb(free_bytes(root))} of disk are free{kept}. Raise the budget (cache_features: {{budget: 50GB}}, or "
+            f"{BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a float32 eye), or "
+            f"leave cache_features out"
+        )
+
+
+def hold(store: Path) -> Any:
+    """Mark a store as used, now and until the object that is returned is closed or collected.
+
+    Whoever is alone with it clears away what killed processes left half written.
+
+    Raises:
+        OpticNerveError: the folder cannot be written or locked.
+    """
+    try:
+        return _hold(store)
+    except (OSError, ModuleNotFoundError) as e:  # there is no fcntl but on POSIX
+        raise OpticNerveError(
+            f"the feature cache {store} cannot be used: {e}; let OPTICNERVE_CACHE name a folder on a disk that can be "
+            f"written and locked, or leave cache_features out"
+        ) from e
+
+
+def _hold(store: Path) -> Any:
+    import fcntl
+
+    store.mkdir(parents=True, exist_ok=True)
+    while True:
+        mark = (store / _MARK).open("a")
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for partial in store.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        fcntl.flock(mark, fcntl.LOCK_SH)
+        if (store / _MARK).exists():
+            os.utime(mark.fileno())
+            return mark
+        mark.close()  # it was removed under our hands
+        store.mkdir(parents=True, exist_ok=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files below a folder take. (Files that others remove meanwhile count as nothing.)"""
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    there = next(f for f in (folder, *folder.parents) if f.exists())
+    return shutil.disk_usage(there).free
+
+
+def _stores(root: Path) -> list[Path]:
+    """Folders that carry the name of a store: nothing else is ever removed."""
+    found = root.iterdir() if root.is_dir() else ()
+    return [f for f in found if f.is_dir() and len(f.name) == _NAME and set(f.name) <= set("0123456789abcdef")]
+
+
+def _last_used(store: Path) -> float:
+    mark = store / _MARK
+    return (mark if mark.exists() else store).stat().st_mtime
+
+
+def _alone(store: Path) -> Any | None:
+    """A lock on a store that no process uses; None where one does."""
+    import fcntl
+
+    lock = (store / _MARK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _remove(store: Path) -> None:
+    for file in [*store.glob("*.safetensors"), *store.glob(".*.partial"), store / _MARK]:
+        file.unlink(missing_ok=True)
+    try:
+        store.rmdir()
+    except OSError as e:  # somebody put a file of his own there, or a new store begins
+        if not store.exists() or any(store.iterdir()):
+            return
+        raise OpticNerveError(f"{store} cannot be removed: {e}; delete it") from e
+
+
+def _gb(count: int) -> str:
+    if count >= 100_000_000:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.1f} MB"

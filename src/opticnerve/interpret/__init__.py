@@ -1,0 +1,1 @@
+"""What an answer rests on: attribution to patches, attention maps, occlusion."""

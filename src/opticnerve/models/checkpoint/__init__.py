@@ -1,0 +1,1 @@
+"""Saved models: what was trained, and the names and hashes of what was not."""

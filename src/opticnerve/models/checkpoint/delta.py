@@ -1,0 +1,302 @@
+"""What was trained, and exact references to what was not.
+
+A run keeps the tensors that differ from the base models (connector, LoRA, opened blocks), and names the bases with the
+SHA-256 of their files. Loading builds the bases again and refuses others. `opticnerve merge` makes a folder of its own.
+
+    config.json          the whole model's configuration
+    generation_config.json  which tokens end an answer
+    dock.json            bases and their hashes, LoRA options, the list of trained tensors and the hash of their file,
+                         format and library versions
+    trained.safetensors  the trained tensors under their full names
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from opticnerve import registry
+from opticnerve.common import atomic as durable
+from opticnerve.common.cache import fingerprint
+from opticnerve.language import load as language
+from opticnerve.models.checkpoint.bounds import no_larger_than, shapes
+from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.parts import is_docked, moving_buffers
+from opticnerve.models.vlm.tower import join, language_sizes
+from opticnerve.types import OpticNerveError
+
+REFERENCE, TENSORS = "dock.json", "trained.safetensors"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_log = logging.getLogger(__name__)
+
+
+def find(name: Any) -> Path | None:
+    """The folder of a delta, or None where `name` is something else (a self-contained folder, a hub name).
+
+    Raises:
+        OpticNerveError: trained tensors are there, and the file that names their bases is not.
+    """
+    folder = Path(str(name))
+    if (folder / REFERENCE).is_file():
+        return folder
+    if (folder / TENSORS).is_file():
+        raise OpticNerveError(
+            f"{folder} holds what was trained ({TENSORS}), but no {REFERENCE}, which names the base models; copy it "
+            "from the run that wrote the folder"
+        )
+    return None
+
+
+def describe_bases(
+    language_name: str, language_files: Iterable[str], towers: dict[str, Any], *, gguf_file: str | None = None
+) -> dict[str, Any]:
+    """The references: `language` and, per modality, `encoder`: how each is called, and the hash of its weight files."""
+    files = list(language_files)
+    bases: dict[str, Any] = {"language": {"name": language_name, "sha256": fingerprint(files) if files else None}}
+    if gguf_file is not None:
+        bases["language"]["gguf_file"] = gguf_file
+    return bases | {modality: base_of(name, encoder) for modality, (name, encoder) in towers.items()}
+
+
+def base_of(name: Any, encoder: Any) -> dict[str, Any]:
+    """How an encoder's weights are called, and the hash of their files."""
+    files = encoder.weight_files()
+    return {"name": name, "sha256": fingerprint(files) if files else None}
+
+
+def weight_names(name: Any) -> list[str]:
+    """The names of an encoder's weights: one, none, or several where encoders stand side by side."""
+    if isinstance(name, dict):
+        return [n for inner in name.values() for n in weight_names(inner)]
+    return [] if name is None else [str(name)]
+
+
+def save(
+    model: OpticNerveForConditionalGeneration,
+    folder: Path,
+    *,
+    bases: dict[str, Any],
+    lora: dict[str, Any] | None,
+    trained: Iterable[str],
+) -> None:
+    """Write config.json, dock.json and trained.safetensors.
+
+    Args:
+        trained: full names of all parameters that any stage so far has trained; the buffers that move with them
+            and all that docking added (connectors, fusions) go along.
+    """
+    import transformers
+
+    from opticnerve.common.version import __version__
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    trained = set(trained)
+    names = sorted({*trained, *moving_buffers(model, trained), *filter(is_docked, state)})
+    chosen = {n: state[n].detach().cpu().contiguous().clone() for n in names}
+    model.config.save_pretrained(folder)
+    model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
+    save_file(chosen, folder / TENSORS, metadata={"format": "pt"})
+    reference = {
+        "format": FORMAT,
+        "opticnerve": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bases": bases,
+        "lora": lora,
+        "dtype": str(model.language_model.dtype).removeprefix("torch."),
+        "sha256": durable.sha256(folder / TENSORS),
+        "tensors": {n: list(t.shape) for n, t in chosen.items()},
+    }
+    (folder / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """dock.json, checked for what loading needs.
+
+    Raises:
+        OpticNerveError: it is damaged, or of a format newer than this opticnerve knows.
+    """
+    place = folder / REFERENCE
+    try:
+        reference = json.loads(place.read_text(encoding="utf-8"))
+        if not isinstance(reference, dict):
+            raise TypeError("it holds no mapping")
+        check_format(reference.get("format", 1), str(place))
+        _check(reference)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as e:
+        if isinstance(e, OpticNerveError):
+            raise
+        raise OpticNerveError(f"{place} is not a dock's reference file: {str(e)[:200] or type(e).__name__}") from e
+    return reference
+
+
+def _check(reference: dict[str, Any]) -> None:
+    """Raise a TypeError or KeyError unless everything is there, and of its kind."""
+    tensors, _, bases = (_mapping(reference[k], k) for k in ("tensors", "lora", "bases"))
+    if bases is None or tensors is None:
+        raise TypeError("bases and tensors are mappings")
+    for name, shape in tensors.items():
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise TypeError(f"tensors.{name[:80]} is no shape")
+    for part, base in {"language": bases["language"], **bases}.items():
+        if not isinstance(base, dict) or not isinstance(base["sha256"], str | None):
+            raise TypeError(f"bases.{part[:80]} is no mapping with a name and a sha256")
+        if not isinstance(base["name"], str if part == "language" else str | dict | None):
+            raise TypeError(f"bases.{part[:80]}.name is no name")
+    if not isinstance(bases["language"].get("gguf_file"), str | None):
+        raise TypeError("bases.language.gguf_file is no name")
+    if reference["dtype"] not in DTYPES:
+        raise TypeError(f"dtype is one of {', '.join(DTYPES)}")
+    if not isinstance(reference.get("sha256"), str | None):
+        raise TypeError("sha256 is no hash")
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any] | None:
+    if not isinstance(value, dict | None):
+        raise TypeError(f"{what} is no mapping")
+    return value
+
+
+def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) -> OpticNerveForConditionalGeneration:
+    """Build the bases, check their hashes, put in what was trained; every tensor is accounted for.
+
+    Raises:
+        OpticNerveError: a file is damaged or of a newer format, a base is not the one that was trained on, or the
+            tensors are not those that dock.json lists and the model wants.
+    """
+    reference = read(folder)
+    if dtype in (None, "auto"):
+        dtype = reference["dtype"]
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with told("config.json", folder):
+        config = OpticNerveConfig.from_pretrained(folder)
+    towers_differ(folder, set(config.towers), set(reference["bases"]) - {"language"})
+    named = reference["bases"]["language"]
+    with told(f"the language model {named['name']!r}", folder):
+        base = language.load_language(named["name"], dtype=dtype, gguf_file=named.get("gguf_file"))
+    towers = {}
+    for modality, spec in config.towers.items():
+        name = reference["bases"][modality]["name"]
+        with told(f"the {modality} encoder {name}", folder):
+            part = registry.encoders.get(spec["encoder"]["type"], allow_dotted=trust_remote_code)
+            options = part.loading_options({k: v for k, v in spec["encoder"].items() if k != "type"})
+            towers[modality] = (name, part.from_pretrained(name, **options))
+    check_bases(folder, reference["bases"], describe_bases(base.name, base.files, towers))
+    sizes = language_sizes(base.model)
+    trained = reference["tensors"].values()
+    with told("the docked model", folder), no_larger_than(str(folder), len(trained), sum(map(prod, trained))):
+        made = {
+            m: join(encoder, config.towers[m], sizes, trust_remote_code).to(dtype) for m, (_, encoder) in towers.items()
+        }
+        model = OpticNerveForConditionalGeneration.from_parts(
+            base.model, made, image_token_id=config.image_token_id, audio_token_id=config.audio_token_id
+        )
+        if reference["lora"]:
+            model.give_lora(reference["lora"])
+    put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
+    if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
+        with told(GENERATION_CONFIG_NAME, folder):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = str(folder)
+    return model.eval()
+
+
+def towers_differ(folder: Path, described: set[str], named: set[str]) -> None:
+    """Refuse a folder whose two files speak of different towers."""
+    if described != named:
+        raise OpticNerveError(
+            f"{folder}: config.json describes the towers {', '.join(sorted(described)) or 'none'}, {REFERENCE} names "
+            f"bases for {', '.join(sorted(named)) or 'none'}; the two files do not belong together"
+        )
+
+
+def check_bases(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse other weights than those that the dock was trained on, and weights of which nobody can tell.
+
+    A base whose files had no hash when the dock was saved (weights that no file on this machine held) stays unverified,
+    and the log says so each time.
+    """
+    for part, base in wanted.items():
+        there = found.get(part, {}).get("sha256")
+        if base["sha256"] is None:
+            if base["name"] is not None:
+                _log.warning(
+                    "%s: the weights of %s (%s) cannot be verified, for no hash of them was recorded",
+                    folder, part, base["name"],
+                )  # fmt: skip
+        elif there is None:
+            raise OpticNerveError(
+                f"{folder} was trained on weights of {part} ({base['name']}) with the SHA-256 {base['sha256'][:16]}…, "
+                "and no weight file of that name was found here to compare with; name the folder or file that holds "
+                f"them in {REFERENCE}"
+            )
+        elif base["sha256"] != there:
+            raise OpticNerveError(
+                f"{folder} was trained on other weights of {part} ({base['name']}): SHA-256 {base['sha256'][:16]}…, "
+                f"found {there[:16]}…; give it the base it was trained on"
+            )
+
+
+def put(
+    model: OpticNerveForConditionalGeneration,
+    folder: Path,
+    expected: dict[str, list[int]],
+    *,
+    sha256: str | None = None,
+) -> None:
+    """Copy the trained tensors into the model; missing, unexpected and mismatched ones are an error that lists them.
+
+    Args:
+        expected: name → shape of what the folder holds, by its dock.json. sha256: of its file, where that is recorded.
+    """
+    file, state = folder / TENSORS, model.state_dict()
+    held = shapes(file)
+    problems = [f"missing {n}" for n in expected if n not in held]
+    problems += [f"not listed in {REFERENCE}: {n}" for n in held if n not in expected]
+    problems += [f"no place for {n}" for n in held if n not in state]
+    for name, shape in held.items():
+        if name in state and shape != list(state[name].shape):
+            problems.append(f"{name} is {_told(shape)}, the model wants {_told(state[name].shape)}")
+        elif name in expected and shape != expected[name]:
+            problems.append(f"{name} is {_told(shape)}, {REFERENCE} says {_told(expected[name])}")
+    problems += [f"missing {n}" for n in state if is_docked(n) and n not in held and n not in expected]
+    _refuse(folder, problems)
+    if sha256 is not None and (found := durable.sha256(file)) != sha256:
+        raise OpticNerveError(
+            f"{file} was changed or damaged after it was written: SHA-256 {found[:16]}…, {REFERENCE} says "
+            f"{sha256[:16]}…; bring it back from a copy"
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in held:
+                tensor = opened.get_tensor(name)
+                if tensor.is_floating_point() != state[name].is_floating_point():
+                    problems.append(f"{name} holds {tensor.dtype}, the model wants {state[name].dtype}")
+                else:
+                    state[name].copy_(tensor)
+    except (OSError, SafetensorError) as e:
+        raise OpticNerveError(f"{file} is not a readable safetensors file: {str(e)[:200]}") from e
+    _refuse(folder, problems)
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise OpticNerveError(f"{folder} does not fit its own base: {'; '.join(p[:300] for p in problems[:12])}{more}")
+
+
+def _told(shape: Iterable[int]) -> str:
+    return str(tuple(shape))[:200]

@@ -1,0 +1,189 @@
+"""The three timings of fusion as heads over an eye and a text encoder.
+
+Early: the raw inputs become one long vector, and one network reads it. Intermediate: each encoder's tokens look at the
+other's in a transformer with cross-modal attention (Lu et al. 2019, ViLBERT, section 2.2: co-attention; Tan & Bansal
+2019, LXMERT, section 2.2). Late: one predictor for each modality, and a rule that makes one answer of two (see
+`late_fusion`). The taxonomy is that of Baltrušaitis et al. 2019, Multimodal Machine Learning, section 6.
+
+Each head: (what is seen, what is read) → `Scores`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opticnerve.models.classifier.late_fusion import combine
+from opticnerve.types import Features, OpticNerveError
+
+COMBINATIONS = ("mean", "vote", "product", "learned", "image", "text")
+
+
+@dataclass
+class Read:
+    """A question as the text encoder gives it: its tokens' states and one vector (B, D) for all of it."""
+
+    states: Features
+    vector_BD: Tensor
+
+
+@dataclass
+class Scores:
+    """`logits_BA`: of the answers. `parts`: further logits that are trained on the same answers (late fusion's)."""
+
+    logits_BA: Tensor
+    parts: list[Tensor] = field(default_factory=list)
+
+    def loss(self, targets_B: Tensor) -> Tensor:
+        """Cross-entropy, summed over questions (and over the parts, where there are some)."""
+        trained = self.parts or [self.logits_BA]
+        return torch.stack([F.cross_entropy(x.float(), targets_B, reduction="sum") for x in trained]).sum()
+
+
+class EarlyHead(nn.Module):
+    """Pixels and the question's vector, end to end in one vector, through a perceptron.
+
+    Args:
+        pixels: side of the square that pictures are shrunk to. width, depth: of the perceptron. dropout: on its
+            hidden layers.
+    """
+
+    def __init__(
+        self, text_size: int, answers: int, *, pixels: int = 64, width: int = 512, depth: int = 2, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.pixels = pixels
+        self.norm = nn.LayerNorm(text_size)
+        self.network = perceptron(3 * pixels**2 + text_size, width, depth, answers, dropout)
+
+    def forward(self, pixel_values: Tensor, read: Read) -> Scores:
+        """`pixel_values` (B, 3, pixels, pixels)."""
+        if pixel_values.shape[1:] != (3, self.pixels, self.pixels):
+            raise OpticNerveError(
+                f"early fusion reads 3 × {self.pixels} × {self.pixels} pixels; got {tuple(pixel_values.shape[1:])}"
+            )
+        return Scores(self.network(torch.cat([pixel_values.flatten(1), self.norm(read.vector_BD)], dim=1)))
+
+
+class IntermediateHead(nn.Module):
+    """Two streams of `depth` layers: words attend to words and to places, places to places and to words.
+
+    Args:
+        eye_size, eye_tokens: of the eye's features. text_size: of the text encoder's. width, heads, depth: of the
+            layers. dropout: in them.
+    """
+
+    def __init__(
+        self, eye_size: int, eye_tokens: int, text_size: int, answers: int, *, width: int = 256, heads: int = 4,
+        depth: int = 2, dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if width % heads:
+            raise OpticNerveError(f"a width of {width} cannot be shared by {heads} heads; make it a multiple")
+        self.see = nn.Sequential(nn.LayerNorm(eye_size), nn.Linear(eye_size, width))
+        self.read = nn.Sequential(nn.LayerNorm(text_size), nn.Linear(text_size, width))
+        self.places_ND = nn.Parameter(torch.randn(eye_tokens, width) * 0.02)
+
+        def layers() -> nn.ModuleList:
+            # A decoder layer is self-attention, attention to the other modality, and a feed-forward network.
+            options = {"dim_feedforward": 4 * width, "dropout": dropout, "activation": "gelu", "norm_first": True}
+            return nn.ModuleList(
+                nn.TransformerDecoderLayer(width, heads, batch_first=True, **options)  # type: ignore[arg-type]
+                for _ in range(depth)
+            )
+
+        self.words, self.sights = layers(), layers()
+        self.answer = nn.Sequential(nn.LayerNorm(2 * width), perceptron(2 * width, width, 1, answers, dropout))
+
+    def forward(self, seen: Features, read: Read) -> Scores:
+        sight_BND = self.see(seen.tokens_BND) + self.places_ND
+        word_BLD = self.read(read.states.tokens_BND)
+        no_sight_BN, no_word_BL = ~seen.mask_BN, ~read.states.mask_BN
+        for words, sights in zip(self.words, self.sights, strict=True):
+            # Both look at what the other was before this layer.
+            masks = {"tgt_key_padding_mask": no_word_BL, "memory_key_padding_mask": no_sight_BN}
+            next_word_BLD = words(word_BLD, sight_BND, **masks)
+            masks = {"tgt_key_padding_mask": no_sight_BN, "memory_key_padding_mask": no_word_BL}
+            sight_BND = sights(sight_BND, word_BLD, **masks)
+            word_BLD = next_word_BLD
+        pooled = [mean_of(Features(word_BLD, read.states.mask_BN)), mean_of(Features(sight_BND, seen.mask_BN))]
+        return Scores(self.answer(torch.cat(pooled, dim=1)))
+
+
+class LateHead(nn.Module):
+    """A predictor that only sees and one that only reads; each learns the answers for itself.
+
+    Args:
+        combine: "mean", "vote", "product", "learned" (see `late_fusion.combine`), or "image" or "text": one alone.
+            May be set anew at any time: all of it is trained in one go.
+    """
+
+    def __init__(
+        self, eye_size: int, text_size: int, answers: int, *, combine: str = "mean", width: int = 256, depth: int = 2,
+        dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if combine not in COMBINATIONS:
+            raise OpticNerveError(f"combine is one of {', '.join(COMBINATIONS)}, not {combine!r}")
+        self.combine = combine
+        self.see = nn.Sequential(nn.LayerNorm(eye_size), nn.Linear(eye_size, width), nn.GELU())
+        self.image = perceptron(2 * width, width, depth - 1, answers, dropout)
+        self.text = nn.Sequential(nn.LayerNorm(text_size), perceptron(text_size, width, depth, answers, dropout))
+        self.weights_2 = nn.Parameter(torch.full((2,), 0.5413))  # softplus of it is 1: a plain product at the start
+
+    def forward(self, seen: Features, read: Read) -> Scores:
+        sight_BND = self.see(seen.tokens_BND)
+        most_BD = sight_BND.masked_fill(~seen.mask_BN[:, :, None], float("-inf")).amax(1)
+        image_BA = self.image(torch.cat([mean_of(Features(sight_BND, seen.mask_BN)), most_BD], dim=1))
+        text_BA = self.text(read.vector_BD)
+        chances_2BA = torch.stack([image_BA, text_BA]).float().softmax(2)
+        weights_2 = F.softplus(self.weights_2.float())
+        learned_BA = combine(chances_2BA.detach(), "learned", weights_2).clamp_min(1e-9).log()
+        if self.combine in ("image", "text"):
+            logits_BA = image_BA if self.combine == "image" else text_BA
+        elif self.combine == "learned":
+            logits_BA = learned_BA
+        else:
+            logits_BA = combine(chances_2BA, self.combine).clamp_min(1e-9).log()  # type: ignore[arg-type]
+        return Scores(logits_BA, [image_BA, text_BA, learned_BA])
+
+
+def perceptron(in_size: int, width: int, depth: int, out_size: int, dropout: float) -> nn.Sequential:
+    """`depth` hidden layers of `width`."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(in_size, width), nn.GELU(), nn.Dropout(dropout)]
+        in_size = width
+    return nn.Sequential(*layers, nn.Linear(in_size, out_size))
+
+
+def mean_of(features: Features) -> Tensor:
+    """The mean of the real tokens, (B, D)."""
+    weight_BN1 = features.mask_BN[:, :, None].to(features.tokens_BND.dtype)
+    return (features.tokens_BND * weight_BN1).sum(1) / weight_BN1.sum(1)
+
+
+def make_head(timing: str, eye: Any, reader: Any, answers: int, options: dict[str, Any]) -> nn.Module:
+    """The head of a timing over an eye (None for early) and a text encoder.
+
+    Raises:
+        OpticNerveError: an option that the head does not know, or a number that makes no network.
+    """
+    for name in ("width", "depth", "heads", "pixels"):
+        if name in options and not (isinstance(options[name], int) and options[name] > 0):
+            raise OpticNerveError(f"{timing} fusion: {name} is a whole number from 1; got {options[name]!r}")
+    kinds: dict[str, Any] = {"early": EarlyHead, "intermediate": IntermediateHead, "late": LateHead}
+    sizes = {
+        "early": (reader.hidden_size, answers),
+        "intermediate": () if eye is None else (eye.hidden_size, eye.num_tokens, reader.state_size, answers),
+        "late": () if eye is None else (eye.hidden_size, reader.hidden_size, answers),
+    }
+    try:
+        head: nn.Module = kinds[timing](*sizes[timing], **options)
+    except TypeError as e:
+        raise OpticNerveError(f"{timing} fusion: {e}") from e
+    return head

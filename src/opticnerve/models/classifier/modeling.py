@@ -1,0 +1,199 @@
+"""`FusionClassifier`: an eye and a text encoder that answer questions from a closed set, by transformers' conventions.
+
+`timing` says when the two meet: early, intermediate or late; everything else stays the same, so that the three can be
+compared with each other, and with a vision-language model, on the same questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from opticnerve import registry
+from opticnerve.data.collators.classification import normal
+from opticnerve.encoders.base import Encoder
+from opticnerve.encoders.text import text_encoders
+from opticnerve.models.checkpoint.strict import trusts
+from opticnerve.models.classifier.configuration import FusionClassifierConfig, Timing
+from opticnerve.models.classifier.heads import COMBINATIONS, Scores, make_head
+from opticnerve.models.classifier.text_cache import TextMemory
+from opticnerve.models.two_towers import TwoTowerModel
+from opticnerve.models.vlm.tower import make, placed_like, type_name
+from opticnerve.recipe import ClassifierSpec
+from opticnerve.types import Features, OpticNerveError
+
+
+@dataclass
+class FusionClassifierOutput(ModelOutput):
+    """`logits` (B, answers); late fusion's are logarithms of probabilities. `loss`: the mean, with labels."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Eye(nn.Module):
+    """The image half: an encoder, and nothing behind it."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        if encoder.modality != "image":
+            raise OpticNerveError(f"a fusion classifier looks at pictures; {type(encoder).__name__} hears")
+        self.encoder = encoder
+
+    def encode(self, pixel_values: Tensor) -> Features:
+        """Pixels (B, 3, H, W) → the encoder's tokens: what a cache of a frozen eye holds."""
+        weight = next(self.encoder.parameters(), None)
+        if weight is not None:
+            pixel_values = pixel_values.to(weight.device, weight.dtype)
+        return self.encoder(pixel_values)
+
+
+class Reader(nn.Module):
+    """The text half."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+
+class FusionClassifier(TwoTowerModel):
+    """`image` (None for early fusion), `text`, and the head `classifier`; the answers stand in the configuration."""
+
+    PARTS = ClassifierSpec.PARTS
+    WHOLES = ("image.encoder.", "text.encoder.", "classifier.")
+
+    config_class = FusionClassifierConfig
+    config: FusionClassifierConfig
+
+    def __init__(self, config: FusionClassifierConfig, *, trust_remote_code: bool = False) -> None:
+        super().__init__(config)
+        trusted = trusts(trust_remote_code)
+        eye = make(registry.encoders, config.image["encoder"], trusted) if config.image else None
+        self._assemble(eye, make(text_encoders, config.text["encoder"], trusted))
+        self.post_init()
+
+    def _assemble(self, eye: Encoder | None, reader: Any) -> None:
+        config = self.config
+        if (eye is None) != (config.timing == "early"):
+            raise OpticNerveError(
+                "early fusion reads the pixels themselves; give it no image encoder"
+                if config.timing == "early"
+                else f"{config.timing} fusion needs an image encoder"
+            )
+        if config.timing != "late" and config.combine != "mean":
+            raise OpticNerveError(f"combine is for late fusion alone; leave {config.combine!r} out")
+        check_answers(config.answers)
+        self.image = None if eye is None else Eye(eye)
+        self.text = Reader(reader)
+        options = {**config.head, **({"combine": config.combine} if config.timing == "late" else {})}
+        self.classifier = make_head(config.timing, eye, reader, len(config.answers), options)
+        self._memory = TextMemory(reader)
+
+    @classmethod
+    def from_parts(
+        cls,
+        image: Encoder | None,
+        text: Any,
+        *,
+        timing: Timing,
+        answers: list[str],
+        combine: str = "mean",
+        **head: Any,
+    ) -> FusionClassifier:
+        """A classifier around encoders that hold their weights already; the head is fresh.
+
+        Args:
+            image: an eye; None for early fusion. text: a text encoder, such as `HFTextEncoder`. answers: the closed
+                set. combine: late fusion's rule. head: keywords of the head, see `fusion_heads`.
+        """
+        eye = None if image is None else {"type": type_name(registry.encoders, image), **image.options}
+        config = FusionClassifierConfig(
+            timing=timing, answers=list(answers), combine=combine, head=head,
+            image=None if eye is None else {"encoder": eye},
+            text={"encoder": {"type": type_name(text_encoders, text), **text.options}},
+        )  # fmt: skip
+        made: FusionClassifier = cls._around(config, image, text)
+        return made
+
+    # -- the flow -------------------------------------------------------------------------------------------------
+
+    @property
+    def combine(self) -> str:
+        """Late fusion's rule: mean, vote, product, learned, or image or text alone. It may be set."""
+        return self.config.combine
+
+    @combine.setter
+    def combine(self, rule: str) -> None:
+        if self.config.timing != "late" or rule not in COMBINATIONS:
+            raise OpticNerveError(
+                f"combine is one of {', '.join(COMBINATIONS)}, for late fusion alone; not {rule!r} for "
+                f"{self.config.timing} fusion"
+            )
+        self.config.combine = rule
+        self.classifier.combine = rule  # type: ignore[assignment]
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Features | None = None,
+    ) -> Scores:
+        """Questions (B, L) about pictures (B, 3, H, W), or about what the eye saw of them (a cache), to `Scores`.
+
+        Raises:
+            ValueError: not exactly one of pictures and features, other numbers of them than of questions, or features
+                for early fusion.
+        """
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("give exactly one of pixel_values and image_features")
+        seen = len(pixel_values) if pixel_values is not None else len(image_features.mask_BN)  # type: ignore[union-attr]
+        if seen != len(input_ids):
+            raise ValueError(f"{seen} pictures for {len(input_ids)} questions; give one to each")
+        mask_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        read = self._memory.read(input_ids, mask_BL)
+        weight = placed_like(self.classifier)
+        read.states = Features(read.states.tokens_BND.to(weight.dtype), read.states.mask_BN)
+        read.vector_BD = read.vector_BD.to(weight.dtype)
+        if self.image is None:
+            if pixel_values is None:
+                raise ValueError("early fusion reads pixels, not features; give pixel_values")
+            return self.classifier(pixel_values.to(weight.device, weight.dtype), read)
+        features = self.image.encode(pixel_values) if pixel_values is not None else image_features
+        assert features is not None
+        tokens_BND = features.tokens_BND.to(weight.device, weight.dtype)
+        return self.classifier(Features(tokens_BND, features.mask_BN.to(weight.device)), read)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Features | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> FusionClassifierOutput:
+        """See `score`. `labels` (B,): places of the right answers in `config.answers`."""
+        scores = self.score(input_ids, attention_mask, pixel_values, image_features)
+        loss = None if labels is None else scores.loss(labels) / len(labels)
+        return FusionClassifierOutput(loss=loss, logits=scores.logits_BA)
+
+
+def check_answers(answers: list[str]) -> None:
+    """Raise where the closed set is none: empty, of one answer, with a blank one, or with one twice."""
+    if not answers:
+        raise OpticNerveError("the closed set of answers is empty; name at least two")
+    if len(answers) == 1:
+        raise OpticNerveError(f"{answers[0]!r} is the only answer, and would always be right; name at least two")
+    names = [normal(a) for a in answers]
+    if "" in names:
+        raise OpticNerveError(f"answer {names.index('') + 1} of {len(names)} is blank; leave it out")
+    if twice := [a for a, n in zip(answers, names, strict=True) if names.count(n) > 1]:
+        raise OpticNerveError(
+            f"answers named more than once: {', '.join(map(repr, twice))}; keep one of each (upper and lower case are "
+            f"one answer)"
+        )

@@ -1,0 +1,1 @@
+"""A dual encoder (CLIP, SigLIP): pictures and texts in one space."""

@@ -1,0 +1,135 @@
+"""What trains and what does not: every part that a stage does not name is frozen, in `eval()`, and stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from opticnerve.models.vlm.parts import full_name, part_parameters, wholes
+from opticnerve.types import OpticNerveError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the freeze table."""
+
+    part: str
+    parameters: int
+    trained: bool
+    learning_rate: float | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The outcome of freezing: the table, and the trained parameters of each part (full name → parameter)."""
+
+    rows: list[Row]
+    groups: dict[str, dict[str, nn.Parameter]]
+    rates: dict[str, float]
+
+    @property
+    def trained(self) -> int:
+        return sum(r.parameters for r in self.rows if r.trained)
+
+    @property
+    def total(self) -> int:
+        return sum(r.parameters for r in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rows": [asdict(r) for r in self.rows], "trained": self.trained, "total": self.total}
+
+    def table(self) -> Any:
+        """A rich table for the terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.trained:,} of {self.total:,} parameters train ({self.trained / self.total:.2%})")
+        for column, side in (
+            ("part", "left"),
+            ("parameters", "right"),
+            ("", "left"),
+            ("learning rate", "right"),
+            ("dtype", "left"),
+        ):
+            table.add_column(column, justify=side)  # type: ignore[arg-type]
+        for r in self.rows:
+            rate = f"{r.learning_rate:g}" if r.learning_rate is not None else ""
+            table.add_row(
+                r.part, f"{r.parameters:,}", "trained" if r.trained else "frozen", rate, r.dtype,
+                style="bold" if r.trained else "dim",
+            )  # fmt: skip
+        return table
+
+
+def freeze(model: Any, train: Mapping[str, float]) -> Frozen:
+    """Open the named parts at their learning rates, freeze all others, set train and eval modes.
+
+    A module is in `train()` only if it holds a trained parameter itself or is one of the trained part's modules
+    (dropout included); frozen batch norms stay in `eval()`, so that their statistics do not move.
+    """
+    groups: dict[str, dict[str, nn.Parameter]] = {}
+    rates: dict[str, float] = {}
+    taken: set[int] = set()
+    # Of two parts that overlap (`language.last(1)`, `language.last(3)`), the one named first keeps what both hold.
+    for part, rate in train.items():
+        name = full_name(model, part)
+        groups[name] = {n: p for n, p in part_parameters(model, part).items() if id(p) not in taken}
+        if not groups[name]:
+            raise OpticNerveError(
+                f"train: all of {part} belongs to parts named before it; name the narrower part first, or leave it out"
+            )
+        rates[name] = rate
+        taken |= {id(p) for p in groups[name].values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in taken)
+    model.eval()
+    for module in model.modules():
+        own = list(module.parameters())
+        if own and all(p.requires_grad for p in own):
+            module.train()
+        # LoRA's dropout lives beside a frozen weight.
+        lora = [child for name, child in module.named_children() if name.startswith("lora_")]
+        if any(p.requires_grad for child in lora for p in child.parameters()):
+            for child in lora:
+                child.train()
+    return Frozen(_rows(model, groups, rates), groups, rates)
+
+
+def _rows(model: Any, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]) -> list[Row]:
+    """The table: each trained part, and what is left frozen of each whole (encoder, connector, language model, …)."""
+    rows = []
+    trained = {id(p) for g in groups.values() for p in g.values()}
+    for whole, prefix in wholes(model):
+        mine = {n: p for n, p in model.named_parameters() if n.startswith(prefix)}
+        rest = [p for p in mine.values() if id(p) not in trained]
+        for name, group in groups.items():
+            if group and next(iter(group)).startswith(prefix):
+                rows.append(Row(name, _count(group.values()), True, rates[name], _dtype(group.values())))
+        if rest:
+            label = (
+                whole if len(rest) == len(mine) or not any(n.startswith(whole) for n in groups) else f"{whole} (rest)"
+            )
+            rows.append(Row(label, _count(rest), False, None, _dtype(rest)))
+    return rows
+
+
+def _count(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _dtype(parameters: Any) -> str:
+    return "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+
+
+def decay_groups(parts: list[str], tensors: list[list[Any]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for AdamW, of each part those with decay before those without: no decay on biases and norms, as GPT-3 and
+    most after it."""
+    groups: list[dict[str, Any]] = []
+    for part, mine in zip(parts, tensors, strict=True):
+        for decay, these in ((weight_decay, [t for t in mine if t.ndim > 1]), (0.0, [t for t in mine if t.ndim <= 1])):
+            if these:
+                groups.append({"params": these, "part": part, "weight_decay": decay})
+    return groups

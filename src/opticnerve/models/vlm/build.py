@@ -1,0 +1,157 @@
+"""dock(): an eye, a nerve and a brain make one model with its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opticnerve import registry
+from opticnerve.language.chat_template import set_template
+from opticnerve.language.load import Language, load_language
+from opticnerve.language.lora import has_lora
+from opticnerve.models.checkpoint import delta
+from opticnerve.models.checkpoint.delta import describe_bases
+from opticnerve.models.text_encoder import dtype_of
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.processing import OpticNerveProcessor, stops
+from opticnerve.models.vlm.tower import Tower, check_options, join, language_sizes
+from opticnerve.recipe import LanguageSpec, ModelSpec, PartSpec, Recipe, TilingSpec, TowerSpec
+from opticnerve.types import OpticNerveError
+
+Spec = str | dict[str, Any]
+
+
+@dataclass
+class Dock:
+    """A docked model, its processor, and the references to the bases it was made of."""
+
+    model: OpticNerveForConditionalGeneration
+    processor: OpticNerveProcessor
+    bases: dict[str, Any]
+    lora: dict[str, Any] | None = None
+
+    def __iter__(self) -> Any:
+        """So that `model, processor = dock(…)` reads as one expects."""
+        return iter((self.model, self.processor))
+
+    def save(self, folder: Path, trained: Iterable[str]) -> None:
+        """What was trained, with references to what was not, and the processor."""
+        delta.save(self.model, folder, bases=self.bases, lora=self.lora, trained=trained)
+        self.processor.save_pretrained(folder)
+
+    def load_stage(self, folder: Path) -> set[str]:
+        """Bring the model to where a finished stage left it; returns the names of all parameters trained so far."""
+        reference = delta.read(folder)
+        if reference["lora"] and not has_lora(self.model.language_model):
+            self.lora = reference["lora"]
+            self.model.give_lora(reference["lora"])
+        with torch.no_grad():
+            delta.put(self.model, folder, reference["tensors"], sha256=reference.get("sha256"))
+        return {n for n in reference["tensors"] if n in dict(self.model.named_parameters())}
+
+
+def dock(
+    vision: Spec | None = None,
+    connector: Spec = "mlp",
+    language: str | dict[str, Any] = "starter/smollm2-135m-instruct",
+    *,
+    fusion: Spec = "splice",
+    tiling: dict[str, Any] | None = None,
+    audio: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = 0,
+) -> Dock:
+    """Dock an eye, an ear or both onto a language model through fresh connectors.
+
+    Args:
+        vision: a name (`starter/efficientnet-lite0`, `timm/…`, a hub name or folder of a transformers vision model),
+            or a mapping such as `{"type": "timm", "name": "resnet50", "layer": -1}`.
+        connector, fusion: of the eye: a registered name or `{"type": …, options}`.
+        tiling: `{"type": "anyres", options}` to show the eye pictures in tiles.
+        audio: the ear: `{"encoder": {"type": "whisper", "name": …}, "connector": …, "fusion": …}`, the last two as
+            above and by default as for the eye.
+        language: hub name, local folder, GGUF file or starter name; or a mapping with `name`, `gguf_file` and
+            `chat_template`.
+        dtype: of the weights in memory.
+        seed: for the connector's first weights; None leaves torch's generator alone.
+
+    Returns:
+        A `Dock`; unpacks as `model, processor = dock(…)`.
+    """
+    towers: dict[str, Any] = {}
+    if vision is not None:
+        towers["image"] = TowerSpec(
+            encoder=vision_spec(vision), connector=_part(connector), fusion=_part(fusion),
+            tiling=None if tiling is None else TilingSpec(**tiling),
+        )  # fmt: skip
+    if audio is not None:
+        spoken = {"connector": connector, "fusion": fusion, **audio}
+        towers["audio"] = TowerSpec(**{part: _part(option) for part, option in spoken.items()})
+    if not towers:
+        raise OpticNerveError("nothing is docked: give vision, audio or both")
+    spec = LanguageSpec(name=language) if isinstance(language, str) else LanguageSpec(**language)
+    return dock_spec(ModelSpec(language=spec, **towers), dtype=dtype, seed=seed)
+
+
+def dock_recipe(recipe: Recipe) -> Dock:
+    """The model that a recipe describes, in the recipe's precision."""
+    return dock_spec(recipe.docked, dtype=dtype_of(recipe), seed=recipe.seed)
+
+
+def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
+    """The model that a validated specification describes."""
+    brain = load_language(spec.language.name, dtype=dtype, gguf_file=spec.language.gguf_file)
+    if spec.language.chat_template:
+        set_template(brain.tokenizer, spec.language.chat_template)
+    if seed is not None:
+        torch.manual_seed(seed)
+    encoders = {m: load_encoder(m, tower.encoder) for m, tower in spec.towers.items()}
+    sizes = language_sizes(brain.model)
+    towers: dict[str, Tower] = {}
+    for modality, tower in spec.towers.items():
+        towers[modality] = join(encoders[modality][1], tower.parts(), sizes)
+        towers[modality].fusion.start(brain.model.get_input_embeddings())
+        towers[modality].to(dtype)
+    bases = describe_bases(brain.name, brain.files, encoders, gguf_file=spec.language.gguf_file)
+    return assemble(brain, towers, bases, **spec.language.words())
+
+
+def load_encoder(modality: str, spec: PartSpec) -> tuple[Any, Any]:
+    """The name of the weights (or names, or None) and the encoder that holds them."""
+    cls = registry.encoders.get(spec.type)
+    if cls.modality != modality:
+        raise OpticNerveError(f"model.{modality}.encoder: {spec.type!r} is for {cls.modality}, not for {modality}")
+    name, options = cls.take_name(spec.options)
+    check_options("encoder", spec.type, cls, {k: v for k, v in options.items() if k != "architecture"})
+    return name, cls.from_pretrained(name, **options)
+
+
+def assemble(brain: Language, towers: dict[str, Tower], bases: dict[str, Any], **words: Any) -> Dock:
+    """Model and processor from loaded parts; `words`: of the processor, what becomes of words."""
+    processor = OpticNerveProcessor.from_tower(towers, brain.tokenizer, **words)
+    model = OpticNerveForConditionalGeneration.from_parts(
+        brain.model, towers, image_token_id=processor.image_token_id, audio_token_id=processor.audio_token_id
+    )
+    # So that `generate` of the model alone stops where training taught it to; it goes into every folder.
+    model.generation_config.update(**stops(model.generation_config, processor))
+    return Dock(model, processor, bases)
+
+
+def vision_spec(vision: Spec) -> PartSpec:
+    if isinstance(vision, dict):
+        if "type" not in vision:
+            raise OpticNerveError(f"vision wants a type; known: {', '.join(registry.encoders.names())}")
+        return PartSpec(**vision)
+    if vision.startswith("timm/"):
+        return PartSpec(type="timm", name=vision.removeprefix("timm/"))  # type: ignore[call-arg]
+    if vision.startswith("starter/"):
+        return PartSpec(type="timm", name=vision)  # type: ignore[call-arg]
+    return PartSpec(type="hf_vision", name=vision)  # type: ignore[call-arg]
+
+
+def _part(spec: Spec) -> PartSpec:
+    return PartSpec(type=spec) if isinstance(spec, str) else PartSpec(**spec)

@@ -1,0 +1,167 @@
+"""High-resolution tiling with a thumbnail: LLaVA-NeXT's "anyres" (Liu et al. 2024, blog post "LLaVA-NeXT: Improved
+reasoning, OCR, and world knowledge").
+
+A picture is resized and padded to the best of a few *pinpoints* (canvas sizes), the canvas is cut into tiles as large
+as the encoder's input, and the whole picture, squashed to one tile, goes first as a thumbnail. Encoder and connector
+work tile by tile; afterwards the tiles' soft tokens are put in order, row by row over the whole canvas, as a reader
+would scan it.
+
+    layout of one picture:  thumbnail's g × g tokens | row 1 of the canvas, newline | row 2, newline | …
+
+The order is a table of indices (`TilingSpec.layout`), from which everything follows: how many placeholders the
+processor writes (its length) and what the model puts there (one look-up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opticnerve.models.vlm.tiling_processor import TilingImageProcessor, tiling_image_processor
+from opticnerve.models.vlm.tiling_spec import NEWLINE, SHAPES, TilingSpec
+from opticnerve.types import Features, OpticNerveError
+
+
+class Tiling(nn.Module):
+    """The tiles' place in a tower: counts tokens for the processor, puts them in order for the model.
+
+    Holds the `newline` embedding (language width) where there is one, drawn as LLaVA-NeXT draws it.
+    """
+
+    newline: nn.Parameter | None
+
+    def __init__(self, spec: TilingSpec, language_width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        row_end_D = torch.randn(language_width) / language_width**0.5 if spec.newline else None
+        self.register_parameter("newline", None if row_end_D is None else nn.Parameter(row_end_D))
+
+    @classmethod
+    def from_options(
+        cls,
+        options: dict[str, Any],
+        *,
+        tile_size: int,
+        grid: int | None,
+        language_width: int,
+        tile_tokens: int | None = None,
+    ) -> Tiling:
+        """A tiling from a recipe's `tiling: {pinpoints, unpad, newline, thumbnail}` (all of them optional).
+
+        Args:
+            tile_size: the encoder's `image_size`.
+            grid: side of the map that the connector's tokens form; None where they form none (qformer, resampler).
+            tile_tokens: the connector's `num_tokens`; needed where there is no grid.
+
+        Raises:
+            OpticNerveError: unknown options, pinpoints that are not multiples of the tile, or `unpad` or `newline`
+            without a map.
+        """
+        known = [f.name for f in fields(TilingSpec) if f.name not in ("tile_size", "tile_tokens", "grid")]
+        if unknown := sorted(set(options) - set(known)):
+            raise OpticNerveError(f"tiling takes no {', '.join(unknown)}; it takes {', '.join(known)}")
+        given = {k: v for k, v in options.items() if v is not None}
+        for flag in ("unpad", "newline", "thumbnail"):
+            if not isinstance(given.get(flag, True), bool):
+                raise OpticNerveError(f"tiling.{flag} is true or false, not {given[flag]!r}")
+            if grid is None and flag != "thumbnail" and given.get(flag):
+                raise OpticNerveError(
+                    f"tiling.{flag} needs a map of tokens, and this connector's tokens form none; leave it out, or "
+                    "take a connector that keeps the map (mlp, linear, pixel_shuffle, abstractor)"
+                )
+        if grid is not None:
+            if tile_tokens not in (None, grid**2):
+                raise OpticNerveError(f"{tile_tokens} tokens of a tile form no map of {grid} × {grid}")
+            tile_tokens = grid**2
+        if tile_tokens is None:
+            raise OpticNerveError("a tiling without a grid needs tile_tokens: the connector's num_tokens")
+        spec = TilingSpec(
+            tile_size=tile_size,
+            tile_tokens=tile_tokens,
+            pinpoints=_pinpoints(given.get("pinpoints"), tile_size),
+            grid=grid,
+            unpad=given.get("unpad", grid is not None),
+            newline=given.get("newline", grid is not None),
+            thumbnail=given.get("thumbnail", True),
+        )
+        return cls(spec, language_width)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plain keywords that build the same tiling again: they go into `config.json`."""
+        s = self.spec
+        pinpoints = [list(p) for p in s.pinpoints]
+        return {"pinpoints": pinpoints, "unpad": s.unpad, "newline": s.newline, "thumbnail": s.thumbnail}
+
+    def tiles(self, height: int, width: int) -> int:
+        """Tiles of a picture of `height` × `width` pixels, thumbnail included."""
+        return self.spec.num_tiles(height, width)
+
+    def count(self, height: int, width: int) -> int:
+        """Soft tokens of a picture of `height` × `width` pixels."""
+        return self.spec.num_tokens(height, width)
+
+    def arrange(self, features: Features, image_sizes: Tensor | Iterable[Sequence[int]]) -> Features:
+        """The tiles' tokens as one row a picture.
+
+        Args:
+            features: (tiles of all pictures, tile_tokens, D), in order, as the connector gave them.
+            image_sizes: (images, 2), height and width of each picture before it was cut.
+
+        Returns:
+            `Features` of (images, N, D), N the most tokens of any picture; the others' rows end in zeros, masked out.
+
+        Raises:
+            ValueError: the tiles given are not those that the sizes ask for; both numbers are named.
+        """
+        tokens_TMD, mask_TM = features.tokens_BND, features.mask_BN
+        sizes = [
+            (int(h), int(w)) for h, w in (image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes)
+        ]
+        tiles = [self.tiles(*size) for size in sizes]
+        if sum(tiles) != tokens_TMD.shape[0] or self.spec.tile_tokens != tokens_TMD.shape[1]:
+            raise ValueError(
+                f"image_sizes {sizes} ask for {sum(tiles)} tiles of {self.spec.tile_tokens} tokens; "
+                f"given are {tokens_TMD.shape[0]} of {tokens_TMD.shape[1]}"
+            )
+        flat_KD, seen_K = tokens_TMD.flatten(0, 1), mask_TM.flatten()
+        row_end, nothing = len(flat_KD), len(flat_KD) + 1
+        zeros_D = flat_KD.new_zeros(flat_KD.shape[-1])
+        row_end_D = zeros_D if self.newline is None else self.newline.to(flat_KD)
+        flat_KD = torch.cat([flat_KD, row_end_D[None], zeros_D[None]])
+        seen_K = torch.cat([seen_K, seen_K.new_tensor([True, False])])
+        layouts = [self.spec.layout(*size) for size in sizes]
+        index_BN = np.full((len(sizes), max(map(len, layouts), default=0)), nothing)
+        first = 0
+        for row_N, layout, count in zip(index_BN, layouts, tiles, strict=True):
+            row_N[: len(layout)] = np.where(layout == NEWLINE, row_end, layout + first)
+            first += count * self.spec.tile_tokens
+        index = torch.from_numpy(index_BN).to(flat_KD.device)
+        return Features(flat_KD[index], seen_K[index])
+
+    def image_processor(self, encoder_image_processor: Any) -> TilingImageProcessor:
+        """The image processor that cuts pictures into this tiling's tiles, normalised as the encoder wants them."""
+        return tiling_image_processor(self.spec, encoder_image_processor)
+
+
+def _pinpoints(given: Any, tile_size: int) -> tuple[tuple[int, int], ...]:
+    """Canvas sizes, checked; LLaVA-NeXT's five at this tile size by default."""
+    if given is None:
+        return tuple((rows * tile_size, columns * tile_size) for rows, columns in SHAPES)
+    pairs = [tuple(p) if isinstance(p, Sequence) and not isinstance(p, str) else p for p in given]
+    if not pairs:
+        raise OpticNerveError("tiling.pinpoints is empty; name at least one canvas, such as [672, 672]")
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+            raise OpticNerveError(f"tiling.pinpoints wants pairs [height, width] of whole numbers, not {pair!r}")
+        if any(n % tile_size for n in pair):
+            raise OpticNerveError(
+                f"tiling.pinpoints: {list(pair)} is no multiple of the tile, {tile_size} px; "
+                f"the nearest is {[max(1, round(n / tile_size)) * tile_size for n in pair]}"
+            )
+    return tuple(pairs)

@@ -1,0 +1,192 @@
+"""A tower: one encoder, its connector, and the way they enter the language model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opticnerve import registry
+from opticnerve.connectors.base import Connector
+from opticnerve.encoders.base import Encoder
+from opticnerve.fusion.base import Fusion
+from opticnerve.language.layers import decoder_layers
+from opticnerve.models.vlm.tiling import Tiling
+from opticnerve.types import Features, OpticNerveError
+
+# What each modality is called among a model's inputs, by transformers' conventions.
+MEDIA_INPUT = {"image": "pixel_values", "audio": "input_features"}
+
+
+class Tower(nn.Module):
+    """Media in, soft tokens at the language model's width out. Checks that neighbours fit when it is built.
+
+    With `tiling`, an image comes as several tiles; each goes through encoder and connector, and all of them become one
+    row of soft tokens.
+    """
+
+    encoder: Encoder
+    connector: Connector
+    fusion: Fusion
+    tiling: Tiling | None
+
+    def __init__(self, encoder: Encoder, connector: Connector, fusion: Fusion, tiling: Tiling | None = None) -> None:
+        super().__init__()
+        if encoder.hidden_size != connector.in_size or encoder.num_tokens != connector.in_tokens:
+            raise OpticNerveError(
+                f"encoder gives {encoder.num_tokens} tokens of width {encoder.hidden_size}; "
+                f"connector takes {connector.in_tokens} of width {connector.in_size}"
+            )
+        self.encoder, self.connector, self.fusion, self.tiling = encoder, connector, fusion, tiling
+
+    @property
+    def num_tokens(self) -> int:
+        """Soft tokens of one piece of media: an image or a tile, a window of sound."""
+        return int(self.connector.num_tokens)
+
+    @property
+    def num_placeholders(self) -> int:
+        """Placeholders that the processor writes for a piece of media (without tiling)."""
+        return self.fusion.placeholders(self.num_tokens)
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether the connector reads the question, too (InstructBLIP's Q-Former)."""
+        return bool(getattr(self.connector, "wants_text", False))
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether the connector has a tokenizer of its own, for questions or for its pretraining."""
+        return self.wants_text or getattr(self.connector, "tokenizer_name", None) is not None
+
+    def forward(self, media: Tensor, sizes: Tensor | None = None, text: Sequence[Tensor] | None = None) -> Features:
+        """`media` (pieces, *encoder.media_shape) in any float dtype → `Features`, one row for each image or window.
+
+        `sizes` (images, 2): original heights and widths, where tiling is on. `text`: ids and mask of the questions,
+        where the connector reads them.
+        """
+        return self.connect(self.encode(media), sizes, text)
+
+    def encode(self, media: Tensor) -> Features:
+        """The encoder's part alone: what a cache of frozen features holds."""
+        features: Features = self.encoder(media.to(placed_like(self.encoder, self.connector)))
+        return features
+
+    def connect(
+        self, features: Features, sizes: Tensor | None = None, text: Sequence[Tensor] | None = None
+    ) -> Features:
+        """The connector's part, and the arranging of tiles, on features from `encode` or from a cache."""
+        if self.tiling is not None and sizes is None:
+            raise ValueError("the images come in tiles: give image_sizes beside pixel_values")
+        weight = placed_like(self.connector)
+        features = Features(features.tokens_BND.to(weight), features.mask_BN)
+        if self.wants_text and text is None:
+            raise ValueError("this connector reads the question: give qformer_input_ids and qformer_attention_mask")
+        words: list[Tensor] = [t.to(weight.device) for t in text or ()] if self.wants_text else []
+        if self.tiling is None:
+            return self.connector(features, *words)
+        assert sizes is not None
+        tiles = torch.tensor([self.tiling.tiles(*size) for size in sizes.tolist()], device=weight.device)
+        soft = self.connector(features, *(t.repeat_interleave(tiles, 0) for t in words))
+        return self.tiling.arrange(soft, sizes)
+
+    def blank(self) -> Features:
+        """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""
+        weight = placed_like(self.connector)
+        media = torch.zeros(1, *self.encoder.media_shape, device=weight.device)
+        sizes = torch.tensor([self.encoder.media_shape[-2:]]) if self.tiling is not None else None
+        if self.tiling is not None and sizes is not None:
+            media = media.expand(self.tiling.tiles(*sizes[0].tolist()), -1, -1, -1)
+        word = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+        return self(media, sizes, (word, torch.ones_like(word)) if self.wants_text else None)
+
+    def describe(self) -> dict[str, Any]:
+        """The tower's entry in `OpticNerveConfig.towers`."""
+        entry = {
+            "encoder": {"type": type_name(registry.encoders, self.encoder), **self.encoder.options},
+            "connector": {"type": type_name(registry.connectors, self.connector), **self.connector.options},
+            "fusion": {"type": type_name(registry.fusions, self.fusion), **self.fusion.options},
+        }
+        return entry if self.tiling is None else {**entry, "tiling": self.tiling.options}
+
+
+def placed_like(*modules: nn.Module) -> Tensor:
+    """A tensor of the device and floating dtype that the first of the modules with any computes in.
+
+    Quantised layers hold whole numbers, or nothing that torch calls a parameter; what they are given stays floating.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and tensor.element_size() > 1:  # below 16 bits: stored, not computed in
+                return tensor
+    return torch.empty(0)
+
+
+def language_sizes(language_model: Any) -> dict[str, int]:
+    """What connectors and fusions must know of a language model."""
+    return {
+        "language_size": int(language_model.get_input_embeddings().embedding_dim),
+        "language_layers": len(decoder_layers(language_model)[1]),
+    }
+
+
+def build_tower(spec: dict[str, Any], sizes: dict[str, int], *, trust_remote_code: bool = False) -> Tower:
+    """A tower with random weights from its entry in the configuration. `sizes`: from `language_sizes`."""
+    encoder = make(registry.encoders, spec["encoder"], trust_remote_code)
+    return join(encoder, spec, sizes, trust_remote_code)
+
+
+def join(encoder: Encoder, spec: dict[str, Any], sizes: dict[str, int], trusted: bool = True) -> Tower:
+    """Build the connector that fits between `encoder` and the language model, the fusion, and the tiling if any.
+
+    `spec`: a mapping with `connector`, `fusion` and perhaps `tiling`.
+    """
+    ends = {"in_size": encoder.hidden_size, "in_tokens": encoder.num_tokens, "out_size": sizes["language_size"]}
+    connector = make(registry.connectors, {**spec["connector"], **ends}, trusted)
+    fusion = make(registry.fusions, {**spec["fusion"], **sizes}, trusted)
+    tiling = None
+    if spec.get("tiling"):
+        if encoder.modality != "image":
+            raise OpticNerveError(f"tiling is for pictures, not for {encoder.modality}")
+        side = round(connector.num_tokens**0.5)
+        tiling = Tiling.from_options(
+            {k: v for k, v in spec["tiling"].items() if k != "type"},
+            tile_size=encoder.image_size,
+            tile_tokens=connector.num_tokens,
+            grid=side if connector.keeps_grid and side * side == connector.num_tokens else None,
+            language_width=sizes["language_size"],
+        )
+    return Tower(encoder, connector, fusion, tiling)
+
+
+def make(parts: registry.Registry[Any], spec: dict[str, Any], trusted: bool = True) -> Any:
+    """One part from `{"type": name, **keywords}`; wrong keywords are an error that lists the right ones."""
+    options = {k: v for k, v in spec.items() if k != "type"}
+    cls = parts.get(spec["type"], allow_dotted=trusted)
+    check_options(parts.kind, spec["type"], cls, options)
+    return cls(**options)
+
+
+# Keywords that come from a part's neighbours, not from a recipe.
+_GIVEN = ("in_size", "out_size", "in_tokens", "language_size", "language_layers")
+
+
+def check_options(kind: str, name: str, cls: type, options: dict[str, Any]) -> None:
+    """Refuse keywords that the part's constructor does not take."""
+    known = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    if unknown := sorted(set(options) - set(known)):
+        takes = [k for k in known if k not in _GIVEN and not k.startswith("_")]
+        raise OpticNerveError(
+            f"{kind} {name!r} takes no {', '.join(unknown)}; it takes {', '.join(takes) or 'no options'}"
+        )
+
+
+def type_name(parts: registry.Registry[Any], module: nn.Module) -> str:
+    """The registered name of a part's class, or its dotted path."""
+    own = f"{type(module).__module__}:{type(module).__qualname__}"
+    return next((name for name in parts.names() if parts.points_to(name, type(module))), own)

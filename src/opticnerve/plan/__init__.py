@@ -1,0 +1,1 @@
+"""What a run will cost, foreseen without its weights: `opticnerve plan`."""

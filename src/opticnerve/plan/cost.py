@@ -1,0 +1,216 @@
+"""What a training step costs: bytes and arithmetic, counted on the meta device, and seconds, measured or estimated.
+
+Nothing is guessed per architecture: one micro-batch is sent through the model without memory; autograd is asked which
+tensors it would keep for the backward pass, and torch's flop counter how much would be computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
+from opticnerve.language.lora import is_lora
+from opticnerve.models.vlm.prompt import Prompt
+from opticnerve.ops.last_mlp import last_mlp_at
+from opticnerve.types import Features, OpticNerveError
+
+# The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3
+# to 0.5; norms, activations and memory traffic take the rest.
+EFFICIENCY = 0.4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step. `activations` is an estimate; the rest is counted."""
+
+    process: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    activations_checkpointed: int
+    checkpointing: bool
+
+    @property
+    def total(self) -> int:
+        kept = self.activations_checkpointed if self.checkpointing else self.activations
+        return self.process + self.weights + self.gradients + self.optimizer + kept
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "total": self.total, "estimate": True}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch on the meta device: bytes that autograd keeps, and floating-point operations both ways."""
+
+    kept: int
+    checkpointed: int
+    flops: int
+
+
+def memory(model: nn.Module, trace: Trace, *, checkpointing: bool, process: int) -> Memory:
+    """Bytes of a step, by the rules of this package's optimizer.
+
+    - weights: every parameter in its dtype; tied ones once.
+    - gradients: trained parameters in their dtype.
+    - optimizer: AdamW's two float32 moments (8 bytes a trained parameter), and for bf16 weights a float32 master
+      (4 bytes more). A step's float32 copies of bf16 gradients live for a moment and are not counted.
+    - activations: see `trace_step`.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    optimizer = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained)
+    return Memory(process, weights, gradients, optimizer, trace.kept, trace.checkpointed, checkpointing)
+
+
+def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], supervised: int) -> Trace:
+    """Send one micro-batch of `rows` × `length` tokens and its media through the meta model, there and back.
+
+    `media`: by modality, how many pieces (images or tiles, windows of sound) the micro-batch holds.
+
+    The bytes kept are those of all tensors that autograd saves for the backward pass, each storage once, parameters not
+    counted. Tensors whose last two sides are the length of the sequence are left out: fused attention never makes them.
+    To it come logits and their gradient at the supervised positions, in the model's dtype and in float32:
+    `supervised × vocabulary × (2 × 4 + bytes)`. With gradient checkpointing, each layer keeps its input alone
+    (`layers × rows × length × width × bytes`), and one layer at a time is whole: `kept / layers` more.
+
+    The meta device takes attention apart, which a real device does in one kernel that keeps less: measured on a 135M
+    Llama, the estimate is a fifth above what autograd really keeps. On the other hand the allocator, and the encoder's
+    forward pass for a moment, need more than is counted here.
+    """
+    if any(p.device.type != "meta" for p in model.parameters()):
+        raise OpticNerveError("trace_step counts on the meta device; give it the model that `shadow` makes")
+    language = model.language_model
+    width = model.get_input_embeddings().embedding_dim
+    dtype = model.get_input_embeddings().weight.dtype
+    saved = _Saved(model, length)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda t: t):
+            prompt = Prompt()
+            for modality, tower in model.towers.items():
+                if pieces := media.get(modality):
+                    soft = _soft_tokens(tower, pieces, dtype)
+                    prompt.soft[modality] = soft.tokens_BND
+                    prompt.seen[modality] = tower.fusion.imagine(rows, length, soft)
+            embeds = torch.empty(rows, length, width, dtype=dtype)
+            opened = model.get_input_embeddings().weight.requires_grad
+            embeds.requires_grad_(opened or any(s.requires_grad for s in prompt.soft.values()))
+            # A mask of its own, for deriving one would ask the meta device for values.
+            mask = torch.empty(rows, 1, length, length, dtype=dtype)
+            positions = torch.empty(rows, length, dtype=torch.long)
+            places = torch.empty(supervised, dtype=torch.long)
+            with model.looking(prompt), last_mlp_at(language, places, rows):
+                hidden = language.base_model(
+                    inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+                )[0]
+        if hidden.requires_grad:
+            hidden.backward(torch.empty_like(hidden), retain_graph=True)
+        for soft_BND in prompt.soft.values():
+            if soft_BND.requires_grad:
+                soft_BND.backward(torch.empty_like(soft_BND))
+    for parameter in model.parameters():
+        parameter.grad = None
+    vocabulary = language.get_output_embeddings().weight.shape[0]
+    head_ways = 3 if language.get_output_embeddings().weight.requires_grad else 2
+    flops = counter.get_total_flops() + 2 * head_ways * supervised * width * vocabulary
+    logits = supervised * vocabulary * (8 + dtype.itemsize)
+    layers = max((len(m) for m in language.modules() if isinstance(m, nn.ModuleList)), default=1)
+    inputs = layers * rows * length * width * dtype.itemsize
+    return Trace(saved.bytes + logits, inputs + saved.bytes // layers + logits, flops)
+
+
+def _soft_tokens(tower: Any, pieces: int, dtype: torch.dtype) -> Features:
+    """What connector and encoder make of so many pieces; arranging tiles costs nothing."""
+    features = tower.encoder(torch.empty(pieces, *tower.encoder.media_shape, dtype=dtype))
+    words = [torch.empty(pieces, 16, dtype=torch.long)] * 2 if tower.wants_text else []
+    soft: Features = tower.connector(features, *words)
+    return soft
+
+
+class _Saved:
+    """Sums what autograd saves; each storage once."""
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        self.length, self.bytes = length, 0
+        # Held, so that no address is used twice while we count.
+        storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        self.known = {StorageWeakRef(s): s for s in storages}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        place = StorageWeakRef(storage)
+        square = tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2] == self.length
+        if place not in self.known and not square:
+            self.known[place] = storage
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def has_lora_weights(model: nn.Module) -> bool:
+    return any(is_lora(name) for name, _ in model.named_parameters())
+
+
+def device() -> dict[str, Any]:
+    """Where training would run and what there is: `type`, `name`, `cores`, `memory` and `free` in bytes."""
+    import os
+    import platform
+
+    import psutil
+
+    if torch.accelerator.is_available() and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "type": "cuda",
+            "name": torch.cuda.get_device_name(),
+            "cores": os.cpu_count(),
+            "memory": total,
+            "free": free,
+        }
+    host = psutil.virtual_memory()
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    name = platform.processor() or platform.machine()
+    return {"type": kind, "name": name, "cores": os.cpu_count(), "memory": host.total, "free": host.available}
+
+
+def process_bytes() -> int:
+    """What this process holds, with Python and torch loaded and no weights."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def matmul_rate(kind: str, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of a bare matrix product of a language model's size."""
+    m, k, n = 1600, 576, 1536
+    if kind == "cuda":
+        m, k, n = 8192, 4096, 4096
+    a, b = torch.randn(m, k, device=kind).to(dtype), torch.randn(k, n, device=kind).to(dtype)
+    _wait(kind, lambda: a @ b)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        _wait(kind, lambda: a @ b)
+        count += 1
+    return 2 * m * k * n * count / (time.perf_counter() - started)
+
+
+def time_step(step: Callable[[], Any], kind: str) -> float:
+    """Seconds of one call, after a first one that warms up."""
+    _wait(kind, step)
+    started = time.perf_counter()
+    _wait(kind, step)
+    return time.perf_counter() - started
+
+
+def _wait(kind: str, work: Callable[[], Any]) -> None:
+    work()
+    if kind != "cpu":
+        torch.accelerator.synchronize()

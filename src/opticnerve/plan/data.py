@@ -1,0 +1,125 @@
+"""What a stage will read: how many samples, how many steps, how long they are, and one of them as the model gets it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from opticnerve.data.dataset.dataset import Unit
+from opticnerve.data.dataset.load import draw, load_streams, load_units
+from opticnerve.data.encode.pack_plan import first_fit_decreasing
+from opticnerve.data.encode.packing import Row, pack, side_by_side
+from opticnerve.data.encode.tokenize import Encoded, encode
+from opticnerve.language.chat_template import stage_template
+from opticnerve.recipe import Stage
+from opticnerve.types import DataError, OpticNerveError
+
+LOOK_AT = 96  # rows that are encoded to learn their length
+
+
+@dataclass
+class StageData:
+    """A stage's data, as far as it could be read. `rows`: some training rows; `sample`: the first conversation;
+    `visits`: samples (or groups that share a prefix) in a row, more than one where rows are packed ahead; `pictures`:
+    how many different ones; `blind`: no sample (of a stream: of those looked at) has a picture or a sound."""
+
+    samples: int = 0
+    units: int = 0
+    visits: float = 1.0
+    pictures: int = 0
+    steps: int | None = None
+    rows: list[Row] = field(default_factory=list)
+    longest: int = 0
+    sample: Encoded | None = None
+    bad: int = 0
+    first_bad: str = ""
+    problem: str = ""
+    blind: bool = False
+
+    @property
+    def length(self) -> int:
+        """Mean tokens of a row."""
+        return round(sum(map(len, self.rows)) / len(self.rows)) if self.rows else 0
+
+    @property
+    def supervised(self) -> float:
+        """Mean supervised tokens of a row."""
+        return sum(t != -100 for r in self.rows for t in r.targets) / len(self.rows) if self.rows else 0.0
+
+    def media(self, modality: str) -> float:
+        """Mean pictures (or sounds) of a row."""
+        if not self.rows:
+            return 1.0
+        return sum(len(r.images if modality == "image" else r.audios) for r in self.rows) / len(self.rows)
+
+
+def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
+    """Read a stage's data as training does, and encode some rows of it. What cannot be read is noted, not raised."""
+    found = StageData(steps=stage.steps)
+    bad: list[DataError] = []
+    if stage.data[0].streaming:
+        return _look_ahead(found, stage, processor, seed, bad)
+    try:
+        units = load_units(stage.data, on_error=bad.append)
+    except OpticNerveError as e:
+        found.problem = str(e)
+        return found
+    found.units = len(units)
+    found.samples = units.samples()
+    found.pictures = units.pictures()
+    found.blind = not units.with_media()
+    if processor is not None and stage.objective.type == "next_token":
+        _encode_some(found, units, stage, processor, seed, bad)
+    if found.steps is None:
+        found.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / found.visits / stage.batch_size))
+    found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
+    return found
+
+
+def _look_ahead(found: StageData, stage: Stage, processor: Any, seed: int, bad: list[DataError]) -> StageData:
+    """Of streamed data: the first rows, for no more is known. How many samples and pictures there are stays 0."""
+    units: list[Unit] = []
+    try:
+        streams = load_streams(stage, seed=seed)
+        for visit in range(LOOK_AT):
+            try:
+                units.append(streams.unit(visit))
+            except DataError as e:
+                bad.append(e)
+    except OpticNerveError as e:
+        found.problem = str(e)
+        return found
+    found.blind = bool(units) and not any(c.pieces for conversations, _ in units for c in conversations)
+    if processor is not None and stage.objective.type == "next_token" and units:
+        _encode_some(found, units, stage, processor, seed, bad)
+    if found.steps is None:
+        found.steps = max(1, math.ceil(len(streams) * (stage.epochs or 1) / stage.batch_size))
+    found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
+    return found
+
+
+def _encode_some(
+    found: StageData, units: Sequence[Unit], stage: Stage, processor: Any, seed: int, bad: list[DataError],
+) -> None:  # fmt: skip
+    template = stage_template(stage.template, processor.tokenizer)
+    rng = random.Random(seed)
+    # The first unit is the one that is shown; the others are a fair sample of lengths.
+    chosen = [0, *rng.sample(range(1, len(units)), min(LOOK_AT - 1, len(units) - 1))]
+    for unit in (units[number] for number in chosen):
+        try:
+            encoded = [encode(c, processor, template=template, max_length=stage.max_length) for c in draw(unit, rng)]
+        except DataError as e:
+            bad.append(e)
+            continue
+        found.longest = max(found.longest, *(len(e.input_ids) for e in encoded))
+        found.sample = found.sample or encoded[0]
+        found.rows.append(pack([encoded]))
+    tokens = getattr(stage.pack, "tokens", None)
+    if tokens and found.rows:
+        apart = found.rows
+        together = first_fit_decreasing([len(r) for r in apart], tokens)
+        found.rows = [side_by_side([apart[i] for i in row]) for row in together]
+        found.visits = len(apart) / len(found.rows)

@@ -1,0 +1,139 @@
+"""Whether a stage gains by seeing each picture once: the eye's arithmetic that it saves against the disk it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from opticnerve.features.budget import default_budget, features_dir, folder_bytes, free_bytes
+from opticnerve.models.vlm.tower import placed_like
+from opticnerve.plan.data import StageData
+from opticnerve.recipe import Stage
+
+# Bytes a second to and from disk: that of a plain solid-state disk, and less than what its cache in memory gives.
+_DISK = 500_000_000
+_WORTH = 0.05  # of a stage's time: below it a folder full of features is not worth having
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What `cache_features` would do for a stage.
+
+    `visits`, `pictures`: how often a picture is seen in the stage, and how many different ones. `eye`: the image
+    encoder's share of the stage's arithmetic. `saved`: the share of the stage's time that is saved, writing and reading
+    paid for (negative: lost), and `seconds` how much that is. `disk`, `budget`, `free`: bytes needed, allowed, and
+    there. `halves`: bfloat16 would take half.
+    """
+
+    on: bool
+    visits: int
+    pictures: int
+    eye: float
+    saved: float
+    seconds: float | None
+    disk: int
+    budget: int
+    free: int
+    halves: bool
+
+    @property
+    def pays(self) -> bool:
+        return self.saved >= _WORTH
+
+    @property
+    def fits(self) -> bool:
+        return self.disk <= min(self.budget, self.free)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "pays": self.pays, "fits": self.fits}
+
+    def remark(self) -> tuple[bool, str]:
+        """Whether it wants a decision, and what to say."""
+        time = f" ({_time(self.seconds)})" if self.seconds else ""
+        wins = f"about {self.saved:.0%} of this stage's time{time}"
+        costs = f"{_size(self.disk)} of disk"
+        if not self.fits:
+            allowed = f"{_size(self.budget)} are allowed, {_size(self.free)} free"
+            remedy = "raise cache_features.budget"
+            if self.halves:
+                remedy += f", store bfloat16 (cache_features: {{dtype: bfloat16}}, {_size(self.disk // 2)})"
+            if self.on:
+                return True, f"cache_features needs {costs}; {allowed}: {remedy}, or leave it out"
+            if self.pays:
+                return False, f"cache_features would save {wins}, but needs {costs}; {allowed}: {remedy}"
+        if self.pays:
+            return False, f"cache_features {'saves' if self.on else 'would save'} {wins} for {costs}"
+        why = f"the image encoder is {self.eye:.0%} of its arithmetic"
+        if self.visits < 1.1 * self.pictures:
+            why += ", and hardly a picture is seen twice"
+        else:
+            why += f" ({self.visits:,} views of {self.pictures:,} pictures, {costs})"
+        return False, f"cache_features {'hardly pays' if self.on else 'does not pay'}: {why}"
+
+
+def foresee(stage: Stage, model: Any, data: StageData, *, flops: int, seconds: float | None) -> CachePlan | None:
+    """What a cache does for a stage; None where there can be none, or where the stage's data are not known.
+
+    Args:
+        model: what `plan_model.shadow` made. flops: a step's arithmetic, the eye's included. seconds: the stage's.
+    """
+    tower = model.towers.get("image")
+    if tower is None or tower.tiling is not None or _eye_trains(stage) or not (data.rows and data.steps and flops):
+        return None
+    if next(tower.encoder.parameters(), None) is None:
+        return None  # patches: an eye that computes nothing has nothing to keep
+    visits = round(data.steps * stage.batch_size * data.media("image"))
+    # Where a stage is shorter than its data, only what it sees is cached.
+    pictures = min(data.pictures, visits)
+    if not pictures:
+        return None
+    eye_flops, shape, dtype = _look_once(tower)
+    spec = stage.cache_features
+    stored = torch.bfloat16 if getattr(spec, "dtype", None) == "bfloat16" else dtype
+    each = shape[0] * (shape[1] * stored.itemsize + 1)
+    eye = min(1.0, eye_flops * visits / (flops * data.steps))
+    saved = eye * (1 - pictures / visits)
+    if seconds:
+        saved -= (visits + pictures) * each / _DISK / seconds
+    root = features_dir()
+    free = free_bytes(root) + folder_bytes(root)  # other eyes' features go first
+    budget = getattr(spec, "budget", None) or default_budget(root)
+    return CachePlan(
+        on=bool(spec),
+        visits=visits,
+        pictures=pictures,
+        eye=eye,
+        saved=saved,
+        seconds=saved * seconds if seconds else None,
+        disk=pictures * each,
+        budget=int(budget),
+        free=free,
+        halves=stored.itemsize > 2,
+    )
+
+
+def _look_once(tower: Any) -> tuple[int, tuple[int, int], torch.dtype]:
+    """Arithmetic of the eye on one picture, the shape (N, D) of what it sees, and its dtype."""
+    dtype = placed_like(tower.encoder).dtype
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = tower.encoder(torch.empty(1, *tower.encoder.media_shape, dtype=dtype))
+    _, count, width = features.tokens_BND.shape
+    return counter.get_total_flops(), (count, width), features.tokens_BND.dtype
+
+
+def _eye_trains(stage: Stage) -> bool:
+    return any(p.removeprefix("image.").startswith("encoder") for p in stage.train)
+
+
+def _size(count: int) -> str:
+    if count < 1e8:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:,.0f} GB" if count >= 1e10 else f"{count / 1e9:.2g} GB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2f} s"

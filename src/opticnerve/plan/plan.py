@@ -1,0 +1,250 @@
+"""What a recipe will do and cost, before it runs: no weight is read or downloaded, unless to calibrate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opticnerve import registry
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.tokenize import Encoded
+from opticnerve.language.load import load_language_config
+from opticnerve.language.lora import add_lora
+from opticnerve.models.checkpoint.delta import weight_names
+from opticnerve.models.text_encoder import dtype_of
+from opticnerve.models.vlm.tower import placed_like
+from opticnerve.objectives.next_token import NextToken
+from opticnerve.plan import cost
+from opticnerve.plan import feature_cache as plan_cache
+from opticnerve.plan import model as parts
+from opticnerve.plan.data import StageData, look
+from opticnerve.plan.model import Shape, Share, context_of, processor_for
+from opticnerve.plan.remarks import Remark, remarks
+from opticnerve.recipe import LoraSpec, Recipe, Stage
+from opticnerve.starter import weights as starter
+from opticnerve.types import OpticNerveError
+
+__all__ = ["Plan", "Remark", "StagePlan", "context_length", "make", "processor_for", "weights_at_hand"]
+
+_CALIBRATION_TOKENS = 768  # a batch of about so many tokens is timed
+
+
+@dataclass
+class StagePlan:
+    """One stage: what trains, on how much, at what cost. What could not be found out is None."""
+
+    name: str
+    shares: list[Share]
+    data: StageData
+    batch_size: int
+    memory: cost.Memory
+    flops: int
+    seconds: float | None = None
+    timing: str = ""
+    cache: plan_cache.CachePlan | None = None
+
+    @property
+    def trained(self) -> int:
+        return sum(s.parameters for s in self.shares if s.trained)
+
+    @property
+    def total(self) -> int:
+        return sum(s.parameters for s in self.shares)
+
+    @property
+    def epochs(self) -> float | None:
+        if not self.data.units or self.data.steps is None:
+            return None
+        return self.data.steps * self.batch_size * self.data.visits / self.data.units
+
+    def to_dict(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "name": self.name,
+            "parts": [asdict(s) for s in self.shares],
+            "trained": self.trained,
+            "total": self.total,
+            "samples": data.samples,
+            "bad_samples": data.bad,
+            "steps": data.steps,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "tokens_per_row": data.length or None,
+            "longest_sample": data.longest or None,
+            "memory_bytes": self.memory.to_dict(),
+            "flops_per_step": self.flops,
+            "seconds": self.seconds,
+            "timing": self.timing,
+            "cache_features": self.cache.to_dict() if self.cache is not None else None,
+        }
+
+
+@dataclass
+class Plan:
+    """What `make` found. `sample` is the first sample of the first stage, rendered and masked."""
+
+    name: str
+    precision: str
+    shapes: list[Shape]
+    visual_tokens: int | None
+    context: int | None
+    device: dict[str, Any]
+    stages: list[StagePlan] = field(default_factory=list)
+    sample: Encoded | None = None
+    processor: Any = None
+    remarks: list[Remark] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "shapes": [asdict(s) for s in self.shapes],
+            "visual_tokens": self.visual_tokens,
+            "context": self.context,
+            "device": self.device,
+            "stages": [s.to_dict() for s in self.stages],
+            "remarks": [asdict(r) for r in self.remarks],
+        }
+
+
+def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan:
+    """Foresee a run.
+
+    Args:
+        dock: what `dock_recipe` gave, to calibrate with: the weights are then loaded and one short batch of each
+            stage is timed. Without it, time is estimated from a measured matmul rate and counted arithmetic.
+
+    Raises:
+        OpticNerveError: the recipe's parts do not exist or do not fit each other; unreadable data is a remark.
+    """
+    process = cost.process_bytes()
+    model = parts.shadow(recipe)
+    machine = cost.device()
+    visual = max((_most_placeholders(t) for t in model.towers.values()), default=None)
+    plan = Plan(
+        recipe.name,
+        recipe.precision,
+        parts.shapes(recipe, model),
+        visual,
+        context_of(model.language_model.config),
+        machine,
+    )
+    try:
+        plan.processor = processor_for(recipe)
+    except OpticNerveError as e:
+        if Path(recipe.docked.language.name).exists():
+            raise  # it will not be there when the run wants it
+        plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
+    docked = dock(recipe) if dock is not None and recipe.stages else None
+    rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], dtype_of(recipe))
+    for stage in recipe.stages:
+        data = look(stage, plan.processor, seed=recipe.seed)
+        plan.stages.append(_stage(stage, model, data, process, visual or 0))
+        planned = plan.stages[-1]
+        _time(planned, stage, docked, plan.processor, rate, machine["type"])
+        planned.cache = plan_cache.foresee(stage, model, data, flops=planned.flops, seconds=planned.seconds)
+        if planned.cache is not None and planned.cache.on and planned.seconds is not None:
+            planned.seconds -= planned.cache.seconds or 0.0
+            planned.timing += "; with cache_features"
+        plan.sample = plan.sample or data.sample
+    plan.remarks += remarks(recipe, plan, model)
+    return plan
+
+
+def context_length(recipe: Recipe) -> int | None:
+    """How many tokens the recipe's language model takes."""
+    language = recipe.docked.language
+    return context_of(load_language_config(language.name, gguf_file=language.gguf_file))
+
+
+def weights_at_hand(recipe: Recipe) -> bool:
+    """Whether a calibration would download nothing: every weight comes from the starter kit or a local folder."""
+    names = [recipe.docked.language.name]
+    for tower in recipe.docked.towers.values():
+        names += weight_names(registry.encoders.get(tower.encoder.type).take_name(tower.encoder.options)[0])
+    return all(starter.is_starter(n) or Path(n.removeprefix("local-dir:")).exists() for n in names)
+
+
+def _stage(stage: Stage, model: Any, data: StageData, process: int, visual: int) -> StagePlan:
+    """Parts, memory and arithmetic of one stage. LoRA that a stage adds stays in the model for the stages after it."""
+    _adapt(model, stage, torch.device("meta"))
+    shares = parts.open_parts(model, stage.train)
+    rows = stage.batch_size // stage.accumulate
+    length = data.length or visual + 64
+    # Batches are padded to their longest row.
+    longest = max((len(r) for r in data.rows), default=length)
+    padded = min(longest, math.ceil(1.25 * length)) if data.rows else length
+    media = {m: math.ceil(rows * data.media(m) * _pieces(t)) for m, t in model.towers.items()}
+    supervised = math.ceil(rows * (data.supervised or 32))
+    trace = cost.Trace(0, 0, 0)
+    if stage.objective.type == "next_token":
+        trace = cost.trace_step(model, rows=rows, length=padded, media=media, supervised=supervised)
+    needed = cost.memory(model, trace, checkpointing=stage.gradient_checkpointing, process=process)
+    again = 4 / 3 if stage.gradient_checkpointing else 1.0  # the forward pass of the layers is done twice
+    return StagePlan(stage.name, shares, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
+
+
+def _most_placeholders(tower: Any) -> int:
+    """Tokens that one picture (or window of sound) takes in the text, at most."""
+    tiled = tower.tiling is not None and tower.num_placeholders > 1
+    return int(tower.tiling.spec.max_tokens if tiled else tower.num_placeholders)
+
+
+def _pieces(tower: Any) -> int:
+    """Tiles of a picture in the middle of what the tiling allows; 1 where there are no tiles."""
+    if tower.tiling is None:
+        return 1
+    spec = tower.tiling.spec
+    tiles = sorted(spec.num_tiles(*point) for point in spec.pinpoints)
+    return int(tiles[len(tiles) // 2])
+
+
+def _adapt(model: Any, stage: Stage, where: Any) -> None:
+    if "language.lora" in stage.train and not cost.has_lora_weights(model.language_model):
+        with where:
+            add_lora(model.language_model, (stage.lora or LoraSpec()).model_dump())
+
+
+def _time(planned: StagePlan, stage: Stage, docked: Any, processor: Any, rate: float, kind: str) -> None:
+    """Seconds of a stage: one real step on a short batch, or arithmetic over the machine's matmul rate."""
+    steps = planned.data.steps
+    if not planned.flops:
+        planned.timing = f"not estimated for objective {stage.objective.type}"
+        return
+    if docked is not None and planned.data.rows:
+        per_row = _measure(stage, docked, processor, planned.data, kind)
+        planned.timing = "a short batch was timed with the real weights"
+        planned.seconds = per_row * stage.batch_size * steps if steps else None
+        return
+    rate = rate or cost.matmul_rate(kind, placed_like(docked.model).dtype if docked else torch.float32)
+    planned.timing = (
+        f"estimated from {planned.flops / 1e9:,.0f} GFLOP a step at {cost.EFFICIENCY:.0%} of this device's "
+        f"matmul rate ({rate / 1e9:,.0f} GFLOP/s)"
+    )
+    planned.seconds = planned.flops * steps / (rate * cost.EFFICIENCY) if steps else None
+
+
+def _measure(stage: Stage, docked: Any, processor: Any, data: StageData, kind: str) -> float:
+    """Seconds of one training row, forward and backward."""
+    model = docked.model.to(kind)
+    _adapt(model, stage, torch.device(kind))
+    parts.open_parts(model, stage.train)
+    count = max(
+        1, min(stage.batch_size // stage.accumulate, len(data.rows), _CALIBRATION_TOKENS // max(1, data.length))
+    )
+    batch = Collator(processor)(data.rows[:count]).to(kind)
+    objective = NextToken(model)
+
+    def step() -> None:
+        loss, _ = objective(batch)
+        if loss.requires_grad:  # words alone move no connector
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return cost.time_step(step, kind) / count

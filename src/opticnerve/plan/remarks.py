@@ -1,0 +1,117 @@
+"""What is worth knowing about a plan before training: contradictions, unusual numbers, things that will not fit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from opticnerve.data.dataset.dataset import NO_MEDIA
+from opticnerve.plan import model as parts
+from opticnerve.recipe import DataSpec, Recipe, Stage
+
+_HIGH = {"language": 1e-4, "language.last": 1e-4, "language.embeddings": 1e-3, "encoder": 1e-4, "encoder.last": 2e-4}
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something worth knowing before training: a `warning` wants a decision, a `note` does not."""
+
+    level: Literal["warning", "note"]
+    text: str
+
+
+def remarks(recipe: Recipe, plan: Any, model: Any) -> list[Remark]:
+    """All that is remarkable about a `Plan`; `model` is what `plan_model.shadow` made."""
+    found: list[Remark] = []
+
+    def warn(text: str) -> None:
+        found.append(Remark("warning", text))
+
+    def note(text: str) -> None:
+        found.append(Remark("note", text))
+
+    context = plan.context
+    if plan.visual_tokens and context and plan.visual_tokens >= context:
+        warn(
+            f"one picture takes {plan.visual_tokens:,} tokens, the language model {context:,}; use fewer visual tokens"
+        )
+    elif plan.visual_tokens and context and plan.visual_tokens > context // 2:
+        warn(f"one picture takes {plan.visual_tokens:,} of the {context:,} tokens that the language model can read")
+    for stage, planned in zip(recipe.stages, plan.stages, strict=True):
+        for text in _stage_warnings(stage, planned, plan):
+            warn(f"stage {stage.name}: {text}")
+        if planned.cache is not None:
+            decide, text = planned.cache.remark()
+            (warn if decide else note)(f"stage {stage.name}: {text}")
+    eye = model.image.encoder if "image" in model.towers else None
+    if eye is not None and (native := parts.native_size(eye)) and native != eye.image_size:
+        note(f"the encoder sees {eye.image_size} px and was pretrained with {native} px")
+    trains = {parts.full_name(model, part) for stage in recipe.stages for part in stage.train}
+    for modality, tower in model.towers.items() if recipe.stages else ():
+        for half, module in (("connector", tower.connector), ("fusion", tower.fusion)):
+            if f"{modality}.{half}" not in trains and any(True for _ in module.parameters()):
+                noise = "pictures" if modality == "image" else "sounds"
+                warn(f"no stage trains {modality}.{half}, which starts with random weights: the {noise} would be noise")
+    if not recipe.stages:
+        note("the recipe has no stages: there is nothing to train")
+    elif not recipe.evaluate:
+        warn("no `evaluate:` section: you will not know whether it works; name questions with known answers")
+    for stage in (s for s in recipe.stages if s.data[0].streaming):
+        note(f"stage {stage.name} is streamed: only the first rows were looked at, and how many there are is not known")
+    for task in recipe.evaluate:
+        if any(_overlap(task.data, d) for stage in recipe.stages for d in stage.data):
+            warn(f"evaluate {task.name!r} asks about {task.data.path}, which a stage trains on; hold some data out")
+    return found
+
+
+def _overlap(asked: DataSpec, learned: DataSpec) -> bool:
+    """Whether two entries may hold the same samples, by their paths and splits."""
+    return asked.path == learned.path and {asked.split, learned.split} != {"train", "held_out"}
+
+
+def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> list[str]:
+    data, found = planned.data, []
+    for part, rate in stage.train.items():
+        inner = part.removeprefix("image.").partition("(")[0]
+        if (usual := _HIGH.get(inner)) and rate > usual:
+            found.append(
+                f"learning rate {rate:g} for {part} is unusually high; such weights rarely bear more than {usual:g}"
+            )
+    if data.problem:
+        found.append(f"its data cannot be read: {data.problem}")
+    if data.blind:
+        found.append(NO_MEDIA)
+    if data.bad:
+        refuses = "training will refuse them" if stage.bad_samples == "refuse" else "training will skip them"
+        found.append(
+            f"{data.bad:,} bad samples, {refuses}; `opticnerve data check` lists them; the first: {data.first_bad}"
+        )
+    if plan.context and data.longest > plan.context:
+        found.append(
+            f"a sample has {data.longest:,} tokens, the language model takes {plan.context:,}; shorten or split it"
+        )
+    if data.units and data.units < stage.batch_size:
+        found.append(
+            f"a batch of {stage.batch_size} is larger than the data ({data.units} rows), which repeats within it"
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if stage.batch_size % (stage.accumulate * world):
+        found.append(
+            f"batch_size {stage.batch_size} does not split over {stage.accumulate} micro-batches and {world} processes"
+        )
+    if planned.memory.total > plan.device["free"]:
+        found.append(_too_much(stage, planned, plan.device["free"]))
+    return found
+
+
+def _too_much(stage: Stage, planned: Any, free: int) -> str:
+    remedies = []
+    if any(part == "language" or part.startswith("language.last") for part in stage.train):
+        remedies.append("train language.lora instead of the whole language model")
+    if not stage.gradient_checkpointing:
+        remedies.append("set gradient_checkpointing: true")
+    if stage.batch_size > stage.accumulate:
+        remedies.append(f"set accumulate: {stage.batch_size}")
+    needs = f"needs about {planned.memory.total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return f"{needs}; {', or '.join(remedies) or 'use a smaller model or precision: bf16'}"

@@ -1,0 +1,43 @@
+"""A recipe: everything a run needs, in one YAML file, checked before any weight is read. Nothing here imports torch."""
+
+from opticnerve.recipe.data import DataSpec
+from opticnerve.recipe.loading import dump, load
+from opticnerve.recipe.model import (
+    MODALITIES,
+    PARTS,
+    ClassifierSpec,
+    DualSpec,
+    EyeSpec,
+    LanguageSpec,
+    ModelSpec,
+    PartSpec,
+    TextSpec,
+    TilingSpec,
+    TowerSpec,
+    split_part,
+)
+from opticnerve.recipe.schema import CacheSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
+
+__all__ = [
+    "CacheSpec",
+    "ClassifierSpec",
+    "DataSpec",
+    "DualSpec",
+    "EvaluateSpec",
+    "EyeSpec",
+    "LanguageSpec",
+    "LoraSpec",
+    "MODALITIES",
+    "ModelSpec",
+    "PARTS",
+    "PackSpec",
+    "PartSpec",
+    "Recipe",
+    "Stage",
+    "TextSpec",
+    "TilingSpec",
+    "TowerSpec",
+    "dump",
+    "load",
+    "split_part",
+]  # fmt: skip

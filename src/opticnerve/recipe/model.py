@@ -1,0 +1,304 @@
+"""The keys of a recipe under `model:`: a docked language model, a dual encoder, or a fusion classifier.
+
+Validation only: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from opticnerve import registry
+from opticnerve.types import Thinking
+
+Positive = Annotated[int, Field(gt=0)]
+PARTS = (
+    "connector",
+    "encoder",
+    "encoder.last(N)",
+    "fusion",
+    "language",
+    "language.last(N)",
+    "language.lora",
+    "language.embeddings",
+)
+MODALITIES = ("image", "audio")
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def pinned(given: Any) -> Any:
+    """`name` with `revision` beside it as the one name `NAME@REVISION`, by which weights are found and kept."""
+    if not isinstance(given, dict) or given.get("revision") is None:
+        return given
+    rest = {k: v for k, v in given.items() if k != "revision"}
+    if not isinstance(rest.get("name"), str) or "@" in rest["name"]:
+        raise ValueError("revision belongs to a name of the hub that does not hold one (NAME@REVISION) already")
+    return {**rest, "name": f"{rest['name']}@{given['revision']}"}
+
+
+class PartSpec(BaseModel):
+    """A part by exact name (or dotted path), with that part's own options beside it; `revision` of its weights."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str
+
+    _pinned = model_validator(mode="before")(pinned)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def check_known(spec: PartSpec, parts: registry.Registry[Any]) -> None:
+    if spec.type not in parts.names() and ":" not in spec.type:
+        near = difflib.get_close_matches(spec.type, parts.names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {parts.kind} {spec.type!r}{hint} Known: {', '.join(parts.names())}")
+
+
+class LanguageSpec(Strict):
+    """A causal language model: hub name (`revision` or NAME@REVISION pins it), local folder, `.gguf` file, or
+    `starter/…`."""
+
+    name: str
+    gguf_file: str | None = None
+    chat_template: str | None = Field(
+        None, description="instead of the model's own: chatml, vicuna, a Jinja template, or a file"
+    )
+    thinking: Thinking | None = Field(
+        None,
+        description="think blocks of answers: strip them, keep (and learn) them, or ask with an empty one; by default "
+        "an answer is learned as the chat template writes it",
+    )
+    sanitize_control_tokens: bool = Field(
+        False, description="words of the data that spell a special token (<|im_end|>) are encoded as words"
+    )
+    date: datetime.date | None = Field(
+        None, description="the day that a chat template with today's date writes; by default the day of the run's start"
+    )
+
+    def words(self) -> dict[str, Any]:
+        """What the processor is told of words."""
+        date = self.date.isoformat() if self.date else None
+        return {"thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens, "date": date}
+
+    _pinned = model_validator(mode="before")(pinned)
+
+
+class TilingSpec(Strict):
+    """An image cut into tiles, with the whole of it as a thumbnail; see `opticnerve.models.vlm.tiling`."""
+
+    type: Literal["anyres"] = "anyres"
+    pinpoints: list[tuple[Positive, Positive]] | None = Field(
+        None, description="canvases as [height, width], in pixels: multiples of the encoder's image size"
+    )
+    unpad: bool | None = None
+    newline: bool | None = None
+    thumbnail: bool = True
+
+
+class TowerSpec(Strict):
+    """An eye or an ear with its connector and its way into the language model."""
+
+    encoder: PartSpec
+    connector: PartSpec = PartSpec(type="mlp")
+    fusion: PartSpec = PartSpec(type="splice")
+    tiling: TilingSpec | None = None
+
+    def parts(self) -> dict[str, Any]:
+        """What `opticnerve.models.vlm.tower.join` takes."""
+        made = {"connector": self.connector.model_dump(), "fusion": self.fusion.model_dump()}
+        return made if self.tiling is None else {**made, "tiling": self.tiling.model_dump(exclude_none=True)}
+
+    @model_validator(mode="after")
+    def _known_parts(self) -> TowerSpec:
+        for spec, parts in (
+            (self.encoder, registry.encoders),
+            (self.connector, registry.connectors),
+            (self.fusion, registry.fusions),
+        ):
+            check_known(spec, parts)
+        return self
+
+
+class ModelSpec(Strict):
+    """What is docked onto what."""
+
+    KIND: ClassVar[str] = "docked"
+    WHAT: ClassVar[str] = "a docked language model"
+
+    language: LanguageSpec
+    image: TowerSpec | None = None
+    audio: TowerSpec | None = None
+
+    @model_validator(mode="after")
+    def _something_is_docked(self) -> ModelSpec:
+        if not self.towers:
+            raise ValueError("nothing is docked onto the language model; give image: or audio: an encoder")
+        if self.audio is not None and self.audio.tiling is not None:
+            raise ValueError("audio.tiling: tiling is for pictures; remove it")
+        return self
+
+    @property
+    def towers(self) -> dict[str, TowerSpec]:
+        return {m: t for m in MODALITIES if (t := getattr(self, m, None)) is not None}
+
+    def check_part(self, part: str) -> None:
+        """Raise a ValueError unless the docked model has this part.
+
+        Raises:
+            ValueError: no such part, or it is not clear of which tower.
+        """
+        modality, inner = split_part(part)
+        if inner.startswith("language"):
+            return
+        if modality is None and len(self.towers) != 1:
+            have = ", ".join(f"{m}.{inner}" for m in self.towers)
+            raise ValueError(f"which one? The model's are {have}")
+        if modality is not None and modality not in self.towers:
+            raise ValueError(f"the model has no {modality} tower; it has {', '.join(self.towers)}")
+
+
+class ReaderSpec(PartSpec):
+    """A text encoder: `{name: starter/minilm}`, or a type of `opticnerve.encoders.text.text_encoders` beside it."""
+
+    type: str = "hf_text"
+
+
+class EyeSpec(Strict):
+    """The image tower of a dual encoder; see `opticnerve.models.dual_encoder.modeling`."""
+
+    encoder: PartSpec
+    pooling: Literal["mean", "class_token", "pooler"] = "mean"
+    projection: bool | dict[str, Any] = True
+
+    @model_validator(mode="after")
+    def _known_parts(self) -> EyeSpec:
+        check_known(self.encoder, registry.encoders)
+        return self
+
+
+class TextSpec(Strict):
+    """The text tower of a dual encoder."""
+
+    encoder: ReaderSpec
+    projection: bool | dict[str, Any] = True
+
+
+class DualSpec(Strict):
+    """An eye and a text encoder with one space for both: CLIP, SigLIP, LiT."""
+
+    PARTS: ClassVar[tuple[str, ...]] = (
+        "image.encoder", "image.encoder.last(N)", "image.projection", "text.encoder", "text.encoder.last(N)",
+        "text.projection", "temperature",
+    )  # fmt: skip
+    KIND: ClassVar[str] = "dual"
+    WHAT: ClassVar[str] = "a dual encoder"
+
+    image: EyeSpec
+    text: TextSpec
+    projection_dim: Positive | None = 512
+    loss: Literal["clip", "siglip"] = "clip"
+
+    def check_part(self, part: str) -> None:
+        check_part(part, self.PARTS, self.WHAT)
+
+
+class PictureSpec(Strict):
+    """The eye of a fusion classifier."""
+
+    encoder: PartSpec
+
+    @model_validator(mode="after")
+    def _known_parts(self) -> PictureSpec:
+        check_known(self.encoder, registry.encoders)
+        return self
+
+
+class QuestionSpec(Strict):
+    """The text encoder of a fusion classifier."""
+
+    encoder: ReaderSpec
+
+
+class ClassifierSpec(Strict):
+    """An eye and a text encoder that choose from a closed set of answers; see `models.classifier`."""
+
+    PARTS: ClassVar[tuple[str, ...]] = (
+        "image.encoder", "image.encoder.last(N)", "text.encoder", "text.encoder.last(N)", "classifier",
+    )  # fmt: skip
+    KIND: ClassVar[str] = "classifier"
+    WHAT: ClassVar[str] = "a fusion classifier"
+
+    timing: Literal["early", "intermediate", "late"]
+    image: PictureSpec | None = None
+    text: QuestionSpec
+    answers: list[str] | None = Field(None, description="the closed set; by default all answers in the stages' data")
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _an_eye_where_one_is_used(self) -> ClassifierSpec:
+        if (self.image is None) != (self.timing == "early"):
+            raise ValueError(
+                "early fusion reads the pixels themselves; leave image out"
+                if self.timing == "early"
+                else f"{self.timing} fusion needs an eye; give image: an encoder"
+            )
+        return self
+
+    def check_part(self, part: str) -> None:
+        check_part(part, self.PARTS, self.WHAT)
+
+
+def _kind(model: Any) -> str:
+    given = model if isinstance(model, dict) else {"timing": 0} if isinstance(model, ClassifierSpec) else {}
+    if "timing" in given:
+        return "classifier"
+    return "dual" if "text" in given or isinstance(model, DualSpec) else "docked"
+
+
+# The tags stand in the locations of pydantic's errors; `recipe` leaves them out again.
+AnyModelSpec = Annotated[
+    Annotated[ModelSpec, Tag("docked")]
+    | Annotated[DualSpec, Tag("dual")]
+    | Annotated[ClassifierSpec, Tag("classifier")],
+    Discriminator(_kind),
+]
+
+
+def check_part(part: str, known: tuple[str, ...], whose: str) -> None:
+    """Raise a ValueError unless `part` is one of `known`, where `last(N)` stands for any number."""
+    if re.sub(r"\(\d+\)$", "(N)", part) not in known or part.endswith("(N)"):
+        near = difflib.get_close_matches(part, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{whose} has no part {part!r}{hint} Parts: {', '.join(known)}")
+
+
+def split_part(part: str) -> tuple[str | None, str]:
+    """`"image.connector"` → `("image", "connector")`, `"language.lora"` → `(None, "language.lora")`.
+
+    Raises:
+        ValueError: no such part; the message lists them.
+    """
+    modality, inner = None, part
+    for m in MODALITIES:
+        if part.startswith(m + "."):
+            modality, inner = m, part[len(m) + 1 :]
+    tower_part = r"connector|fusion|encoder(\.last\(\d+\))?"
+    language_part = r"language(\.lora|\.embeddings|\.last\(\d+\))?"
+    if not re.fullmatch(f"{tower_part}|{language_part}", inner) or (modality and inner.startswith("language")):
+        near = difflib.get_close_matches(inner, PARTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first four"
+        )
+    return modality, inner

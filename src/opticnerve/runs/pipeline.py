@@ -1,0 +1,179 @@
+"""A whole run: dock, measure, train each stage, measure again, write the card. Each piece done is kept at once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from opticnerve.common.version import __version__
+from opticnerve.data.dataset.load import load_data
+from opticnerve.runs.card.card import write_card
+from opticnerve.runs.card.warnings import warnings_of
+from opticnerve.evaluation.evaluate import evaluate_model
+from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
+from opticnerve.evaluation.kinds import describe, dock_any, headline
+from opticnerve.runs.records import Results, finish_stage, finished_stage, keep_recipe, publish
+from opticnerve.common.waiting import Waiting
+from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.parts import is_docked_model
+from opticnerve.recipe import DualSpec, Recipe
+from opticnerve.train.loop import run_stage
+from opticnerve.train.setup import make_accelerator
+from opticnerve.distributed.collectives import on_main
+from opticnerve.types import Conversation, OpticNerveError
+
+
+def run_recipe(
+    recipe: Recipe, run_dir: Path, *, resume: bool = False, command: str = "", console: Any = None
+) -> dict[str, Any]:
+    """Train every stage of a recipe, evaluate, and fill the run folder; returns what `results.json` holds.
+
+    Args:
+        resume: go on where an earlier call with the same recipe stopped: finished stages are loaded, a begun one
+            continues from its newest checkpoint.
+        command: what the user typed, for the card.
+        console: a rich console for progress, or None for silence.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM, after saving. OpticNerveError: anything a user can put right.
+    """
+    started = time.perf_counter()
+    if not recipe.stages:
+        raise OpticNerveError("the recipe has no stages; add at least one under `stages:`")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = make_accelerator(recipe, run_dir)
+    main = accelerator.is_main_process
+    recipe = on_main(accelerator, partial(keep_recipe, recipe, run_dir, resume))
+    results = Results(run_dir / "results.json", fresh=not resume, writes=main)
+    for spec in recipe.evaluate:
+        load_data(spec.data)  # a bad question is found now, not when all is trained
+    dock = dock_any(recipe)
+    docked = is_docked_model(dock.model)
+    if docked and main:  # a tokenizer that would come back as another is found now, not when all is trained
+        with TemporaryDirectory() as scratch:
+            dock.processor.save_pretrained(scratch)
+    if console is not None:
+        console.print(headline(dock))
+    results.set("model", describe(dock))
+    results.set("machine", machine())
+    results.data |= {"opticnerve": __version__, "seed": recipe.seed}
+    if not (resume and results.data.get("command")):  # the card says how the run was begun
+        results.data["command"] = command
+    trained: set[str] = set()
+    seconds = results.data.setdefault("seconds", {})
+    dock.model.to(accelerator.device)
+    if recipe.forgetting and main and docked:
+        _measure_text(dock, results, "untouched", console, seconds, recipe.forgetting_tokens)
+    if isinstance(recipe.model, DualSpec) and main and "untrained" not in results.data:
+        # What the encoders give through projections that have learned nothing: the gain is over this.
+        results.set("untrained", evaluate_model(dock.model, dock.processor, recipe.evaluate, console=console)["tasks"])
+    for number, stage in enumerate(recipe.stages):
+        folder = run_dir / "stages" / f"{number}-{stage.name}"
+        done = on_main(accelerator, partial(finished_stage, folder)) if resume else None
+        if done is not None:
+            trained |= dock.load_stage(folder)
+        else:
+            outcome = run_stage(
+                dock, recipe, stage, folder, trained_before=trained, resume=resume, console=console,
+                accelerator=accelerator,
+            )  # fmt: skip
+            done = finish_stage(folder, outcome.to_dict()) if main else {}
+        if main:
+            seconds[stage.name] = done["seconds"]
+            results.set("stages", [s for s in results.data.get("stages", []) if s["name"] != stage.name] + [done])
+            if recipe.forgetting and docked:
+                _measure_text(dock, results, stage.name, console, seconds, recipe.forgetting_tokens)
+            write_card(run_dir)
+    if not main:
+        return results.data
+    publish(run_dir, folder)
+    dock.model.eval()
+    begun = time.perf_counter()
+    found = evaluate_model(dock.model, dock.processor, recipe.evaluate, console=console, run_dir=run_dir)
+    seconds["evaluate"] = time.perf_counter() - begun
+    seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
+    results.data |= found | {"seconds": seconds, "peak_memory_bytes": peak_memory()}
+    results.write()
+    write_card(run_dir)
+    if console is not None:
+        for title, text in warnings_of(results.data):
+            console.print(f"\n[bold red]WARNING: {title}[/]\n{text}\n", highlight=False, soft_wrap=True)
+    if recipe.trackers:
+        accelerator.end_training()
+    return results.data
+
+
+def machine() -> dict[str, Any]:
+    """Where this ran: what a figure is worth depends on it."""
+    import psutil
+    import transformers
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": accelerator.type if accelerator is not None else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _measure_text(
+    dock: Any, results: Results, after: str, console: Any, seconds: dict[str, float], tokens: int | None
+) -> None:
+    """One look at what the brain still knows, unless an earlier call has taken it."""
+    entries = results.data.setdefault("forgetting", [])
+    if any(e["after"] == after for e in entries):
+        return
+    begun = time.perf_counter()
+    answerer = Answerer(dock.model, dock.processor)
+
+    def generate(asked: list[Conversation]) -> list[str]:
+        return answerer.answer(asked, max_new_tokens=24, batch_size=24)
+
+    untouched = next((e for e in entries if e["after"] == "untouched"), None)
+    with Waiting(console, f"text alone, {'before training' if after == 'untouched' else f'after {after}'}"):
+        entries.append(
+            forgetting_entry(
+                after,
+                dock.model,
+                dock.processor.tokenizer,
+                generate,
+                untouched=untouched,
+                reuse_identical=True,
+                tokens=tokens,
+            )
+        )
+    if (dock.lora or {}).get("when") == "media":
+        # What the adapter would do to text if it did not step aside: the language model called by itself knows no gate.
+        with Waiting(console, f"text alone, adapter forced on, after {after}"):
+            forced = perplexity(dock.model.language_model, dock.processor.tokenizer, tokens=tokens)
+        entries[-1]["perplexity_adapter_on"] = forced["perplexity"]
+    seconds["forgetting"] = seconds.get("forgetting", 0.0) + time.perf_counter() - begun
+    results.write()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

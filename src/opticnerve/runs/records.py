@@ -1,0 +1,139 @@
+"""What a run folder keeps beside the weights, each file whole or not there, so that a run that is killed between any
+two of them goes on where it was."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from opticnerve.common import atomic as durable
+from opticnerve import recipe as recipes
+from opticnerve.recipe import ModelSpec, Recipe
+from opticnerve.types import OpticNerveError, RecipeError
+
+RECIPE, RESULT = "recipe.yaml", "result.json"
+# Of a stage's folder: what is no part of its model.
+_NO_MODEL = ("freeze.json", "metrics.jsonl", "diverged.jsonl", RESULT)
+
+
+class Results:
+    """results.json, written whole after each finding.
+
+    Args:
+        fresh: begin with none. writes: False for a process beside the one that writes.
+
+    Raises:
+        OpticNerveError: the one to go on with is damaged.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.data: dict[str, Any] = {}
+        if not fresh and path.is_file():
+            self.data = _read(path, "delete it: what it held is measured again")
+
+    def set(self, key: str, value: Any) -> None:
+        self.data[key] = value
+        self.write()
+
+    def write(self) -> None:
+        if self.writes:
+            durable.write_json(self.path, self.data, default=str)
+
+
+def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
+    """Write the recipe into the run folder, or see that it is the one that is there; returns what the run goes by.
+
+    A chat template that writes today's date writes the day on which the run began, however long it takes.
+
+    Raises:
+        OpticNerveError: it differs; the message names the keys, with both values.
+    """
+    path = run_dir / RECIPE
+    if not (resume and path.is_file()):
+        recipe = recipe.dated(datetime.date.today())
+        durable.write(path, recipes.dump(recipe))
+        return recipe
+    try:
+        kept = recipes.load(path)
+    except RecipeError as e:
+        raise OpticNerveError(f"{e}\n{path} is of another version of opticnerve, or was changed by hand") from e
+    if isinstance(kept.model, ModelSpec) and kept.docked.language.date is not None:
+        recipe = recipe.dated(kept.docked.language.date)
+    if lines := differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")):
+        raise OpticNerveError(
+            f"{run_dir} was begun with another recipe: {'; '.join(lines)}. Go on with its own by `opticnerve train "
+            f"--resume {run_dir}`, or choose another --out"
+        )
+    return recipe
+
+
+def differences(was: Any, now: Any, key: str = "") -> list[str]:
+    """`key: a there, b given` for every value in which two recipes differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        inner = [(f"{key}.{k}" if key else str(k), was.get(k), now.get(k)) for k in {**was, **now}]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        inner = [(f"{key}.{i}", *pair) for i, pair in enumerate(zip(was, now, strict=True))]
+    else:
+        return [] if was == now else [f"{key}: {was!r} there, {now!r} given"]
+    return [line for place, a, b in inner for line in differences(a, b, place)]
+
+
+def finish_stage(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Have a stage's model on the disk, and then say that the stage is finished: result.json, with the model's hashes.
+
+    Raises:
+        DiskFull: there is no room left.
+    """
+    files = _model_files(folder)
+    for file in files:
+        durable.sync(file)
+    durable.sync(folder)
+    durable.write_json(folder / RESULT, {**result, "files": {f.name: durable.sha256(f) for f in files}})
+    return result
+
+
+def finished_stage(folder: Path) -> dict[str, Any] | None:
+    """What a stage came to, if it is finished and its model is the one that it left.
+
+    Raises:
+        OpticNerveError: a file of its model is gone or another.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result = _read(path, "delete it, and the stage goes on from its newest checkpoint")
+    for name, known in dict(result.pop("files")).items():
+        file = folder / name
+        found = durable.sha256(file) if file.is_file() else "nothing"
+        if found != known:
+            raise OpticNerveError(
+                f"{file} is not what the finished stage left: its SHA-256 was {known[:16]}…, found is {found[:16]}. "
+                f"Bring it back from a copy; or delete {path}, and the stage goes on from its newest checkpoint"
+            )
+    return result
+
+
+def publish(run_dir: Path, last: Path) -> None:
+    """The run's own folder is the model of its last stage."""
+    durable.clear_left_overs(run_dir)
+    for file in _model_files(last):
+        durable.copy(file, run_dir / file.name)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(
+        f for f in folder.iterdir() if f.is_file() and f.name not in _NO_MODEL and not f.name.startswith(".writing-")
+    )
+
+
+def _read(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds {type(loaded).__name__}, not an object")
+    except ValueError as e:
+        raise OpticNerveError(f"{path} is damaged: {e}; {remedy}") from e
+    return loaded

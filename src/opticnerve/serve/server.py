@@ -1,0 +1,148 @@
+"""A server from its model to its end: what `opticnerve serve` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from opticnerve.inference.generate import Answerer
+from opticnerve.serve.app import create_app
+from opticnerve.serve.auth import Keys
+from opticnerve.serve.batch import why_alone
+from opticnerve.serve.limits import Limits
+from opticnerve.serve.media import Sources
+from opticnerve.serve.metrics import Metrics
+from opticnerve.serve.middleware import Gate
+from opticnerve.serve.prompts import Reader
+from opticnerve.serve.sampling import check_plain
+from opticnerve.serve.scheduler import Scheduler
+from opticnerve.web import listen as listening
+
+log = logging.getLogger("opticnerve.serve")
+
+
+@dataclass(kw_only=True)
+class Service:
+    """All parts of a server but its socket; `scheduler` has begun.
+
+    Args:
+        model, processor: as from `load_model`. name: for clients. limits, keys, sources: what it takes, from whom, from
+            where. only_host: see `Gate`.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+    limits: Limits = field(default_factory=Limits)
+    keys: Sequence[str] = ()
+    sources: Sources = field(default_factory=Sources)
+    only_host: str | None = None
+
+    def __post_init__(self) -> None:
+        check_plain(self.model)
+        answerer, self.metrics = Answerer(self.model, self.processor), Metrics()
+        self.reader = Reader(answerer, self.sources, self.limits)
+        self.scheduler = Scheduler(answerer, slots=self.limits.slots, metrics=self.metrics)
+        self.gate: Gate = create_app(
+            name=self.name, reader=self.reader, scheduler=self.scheduler, metrics=self.metrics, keys=Keys(self.keys),
+            only_host=self.only_host,
+        )  # fmt: skip
+        if (why := why_alone(self.model)) is not None:
+            log.warning("requests are answered one after another: %s", why)
+        self.scheduler.start()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which stops when told in this order: new requests get 503, running answers end, the socket closes.
+
+    Answers that still run after `grace_seconds` are cut off (`finish_reason` "length"). A second signal ends at once.
+    """
+
+    def __init__(self, service: Service) -> None:
+        limits = service.limits
+        self.service, self.give_up = service, 0.0
+        super().__init__(
+            uvicorn.Config(
+                service.gate, http=_timed(limits.head_seconds), ws="none", lifespan="off", access_log=False,
+                log_config=None, server_header=False, timeout_graceful_shutdown=5,
+            )
+        )  # fmt: skip
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.gate.stopping:
+            self.force_exit = self.should_exit = True
+        self.stop()
+
+    def stop(self) -> None:
+        """Begin to stop; `serve` and `run` return when it is done."""
+        self.give_up = time.monotonic() + self.service.limits.grace_seconds
+        self.service.gate.stopping = True
+
+    async def on_tick(self, counter: int) -> bool:
+        gate = self.service.gate
+        if gate.stopping and not self.should_exit:
+            over = time.monotonic() >= self.give_up
+            if over:
+                await asyncio.to_thread(self.service.scheduler.stop)
+            self.should_exit = gate.admitted == 0 or over
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self.service.scheduler.stop)
+
+
+def listen(host: str, port: int, *, stalled_seconds: float = 60.0) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    A client that reads nothing for `stalled_seconds` while its answer waits is cut off by the system, where it can
+    (Linux's TCP_USER_TIMEOUT).
+
+    Raises:
+        OpticNerveError: the address or port is not to be had.
+    """
+    made = listening.listen(host, port, backlog=512)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stalled_seconds))
+    return made
+
+
+def _timed(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes a connection whose next request's head does not arrive in time."""
+
+    class Timed(H11Protocol):
+        _head: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._head = self.loop.call_later(seconds, self._too_slow)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if answering and self._head is not None:
+                self._head.cancel()
+                self._head = None
+            elif not answering and self._head is None:
+                self._head = self.loop.call_later(seconds, self._too_slow)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._head is not None:
+                self._head.cancel()
+            super().connection_lost(exc)
+
+        def _too_slow(self) -> None:
+            self._head = None
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+
+    return Timed

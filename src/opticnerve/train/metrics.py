@@ -1,0 +1,64 @@
+"""metrics.jsonl: one line a step, without gaps or repeats, whatever ended the lives of the run before."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from opticnerve.common import atomic as durable
+
+METRICS = "metrics.jsonl"
+
+
+def steps_in(path: Path) -> int:
+    """How many steps, from the first one on, have a whole line; a last line that was cut off is none."""
+    return len(_whole_lines(path))
+
+
+class MetricsLog:
+    """Context manager: `write` adds the line of a step.
+
+    Args:
+        steps: the lines to keep; those of steps that are done again are dropped, and a torn one.
+    """
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path = path
+        kept = _whole_lines(path)[:steps]
+        durable.write(path, b"".join(line + b"\n" for line in kept))
+
+    def __enter__(self) -> Self:
+        self._file = self.path.open("ab", buffering=0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def write(self, line: dict[str, Any]) -> None:
+        data = json.dumps(line).encode() + b"\n"
+        with durable.room_for("a line of metrics.jsonl", len(data), self.path.parent):
+            while data:  # a disk that is nearly full takes a part
+                data = data[self._file.write(data) :]
+
+    def sync(self) -> None:
+        """Have all lines on the disk: a checkpoint is never ahead of them."""
+        os.fsync(self._file.fileno())
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of steps 1, 2, …, up to the first that is torn, missing or of another step."""
+    if not path.is_file():
+        return []
+    good: list[bytes] = []
+    for step, line in zip(count(1), path.read_bytes().split(b"\n"), strict=False):
+        try:
+            if json.loads(line)["step"] != step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        good.append(line)
+    return good

@@ -1,0 +1,1 @@
+"""What the server and the browser interface both stand on: where they listen, whom they let in."""
