@@ -52,7 +52,7 @@ def test_another_recipe_sets_the_old_run_aside(performed: list[dict[str, Any]], 
 def test_another_version_is_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
     before = rows.identity(FIRST, 0)
     assert rows.identity(FIRST, 1) != before
-    monkeypatch.setattr("opticnerve.__version__", "99")
+    monkeypatch.setattr("opticnerve.compare.rows.__version__", "99")
     assert rows.identity(FIRST, 0) != before
 
 
