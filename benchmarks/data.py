@@ -67,7 +67,7 @@ def draw(width: int, height: int, seed: int) -> PIL.Image.Image:
 # -- the sides ----------------------------------------------------------------------------------------------------
 
 
-class Visits:
+class StageSampler:
     """Batches of pixel values the way opticnerve makes them; `decode_only` leaves all but the decoding out."""
 
     def __init__(self, files: list[Path], samples: int, batch: int, *, decode_only: bool = False) -> None:
@@ -125,9 +125,9 @@ def batches(side: str, files: list[Path], samples: int, batch: int, workers: int
     from opticnerve.data.encode.loader import Waiting, loader
 
     if side in ("opticnerve", "decoding alone"):
-        visits = Visits(files, samples, batch, decode_only=side == "decoding alone")
-        visits[0]  # imports what workers shall not each import again, as a training's check of its data does
-        return Waiting(loader(visits, 0, workers, "cpu"))
+        sampler = StageSampler(files, samples, batch, decode_only=side == "decoding alone")
+        sampler[0]  # imports what workers shall not each import again, as a training's check of its data does
+        return Waiting(loader(sampler, 0, workers, "cpu"))
     processor = clip("CLIPImageProcessorPil" if side.endswith("PIL") else "CLIPImageProcessor")
     pictures: Any = Files(files, samples, opened=not side.endswith("files"))
     Processed(processor)([pictures[0]])

@@ -95,22 +95,22 @@ def status(*names: str) -> list[float]:
 
 def start(path: Path) -> dict[str, Any]:
     """One start: the units of a stage, the order of its first epoch, and the samples of its first visits."""
-    from opticnerve.data.dataset.load import load_units
+    from opticnerve.data.dataset.load import load_examples
     from opticnerve.recipe import DataSpec, Stage
-    from opticnerve.train.sampler import Visits
+    from opticnerve.train.sampler import StageSampler
 
     spec = DataSpec(path=str(path), media=str(path.parent / "media"))
     stage = Stage(name="instruct", train={"connector": 1e-3}, data=[spec], batch_size=8, steps=VISITS // 8)
     before, before_own = status("VmRSS", "RssAnon")
     started = time.perf_counter()
-    units = load_units([spec], on_error=print)
-    visits = Visits(units, stage, _Processor(), seed=0)
-    first = [c.id for v in range(8) for c in visits.drawn(v)]
+    units = load_examples([spec], on_error=print)
+    sampler = StageSampler(units, stage, _Processor(), seed=0)
+    first = [c.id for v in range(8) for c in sampler.drawn(v)]
     ready = time.perf_counter() - started
     seen = hashlib.sha256()
     started = time.perf_counter()
-    for visit in range(VISITS):
-        for c in visits.drawn(visit):
+    for index in range(VISITS):
+        for c in sampler.drawn(index):
             seen.update(repr((c.id, c.where, c.messages)).replace(str(path.parent), "").encode())
     each = (time.perf_counter() - started) / VISITS
     peak, own = status("VmHWM", "RssAnon")
@@ -124,30 +124,30 @@ def stream(path: Path, rows: int, marks: Path) -> dict[str, Any]:
     """Every row drawn once; where marks lie already, the last tenth of them."""
     from opticnerve.data.dataset.load import load_streams
     from opticnerve.recipe import DataSpec, Stage
-    from opticnerve.train.streaming_sampler import StreamedVisits
+    from opticnerve.train.streaming_sampler import StreamingSampler
 
     spec = DataSpec(path=str(path), media=str(path.parent / "media"), streaming=True)
     stage = Stage(name="instruct", train={"connector": 1e-3}, data=[spec], batch_size=8, steps=rows // 8)
     before, before_own = status("VmRSS", "RssAnon")
     started = time.perf_counter()
-    visits = StreamedVisits(load_streams(stage, seed=0), stage, _Processor(), seed=0)
+    sampler = StreamingSampler(load_streams(stage, seed=0), stage, _Processor(), seed=0)
     first = 0
     if marks.exists():
-        visits.load_state_dict(json.loads(marks.read_text()))
+        sampler.load_state_dict(json.loads(marks.read_text()))
         first = rows * 9 // 10
-    visits.drawn(first)
+    sampler.drawn(first)
     ready = time.perf_counter() - started
     own, seen = [], hashlib.sha256()
     started = time.perf_counter()
-    for visit in range(first, rows):
-        found = repr([(c.id, c.messages) for c in visits.drawn(visit)]).replace(str(path.parent), "")
-        if visit >= rows * 9 // 10:
+    for index in range(first, rows):
+        found = repr([(c.id, c.messages) for c in sampler.drawn(index)]).replace(str(path.parent), "")
+        if index >= rows * 9 // 10:
             seen.update(found.encode())
-        if (visit + 1 - first) % ((rows - first) // 10) == 0:
+        if (index + 1 - first) % ((rows - first) // 10) == 0:
             own.append(round(status("RssAnon")[0] - before_own, 1))
     each = (time.perf_counter() - started) / (rows - first)
     if not first:
-        marks.write_text(json.dumps(visits.state_dict()))
+        marks.write_text(json.dumps(sampler.state_dict()))
     peak = status("VmHWM")[0] - before
     return {"ready": ready, "visit_us": each * 1e6, "peak_mib": peak, "own_mib": own, "last_tenth": seen.hexdigest()}
 

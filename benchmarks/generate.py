@@ -34,9 +34,10 @@ ABLATED = {
 def prompts(shape: Shape, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Placeholders and a question of 8 to 24 random tokens for each row, padded on the left: (rows, L) and its mask."""
     rng = random.Random(0)
-    soft = [shape.brain.image_token_id] * shape.eye.tokens
+    soft = [shape.language_part.image_token_id] * shape.vision_encoder.tokens
     asked = [
-        soft + [rng.randrange(8, shape.brain.vocabulary - 1) for _ in range(rng.randint(8, 24))] for _ in range(rows)
+        soft + [rng.randrange(8, shape.language_part.vocabulary - 1) for _ in range(rng.randint(8, 24))]
+        for _ in range(rows)
     ]
     longest = max(map(len, asked))
     ids = [[0] * (longest - len(r)) + r for r in asked]
@@ -77,21 +78,21 @@ def theirs(model: Any, ids: torch.Tensor, mask: torch.Tensor, images: torch.Tens
 
 def mine(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, new: int, *, shared: int = 0,
-    lean: bool = True, room: bool = True, pack: bool = True, group_queries: bool = False,
+    fused: bool = True, room: bool = True, pack: bool = True, group_queries: bool = False,
 ) -> list[list[int]]:  # fmt: skip
     """Our tokens; `shared`: of so many first tokens of all rows, read once, `images` shows one row's."""
     from opticnerve.inference.decoding import decode
     from opticnerve.inference.shared_prefix import layout, read_heads
-    from opticnerve.ops.fused_decode import LeanDecoder
+    from opticnerve.ops.fused_decode import FusedDecoder
 
-    decoder = LeanDecoder.of(model.language_model, pack=pack, group_queries=group_queries) if lean else None
+    decoder = FusedDecoder.of(model.language_model, pack=pack, group_queries=group_queries) if fused else None
     inputs, cache = {"input_ids": ids, "attention_mask": mask, "pixel_values": images}, None
     if shared:
         rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
         cache = read_heads(model, [rows[0][:shared]], {"pixel_values": images}, [0] * len(rows), pad=0)
         inputs = layout([r[:shared] for r in rows], [r[shared:] for r in rows], pad=0)
     tokens = decode(
-        model, inputs, cache=cache, max_new_tokens=new, lean=decoder, room=room, do_sample=False, pad_token_id=0
+        model, inputs, cache=cache, max_new_tokens=new, fused=decoder, room=room, do_sample=False, pad_token_id=0
     )
     said = torch.stack(list(tokens), 1).tolist()
     if decoder is not None:
@@ -124,7 +125,15 @@ def trial(arguments: argparse.Namespace) -> Trial:
         options = ABLATED.get(side.removeprefix("opticnerve, "), {})
 
         def run() -> list[list[int]]:
-            return mine(model, ids, mask, images, new, shared=shape.eye.tokens if arguments.questions else 0, **options)
+            return mine(
+                model,
+                ids,
+                mask,
+                images,
+                new,
+                shared=shape.vision_encoder.tokens if arguments.questions else 0,
+                **options,
+            )
 
     run()
     started = time.perf_counter()

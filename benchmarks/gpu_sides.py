@@ -53,7 +53,11 @@ class Training:
 
     def shaped(self) -> Shape:
         shape = shapes.SHAPES[self.shape]
-        return shape if self.layers is None else replace(shape, brain=replace(shape.brain, layers=self.layers))
+        return (
+            shape
+            if self.layers is None
+            else replace(shape, language_part=replace(shape.language_part, layers=self.layers))
+        )
 
     def samples(self) -> tuple[list[Any], list[Any]]:
         """For warming up, and for the measured part."""
@@ -92,7 +96,7 @@ def trial(side: str, work: Training | Generation, device: str, *, compiled: bool
 def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
     from opticnerve.models.freeze import freeze
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.ops.fused_layers import lean
+    from opticnerve.ops.fused_layers import fused
     from opticnerve.train.optim import MasterAdamW
     from opticnerve.train.setup import checkpoint_layers
 
@@ -123,7 +127,7 @@ def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
     with torch.no_grad():
         total, count = objective(_batch(warm[:2], pool, None).to(device))
     random.Random(0).shuffle(measured)
-    with lean(model.language_model):
+    with fused(model.language_model):
         for start in range(0, len(warm), work.batch):
             step(warm[start : start + work.batch])
         _start_counting(device)
@@ -240,7 +244,7 @@ def _generate(side: str, work: Generation, device: str) -> Trial:
     shape = shapes.SHAPES[work.shape]
     rng = random.Random(1)
     pictures = made_data.pictures(shape, 1 if work.one_picture else work.questions)
-    words = [" ".join(f"w{rng.randrange(8, shape.brain.vocabulary - 1)}" for _ in range(12)) for _ in range(99)]
+    words = [" ".join(f"w{rng.randrange(8, shape.language_part.vocabulary - 1)}" for _ in range(12)) for _ in range(99)]
     asked = [ask(words[i], pictures[i % len(pictures)]) for i in range(work.questions)]
     answer = (_answers_ours if side == "opticnerve" else _answers_transformers)(shape, asked, work, device)
     answer(4)

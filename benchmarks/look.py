@@ -27,7 +27,7 @@ import torch
 
 from opticnerve.data.media.open import open_image
 from opticnerve.inference.load import load_model
-from opticnerve.interpret import attribution as looking
+from opticnerve.interpret import attribution as multimodal_context
 from opticnerve.interpret import localization as on_object
 from opticnerve.interpret.plot import shares_plot
 from opticnerve.starter import easy_vqa
@@ -61,9 +61,9 @@ def questions(count: int, seed: int) -> list[dict[str, Any]]:
 def methods_of(model: Any) -> list[str]:
     """All methods that this model's parts allow."""
     found = []
-    for method in looking.METHODS:
+    for method in multimodal_context.METHODS:
         try:
-            looking.check_method(model, method)
+            multimodal_context.check_method(model, method)
         except OpticNerveError as e:
             print(f"  without {method}: {e}", file=sys.stderr)
         else:
@@ -78,7 +78,7 @@ def measure(name: str, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, question in enumerate(asked, 1):
         picture = open_image(question["path"])
         mask_HW = on_object.object_mask(picture)
-        looked = looking.look(model, processor, ask(question["question"], picture), methods=methods)
+        looked = multimodal_context.look(model, processor, ask(question["question"], picture), methods=methods)
         for found in looked.maps:
             known = {"model": name, **{k: question[k] for k in ("image", "question", "answer")}, "said": looked.answer}
             best = on_object.best_mass(mask_HW, *found.grid_WHH.shape[1:])

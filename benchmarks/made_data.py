@@ -20,11 +20,11 @@ def samples(
 
     def words(least: int, most: int) -> list[int]:
         length = round(math.exp(rng.uniform(math.log(least), math.log(most))))
-        return [rng.randrange(8, shape.brain.vocabulary - 1) for _ in range(length)]
+        return [rng.randrange(8, shape.language_part.vocabulary - 1) for _ in range(length)]
 
     made = []
     for number in range(count):
-        soft = [shape.brain.image_token_id] * (shape.eye.tokens * images)
+        soft = [shape.language_part.image_token_id] * (shape.vision_encoder.tokens * images)
         asked, said = words(*question), words(*answer)
         labels = [IGNORE] * len(soft + asked) + said
         made.append(Encoded([*soft, *asked, *said], labels, [], id=str(number), media_end=len(soft)))
@@ -36,7 +36,7 @@ def pixels(shape: Shape, count: int, dtype: Any, *, seed: int = 0) -> Any:
     import torch
 
     return torch.randn(
-        count, 3, shape.eye.image, shape.eye.image, generator=torch.Generator().manual_seed(seed)
+        count, 3, shape.vision_encoder.image, shape.vision_encoder.image, generator=torch.Generator().manual_seed(seed)
     ).to(dtype)  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def pictures(shape: Shape, count: int) -> list[Any]:
     import numpy as np
     import PIL.Image
 
-    side = (shape.eye.image, shape.eye.image, 3)
+    side = (shape.vision_encoder.image, shape.vision_encoder.image, 3)
     return [PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, side, dtype=np.uint8)) for i in range(count)]
 
 
@@ -71,6 +71,6 @@ def processor(shape: Shape) -> Any:
     from opticnerve.encoders.base import make_image_processor
     from opticnerve.models.vlm.processing import OpticNerveProcessor
 
-    prepared = make_image_processor(size=shape.eye.image, mean=[0.5] * 3, std=[0.5] * 3)
-    words = tokenizer(shape.brain.vocabulary)
-    return OpticNerveProcessor(image_processor=prepared, tokenizer=words, num_image_tokens=shape.eye.tokens)
+    prepared = make_image_processor(size=shape.vision_encoder.image, mean=[0.5] * 3, std=[0.5] * 3)
+    words = tokenizer(shape.language_part.vocabulary)
+    return OpticNerveProcessor(image_processor=prepared, tokenizer=words, num_image_tokens=shape.vision_encoder.tokens)

@@ -73,12 +73,12 @@ class Row:
 QUESTIONS = {"starter": "starter/easy-vqa/test-questions", "starter-audio": "starter/spoken-words/held-out-voices"}
 
 
-def eye(name: str, title: str) -> Row:
+def vision_encoder(name: str, title: str) -> Row:
     change = f"model.image.encoder={{type: hf_vision, name: '{{random}}/{name}'}}"
     return Row("encoder", name, title, (change,), EYE, "encoder")
 
 
-def brain(name: str, title: str) -> Row:
+def language_part(name: str, title: str) -> Row:
     change = f"model.language={{name: '{{random}}/{name}', chat_template: chatml}}"
     return Row("language model", name, title, (change,), BRAIN, "language model")
 
@@ -94,11 +94,11 @@ PATCHES = "{type: patches, image_size: 64, patch_size: 16}"
 ROWS = [
     Row("encoder", "efficientnet", "timm CNN: EfficientNet-Lite0 with ImageNet weights (the starter's)"),
     Row("encoder", "timm-vit", "timm ViT", (f"model.image.encoder={TIMM}",), EYE, "encoder"),
-    eye("clip", "CLIP-ViT"),
-    eye("siglip", "SigLIP, and SigLIP 2 of fixed resolution"),
-    eye("siglip2", "SigLIP 2 of flexible resolution"),
-    eye("dinov2", "DINOv2"),
-    eye("vit", "ViT"),
+    vision_encoder("clip", "CLIP-ViT"),
+    vision_encoder("siglip", "SigLIP, and SigLIP 2 of fixed resolution"),
+    vision_encoder("siglip2", "SigLIP 2 of flexible resolution"),
+    vision_encoder("dinov2", "DINOv2"),
+    vision_encoder("vit", "ViT"),
     Row("encoder", "pair", "SigLIP + DINOv2 side by side", (f"model.image.encoder={PAIR}",), EYE, "encoder"),
     Row("encoder", "tiling", "tiles and a thumbnail (LLaVA-NeXT)", ("model.image.tiling={type: anyres}",)),
     Row("encoder", "patches", "raw patches, no encoder (Fuyu)", (f"model.image.encoder={PATCHES}",)),
@@ -116,14 +116,14 @@ ROWS = [
         ("model.image.fusion={type: cross_attention, every: 5}",), "fusion: 2.0e-3",
     ),
     Row("language model", "smollm2", "SmolLM2-135M-Instruct, pretrained (the starter's)"),
-    brain("llama", "Llama 3, Vicuna (Llama)"),
-    brain("qwen2", "Qwen 2 and 2.5"),
-    brain("qwen3", "Qwen 3"),
-    brain("mistral", "Mistral"),
-    brain("gemma2", "Gemma 2"),
-    brain("phi", "Phi"),
-    brain("opt", "OPT"),
-    brain("gpt2", "GPT-2"),
+    language_part("llama", "Llama 3, Vicuna (Llama)"),
+    language_part("qwen2", "Qwen 2 and 2.5"),
+    language_part("qwen3", "Qwen 3"),
+    language_part("mistral", "Mistral"),
+    language_part("gemma2", "Gemma 2"),
+    language_part("phi", "Phi"),
+    language_part("opt", "OPT"),
+    language_part("gpt2", "GPT-2"),
 ]  # fmt: skip
 
 
@@ -133,7 +133,7 @@ ROWS = [
 def make_random(name: str) -> None:
     """A folder of random weights under `WORK / "random"`, unless it is there."""
     folder = WORK / "random" / name
-    if (folder / "done").is_file() or name not in (*EYES, *BRAINS, "timm-vit"):
+    if (folder / "done").is_file() or name not in (*VISION_ENCODERS, *BRAINS, "timm-vit"):
         return
     import torch
 
@@ -143,7 +143,7 @@ def make_random(name: str) -> None:
     (folder / "done").touch()
 
 
-EYES: dict[str, tuple[str, dict[str, Any]]] = {  # type, and what it has of its own
+VISION_ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # type, and what it has of its own
     "clip": ("clip_vision_model", {"image_size": PICTURE}),
     "siglip": ("siglip_vision_model", {"image_size": PICTURE}),
     "siglip2": ("siglip2_vision_model", {"num_patches": 16}),
@@ -157,7 +157,7 @@ def save_eye(name: str, folder: Path) -> None:
     """A vision transformer of 4 layers for the pictures as they are: 4 × 4 patches of 16 px."""
     import transformers as tf
 
-    kind, own = EYES[name]
+    kind, own = VISION_ENCODERS[name]
     size = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
     config = tf.AutoConfig.for_model(kind, **size, **own, patch_size=16)
     tf.MODEL_MAPPING[type(config)](config).save_pretrained(folder)
@@ -227,7 +227,7 @@ def run(row: Row, budget: dict[str, Any]) -> dict[str, Any]:
     for name in re.findall(r"\{random\}/([\w-]+)", " ".join(row.change)):
         make_random(name)
     recipe = recipes.load(ROOT / "recipes" / f"{row.base}.yaml", row.overrides(budget))
-    [tower] = plan_model.shadow(recipe).towers.values()
+    [tower] = plan_model.meta_model(recipe).towers.values()
     folder = WORK / row.name
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()

@@ -32,11 +32,13 @@ def measure(axis: str, series: str, value: int, *, quick: bool) -> Trial:
         return _stage(value, steps=4 if quick else 12)
     if axis == "image_tokens":
         side, pictures = (TINY_TILES if quick else TILES)[value]
-        shape = replace(base, eye=replace(base.eye, image=side))
+        shape = replace(base, vision_encoder=replace(base.vision_encoder, image=side))
         return _steps(shape, pictures=pictures, text=CAPTION, batch=1, live=series == "eye live")
     if axis == "sequence":
-        shape = replace(base, eye=replace(base.eye, image=8 * base.eye.patch))  # 64 image tokens
-        return _steps(shape, pictures=1, text=value - shape.eye.tokens, batch=1)
+        shape = replace(
+            base, vision_encoder=replace(base.vision_encoder, image=8 * base.vision_encoder.patch)
+        )  # 64 image tokens
+        return _steps(shape, pictures=1, text=value - shape.vision_encoder.tokens, batch=1)
     if axis == "batch":
         return _steps(base, pictures=1, text=CAPTION, batch=value)
     assert axis == "language"
@@ -56,7 +58,7 @@ def _steps(shape: Shape, *, pictures: int, text: int, batch: int, live: bool = F
     from opticnerve.data.encode.packing import pack
     from opticnerve.models.freeze import freeze
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.ops.fused_layers import lean
+    from opticnerve.ops.fused_layers import fused
     from opticnerve.train.optim import MasterAdamW
     from opticnerve.types import Features
 
@@ -73,23 +75,25 @@ def _steps(shape: Shape, *, pictures: int, text: int, batch: int, live: bool = F
     if live:
         given.media["pixel_values"] = made_data.pixels(shape, count, torch.bfloat16)
     else:
-        tokens_BND = torch.randn(count, shape.eye.tokens, shape.eye.width).bfloat16()
-        given.media["image_features"] = Features(tokens_BND, torch.ones(count, shape.eye.tokens, dtype=torch.bool))
+        tokens_BND = torch.randn(count, shape.vision_encoder.tokens, shape.vision_encoder.width).bfloat16()
+        given.media["image_features"] = Features(
+            tokens_BND, torch.ones(count, shape.vision_encoder.tokens, dtype=torch.bool)
+        )
 
     def step() -> None:
         loss, supervised = objective(given)
         (loss / supervised).backward()
         optimizer.step(1.0, 1.0)
 
-    sizes = [(1600, i, o) for i, o in set(shape.brain.matrices)]
+    sizes = [(1600, i, o) for i, o in set(shape.language_part.matrices)]
     rate = shapes.matmul_rate(sizes, seconds=0.2)
     before = _resident()
-    with lean(model.language_model):
+    with fused(model.language_model):
         seconds = _repeat(step)
     rate = max(rate, shapes.matmul_rate(sizes, seconds=0.2))  # what else the machine does comes and goes
     needed = shapes.flops(
         shape, lengths=[len(s.input_ids) for s in samples], supervised=sum(s.supervised for s in samples),
-        images=count, live_eye=live,
+        images=count, live_encoder=live,
     )  # fmt: skip
     return Trial(seconds, batch, notes={"floor_seconds": needed / rate, "before_bytes": before})
 
@@ -126,12 +130,12 @@ def _stage(rows: int, *, steps: int, batch: int = 8, files: int = 20) -> Trial:
         os.environ["OPTICNERVE_CACHE"] = str(folder / "cache")
         _save_model(folder)
         data = _save_rows(folder / "data", rows, files)
-        language, eye = str(folder / "language"), {"type": "hf_vision", "name": str(folder / "eye")}
-        dock = opticnerve.dock(eye, "mlp", language, seed=0)
+        language, vision_encoder = str(folder / "language"), {"type": "hf_vision", "name": str(folder / "eye")}
+        dock = opticnerve.dock(vision_encoder, "mlp", language, seed=0)
         stage = {"name": "align", "train": {"connector": 1e-3}, "data": [{"path": str(data)}], "steps": steps}
         recipe = Recipe(
             name="rows", precision="fp32",
-            model={"language": {"name": language}, "image": {"encoder": eye, "connector": {"type": "mlp"}}},
+            model={"language": {"name": language}, "image": {"encoder": vision_encoder, "connector": {"type": "mlp"}}},
             stages=[{**stage, "batch_size": batch}], forgetting=False,
         )  # fmt: skip
         times, held = [], []
@@ -166,9 +170,9 @@ def _save_model(folder: Path) -> None:
 
     shape = shapes.SHAPES["tiny"]
     torch.manual_seed(0)
-    tf.AutoModelForCausalLM.from_config(shape.brain.config()).save_pretrained(folder / "language")
-    made_data.tokenizer(shape.brain.vocabulary).save_pretrained(folder / "language")
-    tf.AutoModel.from_config(shape.eye.config()).save_pretrained(folder / "eye")
+    tf.AutoModelForCausalLM.from_config(shape.language_part.config()).save_pretrained(folder / "language")
+    made_data.tokenizer(shape.language_part.vocabulary).save_pretrained(folder / "language")
+    tf.AutoModel.from_config(shape.vision_encoder.config()).save_pretrained(folder / "eye")
     made_data.processor(shape).image_processor.save_pretrained(folder / "eye")
 
 

@@ -90,8 +90,8 @@ class Brain:
 class Shape:
     """An eye, a brain, and between them LLaVA-1.5's two-layer MLP."""
 
-    eye: Eye
-    brain: Brain
+    vision_encoder: Eye
+    language_part: Brain
 
 
 _CLIP_B = Eye("clip_vision_model", 768, 3072, 12, 12, 224, 16, layer=-2)
@@ -130,7 +130,7 @@ def ours(shape: Shape, dtype: Any = None, device: Any = "cpu", *, seed: int = 0,
 
     encoder, connector, fusion, language = _parts(shape, dtype, device, seed, calibrate)
     return OpticNerveForConditionalGeneration.from_parts(
-        language, {"image": Tower(encoder, connector, fusion)}, image_token_id=shape.brain.image_token_id
+        language, {"image": Tower(encoder, connector, fusion)}, image_token_id=shape.language_part.image_token_id
     )
 
 
@@ -141,10 +141,10 @@ def llava(shape: Shape, dtype: Any = None, device: Any = "cpu", *, seed: int = 0
 
     encoder, connector, _, language = _parts(shape, dtype, device, seed, False)
     config = tf.LlavaConfig(
-        vision_config=shape.eye.config(), text_config=shape.brain.config(),
-        image_token_index=shape.brain.image_token_id, image_seq_length=shape.eye.tokens,
-        vision_feature_layer=shape.eye.layer,
-        vision_feature_select_strategy="default" if shape.eye.class_token else "full",
+        vision_config=shape.vision_encoder.config(), text_config=shape.language_part.config(),
+        image_token_index=shape.language_part.image_token_id, image_seq_length=shape.vision_encoder.tokens,
+        vision_feature_layer=shape.vision_encoder.layer,
+        vision_feature_select_strategy="default" if shape.vision_encoder.class_token else "full",
     )  # fmt: skip
     with torch.device("meta"):
         model = tf.LlavaForConditionalGeneration(config)
@@ -164,16 +164,19 @@ def _parts(shape: Shape, dtype: Any, device: Any, seed: int, calibrate: bool) ->
     from opticnerve.fusion.splice import Splice
 
     dtype = dtype or torch.bfloat16
-    eye, brain = shape.eye, shape.brain
+    vision_encoder, language_part = shape.vision_encoder, shape.language_part
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        language = tf.AutoModelForCausalLM.from_config(brain.config(), dtype=dtype)
-        vision = tf.AutoModel.from_config(eye.config(), dtype=dtype)
-        connector = MLPConnector(in_size=eye.width, out_size=brain.width, in_tokens=eye.tokens, calibrate=calibrate).to(
-            dtype
-        )
-    encoder = HFVisionEncoder(architecture=eye.config().to_dict(), layer=eye.layer, _model=vision)
-    fusion = Splice(language_size=brain.width, language_layers=brain.layers)
+        language = tf.AutoModelForCausalLM.from_config(language_part.config(), dtype=dtype)
+        vision = tf.AutoModel.from_config(vision_encoder.config(), dtype=dtype)
+        connector = MLPConnector(
+            in_size=vision_encoder.width,
+            out_size=language_part.width,
+            in_tokens=vision_encoder.tokens,
+            calibrate=calibrate,
+        ).to(dtype)
+    encoder = HFVisionEncoder(architecture=vision_encoder.config().to_dict(), layer=vision_encoder.layer, _model=vision)
+    fusion = Splice(language_size=language_part.width, language_layers=language_part.layers)
     return encoder.eval(), connector, fusion, language.eval()
 
 
@@ -218,7 +221,7 @@ def flops(
     images: int,
     trains: Trains = "connector",
     rank: int = LORA["rank"],
-    live_eye: bool = True,
+    live_encoder: bool = True,
     causal: bool = True,
     last_mlp_everywhere: bool = False,
 ) -> int:
@@ -237,7 +240,7 @@ def flops(
         causal: False counts the whole square of attention, as torch's flop counter does.
         last_mlp_everywhere: at all positions, as transformers computes it.
     """
-    brain, eye = shape.brain, shape.eye
+    language_part, vision_encoder = shape.language_part, shape.vision_encoder
     tokens = sum(lengths)
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     ways = 3 if trains == "full" else 2  # forward, gradient of activations, gradient of weights
@@ -246,23 +249,34 @@ def flops(
         adapter = 3 * rank * sum(i + o for i, o in matrices) if trains == "lora" else 0
         return 2 * positions * (ways * sum(i * o for i, o in matrices) + adapter)
 
-    attention = 4 * pairs * brain.width  # q·k and p·v; backward, each is two products
-    layer = linear(tokens, brain.matrices) + 3 * attention
-    unread = 0 if last_mlp_everywhere else linear(tokens - supervised, brain.matrices[4:])
-    head = ways * 2 * supervised * brain.width * brain.vocabulary
+    attention = 4 * pairs * language_part.width  # q·k and p·v; backward, each is two products
+    layer = linear(tokens, language_part.matrices) + 3 * attention
+    unread = 0 if last_mlp_everywhere else linear(tokens - supervised, language_part.matrices[4:])
+    head = ways * 2 * supervised * language_part.width * language_part.vocabulary
 
-    soft = images * eye.tokens
+    soft = images * vision_encoder.tokens
     # The first layer's input is frozen: nothing asks for its gradient.
-    connector = 2 * soft * (2 * eye.width * brain.width + 3 * brain.width * brain.width)
-    return brain.layers * layer - unread + head + connector + (eye_flops(eye, images) if live_eye else 0)
+    connector = (
+        2 * soft * (2 * vision_encoder.width * language_part.width + 3 * language_part.width * language_part.width)
+    )
+    return (
+        language_part.layers * layer
+        - unread
+        + head
+        + connector
+        + (encoder_flops(vision_encoder, images) if live_encoder else 0)
+    )
 
 
-def eye_flops(eye: Eye, images: int) -> int:
+def encoder_flops(vision_encoder: Eye, images: int) -> int:
     """The eye's forward pass over so many pictures, up to the layer that the connector gets."""
-    tokens = eye.tokens + eye.class_token
-    used = eye.layers + 1 + eye.layer if eye.layer < 0 else eye.layer
-    layer = 2 * tokens * (4 * eye.width**2 + 2 * eye.width * eye.mlp) + 4 * tokens**2 * eye.width
-    return images * (used * layer + 2 * eye.tokens * 3 * eye.patch**2 * eye.width)
+    tokens = vision_encoder.tokens + vision_encoder.class_token
+    used = vision_encoder.layers + 1 + vision_encoder.layer if vision_encoder.layer < 0 else vision_encoder.layer
+    layer = (
+        2 * tokens * (4 * vision_encoder.width**2 + 2 * vision_encoder.width * vision_encoder.mlp)
+        + 4 * tokens**2 * vision_encoder.width
+    )
+    return images * (used * layer + 2 * vision_encoder.tokens * 3 * vision_encoder.patch**2 * vision_encoder.width)
 
 
 def matmul_rate(

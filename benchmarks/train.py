@@ -70,7 +70,7 @@ def opticnerve(args: Any, folder: Path) -> Trial:
     from opticnerve.models.freeze import freeze
     from opticnerve.models.vlm.build import Dock
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.ops.fused_layers import lean
+    from opticnerve.ops.fused_layers import fused
     from opticnerve.recipe import load
     from opticnerve.train import loop
     from opticnerve.train.loop import run_stage
@@ -98,7 +98,7 @@ def opticnerve(args: Any, folder: Path) -> Trial:
     stage = recipe.stages[0]
     frozen = freeze(model, {"connector": 1e-3})
     batch = Collator(processor)([pack([[s]]) for s in samples[:CHECKED]])
-    with lean(model.language_model):
+    with fused(model.language_model):
         loss, count = NextToken(model)(batch)
         (loss / count).backward()
     check = [float(loss.detach() / count), _norm(p for group in frozen.groups.values() for p in group.values())]
@@ -127,7 +127,7 @@ def _without(changes: list[str]) -> None:
 
         next_token.supervised_loss = everywhere
     if "ablate=lean" in changes:
-        loop.lean = lambda language_model, functions: contextlib.nullcontext(0)
+        loop.fused = lambda language_model, functions: contextlib.nullcontext(0)
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------
@@ -143,7 +143,9 @@ def transformers(args: Any, folder: Path, *, trl: bool = False) -> Trial:
     samples = train_data.encoded(file, args.stage, processor)
     rows = [
         {
-            "input_ids": [shape.brain.image_token_id if i == processor.image_token_id else i for i in s.input_ids],
+            "input_ids": [
+                shape.language_part.image_token_id if i == processor.image_token_id else i for i in s.input_ids
+            ],
             "labels": s.labels, "picture": s.images[0].source,
         }
         for s in samples
@@ -206,14 +208,14 @@ def _trial(args: Any, samples: list[Any], seconds: float, check: list[float], no
     # The rate is measured after training, so that its matrices do not count as the side's memory.
     peak = peak_resident()
     tokens = BATCH * sum(len(s.input_ids) for s in samples) // len(samples)
-    rate = shapes.matmul_rate([(tokens, i, o) for i, o in set(shape.brain.matrices)])
+    rate = shapes.matmul_rate([(tokens, i, o) for i, o in set(shape.language_part.matrices)])
     lengths = [len(s.input_ids) for s in samples]
     supervised = sum(label != -100 for s in samples for label in s.labels)
     steps = shapes.flops(
         shape, lengths=lengths, supervised=supervised, images=len(samples), trains=TRAINS[args.stage], rank=RANK,
-        live_eye=False,
+        live_encoder=False,
     )  # fmt: skip
-    needed = EPOCHS * steps + shapes.eye_flops(shape.eye, len(samples))  # a picture must be seen once
+    needed = EPOCHS * steps + shapes.encoder_flops(shape.vision_encoder, len(samples))  # a picture must be seen once
     notes |= {"floor_seconds": needed / rate, "matmul_gflops": rate / 1e9}
     return Trial(seconds, EPOCHS * len(samples), peak_bytes=peak, check=check, notes=notes)
 

@@ -44,10 +44,10 @@ def processor(shape: shapes.Shape) -> Any:
 
     from opticnerve.models.vlm.processing import OpticNerveProcessor
 
-    side = shape.eye.image
+    side = shape.vision_encoder.image
     pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    words = tokenizer(shape.brain.vocabulary - 4)
-    return OpticNerveProcessor(image_processor=pictures, tokenizer=words, num_image_tokens=shape.eye.tokens)
+    words = tokenizer(shape.language_part.vocabulary - 4)
+    return OpticNerveProcessor(image_processor=pictures, tokenizer=words, num_image_tokens=shape.vision_encoder.tokens)
 
 
 def write(folder: Path, stage: str, count: int) -> Path:
@@ -94,9 +94,9 @@ def template(stage: str) -> str | None:
 
 def encoded(file: Path, stage: str, processor: Any) -> list[Any]:
     """The samples, tokenised, with their labels: `opticnerve.data.encode.tokenize.Encoded`."""
-    from opticnerve.data.dataset.load import load_units
+    from opticnerve.data.dataset.load import load_examples
     from opticnerve.data.encode.tokenize import encode
     from opticnerve.recipe import DataSpec
 
-    units = load_units([DataSpec(path=str(file))])
+    units = load_examples([DataSpec(path=str(file))])
     return [encode(c, processor, template=template(stage)) for conversations, _ in units for c in conversations]

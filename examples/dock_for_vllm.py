@@ -19,7 +19,7 @@ import transformers
 
 from opticnerve.models.vlm.build import dock
 
-EYES = {
+VISION_ENCODERS = {
     "siglip": ("siglip_vision_model", {"layer": -2}, "mlp"),
     "dinov2": ("dinov2", {}, "pixel_shuffle"),
 }
@@ -28,19 +28,21 @@ EYES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("to", type=Path, help="the new folder")
-    parser.add_argument("--eye", choices=EYES, default="siglip")
+    parser.add_argument("--eye", choices=VISION_ENCODERS, default="siglip")
     given = parser.parse_args()
-    kind, options, connector = EYES[given.eye]
+    kind, options, connector = VISION_ENCODERS[given.vision_encoder]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         kind, hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=3, image_size=112,
         patch_size=14,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as eye:
-        transformers.MODEL_MAPPING[type(config)](config).save_pretrained(eye)
+    with tempfile.TemporaryDirectory() as vision_encoder:
+        transformers.MODEL_MAPPING[type(config)](config).save_pretrained(vision_encoder)
         side = {"height": 112, "width": 112}
-        transformers.SiglipImageProcessor(size=side).save_pretrained(eye)
-        made = dock({"type": "hf_vision", "name": eye, **options}, connector, "starter/smollm2-135m-instruct")
+        transformers.SiglipImageProcessor(size=side).save_pretrained(vision_encoder)
+        made = dock(
+            {"type": "hf_vision", "name": vision_encoder, **options}, connector, "starter/smollm2-135m-instruct"
+        )
         with torch.no_grad():
             made.model.image.connector.output_scale.fill_(0.1)  # about as large as a word's embedding
         made.model.save_pretrained(given.to)

@@ -181,7 +181,7 @@ def show(proc: Any, ids: list[int]) -> str:
     return " ".join(map(repr, proc.tokenizer.convert_ids_to_tokens(ids[-40:])))
 
 
-def judge(name: str, tried: Sequence[Sample], check: Callable[[Sample], None]) -> None:
+def scorer(name: str, tried: Sequence[Sample], check: Callable[[Sample], None]) -> None:
     """Try all; fail with how many broke, and the first few."""
     broken: list[str] = []
     for sample in tried:

@@ -40,10 +40,10 @@ def make_recipe(
 
     def make(*stages: dict[str, Any], language: str | None = None, vision: Any = None, **extra: Any) -> Any:
         common = {"data": [{"path": str(captions)}], "steps": 2, "batch_size": 4}
-        eye = vision or {"type": "hf_vision", "name": vision_folder()}
+        vision_encoder = vision or {"type": "hf_vision", "name": vision_folder()}
         return recipes.load({
             "precision": "fp32",
-            "model": {"language": {"name": language or language_folder()}, "image": {"encoder": eye}},
+            "model": {"language": {"name": language or language_folder()}, "image": {"encoder": vision_encoder}},
             "stages": [{"name": f"s{i}", **common, **stage} for i, stage in enumerate(stages)],
             **extra,
         })  # fmt: skip

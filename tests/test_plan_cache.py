@@ -21,7 +21,7 @@ from opticnerve.plan import model as plan_model
 from opticnerve.plan import plan
 from opticnerve.plan.feature_cache import CachePlan
 from opticnerve.recipe import Recipe
-from opticnerve.train.sampler import Visits
+from opticnerve.train.sampler import StageSampler
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def make_recipe(
             "name": "align", "train": {"connector": 1e-3}, "data": [{"path": str(captions)}], "batch_size": 3,
             "epochs": 50, **stage,
         }  # fmt: skip
-        eye = {"type": "hf_vision", "name": vision_folder()}
-        model = {"language": {"name": language_folder()}, "image": {"encoder": eye}}
+        vision_encoder = {"type": "hf_vision", "name": vision_folder()}
+        model = {"language": {"name": language_folder()}, "image": {"encoder": vision_encoder}}
         return recipes.load({"precision": precision, "model": model, "stages": [given]})
 
     return make
@@ -52,31 +52,31 @@ def test_disk_and_views_are_the_real_ones(make_recipe: Callable[..., Recipe], tm
     recipe = make_recipe()
     found = foreseen(recipe)
     dock = dock_recipe(recipe)
-    from opticnerve.data.dataset.load import load_units
+    from opticnerve.data.dataset.load import load_examples
 
-    visits = Visits(load_units(recipe.stages[0].data), recipe.stages[0], dock.processor, seed=0)
-    assert (found.visits, found.pictures) == (visits.steps * 3, len(visits.pictures())) == (300, 6)
-    store = see_all(dock.model, dock.processor, visits.pictures())
-    kept = store.rows(*zip(*visits.pictures(), strict=True))
+    sampler = StageSampler(load_examples(recipe.stages[0].data), recipe.stages[0], dock.processor, seed=0)
+    assert (found.views, found.pictures) == (sampler.steps * 3, len(sampler.pictures())) == (300, 6)
+    store = see_all(dock.model, dock.processor, sampler.pictures())
+    kept = store.rows(*zip(*sampler.pictures(), strict=True))
     assert found.disk == kept.tokens_BND.nbytes + kept.mask_BN.nbytes
     assert foreseen(make_recipe("bf16")).disk == kept.tokens_BND.nbytes // 2 + kept.mask_BN.nbytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_cache, "_DISK", 1e30)
         free = foreseen(recipe)
-    assert free.saved == pytest.approx(free.eye * (1 - 6 / 300))
+    assert free.saved == pytest.approx(free.vision_encoder * (1 - 6 / 300))
     # The whole step is the eye and the rest; the eye's share is a share.
-    assert 0 < free.eye < 1
+    assert 0 < free.vision_encoder < 1
 
 
 def test_the_eye_s_share_is_what_the_step_lacks_without_it(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe()
     found = plan.make(recipe).stages[0]
-    eye = plan_model.shadow(recipe).towers["image"].encoder
+    vision_encoder = plan_model.meta_model(recipe).towers["image"].encoder
     flops = torch.utils.flop_counter.FlopCounterMode(display=False)
     with torch.device("meta"), flops:
-        eye(torch.empty(3, *eye.media_shape))
+        vision_encoder(torch.empty(3, *vision_encoder.media_shape))
     assert found.cache is not None
-    assert found.cache.eye == pytest.approx(flops.get_total_flops() / found.flops, rel=1e-6)
+    assert found.cache.vision_encoder == pytest.approx(flops.get_total_flops() / found.flops, rel=1e-6)
 
 
 def test_no_cache_is_foreseen_where_there_can_be_none(make_recipe: Callable[..., Recipe]) -> None:
@@ -87,7 +87,7 @@ def test_no_cache_is_foreseen_where_there_can_be_none(make_recipe: Callable[...,
 
 def test_a_short_stage_caches_only_what_it_sees(make_recipe: Callable[..., Recipe]) -> None:
     found = foreseen(make_recipe(steps=1, epochs=None))
-    assert (found.visits, found.pictures) == (3, 3)
+    assert (found.views, found.pictures) == (3, 3)
     assert "hardly a picture is seen twice" in found.remark()[1]
 
 
@@ -101,7 +101,7 @@ def test_the_words(make_recipe: Callable[..., Recipe], monkeypatch: pytest.Monke
 
     assert words() == (False, "cache_features would save about 40% of this stage's time (12 min) for 1.2 GB of disk")
     assert words(on=True)[1].startswith("cache_features saves about 40%")
-    assert words(eye=0.02, saved=0.01)[1].startswith("cache_features does not pay: the image encoder is 2%")
+    assert words(vision_encoder=0.02, saved=0.01)[1].startswith("cache_features does not pay: the image encoder is 2%")
     decide, text = words(on=True, budget=10**9)
     assert decide
     assert "needs 1.2 GB of disk; 1 GB are allowed" in text
@@ -131,8 +131,8 @@ def test_rows_packed_ahead_are_foreseen(make_recipe: Callable[..., Recipe]) -> N
     apart, together = (
         plan.make(recipe.model_copy(update={"stages": [s]})).stages[0] for s in (recipe.stages[0], packed)
     )
-    assert together.data.visits > 1.5
+    assert together.data.per_row > 1.5
     assert together.data.steps < apart.data.steps
     assert together.epochs == pytest.approx(50, rel=0.05)
     assert together.data.length > 1.5 * apart.data.length
-    assert together.cache.visits == pytest.approx(apart.cache.visits, rel=0.05)
+    assert together.cache.views == pytest.approx(apart.cache.views, rel=0.05)

@@ -25,25 +25,25 @@ from opticnerve.types import (
 
 
 def test_ask() -> None:
-    talk = ask("what?", Path("a.png"), b"bytes", answer="a dog", kind="other")
-    assert [i.source for i in talk.images] == [Path("a.png"), b"bytes"]
-    assert talk.messages[0].text == "what?"
-    assert talk.answer == "a dog"
-    assert talk.meta == {"kind": "other"}
-    assert talk.prompt().answer is None
-    assert talk.prompt().images == talk.images
+    chat_state = ask("what?", Path("a.png"), b"bytes", answer="a dog", kind="other")
+    assert [i.source for i in chat_state.images] == [Path("a.png"), b"bytes"]
+    assert chat_state.messages[0].text == "what?"
+    assert chat_state.answer == "a dog"
+    assert chat_state.meta == {"kind": "other"}
+    assert chat_state.prompt().answer is None
+    assert chat_state.prompt().images == chat_state.images
     assert ask("q").answer is None
     assert ask("q").prompt() == ask("q")
 
 
 def test_chat_format() -> None:
-    talk = Conversation(
+    chat_state = Conversation(
         (
             Message("system", (TextPart("s"),)),
             Message("user", (TextPart("a"), ImagePart(Path("x.png")), TextPart("b"), AudioPart(b"wav"))),
         )
     )
-    assert talk.to_chat() == [
+    assert chat_state.to_chat() == [
         {"role": "system", "content": [{"type": "text", "text": "s"}]},
         {
             "role": "user",
@@ -53,8 +53,8 @@ def test_chat_format() -> None:
             ],
         },
     ]  # fmt: skip
-    assert talk.messages[1].text == "ab"
-    assert [a.source for a in talk.audios] == [b"wav"]
+    assert chat_state.messages[1].text == "ab"
+    assert [a.source for a in chat_state.audios] == [b"wav"]
 
 
 def test_prompt_of_nothing() -> None:

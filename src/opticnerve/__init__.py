@@ -1,4 +1,4 @@
-"""opticnerve: dock any pretrained eye onto any pretrained language model.
+"""opticnerve: dock any pretrained vision encoder onto any pretrained language model.
 
 Importing this package registers its classes with transformers' Auto classes. The command line alone puts that off, so
 that `opticnerve --help` answers at once (see `opticnerve_launch`).

@@ -111,8 +111,8 @@ class ImagePart:
 
 @dataclass(frozen=True, slots=True)
 class AudioPart:
-    """A sound within a message: a file, encoded bytes, or samples already opened (float32, mono, at the ear's rate).
-    Opened late, by `data.media.audio.open_audio`."""
+    """A sound within a message: a file, encoded bytes, or samples already opened (float32, mono, at the audio encoder's
+    rate). Opened late, by `data.media.audio.open_audio`."""
 
     source: Path | bytes | NDArray[Any]
 

@@ -74,7 +74,9 @@ def test_flops_are_those_that_torch_counts(name: str, trains: Any, last_mlp: str
         causal=False, last_mlp_everywhere=last_mlp == "everywhere",
     )  # fmt: skip
     # transformers' eye computes the layers behind the one that is used, too.
-    whole = shapes.eye_flops(replace(shape.eye, layer=-1), 1) - shapes.eye_flops(shape.eye, 1)
+    whole = shapes.encoder_flops(replace(shape.vision_encoder, layer=-1), 1) - shapes.encoder_flops(
+        shape.vision_encoder, 1
+    )
     assert counter.get_total_flops() == needed + whole
 
 
@@ -83,4 +85,6 @@ def test_causal_attention_and_a_cached_eye_need_less() -> None:
     given: dict[str, Any] = {"lengths": [300], "supervised": 40, "images": 1}
     whole = shapes.flops(shape, **given, causal=False)
     assert shapes.flops(shape, **given) < whole
-    assert whole - shapes.flops(shape, **given, causal=False, live_eye=False) == shapes.eye_flops(shape.eye, 1)
+    assert whole - shapes.flops(shape, **given, causal=False, live_encoder=False) == shapes.encoder_flops(
+        shape.vision_encoder, 1
+    )

@@ -33,9 +33,9 @@ def test_what_stands_in_for_the_lean_layers_takes_what_they_take(monkeypatch: py
     sys.modules.pop("train", None)
     import train
 
-    taken = list(inspect.signature(loop.lean).parameters)
-    monkeypatch.setattr(loop, "lean", loop.lean)  # to be put back
+    taken = list(inspect.signature(loop.fused).parameters)
+    monkeypatch.setattr(loop, "lean", loop.fused)  # to be put back
     train._without(["ablate=lean"])
-    assert list(inspect.signature(loop.lean).parameters) == taken
-    with loop.lean(torch.nn.Module(), None):
+    assert list(inspect.signature(loop.fused).parameters) == taken
+    with loop.fused(torch.nn.Module(), None):
         pass

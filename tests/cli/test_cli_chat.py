@@ -40,7 +40,7 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def talk(session: Session, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+def chat_state(session: Session, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     said = iter(lines)
 
     def read_line(_: str = "") -> str:
@@ -56,8 +56,8 @@ def talk(session: Session, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None
 def test_the_history_goes_along_and_the_picture_once(monkeypatch: pytest.MonkeyPatch, picture: Path) -> None:
     echo = Echo()
     session = Session(answerer=echo)
-    session.look_at(picture)
-    talk(session, monkeypatch, "one?", "two?")
+    session.show_image(picture)
+    chat_state(session, monkeypatch, "one?", "two?")
     assert [len(c.messages) for c in echo.asked] == [1, 3]
     assert [i.source for i in echo.asked[1].images] == [picture]
     assert echo.asked[1].messages[1].text == "answer 1"
@@ -70,8 +70,8 @@ def test_another_picture_comes_with_the_next_question(
     PIL.Image.new("RGB", (8, 8), "blue").save(other)
     echo = Echo()
     session = Session(answerer=echo)
-    session.look_at(picture)
-    talk(session, monkeypatch, "one?", f"/image {other}", "two?")
+    session.show_image(picture)
+    chat_state(session, monkeypatch, "one?", f"/image {other}", "two?")
     assert [i.source for i in echo.asked[1].images] == [picture, other]
     assert isinstance(echo.asked[1].messages[-1].parts[0], ImagePart)
 
@@ -81,8 +81,8 @@ def test_wrong_paths_and_commands_leave_the_session_alive(
 ) -> None:
     echo = Echo()
     session = Session(answerer=echo)
-    session.look_at(picture)
-    talk(
+    session.show_image(picture)
+    chat_state(
         session, monkeypatch, "/image nowhere.png", "/nonsense", "/save", "/save /nowhere/at/all", "/help", "", "still?"
     )
     assert session.picture == picture
@@ -93,8 +93,8 @@ def test_wrong_paths_and_commands_leave_the_session_alive(
 def test_reset_forgets_the_words_and_keeps_the_picture(monkeypatch: pytest.MonkeyPatch, picture: Path) -> None:
     echo = Echo()
     session = Session(answerer=echo)
-    session.look_at(picture)
-    talk(session, monkeypatch, "one?", "/reset", "two?", "/quit", "three?")
+    session.show_image(picture)
+    chat_state(session, monkeypatch, "one?", "/reset", "two?", "/quit", "three?")
     assert len(echo.asked) == 2
     assert len(echo.asked[1].messages) == 1
     assert len(echo.asked[1].images) == 1
@@ -106,12 +106,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(
 ) -> None:
     echo = Echo(fail_after=after)
     session = Session(answerer=echo)
-    session.look_at(picture)
-    talk(session, monkeypatch, "one?")
+    session.show_image(picture)
+    chat_state(session, monkeypatch, "one?")
     assert echo.closed
     assert len(session.messages) == kept
     echo.interrupt_after = None
-    talk(session, monkeypatch, "two?")
+    chat_state(session, monkeypatch, "two?")
     # The picture was shown if anything was said about it, and is shown again if nothing was.
     assert len(echo.asked[1].images) == 1
     assert len(session.messages) == kept + 2
@@ -119,10 +119,10 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(
 
 def test_a_saved_chat_is_data(monkeypatch: pytest.MonkeyPatch, picture: Path, tmp_path: Path) -> None:
     session = Session(answerer=Echo())
-    session.look_at(picture)
+    session.show_image(picture)
     file = tmp_path / "elsewhere" / "chat.jsonl"
     file.parent.mkdir()
-    talk(session, monkeypatch, "what is it?", f"/save {file}", "and now?", f"/save {file}")
+    chat_state(session, monkeypatch, "what is it?", f"/save {file}", "and now?", f"/save {file}")
     assert [len(json.loads(line)["messages"]) for line in file.read_text(encoding="utf-8").splitlines()] == [2, 4]
     first, second = read(file, allow_outside_media=True)
     assert first.answer == "answer 1"

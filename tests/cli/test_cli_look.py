@@ -13,8 +13,8 @@ import pytest
 
 import tiny
 from cli.conftest import Ran
-from opticnerve.interpret.attribution import Looked, Map
-from opticnerve.interpret.plot import look_plot, shares_plot
+from opticnerve.interpret.attribution import Attribution, Map
+from opticnerve.interpret.plot import attribution_plot, shares_plot
 from opticnerve.interpret.teacher_forcing import Word
 from opticnerve.models.vlm.build import dock
 
@@ -116,8 +116,8 @@ def test_long_answers_and_dollars_are_drawn(tmp_path: Path) -> None:
     ]
     rng = np.random.default_rng(0)
     maps = [Map("relevance", rng.random((10, 4, 4)), "note", None), Map("occlusion", -rng.random((10, 6, 6)), "note")]
-    looked = Looked(" ".join(w.text for w in words), words, [-0.1] * 10, maps, (10.0, 0.0, 50.0, 40.0))
-    path = look_plot(looked, tiny.picture(0).resize((60, 40)), "why $x$?", tmp_path / "long.png")
+    looked = Attribution(" ".join(w.text for w in words), words, [-0.1] * 10, maps, (10.0, 0.0, 50.0, 40.0))
+    path = attribution_plot(looked, tiny.picture(0).resize((60, 40)), "why $x$?", tmp_path / "long.png")
     width, height = PIL.Image.open(path).size
     assert height > 1500 > 500 < width
 

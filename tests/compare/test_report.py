@@ -31,13 +31,13 @@ def findings() -> Findings:
 
 def test_verdicts_claim_no_more_than_their_interval() -> None:
     def say(mean: float, low: float, high: float) -> str:
-        return reports.verdict("A", "B", Estimate(mean, low, high, 2, 9))
+        return reports.conclusion("A", "B", Estimate(mean, low, high, 2, 9))
 
     assert say(0.1, 0.02, 0.2) == "A is ahead of B: +10.0 points (+2.0 to +20.0)."
     assert say(-0.1, -0.2, -0.02).startswith("A is behind B")
     assert say(0.1, -0.02, 0.2).startswith("A is not told apart from B")
     assert say(0, 0, 0) == "A and B are right on the same questions."
-    assert "cannot be compared" in reports.verdict("A", "B", None)
+    assert "cannot be compared" in reports.conclusion("A", "B", None)
 
 
 def test_the_table_has_a_column_for_each_type(findings: Findings) -> None:

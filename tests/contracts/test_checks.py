@@ -140,7 +140,7 @@ class CutsTheGradient(Sound):
 class HasAnIdleWeight(Sound):
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes)
-        self.idle = nn.Parameter(torch.zeros(3))
+        self.dummy_pass = nn.Parameter(torch.zeros(3))
 
 
 class StaysInFloat32(Sound):
@@ -360,7 +360,7 @@ class ScalesTheWords(GatedCrossAttention):
 
 
 class IdlesLoudly(GatedCrossAttention):
-    def idle(self, embeds_BLD: Tensor, features: Features) -> Tensor:
+    def dummy_pass(self, embeds_BLD: Tensor, features: Features) -> Tensor:
         return embeds_BLD + features.tokens_BND.sum()
 
 

@@ -57,7 +57,7 @@ def installed(importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def eye(importable: None, tmp_path: Path) -> str:
+def vision_encoder(importable: None, tmp_path: Path) -> str:
     """A folder with the encoder's weights."""
     from example_parts.encoder import ConvStemEncoder
 
@@ -104,9 +104,9 @@ def test_its_own_tests_pass(name: str) -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_docked_by_name_it_loads_as_any_other_model(
-    eye: str, language_folder: Callable[..., str], tmp_path: Path
+    vision_encoder: str, language_folder: Callable[..., str], tmp_path: Path
 ) -> None:
-    made = dock({"type": "conv_stem", "name": eye}, {"type": "window_pool", "window": 2}, language_folder())
+    made = dock({"type": "conv_stem", "name": vision_encoder}, {"type": "window_pool", "window": 2}, language_folder())
     assert made.model.image.num_tokens == 4  # a map of 4 × 4, pooled
     made.model.save_pretrained(tmp_path / "model")
     made.processor.save_pretrained(tmp_path / "model")
@@ -119,9 +119,13 @@ def test_docked_by_name_it_loads_as_any_other_model(
 
 class TestByDottedPath:
     @pytest.fixture
-    def made(self, eye: str, language_folder: Callable[..., str]) -> Dock:
+    def made(self, vision_encoder: str, language_folder: Callable[..., str]) -> Dock:
         """The example's own recipe, on a tiny language model."""
-        changes = {"model.language.name": language_folder(), "model.image.encoder.name": eye, "precision": "fp32"}
+        changes = {
+            "model.language.name": language_folder(),
+            "model.image.encoder.name": vision_encoder,
+            "precision": "fp32",
+        }
         read = recipe.load(EXAMPLE / "recipe.yaml", [f"{key}={value}" for key, value in changes.items()])
         assert (read.model.image.encoder.type, read.model.image.connector.type) == (ENCODER, CONNECTOR)  # type: ignore[union-attr]
         return dock_recipe(read)

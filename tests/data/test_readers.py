@@ -63,7 +63,7 @@ def error(path: Path, **options: Any) -> DataError:
     return caught.value
 
 
-def talk(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
+def chat_state(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": r, "content": c} for r, c in turns], **more}
 
 
@@ -178,7 +178,7 @@ def test_chat_messages_with_every_kind_of_part(folder: Path) -> None:
         {"type": "audio", "path": "1.wav"},
         {"type": "text", "text": "What?"},
     ]
-    sample = only(jsonl(folder, talk(("system", "S"), ("user", content), ("assistant", "Blue"), id="c")))
+    sample = only(jsonl(folder, chat_state(("system", "S"), ("user", content), ("assistant", "Blue"), id="c")))
     said = ("user", ["[1.png]", "[2.png]", "[bytes]", "[1.wav]", "What?"])
     assert outline(sample) == [("system", ["S"]), said, ("assistant", ["Blue"])]
     assert open_image(sample.images[2].source).getpixel((0, 0)) == (0, 0, 255)
@@ -186,7 +186,7 @@ def test_chat_messages_with_every_kind_of_part(folder: Path) -> None:
 
 def test_bare_image_parts_take_the_listed_images_in_order(folder: Path) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
-    path = jsonl(folder, talk(("user", parts), ("assistant", "ok"), images=["2.png", "1.png"]))
+    path = jsonl(folder, chat_state(("user", parts), ("assistant", "ok"), images=["2.png", "1.png"]))
     assert outline(only(path))[0] == ("user", ["[2.png]", "and", "[1.png]"])
 
 
@@ -245,7 +245,7 @@ def test_damaged_and_empty_folders(tmp_path: Path, name: str) -> None:
 
 # --- bad records
 
-GOOD = talk(("user", "Hi"), ("assistant", "Hello"))
+GOOD = chat_state(("user", "Hi"), ("assistant", "Hello"))
 
 
 @pytest.mark.parametrize(
@@ -254,39 +254,43 @@ GOOD = talk(("user", "Hi"), ("assistant", "Hello"))
         ("{broken", "json", "not valid JSON"),
         ("[1]", "json", "list"),
         ("[" * 100_000, "json", "not valid JSON"),
-        (talk(("user", "Hi")), "no-assistant-turn", "nothing to learn"),
-        (talk(), "no-assistant-turn", "nothing to learn"),
-        (talk(("user", "a"), ("assistant", "b"), ("assistant", "c")), "two-assistant-turns", "turns 2 and 3"),
-        (talk(("user", "a"), ("user", "b"), ("assistant", "c")), "two-user-turns", "turns 1 and 2"),
-        (talk(("assistant", "a"), ("user", "b")), "assistant-first", "speaks first"),
-        (talk(("user", "a"), ("assistant", " \n")), "empty-answer", "turn 2"),
-        (talk(("user", ""), ("assistant", "a")), "empty-question", "turn 1"),
-        (talk(("user", "a"), ("assistant", "b"), ("user", "c")), "unanswered-question", "no answer"),
-        (talk(("user", "a"), ("system", "s"), ("assistant", "b")), "misplaced-system", "system"),
-        (talk(("user", "a"), ("robot", "b")), "unknown-role", "'robot'"),
-        (talk(("user", "<image>\na"), ("assistant", "b")), "placeholder-without-image", "<image>"),
-        (talk(("user", "a"), ("assistant", [{"type": "image", "image": "1.png"}])), "image-in-answer", "turn 2"),
-        (talk(("user", [{"type": "image"}]), ("assistant", "b")), "placeholder-without-image", "but 1 place"),
+        (chat_state(("user", "Hi")), "no-assistant-turn", "nothing to learn"),
+        (chat_state(), "no-assistant-turn", "nothing to learn"),
+        (chat_state(("user", "a"), ("assistant", "b"), ("assistant", "c")), "two-assistant-turns", "turns 2 and 3"),
+        (chat_state(("user", "a"), ("user", "b"), ("assistant", "c")), "two-user-turns", "turns 1 and 2"),
+        (chat_state(("assistant", "a"), ("user", "b")), "assistant-first", "speaks first"),
+        (chat_state(("user", "a"), ("assistant", " \n")), "empty-answer", "turn 2"),
+        (chat_state(("user", ""), ("assistant", "a")), "empty-question", "turn 1"),
+        (chat_state(("user", "a"), ("assistant", "b"), ("user", "c")), "unanswered-question", "no answer"),
+        (chat_state(("user", "a"), ("system", "s"), ("assistant", "b")), "misplaced-system", "system"),
+        (chat_state(("user", "a"), ("robot", "b")), "unknown-role", "'robot'"),
+        (chat_state(("user", "<image>\na"), ("assistant", "b")), "placeholder-without-image", "<image>"),
+        (chat_state(("user", "a"), ("assistant", [{"type": "image", "image": "1.png"}])), "image-in-answer", "turn 2"),
+        (chat_state(("user", [{"type": "image"}]), ("assistant", "b")), "placeholder-without-image", "but 1 place"),
         (
-            talk(("user", [{"type": "image"}]), ("assistant", "b"), images=["1.png", "2.png"]),
+            chat_state(("user", [{"type": "image"}]), ("assistant", "b"), images=["1.png", "2.png"]),
             "image-without-placeholder",
             "2 image(s)",
         ),
-        (talk(("user", [{"type": "scent"}]), ("assistant", "b")), "unknown-part", "'scent'"),
-        (talk(("user", [{"type": "text"}]), ("assistant", "b")), "missing-field", "text"),
-        (talk(("user", [{"type": "image", "image": 5}]), ("assistant", "b")), "wrong-type", "int 5"),
-        (talk(("user", [{"type": "image", "image": "no.png"}]), ("assistant", "b")), "missing-image", "no.png"),
-        (talk(("user", [{"type": "image", "image": "a\0b"}]), ("assistant", "b")), "missing-image", "usable"),
-        (talk(("user", [{"type": "image", "image": "x" * 5000}]), ("assistant", "b")), "missing-image", "usable"),
-        (talk(("user", [{"type": "audio", "audio": "no.wav"}]), ("assistant", "b")), "missing-audio", "no.wav"),
+        (chat_state(("user", [{"type": "scent"}]), ("assistant", "b")), "unknown-part", "'scent'"),
+        (chat_state(("user", [{"type": "text"}]), ("assistant", "b")), "missing-field", "text"),
+        (chat_state(("user", [{"type": "image", "image": 5}]), ("assistant", "b")), "wrong-type", "int 5"),
+        (chat_state(("user", [{"type": "image", "image": "no.png"}]), ("assistant", "b")), "missing-image", "no.png"),
+        (chat_state(("user", [{"type": "image", "image": "a\0b"}]), ("assistant", "b")), "missing-image", "usable"),
+        (chat_state(("user", [{"type": "image", "image": "x" * 5000}]), ("assistant", "b")), "missing-image", "usable"),
+        (chat_state(("user", [{"type": "audio", "audio": "no.wav"}]), ("assistant", "b")), "missing-audio", "no.wav"),
         (
-            talk(("user", [{"type": "image", "url": "http://x.org/1.png"}]), ("assistant", "b")),
+            chat_state(("user", [{"type": "image", "url": "http://x.org/1.png"}]), ("assistant", "b")),
             "url",
             "fetches nothing",
         ),
-        (talk(("user", [{"type": "image", "image": "../secret.png"}]), ("assistant", "b")), "outside-media", "outside"),
+        (
+            chat_state(("user", [{"type": "image", "image": "../secret.png"}]), ("assistant", "b")),
+            "outside-media",
+            "outside",
+        ),
         ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant"}]}', "missing-field", "role"),
-        (talk(("user", "\ud800"), ("assistant", "b")), "encoding", "\\ud800"),
+        (chat_state(("user", "\ud800"), ("assistant", "b")), "encoding", "\\ud800"),
         ({"messages": "Hi"}, "wrong-type", "str 'Hi'"),
         ({"dialogue": []}, "missing-field", "dialogue"),
     ],

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opticnerve.data.dataset import index
-from opticnerve.data.dataset.load import by_picture, held_out, load_data, load_units, stream_data
+from opticnerve.data.dataset.load import by_picture, held_out, load_data, load_examples, stream_data
 from opticnerve.data.dataset.read import read
 from opticnerve.data.sources import json_list
 from opticnerve.data.sources.open import records
@@ -130,8 +130,8 @@ class TestIndexedIsPlain:
                     assert outcome(lambda e: load_data(spec, on_error=e)) == wanted
             if not wanted[2]:
                 grouped = [(g, 2) for g in by_picture(wanted[0])] * 2
-                units = outcome(lambda e: load_units([spec.model_copy(update=SHARED)], on_error=e))
-                assert [(list(c), n) for c, n in units[0]] == grouped  # type: ignore[misc]
+                examples = outcome(lambda e: load_examples([spec.model_copy(update=SHARED)], on_error=e))
+                assert [(list(c), n) for c, n in examples[0]] == grouped  # type: ignore[misc]
 
     @pytest.mark.parametrize("form", ["folder", "parquet", "shards"])
     def test_for_tables(self, media: Path, tmp_path: Path, form: str, kept: None, monkeypatch: Any) -> None:

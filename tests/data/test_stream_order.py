@@ -43,12 +43,12 @@ def opened(path: Path, *, window: int, limit: int | None = None, key: str = "0/s
     return Stream(DataSource(path, stream=Streaming()), key=key, window=window, limit=limit)
 
 
-def told(stream: Any, visits: Any) -> list[str]:
+def told(stream: Any, sampler: Any) -> list[str]:
     """What each visit's row says; of a bad one, where it stands."""
     found = []
-    for visit in visits:
+    for index in sampler:
         try:
-            conversations, count = stream.unit(visit)
+            conversations, count = stream.example(index)
         except DataError as e:
             found.append("bad " + Path(e.where.split(":")[0]).stem + ":" + e.where.split(":")[1])
         else:
@@ -167,8 +167,8 @@ def test_a_forked_process_leaves_its_parents_place_alone(tmp_path: Path) -> None
 
 def test_no_more_than_two_windows_are_kept(tmp_path: Path) -> None:
     stream = opened(files(tmp_path, [50, 50]), window=4)
-    for visit in range(150):
-        stream.unit(visit)
+    for index in range(150):
+        stream.example(index)
         assert sum(map(len, stream._windows.values())) <= 8
 
 

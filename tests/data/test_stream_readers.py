@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opticnerve.data.dataset.load import load_data, load_units, stream_data
+from opticnerve.data.dataset.load import load_data, load_examples, stream_data
 from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.dataset.streaming import Stream
 from opticnerve.data.media.open import open_image
@@ -168,7 +168,7 @@ class TestHub:
             raise ZeroDivisionError
             yield
 
-        monkeypatch.setattr(hub.HubShelf, "_tables", tables)
+        monkeypatch.setattr(hub.HubShards, "_tables", tables)
         with pytest.raises(ZeroDivisionError):
             list(Streamed(repository(tmp_path / "set"), Streaming()))
 
@@ -312,4 +312,4 @@ class TestWhoeverWantsAll:
         with pytest.raises(OpticNerveError, match="is streamed, and here all of it is wanted; give a limit"):
             load_data(DataSpec(path=path, streaming=True))
         with pytest.raises(OpticNerveError, match="how many samples it has is not known"):
-            load_units([DataSpec(path=path, streaming=True, limit=3)])
+            load_examples([DataSpec(path=path, streaming=True, limit=3)])

@@ -65,10 +65,10 @@ def test_registered_eyes(vision_folder: Any, timm_folder: Any) -> None:
     from opticnerve.encoders.hf_vision import HFVisionEncoder
     from opticnerve.encoders.timm import TimmEncoder
 
-    eyes = [HFVisionEncoder.from_pretrained(vision_folder(f)) for f in ("clip_vision_model", "dinov2")]
-    for eye in [*eyes, TimmEncoder.from_pretrained(timm_folder()), PatchesEncoder(image_size=60)]:
-        assert steps(eye.image_processor()) is not None
-        same(eye.image_processor())
+    vision_encoders = [HFVisionEncoder.from_pretrained(vision_folder(f)) for f in ("clip_vision_model", "dinov2")]
+    for vision_encoder in [*vision_encoders, TimmEncoder.from_pretrained(timm_folder()), PatchesEncoder(image_size=60)]:
+        assert steps(vision_encoder.image_processor()) is not None
+        same(vision_encoder.image_processor())
 
 
 class Odd(tf.CLIPImageProcessor):  # type: ignore[misc]

@@ -24,11 +24,11 @@ RECIPES = ("recipe.yaml", "plates.yaml", "mine.yaml")
 PUBLIC = {"LLAVA_PRETRAIN": "LLaVA-Pretrain", "LLAVA_INSTRUCT": "llava-instruct", "VQAV2": "VQAv2"}
 
 
-def stock(hub: Hub, folder: Path, language: Callable[..., str], eyes: Callable[[str], str]) -> None:
+def stock(hub: Hub, folder: Path, language: Callable[..., str], vision_encoders: Callable[[str], str]) -> None:
     """What the documents fetch from a hub: tiny models under those names."""
     for name, kind in (("google/siglip-base-patch16-224", "siglip_vision_model"),
                        ("openai/clip-vit-large-patch14-336", "clip_vision_model")):  # fmt: skip
-        hub.add(name, eyes(kind))
+        hub.add(name, vision_encoders(kind))
     hub.add("Qwen/Qwen2.5-0.5B-Instruct", language())
     hub.add(
         "lmsys/vicuna-7b-v1.5", tiny.save_language(folder / "vicuna", "llama", kind="metaspace", bos="<s>", eos="</s>")
@@ -38,7 +38,9 @@ def stock(hub: Hub, folder: Path, language: Callable[..., str], eyes: Callable[[
     hub.uploads.mkdir()
 
 
-def furnish(folder: Path, language: str, eyes: Callable[[str], str], bert: str, opticnerve: Callable[..., str]) -> Path:
+def furnish(
+    folder: Path, language: str, vision_encoders: Callable[[str], str], bert: str, opticnerve: Callable[..., str]
+) -> Path:
     """Everything that pages name, in `folder`, which is the working directory.
 
     Args:
@@ -54,7 +56,7 @@ def furnish(folder: Path, language: str, eyes: Callable[[str], str], bert: str, 
         "precision": "fp32", "forgetting": False,
         "model": {
             "language": {"name": language},
-            "image": {"encoder": {"type": "hf_vision", "name": eyes("clip_vision_model")}},
+            "image": {"encoder": {"type": "hf_vision", "name": vision_encoders("clip_vision_model")}},
         },
         "stages": [
             {"name": "align", "train": {"connector": 1e-3}, "data": [{"path": "captions.jsonl"}], "steps": 2,
@@ -72,7 +74,9 @@ def furnish(folder: Path, language: str, eyes: Callable[[str], str], bert: str, 
     opticnerve("train", "recipe.yaml", "--out", "runs/demo")
     for run in RUNS[1:]:
         shutil.copytree("runs/demo", f"runs/{run}")
-    model, processor = dual({"type": "hf_vision", "name": eyes("clip_vision_model")}, bert, projection_dim=16)
+    model, processor = dual(
+        {"type": "hf_vision", "name": vision_encoders("clip_vision_model")}, bert, projection_dim=16
+    )
     model.save_pretrained("runs/contrastive")
     processor.save_pretrained("runs/contrastive")
     return folder

@@ -13,7 +13,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import tiny
-from opticnerve.encoders.dual_eye import DualEncoderEye
+from opticnerve.encoders.dual_eye import DualEncoderVision
 from opticnerve.models.dual_encoder.build import dual
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.vlm.build import Dock, dock
@@ -41,20 +41,20 @@ def trained(
 
 def test_it_sees_what_the_dual_encoder_sees(trained: tuple[Any, Path]) -> None:
     made, folder = trained
-    eye = DualEncoderEye.from_pretrained(str(folder))
+    vision_encoder = DualEncoderVision.from_pretrained(str(folder))
     inner = made.model.image.encoder.eval()
-    pixels = torch.randn(2, *eye.media_shape)
+    pixels = torch.randn(2, *vision_encoder.media_shape)
     with torch.no_grad():
-        torch.testing.assert_close(eye(pixels).tokens_BND, inner(pixels).tokens_BND, rtol=1e-5, atol=1e-5)
-        assert all(torch.equal(t, inner.state_dict()[n]) for n, t in eye.inner.state_dict().items())
-    assert (eye.num_tokens, eye.hidden_size) == (inner.num_tokens, inner.hidden_size)
-    assert eye.image_processor().to_dict() == inner.image_processor().to_dict()
-    assert len(eye.blocks()) == len(inner.blocks())
-    assert eye.weight_files() == [str(folder / "model.safetensors")]
+        torch.testing.assert_close(vision_encoder(pixels).tokens_BND, inner(pixels).tokens_BND, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(t, inner.state_dict()[n]) for n, t in vision_encoder.inner.state_dict().items())
+    assert (vision_encoder.num_tokens, vision_encoder.hidden_size) == (inner.num_tokens, inner.hidden_size)
+    assert vision_encoder.image_processor().to_dict() == inner.image_processor().to_dict()
+    assert len(vision_encoder.blocks()) == len(inner.blocks())
+    assert vision_encoder.weight_files() == [str(folder / "model.safetensors")]
     # Built again from its options, as a configuration does it, and foreseen without weights.
-    assert DualEncoderEye(**eye.options).state_dict().keys() == eye.state_dict().keys()
+    assert DualEncoderVision(**vision_encoder.options).state_dict().keys() == vision_encoder.state_dict().keys()
     with torch.device("meta"):
-        assert DualEncoderEye.planned(str(folder)).num_tokens == eye.num_tokens
+        assert DualEncoderVision.planned(str(folder)).num_tokens == vision_encoder.num_tokens
 
 
 def test_docked_by_one_line_saved_and_loaded(
@@ -75,7 +75,7 @@ def test_docked_by_one_line_saved_and_loaded(
 
 def test_a_recipe_may_cut_it_at_another_layer(trained: tuple[Any, Path]) -> None:
     _, folder = trained
-    last, earlier = (DualEncoderEye.from_pretrained(str(folder), encoder={"layer": layer}) for layer in ("last", -2))
+    last, earlier = (DualEncoderVision.from_pretrained(str(folder), encoder={"layer": layer}) for layer in ("last", -2))
     pixels = torch.randn(1, *last.media_shape)
     assert last(pixels).tokens_BND.shape != earlier(pixels).tokens_BND.shape or not torch.allclose(
         last(pixels).tokens_BND, earlier(pixels).tokens_BND
@@ -86,25 +86,25 @@ def test_a_recipe_may_cut_it_at_another_layer(trained: tuple[Any, Path]) -> None
 def test_other_folders_and_broken_weights(trained: tuple[Any, Path], language_folder: Callable[..., str]) -> None:
     _, folder = trained
     with pytest.raises(OpticNerveError, match="holds no DualEncoder"):
-        DualEncoderEye.from_pretrained(language_folder("llama"))
+        DualEncoderVision.from_pretrained(language_folder("llama"))
     with pytest.raises(OpticNerveError, match="takes no layers; it takes"):
-        DualEncoderEye.from_pretrained(str(folder), encoder={"layers": 1})
+        DualEncoderVision.from_pretrained(str(folder), encoder={"layers": 1})
     with pytest.raises(OpticNerveError, match="not 'patches'"):
-        DualEncoderEye.from_pretrained(str(folder), encoder={"type": "patches"})
+        DualEncoderVision.from_pretrained(str(folder), encoder={"type": "patches"})
     file = folder / "model.safetensors"
     state = load_file(file)
     victim = next(n for n in state if n.startswith("image.encoder."))
     del state[victim]
     save_file({**state, "image.encoder.other": torch.zeros(1)}, file, metadata={"format": "pt"})
     with pytest.raises(OpticNerveError, match="missing.*left over other"):
-        DualEncoderEye.from_pretrained(str(folder))
+        DualEncoderVision.from_pretrained(str(folder))
 
 
 def test_dual_takes_a_causal_language_model_and_names_its_bases(
     language_folder: Callable[..., str], vision_folder: Callable[..., str]
 ) -> None:
-    eye = {"type": "hf_vision", "name": vision_folder("vit")}
-    made = dual(eye, {"name": language_folder("llama"), "max_length": 20}, projection_dim=8, loss="siglip")
+    vision_encoder = {"type": "hf_vision", "name": vision_folder("vit")}
+    made = dual(vision_encoder, {"name": language_folder("llama"), "max_length": 20}, projection_dim=8, loss="siglip")
     assert made.model.text.encoder.pooling == "last"
     assert made.processor.max_length == 20
     assert made.bases["text"]["name"] == language_folder("llama")
@@ -116,7 +116,7 @@ def test_dual_takes_a_causal_language_model_and_names_its_bases(
     assert json.dumps(model.config.to_dict())
     for bad, message in (({"pooling": "mean"}, "needs a name"), ({"name": "x", "pool": "mean"}, "takes no pool")):
         with pytest.raises(OpticNerveError, match=message):
-            dual(eye, bad)
+            dual(vision_encoder, bad)
 
 
 def test_the_auto_classes_and_a_pipeline_take_the_folder(trained: tuple[Any, Path]) -> None:

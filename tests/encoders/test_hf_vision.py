@@ -154,35 +154,35 @@ def whole_model(kind: str, folder: Path) -> Any:
             clip = {"model_type": "clip_vision_model", **seen}
             config: Any = tf.LlavaConfig(vision_config=clip, text_config=llama, image_token_index=39)
             made = tf.LlavaForConditionalGeneration(config)
-            eye = made.model.vision_tower
+            vision_encoder = made.model.vision_tower
         case "blip-2":
             made = tf.Blip2ForConditionalGeneration(tf.Blip2Config(vision_config=seen, text_config=opt, **queries))
-            eye = made.vision_model
+            vision_encoder = made.vision_model
         case "instructblip":
             made = tf.InstructBlipForConditionalGeneration(
                 tf.InstructBlipConfig(vision_config=seen, text_config=opt, **queries)
             )
-            eye = made.vision_model
+            vision_encoder = made.vision_model
         case "siglip 2":
             flexible = {**SMALL, "num_patches": 16}
             made = tf.Siglip2Model(tf.Siglip2Config(vision_config=flexible, text_config=WORDS))
-            eye = made.vision_model
+            vision_encoder = made.vision_model
         case "smolvlm":
             made = tf.SmolVLMForConditionalGeneration(
                 tf.SmolVLMConfig(vision_config=seen, text_config=llama, scale_factor=2)
             )
-            eye = made.model.vision_model
+            vision_encoder = made.model.vision_model
     made.save_pretrained(folder)
-    return eye.eval()
+    return vision_encoder.eval()
 
 
 @pytest.mark.parametrize("kind", ["llava", "blip-2", "instructblip", "siglip 2", "smolvlm"])
 def test_the_eye_of_a_whole_model(kind: str, tmp_path: Path) -> None:
-    eye = whole_model(kind, tmp_path).state_dict()
+    vision_encoder = whole_model(kind, tmp_path).state_dict()
     encoder = HFVisionEncoder.from_pretrained(str(tmp_path))
     found = encoder.model.state_dict()
-    assert found.keys() == eye.keys()
-    assert all(torch.equal(found[n], eye[n]) for n in eye)
+    assert found.keys() == vision_encoder.keys()
+    assert all(torch.equal(found[n], vision_encoder[n]) for n in vision_encoder)
     assert encoder.native_size == 32 and encoder.num_tokens == 16
 
 
@@ -190,13 +190,13 @@ def test_llava_s_own_names(tmp_path: Path) -> None:
     """Checkpoints from before transformers 5 call the eye `vision_tower.vision_model.…`."""
     from safetensors.torch import load_file, save_file
 
-    eye = whole_model("llava", tmp_path).state_dict()
+    vision_encoder = whole_model("llava", tmp_path).state_dict()
     old = {n.replace("vision_tower.", "vision_tower.vision_model."): t
            for n, t in load_file(tmp_path / "model.safetensors").items()}  # fmt: skip
     assert any(n.startswith("vision_tower.vision_model.encoder.") for n in old)
     save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
     found = HFVisionEncoder.from_pretrained(str(tmp_path)).model.state_dict()
-    assert all(torch.equal(found[n], eye[n]) for n in eye)
+    assert all(torch.equal(found[n], vision_encoder[n]) for n in vision_encoder)
 
 
 def test_loading_an_eye_alone_says_nothing_of_the_rest(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

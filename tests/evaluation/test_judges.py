@@ -17,7 +17,7 @@ import tiny
 from opticnerve.cli.main import app
 from opticnerve.data.dataset.read import read
 from opticnerve.evaluation.choice import run_multiple_choice
-from opticnerve.evaluation.judges import JUDGES, anls, levenshtein, says_yes, yes_no_report
+from opticnerve.evaluation.judges import SCORERS, anls, levenshtein, says_yes, yes_no_report
 from opticnerve.evaluation.metrics import rouge_l
 from opticnerve.evaluation.suite import read_suite, run_suite
 from opticnerve.evaluation.tasks import run_vqa
@@ -54,12 +54,12 @@ def test_who_always_says_yes_is_found_out() -> None:
     assert always == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "yes_share": 1.0}
     assert yes_no_report(["no"] * 4, references) == {"precision": None, "recall": 0.0, "f1": 0.0, "yes_share": 0.0}
     asked = [ask("is it?", tiny.picture(0), answer=r[0]) for r in references]
-    found = run_vqa(lambda prompts: ["yes"] * len(prompts), asked, name="pope", judge=JUDGES["yes_no"])
+    found = run_vqa(lambda prompts: ["yes"] * len(prompts), asked, name="pope", scorer=SCORERS["yes_no"])
     assert found["accuracy"] == 0.5
     assert found["recall"] == 1.0
     assert "POPE" in found["harness"]
     with pytest.raises(OpticNerveError, match="give yes or no"):
-        run_vqa(lambda p: ["yes"], [ask("?", tiny.picture(0), answer="maybe")], name="x", judge=JUDGES["yes_no"])
+        run_vqa(lambda p: ["yes"], [ask("?", tiny.picture(0), answer="maybe")], name="x", scorer=SCORERS["yes_no"])
 
 
 def test_rouge_is_the_longest_common_subsequence() -> None:

@@ -19,8 +19,8 @@ from matplotlib import font_manager
 from opticnerve.common import drawing
 from opticnerve.compare import plots as compare_plots
 from opticnerve.compare.stats import Estimate
-from opticnerve.interpret import plot as look_plot
-from opticnerve.interpret.attribution import Looked, Map, Word
+from opticnerve.interpret import plot as attribution_plot
+from opticnerve.interpret.attribution import Attribution, Map, Word
 from opticnerve.runs.card import plots
 from opticnerve.ui.look_part import _draw
 
@@ -29,9 +29,11 @@ ESTIMATE = Estimate(0.5, 0.4, 0.6, 1, 10)
 METRICS = [{"step": i, "loss": 1 / (i + 1), "learning_rate": {f"部分{WORDS}": 1e-3}} for i in range(4)]
 
 
-def looked() -> Looked:
+def looked() -> Attribution:
     maps = [Map(method="relevance", grid_WHH=np.ones((2, 2, 2)), note=WORDS, on_picture=[0.5, 0.5])]
-    return Looked(answer=WORDS, words=[Word("赤", [1]), Word("色", [2])], log_p=[0.0, 0.0], maps=maps, box=(0, 0, 8, 8))
+    return Attribution(
+        answer=WORDS, words=[Word("赤", [1]), Word("色", [2])], log_p=[0.0, 0.0], maps=maps, box=(0, 0, 8, 8)
+    )
 
 
 def picture() -> PIL.Image.Image:
@@ -48,8 +50,8 @@ PLOTS: dict[Callable[..., Any], Callable[[Path], Any]] = {
         [{"question": WORDS * 6, "prediction": WORDS * 5, "answer": WORDS, "right": r} for r in (True, False, None)],
         p, folder=p.parent, title=WORDS,
     ),
-    look_plot.look_plot: lambda p: look_plot.look_plot(looked(), picture(), WORDS, p),
-    look_plot.shares_plot: lambda p: look_plot.shares_plot(
+    attribution_plot.attribution_plot: lambda p: attribution_plot.attribution_plot(looked(), picture(), WORDS, p),
+    attribution_plot.shares_plot: lambda p: attribution_plot.shares_plot(
         [{"model": WORDS, "method": "relevance", "mass": 0.3, "low": 0.2, "high": 0.4, "area": 0.1, "best": 0.9}], p,
         title=WORDS, note=WORDS,
     ),
@@ -69,7 +71,7 @@ PLOTS: dict[Callable[..., Any], Callable[[Path], Any]] = {
 
 def test_every_plot_is_tried() -> None:
     known = {
-        f for module in (plots, look_plot, compare_plots) for name, f in vars(module).items()
+        f for module in (plots, attribution_plot, compare_plots) for name, f in vars(module).items()
         if inspect.isfunction(f) and f.__module__ == module.__name__ and "path" in inspect.signature(f).parameters
     }  # fmt: skip
     assert known == set(PLOTS) - {_draw}

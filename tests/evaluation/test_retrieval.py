@@ -42,9 +42,9 @@ def pair(number: int, caption: str | None = None) -> Conversation:
 
 
 def test_ranks_agree_with_sorting() -> None:
-    rng, chooser = np.random.default_rng(0), random.Random(0)
+    rng, token_sampler = np.random.default_rng(0), random.Random(0)
     queries, found = (rng.standard_normal((n, 6)).astype(np.float32) for n in (30, 17))
-    right = [chooser.sample(range(17), chooser.randint(1, 4)) for _ in range(30)]
+    right = [token_sampler.sample(range(17), token_sampler.randint(1, 4)) for _ in range(30)]
     for q, rank in enumerate(ranks(queries, found, right)):
         order = np.argsort(-(found @ queries[q])).tolist()
         assert rank == 1 + min(order.index(r) for r in right[q])

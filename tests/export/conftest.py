@@ -110,18 +110,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[str, Path] = {}
 
     def make(
-        family: str = "llama", eye: str = "clip_vision_model", *, connector: Any = "mlp", lora: Any = None,
+        family: str = "llama", vision_encoder: str = "clip_vision_model", *, connector: Any = "mlp", lora: Any = None,
         dtype: torch.dtype = torch.float32, fusion: Any = "splice", tiling: Any = None, kind: str = "byte-level",
         chat: str = CHATML, bos: str | None = None, **vision: Any,
     ) -> Path:  # fmt: skip
-        key = repr((family, eye, connector, lora, dtype, fusion, tiling, kind, chat, bos, vision))
+        key = repr((family, vision_encoder, connector, lora, dtype, fusion, tiling, kind, chat, bos, vision))
         if key in made:
             return made[key]
-        language, seen = root / f"{family}-{kind}-{bos}-{zlib.crc32(chat.encode())}", root / eye
+        language, seen = root / f"{family}-{kind}-{bos}-{zlib.crc32(chat.encode())}", root / vision_encoder
         if not language.exists():
             tiny.save_language(language, family, kind=kind, chat_template=chat, bos=bos)
         if not seen.exists():
-            save_eye(seen, eye)
+            save_eye(seen, vision_encoder)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OPTICNERVE_CACHE", str(root / "cache"))
             one = dock({"type": "hf_vision", "name": str(seen), **vision}, connector, str(language), fusion=fusion,

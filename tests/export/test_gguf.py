@@ -171,7 +171,7 @@ def test_log_probabilities_are_compared_word_for_word(pretended: Any) -> None:
     ],
 )
 def test_llama_cpp_gives_the_same_answers(dtype: str, options: dict[str, Any], saved: Make, tmp_path: Path) -> None:
-    source = saved(eye="siglip_vision_model", **options)
+    source = saved(vision_encoder="siglip_vision_model", **options)
     made = export(source, "gguf", tmp_path / "out", options=Options(dtype=dtype, check_python=ENGINE))
     assert made.proof is not None
     assert made.proof.difference <= gguf_format.TOLERANCE[dtype]
@@ -181,7 +181,7 @@ def test_llama_cpp_gives_the_same_answers(dtype: str, options: dict[str, Any], s
 @pytest.mark.parametrize("chat", [CHATML, PLAIN_CHAT, "{{ bos_token }}" + PLAIN_CHAT], ids=["chatml", "vicuna", "bos"])
 @pytest.mark.parametrize("spaces", ["prepend", "always", "first", "never"])
 def test_llama_cpp_reads_sentencepieces_words_alike(spaces: str, chat: str, saved: Make, tmp_path: Path) -> None:
-    source = saved(eye="siglip_vision_model", kind=f"sentencepiece, {spaces}", bos="<s>", chat=chat)
+    source = saved(vision_encoder="siglip_vision_model", kind=f"sentencepiece, {spaces}", bos="<s>", chat=chat)
     made = export(source, "gguf", tmp_path / "out", options=Options(dtype="float32", check_python=ENGINE))
     assert made.proof is not None
     assert made.proof.difference <= gguf_format.TOLERANCE["float32"]

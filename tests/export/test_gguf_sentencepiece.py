@@ -67,10 +67,10 @@ def test_joining_by_these_scores_is_joining_by_the_merges(words: Any) -> None:
     said = written(words)
     kinds = zip(said["add_token_list"], said["add_token_scores"], said["add_token_types"], strict=True)
     score = {t: s for t, s, kind in kinds if kind is TokenType.NORMAL}
-    dice = random.Random(0)
+    generator = random.Random(0)
     pieces = [*"abcdefgh .:\n42(é東", " the", "circle", "  ", " is", "red", "USER", "ASSISTANT", "brown fox"]
     for _ in range(300):
-        text = "".join(dice.choices(pieces, k=dice.randint(1, 12)))
+        text = "".join(generator.choices(pieces, k=generator.randint(1, 12)))
         assert joined(text, score) == words.tokenize(text, add_special_tokens=False), repr(text)
 
 

@@ -21,8 +21,10 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 @pytest.mark.parametrize("connector", ["linear", {"type": "linear", "bias": False}, {"type": "mlp", "bias": False}])
 @pytest.mark.parametrize("eye", ["clip_vision_model", "siglip_vision_model"])
 @torch.no_grad()
-def test_calibration_and_picture_size_go_into_the_weights(saved: Callable[..., Path], eye: str, connector: Any) -> None:
-    model, _ = load_model(saved("llama", eye, connector=connector, image_size=48), device="cpu")
+def test_calibration_and_picture_size_go_into_the_weights(
+    saved: Callable[..., Path], vision_encoder: str, connector: Any
+) -> None:
+    model, _ = load_model(saved("llama", vision_encoder, connector=connector, image_size=48), device="cpu")
     tower, pixels = model.image, torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     before = tower(pixels).tokens_BND
     fold_calibration(tower.connector, *connector_matrices(tower.connector))
@@ -45,9 +47,9 @@ def test_calibration_and_picture_size_go_into_the_weights(saved: Callable[..., P
 )
 @torch.no_grad()
 def test_calibration_goes_into_the_norm_and_scales_into_the_matrices(
-    saved: Callable[..., Path], eye: str, connector: Any
+    saved: Callable[..., Path], vision_encoder: str, connector: Any
 ) -> None:
-    model, _ = load_model(saved("llama", eye, connector=connector, image_size=48), device="cpu")
+    model, _ = load_model(saved("llama", vision_encoder, connector=connector, image_size=48), device="cpu")
     tower, pixels = model.image, torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     for name, parameter in tower.encoder.named_parameters():
         if "layer_scale" in name:

@@ -97,8 +97,10 @@ def test_the_entry_point_is_declared() -> None:
         ("siglip_vision_model", {"tiling": {"type": "anyres"}}),
     ],
 )
-def test_towers_alone_are_the_models_own(eye: str, options: dict[str, Any], saved: Make, tmp_path: Path) -> None:
-    model, _ = load_model(saved("llama", eye, **options), device="cpu")
+def test_towers_alone_are_the_models_own(
+    vision_encoder: str, options: dict[str, Any], saved: Make, tmp_path: Path
+) -> None:
+    model, _ = load_model(saved("llama", vision_encoder, **options), device="cpu")
     model.save_pretrained(tmp_path)
     state = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if n.startswith("image.")}
     config = AutoConfig.from_pretrained(tmp_path)
@@ -148,10 +150,10 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_vllm_gives_the_same_greedy_answers(
-    to: str, eye: str, options: dict[str, Any], saved: Make, tmp_path: Path
+    to: str, vision_encoder: str, options: dict[str, Any], saved: Make, tmp_path: Path
 ) -> None:
     # A `kind` of its own: the folders of the other tests hold models with smaller heads.
-    export(saved("llama", eye, kind="byte-level, trimmed offsets", **options), to, tmp_path / "out")
+    export(saved("llama", vision_encoder, kind="byte-level, trimmed offsets", **options), to, tmp_path / "out")
     script = ROOT / "examples" / "serve_with_vllm.py"
     command = [sys.executable, str(script), str(tmp_path / "out"), "--vllm-python", str(ENGINE)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}

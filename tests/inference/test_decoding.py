@@ -15,8 +15,8 @@ from opticnerve.common.private_names import CACHE
 from opticnerve.inference.decoding import decode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.build import Dock
-from opticnerve.ops.fused_decode import LeanDecoder
-from opticnerve.ops.kv_cache import RoomyLayer, make_room
+from opticnerve.ops.fused_decode import FusedDecoder
+from opticnerve.ops.kv_cache import ReservedLayer, make_room
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -60,21 +60,21 @@ class TestAgainstTransformers:
         inputs = Answerer(made.model, made.processor).inputs(ASKED)
         assert int((inputs["attention_mask"] == 0).sum()) > 0
         free = generated(made.model, inputs, 14, do_sample=False, pad_token_id=0, eos_token_id=None)
-        lean = LeanDecoder.of(made.model.language_model)
-        assert (lean is not None) == (family in LEAN)
+        fused = FusedDecoder.of(made.model.language_model)
+        assert (fused is not None) == (family in LEAN)
         for ends in (None, middle(free)):
             options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
             theirs = generated(made.model, inputs, 14, **options)
-            for how in ({"lean": lean}, {"lean": None}, {"drop_finished": False}, {"room": False, "lean": lean}):
+            for how in ({"lean": fused}, {"lean": None}, {"drop_finished": False}, {"room": False, "lean": fused}):
                 assert decoded(made.model, inputs, 14, **options, **how).tolist() == theirs.tolist(), how
 
     def test_one_row_and_one_token(self, family: str, docked: Callable[..., Dock]) -> None:
         made = lively(docked(family))
         inputs = Answerer(made.model, made.processor).inputs(ASKED[:1])
-        lean = LeanDecoder.of(made.model.language_model)
+        fused = FusedDecoder.of(made.model.language_model)
         for new in (1, 12):
             theirs = generated(made.model, inputs, new, do_sample=False, pad_token_id=0)
-            assert decoded(made.model, inputs, new, do_sample=False, pad_token_id=0, lean=lean).equal(theirs)
+            assert decoded(made.model, inputs, new, do_sample=False, pad_token_id=0, fused=fused).equal(theirs)
 
 
 def test_a_window_that_slides_over_the_conversation(docked: Callable[..., Dock]) -> None:
@@ -83,7 +83,7 @@ def test_a_window_that_slides_over_the_conversation(docked: Callable[..., Dock])
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     wide = generated(made.model, inputs, 14, **options)
     made.model.language_model.config.sliding_window = 8
-    assert LeanDecoder.of(made.model.language_model) is None
+    assert FusedDecoder.of(made.model.language_model) is None
     narrow = generated(made.model, inputs, 14, **options)
     assert not narrow.equal(wide)
     options["eos_token_id"] = middle(narrow)
@@ -96,8 +96,8 @@ def test_sampling_draws_what_transformers_draws(docked: Callable[..., Dock]) -> 
     options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "pad_token_id": 0}
     torch.manual_seed(3)
     theirs = generated(made.model, inputs, 10, **options)
-    for lean in (None, LeanDecoder.of(made.model.language_model)):
-        assert decoded(made.model, inputs, 10, seed=3, lean=lean, **options).equal(theirs)
+    for fused in (None, FusedDecoder.of(made.model.language_model)):
+        assert decoded(made.model, inputs, 10, seed=3, fused=fused, **options).equal(theirs)
 
 
 @pytest.mark.parametrize("wish", [{"repetition_penalty": 1.7}, {"num_beams": 2}])
@@ -125,7 +125,7 @@ def test_an_adapter_that_steps_aside_and_layers_that_look(fusion: str, docked: C
         with torch.no_grad():
             layer.alpha_cross_attn.fill_(1.0)
     inputs = Answerer(made.model, made.processor).inputs(ASKED)
-    assert LeanDecoder.of(made.model.language_model) is None
+    assert FusedDecoder.of(made.model.language_model) is None
     free = generated(made.model, inputs, 12, do_sample=False, pad_token_id=0, eos_token_id=None)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": middle(free)}
     assert decoded(made.model, inputs, 12, **options).equal(generated(made.model, inputs, 12, **options))
@@ -142,17 +142,17 @@ class TestLean:
 
         model = tf.AutoModelForCausalLM.from_pretrained(language_folder(family), dtype=dtype).eval()
         ids_BL = torch.randint(8, 300, (rows, 9), generator=torch.Generator().manual_seed(1))
-        lean = LeanDecoder.of(model)
-        assert lean is not None
+        fused = FusedDecoder.of(model)
+        assert fused is not None
         with torch.inference_mode():
             theirs, ours = (model(ids_BL, use_cache=True)[CACHE] for _ in range(2))
             assert make_room(ours, 3)
-            cos_BTd, sin_BTd = lean.tables(torch.tensor([9]), 5)
-            lean.prepare(rows)
+            cos_BTd, sin_BTd = fused.tables(torch.tensor([9]), 5)
+            fused.prepare(rows)
             for i in range(5):
                 token_B = torch.full((rows,), 20 + i)
                 wanted = model(token_B[:, None], **{CACHE: theirs}).logits[:, -1]
-                logits_BV = lean.step(token_B, cos_BTd[:, i], sin_BTd[:, i], ours.layers, None)
+                logits_BV = fused.step(token_B, cos_BTd[:, i], sin_BTd[:, i], ours.layers, None)
                 if dtype is torch.bfloat16:
                     assert logits_BV.equal(wanted)
                 else:
@@ -180,16 +180,16 @@ class TestLean:
 
     def test_who_does_not_fit(self, docked: Callable[..., Dock]) -> None:
         language = docked().model.language_model
-        lean = LeanDecoder.of(language)
-        assert lean is not None
-        assert lean.still_fits(language)
+        fused = FusedDecoder.of(language)
+        assert fused is not None
+        assert fused.still_fits(language)
         handle = language.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-        assert LeanDecoder.of(language) is None
-        assert not lean.still_fits(language)
+        assert FusedDecoder.of(language) is None
+        assert not fused.still_fits(language)
         handle.remove()
-        assert lean.still_fits(language)
+        assert fused.still_fits(language)
         language.model.layers[0].self_attn.k_proj.weight.data = torch.zeros(1)
-        assert not lean.still_fits(language)
+        assert not fused.still_fits(language)
 
 
 def again_with(model: Any, other: Any) -> Any:
@@ -209,7 +209,7 @@ def test_a_cache_with_room_grows_past_it_and_notices_whoever_replaces_its_tensor
 
     more(3, 2)
     assert make_room(roomy, 2)
-    assert type(roomy.layers[0]) is RoomyLayer
+    assert type(roomy.layers[0]) is ReservedLayer
     for new in (1, 1, 1, 4):
         more(new, 2)
     for cache in (plain, roomy):

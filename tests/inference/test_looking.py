@@ -12,9 +12,9 @@ import transformers as tf
 
 import tiny
 from opticnerve.interpret import attention_maps
-from opticnerve.interpret import attribution as looking
+from opticnerve.interpret import attribution as multimodal_context
 from opticnerve.interpret.occlusion import edges, occlusion
-from opticnerve.interpret.teacher_forcing import Forced, Word, split_words
+from opticnerve.interpret.teacher_forcing import TeacherForced, Word, split_words
 from opticnerve.models.vlm.build import Dock
 from opticnerve.types import OpticNerveError, ask
 
@@ -48,13 +48,13 @@ def crossed(docked: Callable[..., Dock]) -> Dock:
     return awake(docked("llama", fusion={"type": "cross_attention", "every": 1, "heads": 4}))
 
 
-def forced(dock: Dock) -> Forced:
-    return Forced(dock.model, dock.processor, ASKED, max_new_tokens=5)
+def forced(dock: Dock) -> TeacherForced:
+    return TeacherForced(dock.model, dock.processor, ASKED, max_new_tokens=5)
 
 
-def look(dock: Dock, *methods: str, **options: Any) -> looking.Looked:
+def look(dock: Dock, *methods: str, **options: Any) -> multimodal_context.Attribution:
     options = {"grid": 4, "patch": 2, "max_new_tokens": 5, **options}
-    return looking.look(dock.model, dock.processor, ASKED, methods=methods or None, **options)
+    return multimodal_context.look(dock.model, dock.processor, ASKED, methods=methods or None, **options)
 
 
 class TestArithmetic:
@@ -134,7 +134,7 @@ class TestWords:
     def test_a_words_weights_are_the_mean_of_its_tokens(self) -> None:
         words = [Word("ab", (0, 1)), Word("c", (2,))]
         weight_THW = torch.tensor([[[0.0, 1.0]], [[0.5, 0.5]], [[1.0, 0.0]]])
-        assert looking._words(weight_THW, words, torch.mean).tolist() == [[[0.25, 0.75]], [[1.0, 0.0]]]
+        assert multimodal_context._words(weight_THW, words, torch.mean).tolist() == [[[0.25, 0.75]], [[1.0, 0.0]]]
 
     def test_nothing(self) -> None:
         assert split_words([], tiny.tokenizer()) == ("", [])
@@ -176,8 +176,8 @@ class TestForced:
         hooks = sum(len(m._forward_hooks) for m in dock.model.image.modules())
         methods = [
             m
-            for m in looking.METHODS
-            if looking.METHODS[m] in ("any", "splice" if which == "spliced" else "cross_attention")
+            for m in multimodal_context.METHODS
+            if multimodal_context.METHODS[m] in ("any", "splice" if which == "spliced" else "cross_attention")
         ]
         look(dock, *methods)
         assert language.config._attn_implementation == "sdpa"
@@ -285,11 +285,11 @@ class TestWhatAModelAllows:
         assert look(dock, "relevance").maps[0].grid_WHH.shape[1:] == (side, side)
 
     def test_class_tokens_spoil_the_map(self, docked: Callable[..., Dock], vision_folder: Callable[..., str]) -> None:
-        eye = {"type": "hf_vision", "name": vision_folder(), "class_token": "keep"}
+        vision_encoder = {"type": "hf_vision", "name": vision_folder(), "class_token": "keep"}
         with pytest.raises(OpticNerveError, match="17 soft tokens make no square"):
-            look(docked("llama", eye), "attention")
+            look(docked("llama", vision_encoder), "attention")
         with pytest.raises(OpticNerveError, match="17 tokens"):
-            look(docked("llama", eye), "gradient")
+            look(docked("llama", vision_encoder), "gradient")
 
     @pytest.mark.parametrize(
         ("which", "method", "words"),
@@ -309,7 +309,7 @@ class TestWhatAModelAllows:
     def test_not_one_picture(self, spliced: Dock) -> None:
         for asked in (ask("text alone"), ask("two", tiny.picture(1), tiny.picture(2))):
             with pytest.raises(OpticNerveError, match="one picture"):
-                looking.look(spliced.model, spliced.processor, asked)
+                multimodal_context.look(spliced.model, spliced.processor, asked)
 
     def test_tiles(self, docked: Callable[..., Dock]) -> None:
         with pytest.raises(OpticNerveError, match="tiling"):
@@ -318,15 +318,20 @@ class TestWhatAModelAllows:
 
 class TestSeenBox:
     def test_squashed(self) -> None:
-        assert looking.seen_box(tf.SiglipImageProcessor(size={"height": 32, "width": 32}), 100, 60) == (0, 0, 100, 60)
+        assert multimodal_context.seen_box(tf.SiglipImageProcessor(size={"height": 32, "width": 32}), 100, 60) == (
+            0,
+            0,
+            100,
+            60,
+        )
 
     def test_cropped(self) -> None:
         size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
-        assert looking.seen_box(tf.CLIPImageProcessor(**size), 100, 60) == (26, 6, 74, 54)
+        assert multimodal_context.seen_box(tf.CLIPImageProcessor(**size), 100, 60) == (26, 6, 74, 54)
 
     def test_padded(self) -> None:
         size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-        assert looking.seen_box(tf.LlavaImageProcessor(do_pad=True, **size), 100, 60) == (0, -20, 100, 80)
+        assert multimodal_context.seen_box(tf.LlavaImageProcessor(do_pad=True, **size), 100, 60) == (0, -20, 100, 80)
 
 
 def test_models_that_keep_their_kernel_are_refused(spliced: Dock, monkeypatch: pytest.MonkeyPatch) -> None:

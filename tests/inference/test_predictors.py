@@ -23,9 +23,11 @@ CHOICES = ["yes", "no", "red"]
 
 
 @pytest.fixture
-def chooser(bert_folder: str, vision_folder: Callable[..., str]) -> ClassifierDock:
-    eye = {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}
-    return classifier(eye, bert_folder, timing="intermediate", answers=["no", "red", "yes"], width=16, heads=2, depth=1)
+def token_sampler(bert_folder: str, vision_folder: Callable[..., str]) -> ClassifierDock:
+    vision_encoder = {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}
+    return classifier(
+        vision_encoder, bert_folder, timing="intermediate", answers=["no", "red", "yes"], width=16, heads=2, depth=1
+    )
 
 
 def test_a_vlm_scores_by_the_probability_of_the_whole_answer(docked: Callable[..., Dock]) -> None:
@@ -48,8 +50,8 @@ def test_text_only_does_not_look(docked: Callable[..., Dock]) -> None:
     assert sees.scores(a, CHOICES) != sees.scores(b, CHOICES)
 
 
-def test_a_classifier_alone_in_a_batch_and_loaded(chooser: ClassifierDock, tmp_path: Path) -> None:
-    predictor = ClassifierPredictor(*chooser, batch_size=2)
+def test_a_classifier_alone_in_a_batch_and_loaded(token_sampler: ClassifierDock, tmp_path: Path) -> None:
+    predictor = ClassifierPredictor(*token_sampler, batch_size=2)
     tiny.picture(7).save(tmp_path / "a.png")
     questions = [ask(f"is it {w}?", tiny.picture(i % 2)) for i, w in enumerate(["red", "blue", "a very big circle"])]
     questions += [ask("what?", tmp_path / "a.png"), ask("which?", tmp_path / "a.png")]
@@ -59,32 +61,34 @@ def test_a_classifier_alone_in_a_batch_and_loaded(chooser: ClassifierDock, tmp_p
     assert predictor.answers(questions) == [["no", "red", "yes"][i] for i in together.argmax(1)]
     few = predictor.scores(questions[0], ["yes", "NO"])
     assert few == pytest.approx((together[0, [2, 0]] / together[0, [2, 0]].sum()).tolist(), rel=1e-4)
-    chooser.save(tmp_path / "kept", [])
+    token_sampler.save(tmp_path / "kept", [])
     assert load_classifier(tmp_path / "kept", device="cpu").answers(questions) == predictor.answers(questions)
 
 
 def test_pictures_that_do_not_fit_in_memory_together_are_seen_in_turns(
-    chooser: ClassifierDock, monkeypatch: pytest.MonkeyPatch
+    token_sampler: ClassifierDock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predictor = ClassifierPredictor(*chooser, batch_size=1)
+    predictor = ClassifierPredictor(*token_sampler, batch_size=1)
     pictures = [tiny.picture(i) for i in range(3)]
     questions = [ask("is it red?", pictures[i % 3]) for i in range(5)]
     together = predictor.probabilities(questions)
     shown: list[int] = []
-    encode = chooser.model.image.encode
-    monkeypatch.setattr(chooser.model.image, "encode", lambda pixels: shown.append(len(pixels)) or encode(pixels))
+    encode = token_sampler.model.image.encode
+    monkeypatch.setattr(token_sampler.model.image, "encode", lambda pixels: shown.append(len(pixels)) or encode(pixels))
     assert torch.equal(predictor.probabilities(questions), together)
     assert sum(shown) == 3, "a picture of several questions is seen once"
-    eye = chooser.model.image.encoder
-    monkeypatch.setattr("opticnerve.inference.predictors._NUMBERS", 2 * eye.num_tokens * eye.hidden_size)
+    vision_encoder = token_sampler.model.image.encoder
+    monkeypatch.setattr(
+        "opticnerve.inference.predictors._NUMBERS", 2 * vision_encoder.num_tokens * vision_encoder.hidden_size
+    )
     shown.clear()
     assert torch.equal(predictor.probabilities(questions), together)
     assert sum(shown) == 5  # two questions at a time: pictures 0 and 1, 2 and 0, 1
 
 
-def test_kinds_of_models_together(docked: Callable[..., Dock], chooser: ClassifierDock) -> None:
+def test_kinds_of_models_together(docked: Callable[..., Dock], token_sampler: ClassifierDock) -> None:
     dock = docked()
-    predictors: list[Any] = [VLMPredictor(dock.model, dock.processor), ClassifierPredictor(*chooser)]
+    predictors: list[Any] = [VLMPredictor(dock.model, dock.processor), ClassifierPredictor(*token_sampler)]
     question = ask("is it red?", tiny.picture(0))
     apart = [p.scores(question, CHOICES) for p in predictors]
     assert LateFusion(predictors).scores(question, CHOICES) == pytest.approx(
@@ -92,8 +96,8 @@ def test_kinds_of_models_together(docked: Callable[..., Dock], chooser: Classifi
     )
 
 
-def test_bad_input(chooser: ClassifierDock, docked: Callable[..., Dock]) -> None:
-    predictor, question = ClassifierPredictor(*chooser), ask("is it red?", tiny.picture(0))
+def test_bad_input(token_sampler: ClassifierDock, docked: Callable[..., Dock]) -> None:
+    predictor, question = ClassifierPredictor(*token_sampler), ask("is it red?", tiny.picture(0))
     with pytest.raises(OpticNerveError, match=r"'yess' is none of the 3 in the closed set; the nearest is 'yes'"):
         predictor.scores(question, ["yess", "no"])
     with pytest.raises(OpticNerveError, match="1 choices"):

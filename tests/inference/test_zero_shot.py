@@ -32,9 +32,9 @@ def embedder() -> Embedder:
         vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
     reader = HFTextEncoder.from_loaded(tf.BertModel(config), words, max_length=32)
-    eye = HFVisionEncoder(architecture=tiny.vision_config("vit").to_dict())
-    processor = DualEncoderProcessor(eye.image_processor(), words, max_length=32)
-    return Embedder(DualEncoder.from_parts(eye, reader, projection_dim=16), processor, batch_size=2)
+    vision_encoder = HFVisionEncoder(architecture=tiny.vision_config("vit").to_dict())
+    processor = DualEncoderProcessor(vision_encoder.image_processor(), words, max_length=32)
+    return Embedder(DualEncoder.from_parts(vision_encoder, reader, projection_dim=16), processor, batch_size=2)
 
 
 def test_batches_change_nothing_and_vectors_have_length_one(embedder: Embedder) -> None:

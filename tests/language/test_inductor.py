@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor
 
 from opticnerve import recipe
-from opticnerve.ops.fused_layers import Functions, lean
+from opticnerve.ops.fused_layers import Functions, fuse_layers
 from opticnerve.ops.inductor import inductor
 from opticnerve.ops.kernels import KERNELS
 from opticnerve.types import OpticNerveError
@@ -51,7 +51,7 @@ def test_the_same_values_and_gradients(compiled: Functions, dtype: torch.dtype, 
             p.requires_grad_("layers.0" in name)
     for length in (1, 5, 9):
         plain = gradients(model, length, dtype)
-        with lean(model, compiled) as changed:
+        with fuse_layers(model, compiled) as changed:
             ours = gradients(model, length, dtype)
         assert changed == 7
         for one, other in zip(ours, plain, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opticnerve.language.lora import adapter_on, add_lora
 from opticnerve.objectives.head import supervised_logits
-from opticnerve.ops.fused_layers import lean
+from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.last_mlp import last_mlp_at
 
 SIZES: dict[str, Any] = {
@@ -96,7 +96,7 @@ def test_the_same_logits_and_gradients_of_fewer_positions(family: str) -> None:
 
 def test_with_lean_layers_and_adapters() -> None:
     model = with_lora()
-    with lean(model):
+    with fuse_layers(model):
         check_same(model)
         assert applies(model)
 

@@ -10,7 +10,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from opticnerve.language.lora import adapter_on, add_lora
-from opticnerve.ops.fused_layers import lean
+from opticnerve.ops.fused_layers import fuse_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -61,7 +61,7 @@ def far(ours: Tensor, theirs: Tensor) -> float:
 def test_the_same_bits_forward_and_the_same_gradients(family: str, dtype: torch.dtype, bound: float) -> None:
     model = make(family, dtype)
     plain = run(model)
-    with lean(model) as count:
+    with fuse_layers(model) as count:
         ours = run(model)
     assert count == KNOWN[family][2]
     assert torch.equal(ours[0], plain[0])
@@ -74,7 +74,7 @@ def test_norms_that_train_get_their_gradient() -> None:
     for name, p in model.named_parameters():
         p.requires_grad_("norm" in name or "gate_proj" in name)
     plain = run(model)[2]
-    with lean(model):
+    with fuse_layers(model):
         ours = run(model)[2]
     assert set(ours) == set(plain)
     for name, grad in plain.items():
@@ -88,7 +88,7 @@ def test_adapters_give_peft_s_values_and_gradients(family: str, when: str, dtype
     model = with_lora(family, dtype, when=when)
     rows = torch.tensor([True, False, True]) if when == "media" else None
     plain = run(model, rows)
-    with lean(model) as count:
+    with fuse_layers(model) as count:
         ours = run(model, rows)
     assert count == KNOWN[family][2] + 14  # seven linear layers in each of two
     assert far(ours[0], plain[0]) < bound
@@ -101,7 +101,7 @@ def test_adapters_give_peft_s_values_and_gradients(family: str, when: str, dtype
 def test_rows_that_the_adapter_leaves_alone_keep_the_bare_model_s_bits() -> None:
     bare, model = make("llama"), with_lora("llama", torch.float32, when="media")
     wanted = run(bare)[0]
-    with lean(model):
+    with fuse_layers(model):
         out = run(model, torch.tensor([True, False, False]))[0]
     assert torch.equal(out[1:], wanted[1:])
     assert not torch.equal(out[0], wanted[0])
@@ -120,7 +120,7 @@ def test_adapters_that_do_more_are_left_to_peft(what: str) -> None:
             layer.lora_variant["default"] = object()
         if what == "open base":
             layer.base_layer.requires_grad_(True)
-    with lean(model) as count:
+    with fuse_layers(model) as count:
         assert count == KNOWN["llama"][2]
         assert not any("forward" in vars(layer) for layer in layers)
 
@@ -134,7 +134,7 @@ def test_a_layer_of_the_same_name_that_computes_something_else_is_left_alone() -
         def forward(self, hidden_states: Tensor) -> Tensor:
             return 2 * self.weight * hidden_states
 
-    with lean(LlamaRMSNorm()) as count:
+    with fuse_layers(LlamaRMSNorm()) as count:
         assert count == 0
 
 

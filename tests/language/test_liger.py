@@ -14,7 +14,7 @@ import transformers as tf
 
 from opticnerve import recipe
 from opticnerve.ops import fused_layers as lean_page
-from opticnerve.ops.fused_layers import lean
+from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.liger import liger
 from opticnerve.types import OpticNerveError
 
@@ -67,7 +67,7 @@ def test_they_are_used_within_the_stage_and_not_after(spies: tuple[Spy, Spy]) ->
         return grad
 
     before = gradient()
-    with lean(model, liger(CUDA)) as changed:
+    with fuse_layers(model, liger(CUDA)) as changed:
         within = gradient()
     assert changed == 7
     assert [spy.calls for spy in spies] == [5, 2]
@@ -83,7 +83,10 @@ def test_refused_without_a_gpu(spies: tuple[Spy, Spy]) -> None:
 
 def test_a_model_without_such_layers_is_told(spies: tuple[Spy, Spy]) -> None:
     model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(OpticNerveError, match="GPT2LMHeadModel has no norm or gated MLP"), lean(model, liger(CUDA)):
+    with (
+        pytest.raises(OpticNerveError, match="GPT2LMHeadModel has no norm or gated MLP"),
+        fuse_layers(model, liger(CUDA)),
+    ):
         pass
 
 

@@ -16,7 +16,7 @@ from opticnerve.encoders.base import make_image_processor
 from opticnerve.language.chat_template import set_template, stage_template
 from opticnerve.models import OpticNerveProcessor
 from opticnerve.types import Message
-from prompt_contract import Broken, examine, judge
+from prompt_contract import Broken, examine, scorer
 
 pytestmark = pytest.mark.slow
 # Whether a sequence begins with the begin token: where the tokenizer writes one by itself, or the model's own template
@@ -72,6 +72,6 @@ def test_named_templates(name: str, words: Any, template: str) -> None:
             raise Broken("two begin tokens")
         others.append(ids[0] == begin)
 
-    judge(f"{name} with {template}", conversations.samples(60, seed=4), check)
+    scorer(f"{name} with {template}", conversations.samples(60, seed=4), check)
     if name in ("qwen2.5", "qwen3", "smollm2") and template == "vicuna":
         assert not any(others)

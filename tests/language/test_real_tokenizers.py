@@ -20,7 +20,7 @@ from opticnerve.data.encode.tokenize import IGNORE, encode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveProcessor
 from opticnerve.types import Conversation, DataError, Message, OpticNerveError, TextPart, ask
-from prompt_contract import examine, expect, judge, same
+from prompt_contract import examine, expect, same, scorer
 
 pytestmark = pytest.mark.slow
 TRAINABLE = [name for name, family in FAMILIES.items() if not family.refused]
@@ -48,7 +48,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_prompt_is_a_prefix_and_all_behind_it_is_learned(case: Case) -> None:
     tried = conversations.samples(case.family.count)
-    judge(case.name, tried, lambda sample: examine(case.family, case.proc, sample))
+    scorer(case.name, tried, lambda sample: examine(case.family, case.proc, sample))
 
 
 def test_sequences_begin_with_the_begin_token_once(case: Case) -> None:
@@ -92,7 +92,7 @@ def test_the_public_path_sends_the_same_prompt(case: Case) -> None:
         row = public["input_ids"]
         equal(case.proc, "apply_chat_template", ids, row[0] if isinstance(row[0], list) else row)
 
-    judge(case.name, conversations.samples(30, seed=1), check)
+    scorer(case.name, conversations.samples(30, seed=1), check)
     assert 3 * len(compared) >= len(asked)
 
 
@@ -140,14 +140,14 @@ def test_saved_and_loaded_gives_the_same_tokens(case: Case, tmp_path: Path) -> N
         if not case.askable(sample):
             continue
         for learn in (False, True):
-            talk = sample.conversation if learn else sample.conversation.prompt()
-            one, other = (outcome(talk, p, learn=learn) for p in (case.proc, again))
+            chat_state = sample.conversation if learn else sample.conversation.prompt()
+            one, other = (outcome(chat_state, p, learn=learn) for p in (case.proc, again))
             assert one == other, f"{case.name}, conversation {sample.conversation.id}"
 
 
-def outcome(talk: Conversation, proc: Any, *, learn: bool) -> Any:
+def outcome(chat_state: Conversation, proc: Any, *, learn: bool) -> Any:
     try:
-        made = encode(talk, proc, learn=learn)
+        made = encode(chat_state, proc, learn=learn)
     except DataError as e:
         return e.kind
     return made.input_ids, made.labels
@@ -167,15 +167,15 @@ def test_system_words_that_the_template_refuses_or_drops_are_told(case: Case) ->
         return
     for turns in (1, 2):
         asked = (Message("user", (TextPart("Which?"),)), Message("assistant", (TextPart("ruby"),))) * turns
-        talk = Conversation((Message("system", (TextPart("Be brief."),)), *asked), where="chat.jsonl:7")
+        chat_state = Conversation((Message("system", (TextPart("Be brief."),)), *asked), where="chat.jsonl:7")
         with pytest.raises(DataError) as e:
-            encode(talk, case.proc)
+            encode(chat_state, case.proc)
         assert e.value.kind == "template"
         assert e.value.where == "chat.jsonl:7"
         assert e.value.remedy
         if case.family.system == "refused":
             with pytest.raises(DataError) as e:
-                encode(talk.prompt(), case.proc, learn=False)
+                encode(chat_state.prompt(), case.proc, learn=False)
             assert e.value.kind == "template"
 
 
@@ -194,4 +194,4 @@ def test_a_cue_that_opens_a_think_block_is_told_with_the_remedy(case: Case) -> N
 def test_the_remedy_for_think_blocks_is_one(name: str, mode: str) -> None:
     family: Family = FAMILIES[name]
     proc = families.processor(family, thinking=mode)
-    judge(f"{name}, thinking: {mode}", conversations.samples(80, seed=5), lambda s: examine(family, proc, s))
+    scorer(f"{name}, thinking: {mode}", conversations.samples(80, seed=5), lambda s: examine(family, proc, s))

@@ -25,13 +25,13 @@ THINGS = ["circle", "dog"]
 CAPTIONS = [f"a {w} {t}" for w in WORDS for t in THINGS]
 
 
-def eye(family: str = "vit", **options: Any) -> HFVisionEncoder:
+def vision_encoder(family: str = "vit", **options: Any) -> HFVisionEncoder:
     torch.manual_seed(4)
     return HFVisionEncoder(architecture=tiny.vision_config(family).to_dict(), **options)
 
 
 def dual(image: Any = None, text: Any = None, **options: Any) -> tuple[DualEncoder, DualEncoderProcessor]:
-    image, text = image or eye(), text or tiny.text_encoder()
+    image, text = image or vision_encoder(), text or tiny.text_encoder()
     torch.manual_seed(5)
     model = DualEncoder.from_parts(image, text, **{"projection_dim": 16, **options})
     return model, DualEncoderProcessor(image.image_processor(), text.tokenizer, max_length=text.max_length)
@@ -47,7 +47,7 @@ def batch_of(processor: Any, count: int = 4) -> Any:
 
 def test_poolings_of_an_eye() -> None:
     pixels = torch.randn(2, 3, 32, 32)
-    kept = eye("clip_vision_model", class_token="keep").eval()
+    kept = vision_encoder("clip_vision_model", class_token="keep").eval()
     states = kept.model(pixels)
     for how, wanted in (
         ("mean", states.last_hidden_state.mean(1)),
@@ -69,10 +69,10 @@ def test_timms_own_pooler_may_change_the_width(name: str) -> None:
 
 
 @pytest.mark.parametrize(("make", "pooling", "message"), [
-    (lambda: eye("siglip_vision_model", class_token="keep"), "class_token", "SiglipVisionModel has none"),
-    (lambda: eye("vit"), "class_token", "leaves it out: add class_token: keep"),
-    (lambda: eye("vit", layer=-2), "pooler", "cut at layer -2"),
-    (lambda: eye("vit"), "max", "not 'max'"),
+    (lambda: vision_encoder("siglip_vision_model", class_token="keep"), "class_token", "SiglipVisionModel has none"),
+    (lambda: vision_encoder("vit"), "class_token", "leaves it out: add class_token: keep"),
+    (lambda: vision_encoder("vit", layer=-2), "pooler", "cut at layer -2"),
+    (lambda: vision_encoder("vit"), "max", "not 'max'"),
 ])  # fmt: skip
 def test_impossible_poolings(make: Callable[[], Any], pooling: Any, message: str) -> None:
     with pytest.raises(OpticNerveError, match=message):
@@ -80,7 +80,7 @@ def test_impossible_poolings(make: Callable[[], Any], pooling: Any, message: str
 
 
 def test_another_size_interpolates_before_the_pooler() -> None:
-    model, _ = dual(eye("siglip_vision_model", image_size=48), pooling="pooler")
+    model, _ = dual(vision_encoder("siglip_vision_model", image_size=48), pooling="pooler")
     pixels = torch.randn(1, 3, 48, 48)
     wanted = model.image.encoder.model(pixels, interpolate_pos_encoding=True).pooler_output  # type: ignore[operator]
     torch.testing.assert_close(model.image.encode(pixels), wanted)
@@ -122,9 +122,9 @@ def test_cached_vectors_stand_in_for_pictures() -> None:
     lambda: dual(),
     lambda: dual(TimmEncoder(name="test_efficientnet"), tiny.text_encoder("llama")),
     lambda: dual(TimmEncoder(name="vit_tiny_patch16_224", image_size=32, model_args={"depth": 2, "embed_dim": 24, "num_heads": 2}), pooling="pooler"),
-    lambda: dual(eye("siglip_vision_model"), tiny.text_encoder("siglip_text_model"), pooling="pooler", loss="siglip",
+    lambda: dual(vision_encoder("siglip_vision_model"), tiny.text_encoder("siglip_text_model"), pooling="pooler", loss="siglip",
                  projection_dim=None, image_projection=False, text_projection=False),
-    lambda: dual(eye("clip_vision_model", class_token="keep"), tiny.text_encoder("clip_text_model"), pooling="class_token", text_projection={"bias": True}),
+    lambda: dual(vision_encoder("clip_vision_model", class_token="keep"), tiny.text_encoder("clip_text_model"), pooling="class_token", text_projection={"bias": True}),
 ])  # fmt: skip
 def test_saved_and_loaded_bit_for_bit(make: Callable[[], Any], tmp_path: Path) -> None:
     model, processor = make()
@@ -165,8 +165,8 @@ def test_half_precision_gives_float32_embeddings() -> None:
 
 def test_parts_cover_every_parameter_once() -> None:
     model, _ = dual(loss="siglip")
-    wholes = [p for p in DualEncoder.PARTS if "last" not in p]
-    names = [n for part in wholes for n in model.part_parameters(part)]
+    whole_parts = [p for p in DualEncoder.PARTS if "last" not in p]
+    names = [n for part in whole_parts for n in model.part_parameters(part)]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
     last = model.part_parameters("text.encoder.last(1)")
     assert last

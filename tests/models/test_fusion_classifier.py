@@ -29,8 +29,10 @@ SMALL: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def made(bert_folder: str, vision_folder: Callable[..., str]) -> Callable[..., ClassifierDock]:
     def make(timing: Any, **options: Any) -> ClassifierDock:
-        eye = None if timing == "early" else {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}
-        return classifier(eye, bert_folder, timing=timing, answers=ANSWERS, **{**SMALL[timing], **options})
+        vision_encoder = (
+            None if timing == "early" else {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}
+        )
+        return classifier(vision_encoder, bert_folder, timing=timing, answers=ANSWERS, **{**SMALL[timing], **options})
 
     return make
 
@@ -143,8 +145,8 @@ def test_any_text_encoder_reads(family: str, timing: Any, made: Callable[..., Cl
     shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     torch.manual_seed(0)
     reader = HFTextEncoder(architecture={"model_type": family, **shape, "num_attention_heads": 2, **own})
-    eye = made("late").model.image.encoder
-    model = FusionClassifier.from_parts(eye, reader, timing=timing, answers=ANSWERS, **SMALL[timing])
+    vision_encoder = made("late").model.image.encoder
+    model = FusionClassifier.from_parts(vision_encoder, reader, timing=timing, answers=ANSWERS, **SMALL[timing])
     ids = torch.tensor([[48, 5, 6, 49, 0, 0], [48, 5, 6, 7, 8, 49]])
     given = {"attention_mask": (ids != 0).long(), "pixel_values": torch.randn(2, 3, 32, 32)}
     end = 6 if family == "siglip_text_model" else 4  # SigLIP pools the last place and is always padded to it

@@ -31,8 +31,8 @@ def sound(seed: int, seconds: float = 0.7) -> Any:
 
 @pytest.fixture
 def both(docked: Callable[..., Dock], whisper_folder: str) -> Dock:
-    ear = {"encoder": {"type": "whisper", "name": whisper_folder, "seconds": 1, "pool": 5}}
-    dock = docked("llama", audio=ear)
+    audio_encoder = {"encoder": {"type": "whisper", "name": whisper_folder, "seconds": 1, "pool": 5}}
+    dock = docked("llama", audio=audio_encoder)
     with torch.no_grad():
         for parameter in (*dock.model.image.connector.parameters(), *dock.model.audio.connector.parameters()):
             parameter.mul_(5)
@@ -135,7 +135,7 @@ def test_save_and_load(both: Dock, tmp_path: Path) -> None:
 
 class TestEarAlone:
     @pytest.fixture
-    def ear(self, language_folder: Callable[..., str], whisper_folder: str) -> Dock:
+    def audio_encoder(self, language_folder: Callable[..., str], whisper_folder: str) -> Dock:
         from opticnerve.models.vlm.build import dock
 
         return dock(
@@ -143,9 +143,9 @@ class TestEarAlone:
             audio={"encoder": {"type": "whisper", "name": whisper_folder, "seconds": 1, "pool": 10}},
         )
 
-    def test_round_trip(self, ear: Dock, tmp_path: Path) -> None:
-        ear.model.save_pretrained(tmp_path)
-        ear.processor.save_pretrained(tmp_path)
+    def test_round_trip(self, audio_encoder: Dock, tmp_path: Path) -> None:
+        audio_encoder.model.save_pretrained(tmp_path)
+        audio_encoder.processor.save_pretrained(tmp_path)
         processor = OpticNerveProcessor.from_pretrained(tmp_path)
         assert processor.image_processor is None
         assert processor.image_token is None
@@ -153,14 +153,15 @@ class TestEarAlone:
         model = OpticNerveForConditionalGeneration.from_pretrained(tmp_path)
         with torch.no_grad():
             assert torch.equal(
-                model(**Answerer(model, processor).inputs([asked])).logits, ear.model(**inputs(ear, asked)).logits
+                model(**Answerer(model, processor).inputs([asked])).logits,
+                audio_encoder.model(**inputs(audio_encoder, asked)).logits,
             )
 
-    def test_pictures_are_refused(self, ear: Dock) -> None:
+    def test_pictures_are_refused(self, audio_encoder: Dock) -> None:
         with pytest.raises(OpticNerveError, match="a picture, but the model has no"):
-            inputs(ear, ask("q", P[0]))
+            inputs(audio_encoder, ask("q", P[0]))
         with pytest.raises(DataError, match="the model has no eye"):
-            encode(ask("q", P[0], answer="a"), ear.processor)
+            encode(ask("q", P[0], answer="a"), audio_encoder.processor)
 
     def test_cross_attention_hears_too(self, language_folder: Callable[..., str], whisper_folder: str) -> None:
         from opticnerve.models.vlm.build import dock

@@ -184,6 +184,6 @@ def test_docking_keeps_every_weight(
 
     made = docked("gpt2")
     bare = load_language(language_folder("gpt2")).model.state_dict()
-    eye = HFVisionEncoder.from_pretrained(vision_folder()).state_dict()
+    vision_encoder = HFVisionEncoder.from_pretrained(vision_folder()).state_dict()
     assert all(torch.equal(t, bare[n]) for n, t in made.model.language_model.state_dict().items())
-    assert all(torch.equal(t, eye[n]) for n, t in made.model.image.encoder.state_dict().items())
+    assert all(torch.equal(t, vision_encoder[n]) for n, t in made.model.image.encoder.state_dict().items())

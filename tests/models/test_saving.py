@@ -78,19 +78,19 @@ def test_tables_that_no_file_holds_are_computed_again(
 
     base = docked("llama")
     torch.manual_seed(0)
-    eye = TimmEncoder(**options).eval()
-    hidden = set(dict(eye.named_buffers())) - set(eye.state_dict())
+    vision_encoder = TimmEncoder(**options).eval()
+    hidden = set(dict(vision_encoder.named_buffers())) - set(vision_encoder.state_dict())
     spec = {"connector": {"type": "linear"}, "fusion": {"type": "splice"}}
-    tower = join(eye, spec, {"language_size": 32, "language_layers": 2})
+    tower = join(vision_encoder, spec, {"language_size": 32, "language_layers": 2})
     model = OpticNerveForConditionalGeneration.from_parts(
         base.model.language_model, {"image": tower}, image_token_id=base.processor.image_token_id
     )
-    pixels = torch.randn(2, 3, eye.image_size, eye.image_size)
+    pixels = torch.randn(2, 3, vision_encoder.image_size, vision_encoder.image_size)
     model.save_pretrained(tmp_path)
     again = OpticNerveForConditionalGeneration.from_pretrained(tmp_path)
     assert hidden or options is SWIN
     for n in hidden:
-        assert torch.equal(again.image.encoder.get_buffer(n), eye.get_buffer(n)), n
+        assert torch.equal(again.image.encoder.get_buffer(n), vision_encoder.get_buffer(n)), n
     assert torch.equal(again.get_image_features(pixels), model.get_image_features(pixels))
 
 

@@ -24,9 +24,11 @@ ANSWERS = ["no", "red", "yes"]
 @pytest.fixture
 def made(bert_folder: str, vision_folder: Callable[..., str]) -> Callable[..., ClassifierDock]:
     def make(timing: Any = "intermediate", **options: Any) -> ClassifierDock:
-        eye = None if timing == "early" else {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}
+        vision_encoder = (
+            None if timing == "early" else {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}
+        )
         more = {"intermediate": {"heads": 2, "depth": 1}, "early": {"pixels": 8}, "late": {}}[timing]
-        return classifier(eye, bert_folder, timing=timing, answers=ANSWERS, width=16, **{**more, **options})
+        return classifier(vision_encoder, bert_folder, timing=timing, answers=ANSWERS, width=16, **{**more, **options})
 
     return make
 
@@ -119,9 +121,9 @@ def test_case_and_spaces_around_an_answer_do_not_matter(
 
 def test_features_of_a_cache_stand_in_for_pictures(made: Callable[..., ClassifierDock]) -> None:
     dock = made()
-    eye = dock.model.image.encoder
+    vision_encoder = dock.model.image.encoder
     collate = AnswerCollator(dock.processor)
-    collate.features = store = Saw((eye.num_tokens, eye.hidden_size))
+    collate.features = store = Saw((vision_encoder.num_tokens, vision_encoder.hidden_size))
     nowhere = Conversation(
         (Message("user", (ImagePart(Path("gone.png")), TextPart("what?"))), Message("assistant", (TextPart("red"),))),
         where="a.jsonl:1",

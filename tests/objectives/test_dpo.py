@@ -94,12 +94,14 @@ def test_before_the_first_step_nothing_is_preferred(docked: Callable[..., Dock])
 def test_only_the_last_turn_is_compared(docked: Callable[..., Dock]) -> None:
     dock = docked("llama")
     first = ask("what is it?", tiny.picture(0), answer="a dog")
-    talk = Conversation((*first.messages, *ask("sure?", answer="yes").messages), "t", "t", {"rejected": "no, a fox"})
-    chosen, rejected = PreferenceCollator(dock.processor).pair(talk)
+    chat_state = Conversation(
+        (*first.messages, *ask("sure?", answer="yes").messages), "t", "t", {"rejected": "no, a fox"}
+    )
+    chosen, rejected = PreferenceCollator(dock.processor).pair(chat_state)
     decode = dock.processor.tokenizer.decode
     assert decode([i for i in chosen.labels if i != IGNORE]).startswith("yes")
     assert decode([i for i in rejected.labels if i != IGNORE]).startswith("no, a fox")
-    batch = PreferenceCollator(dock.processor)([[talk], [pairs()[0]]])
+    batch = PreferenceCollator(dock.processor)([[chat_state], [pairs()[0]]])
     assert sorted(batch.slots_BL[batch.targets != IGNORE].unique().tolist()) == [0, 1, 2, 3]
 
 

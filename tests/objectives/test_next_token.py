@@ -25,7 +25,7 @@ PACKABLE = ("llama", "llama tied", "qwen2", "mistral", "phi", "gemma2", "gpt2", 
 WORDS = ["a red circle", "yes", "no, it's a dog", "the blue square and a fox", "42"]
 
 
-def talk(rng: random.Random, picture: Any) -> Conversation:
+def chat_state(rng: random.Random, picture: Any) -> Conversation:
     pictures = [] if picture is None else [picture]
     return ask(" ".join(rng.choices(WORDS, k=rng.randint(1, 3))), *pictures, answer=rng.choice(WORDS))
 
@@ -65,8 +65,8 @@ def assert_same(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, 
 class TestEveryFamily:
     def test_packed_and_shared_equal_separate(self, docked: Callable[..., Dock], family: str) -> None:
         dock, rng = docked(family), random.Random(0)
-        groups = [[talk(rng, p) for p in [tiny.picture(i)] * (i + 1)] for i in range(3)]
-        groups.append([talk(rng, None)])
+        groups = [[chat_state(rng, p) for p in [tiny.picture(i)] * (i + 1)] for i in range(3)]
+        groups.append([chat_state(rng, None)])
         apart = [batch_of(dock, [[[c]]]) for g in groups for c in g]
         assert all(b.plain for b in apart)
         separate = loss_and_gradients(dock, apart)
@@ -108,7 +108,9 @@ def llama(language_folder: Callable[..., str], vision_folder: Callable[..., str]
 def test_any_grouping_gives_the_same_loss_and_gradients(llama: Dock, sizes: list[int], split: int, seed: int) -> None:
     rng = random.Random(seed)
     pictures = [tiny.picture(seed + i) if rng.random() < 0.8 else None for i in range(len(sizes))]
-    groups = [[talk(rng, p) for _ in range(n if p is not None else 1)] for n, p in zip(sizes, pictures, strict=True)]
+    groups = [
+        [chat_state(rng, p) for _ in range(n if p is not None else 1)] for n, p in zip(sizes, pictures, strict=True)
+    ]
     separate = loss_and_gradients(llama, [batch_of(llama, [[[c]]]) for g in groups for c in g])
     rows = [groups[i : i + split] for i in range(0, len(groups), split)]
     assert_same(loss_and_gradients(llama, [batch_of(llama, rows)]), separate)
@@ -117,7 +119,9 @@ def test_any_grouping_gives_the_same_loss_and_gradients(llama: Dock, sizes: list
 def test_accumulated_equals_one_batch(llama: Dock) -> None:
     """Samples with very different numbers of supervised tokens: means of means would differ."""
     rng = random.Random(3)
-    rows = [[[talk(rng, tiny.picture(i))]] for i in range(3)] + [[[ask("q", tiny.picture(9), answer="word " * 20)]]]
+    rows = [[[chat_state(rng, tiny.picture(i))]] for i in range(3)] + [
+        [[ask("q", tiny.picture(9), answer="word " * 20)]]
+    ]
     whole = loss_and_gradients(llama, [batch_of(llama, rows)])
     parts = loss_and_gradients(llama, [batch_of(llama, rows[:1]), batch_of(llama, rows[1:])])
     assert_same(parts, whole)

@@ -56,7 +56,7 @@ class Tower(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.eye = nn.Linear(3 * 4 * 4, 12)
+        self.vision_encoder = nn.Linear(3 * 4 * 4, 12)
         sizes: dict[str, Any] = {"num_queries": 3, "hidden_size": 32, "depth": 2, "heads": 2, "image_text_size": 16}
         self.connector = QFormerConnector(
             in_size=12, out_size=10, in_tokens=4, text=True, vocab_size=len(VOCABULARY) + 1, **sizes | options
@@ -64,7 +64,7 @@ class Tower(nn.Module):
 
     def encode(self, pixel_values: Tensor) -> Features:
         patches = F.unfold(pixel_values, 4, stride=4).mT
-        return Features(self.eye(patches), torch.ones(patches.shape[:2], dtype=torch.bool))
+        return Features(self.vision_encoder(patches), torch.ones(patches.shape[:2], dtype=torch.bool))
 
 
 def objective(*, seed: int = 0, label_smoothing: float = 0.1, **options: Any) -> QFormerPretraining:

@@ -89,10 +89,12 @@ def test_minus_one_is_before_the_final_norm_and_last_is_behind_it(name: str, tmp
 def test_a_checkpoint_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """It computes in the dock's dtype, everywhere; a saved dock is the same again, tables included."""
     halves = save(tmp_path / "vision", name, torch.float16)
-    brain = tiny.save_language(tmp_path / "language")
-    tf.AutoModelForCausalLM.from_pretrained(brain).half().save_pretrained(brain)
+    language_part = tiny.save_language(tmp_path / "language")
+    tf.AutoModelForCausalLM.from_pretrained(language_part).half().save_pretrained(language_part)
     model, processor = opticnerve.dock(
-        vision={"type": "hf_vision", "name": halves}, language={"name": brain, "chat_template": "chatml"}, dtype=dtype
+        vision={"type": "hf_vision", "name": halves},
+        language={"name": language_part, "chat_template": "chatml"},
+        dtype=dtype,
     )
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert "float16" not in str(model.config.to_dict()).replace("bfloat16", "")

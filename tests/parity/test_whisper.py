@@ -55,20 +55,20 @@ def mels(seconds: int = 3, batch: int = 2) -> Tensor:
     return torch.randn(batch, 8, 100 * seconds, generator=torch.Generator().manual_seed(1))
 
 
-def hear(ear: WhisperEncoder, sound: Tensor) -> Tensor:
+def hear(audio_encoder: WhisperEncoder, sound: Tensor) -> Tensor:
     with torch.no_grad():
-        return ear.eval()(sound).tokens_BND
+        return audio_encoder.eval()(sound).tokens_BND
 
 
 class TestAgainstTransformers:
     def test_thirty_seconds_unpooled(self, tmp_path: Path) -> None:
         whole = random_whisper(tf.WhisperForConditionalGeneration, 1500)
         whole.save_pretrained(tmp_path)
-        ear = WhisperEncoder.from_pretrained(str(tmp_path))
-        assert (ear.seconds, ear.num_tokens, ear.media_shape) == (30, 1500, (8, 3000))
+        audio_encoder = WhisperEncoder.from_pretrained(str(tmp_path))
+        assert (audio_encoder.seconds, audio_encoder.num_tokens, audio_encoder.media_shape) == (30, 1500, (8, 3000))
         with torch.no_grad():
             wanted = whole.model.encoder(mels(30)).last_hidden_state
-        assert (hear(ear, mels(30)) - wanted).abs().max() <= 1e-5
+        assert (hear(audio_encoder, mels(30)) - wanted).abs().max() <= 1e-5
 
     @pytest.mark.parametrize("layer", ["last", -1, -2, 0, 1])
     @pytest.mark.parametrize("pool", [1, 5, 150])
@@ -78,9 +78,9 @@ class TestAgainstTransformers:
             out = bare(mels(), output_hidden_states=True)
         state = out.last_hidden_state if layer == "last" else out.hidden_states[layer]
         means = torch.stack([state[:, i : i + pool].mean(1) for i in range(0, 150, pool)], 1)
-        ear = WhisperEncoder.from_pretrained(folder, pool=pool, layer=layer)
-        heard = hear(ear, mels())
-        assert heard.shape == means.shape == (2, ear.num_tokens, ear.hidden_size)
+        audio_encoder = WhisperEncoder.from_pretrained(folder, pool=pool, layer=layer)
+        heard = hear(audio_encoder, mels())
+        assert heard.shape == means.shape == (2, audio_encoder.num_tokens, audio_encoder.hidden_size)
         assert (heard - means).abs().max() <= 1e-5
 
     @pytest.mark.parametrize("seconds", [1, 2])
@@ -89,10 +89,10 @@ class TestAgainstTransformers:
         bare = Bare(config(50 * seconds)).eval()
         weights["embed_positions.weight"] = weights["embed_positions.weight"][: 50 * seconds]
         bare.load_state_dict(weights)
-        ear = WhisperEncoder.from_pretrained(folder, seconds=seconds)
+        audio_encoder = WhisperEncoder.from_pretrained(folder, seconds=seconds)
         with torch.no_grad():
             wanted = bare(mels(seconds)).last_hidden_state
-        assert (hear(ear, mels(seconds)) - wanted).abs().max() <= 1e-5
+        assert (hear(audio_encoder, mels(seconds)) - wanted).abs().max() <= 1e-5
 
     @pytest.mark.parametrize("kind", [tf.WhisperForAudioClassification, Bare])
     def test_other_heads_and_a_bare_encoder_load_too(self, tmp_path: Path, kind: Any) -> None:
@@ -104,30 +104,30 @@ class TestAgainstTransformers:
         assert (hear(WhisperEncoder.from_pretrained(str(tmp_path)), mels()) - wanted).abs().max() <= 1e-5
 
     def test_the_feature_extractor_is_whispers(self, folder: str) -> None:
-        ear = WhisperEncoder.from_pretrained(folder, seconds=2)
-        extract = ear.feature_extractor()
+        audio_encoder = WhisperEncoder.from_pretrained(folder, seconds=2)
+        extract = audio_encoder.feature_extractor()
         sound = np.random.default_rng(0).normal(size=16_000).astype(np.float32)
         ours = extract([sound, sound[:5_000]], sampling_rate=16_000, return_tensors="pt")["input_features"]
-        assert ours.shape == (2, *ear.media_shape)
+        assert ours.shape == (2, *audio_encoder.media_shape)
         theirs = tf.WhisperFeatureExtractor(feature_size=8)(sound, sampling_rate=16_000, return_tensors="pt")
         # One second of sound in two of silence or in 30: the same spectrogram, but at the frame that sees the end.
         torch.testing.assert_close(ours[0, :, :198], theirs["input_features"][0, :, :198])
-        assert hear(ear, ours).shape == (2, 100, 16)
+        assert hear(audio_encoder, ours).shape == (2, 100, 16)
 
 
 class TestContract:
     def test_options_build_it_again_and_so_does_the_plan(self, folder: str) -> None:
-        ear = WhisperEncoder.from_pretrained(folder, seconds=2, pool=4, layer=-2)
-        again = WhisperEncoder(**ear.options)
-        again.load_state_dict(ear.state_dict())
-        assert torch.equal(hear(again, mels(2)), hear(ear, mels(2)))
+        audio_encoder = WhisperEncoder.from_pretrained(folder, seconds=2, pool=4, layer=-2)
+        again = WhisperEncoder(**audio_encoder.options)
+        again.load_state_dict(audio_encoder.state_dict())
+        assert torch.equal(hear(again, mels(2)), hear(audio_encoder, mels(2)))
         with torch.device("meta"):
             planned = WhisperEncoder.planned(folder, seconds=2, pool=4, layer=-2)
-        assert planned.options == ear.options
+        assert planned.options == audio_encoder.options
         assert {k: v.shape for k, v in planned.state_dict().items()} == {
-            k: v.shape for k, v in ear.state_dict().items()
+            k: v.shape for k, v in audio_encoder.state_dict().items()
         }
-        assert not any("decoder" in key for key in ear.options["architecture"])
+        assert not any("decoder" in key for key in audio_encoder.options["architecture"])
 
     def test_every_token_is_real(self, folder: str) -> None:
         features = WhisperEncoder.from_pretrained(folder, seconds=1, pool=5)(mels(1))
@@ -135,17 +135,17 @@ class TestContract:
         assert features.mask_BN.shape == (2, 10)
 
     def test_files_and_modality(self, folder: str) -> None:
-        ear = WhisperEncoder.from_pretrained(folder)
-        assert ear.modality == "audio"
-        assert [Path(f).name for f in ear.weight_files()] == ["model.safetensors"]
+        audio_encoder = WhisperEncoder.from_pretrained(folder)
+        assert audio_encoder.modality == "audio"
+        assert [Path(f).name for f in audio_encoder.weight_files()] == ["model.safetensors"]
 
     def test_last_blocks(self, folder: str) -> None:
-        ear = WhisperEncoder.from_pretrained(folder)
-        before = hear(ear, mels())
+        audio_encoder = WhisperEncoder.from_pretrained(folder)
+        before = hear(audio_encoder, mels())
         with torch.no_grad():
-            for parameter in last_blocks(ear, 1)[0].parameters():
+            for parameter in last_blocks(audio_encoder, 1)[0].parameters():
                 parameter.add_(1.0)
-        assert not torch.allclose(hear(ear, mels()), before)
+        assert not torch.allclose(hear(audio_encoder, mels()), before)
 
 
 class TestRefusals:
@@ -224,13 +224,13 @@ class TestOpenAI:
         assert all(torch.equal(back[k], v) for k, v in bare.state_dict().items())
 
     def test_the_file_gives_the_same_numbers(self, bare: Any, file: Path) -> None:
-        ear = WhisperEncoder.from_pretrained(str(file))
+        audio_encoder = WhisperEncoder.from_pretrained(str(file))
         with torch.no_grad():
             wanted = bare(mels()).last_hidden_state
-        assert (hear(ear, mels()) - wanted).abs().max() <= 1e-5
-        assert ear.weight_files() == [str(file)]
+        assert (hear(audio_encoder, mels()) - wanted).abs().max() <= 1e-5
+        assert audio_encoder.weight_files() == [str(file)]
         with torch.device("meta"):
-            assert WhisperEncoder.planned(str(file)).options == ear.options
+            assert WhisperEncoder.planned(str(file)).options == audio_encoder.options
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -268,7 +268,7 @@ def test_an_unknown_starter_ear() -> None:
 @pytest.fixture(scope="module")
 def tiny_en() -> Path:
     try:
-        return starter.ear("starter/whisper-tiny.en").file()
+        return starter.audio_encoder("starter/whisper-tiny.en").file()
     except OpticNerveError as e:
         pytest.skip(str(e))
 
@@ -276,18 +276,18 @@ def tiny_en() -> Path:
 @pytest.mark.slow
 class TestStarterWeights:
     def test_the_plan_knows_their_shapes(self, tiny_en: Path) -> None:
-        ear = WhisperEncoder.from_pretrained("starter/whisper-tiny.en", seconds=2, pool=5)
+        audio_encoder = WhisperEncoder.from_pretrained("starter/whisper-tiny.en", seconds=2, pool=5)
         with torch.device("meta"):
             planned = WhisperEncoder.planned("starter/whisper-tiny.en", seconds=2, pool=5)
-        assert planned.options == ear.options
-        assert (ear.num_tokens, ear.hidden_size, ear.media_shape) == (20, 384, (80, 200))
-        assert len(ear.blocks()) == 4
+        assert planned.options == audio_encoder.options
+        assert (audio_encoder.num_tokens, audio_encoder.hidden_size, audio_encoder.media_shape) == (20, 384, (80, 200))
+        assert len(audio_encoder.blocks()) == 4
 
     def test_their_positions_are_the_papers_sinusoids(self, tiny_en: Path) -> None:
         """Half precision was kept of them; one that was converted under another name would not fit."""
-        ear = WhisperEncoder.from_pretrained("starter/whisper-tiny.en")
-        fresh = Bare(tf.WhisperConfig(**ear.options["architecture"]))
-        ours, theirs = (m.embed_positions.weight for m in (ear.model, fresh))
+        audio_encoder = WhisperEncoder.from_pretrained("starter/whisper-tiny.en")
+        fresh = Bare(tf.WhisperConfig(**audio_encoder.options["architecture"]))
+        ours, theirs = (m.embed_positions.weight for m in (audio_encoder.model, fresh))
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
 
     def test_whispers_decoder_writes_down_what_our_ear_hears(self, tiny_en: Path, tmp_path: Path) -> None:
@@ -298,10 +298,12 @@ class TestStarterWeights:
         from opticnerve.data.media.audio import open_audio
 
         subprocess.run([speak, "-v", "en-us", "-w", tmp_path / "a.wav", "The dog looks at the cat."], check=True)
-        ear = WhisperEncoder.from_pretrained("starter/whisper-tiny.en").eval()
-        sound = ear.feature_extractor()(open_audio(tmp_path / "a.wav"), sampling_rate=16_000, return_tensors="pt")
+        audio_encoder = WhisperEncoder.from_pretrained("starter/whisper-tiny.en").eval()
+        sound = audio_encoder.feature_extractor()(
+            open_audio(tmp_path / "a.wav"), sampling_rate=16_000, return_tensors="pt"
+        )
         decoder = whole_whisper(tiny_en)
-        features = tf.modeling_outputs.BaseModelOutput(last_hidden_state=hear(ear, sound["input_features"]))
+        features = tf.modeling_outputs.BaseModelOutput(last_hidden_state=hear(audio_encoder, sound["input_features"]))
         said = [50257, 50362]  # <|startoftranscript|><|notimestamps|>
         with torch.no_grad():
             while said[-1] != 50256 and len(said) < 20:
@@ -316,7 +318,7 @@ def whole_whisper(file: Path) -> Any:
     tensors = torch.load(file, weights_only=True)["model_state_dict"]
     model = tf.WhisperForConditionalGeneration(
         tf.WhisperConfig(
-            **starter.ear("starter/whisper-tiny.en").architecture, vocab_size=51864, decoder_layers=4,
+            **starter.audio_encoder("starter/whisper-tiny.en").architecture, vocab_size=51864, decoder_layers=4,
             decoder_attention_heads=6, decoder_ffn_dim=1536,
         )
     ).eval()  # fmt: skip

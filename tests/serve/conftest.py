@@ -37,8 +37,8 @@ def make_dock(
 
 @pytest.fixture(scope="session")
 def both(make_dock: Callable[..., Dock], whisper_folder: str) -> Dock:
-    ear = {"encoder": {"type": "whisper", "name": whisper_folder, "seconds": 1, "pool": 5}}
-    return make_dock(audio=ear)
+    audio_encoder = {"encoder": {"type": "whisper", "name": whisper_folder, "seconds": 1, "pool": 5}}
+    return make_dock(audio=audio_encoder)
 
 
 @pytest.fixture(scope="session")

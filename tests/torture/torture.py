@@ -53,12 +53,12 @@ FIRST = ("in mid-cache-write", "in mid-checkpoint")
 def make_recipe(folder: Path) -> Path:
     """Tiny models, data and a recipe on disk."""
     language = tiny.save_language(folder / "language", chat_template=CHATML)
-    eye = tiny.save_vision(folder / "eye")
+    vision_encoder = tiny.save_vision(folder / "eye")
     captions, questions = tiny.save_captions(folder / "data", 12), tiny.save_questions(folder / "data", 12)
     common = {"save_every": SAVE_EVERY, "cache_features": True, "pack": {"tokens": 160, "window": 24}, "batch_size": 2}
     made = {
         "name": "torture", "precision": "fp32", "forgetting": False,
-        "model": {"language": {"name": language}, "image": {"encoder": {"type": "hf_vision", "name": eye}}},
+        "model": {"language": {"name": language}, "image": {"encoder": {"type": "hf_vision", "name": vision_encoder}}},
         "stages": [
             {"name": "align", "train": {"connector": 1e-2}, "data": [{"path": str(captions)}], "steps": STEPS[0],
              **common},
@@ -137,7 +137,7 @@ def left_behind(run: Path) -> list[Path]:
 
 
 @dataclass
-class Tally:
+class BadSampleCounter:
     """What the kills came to."""
 
     kills: int = 0
@@ -146,9 +146,9 @@ class Tally:
     seconds: float = 0.0
 
 
-def torture(folder: Path, kills: int, seed: int, *, say: Any = print) -> Tally:
+def torture(folder: Path, kills: int, seed: int, *, say: Any = print) -> BadSampleCounter:
     """Run the whole; raises SystemExit where a run differs."""
-    rng, tally, began = random.Random(seed), Tally(), time.monotonic()
+    rng, tally, began = random.Random(seed), BadSampleCounter(), time.monotonic()
     recipe, log = make_recipe(folder), folder / "log.txt"
     started = time.monotonic()
     life(recipe, folder / "peace", folder / "cache-peace", log)

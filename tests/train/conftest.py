@@ -33,17 +33,22 @@ def make_recipe(
     """Stage options → a recipe of one stage. `eye` is a timm architecture or a vision family, `brain` a language family."""
 
     def make(
-        *, eye: str = "clip_vision_model", brain: str = "llama", precision: str = "fp32", seed: int = 0, **stage: Any
+        *,
+        vision_encoder: str = "clip_vision_model",
+        language_part: str = "llama",
+        precision: str = "fp32",
+        seed: int = 0,
+        **stage: Any,
     ) -> Recipe:
         encoder = (
-            {"type": "hf_vision", "name": vision_folder(eye)} if eye in tiny.VISION
-            else {"type": "timm", "name": timm_folder(eye), "image_size": 64}
+            {"type": "hf_vision", "name": vision_folder(vision_encoder)} if vision_encoder in tiny.VISION
+            else {"type": "timm", "name": timm_folder(vision_encoder), "image_size": 64}
         )  # fmt: skip
         chosen = {
             "name": "align", "train": {"connector": 1e-2}, "data": [{"path": str(data / "captions.jsonl")}],
             "batch_size": 4, "steps": 4, **stage,
         }  # fmt: skip
-        model = {"language": {"name": language_folder(brain)}, "image": {"encoder": encoder}}
+        model = {"language": {"name": language_folder(language_part)}, "image": {"encoder": encoder}}
         return recipes.load({"seed": seed, "precision": precision, "stages": [chosen], "model": model})
 
     return make

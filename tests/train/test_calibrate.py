@@ -13,18 +13,18 @@ import transformers as tf
 
 import opticnerve
 import tiny
-from opticnerve.data.dataset.load import load_units
+from opticnerve.data.dataset.load import load_examples
 from opticnerve.fusion.base import words_of
 from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.recipe import Recipe
 from opticnerve.train.calibrate import calibrate
-from opticnerve.train.sampler import Visits
+from opticnerve.train.sampler import StageSampler
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
 
-def visits_of(recipe: Recipe, made: Any) -> Visits:
-    return Visits(load_units(recipe.stages[0].data), recipe.stages[0], made.processor, seed=0)
+def make_sampler(recipe: Recipe, made: Any) -> StageSampler:
+    return StageSampler(load_examples(recipe.stages[0].data), recipe.stages[0], made.processor, seed=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -32,8 +32,8 @@ def test_soft_tokens_weigh_what_words_weigh(make_recipe: Callable[..., Recipe], 
     recipe = make_recipe(precision=precision)
     made = dock_recipe(recipe)
     before = made.model.image.connector.layers[0].weight.clone()
-    calibrate(made.model, visits_of(recipe, made))
-    pixels = torch.cat([visits_of(recipe, made)[i].media["pixel_values"] for i in range(4)])
+    calibrate(made.model, make_sampler(recipe, made))
+    pixels = torch.cat([make_sampler(recipe, made)[i].media["pixel_values"] for i in range(4)])
     with torch.no_grad():
         soft = made.model.get_image_features(pixels).float()
         wanted = float(made.model.get_input_embeddings().weight.float().std())
@@ -45,11 +45,11 @@ def test_soft_tokens_weigh_what_words_weigh(make_recipe: Callable[..., Recipe], 
 def test_a_second_time_changes_nothing(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe()
     made = dock_recipe(recipe)
-    calibrate(made.model, visits_of(recipe, made))
+    calibrate(made.model, make_sampler(recipe, made))
     before = {n: t.clone() for n, t in made.model.image.connector.state_dict().items()}
     with torch.no_grad():
         made.model.get_input_embeddings().weight.mul_(3)
-    calibrate(made.model, visits_of(recipe, made))
+    calibrate(made.model, make_sampler(recipe, made))
     assert all(torch.equal(t, before[n]) for n, t in made.model.image.connector.state_dict().items())
 
 
@@ -58,7 +58,7 @@ def test_no_pictures_no_calibration(make_recipe: Callable[..., Recipe]) -> None:
 
     recipe = make_recipe()
     made = dock_recipe(recipe)
-    calibrate(made.model, Visits([([ask("q", answer="a")], None)], recipe.stages[0], made.processor, seed=0))
+    calibrate(made.model, StageSampler([([ask("q", answer="a")], None)], recipe.stages[0], made.processor, seed=0))
     assert not bool(made.model.image.connector.calibrated)
 
 

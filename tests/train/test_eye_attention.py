@@ -12,14 +12,14 @@ from torch import nn
 
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.ops import attention
-from opticnerve.ops import vision_attention as eye_attention
+from opticnerve.ops import vision_attention as vision_attention
 from opticnerve.ops.vision_attention import plain_attention
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
-EYES: dict[str, Callable[[], Any]] = {
+VISION_ENCODERS: dict[str, Callable[[], Any]] = {
     "clip": lambda: tf.CLIPVisionConfig(**SIZES),
     "siglip": lambda: tf.SiglipVisionConfig(**SIZES),
     "dinov2": lambda: tf.Dinov2Config(**{k: v for k, v in SIZES.items() if k != "intermediate_size"}),
@@ -29,9 +29,9 @@ EYES: dict[str, Callable[[], Any]] = {
 }
 
 
-def eye(kind: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def vision_encoder(kind: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     torch.manual_seed(0)
-    return HFVisionEncoder(architecture=EYES[kind]().to_dict()).to(dtype).eval()
+    return HFVisionEncoder(architecture=VISION_ENCODERS[kind]().to_dict()).to(dtype).eval()
 
 
 def run(encoder: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,14 +44,14 @@ def run(encoder: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_BND.detach(), pixels.grad
 
 
-@pytest.mark.parametrize("kind", EYES)
+@pytest.mark.parametrize("kind", VISION_ENCODERS)
 def test_the_same_tokens_and_gradients_by_our_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = eye(kind)
+    encoder = vision_encoder(kind)
     wanted = run(encoder.float(), torch.float32)
     encoder.to(torch.bfloat16)
     called = []
-    ours = eye_attention.attend
-    monkeypatch.setattr(eye_attention, "attend", lambda *a, **k: called.append(1) or ours(*a, **k))
+    ours = vision_attention.attend
+    monkeypatch.setattr(vision_attention, "attend", lambda *a, **k: called.append(1) or ours(*a, **k))
     with plain_attention(nn.ModuleList([encoder])) as count:
         assert count == 1
         found = run(encoder, torch.bfloat16)
@@ -64,7 +64,7 @@ def test_the_same_tokens_and_gradients_by_our_products(kind: str, monkeypatch: p
 
 
 def test_float32_keeps_torchs_bits() -> None:
-    encoder = eye("clip", torch.float32)
+    encoder = vision_encoder("clip", torch.float32)
     wanted = run(encoder, torch.float32)
     with plain_attention(encoder):
         found = run(encoder, torch.float32)
@@ -73,7 +73,7 @@ def test_float32_keeps_torchs_bits() -> None:
 
 
 def test_another_attention_stays() -> None:
-    encoder: Any = eye("clip")
+    encoder: Any = vision_encoder("clip")
     encoder.model.set_attn_implementation("eager")
     with plain_attention(encoder) as count:
         assert count == 0
@@ -81,9 +81,9 @@ def test_another_attention_stays() -> None:
 
 
 def test_an_error_within_leaves_torchs_attention() -> None:
-    encoder: Any = eye("clip")
+    encoder: Any = vision_encoder("clip")
     with pytest.raises(RuntimeError, match="within"), plain_attention(encoder):
-        assert encoder.model.config._attn_implementation == eye_attention.NAME
+        assert encoder.model.config._attn_implementation == vision_attention.NAME
         raise RuntimeError("within")
     assert encoder.model.config._attn_implementation == "sdpa"
 
@@ -91,12 +91,12 @@ def test_an_error_within_leaves_torchs_attention() -> None:
 def test_causal_and_masked_attention_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(2, 4, 9, 8).to(torch.bfloat16) for _ in range(3))
     assert attention.faster(q, all_see_all=True)
-    monkeypatch.setattr(eye_attention, "attend", lambda *a, **k: pytest.fail("ours was taken"))
+    monkeypatch.setattr(vision_attention, "attend", lambda *a, **k: pytest.fail("ours was taken"))
     module = nn.Identity()
     mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
-    eye_attention.eye_attention(module, q, k, v, mask, is_causal=False)
-    eye_attention.eye_attention(module, q, k, v, None, is_causal=True)
-    eye_attention.eye_attention(module, q, k, v, None)  # a module that does not say is causal to transformers
-    eye_attention.eye_attention(module, q, k, v, None, dropout=0.5, is_causal=False)
+    vision_attention.vision_attention(module, q, k, v, mask, is_causal=False)
+    vision_attention.vision_attention(module, q, k, v, None, is_causal=True)
+    vision_attention.vision_attention(module, q, k, v, None)  # a module that does not say is causal to transformers
+    vision_attention.vision_attention(module, q, k, v, None, dropout=0.5, is_causal=False)
     with pytest.raises(pytest.fail.Exception, match="ours"):
-        eye_attention.eye_attention(module, q, k, v, None, is_causal=False)
+        vision_attention.vision_attention(module, q, k, v, None, is_causal=False)

@@ -137,9 +137,9 @@ def test_one_store_serves_every_connector_and_recipe(
     monkeypatch.setattr(Tower, "encode", count)
     recipe = make_recipe(cache_features=True, epochs=3, steps=None, seed=7)
     with torch.no_grad():
-        eye = dock_recipe(recipe)
-        next(eye.model.image.encoder.parameters()).mul_(1.01)  # one that no other test has shown pictures to
-    state = eye.model.image.encoder.state_dict()
+        vision_encoder = dock_recipe(recipe)
+        next(vision_encoder.model.image.encoder.parameters()).mul_(1.01)  # one that no other test has shown pictures to
+    state = vision_encoder.model.image.encoder.state_dict()
 
     def run(name: str, recipe: Recipe) -> int:
         looked.clear()
@@ -154,7 +154,11 @@ def test_one_store_serves_every_connector_and_recipe(
     swept = recipe.model_copy(update={"model": recipe.docked.model_copy(update={"image": other})})
     assert run("another connector", swept) == 0
     assert (
-        run("another recipe", make_recipe(cache_features=True, steps=2, brain="qwen2", train={"connector": 1e-3})) == 0
+        run(
+            "another recipe",
+            make_recipe(cache_features=True, steps=2, language_part="qwen2", train={"connector": 1e-3}),
+        )
+        == 0
     )
 
 

@@ -31,9 +31,13 @@ CHOICES: list[dict[str, float]] = [
 @pytest.mark.parametrize("eye", ["clip_vision_model", "test_efficientnet"])
 @pytest.mark.parametrize("train", CHOICES, ids=lambda t: "+".join(t))
 def test_open_and_frozen(
-    docked: Callable[..., Dock], timm_folder: Callable[..., str], eye: str, train: dict[str, float]
+    docked: Callable[..., Dock], timm_folder: Callable[..., str], vision_encoder: str, train: dict[str, float]
 ) -> None:
-    vision = eye if eye == "clip_vision_model" else {"type": "timm", "name": timm_folder(eye), "image_size": 64}
+    vision = (
+        vision_encoder
+        if vision_encoder == "clip_vision_model"
+        else {"type": "timm", "name": timm_folder(vision_encoder), "image_size": 64}
+    )
     model = docked("llama tied", vision).model
     add_lora(model.language_model, {"rank": 2, "dropout": 0.1})
     model.train()

@@ -50,9 +50,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[s
 class TestFrozenStays:
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     @pytest.mark.parametrize("eye", ["clip_vision_model", "test_efficientnet"])
-    def test_connector_alone(self, make_recipe: Make, train: Train, eye: str, precision: str) -> None:
+    def test_connector_alone(self, make_recipe: Make, train: Train, vision_encoder: str, precision: str) -> None:
         """Every other tensor is bit-equal, a CNN's batch-norm statistics too; text alone gives bit-identical logits."""
-        recipe = make_recipe(eye=eye, precision=precision)
+        recipe = make_recipe(vision_encoder=vision_encoder, precision=precision)
         made = dock_recipe(recipe)
         words = made.processor(text="what colour is the circle?", return_tensors="pt")
         with torch.no_grad():
@@ -71,7 +71,7 @@ class TestFrozenStays:
         [{"encoder.last(1)": 1e-3}, {"language.last(1)": 1e-3}, {"language.embeddings": 1e-3}, {"language": 1e-3}],
     )
     def test_any_part_alone(self, make_recipe: Make, train: Train, parts: dict[str, float]) -> None:
-        recipe = make_recipe(train=parts, brain="llama tied")
+        recipe = make_recipe(train=parts, language_part="llama tied")
         made = dock_recipe(recipe)
         before = snapshot(made.model)
         train(recipe, dock=made)
@@ -94,7 +94,7 @@ class TestFrozenStays:
         assert all(float(t.abs().max()) > 0 for n, t in made.model.state_dict().items() if "lora_B" in n)
 
     def test_a_trained_cnns_statistics_move(self, make_recipe: Make, train: Train, tmp_path: Path) -> None:
-        recipe = make_recipe(eye="test_efficientnet", train={"connector": 1e-2, "encoder": 1e-4})
+        recipe = make_recipe(vision_encoder="test_efficientnet", train={"connector": 1e-2, "encoder": 1e-4})
         made = dock_recipe(recipe)
         before = snapshot(made.model)
         train(recipe, dock=made)
@@ -307,18 +307,18 @@ class TestGradientCheckpointing:
     def test_same_run_but_layers_run_twice(
         self, make_recipe: Make, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from opticnerve.ops import fused_layers as lean
+        from opticnerve.ops import fused_layers as fuse_layers
         from opticnerve.train import loop
 
         monkeypatch.setattr(loop, "image_use", lambda *_: None)  # it reads some samples again
         calls = {"now": 0}
-        forward = lean._mlp_forward
+        forward = fuse_layers._mlp_forward
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             calls["now"] += 1
             return forward(*args, **kwargs)
 
-        monkeypatch.setattr(lean, "_mlp_forward", counted)
+        monkeypatch.setattr(fuse_layers, "_mlp_forward", counted)
         plain, _ = train(make_recipe(), "plain")
         once, calls["now"] = calls["now"], 0
         again, _ = train(make_recipe(gradient_checkpointing=True), "again")

@@ -24,8 +24,8 @@ def recipe(language_folder: Callable[..., str], vision_folder: Callable[..., str
         "name": "align", "train": {"connector": 1e-2}, "batch_size": 4, "steps": 6, "save_every": 2,
         "data": [{"path": str(tiny.save_captions(tmp_path / "data"))}],
     }  # fmt: skip
-    eye = {"type": "hf_vision", "name": vision_folder("clip_vision_model")}
-    model = {"language": {"name": language_folder("llama")}, "image": {"encoder": eye}}
+    vision_encoder = {"type": "hf_vision", "name": vision_folder("clip_vision_model")}
+    model = {"language": {"name": language_folder("llama")}, "image": {"encoder": vision_encoder}}
     return {"precision": "fp32", "model": model, "stages": [stage], "forgetting": False}
 
 

@@ -46,15 +46,15 @@ def make(
     data = save_mixed(tmp_path / "data")
 
     def recipe(
-        *, brain: str = "llama", fusion: str = "splice", precision: str = "fp32", **stage: Any
+        *, language_part: str = "llama", fusion: str = "splice", precision: str = "fp32", **stage: Any
     ) -> dict[str, Any]:
-        eye = {"type": "hf_vision", "name": vision_folder("clip_vision_model")}
+        vision_encoder = {"type": "hf_vision", "name": vision_folder("clip_vision_model")}
         given = {
             "name": "align", "train": {"connector": 1e-2, "language.lora": 1e-2}, "batch_size": 4, "steps": 6,
             "data": [{"path": str(data)}], **stage,
         }  # fmt: skip
-        image = {"encoder": eye, "fusion": {"type": fusion}}
-        model = {"language": {"name": language_folder(brain)}, "image": image}
+        image = {"encoder": vision_encoder, "fusion": {"type": fusion}}
+        model = {"language": {"name": language_folder(language_part)}, "image": image}
         return {"precision": precision, "model": model, "stages": [given], "forgetting": False}
 
     return recipe

@@ -21,7 +21,7 @@ from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.recipe import DataSpec, Recipe, Stage
 from opticnerve.train import sampler as visits_module
-from opticnerve.train.sampler import Visits
+from opticnerve.train.sampler import StageSampler
 from opticnerve.types import Conversation, DataError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -53,11 +53,11 @@ def processor(docked: Callable[..., Dock]) -> Any:
 
 
 def test_every_sample_once_an_epoch_in_rows_within_the_budget(processor: Any) -> None:
-    visits = Visits(samples(21), packed(150, epochs=2), processor, seed=0)
-    assert visits.plan is not None
-    visits.collate = Rows()
-    steps = [visits[i] for i in range(len(visits))]
-    assert visits.steps < 2 * 21 / 4 / 1.5  # fewer steps than rows of one sample would take
+    sampler = StageSampler(samples(21), packed(150, epochs=2), processor, seed=0)
+    assert sampler.plan is not None
+    sampler.collate = Rows()
+    steps = [sampler[i] for i in range(len(sampler))]
+    assert sampler.steps < 2 * 21 / 4 / 1.5  # fewer steps than rows of one sample would take
     assert all(len(rows) == 4 and max(map(len, rows)) <= 150 for rows in steps)
     # Two epochs, and of a third what fills the last step.
     before = Counter(i for rows in steps[:-1] for r in rows for i in r.ids)
@@ -72,7 +72,7 @@ def test_lengths_are_known_without_opening_a_picture(processor: Any, monkeypatch
         raise AssertionError("a picture was opened")
 
     monkeypatch.setattr(visits_module, "open_for", refuse)
-    assert len(Visits(samples(9), packed(150, steps=2), processor, seed=0)) == 2
+    assert len(StageSampler(samples(9), packed(150, steps=2), processor, seed=0)) == 2
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 2), (2, 1), (4, 1), (2, 2)])
@@ -81,10 +81,10 @@ def test_processes_share_each_step_out_evenly(processor: Any, world: int, accumu
 
     def step(number: int, world: int, accumulate: int) -> list[list[list[Row]]]:
         stage = packed(200, steps=3, accumulate=accumulate)
-        all_of = [Visits(some, stage, processor, seed=0, rank=r, world=world) for r in range(world)]
-        for visits in all_of:
-            visits.collate = Rows()
-        return [[visits[number * accumulate + k] for k in range(accumulate)] for visits in all_of]  # type: ignore[misc]
+        all_of = [StageSampler(some, stage, processor, seed=0, rank=r, world=world) for r in range(world)]
+        for sampler in all_of:
+            sampler.collate = Rows()
+        return [[sampler[number * accumulate + k] for k in range(accumulate)] for sampler in all_of]  # type: ignore[misc]
 
     for number in range(3):
         [[one]] = step(number, 1, 1)
@@ -101,11 +101,11 @@ def test_processes_share_each_step_out_evenly(processor: Any, world: int, accumu
 def test_loss_and_gradients_are_those_of_the_samples_apart(docked: Callable[..., Dock]) -> None:
     dock = docked()
     some = samples(12)
-    visits = Visits(some, packed(250, steps=1), dock.processor, seed=0)
-    batch = visits[0]
+    sampler = StageSampler(some, packed(250, steps=1), dock.processor, seed=0)
+    batch = sampler[0]
     assert len(batch.ids) > 4
     by_id = {c.id: c for [c], _ in some}
-    apart = Collator(dock.processor)([pack([visits._encode([by_id[i]])]) for i in batch.ids])
+    apart = Collator(dock.processor)([pack([sampler._encode([by_id[i]])]) for i in batch.ids])
     assert apart.supervised == batch.supervised
 
     def gradients(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,10 +125,10 @@ def test_loss_and_gradients_are_those_of_the_samples_apart(docked: Callable[...,
 
 
 def test_a_sample_longer_than_the_budget_stands_alone(processor: Any) -> None:
-    visits = Visits(samples(8), packed(5, steps=2), processor, seed=0)
-    assert [len(visits[i].ids) for i in range(2)] == [4, 4]
+    sampler = StageSampler(samples(8), packed(5, steps=2), processor, seed=0)
+    assert [len(sampler[i].ids) for i in range(2)] == [4, 4]
     with pytest.raises(DataError, match="more than max_length 5"):
-        Visits(samples(8), packed(5, steps=2, max_length=5), processor, seed=0)
+        StageSampler(samples(8), packed(5, steps=2, max_length=5), processor, seed=0)
 
 
 def test_bad_samples_are_left_out(processor: Any, tmp_path: Path) -> None:
@@ -136,11 +136,11 @@ def test_bad_samples_are_left_out(processor: Any, tmp_path: Path) -> None:
     some[3] = ([Conversation(ask("no answer").messages, id="unanswered")], None)
     gone = ask("where?", tmp_path / "gone.png", answer="here")
     some[5] = ([Conversation(gone.messages, id="gone")], None)
-    visits = Visits(some, packed(150, epochs=1, batch_size=1, bad_samples="skip"), processor, seed=0)
-    seen = Counter(i for k in range(len(visits)) for i in visits[k].ids)
+    sampler = StageSampler(some, packed(150, epochs=1, batch_size=1, bad_samples="skip"), processor, seed=0)
+    seen = Counter(i for k in range(len(sampler)) for i in sampler[k].ids)
     assert set(seen) == {str(i) for i in range(12)} - {"3", "5"}
     with pytest.raises(DataError, match="nothing to learn from"):
-        Visits(some, packed(150, epochs=1), processor, seed=0)
+        StageSampler(some, packed(150, epochs=1), processor, seed=0)
 
 
 def test_questions_drawn_anew_are_measured_anew(processor: Any) -> None:
@@ -148,16 +148,16 @@ def test_questions_drawn_anew_are_measured_anew(processor: Any) -> None:
     group = [ask(f"question {k}", tiny.picture(1), answer=WORDS[k % 4] * (1 + k)) for k in range(6)]
     same = [Conversation((*c.messages[:1], *c.messages[1:]), id=str(k)) for k, c in enumerate(group)]
     pictured = [Conversation(((same[0].messages[0]), c.messages[1]), id=c.id) for c in same]
-    visits = Visits([(pictured, 2)], packed(400, window=4, steps=4, batch_size=2), processor, seed=0)
-    assert visits.plan is not None
+    sampler = StageSampler([(pictured, 2)], packed(400, window=4, steps=4, batch_size=2), processor, seed=0)
+    assert sampler.plan is not None
     for number in range(8):
-        assert len(visits.planned_row(number)) == visits.plan.lengths[number]
+        assert len(sampler.planned_row(number)) == sampler.plan.lengths[number]
 
 
 def test_visits_travel_to_workers(processor: Any) -> None:
-    visits = Visits(samples(9), packed(150, steps=2), processor, seed=0)
-    there = pickle.loads(pickle.dumps(visits))
-    assert torch.equal(there[1].input_ids, visits[1].input_ids)
+    sampler = StageSampler(samples(9), packed(150, steps=2), processor, seed=0)
+    there = pickle.loads(pickle.dumps(sampler))
+    assert torch.equal(there[1].input_ids, sampler[1].input_ids)
 
 
 def test_resumed_in_the_middle_is_unbroken(

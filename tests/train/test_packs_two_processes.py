@@ -37,8 +37,8 @@ def test_two_processes_share_features_and_packed_rows(
             "name": "align", "train": {"connector": 1e-2}, "batch_size": 4, "epochs": 2,
             "pack": {"tokens": 120, "window": 12}, "data": [{"path": str(save_uneven(tmp_path / "data"))}], **stage,
         }  # fmt: skip
-        eye = {"type": "hf_vision", "name": vision_folder("clip_vision_model")}
-        model = {"language": {"name": language_folder("llama")}, "image": {"encoder": eye}}
+        vision_encoder = {"type": "hf_vision", "name": vision_folder("clip_vision_model")}
+        model = {"language": {"name": language_folder("llama")}, "image": {"encoder": vision_encoder}}
         return {"precision": "fp32", "model": model, "stages": [given]}
 
     one, weights = run(recipe(), tmp_path / "one", 1)

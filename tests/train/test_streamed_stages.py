@@ -23,7 +23,7 @@ from opticnerve.recipe import DataSpec, Recipe, Stage
 from opticnerve.recipe.schema import EvaluateSpec
 from opticnerve.train import data_fingerprint as same_data
 from opticnerve.train import streaming_sampler as streamed
-from opticnerve.train.streaming_sampler import StreamedVisits
+from opticnerve.train.streaming_sampler import StreamingSampler
 from opticnerve.types import DataError, OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -99,7 +99,7 @@ class TestRefused:
 
     def test_epochs_with_a_limit(self, tmp_path: Path) -> None:
         stage = made(text_lines(tmp_path, 10), {"limit": 6}, epochs=2, batch_size=4)
-        assert visits(stage).steps == 3
+        assert sampler(stage).steps == 3
 
 
 def made(path: Path, data: dict[str, Any], **stage: Any) -> Stage:
@@ -115,8 +115,8 @@ class FakeProcessor:
     tokenizer, image_processor, feature_extractor = FakeTokenizer(), None, None
 
 
-def visits(stage: Stage, **options: Any) -> StreamedVisits:
-    return StreamedVisits(load_streams(stage, seed=0), stage, FakeProcessor(), seed=0, **options)
+def sampler(stage: Stage, **options: Any) -> StreamingSampler:
+    return StreamingSampler(load_streams(stage, seed=0), stage, FakeProcessor(), seed=0, **options)
 
 
 def what_is_said(rows: Any) -> list[str]:
@@ -128,7 +128,7 @@ class TestVisits:
         path = text_lines(tmp_path, 12, bad=(2, 3, 9))
         told: list[DataError] = []
         stage = made(path, {"shuffle_window": 1}, steps=3, batch_size=4, bad_samples="skip")
-        made_visits = visits(stage, collate=what_is_said, on_error=told.append)
+        made_visits = sampler(stage, collate=what_is_said, on_error=told.append)
         assert [made_visits[i] for i in range(3)] == [
             ["0", "1", "4", "4"],
             ["4", "5", "6", "7"],
@@ -139,19 +139,19 @@ class TestVisits:
             f"lines.jsonl:{n}" for n in (3, 4, 10)
         ]
         with pytest.raises(DataError, match=r"lines\.jsonl:3"):
-            visits(made(path, {"shuffle_window": 1}, steps=3, batch_size=4), collate=what_is_said)[0]
+            sampler(made(path, {"shuffle_window": 1}, steps=3, batch_size=4), collate=what_is_said)[0]
 
     def test_nothing_but_bad_rows(self, tmp_path: Path) -> None:
         path = text_lines(tmp_path, 40, bad=tuple(range(1, 40)))
         path.write_text(path.read_text().replace('"yes"', '""'))
         stage = made(path, {}, steps=3, bad_samples="skip")
         with pytest.raises(OpticNerveError, match="1,000 rows one after another are bad, the last one: "):
-            visits(stage).drawn(0)
+            sampler(stage).drawn(0)
 
     def test_captions_of_one_picture_are_drawn(self, tmp_path: Path) -> None:
         Image.new("L", (2, 2)).save(tmp_path / "1.png")
         (tmp_path / "c.jsonl").write_text(json.dumps({"image": "1.png", "captions": ["a", "b", "c"]}) + "\n")
-        seen = visits(made(tmp_path / "c.jsonl", {}, steps=9))
+        seen = sampler(made(tmp_path / "c.jsonl", {}, steps=9))
         drawn = [[c.answer for c in seen.drawn(v)] for v in range(30)]
         assert {len(d) for d in drawn} == {1}
         assert {d[0] for d in drawn} == {"a", "b", "c"}
@@ -166,14 +166,14 @@ class TestVisits:
         def words(rows: Any) -> list[str | None]:
             return [c.messages[0].text + str(c.answer) for row in rows for c in row]
 
-        wanted = [visits(stage, collate=words)[i] for i in range(24)]
-        first = visits(stage, collate=words)
+        wanted = [sampler(stage, collate=words)[i] for i in range(24)]
+        first = sampler(stage, collate=words)
         first.drawn(0)  # a reader is open when the workers are forked
         batches = Waiting(loader(first, 0, workers, "cpu"), "cpu")
         assert [next(batches) for _ in range(15)] == wanted[:15]
-        then = visits(stage, collate=words)
+        then = sampler(stage, collate=words)
         then.load_state_dict(first.state_dict())
-        assert max(then.units.streams[0].marks) >= (1, 1)
+        assert max(then.examples.streams[0].marks) >= (1, 1)
         assert list(Waiting(loader(then, 15, workers, "cpu"), "cpu")) == wanted[15:]
 
 

@@ -32,16 +32,16 @@ def make(bert_folder: str, vision_folder: Callable[..., str], tmp_path: Path) ->
     captions, questions = tiny.save_captions(tmp_path, 8), tiny.save_questions(tmp_path)
 
     def made(kind: str, *, evaluate: bool = False, **stage: Any) -> Recipe:
-        eye = {"encoder": {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}}
+        vision_encoder = {"encoder": {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}}
         model: dict[str, Any] = {"text": {"encoder": {"name": bert_folder}}}
         if kind == "dual":
-            model |= {"image": eye, "projection_dim": 8}
+            model |= {"image": vision_encoder, "projection_dim": 8}
             own = {"objective": CONTRASTIVE, "train": {"image.projection": 1e-2, "text.projection": 1e-2}}
             asked = [{"name": n, "metric": n, "data": {"path": str(captions)}} for n in ("retrieval", "zero_shot")]
         else:
             small = {"width": 16, "depth": 1, "dropout": 0.1} | ({"pixels": 8} if kind == "early" else {})
             model |= {"timing": kind, "options": small | ({"heads": 2} if kind == "intermediate" else {})}
-            model |= {"image": eye} if kind != "early" else {}
+            model |= {"image": vision_encoder} if kind != "early" else {}
             own = {"objective": "classification", "train": {"classifier": 1e-2}}
             asked = [{"name": "vqa", "data": {"path": str(questions)}, "image_dependence": 4}]
         data = [{"path": str(captions if kind == "dual" else questions)}]

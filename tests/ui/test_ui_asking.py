@@ -14,7 +14,7 @@ import tiny
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model
 from opticnerve.types import ImagePart, OpticNerveError, ask
-from opticnerve.ui.chat_state import Talk, stream
+from opticnerve.ui.chat_state import ChatState, stream
 from opticnerve.ui.chat_tab import Asker
 from opticnerve.ui.compare_tab import compare
 from opticnerve.ui.i18n import Words
@@ -90,7 +90,7 @@ def test_a_float32_model_serves_for_looking_too(two_models: list[str]) -> None:
 
 
 def test_one_model_works_at_a_time(asker: Asker, two_models: list[str]) -> None:
-    states = asker.say(two_models[0], Talk(), "yes?", None, 16, 0.0)
+    states = asker.say(two_models[0], ChatState(), "yes?", None, 16, 0.0)
     next(states)  # what was asked
     next(states)  # the first piece: the turn is taken
     entered = threading.Event()
@@ -152,7 +152,10 @@ def test_messages_cannot_bring_html_along() -> None:
 
 
 def test_the_answer_is_the_packages_own_and_grows(asker: Asker, two_models: list[str], picture: str) -> None:
-    states = [talk for talk, _ in asker.say(two_models[0], Talk(), " is there a blue square? ", picture, 16, 0.0)]
+    states = [
+        chat_state
+        for chat_state, _ in asker.say(two_models[0], ChatState(), " is there a blue square? ", picture, 16, 0.0)
+    ]
     asked, answers = states[0], [t.messages[-1].text for t in states[1:]]
     assert asked.messages[-1].text == "is there a blue square?"
     assert len(answers) > 1
@@ -162,20 +165,22 @@ def test_the_answer_is_the_packages_own_and_grows(asker: Asker, two_models: list
 
 
 def test_a_picture_comes_with_one_question_and_is_remembered(picture: str) -> None:
-    talk = Talk().asked("is there a blue square?", picture).answered("a dog").asked("sure?", picture)
-    assert [len([p for p in m.parts if isinstance(p, ImagePart)]) for m in talk.messages] == [1, 0, 0]
-    assert [b["role"] for b in talk.bubbles("a picture")] == ["user", "user", "assistant", "user"]
-    assert talk.bubbles("a picture")[0]["content"] == {"path": picture, "alt_text": "a picture"}
+    chat_state = ChatState().asked("is there a blue square?", picture).answered("a dog").asked("sure?", picture)
+    assert [len([p for p in m.parts if isinstance(p, ImagePart)]) for m in chat_state.messages] == [1, 0, 0]
+    assert [b["role"] for b in chat_state.bubbles("a picture")] == ["user", "user", "assistant", "user"]
+    assert chat_state.bubbles("a picture")[0]["content"] == {"path": picture, "alt_text": "a picture"}
 
 
 def test_look_explains_what_was_said_since_the_last_picture(picture: str, tmp_path: Path) -> None:
     other = str(tmp_path / "other.png")
-    talk = Talk().asked("one?", picture).answered("1").asked("two?", other).answered("2").asked("three?", None)
-    found = talk.answered("3").about_last_picture()
+    chat_state = (
+        ChatState().asked("one?", picture).answered("1").asked("two?", other).answered("2").asked("three?", None)
+    )
+    found = chat_state.answered("3").about_last_picture()
     assert found is not None
     assert [m.text for m in found.messages] == ["two?", "2", "three?"]
     assert [str(i.source) for i in found.images] == [other]
-    assert Talk().asked("no picture?", None).about_last_picture() is None
+    assert ChatState().asked("no picture?", None).about_last_picture() is None
 
 
 @pytest.mark.parametrize(("question", "said"), [("  ", "Write a question"), ("x" * 51, "51 characters")])
@@ -183,7 +188,7 @@ def test_no_question_and_one_that_is_too_long_are_refused(
     asker: Asker, two_models: list[str], question: str, said: str
 ) -> None:
     with pytest.raises(Refused, match=said):
-        list(asker.say(two_models[0], Talk(), question, None, 16, 0.0))
+        list(asker.say(two_models[0], ChatState(), question, None, 16, 0.0))
 
 
 def test_closing_the_stream_stops_the_model() -> None:
@@ -198,7 +203,7 @@ def test_closing_the_stream_stops_the_model() -> None:
                 self.closed = True
 
     answerer = Endless()
-    pieces = stream(answerer, Talk().asked("?", None), tokens=5)
+    pieces = stream(answerer, ChatState().asked("?", None), tokens=5)
     assert [next(pieces), next(pieces)] == ["word", "word word"]
     pieces.close()
     assert answerer.closed
@@ -208,7 +213,7 @@ def test_closing_the_stream_stops_the_model() -> None:
 
 
 def test_maps_of_a_word_stand_beside_an_occlusion_map(asker: Asker, two_models: list[str], picture: str) -> None:
-    conversation = Talk().asked("is there a blue square?", picture).about_last_picture()
+    conversation = ChatState().asked("is there a blue square?", picture).about_last_picture()
     assert conversation is not None
     seen = see(asker.models, two_models[0], conversation, AUTO)
     assert len(seen.looked.words) > 1
@@ -221,7 +226,7 @@ def test_maps_of_a_word_stand_beside_an_occlusion_map(asker: Asker, two_models: 
 
 
 def test_a_method_that_the_model_has_no_part_for_is_an_error(asker: Asker, two_models: list[str], picture: str) -> None:
-    conversation = Talk().asked("is it?", picture).about_last_picture()
+    conversation = ChatState().asked("is it?", picture).about_last_picture()
     assert conversation is not None
     with pytest.raises(OpticNerveError, match="cross-attention"):
         see(asker.models, two_models[0], conversation, "cross_attention")

@@ -12,7 +12,7 @@ import pytest
 
 from opticnerve.types import OpticNerveError
 from opticnerve.web import guard as door
-from opticnerve.web.guard import Door, Logins
+from opticnerve.web.guard import Guard, Logins
 from opticnerve.web.listen import listen, read_secrets
 from opticnerve.web.place import LOCAL_NAMES, address
 
@@ -30,7 +30,7 @@ async def _pages(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": str(taken).encode()})
 
 
-def request(entry: Door, *, method: str = "GET", chunks: tuple[bytes, ...] = (b"",), **headers: str) -> Any:
+def request(entry: Guard, *, method: str = "GET", chunks: tuple[bytes, ...] = (b"",), **headers: str) -> Any:
     """Status (None: no answer), headers and body."""
     raw = {"host": "localhost:7860", **{k.replace("_", "-"): v for k, v in headers.items()}}
     scope = {"type": "http", "method": method, "headers": [(k.encode(), v.encode()) for k, v in raw.items()]}
@@ -49,8 +49,8 @@ def request(entry: Door, *, method: str = "GET", chunks: tuple[bytes, ...] = (b"
     return sent[0]["status"], dict(sent[0]["headers"]), b"".join(m.get("body", b"") for m in sent[1:])
 
 
-def make(*pairs: str, hosts: frozenset[str] | None = LOCAL_NAMES, body_bytes: int = 100) -> Door:
-    return Door(_pages, logins=Logins(pairs), hosts=hosts, body_bytes=body_bytes)
+def make(*pairs: str, hosts: frozenset[str] | None = LOCAL_NAMES, body_bytes: int = 100) -> Guard:
+    return Guard(_pages, logins=Logins(pairs), hosts=hosts, body_bytes=body_bytes)
 
 
 def basic(pair: str) -> str:

@@ -37,7 +37,7 @@ def chat(
     """Talk with a model: answers appear as they are made, and it remembers what was said."""
     session = Session(max_new_tokens=max_new_tokens, temperature=temperature)
     if image is not None:
-        session.look_at(image)
+        session.show_image(image)
 
     from opticnerve.inference.generate import Answerer
     from opticnerve.inference.load import load_model
@@ -90,7 +90,7 @@ class Session:
             raise OpticNerveError(f"{word} wants a file: {word} FILE")
         match word:
             case "/image":
-                self.look_at(Path(rest).expanduser())
+                self.show_image(Path(rest).expanduser())
             case "/reset":
                 self.messages.clear()
                 self.shown = False
@@ -102,7 +102,7 @@ class Session:
             case _:
                 raise OpticNerveError(f"unknown command {word}; /help lists them")
 
-    def look_at(self, path: Path) -> None:
+    def show_image(self, path: Path) -> None:
         """Show another picture with the next question; an unreadable one leaves the present one in place."""
         from opticnerve.data.media.open import open_image
 

@@ -44,8 +44,13 @@ def import_(
         result = {"source": name, "out": str(made.folder), "image": tower, **{k: getattr(made, k) for k in known}}
         print_json({**result, "max_abs_difference": made.difference, "bytes": total})
         return
-    eye = tower["encoder"].get("architecture", {}).get("model_type", tower["encoder"]["type"])
-    parts = [eye, tower["connector"]["type"], tower["fusion"]["type"], *(["tiling"] if "tiling" in tower else [])]
+    vision_encoder = tower["encoder"].get("architecture", {}).get("model_type", tower["encoder"]["type"])
+    parts = [
+        vision_encoder,
+        tower["connector"]["type"],
+        tower["fusion"]["type"],
+        *(["tiling"] if "tiling" in tower else []),
+    ]
     console.print(f"{made.model_type}: {' × '.join(parts)} → {made.language}", highlight=False, soft_wrap=True)
     console.print(
         f"{made.tensors} tensors, all accounted for; logits on {made.samples} prompts differ by at most "

@@ -63,19 +63,19 @@ def look(
     import torch
 
     from opticnerve.inference.load import load_model
-    from opticnerve.interpret import attribution as looking
-    from opticnerve.interpret.plot import look_plot
+    from opticnerve.interpret import attribution as multimodal_context
+    from opticnerve.interpret.plot import attribution_plot
 
     for name in method or []:
-        if name not in looking.METHODS:
-            raise OpticNerveError(f"unknown method {name!r}; known: {', '.join(looking.METHODS)}")
+        if name not in multimodal_context.METHODS:
+            raise OpticNerveError(f"unknown method {name!r}; known: {', '.join(multimodal_context.METHODS)}")
     quiet_libraries()
     parts = load_model(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    looked = looking.look(
+    looked = multimodal_context.look(
         *parts, conversation(question, image[0]), methods=method, layer=layer, head=head, grid=grid, patch=patch,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
-    look_plot(looked, picture, question, output)
+    attribution_plot(looked, picture, question, output)
     if as_json:
         print_json({"model": model, "question": question, "image": image[0], "output": output, **_plain(looked)})
         return

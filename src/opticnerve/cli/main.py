@@ -43,7 +43,8 @@ EPILOG = f"""[bold]A first run[/]
 
 app = typer.Typer(
     name="opticnerve",
-    help="Dock any pretrained eye or ear onto any pretrained language model, and make one model of them.",
+    help="Dock any pretrained vision encoder or audio encoder onto any pretrained language model, and make one "
+    "model of them.",
     epilog=EPILOG,
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -98,14 +98,14 @@ def render(made: Any, console: Any) -> None:
 
 
 def _per_piece(made: Any) -> str:
-    """What a picture (or, where there is no eye, a window of sound) costs: the words behind the number."""
-    eye = any(s.part == "picture" for s in made.shapes)
-    tower, piece = ("image", "image") if eye else ("audio", "window of sound")
+    """What a picture (or, where there is no vision encoder, a window of sound) costs: the words behind the number."""
+    vision_encoder = any(s.part == "picture" for s in made.shapes)
+    tower, piece = ("image", "image") if vision_encoder else ("audio", "window of sound")
     [soft] = [int(s.output.split(" ")[0]) for s in made.shapes if s.part == f"{tower}.connector"]
     if made.visual_tokens < soft:
         return f"token in the text and {soft:,} beside it per {piece},"
     most = ", at most," if made.visual_tokens > soft else ""
-    return f"{'visual ' if eye else ''}tokens per {piece}{most}"
+    return f"{'visual ' if vision_encoder else ''}tokens per {piece}{most}"
 
 
 def _shapes(made: Any) -> Any:
@@ -139,8 +139,8 @@ def _stage(stage: Any, console: Any) -> None:
         facts = [f"{data.steps:,} steps of {stage.batch_size}"]
         if data.samples:
             facts.append(f"{data.samples:,} samples, {stage.epochs:.3g} epochs")
-        if data.visits > 1:
-            facts.append(f"{data.visits:.3g} samples to a packed row")
+        if data.per_row > 1:
+            facts.append(f"{data.per_row:.3g} samples to a packed row")
         if data.length:
             facts.append(f"{data.length} tokens a row on average, {round(data.supervised)} of them learned")
         console.print("; ".join(facts), highlight=False)

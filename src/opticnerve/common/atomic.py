@@ -120,14 +120,14 @@ def room_for(what: str, needed: int, folder: Path, *, remedy: str = "free some s
 
 
 def _full(what: str, needed: int, free: int, folder: Path, remedy: str, said: str | None = None) -> DiskFull:
-    missing = f", so {told_bytes(needed - free)} are missing" if needed > free else ""
+    missing = f", so {format_bytes(needed - free)} are missing" if needed > free else ""
     return DiskFull(
-        f"{what} could not be written{f' ({said})' if said else ''}: it takes {told_bytes(needed)}, and "
-        f"{told_bytes(free)} are free in {folder}{missing}; {remedy}"
+        f"{what} could not be written{f' ({said})' if said else ''}: it takes {format_bytes(needed)}, and "
+        f"{format_bytes(free)} are free in {folder}{missing}; {remedy}"
     )
 
 
-def told_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """`1.8 GB` (10⁹ bytes)."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:

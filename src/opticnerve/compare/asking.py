@@ -37,8 +37,8 @@ def zero_shot(ask: dict[str, Any], folder: Path, needs: Sequence[Path]) -> Found
 
 def ensemble(ask: dict[str, Any], folder: Path, needs: Sequence[Path]) -> Found:
     """Late fusion of a classifier and a vision-language model that other rows trained."""
-    chooser, speaker = needs
-    predictor = LateFusion([load_classifier(chooser), VLMPredictor(*load_model(speaker))], combine="mean")
+    token_sampler, speaker = needs
+    predictor = LateFusion([load_classifier(token_sampler), VLMPredictor(*load_model(speaker))], combine="mean")
     return {ask["system"]: _ask(predictor, ask, folder)}
 
 

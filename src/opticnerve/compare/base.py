@@ -11,7 +11,7 @@ from typing import Any
 
 from opticnerve import recipe as recipes
 from opticnerve.data.collators.classification import answer_set
-from opticnerve.data.dataset.load import fixed_sample, load_data, load_units
+from opticnerve.data.dataset.load import fixed_sample, load_data, load_examples
 from opticnerve.evaluation.tasks import score_answers, usual_answers
 from opticnerve.recipe import EvaluateSpec, ModelSpec, Recipe, Stage
 from opticnerve.starter import minilm
@@ -76,14 +76,14 @@ class Base:
 
     @property
     def encoder(self) -> Raw:
-        """The eye, as under `model.image.encoder`."""
+        """The vision encoder, as under `model.image.encoder`."""
         assert isinstance(self.recipe.model, ModelSpec)
         assert self.recipe.model.image is not None
         return self.recipe.model.image.encoder.model_dump(mode="json")
 
     @property
     def can_cache(self) -> bool:
-        """Whether a frozen eye sees a picture once and for all: not where pictures are cut into tiles."""
+        """Whether a frozen vision encoder sees a picture once and for all: not where pictures are cut into tiles."""
         assert isinstance(self.recipe.model, ModelSpec)
         assert self.recipe.model.image is not None
         return self.recipe.model.image.tiling is None
@@ -121,9 +121,9 @@ class Base:
         return checked(raw | plain | {"evaluate": [self.asked(questions)]} | more)
 
     def classifier(self, name: str, timing: str, stage: Raw, questions: int | None, **options: Any) -> Raw:
-        """A fusion classifier of the base's eye and the text encoder."""
-        eye = None if timing == "early" else {"encoder": self.encoder}
-        model = {"timing": timing, "image": eye, "text": {"encoder": {"type": "hf_text", "name": self.text}}}
+        """A fusion classifier of the base's vision encoder and the text encoder."""
+        vision_encoder = None if timing == "early" else {"encoder": self.encoder}
+        model = {"timing": timing, "image": vision_encoder, "text": {"encoder": {"type": "hf_text", "name": self.text}}}
         stage = stage | {"cache_features": timing != "early"}
         evaluate = [] if questions is None else [self.asked(questions)]
         return self._two_towers(name, model | {"options": options}, stage, evaluate)
@@ -146,8 +146,8 @@ class Base:
 
     def questions_in(self, steps: int, batch_size: int) -> int:
         """About how many questions so many steps of the last stage train on: rows that share a prefix hold several."""
-        units = load_units(self.questions.data)
-        held = [len(group) if most is None else min(most, len(group)) for group, most in units]
+        examples = load_examples(self.questions.data)
+        held = [len(group) if most is None else min(most, len(group)) for group, most in examples]
         return round(steps * batch_size * sum(held) / len(held))
 
     # -- what the words alone give away ---------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""How to fuse: connectors between one eye and one language model, under one budget and with one feature cache."""
+"""How to fuse: connectors between one vision encoder and one language model, under one budget and with one feature
+cache."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from opticnerve.compare import plots
 from opticnerve.compare.base import Base, Raw, stage_of
 from opticnerve.compare.experiment import Budget, Experiment
 from opticnerve.compare.findings import ALL, Findings, System
-from opticnerve.compare.report import Report, accuracy_table, number, points, verdict
+from opticnerve.compare.report import Report, accuracy_table, conclusion, number, points
 from opticnerve.compare.rows import Row
 from opticnerve.compare.stats import Estimate, rank_chance, rank_correlation
 
@@ -25,7 +26,7 @@ QUICK: Budget = {
     "instruct": {"steps": 2, "batch": 2},
 }
 FUSION_RATE = 2.0e-3
-# Square pictures of 64 px, 16 patches: what an eye of 128 px with a 4 × 4 map gives, in number.
+# Square pictures of 64 px, 16 patches: what a vision encoder of 128 px with a 4 × 4 map gives, in number.
 PATCHES: Raw = {"type": "patches", "image_size": 64, "patch_size": 16}
 
 # Name → title, and what changes under `model.image`.
@@ -58,7 +59,9 @@ def _row(base: Base, budget: Budget, name: str) -> Row:
     for stage, told in ((base.captions, budget["align"]), (base.questions, budget["instruct"])):
         train = {p: rate for p, rate in stage.train.items() if p.removeprefix("image.") != "fusion"}
         train |= {"fusion": FUSION_RATE} if "fusion" in change else {}
-        if "encoder" in change:  # patches are pixels, cut: nothing of an eye trains, and nothing is worth caching
+        if (
+            "encoder" in change
+        ):  # patches are pixels, cut: nothing of a vision encoder trains, and nothing is worth caching
             train = {p: r for p, r in train.items() if "encoder" not in p}
         cached = base.can_cache and "encoder" not in change and not any("encoder" in p for p in train)
         stages.append(
@@ -96,11 +99,14 @@ def report(findings: Findings, folder: Path) -> Report:
     align, instruct = b["align"], b["instruct"]
     said = Report(
         "Which connector",
-        f"{base.name} with one part changed in each row: what stands between the eye and the language model. Eye, "
-        f"language model, data, steps and learning rates are the same for all; “raw patches” has no eye, and the mlp "
+        f"{base.name} with one part changed in each row: what stands between the vision encoder and the language "
+        f"model. Vision encoder, "
+        f"language model, data, steps and learning rates are the same for all; “raw patches” has no vision encoder, "
+        f"and the mlp "
         f"reads pixels. In brackets: 95 % intervals over seeds and questions.",
         f"{align['steps']} steps of {align['batch']} captions, then {instruct['steps']} steps of {instruct['batch']} "
-        f"rows of questions; frozen eyes saw each picture once, in one feature cache for all rows (not counted in the "
+        f"rows of questions; frozen vision encoders saw each picture once, in one feature cache for all rows (not "
+        f"counted in the "
         f"seconds).",
         [("Accuracy and cost", text), ("Accuracy against cost", "\n\n".join(images))],
     )
@@ -131,7 +137,7 @@ def _shows(findings: Findings, names: list[str]) -> list[str]:
     ]
     for fact, words in (
         ("visual_tokens", "visual tokens"),
-        ("between_parameters", "parameters between eye and language model"),
+        ("between_parameters", "parameters between vision encoder and language model"),
         ("train_seconds", "seconds of training"),
     ):
         pairs = [(c, means[n]) for n in names if (c := findings[n].mean(fact)) is not None]
@@ -144,7 +150,7 @@ def _shows(findings: Findings, names: list[str]) -> list[str]:
                 f"p = {p:.2g})."
             )
     if "linear" in names and "mlp" in names:
-        said.append(verdict("The mlp", "the linear map", findings.versus("mlp", "linear"), ", all questions"))
+        said.append(conclusion("The mlp", "the linear map", findings.versus("mlp", "linear"), ", all questions"))
     return said
 
 

@@ -11,7 +11,7 @@ from opticnerve.compare import plots
 from opticnerve.compare.base import Base, Raw, one_by_one, stage_of, steps_for
 from opticnerve.compare.experiment import Budget, Experiment
 from opticnerve.compare.findings import ALL, Findings, System
-from opticnerve.compare.report import Report, accuracy_table, number, percent, verdict
+from opticnerve.compare.report import Report, accuracy_table, conclusion, number, percent
 from opticnerve.compare.rows import Row
 from opticnerve.compare.stats import over_seeds
 
@@ -172,7 +172,8 @@ def report(findings: Findings, folder: Path) -> Report:
         f"On questions that need both, each branch alone is wrong by the choice of questions, which is hard on late "
         f"fusion: it can be right there only where two wrong guesses add up to a right one. “{LOOK}” is chosen without "
         f"a look at any of the models.",
-        "Training seconds leave out what the frozen eye's pictures cost once, when they enter the feature cache.",
+        "Training seconds leave out what the frozen vision encoder's pictures cost once, when they enter the "
+        "feature cache.",
         f"The classifiers can answer nothing outside {len(base.answers)} answers; that the language models can is "
         f"worth nothing on these questions.",
     ]  # fmt: skip
@@ -206,17 +207,17 @@ def _shows(findings: Findings, baseline: float) -> list[str]:
                 if other in findings:
                     gap = findings.versus(mine, other, group)
                     label = findings[other].title + (" (the best of the late ones)" if other == best else "")
-                    said.append(verdict("Intermediate fusion", label, gap, where))
+                    said.append(conclusion("Intermediate fusion", label, gap, where))
     if "vlm-splice" in findings:
         for other in ("vlm-cross-attention", "intermediate", "same-intermediate"):
             if other in findings:
                 budget = " (equal questions)" if other.startswith(SAME) else ""
                 gap = findings.versus("vlm-splice", other)
-                said.append(verdict("The VLM by splice", findings[other].title + budget, gap, ", all questions"))
+                said.append(conclusion("The VLM by splice", findings[other].title + budget, gap, ", all questions"))
     if "ensemble" in findings:
         for other in ("vlm-splice", "intermediate"):
             gap = findings.versus("ensemble", other)
-            said.append(verdict("Their ensemble", findings[other].title, gap, ", all questions"))
+            said.append(conclusion("Their ensemble", findings[other].title, gap, ", all questions"))
     blind = [
         findings[n].title for n in findings.systems
         if n not in ("question-alone", "picture-alone") and not n.startswith(SAME)

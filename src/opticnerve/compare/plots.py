@@ -133,12 +133,12 @@ def bands(
     for (name, seeds), (colour, style) in zip(
         curves.items(), _STYLES * (1 + len(curves) // len(_STYLES)), strict=False
     ):
-        usable = [(np.asarray(p, float), smooth(np.asarray(v, float))) for p, v in seeds if len(v)]
-        if not usable:
+        drawable = [(np.asarray(p, float), smooth(np.asarray(v, float))) for p, v in seeds if len(v)]
+        if not drawable:
             continue
-        start, end = max(p[0] for p, _ in usable), min(p[-1] for p, _ in usable)
+        start, end = max(p[0] for p, _ in drawable), min(p[-1] for p, _ in drawable)
         places = np.linspace(start, end, 200)
-        values = np.array([np.interp(places, p, v) for p, v in usable])
+        values = np.array([np.interp(places, p, v) for p, v in drawable])
         axes.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
         axes.plot(places, values.mean(0), color=colour, linestyle=style, linewidth=2, label=name)
     if threshold is not None:

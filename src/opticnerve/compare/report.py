@@ -93,7 +93,7 @@ def points(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:+.1f} points ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
 
 
-def verdict(first: str, second: str, gap: Estimate | None, where: str = "") -> str:
+def conclusion(first: str, second: str, gap: Estimate | None, where: str = "") -> str:
     """One sentence on a difference, that claims no more than its interval does."""
     if gap is None:
         return f"{first} and {second} cannot be compared{where}: one of them has no result there."

@@ -12,7 +12,7 @@ import numpy as np
 from opticnerve.common.markdown import duration, plain, table
 from opticnerve.compare import plots
 from opticnerve.compare.findings import ALL, Findings
-from opticnerve.compare.report import Report, accuracy_table, number, size, verdict
+from opticnerve.compare.report import Report, accuracy_table, conclusion, number, size
 from opticnerve.compare.stats import failed, running, steps_to
 
 REACHED = 1.25  # a training has converged where its loss is within this factor of the best row's final loss
@@ -35,8 +35,10 @@ def report(findings: Findings, folder: Path) -> Report:
     single = [len(r.recipe["stages"]) == 1 for r in {o.row.name: o.row for o in findings.outcomes}.values() if r.recipe]
     said = Report(
         "Why stages",
-        f"The same eye, connector and language model ({base.name}), trained in {len(names)} ways. “Align” trains the "
-        f"connector on captions, “instruct” on questions; “everything at once” opens eye, connector and language model "
+        f"The same vision encoder, connector and language model ({base.name}), trained in {len(names)} ways. "
+        f"“Align” trains the "
+        f"connector on captions, “instruct” on questions; “everything at once” opens vision encoder, connector and "
+        f"language model "
         f"from the first step, on questions. In brackets: 95 % intervals over seeds and questions.",
         f"{align['steps']} steps of {align['batch']} captions and {instruct['steps']} steps of {instruct['batch']} "
         f"rows of questions. Rows without the first stage get its tokens' worth of further steps on questions"
@@ -225,7 +227,9 @@ def _shows(findings: Findings, curves: dict[str, list[Curve]], threshold: float)
     ):
         gap = findings.versus(first, second)
         if gap is not None:
-            said.append("Accuracy: " + verdict(f"“{TITLES[first]}”", f"“{TITLES[second]}”", gap, f", {ALL} questions"))
+            said.append(
+                "Accuracy: " + conclusion(f"“{TITLES[first]}”", f"“{TITLES[second]}”", gap, f", {ALL} questions")
+            )
     said += _on_forgetting(findings) + _on_cost(findings) + _on_convergence(findings, curves, threshold)
     return said
 

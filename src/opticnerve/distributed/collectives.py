@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from opticnerve.distributed.heartbeat import LostProcess, Pulse
+from opticnerve.distributed.heartbeat import Heartbeat, LostProcess
 from opticnerve.types import OpticNerveError
 
 Value = TypeVar("Value")
 TIMEOUT = "OPTICNERVE_TIMEOUT"
-_pulse: Pulse | None = None  # one for each process, whatever it trains
+_heartbeat: Heartbeat | None = None  # one for each process, whatever it trains
 
 
 def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2", "zero2", "zero3"]:
@@ -166,8 +166,8 @@ def meet(accelerator: Any) -> None:
     Raises:
         OpticNerveError: one of them has stopped; the message says which.
     """
-    if (pulse := _start(accelerator)) is not None:
-        pulse.meet()
+    if (heartbeat := _start(accelerator)) is not None:
+        heartbeat.meet()
 
 
 @contextmanager
@@ -177,27 +177,27 @@ def companions(accelerator: Any, doing: str) -> Iterator[None]:
     Raises:
         OpticNerveError: an exchange failed; the message names the process that is missing, and what it said.
     """
-    pulse = _start(accelerator)
-    if pulse is None:
+    heartbeat = _start(accelerator)
+    if heartbeat is None:
         yield
         return
-    pulse.doing = doing
+    heartbeat.doing = doing
     try:
         yield
     except Exception as e:
         if not _lost_others(e):
-            pulse.tell(e)
+            heartbeat.tell(e)
             raise
-        raise LostProcess(pulse.explain(e)) from e
+        raise LostProcess(heartbeat.explain(e)) from e
 
 
-def _start(accelerator: Any) -> Pulse | None:
-    global _pulse
+def _start(accelerator: Any) -> Heartbeat | None:
+    global _heartbeat
     if accelerator.num_processes == 1:
         return None
-    if _pulse is None:
-        _pulse = Pulse(accelerator.process_index, accelerator.num_processes, timeout())
-    return _pulse
+    if _heartbeat is None:
+        _heartbeat = Heartbeat(accelerator.process_index, accelerator.num_processes, timeout())
+    return _heartbeat
 
 
 def _raise_together(accelerator: Any, error: OpticNerveError | None) -> None:

@@ -75,7 +75,7 @@ class Zero:
         Args:
             rows: how many rows a process has of each micro-batch (which DeepSpeed wants to know, for its counts).
         """
-        adam = StillAdamW(frozen, betas=betas, weight_decay=weight_decay)
+        adam = GatedAdamW(frozen, betas=betas, weight_decay=weight_decay)
         facade = _Facade(self.objective, self.shares, layers(self.model), stage=self.stage)
         zero = {"stage": self.stage, "overlap_comm": False, "sub_group_size": 1 << 60}
         if self.stage == 2:
@@ -213,7 +213,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-class StillAdamW(torch.optim.AdamW):
+class GatedAdamW(torch.optim.AdamW):
     """AdamW that DeepSpeed steps, one flat group after the other; what a step may move is said before it.
 
     Attributes:
@@ -247,7 +247,7 @@ class ZeroAdamW:
         frozen: what trains: the weights that DeepSpeed has.
     """
 
-    def __init__(self, frozen: Frozen, adam: StillAdamW, zero: Zero) -> None:
+    def __init__(self, frozen: Frozen, adam: GatedAdamW, zero: Zero) -> None:
         self.adam, self._zero, self._rates = adam, zero, dict(frozen.rates)
         self._weights: dict[str, Any] = {n: p for group in frozen.groups.values() for n, p in group.items()}
         around = zero.partitions

@@ -29,7 +29,7 @@ BEAT = 0.5
 """Seconds between two signs of life."""
 
 
-class Pulse:
+class Heartbeat:
     """This process's signs of life, and its view of the others'.
 
     Args:
@@ -54,7 +54,7 @@ class Pulse:
     def tell(self, error: Exception) -> None:
         """Leave word of an error that ends this process; the first word counts."""
         kind = "" if isinstance(error, OpticNerveError) else f"{type(error).__name__}: "
-        self._condemn(f"process {self.rank} of {self.world} stopped ({self.doing}): {kind}{error}")
+        self._mark_failed(f"process {self.rank} of {self.world} stopped ({self.doing}): {kind}{error}")
 
     def explain(self, error: Exception) -> str:
         """Who is missing after an exchange has failed."""
@@ -62,12 +62,12 @@ class Pulse:
         try:
             before = self._counts()
             time.sleep(6 * BEAT)
-            if (said := self._verdict()) is not None:
+            if (said := self._status()) is not None:
                 return f"{said}. Process {self.rank} ends with it"
             after, left = self._counts(), self._left()
             silent = [r for r in range(self.world) if after[r] == before[r] and r != self.rank]
             if missing := sorted({*silent, *left} - {self.rank}):
-                self._condemn(self._missing(missing, "ended or does not answer"))
+                self._mark_failed(self._missing(missing, "ended or does not answer"))
                 return f"{self._missing(missing, 'ended or does not answer')} (process {self.rank}: {cause})"
             places = "; ".join(f"process {r}: {self._doing(r)}" for r in range(self.world))
             return (
@@ -84,7 +84,7 @@ class Pulse:
         try:
             self._store.add(key, 1)
             while self._store.add(key, 0) < self.world:
-                if (said := self._verdict()) is not None:
+                if (said := self._status()) is not None:
                     raise LostProcess(f"{said}. Process {self.rank} ends with it")
                 if left := self._left():
                     raise LostProcess(self._missing(left, "ended"))
@@ -110,8 +110,8 @@ class Pulse:
                         heard[r] = (sign, now)
                 silent = [r for r, (_, since) in heard.items() if now - since > self.patience]
                 if silent and (gone := [r for r in silent if r not in self._left()]):
-                    self._condemn(self._missing(gone, "ended or does not answer"))
-                said = self._verdict()
+                    self._mark_failed(self._missing(gone, "ended or does not answer"))
+                said = self._status()
             except dist.DistError:  # the store lives in the first process, or in its launcher
                 said = self._missing([0], "ended or does not answer")
             if said is None:
@@ -146,13 +146,13 @@ class Pulse:
     def _left(self) -> list[int]:
         return [r for r in range(self.world) if self._store.check([f"left/{r}"])]
 
-    def _verdict(self) -> str | None:
+    def _status(self) -> str | None:
         return self._read("verdict")
 
     def _read(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def _condemn(self, why: str) -> None:
+    def _mark_failed(self, why: str) -> None:
         with contextlib.suppress(dist.DistError):
             self._store.compare_set("verdict", "", why)
 

@@ -1,1 +1,1 @@
-"""Eyes and ears: media tensors in, `Features` out."""
+"""Vision encoders and audio encoders: media tensors in, `Features` out."""

@@ -12,12 +12,12 @@ from opticnerve.types import Features, OpticNerveError
 
 
 class Encoder(nn.Module, ABC):
-    """An eye or an ear.
+    """A vision encoder or an audio encoder.
 
     A subclass sets, by the end of its constructor,
     `hidden_size` (width D of a token), `num_tokens` (tokens N of one piece of media, fixed) and `options` (the plain
-    keywords that build the same module again with random weights: they go into `config.json`). An eye also sets
-    `image_size`, the side of its square input in pixels.
+    keywords that build the same module again with random weights: they go into `config.json`). A vision encoder also
+    sets `image_size`, the side of its square input in pixels.
     It never projects to the language model's width and never freezes itself.
     """
 

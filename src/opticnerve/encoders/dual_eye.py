@@ -1,9 +1,10 @@
-"""The eye of a trained `DualEncoder`, to be docked onto a language model: CLIP's way to LLaVA, with one's own eye.
+"""The vision encoder of a trained `DualEncoder`, to be docked onto a language model: CLIP's way to LLaVA, with one's
+own vision encoder.
 
 In a recipe: `encoder: {type: dual_encoder, name: FOLDER}`. Only the encoder is taken; the projection into the space
 shared with words stays behind, for the connector takes its place.
 Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision; Liu et al. 2023,
-Visual Instruction Tuning, section 4.1, where such an eye meets a language model.
+Visual Instruction Tuning, section 4.1, where such a vision encoder meets a language model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from opticnerve.types import Features, OpticNerveError
 _PREFIX = "image.encoder."
 
 
-class DualEncoderEye(Encoder):
+class DualEncoderVision(Encoder):
     """The encoder inside, with the weights that contrastive training gave it.
 
     Args:
@@ -42,11 +43,11 @@ class DualEncoderEye(Encoder):
         self.files = []
 
     @classmethod
-    def from_pretrained(cls, name: str, **options: Any) -> DualEncoderEye:
+    def from_pretrained(cls, name: str, **options: Any) -> DualEncoderVision:
         """`name`: a folder that `DualEncoder.save_pretrained` wrote, or its hub name. options: `encoder`, as above.
 
         Raises:
-            OpticNerveError: there is no `DualEncoder`, or weights of its eye are missing or left over.
+            OpticNerveError: there is no `DualEncoder`, or weights of its vision encoder are missing or left over.
         """
         folder = Path(hub.fetch(name))
         spec = _spec(folder, options.get("encoder"))
@@ -64,14 +65,16 @@ class DualEncoderEye(Encoder):
             if n in state and state[n].shape != t.shape
         ]
         if problems:
-            raise OpticNerveError(f"the eye in {name} does not fit its config.json: {'; '.join(problems[:8])}")
+            raise OpticNerveError(
+                f"the vision encoder in {name} does not fit its config.json: {'; '.join(problems[:8])}"
+            )
         inner.load_state_dict(state)
-        eye = cls(encoder=spec, _encoder=inner)
-        eye.files = files
-        return eye.eval()
+        vision_encoder = cls(encoder=spec, _encoder=inner)
+        vision_encoder.files = files
+        return vision_encoder.eval()
 
     @classmethod
-    def planned(cls, name: str, **options: Any) -> DualEncoderEye:
+    def planned(cls, name: str, **options: Any) -> DualEncoderVision:
         """The same shapes from the configuration alone."""
         with torch.device("cpu"):
             spec = _spec(Path(hub.fetch(name, weights=False)), options.get("encoder"))
@@ -101,7 +104,7 @@ def _spec(folder: Path, changes: dict[str, Any] | None) -> dict[str, Any]:
         raise OpticNerveError(f"{folder} holds no DualEncoder (its config.json names no image encoder): {e!r}") from e
     changes = changes or {}
     if changes.get("type", saved["type"]) != saved["type"]:
-        raise OpticNerveError(f"the eye in {folder} is of type {saved['type']!r}, not {changes['type']!r}")
+        raise OpticNerveError(f"the vision encoder in {folder} is of type {saved['type']!r}, not {changes['type']!r}")
     if unknown := sorted(set(changes) - set(saved)):
         raise OpticNerveError(f"encoder {saved['type']!r} takes no {', '.join(unknown)}; it takes {', '.join(saved)}")
     return {**saved, **changes}

@@ -1,5 +1,5 @@
-"""An eye goes no further than the layer that is asked for: LLaVA-1.5 takes the last but one, and the last is work for
-nothing, a twelfth of CLIP-ViT-B."""
+"""A vision encoder goes no further than the layer that is asked for: LLaVA-1.5 takes the last but one, and the last is
+work for nothing, a twelfth of CLIP-ViT-B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP-ViT, SigLIP, SigLIP 2, DINOv2, ViT and their like from transformers as an eye.
+"""CLIP-ViT, SigLIP, SigLIP 2, DINOv2, ViT and their like from transformers as a vision encoder.
 
 The wrapped model is transformers' own, untouched: feature selection follows LLaVA
 (`LlavaModel.get_image_features`: a hidden layer, with or without the class token).
@@ -43,7 +43,8 @@ _UNLISTED = {"blip_2_vision_model": "Blip2VisionModel", "instructblip_vision_mod
 # SigLIP 2 for any shape of picture (NaFlex): it takes rows of patches instead of a picture.
 _FLEXIBLE = "siglip2_vision_model"
 
-# Where whole models keep their eye: CLIP and SigLIP, LLaVA (old and new names), BLIP-2, Idefics3 and SmolVLM.
+# Where whole models keep their vision encoder: CLIP and SigLIP, LLaVA (old and new names), BLIP-2, Idefics3 and
+# SmolVLM.
 _TOWER = {r"^(model\.)?vision_(model|tower)\.(vision_model\.)?": ""}
 
 # These look at the values of a mask of patches to see whether one is needed. The meta device has no values, so there
@@ -122,14 +123,15 @@ class HFVisionEncoder(Encoder):
 
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> HFVisionEncoder:
-        """`name`: hub name or local folder; of a model with more to it (CLIP, LLaVA, BLIP-2) the eye is taken.
+        """`name`: hub name or local folder; of a model with more to it (CLIP, LLaVA, BLIP-2) the vision encoder is
+        taken.
 
         Raises:
             OpticNerveError: there is no vision transformer in it, or weights of it are missing.
         """
         folder = hub.fetch(name)
         config = _vision_config(name)
-        with hub.quiet():  # of all that is not the eye; what is missing is told below
+        with hub.quiet():  # of all that is not the vision encoder; what is missing is told below
             loaded: Any = _model_class(config).from_pretrained(
                 folder, config=config, key_mapping=_TOWER, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -210,10 +212,10 @@ class HFVisionEncoder(Encoder):
     def _probe(self, config: PreTrainedConfig) -> tuple[int, int]:
         """Tokens (class and register tokens too) and width, from a pass on the meta device: shapes, no arithmetic."""
         with torch.device("meta"):
-            shadow = _build(copy.deepcopy(config)).eval()
+            meta_model = _build(copy.deepcopy(config)).eval()
             pixels = torch.empty(2, 3, self.image_size, self.image_size)
             try:
-                shape = self._select(shadow, pixels).shape
+                shape = self._select(meta_model, pixels).shape
             except OpticNerveError:
                 raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:

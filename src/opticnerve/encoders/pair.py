@@ -1,4 +1,4 @@
-"""Two eyes side by side on one picture, such as SigLIP for what is named and DINOv2 for where it is.
+"""Two vision encoders side by side on one picture, such as SigLIP for what is named and DINOv2 for where it is.
 
 Source: Karamcheti et al. 2024, Prismatic VLMs, section 4.2 (features joined along the width). Joining along the row of
 tokens instead is what Eagle calls sequence append (Shi et al. 2024).

@@ -1,4 +1,4 @@
-"""From an eye's tokens to one vector a picture: what contrastive learning compares.
+"""From a vision encoder's tokens to one vector a picture: what contrastive learning compares.
 
 `mean` of the tokens (as CNNs and SigLIP's predecessors in big_vision do), the `class_token` (Dosovitskiy et al. 2021,
 ViT, section 3.1), or the wrapped model's own `pooler`: CLIP's class token behind its last norm, SigLIP's attention head
@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from opticnerve.encoders.base import Encoder
 from opticnerve.types import OpticNerveError
 
-EyePooling = Literal["mean", "class_token", "pooler"]
+VisionPooling = Literal["mean", "class_token", "pooler"]
 
 
-def pool(encoder: Encoder, pixel_values: Tensor, how: EyePooling) -> Tensor:
+def pool(encoder: Encoder, pixel_values: Tensor, how: VisionPooling) -> Tensor:
     """Pixels (B, 3, H, W) → one vector a picture, (B, D).
 
     Raises:
@@ -35,8 +35,8 @@ def pool(encoder: Encoder, pixel_values: Tensor, how: EyePooling) -> Tensor:
 
 def check_pooling(encoder: Encoder, how: str) -> None:
     """Raise an `OpticNerveError` where this encoder cannot be pooled like that; the message names the remedy."""
-    if how not in get_args(EyePooling):
-        raise OpticNerveError(f"image pooling is one of {', '.join(get_args(EyePooling))}, not {how!r}")
+    if how not in get_args(VisionPooling):
+        raise OpticNerveError(f"image pooling is one of {', '.join(get_args(VisionPooling))}, not {how!r}")
     model = getattr(encoder, "model", None)
     if how == "class_token":
         prefix = getattr(encoder, "prefix_tokens", None) or getattr(model, "num_prefix_tokens", 0)
@@ -60,7 +60,7 @@ def wake_pooler(encoder: Encoder) -> None:
         model.use_head = hasattr(model, "head")
 
 
-def pooled_size(encoder: Encoder, how: EyePooling) -> int:
+def pooled_size(encoder: Encoder, how: VisionPooling) -> int:
     """Width of the pooled vector; some of timm's heads change it (MobileNetV3 widens it behind its pooling)."""
     model: Any = getattr(encoder, "model", None)
     return int(model.head_hidden_size) if how == "pooler" and hasattr(model, "forward_head") else encoder.hidden_size

@@ -1,4 +1,5 @@
-"""A text encoder of transformers: words in, one vector for each text out. The reader beside the eye in a `DualEncoder`.
+"""A text encoder of transformers: words in, one vector for each text out. The reader beside the vision encoder in a
+`DualEncoder`.
 
 Three families, told apart by how the vector is taken (`pooling`): BERT and its like by the mean of their tokens
 (Reimers & Gurevych 2019, Sentence-BERT, section 3) or the first one; the text models of CLIP and SigLIP by their own

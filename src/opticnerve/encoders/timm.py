@@ -1,4 +1,4 @@
-"""Any timm model as an eye: the feature map of a CNN or the tokens of a ViT.
+"""Any timm model as a vision encoder: the feature map of a CNN or the tokens of a ViT.
 
 Source: timm's feature API, `forward_features` and `forward_intermediates`
 (https://huggingface.co/docs/timm/feature_extraction).
@@ -76,9 +76,9 @@ class TimmEncoder(Encoder):
         """`name`: a timm architecture (weights from the hub), `hf-hub:…`, `local-dir:…`, or a starter name."""
         encoder = cls.planned(name, **options)
         if starter.is_starter(name):
-            eye = starter.eye(name)
-            eye.load_into(encoder.model)
-            encoder.files = [str(eye.file())]
+            vision_encoder = starter.vision_encoder(name)
+            vision_encoder.load_into(encoder.model)
+            encoder.files = [str(vision_encoder.file())]
             return encoder
         size = _size_args(encoder.model, encoder.options["image_size"])
         try:
@@ -98,8 +98,8 @@ class TimmEncoder(Encoder):
     def planned(cls, name: str, **options: Any) -> TimmEncoder:
         """The same module with random weights; of `hf-hub:…` and `local-dir:…` the configuration is read."""
         if starter.is_starter(name):
-            eye = starter.eye(name)
-            return cls(name=eye.architecture, **{**eye.options, **options})
+            vision_encoder = starter.vision_encoder(name)
+            return cls(name=vision_encoder.architecture, **{**vision_encoder.options, **options})
         architecture, defaults = _look_up(name, options)
         model_args = {**defaults.pop("model_args", {}), **(options.pop("model_args", None) or {})}
         return cls(name=architecture, model_args=model_args, **{**defaults, **options})
@@ -142,9 +142,9 @@ class TimmEncoder(Encoder):
     def _probe(self, name: str, image_size: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
         """Tokens and width, from a forward pass on the meta device: shapes without arithmetic."""
         with torch.device("meta"):
-            shadow = _create(name, image_size, model_args).eval()
+            meta_model = _create(name, image_size, model_args).eval()
             try:
-                shape = self._tokens(shadow, torch.empty(1, 3, self.image_size, self.image_size)).shape
+                shape = self._tokens(meta_model, torch.empty(1, 3, self.image_size, self.image_size)).shape
             except OpticNerveError as e:
                 raise OpticNerveError(f"timm model {name!r}: {e}") from e
             except (AttributeError, AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError) as e:

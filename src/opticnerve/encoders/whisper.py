@@ -1,5 +1,5 @@
-"""Whisper's encoder as an ear (Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision",
-section 2.2).
+"""Whisper's encoder as an audio encoder (Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak
+Supervision", section 2.2).
 
 The wrapped model is transformers' own, untouched; its decoder is never built. Two things are ours: a window shorter
 than Whisper's 30 seconds, and the mean of neighbouring frames, so that a short clip costs the language model few
@@ -102,7 +102,7 @@ class WhisperEncoder(Encoder):
         """
         files: list[str] = []
         if starter.is_starter(name):
-            files = [str(starter.ear(name).file())]
+            files = [str(starter.audio_encoder(name).file())]
             architecture, state = read_openai(Path(files[0]))
         elif name.endswith(".pt"):
             files = [name]
@@ -112,19 +112,19 @@ class WhisperEncoder(Encoder):
             options = {**_window(name, architecture), **options}
             files = weight_files(Path(hub.fetch(name)))
         with torch.device("meta"):
-            ear = cls(architecture=architecture, **options)
-        state["embed_positions.weight"] = state["embed_positions.weight"][: FRAMES * ear.seconds].clone()
-        _check_state(state, ear.model.state_dict(), name)
-        ear.model.load_state_dict(state, assign=True)
-        ear.files = files
-        return ear
+            audio_encoder = cls(architecture=architecture, **options)
+        state["embed_positions.weight"] = state["embed_positions.weight"][: FRAMES * audio_encoder.seconds].clone()
+        _check_state(state, audio_encoder.model.state_dict(), name)
+        audio_encoder.model.load_state_dict(state, assign=True)
+        audio_encoder.files = files
+        return audio_encoder
 
     @classmethod
     def planned(cls, name: str, **options: Any) -> WhisperEncoder:
         """The same encoder without its weights."""
         options.pop("architecture", None)
         if starter.is_starter(name):
-            return cls(architecture=starter.ear(name).architecture, **options)
+            return cls(architecture=starter.audio_encoder(name).architecture, **options)
         if name.endswith(".pt"):
             return cls(architecture=read_openai(Path(name))[0], **options)
         architecture = _config(name).to_dict()

@@ -13,7 +13,7 @@ from opticnerve.data.dataset.load import by_picture, fixed_sample, load_data
 from opticnerve.evaluation import tasks
 from opticnerve.evaluation.choice import run_choice, run_multiple_choice
 from opticnerve.evaluation.image_dependence import balanced, image_dependence
-from opticnerve.evaluation.judges import JUDGES
+from opticnerve.evaluation.judges import SCORERS
 from opticnerve.evaluation.kinds import answers_of
 from opticnerve.evaluation.retrieval import run_retrieval, run_zero_shot
 from opticnerve.inference.embeddings import Embedder
@@ -50,12 +50,12 @@ def evaluate_model(
             conversations = [
                 replace(group[0], meta={"captions": [c.answer for c in group]}) for group in by_picture(conversations)
             ]
-        judge = JUDGES.get(spec.metric)
-        score = tasks.run_captions if judge is None else partial(tasks.run_vqa, judge=judge)
+        scorer = SCORERS.get(spec.metric)
+        score = tasks.run_captions if scorer is None else partial(tasks.run_vqa, scorer=scorer)
         with Waiting(console, spec.name) as bar:
             found["tasks"].append(score(generate, conversations, name=spec.name, progress=bar.update, run_dir=run_dir))
-        if judge is not None:
-            found["tasks"][-1]["most_frequent_answer"] = tasks.most_frequent_answer(conversations, judge)
+        if scorer is not None:
+            found["tasks"][-1]["most_frequent_answer"] = tasks.most_frequent_answer(conversations, scorer)
         if spec.image_dependence and spec.metric == "vqa" and "image_dependence" not in found:
             seen = [c for c in everything if c.prompt().images]
             found["image_dependence"] = _dependence(generate, seen, spec.image_dependence, console)

@@ -1,7 +1,8 @@
 """What did the language model forget while it learned to see?
 
-Three looks at the brain alone, before any training and after each stage: perplexity on a fixed English text, answers to
-fixed text-only questions, and a fingerprint of its logits, which must not change while only the connector trains.
+Three looks at the language model alone, before any training and after each stage: perplexity on a fixed English text,
+answers to fixed text-only questions, and a fingerprint of its logits, which must not change while only the connector
+trains.
 
 The text and the questions were written for this project, so that no language model has been trained on them.
 """

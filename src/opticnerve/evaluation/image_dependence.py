@@ -1,8 +1,8 @@
 """Does the answer depend on the picture at all?
 
-Many questions can be guessed from their words ("is the sky blue?"), so a model may score well with its eye shut. The
-same questions are therefore asked three times: with the real picture, with a blank one, and with another sample's
-picture. What the eye contributes is the difference.
+Many questions can be guessed from their words ("is the sky blue?"), so a model may score well with its vision encoder
+shut. The same questions are therefore asked three times: with the real picture, with a blank one, and with another
+sample's picture. What the vision encoder contributes is the difference.
 """
 
 from __future__ import annotations

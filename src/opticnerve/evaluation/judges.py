@@ -14,7 +14,7 @@ _ANLS_LEAST = 0.5
 
 
 @dataclass(frozen=True)
-class Judge:
+class Scorer:
     """`score`: an answer's score in [0, 1], given the references. `harness`: what the rule is called, given all
     references. `report`: what is said of all answers together, beside their mean score."""
 
@@ -92,8 +92,8 @@ def _nothing(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
     return {}
 
 
-JUDGES = {
-    "vqa": Judge(vqa, _vqa_harness, _nothing),
-    "yes_no": Judge(yes_no, lambda _: "yes or no by POPE's rule", yes_no_report),
-    "ocr": Judge(anls, lambda _: "ANLS", _nothing),
+SCORERS = {
+    "vqa": Scorer(vqa, _vqa_harness, _nothing),
+    "yes_no": Scorer(yes_no, lambda _: "yes or no by POPE's rule", yes_no_report),
+    "ocr": Scorer(anls, lambda _: "ANLS", _nothing),
 }

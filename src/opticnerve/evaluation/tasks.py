@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.media.open import open_image
-from opticnerve.evaluation.judges import JUDGES, Judge
+from opticnerve.evaluation.judges import SCORERS, Scorer
 from opticnerve.evaluation.metrics import accuracy_by_type, bleu4, cider, normalise_answer, rouge_l, summarise
 from opticnerve.types import Conversation, DataError, OpticNerveError, TextPart
 
@@ -31,7 +31,7 @@ def run_vqa(
     conversations: Sequence[Conversation],
     *,
     name: str,
-    judge: Judge = JUDGES["vqa"],
+    scorer: Scorer = SCORERS["vqa"],
     keep: int = 24,
     progress: Progress | None = None,
     run_dir: Path | None = None,
@@ -54,7 +54,7 @@ def run_vqa(
     """
     references = [_references(c) for c in conversations]
     predictions = answer_all(generate, conversations, progress)
-    scores = [judge.score(p, r) for p, r in zip(predictions, references, strict=True)]
+    scores = [scorer.score(p, r) for p, r in zip(predictions, references, strict=True)]
     samples = [
         {**_describe(c), "answer": _most_common(r), "prediction": p, "right": s >= 0.5}
         for c, p, r, s in zip(conversations, predictions, references, scores, strict=True)
@@ -64,9 +64,9 @@ def run_vqa(
     kept = _mixed([s["right"] for s in samples], keep)
     return {
         "name": name,
-        "harness": f"opticnerve {judge.harness(references)} {harness_version()}",
+        "harness": f"opticnerve {scorer.harness(references)} {harness_version()}",
         **summarise(scores),
-        **judge.report(predictions, references),
+        **scorer.report(predictions, references),
         "by_type": accuracy_by_type(scores, [str(c.meta.get("type") or "all") for c in conversations]),
         "samples": [_with_picture(samples[i], conversations[i], run_dir, f"{name}-{i}") for i in kept],
     }
@@ -125,13 +125,13 @@ def answer_all(
 
 
 def score_answers(
-    conversations: Sequence[Conversation], predictions: Sequence[str], judge: Judge = JUDGES["vqa"]
+    conversations: Sequence[Conversation], predictions: Sequence[str], scorer: Scorer = SCORERS["vqa"]
 ) -> list[float]:
     """Each prediction's score in [0, 1], by the rule of `run_vqa`."""
-    return [judge.score(p, _references(c)) for c, p in zip(conversations, predictions, strict=True)]
+    return [scorer.score(p, _references(c)) for c, p in zip(conversations, predictions, strict=True)]
 
 
-def most_frequent_answer(conversations: Sequence[Conversation], judge: Judge = JUDGES["vqa"]) -> dict[str, Any]:
+def most_frequent_answer(conversations: Sequence[Conversation], scorer: Scorer = SCORERS["vqa"]) -> dict[str, Any]:
     """What always giving the commonest reference would score: `answer`, `n`, `accuracy`, `ci95`.
 
     It is picked on the tested questions themselves, which flatters it: a model has to beat it all the same.
@@ -140,7 +140,7 @@ def most_frequent_answer(conversations: Sequence[Conversation], judge: Judge = J
     if not commonest:
         raise OpticNerveError("there is no most frequent answer: the list of questions is empty")
     answer = min(commonest, key=lambda a: (-commonest[a], a))
-    return {"answer": answer, **summarise(score_answers(conversations, [answer] * len(conversations), judge))}
+    return {"answer": answer, **summarise(score_answers(conversations, [answer] * len(conversations), scorer))}
 
 
 def usual_answers(
@@ -165,7 +165,7 @@ def _question(c: Conversation) -> str:
 
 
 def harness_version() -> str:
-    """The version of opticnerve that scored, so that two results can be compared with open eyes."""
+    """The version of opticnerve that scored, so that two results can be compared with open vision encoders."""
     try:
         return version("opticnerve")
     except PackageNotFoundError:

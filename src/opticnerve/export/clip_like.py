@@ -1,4 +1,4 @@
-"""What formats with an eye and soft tokens in the text take, LLaVA and its relatives."""
+"""What formats with a vision encoder and soft tokens in the text take, LLaVA and its relatives."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any
 
 from torch import nn
 
-EYES = ("clip_vision_model", "siglip_vision_model")
+VISION_ENCODERS = ("clip_vision_model", "siglip_vision_model")
 
 
-def eye_refusals(model: Any, engine: str, eyes: Sequence[str] = EYES) -> list[str]:
-    """Why the towers and their fusion are no eye of the given families with soft tokens in the text; empty if they
-    are."""
+def encoder_refusals(model: Any, engine: str, vision_encoders: Sequence[str] = VISION_ENCODERS) -> list[str]:
+    """Why the towers and their fusion are no vision encoder of the given families with soft tokens in the text; empty
+    if they are."""
     reasons, towers = [], model.config.towers
     if "image" not in towers:
-        return [f"it has no eye, and {engine} is one with an eye"]
+        return [f"it has no vision encoder, and {engine} is one with a vision encoder"]
     if others := sorted(set(towers) - {"image"}):
-        reasons.append(f"it has an {others[0]} tower, and {engine} has an eye alone; nearest: model.image alone")
+        reasons.append(
+            f"it has an {others[0]} tower, and {engine} has a vision encoder alone; nearest: model.image alone"
+        )
     spec = towers["image"]
     if (fusion := spec["fusion"]["type"]) != "splice":
         reasons.append(
@@ -27,9 +29,12 @@ def eye_refusals(model: Any, engine: str, eyes: Sequence[str] = EYES) -> list[st
         reasons.append(f"it cuts pictures into tiles, {engine} shows each whole; nearest: leave out tiling")
     kind = spec["encoder"]["type"]
     if kind != "hf_vision":
-        reasons.append(f"its encoder is {kind}; nearest: encoder {{type: hf_vision}} with a {eyes[-1]}")
-    elif (family := spec["encoder"]["architecture"]["model_type"]) not in eyes:
-        reasons.append(f"its eye is a {family}, {engine} is served with {' or '.join(eyes)}; nearest: one of these")
+        reasons.append(f"its encoder is {kind}; nearest: encoder {{type: hf_vision}} with a {vision_encoders[-1]}")
+    elif (family := spec["encoder"]["architecture"]["model_type"]) not in vision_encoders:
+        reasons.append(
+            f"its vision encoder is a {family}, {engine} is served with {' or '.join(vision_encoders)}; nearest: "
+            f"one of these"
+        )
     return reasons
 
 

@@ -58,7 +58,8 @@ def make(folder: Path, *, picture_sizes: Sequence[tuple[int, int]], sees: bool, 
     """The samples that a model takes; their pictures are written into `folder`.
 
     Args:
-        picture_sizes: widths and heights, taken in turn. sees, hears: whether the model has an eye, an ear.
+        picture_sizes: widths and heights, taken in turn. sees, hears: whether the model has a vision encoder, an audio
+            encoder.
     """
     made, count = [], 0
     for turns in TURNS:

@@ -1,7 +1,8 @@
-"""How much disk the frozen eyes' features may take, and who goes first when it is full.
+"""How much disk the frozen vision encoders' features may take, and who goes first when it is full.
 
-The folder `features` holds one store for each eye (see `train.feature_cache`). A budget bounds the whole of it, before
-anything is written: stores of other eyes are removed, the least recently used first, unless a process reads them.
+The folder `features` holds one store for each vision encoder (see `train.feature_cache`). A budget bounds the whole of
+it, before anything is written: stores of other vision encoders are removed, the least recently used first, unless a
+    process reads them.
 """
 
 from __future__ import annotations
@@ -68,11 +69,13 @@ def make_room(root: Path, keep: Path, needed: int, budget: int) -> None:
     for _, lock in goes:
         lock.close()
     if over > 0:
-        kept = f"; {_gb(own)} are this eye's already ({keep})" if own else ""
+        kept = f"; {_gb(own)} are this vision encoder's already ({keep})" if own else ""
         raise OpticNerveError(
-            f"the frozen eye's features need {_gb(needed)} more of disk; the feature cache may hold {_gb(budget)} and "
+            f"the frozen vision encoder's features need {_gb(needed)} more of disk; the feature cache may hold "
+            f"{_gb(budget)} and "
             f"{_gb(free_bytes(root))} of disk are free{kept}. Raise the budget (cache_features: {{budget: 50GB}}, or "
-            f"{BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a float32 eye), or "
+            f"{BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a float32 vision "
+            f"encoder), or "
             f"leave cache_features out"
         )
 

@@ -1,4 +1,5 @@
-"""Showing pictures to a frozen eye, once: threads open and prepare them ahead, the eye sees them in batches."""
+"""Showing pictures to a frozen vision encoder, once: threads open and prepare them ahead, the vision encoder sees them
+in batches."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def seen(
     threads: int | None = None,
     on_error: OnError | None = None,
 ) -> Iterator[tuple[list[str], Features]]:
-    """Batch by batch the digests of pictures and what the eye sees of them, on the CPU.
+    """Batch by batch the digests of pictures and what the vision encoder sees of them, on the CPU.
 
     At most two batches a thread wait, so that memory stays flat.
 

@@ -1,10 +1,10 @@
-"""What a frozen eye saw, computed once and kept on disk for all epochs, stages, connectors and recipes.
+"""What a frozen vision encoder saw, computed once and kept on disk for all epochs, stages, connectors and recipes.
 
-A folder belongs to one eye: its name is a hash of the encoder's weights, its options, and how pictures are prepared for
-it. In it, shards of safetensors hold the features of some hundreds of pictures, found by the pictures' content; they
-are written beside and renamed, so that a process that is killed leaves none half written, and several processes may
-write at once. Features keep the encoder's own dtype, unless half of it is asked for: training on them is training on
-the live encoder. A budget bounds the disk that all eyes' features take (`data.feature_disk`).
+A folder belongs to one vision encoder: its name is a hash of the encoder's weights, its options, and how pictures are
+prepared for it. In it, shards of safetensors hold the features of some hundreds of pictures, found by the pictures'
+content; they are written beside and renamed, so that a process that is killed leaves none half written, and several
+processes may write at once. Features keep the encoder's own dtype, unless half of it is asked for: training on them is
+training on the live encoder. A budget bounds the disk that all vision encoders' features take (`data.feature_disk`).
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class FeatureStore:
     """Features by a picture's content.
 
     Args:
-        folder: of one eye, see `open_store`. It is read at once; of shards that others add later, `refresh` knows.
+        folder: of one vision encoder, see `open_store`. It is read at once; of shards that others add later, `refresh`
+            knows.
         dtype: what rows come in; by default what they are stored in.
-        stored: what new features are stored in; by default what the eye gives.
+        stored: what new features are stored in; by default what the vision encoder gives.
         budget: bytes that the folder may take together with its neighbours; by default they are not bounded.
     """
 
@@ -139,8 +140,8 @@ class FeatureStore:
 
         Raises:
             DataError: a picture cannot be opened, and there is no `on_error` to take it.
-            OpticNerveError: what the eye sees does not fit into the budget, which shows after the first batch; or it
-                cannot be written.
+            OpticNerveError: what the vision encoder sees does not fit into the budget, which shows after the first
+                batch; or it cannot be written.
         """
         missing = self.missing(pictures, on_error=on_error)
         mine = [p for p in missing if _falls_to(p[0], world) == rank]
@@ -183,14 +184,15 @@ class FeatureStore:
 def open_store(
     model: Any, processor: Any, *, root: Path | None = None, budget: int | None = None, stored: str | None = None
 ) -> FeatureStore:
-    """The store of a model's frozen eye, in `root` (default: `features` in opticnerve's cache).
+    """The store of a model's frozen vision encoder, in `root` (default: `features` in opticnerve's cache).
 
     What is stored follows the model: tokens for a docked language model and a fusion classifier, one pooled vector for
     a dual encoder.
 
     Args:
         budget: bytes for all stores in `root`; see `data.feature_disk.default_budget` for the default.
-        stored: `bfloat16` to store features in that dtype, whatever the eye's is; another store than without.
+        stored: `bfloat16` to store features in that dtype, whatever the vision encoder's is; another store than
+            without.
     """
     encoder = model.image.encoder
     name = hashlib.sha256(tensor_fingerprint(encoder.state_dict()).encode())
@@ -210,8 +212,8 @@ def open_store(
 def encode_function(model: Any) -> Callable[[Tensor], Features]:
     """Pixels → what the store holds, for any of the three kinds of model."""
     if is_docked_model(model):
-        eye: Callable[[Tensor], Features] = model.image.encode
-        return eye
+        vision_encoder: Callable[[Tensor], Features] = model.image.encode
+        return vision_encoder
 
     def encode(pixel_values: Tensor) -> Features:
         features = model.image.encode(pixel_values)
@@ -236,7 +238,7 @@ def see_all(
     on_error: OnError | None = None,
     console: Any = None,
 ) -> FeatureStore:
-    """The store of the model's frozen eye, with all of these pictures in it.
+    """The store of the model's frozen vision encoder, with all of these pictures in it.
 
     Args:
         budget, stored: see `open_store`. rank, world: this process and how many share the work.

@@ -74,7 +74,7 @@ class Fusion(nn.Module, ABC):
     def start(self, embeddings: nn.Module) -> None:
         """Called once for a fresh dock, with the language model's embedding table: first weights that depend on it."""
 
-    def idle(self, embeds_BLD: Tensor, features: Features) -> Tensor:
+    def dummy_pass(self, embeds_BLD: Tensor, features: Features) -> Tensor:
         """The same embeddings, bit for bit, made to depend on every weight of this fusion and on `features`.
 
         With several processes, each must give every trained weight a gradient in every step, also where its share of

@@ -16,7 +16,7 @@ from opticnerve.types import OpticNerveError
 
 @torch.inference_mode()
 def decode_compiled(
-    model: Any, inputs: dict[str, Any], *, max_new_tokens: int, cache: None = None, lean: Any = None, **options: Any
+    model: Any, inputs: dict[str, Any], *, max_new_tokens: int, cache: None = None, fused: Any = None, **options: Any
 ) -> Iterator[Tensor]:
     """As `decoding.decode`, all tokens at its end. The prompt is read by `model`, the steps are its language model's.
 

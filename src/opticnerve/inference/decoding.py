@@ -16,8 +16,8 @@ from torch import Tensor
 from opticnerve.common.private_names import CACHE, generation_config, generation_rules
 from opticnerve.models.vlm.modeling import settled_rows
 from opticnerve.models.vlm.prompt import kept
-from opticnerve.ops.fused_decode import LeanDecoder
-from opticnerve.ops.kv_cache import RoomyLayer, make_room
+from opticnerve.ops.fused_decode import FusedDecoder
+from opticnerve.ops.kv_cache import ReservedLayer, make_room
 
 
 @torch.inference_mode()
@@ -27,7 +27,7 @@ def decode(
     *,
     max_new_tokens: int,
     cache: Any = None,
-    lean: LeanDecoder | None = None,
+    fused: FusedDecoder | None = None,
     drop_finished: bool = True,
     room: bool = True,
     seed: int | None = None,
@@ -59,7 +59,7 @@ def decode(
     change = generation_rules(model, config, ids_BL)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
-    state = _State(model, ids_BL, mask_BL, max_new_tokens, lean)
+    state = _State(model, ids_BL, mask_BL, max_new_tokens, fused)
     logits_BV = state.read(cache, media, room)
     rows_B = torch.arange(len(ids_BL), device=device)  # who the rows of the batch are, as ended ones leave
     live_B = torch.ones_like(rows_B, dtype=torch.bool)
@@ -112,8 +112,8 @@ def _ends(config: Any) -> Tensor | None:
 class _State:
     """What one decoding carries from step to step."""
 
-    def __init__(self, model: Any, ids_BL: Tensor, mask_BL: Tensor, new: int, lean: LeanDecoder | None) -> None:
-        self.model, self.lean = model, lean
+    def __init__(self, model: Any, ids_BL: Tensor, mask_BL: Tensor, new: int, fused: FusedDecoder | None) -> None:
+        self.model, self.fused = model, fused
         self.media_B = model.rows_with_media(ids_BL)
         self.length = ids_BL.shape[1]
         self.padded = not bool(mask_BL.all())
@@ -140,12 +140,12 @@ class _State:
         roomy = room and make_room(self.cache, self.new)
         self.beside = any(seen is not None for seen in kept(self.cache).values())
         if not roomy or self.beside or self.media_B is not None:
-            self.lean = None
+            self.fused = None
         self.roomy = roomy
-        if self.lean is not None:
+        if self.fused is not None:
             first_B = self.next_B if self.padded else self.next_B[:1]
-            self.tables = self.lean.tables(first_B, self.new)
-            self.lean.prepare(len(self.next_B))
+            self.tables = self.fused.tables(first_B, self.new)
+            self.fused.prepare(len(self.next_B))
             self.sees_BT = self.all_mask_BT.bool()[:, None, None]
         return out.logits[:, -1]
 
@@ -153,10 +153,10 @@ class _State:
         """Logits (B, V) behind one more token of each row."""
         self.all_ids_BT[:, self.length] = tokens_B
         self.length += 1
-        if self.lean is not None:
+        if self.fused is not None:
             assert self.tables is not None
             cos_BTd, sin_BTd = self.tables
-            logits_BV = self.lean.step(
+            logits_BV = self.fused.step(
                 tokens_B, cos_BTd[:, self.steps], sin_BTd[:, self.steps], self.cache.layers,
                 self.sees_BT[..., : self.length] if self.padded else None,
             )  # fmt: skip
@@ -179,7 +179,7 @@ class _State:
 
     def can_narrow(self) -> bool:
         """Whether every piece of the state is one that rows can leave."""
-        return self.roomy and not self.beside and all(type(x) is RoomyLayer for x in self.cache.layers)
+        return self.roomy and not self.beside and all(type(x) is ReservedLayer for x in self.cache.layers)
 
     def narrow(self, chosen: Tensor) -> None:
         """Only these rows go on. `chosen`: (rows,) indices."""

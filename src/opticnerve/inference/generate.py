@@ -18,7 +18,7 @@ from opticnerve.inference.decoding import decode
 from opticnerve.inference.shared_prefix import Row, group_rows, layout, media_key, read_shared, refusal, share
 from opticnerve.language.thinking import AnswerText, shown
 from opticnerve.models.vlm.processing import stops
-from opticnerve.ops.fused_decode import LeanDecoder
+from opticnerve.ops.fused_decode import FusedDecoder
 from opticnerve.types import Conversation, OpticNerveError
 
 
@@ -33,7 +33,7 @@ class Answerer:
 
     def __init__(self, model: Any, processor: Any, *, compile: bool = False) -> None:
         self.model, self.processor, self.compile = model, processor, compile
-        self._lean: LeanDecoder | None = None
+        self._fused: FusedDecoder | None = None
 
     def answer(
         self,
@@ -65,8 +65,8 @@ class Answerer:
 
     def release(self) -> None:
         """Give back what batches keep of the weights between each other; `answer` does so at its end."""
-        if self._lean is not None:
-            self._lean.release()
+        if self._fused is not None:
+            self._fused.release()
 
     def _batches(
         self, prompts: Sequence[Conversation], max_new_tokens: int, batch_size: int, share_prefix: bool
@@ -91,7 +91,7 @@ class Answerer:
         """Greedy answers to a batch; `cache` holds what was read of it already."""
         how = decode_compiled if self.compile else decode
         tokens = how(
-            self.model, dict(inputs), cache=cache, max_new_tokens=max_new_tokens, do_sample=False, lean=self.lean(),
+            self.model, dict(inputs), cache=cache, max_new_tokens=max_new_tokens, do_sample=False, fused=self.fused(),
             **self.stops(),
         )  # fmt: skip
         tokens_BT = torch.stack(list(tokens), 1)
@@ -112,7 +112,7 @@ class Answerer:
         )
         words, answer = _Words(self.processor.tokenizer), AnswerText()
         tokens = decode(
-            self.model, dict(self.inputs([conversation])), max_new_tokens=max_new_tokens, lean=self.lean(), seed=seed,
+            self.model, dict(self.inputs([conversation])), max_new_tokens=max_new_tokens, fused=self.fused(), seed=seed,
             **sampling, **self.stops(),
         )  # fmt: skip
         for token_B in tokens:
@@ -120,11 +120,11 @@ class Answerer:
         words.end()
         yield from filter(None, [*map(answer.put, words.take()), answer.end()])
 
-    def lean(self) -> LeanDecoder | None:
+    def fused(self) -> FusedDecoder | None:
         """The language model's lean form, made once; again, if its weights have moved since."""
-        if self._lean is None or not self._lean.still_fits(self.model.language_model):
-            self._lean = LeanDecoder.of(self.model.language_model)
-        return self._lean
+        if self._fused is None or not self._fused.still_fits(self.model.language_model):
+            self._fused = FusedDecoder.of(self.model.language_model)
+        return self._fused
 
     def inputs(
         self, conversations: Sequence[Conversation], *, sanitize_control_tokens: bool | None = None

@@ -108,12 +108,16 @@ class ClassifierPredictor:
 
     def _most(self) -> int:
         """Questions at a time, so that what is seen of their pictures fits in memory."""
-        eye = self.model.image
-        each = 3 * self.model.classifier.pixels**2 if eye is None else eye.encoder.num_tokens * eye.encoder.hidden_size
+        vision_encoder = self.model.image
+        each = (
+            3 * self.model.classifier.pixels**2
+            if vision_encoder is None
+            else vision_encoder.encoder.num_tokens * vision_encoder.encoder.hidden_size
+        )
         return max(self.batch_size, min(_QUESTIONS, _NUMBERS // each))
 
     def _see(self, pictures: list[tuple[Any, str]]) -> Any:
-        """Features of the pictures; their pixels for early fusion, which has no eye."""
+        """Features of the pictures; their pixels for early fusion, which has no vision encoder."""
         seen = []
         for start in range(0, len(pictures), self.batch_size):
             prepare, some = self.processor.image_processor, pictures[start : start + self.batch_size]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opticnerve.common.private_names import attention_of
 from opticnerve.fusion.gated_cross_attention import CrossAttention
-from opticnerve.interpret.teacher_forcing import Forced
+from opticnerve.interpret.teacher_forcing import TeacherForced
 from opticnerve.types import OpticNerveError
 
 
@@ -86,19 +86,19 @@ def pick(weights_NHQK: Tensor, layer: int | None, head: int | None) -> Tensor:
 # -- methods ----------------------------------------------------------------------------------------------------------
 
 
-def attention(forced: Forced, layer: int | None = None, head: int | None = None) -> Tensor:
+def attention(forced: TeacherForced, layer: int | None = None, head: int | None = None) -> Tensor:
     """The language model's own weights, from each answer token's position to the soft tokens: (T, V)."""
     weights_NHLL, _ = self_attention(forced)
     return pick(weights_NHLL, layer, head)[list(forced.positions)][:, forced.visual_V]
 
 
-def attention_rollout(forced: Forced) -> Tensor:
+def attention_rollout(forced: TeacherForced) -> Tensor:
     """Rollout from each answer token's position to the soft tokens: (T, V)."""
     weights_NHLL, _ = self_attention(forced)
     return rollout(weights_NHLL)[list(forced.positions)][:, forced.visual_V]
 
 
-def relevance(forced: Forced) -> Tensor:
+def relevance(forced: TeacherForced) -> Tensor:
     """Gradient-weighted relevance of the soft tokens for each answer token's log-probability: (T, V)."""
     with eager_attention(forced.model.language_model), forced.traced() as trace:
         log_p_T, out = trace.run(output_attentions=True)
@@ -111,7 +111,7 @@ def relevance(forced: Forced) -> Tensor:
     return torch.stack(rows)[:, forced.visual_V]
 
 
-def gradient(forced: Forced) -> Tensor:
+def gradient(forced: TeacherForced) -> Tensor:
     """|gradient · token| on the encoder's tokens, for each answer token's log-probability: (T, N).
 
     The encoder's tokens have a place in the picture whatever the connector makes of them. The gradient passes through
@@ -126,19 +126,19 @@ def gradient(forced: Forced) -> Tensor:
     return torch.stack(rows)
 
 
-def cross_attention(forced: Forced, layer: int | None = None, head: int | None = None) -> Tensor:
+def cross_attention(forced: TeacherForced, layer: int | None = None, head: int | None = None) -> Tensor:
     """The weights of the layers between the language model's own, from each answer token's position: (T, V)."""
     return pick(cross_weights(forced), layer, head)[list(forced.positions)]
 
 
-def self_attention(forced: Forced) -> tuple[Tensor, Tensor]:
+def self_attention(forced: TeacherForced) -> tuple[Tensor, Tensor]:
     """The language model's attention weights (layers, heads, L, L), and the answer's log-probabilities (T,)."""
     with eager_attention(forced.model.language_model), forced.traced() as trace, torch.no_grad():
         log_p_T, out = trace.run(output_attentions=True)
     return torch.cat(given(out, forced)).float(), log_p_T
 
 
-def cross_weights(forced: Forced) -> Tensor:
+def cross_weights(forced: TeacherForced) -> Tensor:
     """The cross-attention's weights (layers, heads, L, V): computed beside each layer from what goes into it."""
     caught: list[Tensor] = []
 
@@ -162,7 +162,7 @@ def weights_of(module: CrossAttention, hidden_BLD: Tensor, keys_values: Any, all
     return score_BHLK.masked_fill(~allowed_BLK[:, None], float("-inf")).softmax(-1)
 
 
-def given(out: Any, forced: Forced) -> list[Tensor]:
+def given(out: Any, forced: TeacherForced) -> list[Tensor]:
     """The attention weights among a language model's outputs, one (1, H, L, L) for each layer."""
     layers = [a for a in (out.get("attentions") or ()) if a is not None]
     length = forced.ids_1L.shape[1]

@@ -20,7 +20,7 @@ from opticnerve.fusion.gated_cross_attention import GatedCrossAttention
 from opticnerve.fusion.splice import Splice
 from opticnerve.interpret import attention_maps
 from opticnerve.interpret.occlusion import occlusion
-from opticnerve.interpret.teacher_forcing import Forced, Word, check
+from opticnerve.interpret.teacher_forcing import TeacherForced, Word, check
 from opticnerve.types import Conversation, OpticNerveError
 
 # What each method needs: soft tokens in the text ("splice"), layers of cross-attention, or neither.
@@ -57,7 +57,7 @@ class Map:
 
 
 @dataclass(frozen=True)
-class Looked:
+class Attribution:
     """An answer, its words with their log-probabilities, and the maps. `box`: see `seen_box`."""
 
     answer: str
@@ -85,7 +85,7 @@ def look(
     grid: int = 6,
     patch: int = 2,
     max_new_tokens: int = 24,
-) -> Looked:
+) -> Attribution:
     """Ask, and explain the greedy answer.
 
     Args:
@@ -108,15 +108,15 @@ def look(
             f"layer and head choose among attention weights; {', '.join(chosen)} runs through all of them: "
             f"leave them out, or take --method {' or '.join(_BY_LAYER)}"
         )
-    forced = Forced(model, processor, conversation, max_new_tokens=max_new_tokens)
+    forced = TeacherForced(model, processor, conversation, max_new_tokens=max_new_tokens)
     maps = [_map(forced, m, layer, head, grid, patch) for m in [*(c for c in chosen if c != "occlusion"), "occlusion"]]
     log_p_T = forced.log_p(forced.pixels_CHW[None])[0]
     sums = [float(log_p_T[list(w.tokens)].sum()) for w in forced.words]
     size = picture_size(conversation)
-    return Looked(forced.text, forced.words, sums, maps, seen_box(processor.image_processor, *size))
+    return Attribution(forced.text, forced.words, sums, maps, seen_box(processor.image_processor, *size))
 
 
-def _map(forced: Forced, method: str, layer: int | None, head: int | None, grid: int, patch: int) -> Map:
+def _map(forced: TeacherForced, method: str, layer: int | None, head: int | None, grid: int, patch: int) -> Map:
     if method == "occlusion":
         drop_THW = occlusion(forced.log_p, forced.pixels_CHW, grid=grid, patch=patch)
         note = f"drop in log-probability (nats); squares of {patch} × {patch} on a grid of {grid} × {grid}"
@@ -214,7 +214,8 @@ def picture_size(conversation: Conversation) -> tuple[int, int]:
 
 
 def seen_box(image_processor: Any, width: int, height: int) -> Box:
-    """Left, top, right, bottom of the part of a picture that the eye's square input shows, in the picture's pixels.
+    """Left, top, right, bottom of the part of a picture that the vision encoder's square input shows, in the picture's
+    pixels.
 
     The middle where the processor crops, more than the picture where it pads, the picture itself where it squashes.
     """

@@ -26,7 +26,7 @@ def occlusion(
 
     Args:
         log_p: pictures (N, C, H, W) → log-probability of each token (N, T).
-        pixels_CHW: the picture as the eye gets it.
+        pixels_CHW: the picture as the vision encoder gets it.
 
     Returns: (T, grid, grid), in nats; negative where covering helps the answer.
     """

@@ -19,13 +19,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from opticnerve.common.drawing import GREY, INK, save, words, wrap
-from opticnerve.interpret.attribution import Looked, Map
+from opticnerve.interpret.attribution import Attribution, Map
 
 MOST = 6  # words beside each other
 _SIDE, _LEFT, _HEAD, _GAP = 2.3, 1.75, 0.8, 0.42  # inches
 
 
-def look_plot(looked: Looked, picture: PIL.Image.Image, question: str, path: Path) -> Path:
+def attribution_plot(looked: Attribution, picture: PIL.Image.Image, question: str, path: Path) -> Path:
     """Write the PNG. The first column is the picture alone; long answers go on in further rows.
 
     Each panel has its own scale, from nothing to its highest cell, which is outlined and whose value stands above it.
@@ -72,7 +72,7 @@ def _bare(axes: Axes, shown: NDArray[Any]) -> None:
     axes.set_title("the picture", fontsize=10, color="#5A6069", loc="left", pad=4)
 
 
-def panel(axes: Axes, shown: NDArray[Any], looked: Looked, found: Map, word: int) -> None:
+def panel(axes: Axes, shown: NDArray[Any], looked: Attribution, found: Map, word: int) -> None:
     """One map over the grey picture; the word and the highest value stand above. `shown`: (height, width, 3)."""
     grid_HH = found.grid_WHH[word]
     left, top, right, bottom = looked.box

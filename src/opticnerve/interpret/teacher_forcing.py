@@ -32,11 +32,11 @@ class Word:
     tokens: tuple[int, ...]
 
 
-class Forced:
+class TeacherForced:
     """A model reading a prompt and the answer it gave.
 
     `answer_T`: the answer's token ids without its end. `ids_1L`: prompt and answer but for the last token: the position
-    `first + t` foretells answer token t. `pixels_CHW`: the picture as the eye gets it.
+    `first + t` foretells answer token t. `pixels_CHW`: the picture as the vision encoder gets it.
 
     Args:
         model, processor: as from `load_model` or `dock`.
@@ -44,7 +44,7 @@ class Forced:
         max_new_tokens: the longest answer.
 
     Raises:
-        OpticNerveError: not one picture, no eye, tiles, or an empty answer.
+        OpticNerveError: not one picture, no vision encoder, tiles, or an empty answer.
     """
 
     def __init__(self, model: Any, processor: Any, conversation: Conversation, *, max_new_tokens: int = 24) -> None:
@@ -111,14 +111,14 @@ class Forced:
 class Trace:
     """What a pass with gradients starts from: the encoder's tokens (1, N, D), and the prompt that was made of them."""
 
-    forced: Forced
+    forced: TeacherForced
     tokens_1ND: Tensor
     prompt: Prompt
 
     def run(self, **options: Any) -> tuple[Tensor, Any]:
         """Log-probability of each answer token (T,), and all that the language model gave."""
         model = self.forced.model
-        with model.looking(self.prompt):
+        with model.multimodal_context(self.prompt):
             out = model.language_model(
                 inputs_embeds=self.prompt.embeds_BLD, use_cache=False, return_dict=True, **options
             )
@@ -126,9 +126,9 @@ class Trace:
 
 
 def check(model: Any, conversation: Conversation) -> None:
-    """What can be looked into: one picture, whole, before a model with an eye."""
+    """What can be looked into: one picture, whole, before a model with a vision encoder."""
     if "image" not in getattr(model, "towers", {}):
-        raise OpticNerveError("this model has no eye; `look` shows where in a picture a model looks")
+        raise OpticNerveError("this model has no vision encoder; `look` shows where in a picture a model looks")
     if len(conversation.images) != 1 or conversation.audios:
         raise OpticNerveError(
             f"`look` explains an answer about one picture; this question comes with {len(conversation.images)} "

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from opticnerve.models.vlm.parts import full_name, part_parameters, wholes
+from opticnerve.models.vlm.parts import full_name, part_parameters, whole_parts
 from opticnerve.types import OpticNerveError
 
 
@@ -102,7 +102,7 @@ def _rows(model: Any, groups: dict[str, dict[str, nn.Parameter]], rates: dict[st
     """The table: each trained part, and what is left frozen of each whole (encoder, connector, language model, …)."""
     rows = []
     trained = {id(p) for g in groups.values() for p in g.values()}
-    for whole, prefix in wholes(model):
+    for whole, prefix in whole_parts(model):
         mine = {n: p for n, p in model.named_parameters() if n.startswith(prefix)}
         rest = [p for p in mine.values() if id(p) not in trained]
         for name, group in groups.items():

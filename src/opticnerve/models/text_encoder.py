@@ -20,7 +20,8 @@ from opticnerve.types import OpticNerveError
 
 @dataclass
 class TwoTowerDock:
-    """A model of an eye and a text encoder, its processor, and the references to the weights it was made of."""
+    """A model of a vision encoder and a text encoder, its processor, and the references to the weights it was made
+    of."""
 
     model: Any
     processor: Any
@@ -55,8 +56,8 @@ def load_text_encoder(spec: dict[str, Any]) -> tuple[str, Any]:
     check_options("text encoder", kind, cls, options)
     language = starter.is_starter(name) and name in starter.LANGUAGES
     if cls is HFTextEncoder and (language or name.endswith(".gguf")):
-        brain = load_language(name)
-        encoder = cls.from_loaded(brain.model, brain.tokenizer, **options)
-        encoder.files = list(brain.files)
+        language_part = load_language(name)
+        encoder = cls.from_loaded(language_part.model, language_part.tokenizer, **options)
+        encoder.files = list(language_part.files)
         return name, encoder
     return name, cls.from_pretrained(name, **options)

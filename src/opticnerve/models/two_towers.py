@@ -1,4 +1,4 @@
-"""What models of an eye and a text encoder share: how they are assembled, loaded, and taken apart by name."""
+"""What models of a vision encoder and a text encoder share: how they are assembled, loaded, and taken apart by name."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from opticnerve.types import OpticNerveError
 class TwoTowerModel(StrictLoading, PreTrainedModel):
     """`image` and `text`, each with its `encoder`, and whatever makes one model of them.
 
-    A subclass builds all of it in `_assemble(eye, reader)` from its configuration, and names its parts: `PARTS`, the
-    words that a stage uses; `WHOLES`, beginnings of parameters' names that the freeze table sums up; `STARTS`, those of
-    a part whose parameters are not called by its name.
+    A subclass builds all of it in `_assemble(vision encoder, reader)` from its configuration, and names its parts:
+    `PARTS`, the words that a stage uses; `WHOLES`, beginnings of parameters' names that the freeze table sums up;
+    `STARTS`, those of a part whose parameters are not called by its name.
     """
 
     PARTS: ClassVar[tuple[str, ...]]
-    WHOLES: ClassVar[tuple[str, ...]]
+    WHOLE_PARTS: ClassVar[tuple[str, ...]]
     STARTS: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     image: Any
@@ -33,15 +33,15 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     input_modalities = ("image", "text")  # type: ignore[assignment]
     _supports_sdpa = True
 
-    def _assemble(self, eye: Any, reader: Any) -> None:
+    def _assemble(self, vision_encoder: Any, reader: Any) -> None:
         raise NotImplementedError
 
     @classmethod
-    def _around(cls, config: Any, eye: Any, reader: Any) -> Any:
+    def _around(cls, config: Any, vision_encoder: Any, reader: Any) -> Any:
         """A model of that configuration around encoders that hold their weights already."""
         model = cls.__new__(cls)
         PreTrainedModel.__init__(model, config)
-        model._assemble(eye, reader)
+        model._assemble(vision_encoder, reader)
         # post_init would draw new random weights for parts that have theirs already; only its bookkeeping is wanted.
         model.all_tied_weights_keys = {}
         model.config.dtype = placed_like(model).dtype
@@ -49,7 +49,7 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
         return model.eval()
 
     def restore_tables(self) -> None:
-        """The eye may be no model of transformers; the text encoder is one always."""
+        """The vision encoder may be no model of transformers; the text encoder is one always."""
         if self.image is not None:
             encoder = self.image.encoder
             restore_buffers(encoder, lambda: type(encoder)(**encoder.options))

@@ -50,7 +50,7 @@ def reading(model: Any, batch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         "position_ids": batch.positions,
         "attention_mask": None if by_segment else batch.attention_mask(prompt.embeds_BLD.dtype),
     }
-    with model.looking(prompt), within(language_model, batch.segments if by_segment else None):
+    with model.multimodal_context(prompt), within(language_model, batch.segments if by_segment else None):
         yield language_model, inputs
 
 

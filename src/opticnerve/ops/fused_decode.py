@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opticnerve.common.private_names import attention_of, can_reorder, has_hooks, reorder_weight, reordered_linear
-from opticnerve.ops.kv_cache import RoomyLayer
+from opticnerve.ops.kv_cache import ReservedLayer
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 PACK_FROM = 4  # rows; below, plain products are as fast, and some round differently from packed ones
@@ -36,7 +36,7 @@ PACK_UP_TO = 2**30  # bytes
 _GROWING_ROPE = ("dynamic", "longrope")
 
 
-class LeanDecoder:
+class FusedDecoder:
     """A language model as a function from the newest tokens to logits; built by `of`.
 
     Args:
@@ -54,7 +54,7 @@ class LeanDecoder:
         self.head = _Product([language_model.lm_head])
 
     @classmethod
-    def of(cls, language_model: Any, **options: bool) -> LeanDecoder | None:
+    def of(cls, language_model: Any, **options: bool) -> FusedDecoder | None:
         """The lean form of this model; None where its class, or something hooked onto it, is not known to fit."""
         return cls(language_model, **options) if _fits(language_model) else None
 
@@ -87,7 +87,7 @@ class LeanDecoder:
         return cos_BTd, torch.cat((-sin_BTd[..., :half], sin_BTd[..., half:]), -1)
 
     def step(
-        self, tokens_B: Tensor, cos_Bd: Tensor, sin_Bd: Tensor, caches: list[RoomyLayer], mask_B11T: Tensor | None
+        self, tokens_B: Tensor, cos_Bd: Tensor, sin_Bd: Tensor, caches: list[ReservedLayer], mask_B11T: Tensor | None
     ) -> Tensor:
         """Logits (B, V) behind one more token of each row, whose keys and values go into `caches`.
 
@@ -116,7 +116,7 @@ class _Layer:
         self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
 
     def __call__(
-        self, hidden_BD: Tensor, turn: tuple[Tensor, Tensor], cache: RoomyLayer, mask: Tensor | None, grouped: bool
+        self, hidden_BD: Tensor, turn: tuple[Tensor, Tensor], cache: ReservedLayer, mask: Tensor | None, grouped: bool
     ) -> Tensor:
         rows, queries, keys = len(hidden_BD), self.queries, self.keys
         heads_BHd = self.qkv(_rms_norm(hidden_BD, self.before)).view(rows, -1, self.size)

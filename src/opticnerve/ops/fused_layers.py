@@ -37,7 +37,7 @@ class Functions:
 
 
 @contextmanager
-def lean(language_model: nn.Module, functions: Functions | None = None) -> Iterator[int]:
+def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -> Iterator[int]:
     """Within it, the language model's norms, gated MLPs and adapters are lean, as far as they are known; yields how
     many layers are. Freeze first: what trains decides which may be.
 
@@ -49,7 +49,7 @@ def lean(language_model: nn.Module, functions: Functions | None = None) -> Itera
     """
     own = Functions(_RMSNorm.apply, _SwiGLU.apply)
     gate = getattr(language_model, "lora_gate", None)
-    found = [(m, f) for m in language_model.modules() if (f := _lean_forward(m, gate, functions or own)) is not None]
+    found = [(m, f) for m in language_model.modules() if (f := _fused_forward(m, gate, functions or own)) is not None]
     if functions is not None and not any(f.func in (_norm_forward, _mlp_forward) for _, f in found):
         raise OpticNerveError(
             f"kernels: {type(language_model).__name__} has no norm or gated MLP like Llama's; leave it out"
@@ -65,7 +65,7 @@ def lean(language_model: nn.Module, functions: Functions | None = None) -> Itera
             del module.forward
 
 
-def _lean_forward(module: Any, gate: Any, functions: Functions) -> partial[Tensor] | None:
+def _fused_forward(module: Any, gate: Any, functions: Functions) -> partial[Tensor] | None:
     if "forward" in vars(module) or isinstance(module, nn.ModuleList):
         return None  # somebody else's business already
     if isinstance(module, LoraLinear):

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-class RoomyLayer(DynamicLayer):
+class ReservedLayer(DynamicLayer):
     """transformers' `DynamicLayer` with `room` for so many more tokens; the cache of one layer of a decoder.
 
     `keys` and `values`, (B, H, L, d), are views of buffers that reach further. Whoever replaces them (`crop`,
@@ -26,7 +26,7 @@ class RoomyLayer(DynamicLayer):
     def append(self, key_BHd: Tensor, value_BHd: Tensor) -> tuple[Tensor, Tensor]:
         """One more token of each row; the keys and values of all so far."""
         length = self.get_seq_length()
-        keys, values = self._with_room(length, 1)
+        keys, values = self._reserved(length, 1)
         keys.select(2, length).copy_(key_BHd)
         values.select(2, length).copy_(value_BHd)
         self.keys = self._shown = keys.narrow(2, 0, length + 1)
@@ -35,14 +35,14 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         length, new = self.get_seq_length(), key_states.shape[2]
-        keys, values = self._with_room(length, new)
+        keys, values = self._reserved(length, new)
         keys.narrow(2, length, new).copy_(key_states)
         values.narrow(2, length, new).copy_(value_states)
         self.keys = self._shown = keys.narrow(2, 0, length + new)
         self.values = values.narrow(2, 0, length + new)
         return self.keys, self.values
 
-    def _with_room(self, length: int, new: int) -> tuple[Tensor, Tensor]:
+    def _reserved(self, length: int, new: int) -> tuple[Tensor, Tensor]:
         known = self._buffers
         if known is None or self._shown is not self.keys or known[0].shape[2] < length + new:
             keys, values = ((x, x.new_empty(*x.shape[:2], length + new + self.room, x.shape[3])) for x in self.pair())
@@ -65,5 +65,5 @@ def make_room(cache: Any, room: int) -> bool:
     """
     if type(cache) is not DynamicCache:
         return False
-    cache.layers = [RoomyLayer(x, room) if type(x) is DynamicLayer and x.is_initialized else x for x in cache.layers]
-    return all(type(layer) is RoomyLayer for layer in cache.layers)
+    cache.layers = [ReservedLayer(x, room) if type(x) is DynamicLayer and x.is_initialized else x for x in cache.layers]
+    return all(type(layer) is ReservedLayer for layer in cache.layers)

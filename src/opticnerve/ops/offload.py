@@ -1,4 +1,4 @@
-"""A frozen eye whose features come from the cache has nothing to do: on a CPU its weights make room.
+"""A frozen vision encoder whose features come from the cache has nothing to do: on a CPU its weights make room.
 
 They are written to a file once and mapped from there: the same numbers at the same places, which the system reads again
 should anybody look, and which count as nobody's memory while nobody does. The mapping is private: whoever trains them
@@ -20,16 +20,17 @@ from opticnerve.common import atomic as durable
 _ALIGNED = 64
 
 
-def make_room(eye: nn.Module, folder: Path, console: Any = None) -> None:
-    """Park an eye that the stage does not need; where the disk has no room it stays, and the console says so."""
+def make_room(vision_encoder: nn.Module, folder: Path, console: Any = None) -> None:
+    """Park a vision encoder that the stage does not need; where the disk has no room it stays, and the console says
+    so."""
     try:
-        park([eye], folder)
+        offload([vision_encoder], folder)
     except OSError as e:
         if console is not None:
-            console.print(f"the eye's weights stay in memory: {e.strerror or e}", style="dim", markup=False)
+            console.print(f"the vision encoder's weights stay in memory: {e.strerror or e}", style="dim", markup=False)
 
 
-def park(modules: Sequence[nn.Module], folder: Path) -> int:
+def offload(modules: Sequence[nn.Module], folder: Path) -> int:
     """Map the frozen weights of modules from a file in `folder`, which has no name any more when this returns.
 
     Weights that train, and weights elsewhere than in this machine's memory, stay where they are.

@@ -1,4 +1,5 @@
-"""Eyes and ears that attend by plain products while a stage trains, or sees all pictures for its cache, on a CPU.
+"""Vision encoders and audio encoders that attend by plain products while a stage trains, or sees all pictures for its
+cache, on a CPU.
 
 They share the products of the language model's segments (`language.attention`), which in bfloat16 take half the time of
 torch's kernel, forward and backward. Answers afterwards are computed by torch's, as everywhere else in transformers.
@@ -38,7 +39,7 @@ def plain_attention(model: Any) -> Iterator[int]:
             set_attention(config, "sdpa")
 
 
-def eye_attention(
+def vision_attention(
     module: Any,
     query_BHLD: Tensor,
     key_BKLD: Tensor,
@@ -62,5 +63,5 @@ def eye_attention(
     return out_BHLD.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, eye_attention)
+AttentionInterface.register(NAME, vision_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

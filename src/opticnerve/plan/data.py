@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opticnerve.data.dataset.dataset import Unit
-from opticnerve.data.dataset.load import draw, load_streams, load_units
+from opticnerve.data.dataset.dataset import Example
+from opticnerve.data.dataset.load import draw, load_examples, load_streams
 from opticnerve.data.encode.pack_plan import first_fit_decreasing
 from opticnerve.data.encode.packing import Row, pack, side_by_side
 from opticnerve.data.encode.tokenize import Encoded, encode
@@ -23,12 +23,12 @@ LOOK_AT = 96  # rows that are encoded to learn their length
 @dataclass
 class StageData:
     """A stage's data, as far as it could be read. `rows`: some training rows; `sample`: the first conversation;
-    `visits`: samples (or groups that share a prefix) in a row, more than one where rows are packed ahead; `pictures`:
+    `per_row`: samples (or groups that share a prefix) in a row, more than one where rows are packed ahead; `pictures`:
     how many different ones; `blind`: no sample (of a stream: of those looked at) has a picture or a sound."""
 
     samples: int = 0
-    units: int = 0
-    visits: float = 1.0
+    examples: int = 0
+    per_row: float = 1.0
     pictures: int = 0
     steps: int | None = None
     rows: list[Row] = field(default_factory=list)
@@ -63,38 +63,38 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
     if stage.data[0].streaming:
         return _look_ahead(found, stage, processor, seed, bad)
     try:
-        units = load_units(stage.data, on_error=bad.append)
+        examples = load_examples(stage.data, on_error=bad.append)
     except OpticNerveError as e:
         found.problem = str(e)
         return found
-    found.units = len(units)
-    found.samples = units.samples()
-    found.pictures = units.pictures()
-    found.blind = not units.with_media()
+    found.examples = len(examples)
+    found.samples = examples.samples()
+    found.pictures = examples.pictures()
+    found.blind = not examples.with_media()
     if processor is not None and stage.objective.type == "next_token":
-        _encode_some(found, units, stage, processor, seed, bad)
+        _encode_some(found, examples, stage, processor, seed, bad)
     if found.steps is None:
-        found.steps = max(1, math.ceil(len(units) * (stage.epochs or 1) / found.visits / stage.batch_size))
+        found.steps = max(1, math.ceil(len(examples) * (stage.epochs or 1) / found.per_row / stage.batch_size))
     found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
     return found
 
 
 def _look_ahead(found: StageData, stage: Stage, processor: Any, seed: int, bad: list[DataError]) -> StageData:
     """Of streamed data: the first rows, for no more is known. How many samples and pictures there are stays 0."""
-    units: list[Unit] = []
+    examples: list[Example] = []
     try:
         streams = load_streams(stage, seed=seed)
-        for visit in range(LOOK_AT):
+        for index in range(LOOK_AT):
             try:
-                units.append(streams.unit(visit))
+                examples.append(streams.example(index))
             except DataError as e:
                 bad.append(e)
     except OpticNerveError as e:
         found.problem = str(e)
         return found
-    found.blind = bool(units) and not any(c.pieces for conversations, _ in units for c in conversations)
-    if processor is not None and stage.objective.type == "next_token" and units:
-        _encode_some(found, units, stage, processor, seed, bad)
+    found.blind = bool(examples) and not any(c.pieces for conversations, _ in examples for c in conversations)
+    if processor is not None and stage.objective.type == "next_token" and examples:
+        _encode_some(found, examples, stage, processor, seed, bad)
     if found.steps is None:
         found.steps = max(1, math.ceil(len(streams) * (stage.epochs or 1) / stage.batch_size))
     found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
@@ -102,15 +102,15 @@ def _look_ahead(found: StageData, stage: Stage, processor: Any, seed: int, bad: 
 
 
 def _encode_some(
-    found: StageData, units: Sequence[Unit], stage: Stage, processor: Any, seed: int, bad: list[DataError],
+    found: StageData, examples: Sequence[Example], stage: Stage, processor: Any, seed: int, bad: list[DataError],
 ) -> None:  # fmt: skip
     template = stage_template(stage.template, processor.tokenizer)
     rng = random.Random(seed)
     # The first unit is the one that is shown; the others are a fair sample of lengths.
-    chosen = [0, *rng.sample(range(1, len(units)), min(LOOK_AT - 1, len(units) - 1))]
-    for unit in (units[number] for number in chosen):
+    chosen = [0, *rng.sample(range(1, len(examples)), min(LOOK_AT - 1, len(examples) - 1))]
+    for example in (examples[number] for number in chosen):
         try:
-            encoded = [encode(c, processor, template=template, max_length=stage.max_length) for c in draw(unit, rng)]
+            encoded = [encode(c, processor, template=template, max_length=stage.max_length) for c in draw(example, rng)]
         except DataError as e:
             bad.append(e)
             continue
@@ -122,4 +122,4 @@ def _encode_some(
         apart = found.rows
         together = first_fit_decreasing([len(r) for r in apart], tokens)
         found.rows = [side_by_side([apart[i] for i in row]) for row in together]
-        found.visits = len(apart) / len(found.rows)
+        found.per_row = len(apart) / len(found.rows)

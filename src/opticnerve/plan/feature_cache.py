@@ -1,4 +1,5 @@
-"""Whether a stage gains by seeing each picture once: the eye's arithmetic that it saves against the disk it takes."""
+"""Whether a stage gains by seeing each picture once: the vision encoder's arithmetic that it saves against the disk it
+takes."""
 
 from __future__ import annotations
 
@@ -22,16 +23,16 @@ _WORTH = 0.05  # of a stage's time: below it a folder full of features is not wo
 class CachePlan:
     """What `cache_features` would do for a stage.
 
-    `visits`, `pictures`: how often a picture is seen in the stage, and how many different ones. `eye`: the image
-    encoder's share of the stage's arithmetic. `saved`: the share of the stage's time that is saved, writing and reading
-    paid for (negative: lost), and `seconds` how much that is. `disk`, `budget`, `free`: bytes needed, allowed, and
-    there. `halves`: bfloat16 would take half.
+    `views`, `pictures`: how often a picture is seen in the stage, and how many different ones. `vision_encoder`: the
+    image encoder's share of the stage's arithmetic. `saved`: the share of the stage's time that is saved, writing and
+    reading paid for (negative: lost), and `seconds` how much that is. `disk`, `budget`, `free`: bytes needed, allowed,
+    and there. `halves`: bfloat16 would take half.
     """
 
     on: bool
-    visits: int
+    views: int
     pictures: int
-    eye: float
+    vision_encoder: float
     saved: float
     seconds: float | None
     disk: int
@@ -67,11 +68,11 @@ class CachePlan:
                 return False, f"cache_features would save {wins}, but needs {costs}; {allowed}: {remedy}"
         if self.pays:
             return False, f"cache_features {'saves' if self.on else 'would save'} {wins} for {costs}"
-        why = f"the image encoder is {self.eye:.0%} of its arithmetic"
-        if self.visits < 1.1 * self.pictures:
+        why = f"the image encoder is {self.vision_encoder:.0%} of its arithmetic"
+        if self.views < 1.1 * self.pictures:
             why += ", and hardly a picture is seen twice"
         else:
-            why += f" ({self.visits:,} views of {self.pictures:,} pictures, {costs})"
+            why += f" ({self.views:,} views of {self.pictures:,} pictures, {costs})"
         return False, f"cache_features {'hardly pays' if self.on else 'does not pay'}: {why}"
 
 
@@ -79,34 +80,35 @@ def foresee(stage: Stage, model: Any, data: StageData, *, flops: int, seconds: f
     """What a cache does for a stage; None where there can be none, or where the stage's data are not known.
 
     Args:
-        model: what `plan_model.shadow` made. flops: a step's arithmetic, the eye's included. seconds: the stage's.
+        model: what `plan_model.shadow` made. flops: a step's arithmetic, the vision encoder's included. seconds: the
+            stage's.
     """
     tower = model.towers.get("image")
-    if tower is None or tower.tiling is not None or _eye_trains(stage) or not (data.rows and data.steps and flops):
+    if tower is None or tower.tiling is not None or _encoder_trains(stage) or not (data.rows and data.steps and flops):
         return None
     if next(tower.encoder.parameters(), None) is None:
-        return None  # patches: an eye that computes nothing has nothing to keep
-    visits = round(data.steps * stage.batch_size * data.media("image"))
+        return None  # patches: a vision encoder that computes nothing has nothing to keep
+    views = round(data.steps * stage.batch_size * data.media("image"))
     # Where a stage is shorter than its data, only what it sees is cached.
-    pictures = min(data.pictures, visits)
+    pictures = min(data.pictures, views)
     if not pictures:
         return None
-    eye_flops, shape, dtype = _look_once(tower)
+    encoder_flops, shape, dtype = _look_once(tower)
     spec = stage.cache_features
     stored = torch.bfloat16 if getattr(spec, "dtype", None) == "bfloat16" else dtype
     each = shape[0] * (shape[1] * stored.itemsize + 1)
-    eye = min(1.0, eye_flops * visits / (flops * data.steps))
-    saved = eye * (1 - pictures / visits)
+    vision_encoder = min(1.0, encoder_flops * views / (flops * data.steps))
+    saved = vision_encoder * (1 - pictures / views)
     if seconds:
-        saved -= (visits + pictures) * each / _DISK / seconds
+        saved -= (views + pictures) * each / _DISK / seconds
     root = features_dir()
-    free = free_bytes(root) + folder_bytes(root)  # other eyes' features go first
+    free = free_bytes(root) + folder_bytes(root)  # other vision encoders' features go first
     budget = getattr(spec, "budget", None) or default_budget(root)
     return CachePlan(
         on=bool(spec),
-        visits=visits,
+        views=views,
         pictures=pictures,
-        eye=eye,
+        vision_encoder=vision_encoder,
         saved=saved,
         seconds=saved * seconds if seconds else None,
         disk=pictures * each,
@@ -117,7 +119,7 @@ def foresee(stage: Stage, model: Any, data: StageData, *, flops: int, seconds: f
 
 
 def _look_once(tower: Any) -> tuple[int, tuple[int, int], torch.dtype]:
-    """Arithmetic of the eye on one picture, the shape (N, D) of what it sees, and its dtype."""
+    """Arithmetic of the vision encoder on one picture, the shape (N, D) of what it sees, and its dtype."""
     dtype = placed_like(tower.encoder).dtype
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         features = tower.encoder(torch.empty(1, *tower.encoder.media_shape, dtype=dtype))
@@ -125,7 +127,7 @@ def _look_once(tower: Any) -> tuple[int, tuple[int, int], torch.dtype]:
     return counter.get_total_flops(), (count, width), features.tokens_BND.dtype
 
 
-def _eye_trains(stage: Stage) -> bool:
+def _encoder_trains(stage: Stage) -> bool:
     return any(p.removeprefix("image.").startswith("encoder") for p in stage.train)
 
 

@@ -14,7 +14,7 @@ from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
 from opticnerve.models.text_encoder import dtype_of
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.vlm.parts import HALVES, TOWERS, full_name, part_parameters, prefixes
+from opticnerve.models.vlm.parts import TOWER_PARTS, TOWERS, full_name, part_parameters, prefixes
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import check_options, join, language_sizes
 from opticnerve.recipe import PartSpec, Recipe
@@ -41,7 +41,7 @@ class Share:
     learning_rate: float | None
 
 
-def shadow(recipe: Recipe) -> Any:
+def meta_model(recipe: Recipe) -> Any:
     """The docked model on the meta device: every shape, no memory.
 
     Raises:
@@ -51,15 +51,17 @@ def shadow(recipe: Recipe) -> Any:
     language = recipe.docked.language
     config = load_language_config(language.name, gguf_file=language.gguf_file)
     with torch.device("meta"):
-        brain = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        sizes = language_sizes(brain)
+        language_part = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        sizes = language_sizes(language_part)
         towers = {
             m: join(encoder(m, tower.encoder), tower.parts(), sizes).to(dtype)
             for m, tower in recipe.docked.towers.items()
         }
     # The real ids are the tokenizer's business; shapes do not depend on them.
     size = int(config.get_text_config().vocab_size)
-    return OpticNerveForConditionalGeneration.from_parts(brain, towers, image_token_id=size, audio_token_id=size + 1)
+    return OpticNerveForConditionalGeneration.from_parts(
+        language_part, towers, image_token_id=size, audio_token_id=size + 1
+    )
 
 
 def encoder(modality: str, spec: PartSpec) -> Any:
@@ -86,7 +88,7 @@ def processor_for(recipe: Recipe) -> OpticNerveProcessor:
     tokenizer = load_tokenizer(language.name, gguf_file=language.gguf_file)
     if language.chat_template:
         set_template(tokenizer, language.chat_template)
-    return OpticNerveProcessor.from_tower(shadow(recipe).towers, tokenizer, **language.words())
+    return OpticNerveProcessor.from_tower(meta_model(recipe).towers, tokenizer, **language.words())
 
 
 def context_of(config: Any) -> int | None:
@@ -107,14 +109,23 @@ def shapes(recipe: Recipe, model: Any) -> list[Shape]:
         spec = recipe.docked.towers.get(name)
         if tower is None or spec is None:
             continue
-        eye = tower.encoder
-        shape = " × ".join(map(str, eye.media_shape))
-        what = f"{eye.image_size} × {eye.image_size} pixels" if name == "image" else "a window of sound"
+        vision_encoder = tower.encoder
+        shape = " × ".join(map(str, vision_encoder.media_shape))
+        what = (
+            f"{vision_encoder.image_size} × {vision_encoder.image_size} pixels"
+            if name == "image"
+            else "a window of sound"
+        )
         tiles = f", up to {tower.tiling.spec.max_tokens} in tiles" if tower.tiling is not None else ""
         kind = f"{spec.encoder.type} {spec.encoder.options.get('name', '')}".strip()
         found += [
             Shape("picture" if name == "image" else "sound", what, shape, 0),
-            Shape(f"{name}.encoder", kind, f"{eye.num_tokens} × {eye.hidden_size}", _count(eye.parameters())),
+            Shape(
+                f"{name}.encoder",
+                kind,
+                f"{vision_encoder.num_tokens} × {vision_encoder.hidden_size}",
+                _count(vision_encoder.parameters()),
+            ),
             Shape(
                 f"{name}.connector",
                 spec.connector.type,
@@ -144,8 +155,8 @@ def open_parts(model: Any, train: dict[str, float]) -> list[Share]:
         shares.append(Share(full_name(model, part), _count(mine), True, rate))
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in taken)
-    wholes = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in HALVES]
-    for name, start in [*wholes, ("language", ("language_model.",))]:
+    whole_parts = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in TOWER_PARTS]
+    for name, start in [*whole_parts, ("language", ("language_model.",))]:
         mine = [p for n, p in model.named_parameters() if n.startswith(start)]
         rest = [p for p in mine if id(p) not in taken]
         if rest:
@@ -154,11 +165,11 @@ def open_parts(model: Any, train: dict[str, float]) -> list[Share]:
     return shares
 
 
-def native_size(eye: Any) -> int | None:
-    """The input size that an eye was pretrained with, if it says so."""
-    if isinstance(size := getattr(eye, "native_size", None), int):
+def native_size(vision_encoder: Any) -> int | None:
+    """The input size that a vision encoder was pretrained with, if it says so."""
+    if isinstance(size := getattr(vision_encoder, "native_size", None), int):
         return size
-    settings = getattr(getattr(eye, "model", None), "pretrained_cfg", None) or {}
+    settings = getattr(getattr(vision_encoder, "model", None), "pretrained_cfg", None) or {}
     found = settings.get("input_size")
     return int(found[-1]) if found else None
 

@@ -58,9 +58,9 @@ class StagePlan:
 
     @property
     def epochs(self) -> float | None:
-        if not self.data.units or self.data.steps is None:
+        if not self.data.examples or self.data.steps is None:
             return None
-        return self.data.steps * self.batch_size * self.data.visits / self.data.units
+        return self.data.steps * self.batch_size * self.data.per_row / self.data.examples
 
     def to_dict(self) -> dict[str, Any]:
         data = self.data
@@ -124,7 +124,7 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
         OpticNerveError: the recipe's parts do not exist or do not fit each other; unreadable data is a remark.
     """
     process = cost.process_bytes()
-    model = parts.shadow(recipe)
+    model = parts.meta_model(recipe)
     machine = cost.device()
     visual = max((_most_placeholders(t) for t in model.towers.values()), default=None)
     plan = Plan(

@@ -44,9 +44,13 @@ def remarks(recipe: Recipe, plan: Any, model: Any) -> list[Remark]:
         if planned.cache is not None:
             decide, text = planned.cache.remark()
             (warn if decide else note)(f"stage {stage.name}: {text}")
-    eye = model.image.encoder if "image" in model.towers else None
-    if eye is not None and (native := parts.native_size(eye)) and native != eye.image_size:
-        note(f"the encoder sees {eye.image_size} px and was pretrained with {native} px")
+    vision_encoder = model.image.encoder if "image" in model.towers else None
+    if (
+        vision_encoder is not None
+        and (native := parts.native_size(vision_encoder))
+        and native != vision_encoder.image_size
+    ):
+        note(f"the encoder sees {vision_encoder.image_size} px and was pretrained with {native} px")
     trains = {parts.full_name(model, part) for stage in recipe.stages for part in stage.train}
     for modality, tower in model.towers.items() if recipe.stages else ():
         for half, module in (("connector", tower.connector), ("fusion", tower.fusion)):
@@ -91,9 +95,9 @@ def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> list[str]:
         found.append(
             f"a sample has {data.longest:,} tokens, the language model takes {plan.context:,}; shorten or split it"
         )
-    if data.units and data.units < stage.batch_size:
+    if data.examples and data.examples < stage.batch_size:
         found.append(
-            f"a batch of {stage.batch_size} is larger than the data ({data.units} rows), which repeats within it"
+            f"a batch of {stage.batch_size} is larger than the data ({data.examples} rows), which repeats within it"
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if stage.batch_size % (stage.accumulate * world):

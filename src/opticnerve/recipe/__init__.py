@@ -7,13 +7,13 @@ from opticnerve.recipe.model import (
     PARTS,
     ClassifierSpec,
     DualSpec,
-    EyeSpec,
     LanguageSpec,
     ModelSpec,
     PartSpec,
     TextSpec,
     TilingSpec,
     TowerSpec,
+    VisionSpec,
     split_part,
 )
 from opticnerve.recipe.schema import CacheSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
@@ -24,7 +24,7 @@ __all__ = [
     "DataSpec",
     "DualSpec",
     "EvaluateSpec",
-    "EyeSpec",
+    "VisionSpec",
     "LanguageSpec",
     "LoraSpec",
     "MODALITIES",

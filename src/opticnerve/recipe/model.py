@@ -107,7 +107,7 @@ class TilingSpec(Strict):
 
 
 class TowerSpec(Strict):
-    """An eye or an ear with its connector and its way into the language model."""
+    """A vision encoder or an audio encoder with its connector and its way into the language model."""
 
     encoder: PartSpec
     connector: PartSpec = PartSpec(type="mlp")
@@ -174,7 +174,7 @@ class ReaderSpec(PartSpec):
     type: str = "hf_text"
 
 
-class EyeSpec(Strict):
+class VisionSpec(Strict):
     """The image tower of a dual encoder; see `opticnerve.models.dual_encoder.modeling`."""
 
     encoder: PartSpec
@@ -182,7 +182,7 @@ class EyeSpec(Strict):
     projection: bool | dict[str, Any] = True
 
     @model_validator(mode="after")
-    def _known_parts(self) -> EyeSpec:
+    def _known_parts(self) -> VisionSpec:
         check_known(self.encoder, registry.encoders)
         return self
 
@@ -195,7 +195,7 @@ class TextSpec(Strict):
 
 
 class DualSpec(Strict):
-    """An eye and a text encoder with one space for both: CLIP, SigLIP, LiT."""
+    """A vision encoder and a text encoder with one space for both: CLIP, SigLIP, LiT."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
         "image.encoder", "image.encoder.last(N)", "image.projection", "text.encoder", "text.encoder.last(N)",
@@ -204,7 +204,7 @@ class DualSpec(Strict):
     KIND: ClassVar[str] = "dual"
     WHAT: ClassVar[str] = "a dual encoder"
 
-    image: EyeSpec
+    image: VisionSpec
     text: TextSpec
     projection_dim: Positive | None = 512
     loss: Literal["clip", "siglip"] = "clip"
@@ -214,7 +214,7 @@ class DualSpec(Strict):
 
 
 class PictureSpec(Strict):
-    """The eye of a fusion classifier."""
+    """The vision encoder of a fusion classifier."""
 
     encoder: PartSpec
 
@@ -231,7 +231,7 @@ class QuestionSpec(Strict):
 
 
 class ClassifierSpec(Strict):
-    """An eye and a text encoder that choose from a closed set of answers; see `models.classifier`."""
+    """A vision encoder and a text encoder that choose from a closed set of answers; see `models.classifier`."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
         "image.encoder", "image.encoder.last(N)", "text.encoder", "text.encoder.last(N)", "classifier",
@@ -246,12 +246,12 @@ class ClassifierSpec(Strict):
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _an_eye_where_one_is_used(self) -> ClassifierSpec:
+    def _an_encoder_where_one_is_used(self) -> ClassifierSpec:
         if (self.image is None) != (self.timing == "early"):
             raise ValueError(
                 "early fusion reads the pixels themselves; leave image out"
                 if self.timing == "early"
-                else f"{self.timing} fusion needs an eye; give image: an encoder"
+                else f"{self.timing} fusion needs a vision encoder; give image: an encoder"
             )
         return self
 

@@ -283,8 +283,8 @@ class Recipe(Strict):
 
     def _cannot_cache(self, stage: Stage) -> str | None:
         """Why this stage's pictures cannot be seen once and for all, if they cannot."""
-        eyes = [p for p in stage.train if not p.startswith(("text.", "audio."))]
-        if any(_without_tower(p)[1].startswith("encoder") for p in eyes):
+        vision_encoders = [p for p in stage.train if not p.startswith(("text.", "audio."))]
+        if any(_without_tower(p)[1].startswith("encoder") for p in vision_encoders):
             return "the stage trains the image encoder, so what it sees changes"
         if self.model.image is None:
             return "the model has no image tower"

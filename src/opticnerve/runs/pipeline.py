@@ -138,7 +138,7 @@ def peak_memory() -> int:
 def _measure_text(
     dock: Any, results: Results, after: str, console: Any, seconds: dict[str, float], tokens: int | None
 ) -> None:
-    """One look at what the brain still knows, unless an earlier call has taken it."""
+    """One look at what the language model still knows, unless an earlier call has taken it."""
     entries = results.data.setdefault("forgetting", [])
     if any(e["after"] == after for e in entries):
         return

@@ -19,8 +19,8 @@ from opticnerve.common.private_names import CACHE, is_stateful, repeat_rows
 from opticnerve.fusion.base import Fusion
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.modeling import settled_rows
-from opticnerve.ops.fused_decode import LeanDecoder
-from opticnerve.ops.kv_cache import RoomyLayer
+from opticnerve.ops.fused_decode import FusedDecoder
+from opticnerve.ops.kv_cache import ReservedLayer
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
 _GROWING_ROPE = ("dynamic", "longrope")
@@ -107,7 +107,7 @@ class RunningBatch:
             old = self.cache.layers[number] if len(self) else None
             layer.keys = _beside(None if old is None else old.keys, layer.keys[index], width)
             layer.values = _beside(None if old is None else old.values, layer.values[index], width)
-            layers.append(RoomyLayer(layer, ROOM))
+            layers.append(ReservedLayer(layer, ROOM))
         read.cache.layers = layers
         self.cache = read.cache
         self.mask_BT = torch.cat([_wider(self.mask_BT, width), new_BT]) if len(self) else new_BT
@@ -138,12 +138,12 @@ class RunningBatch:
         tokens_B = torch.tensor(tokens, device=self.device)
         self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(self), 1)], 1)
         mask_BT = None if bool(self.mask_BT.all()) else self.mask_BT
-        lean = self._lean()
-        if lean is not None:
-            lean.prepare(len(self))
-            cos_B1d, sin_B1d = lean.tables(self.next_B, 1)
+        fused = self._fused()
+        if fused is not None:
+            fused.prepare(len(self))
+            cos_B1d, sin_B1d = fused.tables(self.next_B, 1)
             mask_B11T = None if mask_BT is None else mask_BT[:, None, None]
-            logits_BV = lean.step(tokens_B, cos_B1d[:, 0], sin_B1d[:, 0], self.cache.layers, mask_B11T)
+            logits_BV = fused.step(tokens_B, cos_B1d[:, 0], sin_B1d[:, 0], self.cache.layers, mask_B11T)
         else:
             out = self._forward(
                 self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
@@ -154,10 +154,10 @@ class RunningBatch:
         self.next_B = self.next_B + torch.tensor(live, device=self.device)
         return logits_BV
 
-    def _lean(self) -> LeanDecoder | None:
+    def _fused(self) -> FusedDecoder | None:
         if not self.joins or self.media_B is not None or self.model.device.type != "cpu":
             return None
-        return self.answerer.lean()
+        return self.answerer.fused()
 
     def _forward(self, media_B: Tensor | None, **inputs: Any) -> Any:
         token = settled_rows.set(media_B)  # whether a row holds a picture, its newest token alone does not say

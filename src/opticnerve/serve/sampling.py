@@ -55,7 +55,7 @@ class Chosen:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Chooser:
+class TokenSampler:
     """Chooses one row's tokens.
 
     Args:
@@ -72,14 +72,14 @@ class Chooser:
         self.change = generation_rules(model, config, torch.tensor([prompt], device=device))
         self.samples, self.wishes = bool(config.do_sample), wishes
         seed = secrets.randbits(62) if wishes.seed is None else wishes.seed + number
-        self.dice = torch.Generator(device).manual_seed(seed) if self.samples else None
+        self.generator = torch.Generator(device).manual_seed(seed) if self.samples else None
 
     def choose(self, logits_V: Tensor) -> Chosen:
         scores_1V = logits_V[None]
         if self.change:
             scores_1V = self.change(torch.tensor([self.ids], device=logits_V.device), scores_1V.float())
         if self.samples:
-            token = int(torch.multinomial(scores_1V.float().softmax(-1), 1, generator=self.dice))
+            token = int(torch.multinomial(scores_1V.float().softmax(-1), 1, generator=self.generator))
         else:
             token = int(scores_1V.argmax(-1))
         self.ids.append(token)

@@ -12,7 +12,7 @@ from torch import Tensor
 from opticnerve.language.thinking import AnswerText
 from opticnerve.serve.detokenizer import GrowingText, token_text
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.sampling import Chooser, Chosen, Wishes
+from opticnerve.serve.sampling import Chosen, TokenSampler, Wishes
 from opticnerve.serve.schema import Finish, TokenLogprob, TopLogprob
 
 
@@ -68,14 +68,14 @@ class Row:
 
     def __init__(self, job: Job, number: int, model: Any, tokenizer: Any, ends: Sequence[int]) -> None:
         self.job, self.number, self.tokenizer, self.ends = job, number, tokenizer, ends
-        self.chooser = Chooser(model, job.wishes, job.prompt.ids, number)
+        self.token_sampler = TokenSampler(model, job.wishes, job.prompt.ids, number)
         self.text, self.answer = GrowingText(tokenizer, job.stops), AnswerText()
         self.count, self.token, self.live = 0, 0, True
         self._waiting: list[tuple[int, Chosen]] = []  # tokens with log-probabilities, and where their text begins
 
     def say(self, logits_V: Tensor) -> None:
         """Choose the next token and tell what is new; `live` is False after the last."""
-        chosen = self.chooser.choose(logits_V)
+        chosen = self.token_sampler.choose(logits_V)
         self.token, self.count = chosen.token, self.count + 1
         if chosen.token in self.ends:
             self.end("stop")

@@ -28,7 +28,7 @@ from opticnerve.types import OpticNerveError, to_install
 
 PROGRAM = "espeak-ng"
 RATE = 16_000
-SECONDS = 2  # no clip is longer: one window of the recipe's ear
+SECONDS = 2  # no clip is longer: one window of the recipe's audio encoder
 
 
 def _listed(text: str) -> tuple[str, ...]:

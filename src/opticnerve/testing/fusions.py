@@ -48,7 +48,7 @@ def check_fusion(make: Callable[..., Fusion], *, unused: tuple[str, ...] = ()) -
     rules = (
         is_a_fusion, options_are_json, saves_and_loads, is_deterministic, embeds_in_the_placeholders,
         refuses_a_wrong_count, leaves_text_alone, sees_the_picture, ignores_masked_tokens, does_not_mix_the_batch,
-        generates_with_a_cache, gradients_flow, idles, moves_to_bfloat16, moves_to_another_device, compiles,
+        generates_with_a_cache, gradients_flow, passes_a_dummy, moves_to_bfloat16, moves_to_another_device, compiles,
     )  # fmt: skip
     apply(rules, docked, type(fusion).__name__)
 
@@ -201,13 +201,13 @@ def gradients_flow(d: Docked) -> None:
     expect(not blind, f"the gradient of the soft tokens is zero or not finite for pictures {blind}")
 
 
-def idles(d: Docked) -> None:
+def passes_a_dummy(d: Docked) -> None:
     """`idle` gives the embeddings back bit for bit, and makes them depend on every weight of the fusion and on the
     features, so that a process without a picture keeps step with the others."""
     ids_BL, _, features = d.prompt()
     features.tokens_BND.requires_grad_(True)
     words_BLD = d.language.get_input_embeddings()(ids_BL)
-    out_BLD = d.part.idle(words_BLD, features)
+    out_BLD = d.part.dummy_pass(words_BLD, features)
     expect(torch.equal(out_BLD, words_BLD), "idle changed the embeddings")
     d.part.zero_grad()
     out_BLD.sum().backward()

@@ -10,12 +10,12 @@ import torch
 from opticnerve.fusion.base import words_of
 from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.models.vlm.tower import MEDIA_INPUT, placed_like
-from opticnerve.train.sampler import Visits
+from opticnerve.train.sampler import StageSampler
 from opticnerve.types import Features
 
 
 @torch.no_grad()
-def calibrate(model: Any, visits: Visits, *, pieces: int = 64) -> None:
+def calibrate(model: Any, sampler: StageSampler, *, pieces: int = 64) -> None:
     """Set the calibration buffers of every connector that wants it and has none, on the stage's first media.
 
     Models without connectors are left as they are.
@@ -26,8 +26,8 @@ def calibrate(model: Any, visits: Visits, *, pieces: int = 64) -> None:
         m: t for m, t in model.towers.items() if t.connector.calibrate_allowed and not bool(t.connector.calibrated)
     }
     found: dict[str, list[Features]] = {m: [] for m in waiting}
-    for index in range(len(visits) if waiting else 0):
-        batch = visits[index]
+    for index in range(len(sampler) if waiting else 0):
+        batch = sampler[index]
         media = getattr(batch, "media", vars(batch))
         for modality, tower in waiting.items():
             features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])

@@ -16,37 +16,37 @@ MOST, FIRST = 10_000, 64
 elsewhere goes unnoticed."""
 
 
-def fingerprint(visits: Any) -> dict[str, Any]:
+def fingerprint(sampler: Any) -> dict[str, Any]:
     """How many units there are, and hashes of what they say and of how they are packed, the same on every process.
 
     A file counts by its name alone: the folder may be another on another machine, and its content is not read here.
     """
-    units, said = visits.units, hashlib.sha256()
-    if isinstance(units, Streams):
-        return _of_streams(units, visits)
-    for number in range(0, len(units), math.ceil(len(units) / MOST)):
-        conversations, count = units[number]
+    examples, said = sampler.examples, hashlib.sha256()
+    if isinstance(examples, Streams):
+        return _of_streams(examples, sampler)
+    for number in range(0, len(examples), math.ceil(len(examples) / MOST)):
+        conversations, count = examples[number]
         said.update(f"\n{count}".encode())
         for c in conversations:
             said.update(_words(c).encode(errors="replace"))
-    found: dict[str, Any] = {"units": len(units), "steps": visits.steps, "sha256": said.hexdigest()[:24]}
-    plan = visits.plan
+    found: dict[str, Any] = {"units": len(examples), "steps": sampler.steps, "sha256": said.hexdigest()[:24]}
+    plan = sampler.plan
     if plan is not None:
         rows = hashlib.sha256(b"".join(bytes(memoryview(plan[row])) for row in range(len(plan)))).hexdigest()[:24]
         found |= {"rows": len(plan), "plan": rows}
     return found
 
 
-def _of_streams(streams: Streams, visits: Any) -> dict[str, Any]:
+def _of_streams(streams: Streams, sampler: Any) -> dict[str, Any]:
     """Of streamed data the first rows are read, and of the others the shards' names are known, with their sizes (or,
     on the hub, the revision)."""
     said = hashlib.sha256()
-    for visit in range(FIRST):
-        for conversation in visits.drawn(visit):
+    for index in range(FIRST):
+        for conversation in sampler.drawn(index):
             said.update(_words(conversation).encode(errors="replace"))
     streams.close()
     tells = hashlib.sha256("\n".join(streams.tells()).encode(errors="replace")).hexdigest()[:24]
-    return {"steps": visits.steps, "shards": tells, "sha256": said.hexdigest()[:24]}
+    return {"steps": sampler.steps, "shards": tells, "sha256": said.hexdigest()[:24]}
 
 
 def check(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:

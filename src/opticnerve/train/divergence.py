@@ -70,11 +70,11 @@ class Divergence:
         return told
 
 
-def samples_of(visits: Any, step: int) -> list[Conversation]:
+def samples_of(sampler: Any, step: int) -> list[Conversation]:
     """The conversations of a step (from 0), of all processes."""
-    rows = range(step * visits.stage.batch_size, (step + 1) * visits.stage.batch_size)
-    seen = rows if visits.plan is None else [visit for row in rows for visit in visits.plan[row]]
-    return [c for visit in seen for c in visits.drawn(visit)]
+    rows = range(step * sampler.stage.batch_size, (step + 1) * sampler.stage.batch_size)
+    seen = rows if sampler.plan is None else [index for row in rows for index in sampler.plan[row]]
+    return [c for index in seen for c in sampler.drawn(index)]
 
 
 def _keep(file: Path, step: int, told: str, samples: Sequence[Conversation]) -> None:

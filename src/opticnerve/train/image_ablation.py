@@ -21,7 +21,7 @@ _Z = 1.96
 
 
 @torch.no_grad()
-def image_use(model: Any, objective: Any, visits: Any) -> dict[str, Any] | None:
+def image_use(model: Any, objective: Any, sampler: Any) -> dict[str, Any] | None:
     """The mean loss a token on some of the stage's samples, with their own picture and with another's.
 
     Every process computes the same. None where the question makes no sense: fewer than `FEWEST` samples with one
@@ -30,20 +30,20 @@ def image_use(model: Any, objective: Any, visits: Any) -> dict[str, Any] | None:
 
     Returns: `n`, `own`, `other` (nats a token, means over samples), `other_minus_own`, its `ci95` (paired, normal).
     """
-    if not is_docked_model(model) or visits.own_collate is not None:
+    if not is_docked_model(model) or sampler.own_collate is not None:
         return None
     tower = getattr(model, "image", None)
     if tower is None or getattr(tower, "tiling", None) is not None:
         return None
-    rows = _rows(visits)
+    rows = _rows(sampler)
     if len(rows) < FEWEST:
         return None
     model.eval()
     own, other = [], []
     for k, row in enumerate(rows):
         swapped = replace(row, images=rows[k - 1].images)  # in a circle, everybody's neighbour is somebody else
-        own.append(_loss(objective, visits, row))
-        other.append(_loss(objective, visits, swapped))
+        own.append(_loss(objective, sampler, row))
+        other.append(_loss(objective, sampler, swapped))
     gaps = [b - a for a, b in zip(own, other, strict=True)]
     mean, half = fmean(gaps), _Z * stdev(gaps) / math.sqrt(len(gaps))
     return {
@@ -52,17 +52,17 @@ def image_use(model: Any, objective: Any, visits: Any) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _rows(visits: Any) -> list[Any]:
-    """Rows of one visit each, with one picture that no other of them shows."""
+def _rows(sampler: Any) -> list[Any]:
+    """Rows of one sample each, with one picture that no other of them shows."""
     found: list[Any] = []
     shown: set[Any] = set()
     tokens = 0
-    for visit in range(min(visits.visits, 8 * SAMPLES)):
-        pictures = {_key(i.source) for c in visits.drawn(visit) for i in c.images}
+    for index in range(min(sampler.num_samples, 8 * SAMPLES)):
+        pictures = {_key(i.source) for c in sampler.drawn(index) for i in c.images}
         if len(pictures) != 1 or pictures & shown:
             continue
         try:
-            row = visits.row(visit)
+            row = sampler.row(index)
         except DataError:  # it is gone since it was trained on, or was left out then, too
             continue
         if len(row.images) != 1:
@@ -75,9 +75,9 @@ def _rows(visits: Any) -> list[Any]:
     return found
 
 
-def _loss(objective: Any, visits: Any, row: Any) -> float:
+def _loss(objective: Any, sampler: Any, row: Any) -> float:
     device = next(objective.parameters()).device
-    loss, count = objective(visits.collate([row]).to(device))
+    loss, count = objective(sampler.collate([row]).to(device))
     return float(loss) / max(1, int(count))
 
 

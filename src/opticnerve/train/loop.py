@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from opticnerve.common import atomic as durable
 from opticnerve.common.private_names import keep_activations
 from opticnerve.common.progress import Progress
-from opticnerve.data.dataset.bad_samples import Tally
+from opticnerve.data.dataset.bad_samples import BadSampleCounter
 from opticnerve.data.encode.loader import Waiting, loader
 from opticnerve.distributed.collectives import add_up, attempt, companions, meet, on_main
 from opticnerve.distributed.deepspeed import Zero, ZeroAdamW
@@ -28,7 +28,7 @@ from opticnerve.language.chat_template import stage_template
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.parts import is_docked_model, moving_buffers
 from opticnerve.models.vlm.tower import MEDIA_INPUT
-from opticnerve.ops.fused_layers import lean
+from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
 from opticnerve.ops.offload import make_room
 from opticnerve.ops.vision_attention import plain_attention
@@ -41,7 +41,7 @@ from opticnerve.train.divergence import Diverged, Divergence, samples_of
 from opticnerve.train.image_ablation import image_use
 from opticnerve.train.metrics import METRICS, MetricsLog
 from opticnerve.train.optim import MasterAdamW, schedule
-from opticnerve.train.sampler import Visits
+from opticnerve.train.sampler import StageSampler
 from opticnerve.train.setup import (
     checkpoint_layers,
     compiled_layers,
@@ -52,7 +52,7 @@ from opticnerve.train.setup import (
     within_context,
 )
 from opticnerve.train.signals import asked_by_signals
-from opticnerve.train.stage_data import visits_of
+from opticnerve.train.stage_data import make_sampler
 from opticnerve.train.strategy import make_optimizer, sharded_if_asked
 from opticnerve.types import OpticNerveError
 
@@ -131,12 +131,12 @@ def _run_stage(
         if console is not None:
             console.print(frozen.table())
 
-    skipped = Tally(stage.bad_samples, stage.name)
+    skipped = BadSampleCounter(stage.bad_samples, stage.name)
     on_error = skipped if stage.bad_samples != "refuse" else None
     template = stage_template(stage.template, processor.tokenizer)
     objective = make_objective(stage, model)
     collate = objective.collator(processor, stage, recipe.seed)
-    visits = visits_of(
+    sampler = make_sampler(
         stage, processor, seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes,
         template=template, collate=collate, skipped=skipped, console=console,
     )  # fmt: skip
@@ -144,27 +144,28 @@ def _run_stage(
     if stage.cache_features:
         spec = stage.cache_features if isinstance(stage.cache_features, CacheSpec) else CacheSpec()
         store = see_all(
-            model, processor, visits.pictures(), budget=spec.budget, stored=spec.dtype,
+            model, processor, sampler.pictures(), budget=spec.budget, stored=spec.dtype,
             rank=accelerator.process_index, world=accelerator.num_processes, wait=lambda: meet(accelerator),
             threads=stage.workers or None, on_error=on_error, console=console,
         )  # fmt: skip
-        visits.use_features(store)
-    sharded = sharded_if_asked(accelerator, objective, stage, lambda: calibrate(model, visits.whole()))
+        sampler.use_features(store)
+    sharded = sharded_if_asked(accelerator, objective, stage, lambda: calibrate(model, sampler.whole()))
     if sharded is not None:
         dock.model, objective, frozen = sharded.model, sharded.objective, sharded.trained(frozen)
     if stage.cache_features and sharded is None:
         make_room(model.image.encoder, folder, console)
     optimizer = make_optimizer(frozen, stage, sharded, accelerator.num_processes)
     run = Run(
-        dock, recipe, stage, folder, frozen, optimizer, visits, accelerator, trained_before, console, objective, sharded
+        dock, recipe, stage, folder, frozen, optimizer, sampler, accelerator, trained_before, console, objective,
+        sharded,
     )  # fmt: skip
     if not (resume and saving.restore(run)):
-        calibrate(model, visits.whole())  # the same on every process
+        calibrate(model, sampler.whole())  # the same on every process
     run.skipped = skipped
     try:
         with contextlib.ExitStack() as stack:
             functions = KERNELS[stage.kernels](accelerator.device) if stage.kernels else None
-            stack.enter_context(lean(getattr(dock.model, "language_model", torch.nn.Module()), functions))
+            stack.enter_context(fuse_layers(getattr(dock.model, "language_model", torch.nn.Module()), functions))
             if stage.compile:
                 stack.enter_context(compiled_layers(model))
             give_memory_back()
@@ -180,11 +181,11 @@ class Run:
 
     def __init__(
         self, dock: Any, recipe: Recipe, stage: Stage, folder: Path, frozen: Frozen, optimizer: MasterAdamW | ZeroAdamW,
-        visits: Visits, accelerator: Accelerator, trained: set[str], console: Any, objective: Any,
+        sampler: StageSampler, accelerator: Accelerator, trained: set[str], console: Any, objective: Any,
         sharded: Sharded | Zero | None,
     ) -> None:  # fmt: skip
         self.dock, self.recipe, self.stage, self.folder, self.frozen = dock, recipe, stage, folder, frozen
-        self.optimizer, self.visits, self.accelerator, self.trained = optimizer, visits, accelerator, trained
+        self.optimizer, self.sampler, self.accelerator, self.trained = optimizer, sampler, accelerator, trained
         self.console = console
         self.objective = self.wrapped = objective
         self.sharded = sharded
@@ -193,7 +194,7 @@ class Run:
         self.step, self.samples, self.tokens, self.elapsed, self.loss = 0, 0, 0, 0.0, math.nan
         self.skipped: Sequence[str] = []
         self.moving = moving_buffers(dock.model, optimizer.master_tensors())
-        self.data = same_data.fingerprint(visits)
+        self.data = same_data.fingerprint(sampler)
         self.divergence = Divergence(stage, folder, dock.model, self.moving)
         self.stop = self.asked = False
         self.log: MetricsLog | None = None
@@ -201,9 +202,9 @@ class Run:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def go(self) -> StageResult:
-        stage, steps, main = self.stage, self.visits.steps, self.accelerator.is_main_process
+        stage, steps, main = self.stage, self.sampler.steps, self.accelerator.is_main_process
         device = self.accelerator.device
-        batches = Waiting(loader(self.visits, self.step * stage.accumulate, stage.workers, device), device)
+        batches = Waiting(loader(self.sampler, self.step * stage.accumulate, stage.workers, device), device)
         meet(self.accelerator)  # all have read what is in the folder
         with contextlib.ExitStack() as stack:
             stack.enter_context(asked_by_signals(self._ask_to_stop))
@@ -235,7 +236,7 @@ class Run:
         if self.sharded is not None:
             self.dock.model, self.objective = self.sharded.bring_together()
         on_main(self.accelerator, lambda: saving.save_model(self))
-        use = image_use(self.dock.model, self.objective, self.visits)
+        use = image_use(self.dock.model, self.objective, self.sampler)
         return StageResult(
             stage.name, steps, self.samples, self.tokens, self.elapsed, self.loss, self.skipped,
             self.divergence.left_out, use,
@@ -255,14 +256,14 @@ class Run:
         # Reading the two is the step's one wait for the device.
         total, norm = torch.stack([total.float(), self.optimizer.clip(self.stage.clip).float()]).tolist()
         loss = total / supervised
-        factor = schedule(self.step, self.visits.steps, warmup=self.stage.warmup, kind=self.stage.schedule)
+        factor = schedule(self.step, self.sampler.steps, warmup=self.stage.warmup, kind=self.stage.schedule)
         left_out = None
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.move(factor)
             self.loss = loss
         else:
             keep = accelerator.is_main_process
-            left_out = self.divergence.meet(self.step + 1, loss, norm, samples_of(self.visits, self.step), keep=keep)
+            left_out = self.divergence.meet(self.step + 1, loss, norm, samples_of(self.sampler, self.step), keep=keep)
             self.optimizer.drop()
             self.say(f"step {self.step + 1} is left out: {left_out}")
         self.step += 1

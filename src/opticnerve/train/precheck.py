@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opticnerve.data.dataset.dataset import Chosen, Unit
+from opticnerve.data.dataset.dataset import Chosen, Example
 from opticnerve.data.encode.packing import shared_prefix
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.data.media.transform import open_for
@@ -28,8 +28,8 @@ def samples_to_check(stage: Stage) -> int:
     return min(MOST_CHECKED, max(1_000, 2 * seen))
 
 
-def usable_units(
-    units: Sequence[Unit],
+def precheck(
+    examples: Sequence[Example],
     processor: Any,
     stage: Stage,
     *,
@@ -37,7 +37,7 @@ def usable_units(
     on_error: Callable[[DataError], None] | None = None,
     check: int = MOST_CHECKED,
     collate: Collate | None = None,
-) -> Sequence[Unit]:
+) -> Sequence[Example]:
     """Encode up to `check` samples and open their pictures before the first step, so that a bad one is found now and
     not hours in. (`opticnerve data check` goes through all.)
 
@@ -48,10 +48,10 @@ def usable_units(
     opened: set[Path] = set()
     none_left: set[int] = set()
     some_left: dict[int, list[int]] = {}
-    for number in range(len(units)):
+    for number in range(len(examples)):
         if seen >= check:
             break
-        conversations, count = units[number]
+        conversations, count = examples[number]
         kept: list[int] = []
         encoded: list[Encoded] = []
         for place, conversation in enumerate(conversations):
@@ -75,12 +75,12 @@ def usable_units(
             none_left.add(number)
         elif len(kept) < len(conversations):
             some_left[number] = kept
-    if len(none_left) == len(units):
+    if len(none_left) == len(examples):
         raise OpticNerveError(f"stage {stage.name}: no usable sample is left")
     if not none_left and not some_left:
-        return units
-    numbers = np.delete(np.arange(len(units), dtype=np.uint32), sorted(none_left))
-    return Chosen(units, numbers, {int(np.searchsorted(numbers, n)): kept for n, kept in some_left.items()})
+        return examples
+    numbers = np.delete(np.arange(len(examples), dtype=np.uint32), sorted(none_left))
+    return Chosen(examples, numbers, {int(np.searchsorted(numbers, n)): kept for n, kept in some_left.items()})
 
 
 def _open_once(conversation: Conversation, opened: set[Path], image_processor: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, overload
 from torch.utils.data import Dataset
 
 from opticnerve.data.collators.next_token import Batch, Collator
-from opticnerve.data.dataset.dataset import Unit
+from opticnerve.data.dataset.dataset import Example
 from opticnerve.data.dataset.load import draw
 from opticnerve.data.encode.pack_plan import PackPlan, deal
 from opticnerve.data.encode.packing import Row, fit, pack, side_by_side
@@ -63,11 +63,11 @@ class Pictures(Sequence[tuple[Any, str]]):
         return conversation.images[picture].source, conversation.where or conversation.id
 
 
-class Visits(Dataset[Batch]):
+class StageSampler(Dataset[Batch]):
     """The micro-batches of a stage, in order; item `i` is micro-batch `i % accumulate` of step `i // accumulate`.
 
-    A visit is one use of a unit (a sample, or the samples that share a prefix). A row of a batch is one visit, or,
-    where `pack` plans ahead, several: all visits are then tokenised here, to know their lengths, and no picture is
+    A sample is one use of a unit (a sample, or the samples that share a prefix). A row of a batch is one sample, or,
+    where `pack` plans ahead, several: all samples are then tokenised here, to know their lengths, and no picture is
     opened.
 
     Args:
@@ -79,7 +79,7 @@ class Visits(Dataset[Batch]):
     """
 
     def __init__(
-        self, units: Sequence[Unit], stage: Stage, processor: Any, *, seed: int, rank: int = 0, world: int = 1,
+        self, examples: Sequence[Example], stage: Stage, processor: Any, *, seed: int, rank: int = 0, world: int = 1,
         template: str | None = None, collate: Collate | None = None,
         on_error: Callable[[DataError], None] | None = None,
     ) -> None:  # fmt: skip
@@ -88,7 +88,7 @@ class Visits(Dataset[Batch]):
                 f"stage {stage.name}: batch_size {stage.batch_size} does not split evenly over {stage.accumulate} "
                 f"micro-batches and {world} processes; change one of the three"
             )
-        self.units, self.stage, self.processor, self.template = units, stage, processor, template
+        self.examples, self.stage, self.processor, self.template = examples, stage, processor, template
         self.seed, self.rank, self.world = seed, rank, world
         self.collate: Any = Collator(processor) if collate is None else collate
         self.own_collate, self.on_error = collate, on_error
@@ -99,22 +99,24 @@ class Visits(Dataset[Batch]):
         self._orders: dict[int, array[int]] = {}
         self.plan: PackPlan | None = None
         if stage.steps is None:
-            self.visits = math.ceil(len(units) * (stage.epochs or 1))
-        self.steps = stage.steps or max(1, math.ceil(self.visits / stage.batch_size))
+            self.num_samples = math.ceil(len(examples) * (stage.epochs or 1))
+        self.steps = stage.steps or max(1, math.ceil(self.num_samples / stage.batch_size))
         if stage.pack is not None and not isinstance(stage.pack, int):
             self.plan = self._plan(stage.pack)
         else:
-            self.visits = self.steps * stage.batch_size
+            self.num_samples = self.steps * stage.batch_size
 
     def use_features(self, store: Any) -> None:
-        """Take what the frozen eye saw from a `FeatureStore` instead of opening pictures."""
+        """Take what the frozen vision encoder saw from a `FeatureStore` instead of opening pictures."""
         self.collate.features = store
 
     def pictures(self) -> Pictures:
         """Every picture that the stage sees, once where it is a file, with the sample that shows it."""
-        if self.visits < len(self.units) and self.stage.bad_samples == "refuse":  # nothing stands in for another
-            return Pictures(self.drawn, self.visits)
-        return Pictures(lambda unit: self.units[unit][0], len(self.units))
+        if (
+            self.num_samples < len(self.examples) and self.stage.bad_samples == "refuse"
+        ):  # nothing stands in for another
+            return Pictures(self.drawn, self.num_samples)
+        return Pictures(lambda example: self.examples[example][0], len(self.examples))
 
     def take_left_out(self) -> list[DataError]:
         """The bad samples that were left out since this was last asked; `data.loader` brings them from its workers."""
@@ -142,8 +144,8 @@ class Visits(Dataset[Batch]):
         """Take up what `state_dict` gave, so that samples which were left out before stay counted."""
         self.leave_out(DataError(p, where=w, remedy=r, kind=k) for p, w, r, k in state["left_out"])
 
-    def whole(self) -> Visits:
-        """The same visits as one process alone sees them."""
+    def whole(self) -> StageSampler:
+        """The same samples as one process alone sees them."""
         alone = copy.copy(self)
         alone.rank, alone.world = 0, 1
         return alone
@@ -161,14 +163,14 @@ class Visits(Dataset[Batch]):
         rows = self.stage.batch_size // self.stage.accumulate
         mine = range(index * rows + self.rank, (index + 1) * rows, self.world)
         if self.own_collate is not None:
-            return self.own_collate([self._usable(v) for v in mine])
+            return self.own_collate([self._prechecked(v) for v in mine])
         apart = [self.row(v) for v in mine]
         return self.collate(fit(apart, self.stage.pack) if isinstance(self.stage.pack, int) else apart)
 
-    def row(self, visit: int) -> Row:
-        """The row of one visit, its pictures opened. Where bad samples are skipped, the next good visit stands in."""
+    def row(self, index: int) -> Row:
+        """The row of one sample, its pictures opened. Where bad samples are skipped, the next good sample stands in."""
         last: DataError | None = None
-        for nearby in self.nearby(visit):
+        for nearby in self.nearby(index):
             try:
                 return self._opened(nearby)
             except DataError as e:
@@ -183,17 +185,17 @@ class Visits(Dataset[Batch]):
         """A row of the plan. Where bad samples are skipped, they are left out; were all bad, a good one stands in."""
         assert self.plan is not None
         good = []
-        for visit in self.plan[number]:
+        for index in self.plan[number]:
             try:
-                good.append(self._opened(visit))
+                good.append(self._opened(index))
             except DataError as e:
                 if self.stage.bad_samples == "refuse":
                     raise
                 self._left_out.append(e)
         return side_by_side(good or [self.row(self.plan[number][0])])
 
-    def _opened(self, visit: int) -> Row:
-        row = pack([self._encode(self.drawn(visit))])
+    def _opened(self, index: int) -> Row:
+        row = pack([self._encode(self.drawn(index))])
         if self.collate.features is None:
             row.images = [
                 ImagePart(open_for(self.processor.image_processor, i.source, where=row.ids[0])) for i in row.images
@@ -205,42 +207,42 @@ class Visits(Dataset[Batch]):
         return row
 
     def _plan(self, spec: Any) -> PackPlan:
-        """As many rows as the stage's steps take; where epochs say how long it is, all of their visits and no more than
-        what fills the last step beside them."""
-        known = array("i", [0]) * len(self.units)  # tokens of the units that are the same each time; -1: a bad one
+        """As many rows as the stage's steps take; where epochs say how long it is, all of their samples and no more
+        than what fills the last step beside them."""
+        known = array("i", [0]) * len(self.examples)  # tokens of the units that are the same each time; -1: a bad one
 
-        def length(visit: int) -> int | None:
-            unit = self._unit(visit)
-            if self.units[unit][1] is not None or not known[unit]:
+        def length(index: int) -> int | None:
+            example = self._example(index)
+            if self.examples[example][1] is not None or not known[example]:
                 try:
-                    known[unit] = len(pack([self._encode(self.drawn(visit))]))
+                    known[example] = len(pack([self._encode(self.drawn(index))]))
                 except DataError as e:
                     if self.stage.bad_samples == "refuse":
                         raise
                     self.leave_out([e])
-                    known[unit] = -1
-            return known[unit] if known[unit] > 0 else None
+                    known[example] = -1
+            return known[example] if known[example] > 0 else None
 
         key = f"{self.seed}/{self.stage.name}/pack"
         plan = PackPlan(length, tokens=spec.tokens, window=spec.window, key=key)
         if self.stage.steps is None:
-            while plan.planned < self.visits:
-                plan.extend(stop=self.visits)
+            while plan.planned < self.num_samples:
+                plan.extend(stop=self.num_samples)
             self.steps = max(1, math.ceil(len(plan) / self.stage.batch_size))
         while len(plan) < self.steps * self.stage.batch_size:
-            if not len(plan) and plan.planned >= len(self.units):
+            if not len(plan) and plan.planned >= len(self.examples):
                 raise OpticNerveError(f"stage {self.stage.name}: no usable sample is left")
             plan.extend()
-        self.visits = plan.planned
+        self.num_samples = plan.planned
         return plan
 
-    def _usable(self, visit: int) -> list[Conversation]:
-        """The conversations of one visit; where bad samples are skipped, of the next good one."""
+    def _prechecked(self, index: int) -> list[Conversation]:
+        """The conversations of one sample; where bad samples are skipped, of the next good one."""
         assert self.own_collate is not None
         if self.stage.bad_samples == "refuse":
-            return self.drawn(visit)
+            return self.drawn(index)
         last: DataError | None = None
-        for nearby in self.nearby(visit):
+        for nearby in self.nearby(index):
             try:
                 conversations = self.drawn(nearby)
                 self.own_collate([conversations])
@@ -251,22 +253,22 @@ class Visits(Dataset[Batch]):
         assert last is not None
         raise last
 
-    def drawn(self, visit: int) -> list[Conversation]:
-        """The conversations that the visit-th row of the stage trains on."""
-        unit = self.units[self._unit(visit)]
-        return draw(unit, random.Random(f"{self.seed}/{self.stage.name}/{visit}"))
+    def drawn(self, index: int) -> list[Conversation]:
+        """The conversations that the index-th row of the stage trains on."""
+        example = self.examples[self._example(index)]
+        return draw(example, random.Random(f"{self.seed}/{self.stage.name}/{index}"))
 
-    def nearby(self, visit: int) -> range:
-        """The visits of which the first good one is made, where bad samples are skipped."""
-        return range(visit, visit + len(self.units))
+    def nearby(self, index: int) -> range:
+        """The samples of which the first good one is made, where bad samples are skipped."""
+        return range(index, index + len(self.examples))
 
-    def _unit(self, visit: int) -> int:
-        epoch, place = divmod(visit, len(self.units))
+    def _example(self, index: int) -> int:
+        epoch, place = divmod(index, len(self.examples))
         return self._order(epoch)[place]
 
     def _order(self, epoch: int) -> array[int]:
         if epoch not in self._orders:
-            order = array("I", range(len(self.units)))
+            order = array("I", range(len(self.examples)))
             random.Random(f"{self.seed}/{self.stage.name}/epoch {epoch}").shuffle(order)
             # Two epochs at a time, for a row may hold the end of one and the beginning of the next; no more, so that
             # nothing grows with their number.

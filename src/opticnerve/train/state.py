@@ -35,7 +35,7 @@ def save(run: Run) -> Path:
         "data": run.data,
         "versions": versions(),
         "samples": run.samples, "tokens": run.tokens, "elapsed": run.elapsed, "loss": run.loss,
-        "left_out": run.divergence.left_out, "visits": run.visits.state_dict(),
+        "left_out": run.divergence.left_out, "visits": run.sampler.state_dict(),
     }  # fmt: skip
 
     def write() -> Path:
@@ -59,7 +59,7 @@ def restore(run: Run) -> bool:
     run.optimizer.load_state_dict(state["optimizer"])
     for name, value in state["buffers"].items():
         run.dock.model.get_buffer(name).copy_(value)
-    run.visits.load_state_dict(state["visits"])
+    run.sampler.load_state_dict(state["visits"])
     _take_up(run, state["rng"])
     run.step, run.samples, run.tokens = state["step"], state["samples"], state["tokens"]
     run.elapsed, run.loss = state["elapsed"], state["loss"]
@@ -74,7 +74,7 @@ def save_model(run: Run) -> None:
     try:
         run.dock.save(run.folder, run.trained)
     except (OSError, SafetensorError) as e:
-        free = durable.told_bytes(shutil.disk_usage(run.folder).free)
+        free = durable.format_bytes(shutil.disk_usage(run.folder).free)
         raise OpticNerveError(
             f"the model of stage {run.stage.name} could not be written to {run.folder}: {e}; {free} are free there. "
             f"Free some space, and resume"

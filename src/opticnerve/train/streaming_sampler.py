@@ -1,4 +1,4 @@
-"""The visits of a stage whose data are streamed: the same micro-batches, with rows that no index leads to."""
+"""The samples of a stage whose data are streamed: the same micro-batches, with rows that no index leads to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from opticnerve.data.dataset.streaming import Streams
 from opticnerve.recipe import Stage
-from opticnerve.train.sampler import Collate, Visits
+from opticnerve.train.sampler import Collate, StageSampler
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 MOST_TRIED = 1_000
@@ -17,31 +17,31 @@ CHECKED = 256
 """Rows that are opened before the first step. They are those of the first steps: no others are at hand."""
 
 
-class StreamedVisits(Visits):
+class StreamingSampler(StageSampler):
     """As `Visits`, with the rows of `Streams`; every process reads all rows, and opens the pictures of its own."""
 
-    units: Any
+    examples: Any
 
     def __init__(
         self, streams: Streams, stage: Stage, processor: Any, *, seed: int, rank: int = 0, world: int = 1,
         template: str | None = None, collate: Collate | None = None,
         on_error: Callable[[DataError], None] | None = None,
     ) -> None:  # fmt: skip
-        rows: Any = streams  # no sequence: a visit leads to its row at once
+        rows: Any = streams  # no sequence: a sample leads to its row at once
         super().__init__(
             rows, stage, processor, seed=seed, rank=rank, world=world, template=template, collate=collate,
             on_error=on_error,
         )  # fmt: skip
 
-    def drawn(self, visit: int) -> list[Conversation]:
-        """The conversation of a visit's row: of several that a row makes, such as an image's captions, one is drawn.
+    def drawn(self, index: int) -> list[Conversation]:
+        """The conversation of a sample's row: of several that a row makes, such as an image's captions, one is drawn.
 
         A row can turn out bad as it is read; where bad samples are skipped, the next good one stands in.
         """
         last: DataError | None = None
-        for nearby in self.nearby(visit):
+        for nearby in self.nearby(index):
             try:
-                conversations, _ = self.units.unit(nearby)
+                conversations, _ = self.examples.example(nearby)
             except DataError as e:
                 if self.stage.bad_samples == "refuse":
                     raise
@@ -52,8 +52,8 @@ class StreamedVisits(Visits):
         assert last is not None
         raise OpticNerveError(f"{MOST_TRIED:,} rows one after another are bad, the last one: {last}") from last
 
-    def nearby(self, visit: int) -> range:
-        return range(visit, visit + MOST_TRIED)
+    def nearby(self, index: int) -> range:
+        return range(index, index + MOST_TRIED)
 
     def check(self, most: int) -> None:
         """Open the first rows, so that what is wrong with all of them is found before the first step.
@@ -62,23 +62,23 @@ class StreamedVisits(Visits):
             DataError: one is bad, and the stage refuses bad samples.
             OpticNerveError: more are bad than the stage allows.
         """
-        for visit in range(min(most, CHECKED, self.visits)):
+        for index in range(min(most, CHECKED, self.num_samples)):
             if self.own_collate is None:
-                self.row(visit)
+                self.row(index)
             else:
-                self._usable(visit)
+                self._prechecked(index)
         self.leave_out(self.take_left_out())
 
     def take_marks(self) -> list[Any]:
         """Where windows begin, for the process that saves; `data.loader` brings them from its workers."""
-        return self.units.take_marks()
+        return self.examples.take_marks()
 
     def put_marks(self, found: list[Any]) -> None:
-        self.units.put_marks(found)
+        self.examples.put_marks(found)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "stream": self.units.state_dict()}
+        return {**super().state_dict(), "stream": self.examples.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.units.load_state_dict(state["stream"])
+        self.examples.load_state_dict(state["stream"])

@@ -13,7 +13,7 @@ from typing import Any
 from opticnerve.ui.i18n import LANGUAGES, Words, preferred
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.models import Models
-from opticnerve.web.guard import App, Door, Logins
+from opticnerve.web.guard import App, Guard, Logins
 
 # The system's fonts; readable in the sun and with the keyboard; wide enough for a thumb.
 CSS = """
@@ -134,7 +134,7 @@ def site(
             js=f"() => {{ document.documentElement.lang = '{spoken}'; }}",
         )  # fmt: skip
     # A form adds its own lines around a file.
-    return Door(pages, logins=logins or Logins(()), hosts=hosts, body_bytes=limits.upload_bytes + 1_000_000)
+    return Guard(pages, logins=logins or Logins(()), hosts=hosts, body_bytes=limits.upload_bytes + 1_000_000)
 
 
 @contextlib.contextmanager

@@ -11,20 +11,20 @@ from opticnerve.types import Conversation, ImagePart, Message, Part, TextPart
 
 
 @dataclass(frozen=True)
-class Talk:
+class ChatState:
     """What was said so far. A picture stands in the message that it came with; `picture` is the last one."""
 
     messages: tuple[Message, ...] = ()
     picture: str | None = None
 
-    def asked(self, question: str, picture: str | None) -> Talk:
+    def asked(self, question: str, picture: str | None) -> ChatState:
         """With a question; a picture that is not the last one comes with it."""
         parts: tuple[Part, ...] = (TextPart(question),)
         if picture is not None and picture != self.picture:
             parts = (ImagePart(Path(picture)), *parts)
-        return Talk((*self.messages, Message("user", parts)), picture or self.picture)
+        return ChatState((*self.messages, Message("user", parts)), picture or self.picture)
 
-    def answered(self, answer: str) -> Talk:
+    def answered(self, answer: str) -> ChatState:
         return replace(self, messages=(*self.messages, Message("assistant", (TextPart(answer),))))
 
     def bubbles(self, alt_text: str) -> list[dict[str, Any]]:
@@ -48,10 +48,10 @@ def _file(part: Part, alt_text: str) -> dict[str, str]:
     return {"path": str(part.source), "alt_text": alt_text}
 
 
-def stream(answerer: Any, talk: Talk, *, tokens: int, temperature: float = 0.0) -> Iterator[str]:
+def stream(answerer: Any, chat_state: ChatState, *, tokens: int, temperature: float = 0.0) -> Iterator[str]:
     """The answer so far, each time it has grown. Closing the iterator stops the model."""
     said = ""
-    pieces = answerer.stream(Conversation(talk.messages), max_new_tokens=tokens, temperature=temperature)
+    pieces = answerer.stream(Conversation(chat_state.messages), max_new_tokens=tokens, temperature=temperature)
     try:
         for piece in pieces:
             said += piece

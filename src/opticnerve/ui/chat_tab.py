@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.chat_state import Talk, stream
+from opticnerve.ui.chat_state import ChatState, stream
 from opticnerve.ui.i18n import Words
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.look_part import look_part
@@ -38,14 +38,14 @@ class Asker:
         return question
 
     def say(
-        self, model: str, talk: Talk, question: str, picture: str | None, tokens: int, temperature: float
-    ) -> Iterator[tuple[Talk, str]]:
+        self, model: str, chat_state: ChatState, question: str, picture: str | None, tokens: int, temperature: float
+    ) -> Iterator[tuple[ChatState, str]]:
         """The conversation as it grows, and HTML of what is going on.
 
         Raises:
             OpticNerveError: in the page's language where the page found it, else in the package's own words.
         """
-        asked = talk.asked(self.check(question, picture), picture)
+        asked = chat_state.asked(self.check(question, picture), picture)
         yield asked, note(self.words("thinking" if self.models.is_loaded(model) else "loading", model=model))
         answer = ""
         with self.models.turn(model) as answerer:
@@ -61,7 +61,7 @@ def chat_tab(words: Words, models: Models, limits: Limits) -> Any:
 
     asker = Asker(models, words, limits)
     names = models.choices()
-    talk = gr.State(Talk())
+    chat_state = gr.State(ChatState())
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             model = gr.Dropdown(names, value=names[0], label=words("model"), filterable=False, elem_id="model")
@@ -87,32 +87,33 @@ def chat_tab(words: Words, models: Models, limits: Limits) -> Any:
                 send = gr.Button(words("send"), variant="primary", elem_id="send", min_width=90)
                 stop = gr.Button(words("stop"), elem_id="stop", min_width=90)
                 fresh = gr.Button(words("new_conversation"), elem_id="new", min_width=90)
-    forget_maps = look_part(words, models, model, talk)
+    forget_maps = look_part(words, models, model, chat_state)
 
     def say(
-        model: str, talk: Talk, question: str, picture: str | None, tokens: float, temperature: float
+        model: str, chat_state: ChatState, question: str, picture: str | None, tokens: float, temperature: float
     ) -> Iterator[tuple[Any, ...]]:
-        kept = talk
+        kept = chat_state
         try:
-            for kept, doing in asker.say(model, talk, question, picture, int(tokens), temperature):
+            for kept, doing in asker.say(model, chat_state, question, picture, int(tokens), temperature):
                 yield kept, kept.bubbles(words("picture")), doing, ""
         except (OpticNerveError, OSError) as e:
             # What was said before stays, and the question goes back to where it can be mended.
-            answered = kept if kept.messages[len(talk.messages) + 1 :] else talk
+            answered = kept if kept.messages[len(chat_state.messages) + 1 :] else chat_state
             yield answered, answered.bubbles(words("picture")), alert(str(e)), question
 
     watch_picture(picture, error, words, limits)
     asking = gr.on(
-        [send.click, question.submit], say, [model, talk, question, picture, tokens, temperature],
-        [talk, chat, error, question], concurrency_limit=1, concurrency_id="model", show_progress="hidden",
+        [send.click, question.submit], say, [model, chat_state, question, picture, tokens, temperature],
+        [chat_state, chat, error, question], concurrency_limit=1, concurrency_id="model", show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
     # The maps are of the last answer; a new question makes it the last but one.
     gr.on([send.click, question.submit], *forget_maps, show_progress="hidden", api_visibility="private")
-    chat.clear(Talk, None, talk, show_progress="hidden", api_visibility="private")
+    chat.clear(ChatState, None, chat_state, show_progress="hidden", api_visibility="private")
     stop.click(lambda: "", None, error, cancels=[asking], show_progress="hidden", api_visibility="private")
     fresh.click(
-        lambda: (Talk(), [], "", ""), None, [talk, chat, error, question], cancels=[asking], show_progress="hidden",
+        lambda: (ChatState(), [], "", ""), None, [chat_state, chat, error, question], cancels=[asking],
+        show_progress="hidden",
         api_visibility="private",
     ).then(*forget_maps, show_progress="hidden", api_visibility="private")  # fmt: skip
     return model

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.chat_state import Talk
+from opticnerve.ui.chat_state import ChatState
 from opticnerve.ui.chat_tab import Asker
 from opticnerve.ui.i18n import Words
 from opticnerve.ui.limits import Limits
@@ -36,8 +36,8 @@ def compare(
                 with asker.models.turn(model):  # the seconds shall be the answer's alone
                     pass
             started = time.perf_counter()
-            for talk, doing in asker.say(model, Talk(), question, picture, tokens, 0.0):
-                answer = talk.messages[-1].text if talk.messages[-1].role == "assistant" else ""
+            for chat_state, doing in asker.say(model, ChatState(), question, picture, tokens, 0.0):
+                answer = chat_state.messages[-1].text if chat_state.messages[-1].role == "assistant" else ""
                 sides[number] = (answer, doing)
                 yield sides[0], sides[1]
             seconds = f"{time.perf_counter() - started:.1f}"

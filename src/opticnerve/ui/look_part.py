@@ -16,7 +16,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from opticnerve.types import Conversation, OpticNerveError
-from opticnerve.ui.chat_state import Talk
+from opticnerve.ui.chat_state import ChatState
 from opticnerve.ui.i18n import Words
 from opticnerve.ui.models import Models
 from opticnerve.ui.picture import Refused, alert, note
@@ -96,7 +96,7 @@ def see(models: Models, model: str, conversation: Conversation, method: str) -> 
     return Seen(looked, Path(str(conversation.images[0].source)), conversation.messages[-1].text)
 
 
-def look_part(words: Words, models: Models, model: Any, talk: Any) -> tuple[Any, None, list[Any]]:
+def look_part(words: Words, models: Models, model: Any, chat_state: Any) -> tuple[Any, None, list[Any]]:
     """Lay it out; returns (function, inputs, outputs) that take the maps away, for when they are no longer of the last
     answer."""
     import gradio as gr
@@ -129,10 +129,10 @@ def look_part(words: Words, models: Models, model: Any, talk: Any) -> tuple[Any,
         hidden = gr.update(value=None, visible=False)
         return None, "", gr.update(choices=[], value=None, visible=False), hidden, hidden, ""
 
-    def run(model: str, talk: Talk, method: str) -> Iterator[tuple[Any, ...]]:
+    def run(model: str, chat_state: ChatState, method: str) -> Iterator[tuple[Any, ...]]:
         yield None, note(words("looking")), *away()[2:]
         try:
-            conversation = talk.about_last_picture()
+            conversation = chat_state.about_last_picture()
             if conversation is None:
                 raise Refused(words("look_nothing"))
             made = see(models, model, conversation, method)
@@ -151,7 +151,8 @@ def look_part(words: Words, models: Models, model: Any, talk: Any) -> tuple[Any,
         return _drawn(seen, number, words)
 
     button.click(
-        run, [model, talk, method], outputs, concurrency_limit=1, concurrency_id="model", api_visibility="private",
+        run, [model, chat_state, method], outputs, concurrency_limit=1, concurrency_id="model",
+        api_visibility="private",
         show_progress="minimal", show_progress_on=error,
     )  # fmt: skip
     word.input(choose, [seen, word], [*drawings, told], show_progress="hidden", api_visibility="private")

@@ -71,7 +71,7 @@ def watch_picture(picture: Any, error: Any, words: Words, limits: Limits) -> Non
     """Say at once, in `error`, what is wrong with a new picture, and take it away."""
     import gradio as gr
 
-    def look_at(path: str | None) -> tuple[Any, Any]:
+    def show_image(path: str | None) -> tuple[Any, Any]:
         if path is None:  # taken away: by the visitor, or here because of what the error says
             return gr.skip(), gr.skip()
         try:
@@ -80,4 +80,4 @@ def watch_picture(picture: Any, error: Any, words: Words, limits: Limits) -> Non
             return None, alert(str(e))
         return gr.skip(), ""
 
-    picture.change(look_at, picture, [picture, error], show_progress="hidden", api_visibility="private")
+    picture.change(show_image, picture, [picture, error], show_progress="hidden", api_visibility="private")

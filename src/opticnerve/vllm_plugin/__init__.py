@@ -1,8 +1,8 @@
 """vLLM's plugin: `vllm serve FOLDER` for docked models that no stock class expresses.
 
 The folder is one of `opticnerve export … --to merged`. vLLM runs the language model with its own class of it (paged
-keys and values, batching); eye, ear and connector run as they are, and their soft tokens take the placeholders' places.
-Entry point `vllm.general_plugins`; vLLM calls `register` in each of its processes.
+keys and values, batching); vision encoder, audio encoder and connector run as they are, and their soft tokens take the
+placeholders' places. Entry point `vllm.general_plugins`; vLLM calls `register` in each of its processes.
 Source: vLLM's documentation, "Plugin System" and "Multi-Modal Support".
 """
 

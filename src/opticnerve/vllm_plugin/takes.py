@@ -29,7 +29,7 @@ def check(config: Any, folder: str | Path) -> None:
     elif config.lora:
         reasons.append("its adapter is not added into the weights: opticnerve export FOLDER OUT --to merged")
     if not config.towers:
-        reasons.append("it has neither eye nor ear")
+        reasons.append("it has neither vision encoder nor audio encoder")
     for modality, spec in config.towers.items():
         fusion = spec["fusion"]["type"]
         if fusion != "splice":

@@ -1,4 +1,4 @@
-"""A folder's eyes and ears without its language model, which vLLM loads by itself."""
+"""A folder's vision encoders and audio encoders without its language model, which vLLM loads by itself."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Logins:
             return False
 
 
-class Door:
+class Guard:
     """An ASGI application around another.
 
     Args:

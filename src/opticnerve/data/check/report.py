@@ -89,7 +89,7 @@ class Report:
         ):
             if listed.count:
                 print_listed(console, f"[bold yellow]{name}[/]: {listed.count:,}", listed)
-        console.print(self._verdict())
+        console.print(self._status())
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         yield "samples", f"{self.samples:,}, {self.good:,} good and {self.bad:,} bad"
@@ -104,7 +104,7 @@ class Report:
         if tokens := spread(self.tokens):
             yield "tokens per sample", _spread_text(tokens)
 
-    def _verdict(self) -> str:
+    def _status(self) -> str:
         if self.ok:
             return "[bold green]Ready to train.[/]"
         if self.bad:

@@ -19,7 +19,7 @@ class AnswerBatch(SampleBatch):
     """B questions.
 
     `input_ids`, `attention_mask`: (B, L). `pixel_values`: (B, 3, H, W), or None where `image_features`, what a frozen
-    eye saw, stand in for it. `targets`: (B,), places in the closed set.
+    vision encoder saw, stand in for it. `targets`: (B,), places in the closed set.
     """
 
     input_ids: Tensor
@@ -40,7 +40,7 @@ class AnswerCollator:
     Args:
         processor: a `FusionClassifierProcessor`.
 
-    `features`: a `FeatureStore` that knows what the frozen eye saw; pictures are then not opened.
+    `features`: a `FeatureStore` that knows what the frozen vision encoder saw; pictures are then not opened.
     """
 
     features: Any = None
@@ -61,7 +61,7 @@ class AnswerCollator:
             self._opened.add(source)
 
     def __call__(self, rows: Sequence[Sequence[Conversation]]) -> AnswerBatch:
-        """`rows`: the conversations of each visit; all of them are asked.
+        """`rows`: the conversations of each sample; all of them are asked.
 
         Raises:
             DataError: a conversation without exactly one picture and one question, an answer outside the closed set, or

@@ -21,8 +21,8 @@ class PairBatch(SampleBatch):
     """B pairs.
 
     `input_ids`, `attention_mask`: (B, L) int64. `pixel_values`: (B, 3, H, W) float32, or None where `image_features`
-    (B, D), an eye's pooled vectors from a cache, stand in for it. `caption_keys`, `image_keys`: (B,) int64, equal
-    numbers for equal captions and for equal pictures.
+    (B, D), a vision encoder's pooled vectors from a cache, stand in for it. `caption_keys`, `image_keys`: (B,) int64,
+    equal numbers for equal captions and for equal pictures.
     """
 
     input_ids: Tensor
@@ -47,7 +47,7 @@ class PairCollator:
     Args:
         processor: a `DualEncoderProcessor`; it cuts captions at `max_length` tokens (its own by default).
 
-    `features`: a `FeatureStore` that knows what the frozen eye saw; pictures are then not opened.
+    `features`: a `FeatureStore` that knows what the frozen vision encoder saw; pictures are then not opened.
     """
 
     features: Any = None
@@ -56,7 +56,7 @@ class PairCollator:
         self.processor, self.max_length = processor, max_length
 
     def __call__(self, rows: Sequence[Sequence[Conversation]]) -> PairBatch:
-        """`rows`: the conversations of each visit; all of them become pairs.
+        """`rows`: the conversations of each sample; all of them become pairs.
 
         Raises:
             DataError: a conversation without exactly one picture and one caption, or whose picture cannot be opened.

@@ -24,7 +24,7 @@ class Batch(Moving):
     `input_ids`, `positions`, `targets`, `group`, `branch`: (B, L) int64, padded on the right (group -1).
     `media`: tensors by the names of the model's inputs: `pixel_values` (images or tiles, 3, H, W), `image_sizes`,
     `qformer_input_ids`, `input_features` (windows, mels, frames), …, or `image_features` (`Features`, what the frozen
-    eye saw); empty where there are none.
+    vision encoder saw); empty where there are none.
     `plain`: every row is one sample, a causal mask is enough. `segments`: who attends to whom, without a mask.
     """
 
@@ -69,7 +69,7 @@ class Batch(Moving):
 class Collator:
     """Rows → `Batch`, with the processor's image processor, feature extractor and padding token.
 
-    `features`: a `FeatureStore` that knows what the frozen eye saw; pictures are then not opened.
+    `features`: a `FeatureStore` that knows what the frozen vision encoder saw; pictures are then not opened.
     `compact`: pixels stay 8-bit (`data.transform.Bytes`) until somebody normalises them, where that can be done.
     """
 

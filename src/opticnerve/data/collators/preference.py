@@ -72,7 +72,7 @@ class PreferenceCollator(Collator):
         return [_last_turn(encode(c, self.processor, max_length=self.max_length)) for c in both]
 
     def __call__(self, rows: Sequence[Sequence[Conversation]]) -> PreferenceBatch:  # type: ignore[override]
-        """`rows`: the conversations of each visit."""
+        """`rows`: the conversations of each sample."""
         apart = [pack([self.pair(c)]) for row in rows for c in row]
         laid = fit(apart, max(map(len, apart)))  # short pairs side by side, in no more positions than apart
         made = super().__call__(laid)

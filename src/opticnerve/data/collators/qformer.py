@@ -1,4 +1,5 @@
-"""Image–caption pairs as a batch for the Q-Former's first stage: pictures for the eye, captions in a BERT's tokens."""
+"""Image–caption pairs as a batch for the Q-Former's first stage: pictures for the vision encoder, captions in a BERT's
+tokens."""
 
 from __future__ import annotations
 

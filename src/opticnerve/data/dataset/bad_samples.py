@@ -13,7 +13,7 @@ NAMED, SHOWN = 100, 5
 """How many are kept by name, and how many of these an error shows."""
 
 
-class Tally(Sequence[str]):
+class BadSampleCounter(Sequence[str]):
     """Takes each bad sample (as `on_error`), and counts it once, however often it is met.
 
     As a sequence it is as long as there are bad samples; the first hundred can be looked at.

@@ -19,7 +19,7 @@ NO_MEDIA = (
     "none of its samples has a picture or a sound, and the recipe has an encoder: nothing is learned about media; "
     "see with `opticnerve data check` which fields the data have, and docs/data.md which are read"
 )
-Unit = tuple[Sequence[Conversation], int | None]
+Example = tuple[Sequence[Conversation], int | None]
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Entry:
     def __len__(self) -> int:
         return self.once * self.repeat
 
-    def __getitem__(self, number: int) -> Unit:
+    def __getitem__(self, number: int) -> Example:
         number %= self.once
         if self.groups is None:
             return [self.samples[number]], None
@@ -149,7 +149,7 @@ class Entry:
         return 1 if self.groups is None else len(self.groups[number % self.once])
 
 
-class Units(Sequence[Unit]):
+class Examples(Sequence[Example]):
     """The units of all data entries of a stage, one entry after the other."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -160,10 +160,10 @@ class Units(Sequence[Unit]):
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, number: int) -> Unit: ...
+    def __getitem__(self, number: int) -> Example: ...
     @overload
     def __getitem__(self, number: slice) -> Chosen: ...
-    def __getitem__(self, number: int | slice) -> Unit | Chosen:
+    def __getitem__(self, number: int | slice) -> Example | Chosen:
         if isinstance(number, slice):
             return Chosen(self, np.arange(len(self), dtype=np.uint32)[number])
         entry, own = _place(self._ends, number, "unit")
@@ -198,10 +198,10 @@ class Units(Sequence[Unit]):
 
 
 @dataclass
-class Chosen(Sequence[Unit]):
+class Chosen(Sequence[Example]):
     """Some of the units; `without`: of a unit (by its place here) only these members."""
 
-    units: Sequence[Unit]
+    examples: Sequence[Example]
     numbers: NDArray[Any]
     kept: dict[int, list[int]] = field(default_factory=dict)
 
@@ -209,15 +209,15 @@ class Chosen(Sequence[Unit]):
         return len(self.numbers)
 
     @overload
-    def __getitem__(self, number: int) -> Unit: ...
+    def __getitem__(self, number: int) -> Example: ...
     @overload
     def __getitem__(self, number: slice) -> Chosen: ...
-    def __getitem__(self, number: int | slice) -> Unit | Chosen:
+    def __getitem__(self, number: int | slice) -> Example | Chosen:
         if isinstance(number, slice):
             places = range(len(self))[number]
             kept = {new: self.kept[old] for new, old in enumerate(places) if old in self.kept}
-            return Chosen(self.units, self.numbers[number], kept)
-        conversations, count = self.units[int(self.numbers[number])]
+            return Chosen(self.examples, self.numbers[number], kept)
+        conversations, count = self.examples[int(self.numbers[number])]
         members = self.kept.get(number % len(self))
         return (conversations if members is None else [conversations[k] for k in members]), count
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from opticnerve.data.dataset.dataset import Entry, Groups, Samples, Unit, Units
+from opticnerve.data.dataset.dataset import Entry, Example, Examples, Groups, Samples
 from opticnerve.data.dataset.index import held_out, index_of
 from opticnerve.data.dataset.read import DataSource, OnError
 from opticnerve.data.dataset.streaming import Stream, Streams
@@ -104,7 +104,7 @@ def load_streams(stage: Stage, *, seed: int) -> Streams:
     return Streams(made, [spec.repeat for spec in stage.data])
 
 
-def load_units(specs: Sequence[DataSpec], *, on_error: OnError | None = None) -> Units:
+def load_examples(specs: Sequence[DataSpec], *, on_error: OnError | None = None) -> Examples:
     """Units of training: one conversation, or, with `share_prefix`, all questions about one picture and how many of
     them to draw at a time."""
     entries = []
@@ -116,7 +116,7 @@ def load_units(specs: Sequence[DataSpec], *, on_error: OnError | None = None) ->
             raise OpticNerveError(f"{spec.path} holds no usable sample")
         groups = samples.by_picture() if spec.share_prefix else None
         entries.append(Entry(samples, groups, spec.per_image, spec.repeat))
-    return Units(entries)
+    return Examples(entries)
 
 
 def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
@@ -131,9 +131,9 @@ def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]
     return list(groups.values())
 
 
-def draw(unit: Unit, rng: random.Random) -> list[Conversation]:
-    """The conversations of a unit that one visit trains on."""
-    conversations, count = unit
+def draw(example: Example, rng: random.Random) -> list[Conversation]:
+    """The conversations of a unit that one sample trains on."""
+    conversations, count = example
     if count is None or count >= len(conversations):
         return list(conversations)
     return [conversations[k] for k in rng.sample(range(len(conversations)), count)]  # only these are read

@@ -1,7 +1,7 @@
-"""The order of streamed rows in training: shuffled within windows, and a function of seed and visit alone.
+"""The order of streamed rows in training: shuffled within windows, and a function of seed and sample alone.
 
 Epoch `e` goes through the shards in an order drawn from (seed, e), and cuts what they give into windows of `window`
-rows. Window `k` is shuffled by a generator seeded with (seed, e, k). So the row of any visit is known without having
+rows. Window `k` is shuffled by a generator seeded with (seed, e, k). So the row of any sample is known without having
 seen those before it: go to its window, read that, shuffle. Where a window begins among the shards is noted as it is
 met (a mark: shard and row), and the marks go into the checkpoint: a resumed run opens the shard of its window and reads
 on from there. Without marks it reads from the beginning and comes to the same rows.
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from opticnerve.data.dataset.dataset import Unit
+from opticnerve.data.dataset.dataset import Example
 from opticnerve.data.dataset.read import DataSource, open_source, raise_error
 from opticnerve.data.sources.base import DamagedShard, Record
 from opticnerve.data.sources.streaming import Streamed
@@ -31,7 +31,7 @@ MOST_MARKS = 4096
 
 
 class Stream:
-    """The rows of one source, by visit.
+    """The rows of one source, by sample.
 
     Args:
         key: what seeds the order: seed, stage and entry. window: rows that are shuffled together; 1: none are, nor are
@@ -49,28 +49,28 @@ class Stream:
         self._windows: dict[tuple[int, int], list[Row]] = {}
         self._reader: _Reader | None = None
 
-    def unit(self, visit: int) -> Unit:
-        """The conversations of a visit's row, of which one is drawn.
+    def example(self, index: int) -> Example:
+        """The conversations of a sample's row, of which one is drawn.
 
         Raises:
             DataError: the row cannot be used.
             OpticNerveError: the stream broke off, or holds no row.
         """
-        row = self.row(visit)
+        row = self.row(index)
         if isinstance(row, DataError):
             raise DataError(row.problem, where=row.where, remedy=row.remedy, kind=row.kind)
         return self.source.of(row), 1
 
-    def row(self, visit: int) -> Row:
-        if self.length is None and self.limit is not None and visit >= self.limit:
+    def row(self, index: int) -> Row:
+        if self.length is None and self.limit is not None and index >= self.limit:
             self._window(0, (self.limit - 1) // self.window)  # its end, or the stream's before it
         while True:
-            epoch, place = (0, visit) if self.length is None else divmod(visit, self.length)
+            epoch, place = (0, index) if self.length is None else divmod(index, self.length)
             number, within = divmod(place, self.window)
             window = self._window(epoch, number)
             if within < len(window):
                 return window[within]
-            # Epoch 0 ended before this visit: its length is known now, and the visit belongs to a later one.
+            # Epoch 0 ended before this sample: its length is known now, and the sample belongs to a later one.
 
     def close(self) -> None:
         """Let go of the open shard and of the rows in memory; both come back when they are asked for."""
@@ -214,10 +214,10 @@ class Streams:
             return self.streams[0].limit
         raise OpticNerveError("a stream does not say how long it is; give the stage steps")
 
-    def unit(self, visit: int) -> Unit:
-        turn, at = divmod(visit, len(self._round))
+    def example(self, index: int) -> Example:
+        turn, at = divmod(index, len(self._round))
         stream, own = self._round[at]
-        return self.streams[stream].unit(turn * self._turns[stream] + own)
+        return self.streams[stream].example(turn * self._turns[stream] + own)
 
     def close(self) -> None:
         for stream in self.streams:
@@ -240,6 +240,6 @@ class Streams:
     def tells(self) -> list[str]:
         """What shows that the data are others: shards with their sizes or revisions, and how they are cut."""
         return [
-            f"{s.window} {s.limit} {turn} " + "|".join(s.records.shelf.tells)
+            f"{s.window} {s.limit} {turn} " + "|".join(s.records.shards.tells)
             for s, turn in zip(self.streams, self._turns, strict=True)
         ]

@@ -39,38 +39,38 @@ class Sent:
 
 
 class FromStep(Dataset[Sent]):
-    """The items of `visits` from number `first` on.
+    """The items of `samples` from number `first` on.
 
     Errors for users go as values: torch would rebuild them from a text of its own, the sample's name lost in a
     traceback.
     """
 
-    def __init__(self, visits: Any, first: int) -> None:
-        self.visits, self.first = visits, first
+    def __init__(self, sampler: Any, first: int) -> None:
+        self.sampler, self.first = sampler, first
 
     def __len__(self) -> int:
-        return max(0, len(self.visits) - self.first)
+        return max(0, len(self.sampler) - self.first)
 
     def __getitem__(self, index: int) -> Sent:
-        take = getattr(self.visits, "take_left_out", list)
-        marks = getattr(self.visits, "take_marks", lambda: None)
+        take = getattr(self.sampler, "take_left_out", list)
+        marks = getattr(self.sampler, "take_marks", lambda: None)
         try:
-            return Sent(self.visits[self.first + index], left_out=take(), marks=marks())
+            return Sent(self.sampler[self.first + index], left_out=take(), marks=marks())
         except OpticNerveError as e:
             return Sent(error=e, left_out=take(), marks=marks())
 
 
-def loader(visits: Any, first: int, workers: int, device: Any) -> DataLoader[Sent]:
+def loader(sampler: Any, first: int, workers: int, device: Any) -> DataLoader[Sent]:
     """Micro-batch `first` and all that follow it, in order; go through it with `Waiting`.
 
     Args:
-        visits: a sequence of batches, such as `train.visits.Visits`.
+        visits: a sequence of batches, such as `train.samples.Visits`.
         workers: processes beside this one; 0 makes each batch here, when it is asked for.
         device: where the batches will go. For CUDA they are put in page-locked memory, from which copies run beside
             the computation.
     """
     return DataLoader(
-        FromStep(visits, first), batch_size=None, num_workers=workers, worker_init_fn=_send_bytes,
+        FromStep(sampler, first), batch_size=None, num_workers=workers, worker_init_fn=_send_bytes,
         prefetch_factor=AHEAD if workers else None, pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # or the loader would draw its seed from the training's random numbers
     )  # fmt: skip
@@ -100,10 +100,10 @@ class Waiting(Iterator[Any]):
         self.seconds += time.perf_counter() - asked
         if starting:
             self.first_seconds = self.seconds
-        if sent.left_out:  # the visits of this process, not a worker's copy, keep count
-            self._loader.dataset.visits.leave_out(sent.left_out)  # type: ignore[attr-defined]
+        if sent.left_out:  # the samples of this process, not a worker's copy, keep count
+            self._loader.dataset.sampler.leave_out(sent.left_out)  # type: ignore[attr-defined]
         if sent.marks is not None:
-            self._loader.dataset.visits.put_marks(sent.marks)  # type: ignore[attr-defined]
+            self._loader.dataset.sampler.put_marks(sent.marks)  # type: ignore[attr-defined]
         if sent.error is not None:
             raise sent.error
         return _each(sent.batch, lambda t: t, lambda b: b.normalised(self._device))
@@ -113,9 +113,9 @@ def _send_bytes(worker: int) -> None:
     """A collator that can leave pixels as bytes has an attribute `compact`."""
     info = get_worker_info()
     assert info is not None
-    visits = info.dataset.visits  # type: ignore[attr-defined]
-    if hasattr(getattr(visits, "collate", None), "compact"):
-        visits.collate.compact = True
+    sampler = info.dataset.sampler  # type: ignore[attr-defined]
+    if hasattr(getattr(sampler, "collate", None), "compact"):
+        sampler.collate.compact = True
 
 
 def _each(value: Any, tensor: Callable[[Tensor], Tensor], pixels: Callable[[Bytes], Any]) -> Any:

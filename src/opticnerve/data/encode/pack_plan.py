@@ -1,6 +1,6 @@
 """Which samples share a row, planned ahead from their lengths alone.
 
-Rows have a fixed budget of tokens. Within a window of so many visits the longest are placed first, each in the first
+Rows have a fixed budget of tokens. Within a window of so many samples the longest are placed first, each in the first
 row that has room for it (first-fit decreasing: Johnson 1973, Near-Optimal Bin Packing Algorithms; for language models
 Krell et al. 2021, Efficient Sequence Packing without Cross-contamination). A plan is a function of lengths and a key,
 so that a resumed run, and every process of it, has the same one.
@@ -49,11 +49,11 @@ def next_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 class PackPlan:
-    """Rows of visits, planned window by window; four bytes a visit and eight a row.
+    """Rows of samples, planned window by window; four bytes a sample and eight a row.
 
     Args:
-        length: tokens of a visit, or None for one that is left out.
-        tokens, window: the budget of a row, and how many visits are arranged at a time.
+        length: tokens of a sample, or None for one that is left out.
+        tokens, window: the budget of a row, and how many samples are arranged at a time.
         key: what the order of the rows within a window depends on (beside the lengths).
     """
 
@@ -61,7 +61,7 @@ class PackPlan:
         self.tokens, self.window, self.key = tokens, window, key
         self.planned = 0
         self._length = length
-        self._visits, self._starts, self.lengths = array("I"), array("I", [0]), array("I")
+        self._indices, self._starts, self.lengths = array("I"), array("I", [0]), array("I")
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_length": None}  # a plan that travels is made
@@ -70,11 +70,11 @@ class PackPlan:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> array[int]:
-        """The visits of a row."""
-        return self._visits[self._starts[row] : self._starts[row + 1]]
+        """The samples of a row."""
+        return self._indices[self._starts[row] : self._starts[row + 1]]
 
     def extend(self, stop: int | None = None) -> None:
-        """Plan one more window of visits, which ends before visit `stop`."""
+        """Plan one more window of samples, which ends before sample `stop`."""
         first = self.planned
         self.planned = first + self.window if stop is None else min(first + self.window, stop)
         found = [(v, n) for v in range(first, self.planned) if (n := self._length(v)) is not None]
@@ -83,8 +83,8 @@ class PackPlan:
         # The fullest come first, and the longest samples with them: no step shall know.
         random.Random(f"{self.key}/{first}").shuffle(rows)
         for row in rows:
-            self._visits.extend(found[i][0] for i in row)
-            self._starts.append(len(self._visits))
+            self._indices.extend(found[i][0] for i in row)
+            self._starts.append(len(self._indices))
             self.lengths.append(sum(lengths[i] for i in row))
 
 

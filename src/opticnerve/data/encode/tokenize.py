@@ -109,13 +109,15 @@ def media_blocks(conversation: Conversation, processor: Any) -> dict[str, list[i
     blocks: dict[str, list[int]] = {}
     if images := conversation.images:
         if processor.image_token is None:
-            raise DataError("a sample with a picture, but the model has no eye", where=where, kind="modality")
+            raise DataError(
+                "a sample with a picture, but the model has no vision encoder", where=where, kind="modality"
+            )
         sized = processor.counts_by_size
         sizes = [image_size(i.source, where=where) if sized else (0, 0) for i in images]
         blocks[processor.image_token] = [processor.image_placeholders(*s) for s in sizes]
     if audios := conversation.audios:
         if processor.audio_token is None:
-            raise DataError("a sample with sound, but the model has no ear", where=where, kind="modality")
+            raise DataError("a sample with sound, but the model has no audio encoder", where=where, kind="modality")
         rate = processor.feature_extractor.sampling_rate
         blocks[processor.audio_token] = [
             processor.audio_placeholders(len(open_audio(a.source, where=where, rate=rate))) for a in audios

@@ -38,7 +38,7 @@ _BEGINNINGS = (
     "ZkxhQ",
 )
 
-Unit = list[Part]
+Example = list[Part]
 """What stands in one place: a picture, the frames of a video, a sound."""
 
 
@@ -75,7 +75,7 @@ class Context:
         """One of the prompts, always the same for the same id."""
         return self.prompts[crc32(id.encode(errors="replace")) % len(self.prompts)] if self.prompts else None
 
-    def media_of(self, fields: Fields, where: str) -> dict[Kind, list[Unit]]:
+    def media_of(self, fields: Fields, where: str) -> dict[Kind, list[Example]]:
         """What a record is about, by kind: its fields that name media by their own name.
 
         Raises:
@@ -85,18 +85,18 @@ class Context:
         for key, value in fields.raw():
             if kind_by_name(key) and (kind := kind_of(key, value)):
                 keys[kind].append(key)
-        found: dict[Kind, list[Unit]] = {}
+        found: dict[Kind, list[Example]] = {}
         for kind, names in keys.items():
             value = _joined(fields, names, where) if names else None
             if isinstance(value, dict) and all(any(not isinstance(p, str) for p in split(k)) for k in value):
                 value = [value[k] for k in list(value)]  # MiniCPM-V's {"<image_00>": "1.jpg", …}
             if kind == "video" and isinstance(value, list) and len(value) > 1 and all(map(_is_still, value)):
                 value = [value]  # the frames of one
-            units = value if isinstance(value, list) else [] if value is None else [value]
-            found[kind] = [self.unit(kind, v, where) for v in units]
+            examples = value if isinstance(value, list) else [] if value is None else [value]
+            found[kind] = [self.example(kind, v, where) for v in examples]
         return found
 
-    def unit(self, kind: Kind, value: Any, where: str) -> Unit:
+    def example(self, kind: Kind, value: Any, where: str) -> Example:
         """One picture, one video's frames (not yet decoded) or one sound: a path, a `data:` URL, bytes, datasets'
         `{"bytes": …, "path": …}`; of a video also a folder of pictures or a list of them.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from opticnerve.data.formats.fields import Fields, brief, empty, find, missing, objects, text
-from opticnerve.data.formats.media import Context, Unit
+from opticnerve.data.formats.media import Context, Example
 from opticnerve.data.formats.names import KINDS, Kind, Tag, kind_by_name, split
 from opticnerve.types import Conversation, DataError, Message, Part, Role, TextPart
 
@@ -87,15 +87,15 @@ def conversation(
         shown_as: dict[Kind, Kind] = {"image": "video"}
     else:
         shown_as = {}
-    queues: dict[Kind, list[Unit]] = {}
-    first: Unit = []
+    queues: dict[Kind, list[Example]] = {}
+    first: Example = []
     for kind in KINDS:
-        own, units = [t for t in tags if t.kind == kind], media.get(kind, [])
-        if units and not own:
-            first += [part for unit in units for part in unit]
+        own, examples = [t for t in tags if t.kind == kind], media.get(kind, [])
+        if examples and not own:
+            first += [part for example in examples for part in example]
             queues[kind] = []
         else:
-            queues[kind] = _in_order(units, own, kind, where)
+            queues[kind] = _in_order(examples, own, kind, where)
     messages = []
     for turn in turns:
         parts: list[Part] = []
@@ -105,35 +105,35 @@ def conversation(
             if not isinstance(piece, Tag):
                 parts.append(piece)
             elif piece.path is not None:
-                parts += context.unit(piece.kind, piece.path, where)
+                parts += context.example(piece.kind, piece.path, where)
             else:
                 parts += queues[shown_as.get(piece.kind, piece.kind)].pop(0)
         messages.append(Message(turn.role, tuple(parts), turn.learn))
     return Conversation(tuple(messages), id, where, meta or {})
 
 
-def _in_order(units: list[Unit], tags: list[Tag], kind: str, where: str) -> list[Unit]:
+def _in_order(examples: list[Example], tags: list[Tag], kind: str, where: str) -> list[Example]:
     """The media in the order of their places; numbered places name theirs."""
-    if len(units) != len(tags):
+    if len(examples) != len(tags):
         shown = f" ({tags[0].text[:60]})" if tags else ""
         raise DataError(
-            f"{len(units)} {kind}(s) in the record, but {len(tags)} place(s) for one in its turns{shown}",
+            f"{len(examples)} {kind}(s) in the record, but {len(tags)} place(s) for one in its turns{shown}",
             where=where,
             remedy=f"name as many under {kind}s as there are places, or take the places out of the words",
-            kind="placeholder-without-image" if len(tags) > len(units) else "image-without-placeholder",
+            kind="placeholder-without-image" if len(tags) > len(examples) else "image-without-placeholder",
         )
     numbers = [t.number for t in tags]
     if not any(n is not None for n in numbers):
-        return list(units)
+        return list(examples)
     base = min((n for n in numbers if n is not None), default=0)
-    if base > 1 or sorted(n if n is not None else -1 for n in numbers) != list(range(base, base + len(units))):
+    if base > 1 or sorted(n if n is not None else -1 for n in numbers) != list(range(base, base + len(examples))):
         raise DataError(
-            f"the {kind}s are {len(units)}, their places {', '.join(t.text[:40] for t in tags[:8])}",
+            f"the {kind}s are {len(examples)}, their places {', '.join(t.text[:40] for t in tags[:8])}",
             where=where,
             remedy="number each once, from 1 on, or leave the numbers out",
             kind="placeholder-without-image",
         )
-    return [units[cast(int, n) - base] for n in numbers]
+    return [examples[cast(int, n) - base] for n in numbers]
 
 
 # -- one message ------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def _part(part: Fields, context: Context, where: str) -> list[Part | Tag]:
         return [Tag(kind, f"a part of type {given}")]
     if kind == "image" and isinstance(source, list):
         raise DataError("an image part names one picture, not a list", where=where, kind="wrong-type")
-    return list(context.unit(kind, _located(source, kind), where))
+    return list(context.example(kind, _located(source, kind), where))
 
 
 def _located(source: Any, kind: Kind) -> Any:

@@ -24,7 +24,7 @@ from opticnerve.types import DataError, OpticNerveError, to_install
 Source = Path | str | bytes | NDArray[np.float32]
 Samples = NDArray[np.float32]
 
-RATE = 16_000  # what Whisper and most other ears were trained on
+RATE = 16_000  # what Whisper and most other audio encoders were trained on
 MAX_SECONDS = 600.0
 # Samples a second of files: from telephones' half to studios' most. Beyond them a header is damaged, or lies.
 MIN_RATE, MAX_RATE = 1_000, 192_000

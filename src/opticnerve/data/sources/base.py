@@ -153,7 +153,7 @@ class Streaming:
         return (self.subset, self.split, self.revision) != (None, "train", None)
 
 
-class Shelf(Protocol):
+class ShardSource(Protocol):
     """Some shards, by number. `names`: what each is called; `tells`: what shows that it has changed."""
 
     names: list[str]

@@ -30,7 +30,7 @@ TRIES, PAUSE = 3, 5.0
 _NETWORK = {*hub.NETWORK, "huggingface_hub"}
 
 
-class HubShelf:
+class HubShards:
     """The shards of one split of a data set on the hub, or of a folder laid out as one."""
 
     def __init__(self, path: str, given: Streaming) -> None:

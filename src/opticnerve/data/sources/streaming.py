@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.sources.arrow import saved_by_datasets
-from opticnerve.data.sources.base import CSV_SUFFIXES, JSONL_SUFFIXES, DamagedShard, Place, Record, Shelf, Streaming
-from opticnerve.data.sources.hub import HubShelf, read_rows
+from opticnerve.data.sources.base import (
+    CSV_SUFFIXES,
+    JSONL_SUFFIXES,
+    DamagedShard,
+    Place,
+    Record,
+    ShardSource,
+    Streaming,
+)
+from opticnerve.data.sources.hub import HubShards, read_rows
 from opticnerve.data.sources.open import open_records
 from opticnerve.data.sources.parquet import batches
 from opticnerve.data.sources.webdataset import is_shards, matching
@@ -29,11 +37,11 @@ class Streamed:
 
     def __init__(self, path: str | Path, given: Streaming) -> None:
         self.path, self.files = Path(path), list[Path]()
-        self.shelf = _shelf(str(path), given)
+        self.shards = _shard_source(str(path), given)
 
     def __len__(self) -> int:
         """Shards."""
-        return len(self.shelf.names)
+        return len(self.shards.names)
 
     def __iter__(self) -> Iterator[Record | DataError]:
         for shard in range(len(self)):
@@ -41,8 +49,8 @@ class Streamed:
 
     def rows(self, shard: int, start: int = 0) -> Iterator[Record | DataError]:
         """As `Shelf.rows`; a record without an id is called by its shard and row, for many shards have a row 12."""
-        stem = self.shelf.names[shard].rpartition("/")[2].partition(".")[0]
-        for item in self.shelf.rows(shard, start):
+        stem = self.shards.names[shard].rpartition("/")[2].partition(".")[0]
+        for item in self.shards.rows(shard, start):
             if isinstance(item, Record) and item.fields.get("id") in (None, ""):
                 item.fields["id"] = f"{stem}-{item.index}"
             yield item
@@ -51,7 +59,7 @@ class Streamed:
         raise DataError("a stream has no index to read single rows by", where=str(self.path), kind="format")
 
 
-class LocalShelf:
+class LocalShards:
     """Files on this machine."""
 
     def __init__(self, files: list[Path]) -> None:
@@ -86,7 +94,7 @@ def is_hub_name(path: str) -> bool:
     return bool(_HUB_NAME.fullmatch(path)) and not path.lower().endswith((*_SUFFIXES, ".tar", ".tgz", ".gz"))
 
 
-def _shelf(path: str, given: Streaming) -> Shelf:
+def _shard_source(path: str, given: Streaming) -> ShardSource:
     place = Path(path)
     if place.is_dir():
         if saved_by_datasets(place):
@@ -96,9 +104,9 @@ def _shelf(path: str, given: Streaming) -> Shelf:
                 remedy="leave streaming out",
                 kind="format",
             )
-        return HubShelf(path, given)
+        return HubShards(path, given)
     if not place.exists() and is_hub_name(path):
-        return HubShelf(path, given)
+        return HubShards(path, given)
     if given.chooses():
         raise DataError(
             "subset, hub_split and revision choose within a data set of the hub, and this is a file",
@@ -122,4 +130,4 @@ def _shelf(path: str, given: Streaming) -> Shelf:
             remedy=f"stream {', '.join(_SUFFIXES)} or .tar",
             kind="format",
         )
-    return LocalShelf(files)
+    return LocalShards(files)

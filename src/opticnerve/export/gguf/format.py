@@ -1,4 +1,4 @@
-"""`gguf`: two files for llama.cpp, the language model and the eye (`mmproj`).
+"""`gguf`: two files for llama.cpp, the language model and the vision encoder (`mmproj`).
 
 llama-server -m model-f16.gguf --mmproj mmproj-f16.gguf
 """
@@ -67,11 +67,11 @@ class Gguf(Format):
         fix_picture_size(model.image.encoder)
 
     def files(self, folder: Path) -> tuple[Path, Path]:
-        """The language model's file and the eye's."""
+        """The language model's file and the vision encoder's."""
         return folder / f"model-{self.dtype}.gguf", folder / f"mmproj-{self.dtype}.gguf"
 
     def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
-        language, eye = self.files(folder)
+        language, vision_encoder = self.files(folder)
         config = model.language_model.config
         writer = GGUFWriter(language, MODEL_ARCH_NAMES[gguf_language.ARCHITECTURES[config.model_type]])
         writer.add_type("model")
@@ -84,7 +84,7 @@ class Gguf(Format):
             begins=gguf_tokens.beginning(processor),
         )  # fmt: skip
         _finish(writer)
-        writer = GGUFWriter(eye, "clip")
+        writer = GGUFWriter(vision_encoder, "clip")
         writer.add_type("mmproj")
         gguf_vision.write(writer, model.image, self.dtype)
         _finish(writer)
@@ -102,13 +102,13 @@ class Gguf(Format):
         self, folder: Path, model: Any, processor: Any, samples: Sequence[Sample], wanted: Sequence[Reference],
         scratch: Path,
     ) -> Proof:  # fmt: skip
-        language, eye = self.files(folder)
+        language, vision_encoder = self.files(folder)
         banned = gguf_tokens.half_letters(processor.tokenizer, model.language_model.config.vocab_size)
         begins = gguf_tokens.beginning(processor)
         texts = [r.text for r, s in zip(wanted, samples, strict=True) if not s.pictures]
         first = gguf_tokens.first_space(processor.tokenizer)
         job = {
-            "model": str(language), "mmproj": str(eye), "samples": as_job(samples), "greedy": parity.GREEDY,
+            "model": str(language), "mmproj": str(vision_encoder), "samples": as_job(samples), "greedy": parity.GREEDY,
             "texts": [*(begins + _unbegun(processor.tokenizer, t) for t in texts), *(first + t for t in PROBES)],
             "threads": torch.get_num_threads(), "banned": banned,
         }  # fmt: skip

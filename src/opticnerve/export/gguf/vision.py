@@ -1,4 +1,5 @@
-"""The eye's file for llama.cpp (`mmproj`): a SigLIP with LLaVA's projector, as its `clip_graph_llava` reads it.
+"""The vision encoder's file for llama.cpp (`mmproj`): a SigLIP with LLaVA's projector, as its `clip_graph_llava` reads
+it.
 
 The projector there is always matrix, bias, GELU, matrix, bias. A single matrix W goes in as x = GELU(x) - GELU(-x):
 first [W; -W], then [I, -I].
@@ -12,11 +13,11 @@ import numpy as np
 from gguf import GGUFWriter
 from torch import Tensor
 
-from opticnerve.export.clip_like import connector_matrices, eye_refusals
+from opticnerve.export.clip_like import connector_matrices, encoder_refusals
 from opticnerve.export.gguf.language import add
 
 _GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")
-_EYE = {
+_VISION = {
     "embeddings.class_embedding": "v.class_embd", "embeddings.patch_embedding": "v.patch_embd",
     "embeddings.position_embedding": "v.position_embd", "pre_layrnorm": "v.pre_ln", "post_layernorm": "v.post_ln",
 }  # fmt: skip
@@ -28,22 +29,23 @@ _BLOCK = {
 
 
 def refusals(model: Any) -> list[str]:
-    """Why eye and connector cannot be written; empty if they can."""
-    if reasons := eye_refusals(model, "llama.cpp's LLaVA"):
+    """Why vision encoder and connector cannot be written; empty if they can."""
+    if reasons := encoder_refusals(model, "llama.cpp's LLaVA"):
         return reasons
     tower = model.image
     encoder, connector = tower.encoder, model.config.towers["image"]["connector"]
     if encoder.prefix_tokens:
         # Seen in xllamacpp 2026.10: `ggml_concat(inp, class_embedding)`, while positions and rows count it first.
         reasons.append(
-            f"its eye is a {encoder.model.config.model_type}, and llama.cpp puts CLIP's class token behind the patches "
+            f"its vision encoder is a {encoder.model.config.model_type}, and llama.cpp puts CLIP's class token "
+            f"behind the patches "
             "but reads positions and rows as if it stood before them, so that every patch gets its neighbour's "
             "position and the first is lost; nearest: a SigLIP"
         )
     if isinstance(encoder.layer, list) and _layers(encoder) != sorted(set(_layers(encoder))):
         reasons.append(f"it joins layers {encoder.layer}; llama.cpp joins them in rising order only")
     if (act := encoder.model.config.hidden_act) not in (*_GELU, "quick_gelu", "silu"):
-        reasons.append(f"its eye's activation is {act}; llama.cpp's is gelu, quick_gelu or silu")
+        reasons.append(f"its vision encoder's activation is {act}; llama.cpp's is gelu, quick_gelu or silu")
     match connector["type"]:
         case "linear":
             pass
@@ -66,7 +68,7 @@ def refusals(model: Any) -> list[str]:
 
 
 def write(writer: GGUFWriter, tower: Any, dtype: str) -> None:
-    """Sizes and tensors of eye and projector."""
+    """Sizes and tensors of vision encoder and projector."""
     encoder, config = tower.encoder, tower.encoder.model.config
     layers = _layers(encoder)
     writer.add_clip_has_vision_encoder(True)
@@ -107,16 +109,16 @@ def _layers(encoder: Any) -> list[int]:
 
 
 def _name(ours: str, *, depth: int, normed: bool) -> str | None:
-    """llama.cpp's name of one of the eye's tensors; None for what no picture goes through."""
+    """llama.cpp's name of one of the vision encoder's tensors; None for what no picture goes through."""
     if ours == "embeddings.class_embedding":
-        return _EYE[ours]
+        return _VISION[ours]
     path, _, leaf = ours.rpartition(".")
     if path.startswith("encoder.layers."):
         number, _, inner = path.removeprefix("encoder.layers.").partition(".")
         return f"v.blk.{number}.{_BLOCK[inner]}.{leaf}" if int(number) < depth else None
     if path == "post_layernorm" and not normed:
         return None
-    return f"{_EYE[path]}.{leaf}" if path in _EYE else None
+    return f"{_VISION[path]}.{leaf}" if path in _VISION else None
 
 
 def _projector(first: Any, last: Any) -> dict[str, tuple[Any, Any]]:

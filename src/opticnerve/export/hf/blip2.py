@@ -1,10 +1,10 @@
 """`hf-blip2`: stock transformers' `Blip2ForConditionalGeneration`, for docks with a Q-Former.
 
 It holds a whole causal language model of any family, so nothing of that is refused. Queries, Q-Former and projection
-have the same names here and there (the way back is `models/import_hf/blip2.py`); the eye's are in `hf_blip2_eye.py`.
-BLIP-2's own processor puts every picture before all words, the begin token included, and knows no chat template.
-`LlavaProcessor` writes the placeholders where the template has them; to it a picture is one patch and so many
-additional tokens. `AutoProcessor` finds it by its name in processor_config.json.
+have the same names here and there (the way back is `models/import_hf/blip2.py`); the vision encoder's are in
+`hf_blip2_eye.py`. BLIP-2's own processor puts every picture before all words, the begin token included, and knows no
+chat template. `LlavaProcessor` writes the placeholders where the template has them; to it a picture is one patch and so
+many additional tokens. `AutoProcessor` finds it by its name in processor_config.json.
 Source: Li et al. 2023, BLIP-2.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 import transformers as tf
 from torch import Tensor
 
-from opticnerve.export.clip_like import eye_refusals
+from opticnerve.export.clip_like import encoder_refusals
 from opticnerve.export.formats import Format, Proof
 from opticnerve.export.hf import common as hf_common
-from opticnerve.export.hf.blip2_vision import EYES, eye_config, eye_state, final_norm, fold_scales
+from opticnerve.export.hf.blip2_vision import VISION_ENCODERS, final_norm, fold_scales, vision_config, vision_state
 from opticnerve.export.parity import Reference
 from opticnerve.export.samples import Sample
 from opticnerve.export.simplify import fix_picture_size, fold_into_norm
@@ -35,9 +35,9 @@ class HFBlip2(Format):
     """A vision transformer with its class token × qformer × splice, on any causal language model."""
 
     def refuse(self, model: Any, processor: Any) -> list[str]:
-        if reasons := eye_refusals(model, "BLIP-2's class", EYES):
+        if reasons := encoder_refusals(model, "BLIP-2's class", VISION_ENCODERS):
             return [*reasons, *hf_common.gate_refusals(model)]
-        return [*_connector_refusals(model), *_eye_refusals(model.image.encoder), *hf_common.gate_refusals(model)]
+        return [*_connector_refusals(model), *_encoder_refusals(model.image.encoder), *hf_common.gate_refusals(model)]
 
     def simplify(self, model: Any, processor: Any) -> None:
         merge_adapter(model)
@@ -75,18 +75,20 @@ def _connector_refusals(model: Any) -> list[str]:
     return []
 
 
-def _eye_refusals(encoder: Any) -> list[str]:
+def _encoder_refusals(encoder: Any) -> list[str]:
     reasons = []
     if encoder.layer != "last":
         reasons.append(
-            f"its eye is read at layer {encoder.layer}, BLIP-2's behind its final norm; nearest: layer: last"
+            f"its vision encoder is read at layer {encoder.layer}, BLIP-2's behind its final norm; nearest: layer: last"
         )
     if encoder.class_token != "keep":
         reasons.append(
             "its connector does not see the class token, BLIP-2's Q-Former does; nearest: encoder {class_token: keep}"
         )
     if getattr(encoder.model.config, "use_swiglu_ffn", False):
-        reasons.append("its eye has gated feed-forward layers (SwiGLU), BLIP-2's plain ones; nearest: a smaller DINOv2")
+        reasons.append(
+            "its vision encoder has gated feed-forward layers (SwiGLU), BLIP-2's plain ones; nearest: a smaller DINOv2"
+        )
     return reasons
 
 
@@ -99,7 +101,7 @@ def _config(model: Any, processor: Any) -> Any:
     former = copy.deepcopy(connector.qformer.config)
     former.use_qformer_text_input = False
     config: Any = tf.Blip2Config(
-        vision_config=eye_config(model.image.encoder.model), qformer_config=former, text_config=text,
+        vision_config=vision_config(model.image.encoder.model), qformer_config=former, text_config=text,
         num_query_tokens=connector.num_tokens, image_token_index=model.config.image_token_id,
     )  # fmt: skip
     parts = ("text_config", "vision_config", "qformer_config")
@@ -108,7 +110,7 @@ def _config(model: Any, processor: Any) -> Any:
 
 def _state(model: Any, rows: int) -> dict[str, Tensor]:
     state = {f"language_model.{n}": t for n, t in hf_common.language_state(model.language_model, rows).items()}
-    state |= {f"vision_model.{n}": t for n, t in eye_state(model.image.encoder.model).items()}
+    state |= {f"vision_model.{n}": t for n, t in vision_state(model.image.encoder.model).items()}
     for name, tensor in model.image.connector.named_parameters():
         if name.partition(".")[0] in ("query_tokens", "qformer", "language_projection") and not _for_words(name):
             state[name] = tensor

@@ -1,4 +1,5 @@
-"""An eye as transformers' `Blip2VisionModel`: a ViT with a class token, norms first, a norm behind the last block.
+"""A vision encoder as transformers' `Blip2VisionModel`: a ViT with a class token, norms first, a norm behind the last
+block.
 
 ViT (Dosovitskiy et al. 2021) is the same computation under other names. So is DINOv2 (Oquab et al. 2023) once each
 block's two scales are multiplied into the matrices before them.
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _OWN = ("instructblip_vision_model", "blip_2_vision_model")
-EYES = ("vit", "dinov2", *_OWN)
+VISION_ENCODERS = ("vit", "dinov2", *_OWN)
 
 _EMBEDDINGS = {
     "embeddings.cls_token": "embeddings.class_embedding",
@@ -45,7 +46,7 @@ def fold_scales(model: Any) -> None:
             scale_D.fill_(1)
 
 
-def eye_config(model: Any) -> dict[str, Any]:
+def vision_config(model: Any) -> dict[str, Any]:
     """Options of a `Blip2VisionConfig`."""
     config = model.config
     options = {
@@ -59,7 +60,7 @@ def eye_config(model: Any) -> dict[str, Any]:
     return {**options, "intermediate_size": width, "qkv_bias": True}
 
 
-def eye_state(model: Any) -> dict[str, Tensor]:
+def vision_state(model: Any) -> dict[str, Tensor]:
     """The tensors under BLIP-2's names; a pooler and a mask token, which no picture goes through, are left out."""
     state = model.state_dict()
     if model.config.model_type in _OWN:

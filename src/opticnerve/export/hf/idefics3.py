@@ -21,7 +21,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from opticnerve.export.clip_like import connector_matrices, eye_refusals
+from opticnerve.export.clip_like import connector_matrices, encoder_refusals
 from opticnerve.export.formats import Format, Proof
 from opticnerve.export.hf import common as hf_common
 from opticnerve.export.parity import Reference
@@ -31,7 +31,7 @@ from opticnerve.models.vlm.merge import merge_adapter
 
 MODEL = "Idefics3ForConditionalGeneration"
 OWN = ("idefics3_vision", "smolvlm_vision")
-EYES = (*OWN, "siglip_vision_model")
+VISION_ENCODERS = (*OWN, "siglip_vision_model")
 
 
 class HFIdefics3(Format):
@@ -39,7 +39,7 @@ class HFIdefics3(Format):
 
     def refuse(self, model: Any, processor: Any) -> list[str]:
         language = hf_common.decoder_refusals(model, "Idefics3's class")
-        if reasons := eye_refusals(model, "Idefics3's class", EYES):
+        if reasons := encoder_refusals(model, "Idefics3's class", VISION_ENCODERS):
             return [*reasons, *language]
         return [*shuffle_refusals(model, "Idefics3"), *_picture_refusals(model.image.encoder), *language]
 
@@ -64,7 +64,8 @@ class HFIdefics3(Format):
 
 
 def shuffle_refusals(model: Any, engine: str) -> list[str]:
-    """Why eye and connector are no SigLIP behind its final norm with a shuffle and one matrix; empty if they are."""
+    """Why vision encoder and connector are no SigLIP behind its final norm with a shuffle and one matrix; empty if they
+    are."""
     reasons, options = [], model.config.towers["image"]["connector"]
     if options["type"] != "pixel_shuffle":
         reasons.append(
@@ -77,12 +78,14 @@ def shuffle_refusals(model: Any, engine: str) -> list[str]:
             "{type: pixel_shuffle, depth: 1}"
         )
     if (layer := model.image.encoder.layer) != "last":
-        reasons.append(f"its eye is read at layer {layer}, {engine}'s behind its final norm; nearest: layer: last")
+        reasons.append(
+            f"its vision encoder is read at layer {layer}, {engine}'s behind its final norm; nearest: layer: last"
+        )
     return reasons
 
 
 def fold_shuffle(tower: Any) -> None:
-    """Calibration into the eye's final norm and the one matrix; positions for pictures of another size."""
+    """Calibration into the vision encoder's final norm and the one matrix; positions for pictures of another size."""
     matrix, _ = connector_matrices(tower.connector)
     fold_into_norm(tower.connector, tower.encoder.model.post_layernorm, matrix)
     if tower.encoder.model.config.model_type not in OWN:
@@ -137,8 +140,8 @@ def _state(model: Any, rows: int) -> dict[str, Tensor]:
         n if n.startswith("lm_head.") else f"model.text_model.{n.removeprefix('model.')}": t
         for n, t in hf_common.language_state(model.language_model, rows).items()
     }
-    eye = model.image.encoder.model.state_dict().items()
-    state |= {f"model.vision_model.{n}": t for n, t in eye if not n.startswith("head.")}
+    vision_encoder = model.image.encoder.model.state_dict().items()
+    state |= {f"model.vision_model.{n}": t for n, t in vision_encoder if not n.startswith("head.")}
     matrix, _ = connector_matrices(model.image.connector)
     state["model.connector.modality_projection.proj.weight"] = matrix.weight
     return hf_common.plain(state, model.language_model.dtype)

@@ -16,7 +16,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from opticnerve.export.clip_like import connector_matrices, eye_refusals
+from opticnerve.export.clip_like import connector_matrices, encoder_refusals
 from opticnerve.export.formats import Format, Proof
 from opticnerve.export.hf import common as hf_common
 from opticnerve.export.parity import Reference
@@ -32,7 +32,7 @@ class HFLlava(Format):
 
     def refuse(self, model: Any, processor: Any) -> list[str]:
         language = hf_common.decoder_refusals(model, "LLaVA's class")
-        return [*eye_refusals(model, "LLaVA's class"), *_connector_refusals(model), *language]
+        return [*encoder_refusals(model, "LLaVA's class"), *_connector_refusals(model), *language]
 
     def simplify(self, model: Any, processor: Any) -> None:
         merge_adapter(model)
@@ -53,7 +53,7 @@ class HFLlava(Format):
             )
         if getattr(config.vision_config, "tie_last_hidden_states", False):
             notes.append(
-                "the eye's last layer is read behind its final norm: config.json says so to transformers 5; "
+                "the vision encoder's last layer is read behind its final norm: config.json says so to transformers 5; "
                 "vLLM 0.32 does not read it: take layer: -2 for vLLM"
             )
         return notes

@@ -1,4 +1,4 @@
-"""classifier(): an eye and a text encoder make a `FusionClassifier` with its processor."""
+"""classifier(): a vision encoder and a text encoder make a `FusionClassifier` with its processor."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def classifier(
     seed: int | None = 0,
     **options: Any,
 ) -> ClassifierDock:
-    """Put an eye and a text encoder under a fresh head.
+    """Put a vision encoder and a text encoder under a fresh head.
 
     Args:
         image: as for `dock`'s `vision`; None for early fusion, which reads the pixels. text: as for `dual`.
@@ -47,22 +47,22 @@ def classifier(
         dtype: of the weights in memory. seed: for the head; None leaves torch's generator alone.
         options: of the head, and late fusion's `combine`; see `opticnerve.models.classifier.heads`.
     """
-    eye_name, eye = (None, None) if image is None else load_encoder("image", vision_spec(image))
+    vision_name, vision_encoder = (None, None) if image is None else load_encoder("image", vision_spec(image))
     reader_name, reader = load_text_encoder({"name": text} if isinstance(text, str) else text)
     if seed is not None:
         torch.manual_seed(seed)
-    model: Any = FusionClassifier.from_parts(eye, reader, timing=timing, answers=list(answers), **options)
-    side = model.classifier.pixels if eye is None else 0
+    model: Any = FusionClassifier.from_parts(vision_encoder, reader, timing=timing, answers=list(answers), **options)
+    side = model.classifier.pixels if vision_encoder is None else 0
     half = [0.5] * 3
-    prepare = eye.image_processor() if eye is not None else ViTImageProcessor(
+    prepare = vision_encoder.image_processor() if vision_encoder is not None else ViTImageProcessor(
         size={"height": side, "width": side}, image_mean=half, image_std=half
     )  # fmt: skip
     processor = FusionClassifierProcessor(
         prepare, reader.tokenizer, max_length=reader.max_length, padding=reader.padding, answers=list(answers)
     )
     bases = {"text": base_of(reader_name, reader)}
-    if eye is not None:
-        bases["image"] = base_of(eye_name, eye)
+    if vision_encoder is not None:
+        bases["image"] = base_of(vision_name, vision_encoder)
     return ClassifierDock(model.to(dtype), processor, bases)
 
 

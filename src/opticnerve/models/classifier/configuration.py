@@ -1,4 +1,5 @@
-"""`FusionClassifierConfig`: an eye and a text encoder that choose from a closed set of answers, without weights."""
+"""`FusionClassifierConfig`: a vision encoder and a text encoder that choose from a closed set of answers, without
+weights."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ class FusionClassifierConfig(PreTrainedConfig):
     Args:
         timing: when the two meet; see `opticnerve.models.classifier.heads`.
         answers: the closed set.
-        image: `{"encoder": {"type": …, …}}`, an eye and the keywords that build it; None for early fusion, which sees
-            the pixels. text: `{"encoder": {"type": …, …}}`.
+        image: `{"encoder": {"type": …, …}}`, a vision encoder and the keywords that build it; None for early fusion,
+            which sees the pixels. text: `{"encoder": {"type": …, …}}`.
         head: keywords of the head (`width`, `depth`, `heads`, `dropout`, `pixels`).
         combine: how late fusion makes one answer of two; `image` and `text` stand for one of them alone.
     """

@@ -1,4 +1,4 @@
-"""The three timings of fusion as heads over an eye and a text encoder.
+"""The three timings of fusion as heads over a vision encoder and a text encoder.
 
 Early: the raw inputs become one long vector, and one network reads it. Intermediate: each encoder's tokens look at the
 other's in a transformer with cross-modal attention (Lu et al. 2019, ViLBERT, section 2.2: co-attention; Tan & Bansal
@@ -73,20 +73,20 @@ class IntermediateHead(nn.Module):
     """Two streams of `depth` layers: words attend to words and to places, places to places and to words.
 
     Args:
-        eye_size, eye_tokens: of the eye's features. text_size: of the text encoder's. width, heads, depth: of the
-            layers. dropout: in them.
+        eye_size, eye_tokens: of the vision encoder's features. text_size: of the text encoder's. width, heads, depth:
+            of the layers. dropout: in them.
     """
 
     def __init__(
-        self, eye_size: int, eye_tokens: int, text_size: int, answers: int, *, width: int = 256, heads: int = 4,
+        self, vision_size: int, vision_tokens: int, text_size: int, answers: int, *, width: int = 256, heads: int = 4,
         depth: int = 2, dropout: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
             raise OpticNerveError(f"a width of {width} cannot be shared by {heads} heads; make it a multiple")
-        self.see = nn.Sequential(nn.LayerNorm(eye_size), nn.Linear(eye_size, width))
+        self.see = nn.Sequential(nn.LayerNorm(vision_size), nn.Linear(vision_size, width))
         self.read = nn.Sequential(nn.LayerNorm(text_size), nn.Linear(text_size, width))
-        self.places_ND = nn.Parameter(torch.randn(eye_tokens, width) * 0.02)
+        self.places_ND = nn.Parameter(torch.randn(vision_tokens, width) * 0.02)
 
         def layers() -> nn.ModuleList:
             # A decoder layer is self-attention, attention to the other modality, and a feed-forward network.
@@ -123,14 +123,15 @@ class LateHead(nn.Module):
     """
 
     def __init__(
-        self, eye_size: int, text_size: int, answers: int, *, combine: str = "mean", width: int = 256, depth: int = 2,
+        self, vision_size: int, text_size: int, answers: int, *, combine: str = "mean", width: int = 256,
+        depth: int = 2,
         dropout: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
         if combine not in COMBINATIONS:
             raise OpticNerveError(f"combine is one of {', '.join(COMBINATIONS)}, not {combine!r}")
         self.combine = combine
-        self.see = nn.Sequential(nn.LayerNorm(eye_size), nn.Linear(eye_size, width), nn.GELU())
+        self.see = nn.Sequential(nn.LayerNorm(vision_size), nn.Linear(vision_size, width), nn.GELU())
         self.image = perceptron(2 * width, width, depth - 1, answers, dropout)
         self.text = nn.Sequential(nn.LayerNorm(text_size), perceptron(text_size, width, depth, answers, dropout))
         self.weights_2 = nn.Parameter(torch.full((2,), 0.5413))  # softplus of it is 1: a plain product at the start
@@ -167,8 +168,8 @@ def mean_of(features: Features) -> Tensor:
     return (features.tokens_BND * weight_BN1).sum(1) / weight_BN1.sum(1)
 
 
-def make_head(timing: str, eye: Any, reader: Any, answers: int, options: dict[str, Any]) -> nn.Module:
-    """The head of a timing over an eye (None for early) and a text encoder.
+def make_head(timing: str, vision_encoder: Any, reader: Any, answers: int, options: dict[str, Any]) -> nn.Module:
+    """The head of a timing over a vision encoder (None for early) and a text encoder.
 
     Raises:
         OpticNerveError: an option that the head does not know, or a number that makes no network.
@@ -179,8 +180,10 @@ def make_head(timing: str, eye: Any, reader: Any, answers: int, options: dict[st
     kinds: dict[str, Any] = {"early": EarlyHead, "intermediate": IntermediateHead, "late": LateHead}
     sizes = {
         "early": (reader.hidden_size, answers),
-        "intermediate": () if eye is None else (eye.hidden_size, eye.num_tokens, reader.state_size, answers),
-        "late": () if eye is None else (eye.hidden_size, reader.hidden_size, answers),
+        "intermediate": ()
+        if vision_encoder is None
+        else (vision_encoder.hidden_size, vision_encoder.num_tokens, reader.state_size, answers),
+        "late": () if vision_encoder is None else (vision_encoder.hidden_size, reader.hidden_size, answers),
     }
     try:
         head: nn.Module = kinds[timing](*sizes[timing], **options)

@@ -1,4 +1,5 @@
-"""`FusionClassifier`: an eye and a text encoder that answer questions from a closed set, by transformers' conventions.
+"""`FusionClassifier`: a vision encoder and a text encoder that answer questions from a closed set, by transformers'
+conventions.
 
 `timing` says when the two meet: early, intermediate or late; everything else stays the same, so that the three can be
 compared with each other, and with a vision-language model, on the same questions.
@@ -45,7 +46,7 @@ class Eye(nn.Module):
         self.encoder = encoder
 
     def encode(self, pixel_values: Tensor) -> Features:
-        """Pixels (B, 3, H, W) → the encoder's tokens: what a cache of a frozen eye holds."""
+        """Pixels (B, 3, H, W) → the encoder's tokens: what a cache of a frozen vision encoder holds."""
         weight = next(self.encoder.parameters(), None)
         if weight is not None:
             pixel_values = pixel_values.to(weight.device, weight.dtype)
@@ -64,7 +65,7 @@ class FusionClassifier(TwoTowerModel):
     """`image` (None for early fusion), `text`, and the head `classifier`; the answers stand in the configuration."""
 
     PARTS = ClassifierSpec.PARTS
-    WHOLES = ("image.encoder.", "text.encoder.", "classifier.")
+    WHOLE_PARTS = ("image.encoder.", "text.encoder.", "classifier.")
 
     config_class = FusionClassifierConfig
     config: FusionClassifierConfig
@@ -72,13 +73,13 @@ class FusionClassifier(TwoTowerModel):
     def __init__(self, config: FusionClassifierConfig, *, trust_remote_code: bool = False) -> None:
         super().__init__(config)
         trusted = trusts(trust_remote_code)
-        eye = make(registry.encoders, config.image["encoder"], trusted) if config.image else None
-        self._assemble(eye, make(text_encoders, config.text["encoder"], trusted))
+        vision_encoder = make(registry.encoders, config.image["encoder"], trusted) if config.image else None
+        self._assemble(vision_encoder, make(text_encoders, config.text["encoder"], trusted))
         self.post_init()
 
-    def _assemble(self, eye: Encoder | None, reader: Any) -> None:
+    def _assemble(self, vision_encoder: Encoder | None, reader: Any) -> None:
         config = self.config
-        if (eye is None) != (config.timing == "early"):
+        if (vision_encoder is None) != (config.timing == "early"):
             raise OpticNerveError(
                 "early fusion reads the pixels themselves; give it no image encoder"
                 if config.timing == "early"
@@ -87,10 +88,10 @@ class FusionClassifier(TwoTowerModel):
         if config.timing != "late" and config.combine != "mean":
             raise OpticNerveError(f"combine is for late fusion alone; leave {config.combine!r} out")
         check_answers(config.answers)
-        self.image = None if eye is None else Eye(eye)
+        self.image = None if vision_encoder is None else Eye(vision_encoder)
         self.text = Reader(reader)
         options = {**config.head, **({"combine": config.combine} if config.timing == "late" else {})}
-        self.classifier = make_head(config.timing, eye, reader, len(config.answers), options)
+        self.classifier = make_head(config.timing, vision_encoder, reader, len(config.answers), options)
         self._memory = TextMemory(reader)
 
     @classmethod
@@ -107,13 +108,13 @@ class FusionClassifier(TwoTowerModel):
         """A classifier around encoders that hold their weights already; the head is fresh.
 
         Args:
-            image: an eye; None for early fusion. text: a text encoder, such as `HFTextEncoder`. answers: the closed
-                set. combine: late fusion's rule. head: keywords of the head, see `fusion_heads`.
+            image: a vision encoder; None for early fusion. text: a text encoder, such as `HFTextEncoder`. answers: the
+                closed set. combine: late fusion's rule. head: keywords of the head, see `fusion_heads`.
         """
-        eye = None if image is None else {"type": type_name(registry.encoders, image), **image.options}
+        vision_encoder = None if image is None else {"type": type_name(registry.encoders, image), **image.options}
         config = FusionClassifierConfig(
             timing=timing, answers=list(answers), combine=combine, head=head,
-            image=None if eye is None else {"encoder": eye},
+            image=None if vision_encoder is None else {"encoder": vision_encoder},
             text={"encoder": {"type": type_name(text_encoders, text), **text.options}},
         )  # fmt: skip
         made: FusionClassifier = cls._around(config, image, text)
@@ -143,7 +144,8 @@ class FusionClassifier(TwoTowerModel):
         pixel_values: Tensor | None = None,
         image_features: Features | None = None,
     ) -> Scores:
-        """Questions (B, L) about pictures (B, 3, H, W), or about what the eye saw of them (a cache), to `Scores`.
+        """Questions (B, L) about pictures (B, 3, H, W), or about what the vision encoder saw of them (a cache), to
+        `Scores`.
 
         Raises:
             ValueError: not exactly one of pictures and features, other numbers of them than of questions, or features

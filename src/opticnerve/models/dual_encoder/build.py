@@ -1,4 +1,4 @@
-"""dual(): an eye and a text encoder make a `DualEncoder` with its processor."""
+"""dual(): a vision encoder and a text encoder make a `DualEncoder` with its processor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opticnerve.encoders.pooling import EyePooling
+from opticnerve.encoders.pooling import VisionPooling
 from opticnerve.models.checkpoint.delta import base_of
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
@@ -41,7 +41,7 @@ def dual(
     image: Spec,
     text: Spec = minilm.NAME,
     *,
-    pooling: EyePooling = "mean",
+    pooling: VisionPooling = "mean",
     projection_dim: int | None = 512,
     image_projection: dict[str, Any] | bool = True,
     text_projection: dict[str, Any] | bool = True,
@@ -49,7 +49,7 @@ def dual(
     seed: int | None = 0,
     **options: Any,
 ) -> DualDock:
-    """Put an eye and a text encoder into one space, with fresh projections.
+    """Put a vision encoder and a text encoder into one space, with fresh projections.
 
     Args:
         image: as for `dock`'s `vision`. text: a hub name, local folder or starter name of a BERT, of CLIP's or SigLIP's
@@ -58,16 +58,16 @@ def dual(
         pooling, projection_dim, image_projection, text_projection, options: see `DualEncoder.from_parts`.
         dtype: of the weights in memory. seed: for the projections; None leaves torch's generator alone.
     """
-    eye_name, eye = load_encoder("image", vision_spec(image))
+    vision_name, vision_encoder = load_encoder("image", vision_spec(image))
     reader_name, reader = load_text_encoder({"name": text} if isinstance(text, str) else text)
     if seed is not None:
         torch.manual_seed(seed)
     model = DualEncoder.from_parts(
-        eye, reader, pooling=pooling, projection_dim=projection_dim, image_projection=image_projection,
+        vision_encoder, reader, pooling=pooling, projection_dim=projection_dim, image_projection=image_projection,
         text_projection=text_projection, **options,
     )  # fmt: skip
     processor = DualEncoderProcessor(
-        eye.image_processor(), reader.tokenizer, max_length=reader.max_length, padding=reader.padding
+        vision_encoder.image_processor(), reader.tokenizer, max_length=reader.max_length, padding=reader.padding
     )
-    bases = {"image": base_of(eye_name, eye), "text": base_of(reader_name, reader)}
+    bases = {"image": base_of(vision_name, vision_encoder), "text": base_of(reader_name, reader)}
     return DualDock(model.to(dtype), processor, bases)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`DualEncoderConfig`: an eye and a text encoder with one space for both, described without their weights."""
+"""`DualEncoderConfig`: a vision encoder and a text encoder with one space for both, described without their weights."""
 
 from __future__ import annotations
 

@@ -29,23 +29,23 @@ def import_dual_encoder(name: str) -> tuple[DualEncoder, DualEncoderProcessor]:
         raise OpticNerveError(f"{name!r} is a {whole.config.model_type}; only CLIP and SigLIP can be taken over whole")
     if report["missing_keys"] or report["mismatched_keys"]:
         raise OpticNerveError(f"{name!r} lacks weights: {sorted(map(str, report['missing_keys']))[:8]}")
-    eye, reader = HFVisionEncoder.from_pretrained(name), HFTextEncoder.from_pretrained(name)
-    model = around(whole, eye, reader)
+    vision_encoder, reader = HFVisionEncoder.from_pretrained(name), HFTextEncoder.from_pretrained(name)
+    model = around(whole, vision_encoder, reader)
     processor = DualEncoderProcessor(
-        eye.image_processor(), reader.tokenizer, max_length=reader.max_length, padding=reader.padding
+        vision_encoder.image_processor(), reader.tokenizer, max_length=reader.max_length, padding=reader.padding
     )
     return model, processor
 
 
 @torch.no_grad()
-def around(whole: Any, eye: HFVisionEncoder, reader: HFTextEncoder) -> DualEncoder:
+def around(whole: Any, vision_encoder: HFVisionEncoder, reader: HFTextEncoder) -> DualEncoder:
     """A `DualEncoder` of two loaded towers with the projections and the temperature of a `CLIPModel` or `SiglipModel`.
 
     SigLIP's towers end in heads of their own, CLIP's in one matrix each.
     """
     clip = whole.config.model_type == "clip"
     model = DualEncoder.from_parts(
-        eye, reader, pooling="pooler", loss="clip" if clip else "siglip",
+        vision_encoder, reader, pooling="pooler", loss="clip" if clip else "siglip",
         projection_dim=whole.config.projection_dim if clip else None, image_projection=clip, text_projection=clip,
     )  # fmt: skip
     named = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""`DualEncoder`: any eye and any text encoder with one space for both, by transformers' conventions.
+"""`DualEncoder`: any vision encoder and any text encoder with one space for both, by transformers' conventions.
 
 CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023) and locked-image tuning (Zhai et al. 2022, LiT) are this model
 with other parts, another loss, and other parts frozen.
@@ -17,7 +17,7 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from opticnerve import registry
 from opticnerve.encoders.base import Encoder
-from opticnerve.encoders.pooling import EyePooling
+from opticnerve.encoders.pooling import VisionPooling
 from opticnerve.encoders.text import text_encoders
 from opticnerve.models.checkpoint.strict import trusts
 from opticnerve.models.dual_encoder.configuration import DualEncoderConfig
@@ -41,13 +41,13 @@ class DualEncoderOutput(ModelOutput):
 
 
 class DualEncoder(TwoTowerModel):
-    """An eye (`image`) and a text encoder (`text`), each an `EmbeddingTower`, and the learned temperature.
+    """A vision encoder (`image`) and a text encoder (`text`), each an `EmbeddingTower`, and the learned temperature.
 
     `logit_scale` is the logarithm of what cosines are multiplied by; `logit_bias`, SigLIP's alone, is added.
     """
 
     PARTS = DualSpec.PARTS
-    WHOLES = ("image.encoder.", "image.projection.", "text.encoder.", "text.projection.", "logit_")
+    WHOLE_PARTS = ("image.encoder.", "image.projection.", "text.encoder.", "text.projection.", "logit_")
     STARTS = {"temperature": ("logit_scale", "logit_bias")}  # noqa: RUF012
 
     config_class = DualEncoderConfig
@@ -64,10 +64,12 @@ class DualEncoder(TwoTowerModel):
         )
         self.post_init()
 
-    def _assemble(self, eye: Encoder, reader: Any) -> None:
+    def _assemble(self, vision_encoder: Encoder, reader: Any) -> None:
         """Towers and temperature as the configuration says, around two encoders."""
         config, size = self.config, self.config.projection_dim
-        self.image = ImageTower(eye, size, config.image.get("projection"), config.image.get("pooling", "mean"))
+        self.image = ImageTower(
+            vision_encoder, size, config.image.get("projection"), config.image.get("pooling", "mean")
+        )
         self.text = TextTower(reader, size, config.text.get("projection"))
         sizes = self.image.embedding_size, self.text.embedding_size
         if sizes[0] != sizes[1]:
@@ -85,7 +87,7 @@ class DualEncoder(TwoTowerModel):
         image: Encoder,
         text: Any,
         *,
-        pooling: EyePooling = "mean",
+        pooling: VisionPooling = "mean",
         projection_dim: int | None = 512,
         image_projection: dict[str, Any] | bool = True,
         text_projection: dict[str, Any] | bool = True,
@@ -94,8 +96,8 @@ class DualEncoder(TwoTowerModel):
         """A model around encoders that hold their weights already; projections and temperature are fresh.
 
         Args:
-            image: an eye. text: a text encoder, such as `HFTextEncoder`. pooling: of the eye's tokens.
-            image_projection, text_projection: `{"bias": …}`; True for a matrix without a bias, False for none.
+            image: a vision encoder. text: a text encoder, such as `HFTextEncoder`. pooling: of the vision encoder's
+            tokens. image_projection, text_projection: `{"bias": …}`; True for a matrix without a bias, False for none.
             options: `loss`, `logit_scale_init_value`, `logit_bias_init_value`.
         """
         config = DualEncoderConfig(
@@ -117,7 +119,8 @@ class DualEncoder(TwoTowerModel):
     def get_image_features(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
         """Pictures in the common space, not normalised: (B, 3, H, W) → (B, D).
 
-        `image_features` (B, width): what `image.encode` gave (a cache of a frozen eye), instead of `pixel_values`.
+        `image_features` (B, width): what `image.encode` gave (a cache of a frozen vision encoder), instead of
+        `pixel_values`.
         """
         if (pixel_values is None) == (image_features is None):
             raise ValueError("give exactly one of pixel_values and image_features")

@@ -11,7 +11,7 @@ class DualEncoderProcessor(ProcessorMixin):
     """An image processor and a tokenizer, by transformers' conventions.
 
     Args:
-        image_processor: turns pictures into `pixel_values` as the eye wants them.
+        image_processor: turns pictures into `pixel_values` as the vision encoder wants them.
         tokenizer: the text encoder's.
         max_length: tokens of a caption that are read; longer ones are cut.
         padding: "longest" of the batch, or "max_length" always, as SigLIP was trained.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from opticnerve.encoders.base import Encoder
-from opticnerve.encoders.pooling import EyePooling, check_pooling, pool, pooled_size, wake_pooler
+from opticnerve.encoders.pooling import VisionPooling, check_pooling, pool, pooled_size, wake_pooler
 from opticnerve.types import OpticNerveError
 
 
@@ -43,12 +43,12 @@ class EmbeddingTower(nn.Module):
 
 
 class ImageTower(EmbeddingTower):
-    """An eye of the registry, pooled as `encoders.pooling` says."""
+    """A vision encoder of the registry, pooled as `encoders.pooling` says."""
 
     encoder: Encoder
 
     def __init__(
-        self, encoder: Encoder, out_size: int | None, projection: dict[str, Any] | None, pooling: EyePooling
+        self, encoder: Encoder, out_size: int | None, projection: dict[str, Any] | None, pooling: VisionPooling
     ) -> None:
         if encoder.modality != "image":
             raise OpticNerveError(f"the image encoder of a DualEncoder must see; {type(encoder).__name__} hears")

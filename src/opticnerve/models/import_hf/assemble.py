@@ -67,7 +67,7 @@ def language_model(base: nn.Module, head: nn.Module, config: Any, *, tied: bool)
     return model.eval()
 
 
-def eye(source: Source, model: Any, *, layer: Any, class_token: Any) -> HFVisionEncoder:
+def vision_encoder(source: Source, model: Any, *, layer: Any, class_token: Any) -> HFVisionEncoder:
     """Their vision model as an encoder, with what their image processor says of pictures."""
     options = as_options(source.processor.image_processor, source.name)
     if options.get("image_size") == model.config.image_size:

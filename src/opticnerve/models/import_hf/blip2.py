@@ -67,7 +67,7 @@ def refuse(config: Any) -> list[str]:
 def convert(source: Source) -> tuple[Any, Tower, OpticNerveProcessor]:
     """Language model, tower and processor."""
     language = source.model.language_model
-    encoder = assemble.eye(source, source.model.vision_model, layer="last", class_token="keep")
+    encoder = assemble.vision_encoder(source, source.model.vision_model, layer="last", class_token="keep")
     sizes = language_sizes(language)
     tower = Tower(encoder, _connector(source, encoder, sizes["language_size"]), Splice(**sizes))
     tokenizer = copy.deepcopy(source.processor.tokenizer)

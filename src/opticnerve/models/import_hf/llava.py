@@ -85,7 +85,9 @@ def _encoder(source: Source, vision: Any) -> HFVisionEncoder:
     """The vision tower, with LLaVA's `vision_feature_layer` and `vision_feature_select_strategy`."""
     config = source.config
     strategy, layer = config.vision_feature_select_strategy, config.vision_feature_layer
-    encoder = assemble.eye(source, vision, layer=layer, class_token="drop" if strategy == "default" else "keep")
+    encoder = assemble.vision_encoder(
+        source, vision, layer=layer, class_token="drop" if strategy == "default" else "keep"
+    )
     if strategy == "default" and encoder.prefix_tokens != 1:
         raise OpticNerveError(
             f"{source.name}: vision_feature_select_strategy 'default' leaves out the first token, and its vision tower "

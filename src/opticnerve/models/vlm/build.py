@@ -1,4 +1,4 @@
-"""dock(): an eye, a nerve and a brain make one model with its processor."""
+"""dock(): a vision encoder, a nerve and a language model make one model with its processor."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def dock(
     dtype: torch.dtype = torch.float32,
     seed: int | None = 0,
 ) -> Dock:
-    """Dock an eye, an ear or both onto a language model through fresh connectors.
+    """Dock a vision encoder, an audio encoder or both onto a language model through fresh connectors.
 
     Args:
         vision: a name (`starter/efficientnet-lite0`, `timm/…`, a hub name or folder of a transformers vision model),
             or a mapping such as `{"type": "timm", "name": "resnet50", "layer": -1}`.
-        connector, fusion: of the eye: a registered name or `{"type": …, options}`.
-        tiling: `{"type": "anyres", options}` to show the eye pictures in tiles.
-        audio: the ear: `{"encoder": {"type": "whisper", "name": …}, "connector": …, "fusion": …}`, the last two as
-            above and by default as for the eye.
+        connector, fusion: of the vision encoder: a registered name or `{"type": …, options}`.
+        tiling: `{"type": "anyres", options}` to show the vision encoder pictures in tiles.
+        audio: the audio encoder: `{"encoder": {"type": "whisper", "name": …}, "connector": …, "fusion": …}`, the last
+            two as above and by default as for the vision encoder.
         language: hub name, local folder, GGUF file or starter name; or a mapping with `name`, `gguf_file` and
             `chat_template`.
         dtype: of the weights in memory.
@@ -104,20 +104,20 @@ def dock_recipe(recipe: Recipe) -> Dock:
 
 def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
     """The model that a validated specification describes."""
-    brain = load_language(spec.language.name, dtype=dtype, gguf_file=spec.language.gguf_file)
+    language_part = load_language(spec.language.name, dtype=dtype, gguf_file=spec.language.gguf_file)
     if spec.language.chat_template:
-        set_template(brain.tokenizer, spec.language.chat_template)
+        set_template(language_part.tokenizer, spec.language.chat_template)
     if seed is not None:
         torch.manual_seed(seed)
     encoders = {m: load_encoder(m, tower.encoder) for m, tower in spec.towers.items()}
-    sizes = language_sizes(brain.model)
+    sizes = language_sizes(language_part.model)
     towers: dict[str, Tower] = {}
     for modality, tower in spec.towers.items():
         towers[modality] = join(encoders[modality][1], tower.parts(), sizes)
-        towers[modality].fusion.start(brain.model.get_input_embeddings())
+        towers[modality].fusion.start(language_part.model.get_input_embeddings())
         towers[modality].to(dtype)
-    bases = describe_bases(brain.name, brain.files, encoders, gguf_file=spec.language.gguf_file)
-    return assemble(brain, towers, bases, **spec.language.words())
+    bases = describe_bases(language_part.name, language_part.files, encoders, gguf_file=spec.language.gguf_file)
+    return assemble(language_part, towers, bases, **spec.language.words())
 
 
 def load_encoder(modality: str, spec: PartSpec) -> tuple[Any, Any]:
@@ -130,11 +130,11 @@ def load_encoder(modality: str, spec: PartSpec) -> tuple[Any, Any]:
     return name, cls.from_pretrained(name, **options)
 
 
-def assemble(brain: Language, towers: dict[str, Tower], bases: dict[str, Any], **words: Any) -> Dock:
+def assemble(language_part: Language, towers: dict[str, Tower], bases: dict[str, Any], **words: Any) -> Dock:
     """Model and processor from loaded parts; `words`: of the processor, what becomes of words."""
-    processor = OpticNerveProcessor.from_tower(towers, brain.tokenizer, **words)
+    processor = OpticNerveProcessor.from_tower(towers, language_part.tokenizer, **words)
     model = OpticNerveForConditionalGeneration.from_parts(
-        brain.model, towers, image_token_id=processor.image_token_id, audio_token_id=processor.audio_token_id
+        language_part.model, towers, image_token_id=processor.image_token_id, audio_token_id=processor.audio_token_id
     )
     # So that `generate` of the model alone stops where training taught it to; it goes into every folder.
     model.generation_config.update(**stops(model.generation_config, processor))

@@ -1,5 +1,5 @@
-"""`OpticNerveForConditionalGeneration`: eyes and ears docked onto a causal language model, by transformers'
-conventions."""
+"""`OpticNerveForConditionalGeneration`: vision encoders and audio encoders docked onto a causal language model, by
+transformers' conventions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from opticnerve.language.lora import add_lora
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.expand_inputs import MEDIA_KEYS, repeat_media
-from opticnerve.models.vlm.prompt import Prompt, keep, kept, looking
+from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
 from opticnerve.ops import last_mlp as last_layer
 from opticnerve.ops import varlen as segments
@@ -46,7 +46,7 @@ class OpticNerveOutput(CausalLMOutputWithPast):
 
 
 class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, GenerationMixin):
-    """A language model with an eye, an ear, or both.
+    """A language model with a vision encoder, an audio encoder, or both.
 
     `language_model` is any `AutoModelForCausalLM`, untouched; `image` and `audio` are `Tower`s (encoder, connector,
     fusion). A prompt without media goes to the language model as it came, so its logits are the bare model's, bit for
@@ -224,7 +224,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
                     f"no {MEDIA_INPUT[modality]} given"
                 )
             elif _must_take_part(tower):
-                prompt.embeds_BLD = fusion.idle(prompt.embeds_BLD, tower.blank())  # type: ignore[arg-type]
+                prompt.embeds_BLD = fusion.dummy_pass(prompt.embeds_BLD, tower.blank())  # type: ignore[arg-type]
         return prompt
 
     def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
@@ -239,9 +239,9 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
             features = tower.encode(given)
         return tower.connect(features, sizes, text)
 
-    def looking(self, prompt: Prompt) -> AbstractContextManager[None]:
+    def multimodal_context(self, prompt: Prompt) -> AbstractContextManager[None]:
         """Within it, a forward pass of `language_model` sees the prompt's media."""
-        return looking(self.language_model, {m: t.fusion for m, t in self.towers.items()}, prompt)
+        return multimodal_context(self.language_model, {m: t.fusion for m, t in self.towers.items()}, prompt)
 
     def recompute(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` for gradient checkpointing: a layer that is run again sees what it saw the first time."""
@@ -255,7 +255,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         self, prompt: Prompt, attended: segments.Segments | None, read: tuple[Tensor, int] | None
     ) -> Iterator[None]:
         reading: Any = nullcontext() if read is None else last_layer.last_mlp_at(self.language_model, *read)
-        with self.looking(prompt), segments.within(self.language_model, attended), reading:
+        with self.multimodal_context(prompt), segments.within(self.language_model, attended), reading:
             yield
 
     def forward(
@@ -313,7 +313,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
             prompt.seen = {m: getattr(self, m).fusion.later(s, length) for m, s in earlier.items()}
             prompt.rows_B = None if input_ids is None else self.rows_with_media(input_ids)
         prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
-        with self.looking(prompt):
+        with self.multimodal_context(prompt):
             out = self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,

@@ -16,7 +16,7 @@ from opticnerve.types import OpticNerveError
 
 TOWERS = MODALITIES
 # What each word for a part of a tower stands for, as beginnings of names within it.
-HALVES = {"encoder": ("encoder.",), "connector": ("connector.", "tiling."), "fusion": ("fusion.",)}
+TOWER_PARTS = {"encoder": ("encoder.",), "connector": ("connector.", "tiling."), "fusion": ("fusion.",)}
 
 
 def part_parameters(model: Any, part: str) -> dict[str, nn.Parameter]:
@@ -45,11 +45,11 @@ def is_docked_model(model: Any) -> bool:
     return isinstance(model, OpticNerveForConditionalGeneration)
 
 
-def wholes(model: Any) -> list[tuple[str, tuple[str, ...]]]:
+def whole_parts(model: Any) -> list[tuple[str, tuple[str, ...]]]:
     """What the freeze table sums up: each label, and the beginnings of the names under it."""
     if not is_docked_model(model):
-        return [(start.rstrip("._"), (start,)) for start in model.WHOLES]
-    towers = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in HALVES]
+        return [(start.rstrip("._"), (start,)) for start in model.WHOLE_PARTS]
+    towers = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in TOWER_PARTS]
     return [*towers, ("language", ("language_model.",))]
 
 
@@ -67,7 +67,7 @@ def moving_buffers(model: Any, trained: Iterable[str]) -> list[str]:
 
 def prefixes(modality: str, half: str) -> tuple[str, ...]:
     """Beginnings of the full names of what belongs to one half of a tower: `image.connector.`, …"""
-    return tuple(f"{modality}.{start}" for start in HALVES[half])
+    return tuple(f"{modality}.{start}" for start in TOWER_PARTS[half])
 
 
 def is_docked(name: str) -> bool:
@@ -95,7 +95,7 @@ def _tower(model: nn.Module, modality: str | None, inner: str, part: str) -> dic
     if not hasattr(model, modality):
         raise OpticNerveError(f"{part}: the model has no {modality} tower")
     tower = getattr(model, modality)
-    if inner in HALVES:
+    if inner in TOWER_PARTS:
         found = {n: p for n, p in model.named_parameters() if n.startswith(prefixes(modality, inner))}
         if not found and inner == "fusion":
             raise OpticNerveError(f"{part}: a fusion of this type has no weights; leave it out of `train`")

@@ -21,7 +21,8 @@ from opticnerve.types import OpticNerveError, Thinking
 
 
 class _Attributes:
-    """`get_attributes` of a processor that has some of its parts and not others: an ear, say, and no eye."""
+    """`get_attributes` of a processor that has some of its parts and not others: an audio encoder, say, and no vision
+    encoder."""
 
     names = ("image_processor", "tokenizer", "feature_extractor", "qformer_tokenizer")
 
@@ -39,9 +40,9 @@ class OpticNerveProcessor(ProcessorMixin):
             touching the vocabulary that the language model knows.
         feature_extractor: turns sound into `input_features`, a window of fixed length at a time.
         qformer_tokenizer: of the Q-Former that reads the question, too (InstructBLIP).
-        num_image_tokens: placeholders written for one picture; None where there is no eye.
+        num_image_tokens: placeholders written for one picture; None where there is no vision encoder.
         image_token: the word that stands for a picture in a prompt.
-        num_audio_tokens: placeholders written for one window of sound; None where there is no ear.
+        num_audio_tokens: placeholders written for one window of sound; None where there is no audio encoder.
         audio_token: the word that stands for a sound in a prompt.
         tiling: a `TilingSpec` as a dict, where the number of placeholders depends on a picture's size.
         qformer_words: what the `qformer_tokenizer` is for: "questions" beside each picture (InstructBLIP), or

@@ -24,7 +24,7 @@ class Prompt:
 
 
 @contextmanager
-def looking(language_model: nn.Module, fusions: dict[str, Any], prompt: Prompt) -> Iterator[None]:
+def multimodal_context(language_model: nn.Module, fusions: dict[str, Any], prompt: Prompt) -> Iterator[None]:
     """Within it, a forward pass of the language model sees the prompt's pictures and hears its sounds."""
     with ExitStack() as stack:
         for modality, fusion in fusions.items():

@@ -80,8 +80,8 @@ def _model_index(task: dict[str, Any]) -> dict[str, Any]:
 
 def _summary(run: RunFolder) -> str:
     model = run.results.get("model") or {}
-    eye, brain = (model.get("encoder", "an encoder"), model.get("language", "a language model"))
-    line = f"**{plain(eye)}** docked onto **{plain(brain)}** by opticnerve"
+    vision_encoder, language_part = (model.get("encoder", "an encoder"), model.get("language", "a language model"))
+    line = f"**{plain(vision_encoder)}** docked onto **{plain(language_part)}** by opticnerve"
     scored = [t for t in run.results.get("tasks") or [] if t.get("accuracy") is not None]
     line += f": {percent(scored[0]['accuracy'])} on {plain(scored[0]['name'])}." if scored else "; not evaluated yet."
     return f"# {plain(run.path.resolve().name)}\n\n{line}"

@@ -11,7 +11,7 @@ DIRECTIONS = {"image_to_text": "picture → text", "text_to_image": "text → pi
 
 
 def of_two_towers(run: RunFolder) -> bool:
-    """Whether the run's model is an eye and a text encoder side by side, and no language model speaks."""
+    """Whether the run's model is a vision encoder and a text encoder side by side, and no language model speaks."""
     return bool((run.results.get("model") or {}).get("kind"))
 
 
@@ -83,7 +83,7 @@ opticnerve embed {where} --data captions.jsonl --out vectors
 ```
 
 ```yaml
-# its eye, docked onto a language model
+# its vision encoder, docked onto a language model
 model:
   image:
     encoder: {{type: dual_encoder, name: {where}}}
