@@ -27,8 +27,7 @@ import torch
 
 from opticnerve.data.media.open import open_image
 from opticnerve.inference.load import load_model
-from opticnerve.interpret import attribution as multimodal_context
-from opticnerve.interpret import localization as on_object
+from opticnerve.interpret import attribution, localization
 from opticnerve.interpret.plot import shares_plot
 from opticnerve.starter import easy_vqa
 from opticnerve.types import OpticNerveError, ask
@@ -61,9 +60,9 @@ def questions(count: int, seed: int) -> list[dict[str, Any]]:
 def methods_of(model: Any) -> list[str]:
     """All methods that this model's parts allow."""
     found = []
-    for method in multimodal_context.METHODS:
+    for method in attribution.METHODS:
         try:
-            multimodal_context.check_method(model, method)
+            attribution.check_method(model, method)
         except OpticNerveError as e:
             print(f"  without {method}: {e}", file=sys.stderr)
         else:
@@ -77,11 +76,11 @@ def measure(name: str, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     methods, rows = methods_of(model), []
     for number, question in enumerate(asked, 1):
         picture = open_image(question["path"])
-        mask_HW = on_object.object_mask(picture)
-        looked = multimodal_context.look(model, processor, ask(question["question"], picture), methods=methods)
+        mask_HW = localization.object_mask(picture)
+        looked = attribution.look(model, processor, ask(question["question"], picture), methods=methods)
         for found in looked.maps:
             known = {"model": name, **{k: question[k] for k in ("image", "question", "answer")}, "said": looked.answer}
-            best = on_object.best_mass(mask_HW, *found.grid_WHH.shape[1:])
+            best = localization.best_mass(mask_HW, *found.grid_WHH.shape[1:])
             drop = float(found.grid_WHH.max()) if found.method == "occlusion" else None
             rows.append({**known, "method": found.method, **score(found.grid_WHH, mask_HW), "best": best, "drop": drop})
         print(f"  {name}: {number}/{len(asked)}", end="\r", file=sys.stderr)
@@ -92,8 +91,8 @@ def measure(name: str, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def score(grid_WHH: Any, mask_HW: Any) -> dict[str, float]:
     """Mean over the words. A map with nothing above zero points nowhere: it scores what a flat one does."""
     maps = [g if (g > 0).any() else np.ones_like(g) for g in grid_WHH]
-    mass = float(np.mean([on_object.mass_on_object(g, mask_HW) for g in maps]))
-    pointing = float(np.mean([on_object.points_at_object(g, mask_HW) for g in maps]))
+    mass = float(np.mean([localization.mass_on_object(g, mask_HW) for g in maps]))
+    pointing = float(np.mean([localization.points_at_object(g, mask_HW) for g in maps]))
     return {"mass": mass, "area": float(mask_HW.mean()), "pointing": pointing}
 
 
@@ -105,8 +104,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for (model, method), group in groups.items():
         means = {k: float(np.mean([r[k] for r in group])) for k in ("mass", "area", "best", "pointing")}
-        low, high = on_object.bootstrap_interval([r["mass"] for r in group])
-        p_low, p_high = on_object.bootstrap_interval([r["pointing"] for r in group])
+        low, high = localization.bootstrap_interval([r["mass"] for r in group])
+        p_low, p_high = localization.bootstrap_interval([r["pointing"] for r in group])
         ends = {"low": low, "high": high, "pointing_low": p_low, "pointing_high": p_high}
         table.append({"model": model, "method": method, "n": len(group), **means, **ends})
     return table

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 import opticnerve
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 
 # Asked for once, before any test gives itself a cache of its own: these files are shared by all tests and runs.
@@ -180,7 +180,7 @@ def _fetched(name: str) -> Path | str:
         except Unreachable as e:
             return f"{wanted.name} {wanted.version} cannot be fetched: {e}"
     for path, digest in wanted.files.items():
-        found = durable.sha256(folder / path)
+        found = atomic.sha256(folder / path)
         assert found == digest, f"{folder / path} is not the file that the tests know: SHA-256 {found}"
     return folder
 

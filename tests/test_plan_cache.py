@@ -16,9 +16,8 @@ from opticnerve import recipe as recipes
 from opticnerve.features.budget import BUDGET
 from opticnerve.features.store import see_all
 from opticnerve.models.vlm.build import dock_recipe
-from opticnerve.plan import feature_cache as plan_cache
+from opticnerve.plan import feature_cache, plan
 from opticnerve.plan import model as plan_model
-from opticnerve.plan import plan
 from opticnerve.plan.feature_cache import CachePlan
 from opticnerve.recipe import Recipe
 from opticnerve.train.sampler import StageSampler
@@ -61,7 +60,7 @@ def test_disk_and_views_are_the_real_ones(make_recipe: Callable[..., Recipe], tm
     assert found.disk == kept.tokens_BND.nbytes + kept.mask_BN.nbytes
     assert foreseen(make_recipe("bf16")).disk == kept.tokens_BND.nbytes // 2 + kept.mask_BN.nbytes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_cache, "_DISK", 1e30)
+        patch.setattr(feature_cache, "_DISK", 1e30)
         free = foreseen(recipe)
     assert free.saved == pytest.approx(free.vision_encoder * (1 - 6 / 300))
     # The whole step is the eye and the rest; the eye's share is a share.
@@ -116,7 +115,7 @@ def test_the_words(make_recipe: Callable[..., Recipe], monkeypatch: pytest.Monke
     made = plan.make(make_recipe(cache_features=True))
     assert [r.level for r in made.remarks if "cache_features needs" in r.text] == ["warning"]
     monkeypatch.delenv(BUDGET)
-    monkeypatch.setattr(plan_cache, "_DISK", 1e30)
+    monkeypatch.setattr(feature_cache, "_DISK", 1e30)
     live, cached = (plan.make(make_recipe(cache_features=on)) for on in (False, True))
     assert [r.level for r in live.remarks if "cache_features would save" in r.text] == ["note"]
     assert [r.level for r in cached.remarks if "cache_features saves" in r.text] == ["note"]

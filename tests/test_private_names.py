@@ -18,7 +18,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tiny
-from opticnerve.common import private_names as names
+from opticnerve.common import private_names
 from opticnerve.models.vlm.build import Dock
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tiling_processor import TilingImageProcessor
@@ -96,11 +96,11 @@ def test_the_cache_goes_in_and_comes_out_by_one_name(llama: Any, docked: Callabl
     for model in (llama, docked().model):
         first = model(IDS[:, :3], use_cache=True)
         whole = model(IDS).logits[:, -1]
-        again = model(IDS[:, 3:], **{names.CACHE: first[names.CACHE]}).logits[:, -1]
+        again = model(IDS[:, 3:], **{private_names.CACHE: first[private_names.CACHE]}).logits[:, -1]
         torch.testing.assert_close(again, whole)
     ours = docked().model
     for name in ("cache", "past_key_values"):  # both, whatever transformers calls it
-        cache = ours(IDS[:, :3], use_cache=True)[names.CACHE]
+        cache = ours(IDS[:, :3], use_cache=True)[private_names.CACHE]
         torch.testing.assert_close(ours(IDS[:, 3:], **{name: cache}).logits[:, -1], ours(IDS).logits[:, -1])
     with pytest.raises(ValueError, match="give one of"):
         ours(IDS, cache=cache, past_key_values=cache)
@@ -113,26 +113,26 @@ def test_attention_is_chosen_by_the_configuration(llama: Any) -> None:
         calls.append(1)
         return sdpa_attention_forward(*args, **kwargs)
 
-    assert names.attention_of(llama.config) == "sdpa"
-    assert names.offers_attention(llama)
+    assert private_names.attention_of(llama.config) == "sdpa"
+    assert private_names.offers_attention(llama)
     AttentionInterface.register("counted", counted)
-    names.set_attention(llama.config, "counted")
+    private_names.set_attention(llama.config, "counted")
     llama(IDS)
     assert len(calls) == llama.config.num_hidden_layers
-    names.set_attention(llama.config, "sdpa")
+    private_names.set_attention(llama.config, "sdpa")
     llama(IDS)
     assert len(calls) == llama.config.num_hidden_layers
 
 
 def test_recurrent_models_say_so(llama: Any) -> None:
     small = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
-    assert names.is_stateful(MambaForCausalLM(small))
-    assert not names.is_stateful(llama)
+    assert private_names.is_stateful(MambaForCausalLM(small))
+    assert not private_names.is_stateful(llama)
 
 
 def test_layers_that_stay_whole_are_handed_on(llama: Any, docked: Callable[..., Dock]) -> None:
-    assert names.layers_not_to_split(llama) == ["LlamaDecoderLayer"]
-    assert names.layers_not_to_split(docked().model) == ["LlamaDecoderLayer"]
+    assert private_names.layers_not_to_split(llama) == ["LlamaDecoderLayer"]
+    assert private_names.layers_not_to_split(docked().model) == ["LlamaDecoderLayer"]
 
 
 def test_layers_are_computed_again_in_a_context_of_ours(llama: Any) -> None:
@@ -143,27 +143,27 @@ def test_layers_are_computed_again_in_a_context_of_ours(llama: Any) -> None:
         return torch.autograd.profiler.record_function("a"), torch.autograd.profiler.record_function("b")
 
     layer = llama.train().model.layers[0]
-    assert names.checkpoint_context(layer) is None
-    names.checkpoint_layers(llama, contexts)
-    assert names.checkpoint_context(layer) is contexts
+    assert private_names.checkpoint_context(layer) is None
+    private_names.checkpoint_layers(llama, contexts)
+    assert private_names.checkpoint_context(layer) is contexts
     llama(IDS).logits.sum().backward()
     assert len(entered) == llama.config.num_hidden_layers
-    names.keep_activations(llama)
+    private_names.keep_activations(llama)
     llama(IDS).logits.sum().backward()
     assert len(entered) == llama.config.num_hidden_layers
 
 
 def test_scores_change_as_in_generate(llama: Any) -> None:
-    config = names.generation_config(llama, max_new_tokens=3, do_sample=True, temperature=0.5, top_k=0)
+    config = private_names.generation_config(llama, max_new_tokens=3, do_sample=True, temperature=0.5, top_k=0)
     assert (config.max_new_tokens, config.temperature) == (3, 0.5)
     scores = torch.randn(1, 300)
-    torch.testing.assert_close(names.generation_rules(llama, config, IDS)(IDS, scores), scores / 0.5)
-    greedy = names.generation_config(llama, max_new_tokens=3, do_sample=False)
-    assert not names.generation_rules(llama, greedy, IDS)
+    torch.testing.assert_close(private_names.generation_rules(llama, config, IDS)(IDS, scores), scores / 0.5)
+    greedy = private_names.generation_config(llama, max_new_tokens=3, do_sample=False)
+    assert not private_names.generation_rules(llama, greedy, IDS)
 
 
 def test_rows_are_repeated(llama: Any, docked: Callable[..., Dock]) -> None:
-    ids, inputs = names.repeat_rows(llama, 3, IDS, {"attention_mask": torch.ones_like(IDS)})
+    ids, inputs = private_names.repeat_rows(llama, 3, IDS, {"attention_mask": torch.ones_like(IDS)})
     assert ids.tolist() == IDS.tolist() * 3
     assert len(inputs["attention_mask"]) == 3
 
@@ -172,13 +172,13 @@ def test_compiling_on_a_cpu() -> None:
     config = CompileConfig()
     known = vars(type(config)) | vars(config)
     assert "_compile_all_devices" in known, "transformers asks for another attribute now: see generate's auto-compile"
-    names.compile_on_any_device(config)
+    private_names.compile_on_any_device(config)
 
 
 def test_a_configuration_forgets_its_place() -> None:
     config = LlamaConfig()
     config.name_or_path = "/somewhere"
-    names.forget_where_from(config)
+    private_names.forget_where_from(config)
     assert config.name_or_path == ""
     assert "somewhere" not in config.to_json_string(use_diff=False)
 
@@ -186,7 +186,9 @@ def test_a_configuration_forgets_its_place() -> None:
 def test_parts_of_a_saved_processor(docked: Callable[..., Dock], tmp_path: Path) -> None:
     docked().processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
-    images, words = names.saved_parts(OpticNerveProcessor, ["image_processor", "tokenizer"], str(tmp_path), saved)
+    images, words = private_names.saved_parts(
+        OpticNerveProcessor, ["image_processor", "tokenizer"], str(tmp_path), saved
+    )
     assert hasattr(images, "image_mean")
     assert words.encode("a")
 
@@ -199,8 +201,8 @@ def test_the_steps_of_an_image_processor() -> None:
             called.append(1)
             return super()._preprocess(*args, **kwargs)
 
-    assert all(hasattr(TorchvisionBackend, name) for name in names.PREPROCESS_STEPS)
-    assert names.preprocess_of(Counted) is not names.preprocess_of(TorchvisionBackend)
+    assert all(hasattr(TorchvisionBackend, name) for name in private_names.PREPROCESS_STEPS)
+    assert private_names.preprocess_of(Counted) is not private_names.preprocess_of(TorchvisionBackend)
     kwargs: dict[str, Any] = {"do_resize": True, "size": {"height": 8, "width": 8}, "resample": 2, "do_rescale": True}
     Counted(**kwargs)(tiny.picture(), return_tensors="pt")
     assert called
@@ -213,7 +215,7 @@ def test_adapters_are_forgotten(docked: Callable[..., Dock]) -> None:
     model = docked().model
     model.give_lora({"rank": 2, "alpha": 4, "dropout": 0.0})
     assert "peft_config" in vars(model.language_model)
-    names.forget_adapters(model.language_model)
+    private_names.forget_adapters(model.language_model)
     assert "peft_config" not in vars(model.language_model)
 
 
@@ -223,29 +225,29 @@ def test_a_folder_of_timms(tmp_path: Path) -> None:
         "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "input_size": [3, 32, 32]},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(written))
-    found, architecture, model_args = names.read_timm_config(str(tmp_path))
+    found, architecture, model_args = private_names.read_timm_config(str(tmp_path))
     assert (architecture, model_args) == ("test_vit", {"img_size": 32})
     assert (list(found["mean"]), found["num_classes"]) == ([0.1, 0.2, 0.3], 0)
 
 
 def test_writing_is_counted() -> None:
     tensor = torch.zeros(2)
-    before = names.times_written(tensor)
+    before = private_names.times_written(tensor)
     tensor.add_(1)
-    assert names.times_written(tensor) > before
+    assert private_names.times_written(tensor) > before
     with torch.inference_mode():
-        assert names.times_written(torch.zeros(1)) == 0
+        assert private_names.times_written(torch.zeros(1)) == 0
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_are_seen_and_removed(register: str) -> None:
     ran: list[int] = []
     module = nn.Sequential(nn.Linear(2, 2))
-    assert not names.has_hooks(module[0])
+    assert not private_names.has_hooks(module[0])
     getattr(module[0], register)(lambda *_: ran.append(1))
-    assert names.has_hooks(module[0])
+    assert private_names.has_hooks(module[0])
     module(torch.ones(1, 2))
-    names.remove_hooks(module)
+    private_names.remove_hooks(module)
     module(torch.ones(1, 2))
     assert ran == [1]
 
@@ -254,7 +256,7 @@ def test_tables_that_no_checkpoint_holds() -> None:
     module = nn.Sequential(nn.BatchNorm1d(2))
     table = torch.ones(2)
     module[0].register_buffer("frequencies", table, persistent=False)
-    assert [(m, n) for m, n, _ in names.computed_tables(module)] == [(module[0], "frequencies")]
+    assert [(m, n) for m, n, _ in private_names.computed_tables(module)] == [(module[0], "frequencies")]
 
 
 def test_compiling_a_module_is_taken_back() -> None:
@@ -268,12 +270,12 @@ def test_compiling_a_module_is_taken_back() -> None:
         ran.append(1)
         return graph.forward
 
-    assert not names.is_compiled(module)
+    assert not private_names.is_compiled(module)
     module.compile(backend=backend)
-    assert names.is_compiled(module)
+    assert private_names.is_compiled(module)
     module(torch.ones(1, 2))
-    names.undo_compile(module)
-    assert not names.is_compiled(module)
+    private_names.undo_compile(module)
+    assert not private_names.is_compiled(module)
     torch.compiler.reset()
     module(torch.ones(1, 2))
     assert ran == [1]
@@ -284,22 +286,22 @@ def test_softmax_backwards() -> None:
     grad = torch.randn(3, 5, dtype=torch.double)
     weights = scores.softmax(-1)
     weights.backward(grad)
-    torch.testing.assert_close(names.softmax_backward(grad, weights.detach()), scores.grad)
+    torch.testing.assert_close(private_names.softmax_backward(grad, weights.detach()), scores.grad)
 
 
 def test_weights_as_onednn_wants_them() -> None:
-    assert not names.can_reorder(torch.float32)
-    if not names.can_reorder(torch.bfloat16):
+    assert not private_names.can_reorder(torch.float32)
+    if not private_names.can_reorder(torch.bfloat16):
         pytest.skip("oneDNN has no bf16 on this processor")
     x, weight, bias = torch.randn(32, 64).bfloat16(), torch.randn(16, 64).bfloat16(), torch.randn(16).bfloat16()
     with torch.inference_mode():
-        packed = names.reorder_weight(weight, 32)
-        out = names.reordered_linear(x, packed, bias)
+        packed = private_names.reorder_weight(weight, 32)
+        out = private_names.reordered_linear(x, packed, bias)
     torch.testing.assert_close(out, F.linear(x, weight, bias), atol=0.5, rtol=0.02)
 
 
 def test_tensors_without_numbers() -> None:
-    mode, outside = names.fake_tensors()
+    mode, outside = private_names.fake_tensors()
     with mode:
         made = torch.empty(2, device="cuda")
         assert made.device.type == "cuda"
@@ -372,4 +374,4 @@ def test_a_models_supports_are_read(docked: Callable[..., Dock]) -> None:
     model = docked().model
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
-        assert names.attention_of(model.language_model.config) == name
+        assert private_names.attention_of(model.language_model.config) == name

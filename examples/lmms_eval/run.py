@@ -48,7 +48,7 @@ def lmms_eval(folder: Path, model: str, task: str, batch_size: int, *options: st
         "--output_path", str(out), "--log_samples", *options,
     ]  # fmt: skip
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "LMMS_EVAL_DATASETS_CACHE": str(folder / "cache")}
-    say(" ".join(command))
+    emit(" ".join(command))
     subprocess.run(command, cwd=folder, check=True, env=os.environ | offline)
     newest = max(out.rglob(f"*_samples_{task}.jsonl"), key=lambda p: p.stat().st_mtime)
     lines = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
@@ -62,7 +62,7 @@ def own(data: Path, model: str, metric: str) -> dict[str, Any]:
         sys.executable, "-m", "opticnerve_launch", "eval", model, "--data", str(data), "--metric", metric,
         "--out", str(out),
     ]  # fmt: skip
-    say(" ".join(command))
+    emit(" ".join(command))
     subprocess.run(command, check=True)
     [task] = json.loads(out.read_text(encoding="utf-8"))["tasks"]
     return dict(task)
@@ -76,7 +76,7 @@ def compare(found: dict[str, Any], samples: list[dict[str, Any]]) -> tuple[float
     return sum(line["accuracy"] for line in samples) / len(samples), different
 
 
-def say(*lines: str) -> None:
+def emit(*lines: str) -> None:
     sys.stdout.write("\n  ".join(lines) + "\n")
     sys.stdout.flush()
 
@@ -95,10 +95,10 @@ def main() -> None:
     accuracy, different = compare(answered, lmms_eval(folder, model, TASK, args.batch_size))
     choices = lmms_eval(folder, model, CHOICES, args.batch_size, "--force_simple")
     by_likelihood = sum(line["acc"] for line in choices) / len(choices)
-    say(f"\n{'':<24}opticnerve eval   lmms-eval")
-    say(f"{'accuracy, generated':<24}{answered['accuracy']:<18.4f}{accuracy:.4f}")
-    say(f"{'accuracy, by likelihood':<24}{chosen['accuracy']:<18.4f}{by_likelihood:.4f}")
-    say(f"{len(answered['samples'])} answers compared one by one, {len(different)} differ", *different)
+    emit(f"\n{'':<24}opticnerve eval   lmms-eval")
+    emit(f"{'accuracy, generated':<24}{answered['accuracy']:<18.4f}{accuracy:.4f}")
+    emit(f"{'accuracy, by likelihood':<24}{chosen['accuracy']:<18.4f}{by_likelihood:.4f}")
+    emit(f"{len(answered['samples'])} answers compared one by one, {len(different)} differ", *different)
     sys.exit(bool(different) or (accuracy, by_likelihood) != (answered["accuracy"], chosen["accuracy"]))
 
 

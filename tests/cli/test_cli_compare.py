@@ -12,16 +12,16 @@ from typer.testing import CliRunner
 
 from opticnerve.cli.compare import app
 from opticnerve.compare import experiment as experiments
-from opticnerve.compare.experiment import Done
-from opticnerve.compare.rows import Outcome, Row
+from opticnerve.compare.experiment import ExperimentResult
+from opticnerve.compare.rows import Row, RowResult
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """The experiment replaced by one that notes how it was called; `answer` is what it returns or raises."""
-    seen: dict[str, Any] = {"answer": Done([], tmp_path / "report.md")}
+    seen: dict[str, Any] = {"answer": ExperimentResult([], tmp_path / "report.md")}
 
-    def run(experiment: Any, base: Any, out: Path, **options: Any) -> Done:
+    def run(experiment: Any, base: Any, out: Path, **options: Any) -> ExperimentResult:
         seen.update(experiment=experiment, base=base, out=out, **options)
         if isinstance(seen["answer"], BaseException):
             raise seen["answer"]
@@ -75,8 +75,8 @@ def test_ctrl_c_says_how_to_go_on(compare: Callable[..., Any], asked: dict[str, 
 def test_failed_rows_are_listed_and_the_code_is_not_zero(
     compare: Callable[..., Any], asked: dict[str, Any], tmp_path: Path
 ) -> None:
-    failed = Outcome(Row("qformer", {}), 1, tmp_path / "rows/qformer/seed-1", error="no memory")
-    asked["answer"] = Done([failed], None)
+    failed = RowResult(Row("qformer", {}), 1, tmp_path / "rows/qformer/seed-1", error="no memory")
+    asked["answer"] = ExperimentResult([failed], None)
     ran = compare("connectors")
     assert ran.exit_code == 1
     assert "qformer, seed 1: no memory" in ran.output

@@ -118,7 +118,7 @@ def test_rows_without_a_first_stage_read_as_many_tokens(base: Base) -> None:
         assert row.recipe is not None
         recipe = recipes.load(row.recipe)
         read[row.name] = sum(
-            plan_data.look(s, processor, seed=0).length * s.batch_size * (s.steps or 0) for s in recipe.stages
+            plan_data.inspect_data(s, processor, seed=0).length * s.batch_size * (s.steps or 0) for s in recipe.stages
         )
     assert max(read.values()) / min(read.values()) < 1.02
 

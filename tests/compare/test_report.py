@@ -11,7 +11,7 @@ from opticnerve.compare import plots
 from opticnerve.compare import report as reports
 from opticnerve.compare.findings import Findings, System, groups_of, read_answers
 from opticnerve.compare.perform import between, optimizer_bytes
-from opticnerve.compare.rows import Outcome, Row
+from opticnerve.compare.rows import Row, RowResult
 from opticnerve.compare.stats import Estimate
 from opticnerve.types import OpticNerveError
 
@@ -23,20 +23,20 @@ def findings() -> Findings:
         "poor": System("poor", "the poor", "row", {0: [0, 0, 0, 0]}, {0: {}}),
     }  # fmt: skip
     outcomes = [
-        Outcome(Row("row", {"good": "the good"}), s, Path("x"), {"wall_seconds": 3.0, "facts": {"machine": {}}})
+        RowResult(Row("row", {"good": "the good"}), s, Path("x"), {"wall_seconds": 3.0, "facts": {"machine": {}}})
         for s in (0, 1)
     ]
     return Findings(None, {}, systems, groups_of(["a", "a", "a", "b"]), outcomes, {}, {})  # type: ignore[arg-type]
 
 
 def test_verdicts_claim_no_more_than_their_interval() -> None:
-    def say(mean: float, low: float, high: float) -> str:
+    def emit(mean: float, low: float, high: float) -> str:
         return reports.conclusion("A", "B", Estimate(mean, low, high, 2, 9))
 
-    assert say(0.1, 0.02, 0.2) == "A is ahead of B: +10.0 points (+2.0 to +20.0)."
-    assert say(-0.1, -0.2, -0.02).startswith("A is behind B")
-    assert say(0.1, -0.02, 0.2).startswith("A is not told apart from B")
-    assert say(0, 0, 0) == "A and B are right on the same questions."
+    assert emit(0.1, 0.02, 0.2) == "A is ahead of B: +10.0 points (+2.0 to +20.0)."
+    assert emit(-0.1, -0.2, -0.02).startswith("A is behind B")
+    assert emit(0.1, -0.02, 0.2).startswith("A is not told apart from B")
+    assert emit(0, 0, 0) == "A and B are right on the same questions."
     assert "cannot be compared" in reports.conclusion("A", "B", None)
 
 
@@ -75,7 +75,7 @@ def test_the_report_says_how_many_seeds_and_how_to_make_it_again(findings: Findi
     assert "4 test questions and 2 seeds" in text
     assert "`opticnerve compare fusion --seeds 2`" in text
     assert "Rows that failed" not in text
-    findings.outcomes.append(Outcome(Row("other", {}), 0, Path("x"), error="no <memory>"))
+    findings.outcomes.append(RowResult(Row("other", {}), 0, Path("x"), error="no <memory>"))
     assert (
         "`other`, seed 0: no \\<memory\\>"
         in reports.write(said, findings, tmp_path, command="", experiment="f").read_text()

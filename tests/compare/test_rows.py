@@ -18,7 +18,7 @@ from rich.console import Console
 
 from opticnerve.compare import perform as performing
 from opticnerve.compare import rows
-from opticnerve.compare.rows import How, Row, run_rows
+from opticnerve.compare.rows import Row, RunOptions, run_rows
 from opticnerve.types import OpticNerveError
 
 RECIPE = {"name": "r", "seed": 0, "stages": [{"name": "instruct", "steps": 3}]}
@@ -27,20 +27,20 @@ SECOND = Row("second", {"second": "the second"}, RECIPE | {"name": "s"})
 
 
 def test_finished_rows_are_kept(performed: list[dict[str, Any]], tmp_path: Path) -> None:
-    once = run_rows([FIRST, SECOND], range(2), tmp_path, How())
+    once = run_rows([FIRST, SECOND], range(2), tmp_path, RunOptions())
     assert [(o.row.name, o.seed) for o in once] == [("first", 0), ("second", 0), ("first", 1), ("second", 1)]
     assert [s["recipe"]["seed"] for s in performed] == [0, 0, 1, 1]
-    again = run_rows([FIRST, SECOND], range(3), tmp_path, How())
+    again = run_rows([FIRST, SECOND], range(3), tmp_path, RunOptions())
     assert [s["recipe"]["seed"] for s in performed[4:]] == [2, 2]  # only the new seed
     assert [o.kept for o in again] == [True] * 4 + [False] * 2
     assert again[0].record == once[0].record
 
 
 def test_another_recipe_sets_the_old_run_aside(performed: list[dict[str, Any]], tmp_path: Path) -> None:
-    run_rows([FIRST], [0], tmp_path, How())
+    run_rows([FIRST], [0], tmp_path, RunOptions())
     longer = Row("first", FIRST.systems, RECIPE | {"stages": [{"name": "instruct", "steps": 4}]})
     console = Console(record=True, width=200)
-    [outcome] = run_rows([longer], [0], tmp_path, How(console=console))
+    [outcome] = run_rows([longer], [0], tmp_path, RunOptions(console=console))
     assert len(performed) == 2
     assert not outcome.kept
     assert json.loads((tmp_path / "rows/first/seed-0.old-1/row.json").read_text())["identity"] == rows.identity(
@@ -66,7 +66,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(rows, "_here", perform)
     both = Row("both", {"both": "both"}, None, needs=("first", "second"))
-    first, second, third = run_rows([FIRST, SECOND, both], [0], tmp_path, How())
+    first, second, third = run_rows([FIRST, SECOND, both], [0], tmp_path, RunOptions())
     assert first.error == "the learning rate is a banana"
     assert first.record is None
     assert "banana" in (first.folder / "error.txt").read_text()
@@ -74,7 +74,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monke
     assert third.error == "needs first, which did not finish"
 
     broken["is"] = False
-    first, second, third = run_rows([FIRST, SECOND, both], [0], tmp_path, How())
+    first, second, third = run_rows([FIRST, SECOND, both], [0], tmp_path, RunOptions())
     assert (first.error, second.kept, third.error) == (None, True, None)
     assert not (first.folder / "error.txt").exists()
 
@@ -94,8 +94,8 @@ def test_a_begun_row_is_handed_the_same_folder(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(rows, "_here", perform)
     with pytest.raises(KeyboardInterrupt):
-        run_rows([FIRST, SECOND], [0], tmp_path, How())
-    assert all(o.record for o in run_rows([FIRST, SECOND], [0], tmp_path, How()))
+        run_rows([FIRST, SECOND], [0], tmp_path, RunOptions())
+    assert all(o.record for o in run_rows([FIRST, SECOND], [0], tmp_path, RunOptions()))
 
 
 def test_the_pipeline_resumes_where_a_recipe_was_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -118,15 +118,15 @@ def test_the_pipeline_resumes_where_a_recipe_was_begun(monkeypatch: pytest.Monke
 
 def test_weights_of_finished_rows_go_unless_wanted(performed: list[dict[str, Any]], tmp_path: Path) -> None:
     kept = Row("kept", {"kept": "kept"}, RECIPE, keep_weights=True)
-    run_rows([FIRST, kept], [0], tmp_path / "a", How())
+    run_rows([FIRST, kept], [0], tmp_path / "a", RunOptions())
     assert not list((tmp_path / "a/rows/first").rglob("*.safetensors"))
     assert list((tmp_path / "a/rows/kept").rglob("*.safetensors"))
-    run_rows([FIRST], [0], tmp_path / "b", How(keep_models=True))
+    run_rows([FIRST], [0], tmp_path / "b", RunOptions(keep_models=True))
     assert list((tmp_path / "b/rows/first").rglob("*.safetensors"))
 
 
 def test_memory_is_measured_by_a_short_run_of_the_first_seed(performed: list[dict[str, Any]], tmp_path: Path) -> None:
-    run_rows([FIRST], range(2), tmp_path, How(isolated=True, memory_steps=2))
+    run_rows([FIRST], range(2), tmp_path, RunOptions(isolated=True, memory_steps=2))
     real, probe, second = performed
     assert probe["folder"].endswith("seed-0/memory")
     assert [s["steps"] for s in probe["recipe"]["stages"]] == [2]
@@ -144,7 +144,7 @@ def test_time_left_is_from_the_same_rows_where_they_are_known() -> None:
 
 def test_progress_names_row_seed_and_score(performed: list[dict[str, Any]], tmp_path: Path) -> None:
     console = Console(record=True, width=200)
-    run_rows([FIRST, SECOND], [0], tmp_path, How(console=console))
+    run_rows([FIRST, SECOND], [0], tmp_path, RunOptions(console=console))
     lines = [line for line in console.export_text().splitlines() if "seed 0 " in line and "/2" in line]
     assert "first" in lines[0]
     assert "100.0%" in lines[0]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from opticnerve.data.dataset.load import load_data
 from opticnerve.data.dataset.read import read
 from opticnerve.data.media.open import open_image
-from opticnerve.data.sources import webdataset as shards
+from opticnerve.data.sources import webdataset
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError
 
@@ -114,7 +114,7 @@ def test_what_is_bad_in_a_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_a_sample_of_too_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_SAMPLE", 4_000)
+    monkeypatch.setattr(webdataset, "MAX_SAMPLE", 4_000)
     found, errors = loaded(tar(tmp_path / "s.tar", *samples(0, 1), ("1.png", bytes(5_000)), *samples(2, 1)))
     assert len(found) == 2 and "are read" in str(errors[0])
 
@@ -148,7 +148,7 @@ def test_gzipped_shards_are_unpacked_once(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "s.tar.gz"
     path.write_bytes(gzip.compress(tar(tmp_path / "s.tar", *samples(0, 3)).read_bytes()))
     assert len(loaded(path)[0]) == 3
-    monkeypatch.setattr(shards.gzip, "open", None)
+    monkeypatch.setattr(webdataset.gzip, "open", None)
     assert len(loaded(path)[0]) == 3
 
 
@@ -167,5 +167,5 @@ def test_a_damaged_byte_breaks_nothing_else(at: int, byte: int, tmp_path_factory
 
 
 def test_braces() -> None:
-    assert shards.braces("a{8..10}b{x,y}") == [f"a{n}b{c}" for n in (8, 9, 10) for c in "xy"]
-    assert shards.braces("{008..010}") == ["008", "009", "010"] and shards.braces("plain") == ["plain"]
+    assert webdataset.braces("a{8..10}b{x,y}") == [f"a{n}b{c}" for n in (8, 9, 10) for c in "xy"]
+    assert webdataset.braces("{008..010}") == ["008", "009", "010"] and webdataset.braces("plain") == ["plain"]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opticnerve.data.dataset import streaming as streams
+from opticnerve.data.dataset import streaming
 from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.dataset.streaming import Stream, Streams
 from opticnerve.data.sources.base import Streaming
@@ -173,7 +173,7 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path) -> None:
 
 
 def test_few_marks_are_kept_and_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MOST_MARKS", 6)
+    monkeypatch.setattr(streaming, "MOST_MARKS", 6)
     path = files(tmp_path, [40])
     stream = opened(path, window=2)
     wanted = told(stream, range(75))

@@ -7,7 +7,7 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 
-from opticnerve.interpret import localization as on_object
+from opticnerve.interpret import localization
 from opticnerve.starter import easy_vqa
 from opticnerve.types import OpticNerveError
 
@@ -28,12 +28,12 @@ def test_a_drawn_square_is_found() -> None:
     PIL.ImageDraw.Draw(picture).rectangle((3, 2, 6, 8), fill="yellow")
     wanted = np.zeros((10, 20), dtype=bool)
     wanted[2:9, 3:7] = True
-    assert np.array_equal(on_object.object_mask(picture), wanted)
+    assert np.array_equal(localization.object_mask(picture), wanted)
 
 
 def test_a_blank_picture_has_no_object() -> None:
     with pytest.raises(OpticNerveError, match="one colour only"):
-        on_object.object_mask(PIL.Image.new("RGB", (8, 8), "white"))
+        localization.object_mask(PIL.Image.new("RGB", (8, 8), "white"))
 
 
 def test_on_real_pictures_the_object_has_the_colour_that_the_answers_say() -> None:
@@ -42,7 +42,7 @@ def test_on_real_pictures_the_object_has_the_colour_that_the_answers_say() -> No
     known = [(image, f) for image, f in sorted(facts.items()) if f.colours][:60]
     for image, each in known:
         with PIL.Image.open(media / "test" / "images" / f"{image}.png") as picture:
-            mask = on_object.object_mask(picture)
+            mask = localization.object_mask(picture)
             median = np.median(np.asarray(picture.convert("RGB"))[mask], axis=0)
         nearest = min(COLOURS, key=lambda name: float(np.abs(median - COLOURS[name]).sum()))
         assert {nearest} == each.colours, image
@@ -53,19 +53,19 @@ class TestMass:
     def test_a_flat_map_scores_the_area(self) -> None:
         mask = np.random.default_rng(0).random((64, 64)) < 0.1
         for side in (1, 4, 6, 64):
-            assert on_object.mass_on_object(np.full((side, side), 3.0), mask) == pytest.approx(mask.mean())
+            assert localization.mass_on_object(np.full((side, side), 3.0), mask) == pytest.approx(mask.mean())
 
     def test_all_on_and_all_off(self) -> None:
         on = np.array([[1.0, 0], [1, 0]])
-        assert on_object.mass_on_object(on, half()) == 1
-        assert on_object.mass_on_object(1 - on, half()) == 0
+        assert localization.mass_on_object(on, half()) == 1
+        assert localization.mass_on_object(1 - on, half()) == 0
 
     def test_scale_and_negative_values_do_not_count(self) -> None:
-        assert on_object.mass_on_object([[2.0, -9], [1, 1]], half()) == pytest.approx(0.75)
-        assert on_object.mass_on_object([[200.0, -9], [100, 100]], half()) == pytest.approx(0.75)
+        assert localization.mass_on_object([[2.0, -9], [1, 1]], half()) == pytest.approx(0.75)
+        assert localization.mass_on_object([[200.0, -9], [100, 100]], half()) == pytest.approx(0.75)
 
     def test_cells_of_unequal_size(self) -> None:
-        fine = on_object.enlarge(np.arange(1, 10).reshape(3, 3), 8, 8)
+        fine = localization.enlarge(np.arange(1, 10).reshape(3, 3), 8, 8)
         assert fine.shape == (8, 8)
         assert fine.sum() == pytest.approx(1)
         assert np.unique(fine).size == 9
@@ -73,28 +73,28 @@ class TestMass:
     @pytest.mark.parametrize("bad", [[[0.0, -1], [0, 0]], [[np.nan, 1], [0, 0]], [1.0, 2.0]])
     def test_maps_that_say_nothing(self, bad: list) -> None:
         with pytest.raises(OpticNerveError, match="map"):
-            on_object.mass_on_object(bad, half())
+            localization.mass_on_object(bad, half())
 
     def test_no_map_of_that_grid_does_better(self) -> None:
         mask = np.zeros((16, 16), dtype=bool)
         mask[2:7, 2:7] = True
-        best = on_object.best_mass(mask, 4, 4)
+        best = localization.best_mass(mask, 4, 4)
         singles = np.eye(16).reshape(16, 4, 4)
-        assert best == pytest.approx(max(on_object.mass_on_object(m, mask) for m in singles))
+        assert best == pytest.approx(max(localization.mass_on_object(m, mask) for m in singles))
         assert best < 1
 
 
 def test_the_pointing_game() -> None:
-    assert on_object.points_at_object([[0.9, 0.1], [0, 0]], half()) == 1
-    assert on_object.points_at_object([[0.1, 0.9], [0, 0]], half()) == 0
-    assert on_object.points_at_object([[0.9, 0.9], [0, 0]], half()) == 0.5
+    assert localization.points_at_object([[0.9, 0.1], [0, 0]], half()) == 1
+    assert localization.points_at_object([[0.1, 0.9], [0, 0]], half()) == 0
+    assert localization.points_at_object([[0.9, 0.9], [0, 0]], half()) == 0.5
 
 
 def test_the_bootstrap_covers_the_mean() -> None:
     values = np.random.default_rng(1).normal(0.4, 0.1, 50)
-    low, high = on_object.bootstrap_interval(values)
+    low, high = localization.bootstrap_interval(values)
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 50**0.5, rel=0.1)
-    assert on_object.bootstrap_interval([0.2] * 5) == pytest.approx((0.2, 0.2))
+    assert localization.bootstrap_interval([0.2] * 5) == pytest.approx((0.2, 0.2))
     with pytest.raises(OpticNerveError, match="no values"):
-        on_object.bootstrap_interval([])
+        localization.bootstrap_interval([])

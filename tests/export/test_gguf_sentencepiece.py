@@ -12,7 +12,7 @@ import transformers as tf
 from gguf import TokenType
 
 import tiny
-from opticnerve.export.gguf import sentencepiece as gguf_sentencepiece
+from opticnerve.export.gguf import sentencepiece
 from opticnerve.export.gguf import tokenizer as gguf_tokens
 from opticnerve.types import OpticNerveError
 
@@ -43,7 +43,7 @@ def written(tokenizer: Any) -> dict[str, Any]:
     added = {t["content"] for t in state["added_tokens"]}
     kinds = [TokenType.CONTROL if t in added else TokenType.NORMAL for t in tokens]
     writer: Any = Written()
-    gguf_sentencepiece.write(writer, state, tokens, kinds)
+    sentencepiece.write(writer, state, tokens, kinds)
     return dict(writer.said)
 
 
@@ -59,7 +59,7 @@ def joined(text: str, score: dict[str, float]) -> list[str]:
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     found = []
     for piece in pieces:
-        found += [piece] if piece in score else [gguf_sentencepiece.byte_word(b) for b in piece.encode()]
+        found += [piece] if piece in score else [sentencepiece.byte_word(b) for b in piece.encode()]
     return found
 
 
@@ -83,11 +83,11 @@ def test_bytes_and_the_unknown_word_have_kinds_of_their_own(words: Any) -> None:
 
 def test_a_space_before_text_by_each_rule() -> None:
     rules = {s: state_of(tiny.tokenizer(f"sentencepiece, {s}")) for s in ("prepend", "always", "first", "never")}
-    found = {scheme: gguf_sentencepiece.rule(state) for scheme, state in rules.items()}
+    found = {scheme: sentencepiece.rule(state) for scheme, state in rules.items()}
     assert found == {"prepend": "always", "always": "always", "first": "first", "never": "never"}
     cut = copy.deepcopy(rules["first"])
     cut["pre_tokenizer"]["split"] = True
-    assert gguf_sentencepiece.rule(cut) is None
+    assert sentencepiece.rule(cut) is None
     assert written(tiny.tokenizer("sentencepiece, always"))["add_add_space_prefix"] is True
     assert written(tiny.tokenizer("sentencepiece, first"))["add_add_space_prefix"] is False
 
@@ -97,7 +97,7 @@ def test_transformers_own_llama_tokenizer_is_of_this_kind(words: Any) -> None:
     model = state_of(words)["model"]
     own = tf.LlamaTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
     assert gguf_tokens.refusals(own) == []
-    assert gguf_sentencepiece.rule(state_of(own)) == "first"
+    assert sentencepiece.rule(state_of(own)) == "first"
     assert gguf_tokens.first_space(own) == " "
 
 
@@ -129,8 +129,8 @@ def changed(state: dict[str, Any], change: str) -> dict[str, Any]:
     ],
 )
 def test_what_scores_cannot_say_is_refused(words: Any, change: str, reason: str) -> None:
-    assert gguf_sentencepiece.refusals(state_of(words)) == []
-    [said] = gguf_sentencepiece.refusals(changed(state_of(words), change))
+    assert sentencepiece.refusals(state_of(words)) == []
+    [said] = sentencepiece.refusals(changed(state_of(words), change))
     assert reason in said
 
 

@@ -13,7 +13,7 @@ import transformers as tf
 
 import tiny
 from opticnerve.export.export import export
-from opticnerve.export.hf import idefics3 as hf_idefics3
+from opticnerve.export.hf import idefics3
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -62,14 +62,14 @@ def test_other_families_sizes_and_scales(options: dict[str, Any], saved: Make, t
 def test_a_matrix_whose_columns_are_out_of_order_is_caught(
     saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = hf_idefics3._state
+    honest = idefics3._state
 
     def swapped(*args: Any) -> dict[str, Any]:
         state = honest(*args)
         name = "model.connector.modality_projection.proj.weight"
         return {**state, name: state[name].roll(24, 1)}
 
-    monkeypatch.setattr(hf_idefics3, "_state", swapped)
+    monkeypatch.setattr(idefics3, "_state", swapped)
     with pytest.raises(OpticNerveError, match=r"sample 2 in transformers .*: logits differ by up to"):
         export(saved("llama", **SHUFFLE), "hf-idefics3", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -108,7 +108,7 @@ def test_places_are_counted_as_idefics3s_own_embeddings_count_them() -> None:
             table.position_embedding.weight.copy_(torch.arange(side**2.0)[:, None])
             found = table(torch.zeros(1, 3, side, side), torch.ones(1, side, side, dtype=torch.bool))
         same = torch.equal(found.flatten(), torch.arange(side**2.0))
-        assert hf_idefics3._counts_places(side) is same
+        assert idefics3._counts_places(side) is same
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from opticnerve.export import parity, probe
 from opticnerve.export.export import Exported, export
 from opticnerve.export.hf import common as hf_common
-from opticnerve.export.hf import llava as hf_llava
+from opticnerve.export.hf import llava
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -81,14 +81,14 @@ def test_siglip_behind_its_final_norm_with_one_matrix_and_other_pictures(saved: 
 def test_one_scaled_tensor_is_caught_and_nothing_stays(
     saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = hf_llava._state
+    honest = llava._state
 
     def scaled(*args: Any, **kwargs: Any) -> dict[str, Any]:
         state = honest(*args, **kwargs)
         state["multi_modal_projector.linear_2.weight"] = state["multi_modal_projector.linear_2.weight"] * 1.01
         return state
 
-    monkeypatch.setattr(hf_llava, "_state", scaled)
+    monkeypatch.setattr(llava, "_state", scaled)
     with pytest.raises(OpticNerveError, match=r"sample 2 in transformers .*: logits differ by up to"):
         export(saved("llama", "clip_vision_model", layer=-2), "hf-llava", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from opticnerve.inference.decoding import decode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.build import Dock
 from opticnerve.ops.fused_decode import FusedDecoder
-from opticnerve.ops.kv_cache import ReservedLayer, make_room
+from opticnerve.ops.kv_cache import ReservedLayer, reserve
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -146,7 +146,7 @@ class TestLean:
         assert fused is not None
         with torch.inference_mode():
             theirs, ours = (model(ids_BL, use_cache=True)[CACHE] for _ in range(2))
-            assert make_room(ours, 3)
+            assert reserve(ours, 3)
             cos_BTd, sin_BTd = fused.tables(torch.tensor([9]), 5)
             fused.prepare(rows)
             for i in range(5):
@@ -208,7 +208,7 @@ def test_a_cache_with_room_grows_past_it_and_notices_whoever_replaces_its_tensor
             cache.update(keys, values, 0)
 
     more(3, 2)
-    assert make_room(roomy, 2)
+    assert reserve(roomy, 2)
     assert type(roomy.layers[0]) is ReservedLayer
     for new in (1, 1, 1, 4):
         more(new, 2)

@@ -135,11 +135,11 @@ class TestStream:
             handle.remove()
 
     def test_sampling_repeats_with_its_seed(self, answerer: Answerer) -> None:
-        def say(seed: int) -> str:
+        def answer_batch(seed: int) -> str:
             return "".join(answerer.stream(ASKED[0], max_new_tokens=10, temperature=1.0, top_p=0.9, seed=seed))
 
-        assert say(1) == say(1)
-        assert len({say(s) for s in range(4)}) > 1
+        assert answer_batch(1) == answer_batch(1)
+        assert len({answer_batch(s) for s in range(4)}) > 1
 
 
 class TestLoad:

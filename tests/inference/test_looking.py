@@ -11,8 +11,7 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.interpret import attention_maps
-from opticnerve.interpret import attribution as multimodal_context
+from opticnerve.interpret import attention_maps, attribution
 from opticnerve.interpret.occlusion import edges, occlusion
 from opticnerve.interpret.teacher_forcing import TeacherForced, Word, split_words
 from opticnerve.models.vlm.build import Dock
@@ -52,9 +51,9 @@ def forced(dock: Dock) -> TeacherForced:
     return TeacherForced(dock.model, dock.processor, ASKED, max_new_tokens=5)
 
 
-def look(dock: Dock, *methods: str, **options: Any) -> multimodal_context.Attribution:
+def attribute(dock: Dock, *methods: str, **options: Any) -> attribution.Attribution:
     options = {"grid": 4, "patch": 2, "max_new_tokens": 5, **options}
-    return multimodal_context.look(dock.model, dock.processor, ASKED, methods=methods or None, **options)
+    return attribution.attribute(dock.model, dock.processor, ASKED, methods=methods or None, **options)
 
 
 class TestArithmetic:
@@ -134,7 +133,7 @@ class TestWords:
     def test_a_words_weights_are_the_mean_of_its_tokens(self) -> None:
         words = [Word("ab", (0, 1)), Word("c", (2,))]
         weight_THW = torch.tensor([[[0.0, 1.0]], [[0.5, 0.5]], [[1.0, 0.0]]])
-        assert multimodal_context._words(weight_THW, words, torch.mean).tolist() == [[[0.25, 0.75]], [[1.0, 0.0]]]
+        assert attribution._words(weight_THW, words, torch.mean).tolist() == [[[0.25, 0.75]], [[1.0, 0.0]]]
 
     def test_nothing(self) -> None:
         assert split_words([], tiny.tokenizer()) == ("", [])
@@ -176,10 +175,10 @@ class TestForced:
         hooks = sum(len(m._forward_hooks) for m in dock.model.image.modules())
         methods = [
             m
-            for m in multimodal_context.METHODS
-            if multimodal_context.METHODS[m] in ("any", "splice" if which == "spliced" else "cross_attention")
+            for m in attribution.METHODS
+            if attribution.METHODS[m] in ("any", "splice" if which == "spliced" else "cross_attention")
         ]
-        look(dock, *methods)
+        attribute(dock, *methods)
         assert language.config._attn_implementation == "sdpa"
         assert {m.config._attn_implementation for m in language.modules() if hasattr(m, "config")} == {"sdpa"}
         assert [p.requires_grad for p in dock.model.parameters()] == asking
@@ -197,7 +196,7 @@ class TestForced:
 
 class TestMaps:
     def test_of_a_spliced_model(self, spliced: Dock) -> None:
-        found = look(spliced, "attention", "rollout", "relevance", "gradient")
+        found = attribute(spliced, "attention", "rollout", "relevance", "gradient")
         assert [m.method for m in found.maps] == ["attention", "rollout", "relevance", "gradient", "occlusion"]
         for each in found.maps:
             assert each.grid_WHH.shape == (len(found.words), 4, 4)
@@ -210,11 +209,11 @@ class TestMaps:
         assert len(found.log_p) == len(found.words)
 
     def test_of_a_crossed_model(self, crossed: Dock) -> None:
-        found = look(crossed)
+        found = attribute(crossed)
         assert [m.method for m in found.maps] == ["cross_attention", "occlusion"]
         assert np.allclose(found.maps[0].grid_WHH.sum((1, 2)), 1, atol=1e-5)
         assert found.maps[1].grid_WHH.any()
-        one = look(crossed, "cross_attention", layer=1, head=3).maps[0]
+        one = attribute(crossed, "cross_attention", layer=1, head=3).maps[0]
         assert one.note.startswith("layer 1, head 3")
         assert not np.allclose(one.grid_WHH, found.maps[0].grid_WHH)
 
@@ -237,7 +236,7 @@ class TestMaps:
     def test_relevance_is_zero_where_nothing_depends_on_the_picture(self, spliced: Dock) -> None:
         with torch.no_grad():
             spliced.model.image.connector.output_scale.zero_()
-        found = look(spliced, "gradient")
+        found = attribute(spliced, "gradient")
         assert np.allclose(found.maps[0].grid_WHH, 1 / 16)
         assert np.allclose(found.maps[1].grid_WHH, 0, atol=1e-5)
 
@@ -248,13 +247,13 @@ class TestMaps:
         only[:, 8] = 1
         plain = connector.project
         connector.project = lambda features: type(features)(plain(features).tokens_BND * only, features.mask_BN)
-        assert look(spliced, "gradient").maps[0].peak(0) == (0.125, 0.625)
+        assert attribute(spliced, "gradient").maps[0].peak(0) == (0.125, 0.625)
 
     @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox", "opt", "qwen3"])
     def test_families(self, family: str, docked: Callable[..., Dock]) -> None:
         dock = awake(docked(family))
         before = dock.model.language_model.config._attn_implementation
-        found = look(dock, "attention", "relevance")
+        found = attribute(dock, "attention", "relevance")
         assert np.allclose(found.maps[1].grid_WHH.sum((1, 2)), 1, atol=1e-4)
         assert dock.model.language_model.config._attn_implementation == before
 
@@ -274,22 +273,22 @@ class TestWhatAModelAllows:
         dock = awake(docked("llama", connector={"type": "resampler", "num_latents": 4}))
         for method in ("attention", "rollout", "relevance"):
             with pytest.raises(OpticNerveError, match=r"no place in the picture: each .* occlusion, or gradient"):
-                look(dock, method)
-        found = look(dock)
+                attribute(dock, method)
+        found = attribute(dock)
         assert [m.method for m in found.maps] == ["gradient", "occlusion"]
 
     @pytest.mark.parametrize("connector", ["linear", "pixel_shuffle", "abstractor"])
     def test_connectors_that_keep_a_map(self, connector: str, docked: Callable[..., Dock]) -> None:
         dock = awake(docked("llama", connector=connector))
         side = dock.model.image.num_tokens**0.5
-        assert look(dock, "relevance").maps[0].grid_WHH.shape[1:] == (side, side)
+        assert attribute(dock, "relevance").maps[0].grid_WHH.shape[1:] == (side, side)
 
     def test_class_tokens_spoil_the_map(self, docked: Callable[..., Dock], vision_folder: Callable[..., str]) -> None:
         vision_encoder = {"type": "hf_vision", "name": vision_folder(), "class_token": "keep"}
         with pytest.raises(OpticNerveError, match="17 soft tokens make no square"):
-            look(docked("llama", vision_encoder), "attention")
+            attribute(docked("llama", vision_encoder), "attention")
         with pytest.raises(OpticNerveError, match="17 tokens"):
-            look(docked("llama", vision_encoder), "gradient")
+            attribute(docked("llama", vision_encoder), "gradient")
 
     @pytest.mark.parametrize(
         ("which", "method", "words"),
@@ -298,27 +297,27 @@ class TestWhatAModelAllows:
     )  # fmt: skip
     def test_methods_of_other_models(self, which: str, method: str, words: str, request: pytest.FixtureRequest) -> None:
         with pytest.raises(OpticNerveError, match=words):
-            look(request.getfixturevalue(which), method)
+            attribute(request.getfixturevalue(which), method)
 
     def test_layer_and_head_of_a_method_without(self, spliced: Dock) -> None:
         with pytest.raises(OpticNerveError, match="leave them out"):
-            look(spliced, "relevance", layer=0)
+            attribute(spliced, "relevance", layer=0)
         with pytest.raises(OpticNerveError, match="no layer 2: this model has 2, 0 to 1"):
-            look(spliced, "attention", layer=2)
+            attribute(spliced, "attention", layer=2)
 
     def test_not_one_picture(self, spliced: Dock) -> None:
         for asked in (ask("text alone"), ask("two", tiny.picture(1), tiny.picture(2))):
             with pytest.raises(OpticNerveError, match="one picture"):
-                multimodal_context.look(spliced.model, spliced.processor, asked)
+                attribution.attribute(spliced.model, spliced.processor, asked)
 
     def test_tiles(self, docked: Callable[..., Dock]) -> None:
         with pytest.raises(OpticNerveError, match="tiling"):
-            look(docked("llama", tiling={"type": "anyres"}))
+            attribute(docked("llama", tiling={"type": "anyres"}))
 
 
 class TestSeenBox:
     def test_squashed(self) -> None:
-        assert multimodal_context.seen_box(tf.SiglipImageProcessor(size={"height": 32, "width": 32}), 100, 60) == (
+        assert attribution.seen_box(tf.SiglipImageProcessor(size={"height": 32, "width": 32}), 100, 60) == (
             0,
             0,
             100,
@@ -327,11 +326,11 @@ class TestSeenBox:
 
     def test_cropped(self) -> None:
         size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
-        assert multimodal_context.seen_box(tf.CLIPImageProcessor(**size), 100, 60) == (26, 6, 74, 54)
+        assert attribution.seen_box(tf.CLIPImageProcessor(**size), 100, 60) == (26, 6, 74, 54)
 
     def test_padded(self) -> None:
         size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-        assert multimodal_context.seen_box(tf.LlavaImageProcessor(do_pad=True, **size), 100, 60) == (0, -20, 100, 80)
+        assert attribution.seen_box(tf.LlavaImageProcessor(do_pad=True, **size), 100, 60) == (0, -20, 100, 80)
 
 
 def test_models_that_keep_their_kernel_are_refused(spliced: Dock, monkeypatch: pytest.MonkeyPatch) -> None:

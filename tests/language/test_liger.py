@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 
 from opticnerve import recipe
-from opticnerve.ops import fused_layers as lean_page
+from opticnerve.ops import fused_layers
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.liger import liger
 from opticnerve.types import OpticNerveError
@@ -48,7 +48,7 @@ class Spy:
 
 @pytest.fixture
 def spies(monkeypatch: pytest.MonkeyPatch) -> tuple[Spy, Spy]:
-    norm, swiglu = Spy(lean_page._RMSNorm), Spy(lean_page._SwiGLU)
+    norm, swiglu = Spy(fused_layers._RMSNorm), Spy(fused_layers._SwiGLU)
     package, ops = ModuleType("liger_kernel"), ModuleType("liger_kernel.ops")
     ops.LigerRMSNormFunction = type("F", (), {"apply": staticmethod(norm.norm)})  # type: ignore[attr-defined]
     ops.LigerSiLUMulFunction = type("F", (), {"apply": staticmethod(swiglu.swiglu)})  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.inference.load import load_model
 from opticnerve.language.load import check_complete, load_language
 from opticnerve.models.checkpoint.bounds import no_larger_than
-from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -127,7 +127,7 @@ class TestNoLargerThan:
 def test_whatever_breaks_is_told() -> None:
     with (
         pytest.raises(OpticNerveError, match="the model in here cannot be loaded: KeyError: 'a'") as e,
-        told("the model", "here"),
+        wrap_errors("the model", "here"),
     ):
         raise KeyError("a")
     assert isinstance(e.value.__cause__, KeyError)

@@ -52,8 +52,8 @@ def alone(both: Dock) -> Callable[..., str]:
     """What the same model says on its own, by the package's own way of answering."""
     answerer = Answerer(both.model, both.processor)
 
-    def say(conversation: Conversation | str, new: int = 16) -> str:
+    def emit(conversation: Conversation | str, new: int = 16) -> str:
         asked = ask(conversation) if isinstance(conversation, str) else conversation
         return "".join(answerer.stream(asked, max_new_tokens=new))
 
-    return say
+    return emit

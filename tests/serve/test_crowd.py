@@ -94,7 +94,7 @@ def test_clients_that_go_away_free_their_slots(patient: tuple[Live, threading.Ev
         answer.close()
         client.close()
     # All it takes is the next token: the step that hangs now, and the turn behind it.
-    assert until(lambda: live.service.gate.admitted == 0)
+    assert until(lambda: live.service.middleware.admitted == 0)
     steps = live.metric("step_seconds_count")
     go.set()
     assert until(lambda: live.metric("running_answers") == 0 and live.metric("waiting_requests") == 0)
@@ -108,7 +108,7 @@ def test_a_full_house_says_when_to_come_back(patient: tuple[Live, threading.Even
     go.clear()
     with ThreadPoolExecutor(3) as pool:
         first = [pool.submit(live.post, max_tokens=300) for _ in range(3)]
-        assert until(lambda: live.service.gate.admitted == 3)
+        assert until(lambda: live.service.middleware.admitted == 3)
         answer = live.post(max_tokens=5)
         assert answer.status_code == 429
         assert answer.json()["error"]["code"] == "queue_full"
@@ -162,7 +162,7 @@ def test_clients_that_send_slowly_are_let_go(patient: tuple[Live, threading.Even
             answer += body.recv(10_000)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"within 1 s; 8 bytes did" in answer
-    assert until(lambda: live.service.gate.admitted == 0)
+    assert until(lambda: live.service.middleware.admitted == 0)
 
 
 def test_a_client_that_reads_slowly_costs_the_others_nothing(live: Live, alone: Callable[..., str]) -> None:

@@ -67,5 +67,5 @@ def test_whatever_is_sent(document: dict[str, Any], live: Live) -> None:
             with contextlib.suppress(Unsatisfiable):  # nothing can be wrong where nothing is asked
                 send()
     assert {200, 400} <= seen
-    assert until(lambda: live.service.gate.admitted == 0)
+    assert until(lambda: live.service.middleware.admitted == 0)
     assert live.service.scheduler.alive

@@ -194,7 +194,7 @@ def test_n_is_bounded_by_the_slots(live: Live) -> None:
 
 def test_refused_requests_leave_nothing_behind(live: Live) -> None:
     refused(live, tools=[])
-    assert until(lambda: live.service.gate.admitted == 0 and live.metric("admitted_requests") == 0)
+    assert until(lambda: live.service.middleware.admitted == 0 and live.metric("admitted_requests") == 0)
     assert live.metric("requests_total", status="400") > 0
 
 

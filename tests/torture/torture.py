@@ -146,7 +146,7 @@ class BadSampleCounter:
     seconds: float = 0.0
 
 
-def torture(folder: Path, kills: int, seed: int, *, say: Any = print) -> BadSampleCounter:
+def torture(folder: Path, kills: int, seed: int, *, emit: Any = print) -> BadSampleCounter:
     """Run the whole; raises SystemExit where a run differs."""
     rng, tally, began = random.Random(seed), BadSampleCounter(), time.monotonic()
     recipe, log = make_recipe(folder), folder / "log.txt"
@@ -154,7 +154,7 @@ def torture(folder: Path, kills: int, seed: int, *, say: Any = print) -> BadSamp
     life(recipe, folder / "peace", folder / "cache-peace", log)
     peaceful, wanted = time.monotonic() - started, outcome(folder / "peace")
     steps = sum(len(v) for k, v in wanted.items() if k.endswith("curve"))
-    say(f"undisturbed: {steps} steps in {peaceful:.1f} s, weights {wanted['trained.safetensors'][:16]}…")
+    emit(f"undisturbed: {steps} steps in {peaceful:.1f} s, weights {wanted['trained.safetensors'][:16]}…")
     faults = list(FAULTS)
     rng.shuffle(faults)
     faults.sort(key=lambda name: (*FIRST, name).index(name))
@@ -187,7 +187,7 @@ def torture(folder: Path, kills: int, seed: int, *, say: Any = print) -> BadSamp
                 )
         if left := left_behind(run):
             raise SystemExit(f"run {tally.runs} left half-written files: {left}")
-        say(f"run {tally.runs} came through and is the same; {tally.kills} kills so far")
+        emit(f"run {tally.runs} came through and is the same; {tally.kills} kills so far")
         shutil.rmtree(run)
         shutil.rmtree(cache)
     tally.seconds = time.monotonic() - began
@@ -201,7 +201,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        tally = torture(Path(folder), options.kills, options.seed, say=lambda text: print(text, flush=True))
+        tally = torture(Path(folder), options.kills, options.seed, emit=lambda text: print(text, flush=True))
     print(f"{tally.kills} kills in {tally.runs} runs, all the same bit by bit, {tally.seconds:.0f} s")
     for place, count in sorted(tally.places.items(), key=lambda item: (-item[1], item[0])):
         print(f"  {count:3d}  {place}")

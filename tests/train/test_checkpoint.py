@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.train import checkpoint
 from opticnerve.types import OpticNerveError
 
@@ -78,7 +78,7 @@ def flip(path: Path) -> None:
 def rewrite(path: Path, content: bytes) -> None:
     """Another state under a hash that fits it: what torch.load meets is whatever was written."""
     (path / checkpoint.STATE).write_bytes(content)
-    sums = {checkpoint.STATE: {"sha256": durable.sha256(path / checkpoint.STATE), "bytes": len(content)}}
+    sums = {checkpoint.STATE: {"sha256": atomic.sha256(path / checkpoint.STATE), "bytes": len(content)}}
     (path / checkpoint.SUMS).write_text(json.dumps(sums))
 
 
@@ -168,7 +168,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_what_dead_processes_left_goes_away(tmp_path: Path) -> None:
     dead = 2**22 - 3  # above the highest process id there may be by default
-    mine = durable.partial_of(tmp_path / "checkpoint-00000007")
+    mine = atomic.partial_of(tmp_path / "checkpoint-00000007")
     for name in (mine.name, f"{mine.name.rpartition('-')[0]}-{dead}", ".writing-checkpoint-00000007-elsewhere-7"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_bytes(b"half")
@@ -190,8 +190,8 @@ class TestFullDisk:
         assert names(tmp_path) == ["checkpoint-00000003"]
 
     def test_told_before_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_500_000})())
-        with pytest.raises(durable.DiskFull, match=r"4\.0 MB, and 1\.5 MB are free in .*, so 2\.5 MB are missing"):
+        monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_500_000})())
+        with pytest.raises(atomic.DiskFull, match=r"4\.0 MB, and 1\.5 MB are free in .*, so 2\.5 MB are missing"):
             checkpoint.save(tmp_path, 5, {"x": torch.zeros(1_000_000)})
 
     def test_found_while_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ class TestFullDisk:
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.os, "fsync", full)
-            with pytest.raises(durable.DiskFull, match="No space left on device.*checkpoint-00000003 is whole"):
+            with pytest.raises(atomic.DiskFull, match="No space left on device.*checkpoint-00000003 is whole"):
                 checkpoint.save(tmp_path, 5, state(5))
 
     def test_no_file_may_be_so_large(self, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ class TestFullDisk:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
         try:
-            with pytest.raises(durable.DiskFull, match=r"File too large.*checkpoint-00000003 is whole"):
+            with pytest.raises(atomic.DiskFull, match=r"File too large.*checkpoint-00000003 is whole"):
                 checkpoint.save(tmp_path, 5, {"x": torch.zeros(1_000_000)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -221,7 +221,7 @@ class TestFullDisk:
             patch.setattr(checkpoint.os, "fsync", denied)
             with pytest.raises(OpticNerveError, match="Permission denied.*checkpoint-00000003 is whole") as raised:
                 checkpoint.save(tmp_path, 5, state(5))
-        assert not isinstance(raised.value, durable.DiskFull)
+        assert not isinstance(raised.value, atomic.DiskFull)
 
 
 def test_generators_go_on(tmp_path: Path) -> None:

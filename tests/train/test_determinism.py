@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from opticnerve import recipe as recipes
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.recipe import Recipe
 from opticnerve.train.loop import run_stage
@@ -56,4 +56,4 @@ def test_twice_the_same(make_recipe: Callable[..., Recipe], data: Path, tmp_path
         for folder in (here, there)
     ]
     assert curves[0] == curves[1]
-    assert durable.sha256(here / "trained.safetensors") == durable.sha256(there / "trained.safetensors")
+    assert atomic.sha256(here / "trained.safetensors") == atomic.sha256(there / "trained.safetensors")

@@ -18,7 +18,7 @@ from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.recipe import DataSpec, Recipe
 from opticnerve.runs.card.card import write_card
 from opticnerve.runs.card.warnings import warnings_of
-from opticnerve.train import divergence as diverged
+from opticnerve.train import divergence
 from opticnerve.train.divergence import SAMPLES, Diverged
 from opticnerve.train.optim import MasterAdamW
 
@@ -111,7 +111,7 @@ def test_pictures_without_a_file_get_one(tmp_path: Path, source: str) -> None:
 
     path = tiny.save_captions(tmp_path / "data", 1).parent / "0.png"
     given: Any = path.read_bytes() if source == "bytes" else tiny.picture(0)
-    diverged._keep(tmp_path / SAMPLES, 3, "why", [ask("what?", given, given, answer="this")])
+    divergence._keep(tmp_path / SAMPLES, 3, "why", [ask("what?", given, given, answer="this")])
     (kept,) = load_data(DataSpec(path=str(tmp_path / SAMPLES), media="/"))
     assert len({i.source for i in kept.images}) == 2
     assert all(Path(str(i.source)).is_file() for i in kept.images)
@@ -162,7 +162,7 @@ class TestSkip:
     def test_too_many_in_a_row_stop_the_run(
         self, make_recipe: Make, train: Train, monkeypatch: pytest.MonkeyPatch, spoil: Any
     ) -> None:
-        monkeypatch.setattr(diverged, "MOST_IN_A_ROW", 3)
+        monkeypatch.setattr(divergence, "MOST_IN_A_ROW", 3)
         recipe = make_recipe(on_divergence="skip", steps=8)
         spoil(1, 2, 4, 5, 6)
         with pytest.raises(Diverged, match=r"step 6: .*makes 3 steps left out in a row"):

@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from opticnerve.data.media.open import image_digest
-from opticnerve.features import digests as module
+from opticnerve.features import digests
 from opticnerve.features.digests import Digests
 from opticnerve.types import DataError, Frame, OpticNerveError
 
@@ -32,7 +32,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(source)
         return image_digest(source, where=where)
 
-    monkeypatch.setattr(module, "image_digest", count)
+    monkeypatch.setattr(digests, "image_digest", count)
     return found
 
 

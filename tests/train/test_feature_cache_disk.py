@@ -14,9 +14,9 @@ import torch
 
 import tiny
 from opticnerve.features import budget as feature_disk
-from opticnerve.features import extract as feature_fill
+from opticnerve.features import extract
 from opticnerve.features import store as feature_cache
-from opticnerve.features.budget import default_budget, folder_bytes, hold, make_room
+from opticnerve.features.budget import default_budget, evict, folder_bytes, hold
 from opticnerve.features.store import FeatureStore
 from opticnerve.types import Features, OpticNerveError
 
@@ -40,47 +40,47 @@ def there(root: Path) -> set[str]:
 
 
 def test_the_least_recently_used_goes_first_and_no_more_than_needed(root: Path) -> None:
-    make_room(root, root / C, 500, 3500)
+    evict(root, root / C, 500, 3500)
     assert there(root) == {A, B, "mine"}
-    make_room(root, root / C, 600, 3500)
+    evict(root, root / C, 600, 3500)
     assert there(root) == {B, "mine"}
-    make_room(root, root / B, 1400, 3500)
+    evict(root, root / B, 1400, 3500)
     assert there(root) == {B, "mine"}
 
 
 def test_what_does_not_fit_is_said_with_numbers_and_nothing_is_removed(root: Path) -> None:
     with pytest.raises(OpticNerveError, match=r"need 5\.0 MB more of disk; the feature cache may hold 4\.0 MB"):
-        make_room(root, root / C, 5_000_000, 4_000_000)
+        evict(root, root / C, 5_000_000, 4_000_000)
     assert there(root) == {A, B, "mine"}
     # What is no store, and the store itself, never makes room.
     with pytest.raises(OpticNerveError, match="are this eye's already"):
-        make_room(root, root / B, 2_000, 2_500)
+        evict(root, root / B, 2_000, 2_500)
     assert there(root) == {A, B, "mine"}
 
 
 def test_a_full_disk_is_foreseen(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_disk, "free_bytes", lambda _: 800)
-    make_room(root, root / C, 1_700, 10**9)
+    evict(root, root / C, 1_700, 10**9)
     assert there(root) == {B, "mine"}
     with pytest.raises(OpticNerveError, match=r"0\.0 MB of disk are free"):
-        make_room(root, root / C, 5_000, 10**9)
+        evict(root, root / C, 5_000, 10**9)
 
 
 def test_a_store_in_use_stays(root: Path) -> None:
     held = hold(root / A)
-    make_room(root, root / C, 500, 3000)
+    evict(root, root / C, 500, 3000)
     assert there(root) == {A, "mine"}
     with pytest.raises(OpticNerveError, match="Raise the budget"):
-        make_room(root, root / C, 500, 2000)
+        evict(root, root / C, 500, 2000)
     assert there(root) == {A, "mine"}
     held.close()
-    make_room(root, root / C, 500, 2000)
+    evict(root, root / C, 500, 2000)
     assert there(root) == {"mine"}
 
 
 def test_using_a_store_makes_it_the_last_to_go(root: Path) -> None:
     hold(root / A).close()
-    make_room(root, root / C, 600, 3500)
+    evict(root, root / C, 600, 3500)
     assert there(root) == {A, "mine"}
 
 
@@ -140,7 +140,7 @@ def pictures(tmp_path: Path) -> list[tuple[Any, str]]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches and shards of two pictures."""
-    monkeypatch.setattr(feature_fill, "BATCH", 2)
+    monkeypatch.setattr(extract, "BATCH", 2)
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 2 * EACH)
 
 
@@ -282,6 +282,6 @@ def test_a_kill_in_mid_write_leaves_whole_shards(tmp_path: Path, pictures: list[
 def test_progress_is_told(tmp_path: Path, pictures: list[tuple[Any, str]], capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    with feature_fill.Counter(7, Console(), every_s=0.0) as counter:
+    with extract.Counter(7, Console(), every_s=0.0) as counter:
         FeatureStore(tmp_path / C).fill(pictures, look, prepare, progress=counter.update)
     assert "pictures: 7/7 seen" in capsys.readouterr().out

@@ -307,18 +307,18 @@ class TestGradientCheckpointing:
     def test_same_run_but_layers_run_twice(
         self, make_recipe: Make, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from opticnerve.ops import fused_layers as fuse_layers
+        from opticnerve.ops import fused_layers
         from opticnerve.train import loop
 
         monkeypatch.setattr(loop, "image_use", lambda *_: None)  # it reads some samples again
         calls = {"now": 0}
-        forward = fuse_layers._mlp_forward
+        forward = fused_layers._mlp_forward
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             calls["now"] += 1
             return forward(*args, **kwargs)
 
-        monkeypatch.setattr(fuse_layers, "_mlp_forward", counted)
+        monkeypatch.setattr(fused_layers, "_mlp_forward", counted)
         plain, _ = train(make_recipe(), "plain")
         once, calls["now"] = calls["now"], 0
         again, _ = train(make_recipe(gradient_checkpointing=True), "again")

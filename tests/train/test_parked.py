@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from opticnerve.ops.offload import make_room, offload
+from opticnerve.ops.offload import offload, offload_encoder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="files are mapped and removed on POSIX systems alone")
 
@@ -80,6 +80,6 @@ def test_a_disk_that_cannot_be_written_leaves_them_where_they_are(tmp_path: Path
         def print(self, text: str, **_: Any) -> None:
             said.append(text)
 
-    make_room(vision_encoder, tmp_path / "absent", Console())
+    offload_encoder(vision_encoder, tmp_path / "absent", Console())
     assert said == ["the eye's weights stay in memory: No such file or directory"]
     assert [p.data_ptr() for p in vision_encoder.parameters()] == own

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.common import atomic as durable
-from opticnerve.common import drawing
+from opticnerve.common import atomic, drawing
 from opticnerve.features import store as feature_cache
 from opticnerve.recipe import Recipe
 from opticnerve.runs import pipeline, records
@@ -136,12 +135,12 @@ def test_a_disk_that_fills_up_stops_the_run(
 
     def fuller(folder: Path, step: int, *args: Any, **options: Any) -> Path:
         if step == 3:
-            monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+            monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         return save(folder, step, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", fuller)
-        with pytest.raises(durable.DiskFull, match=r"1\.0 kB are free .* are missing; checkpoint-00000002 is whole"):
+        with pytest.raises(atomic.DiskFull, match=r"1\.0 kB are free .* are missing; checkpoint-00000002 is whole"):
             train(recipe)
     monkeypatch.undo()
     assert [p.name[-1] for p in checkpoint.checkpoints(stage_folder(tmp_path))] == ["1", "2"]
@@ -161,7 +160,7 @@ def test_another_number_of_processes(tmp_path: Path) -> None:
         torch.manual_seed(7)
         fresh = torch.rand(2)
         torch.manual_seed(7)
-        saving._take_up(SimpleNamespace(accelerator=accelerator, say=said.append), states)  # type: ignore[arg-type]
+        saving._take_up(SimpleNamespace(accelerator=accelerator, emit=said.append), states)  # type: ignore[arg-type]
         assert torch.equal(torch.rand(2), wanted if goes_on else fresh)
         assert "2 processes, these are 4" in said[0]
 
@@ -180,7 +179,7 @@ class TestWholeRuns:
     def outcome(self, run: Path) -> dict[str, Any]:
         results = json.loads((run / "results.json").read_text())
         return {k: results[k] for k in ("tasks", "image_dependence")} | {
-            str(f.relative_to(run)): durable.sha256(f) for f in run.rglob("*.safetensors")
+            str(f.relative_to(run)): atomic.sha256(f) for f in run.rglob("*.safetensors")
         }
 
     def stopped(self, number: int) -> Callable[..., Any]:

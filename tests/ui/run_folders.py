@@ -21,11 +21,11 @@ EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>${window.
 
 
 def words(language: str = "en") -> Callable[..., str]:
-    def say(key: str, **values: object) -> str:
+    def emit(key: str, **values: object) -> str:
         text = TEXTS[language][key]
         return text.format(**values) if values else text
 
-    return say
+    return emit
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:

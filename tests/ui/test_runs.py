@@ -12,7 +12,7 @@ import pytest
 from run_folders import EVIL, line, make_run, words
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import runs_html as html
+from opticnerve.ui import runs_html
 from opticnerve.ui.i18n_runs import TEXTS
 from opticnerve.ui.runs import list_runs, open_run, read_file
 from opticnerve.ui.runs_answers import chosen, read_answers, thumbnail
@@ -35,12 +35,12 @@ def test_runs_are_found_with_their_states_the_newest_first(tmp_path: Path) -> No
     ]  # fmt: skip
     half = open_run(tmp_path, "deep/er/half")
     assert [(s.name, s.steps, s.planned, s.finished) for s in half.stages] == [("align", 7, 40, False)]
-    assert html.progress(half.stages[0], words()) == "7 of 40"
+    assert runs_html.progress(half.stages[0], words()) == "7 of 40"
 
 
 def test_headline_figures_are_those_of_the_results(tmp_path: Path) -> None:
     make_run(tmp_path, "run")
-    told = html.summary(open_run(tmp_path, "run"), words())
+    told = runs_html.summary(open_run(tmp_path, "run"), words())
     for part in ("90.0%", "86.0% to 93.0%", "+40.0", "21.30", "1 min 15 s", "3.00 GiB", "finished", "40 of 40"):
         assert part in told, part
 
@@ -56,7 +56,7 @@ def test_half_written_files_leave_the_rest_readable_and_are_told(tmp_path: Path)
     read = open_run(tmp_path, "run")
     assert read.stages[0].metrics == []
     assert [n.partition(" ")[0].rstrip(":") for n in read.notes] == ["results.json", "stages/0-align/metrics.jsonl"]
-    assert "results.json" in html.summary(read, words())
+    assert "results.json" in runs_html.summary(read, words())
     (run / "recipe.yaml").write_text("model: [")
     assert [s.name for s in open_run(tmp_path, "run").stages] == ["align"]
 
@@ -70,8 +70,8 @@ def test_results_of_any_form_are_shown(tmp_path: Path, results: object) -> None:
     run = make_run(tmp_path, "run")
     (run / "results.json").write_text(json.dumps(results))
     read = open_run(tmp_path, "run")
-    assert "run" in html.summary(read, words())
-    assert "run" in html.runs_table(list_runs(tmp_path), words())
+    assert "run" in runs_html.summary(read, words())
+    assert "run" in runs_html.runs_table(list_runs(tmp_path), words())
     for task in read.tasks:
         assert read_answers(read, str(task.get("name")))[0] == []
 
@@ -154,7 +154,11 @@ def test_every_text_of_a_run_is_escaped(tmp_path: Path) -> None:
     (run / "recipe.yaml").write_text("- " + EVIL)
     read = open_run(tmp_path, "run")
     answers, _ = read_answers(read, EVIL)
-    shown = html.summary(read, words()) + html.answers_grid(read, answers, words()) + html.curves(read, words())
+    shown = (
+        runs_html.summary(read, words())
+        + runs_html.answers_grid(read, answers, words())
+        + runs_html.curves(read, words())
+    )
     assert EVIL[:10] not in shown
     assert "<script" not in shown
     assert "&lt;script" in shown

@@ -27,7 +27,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_browsed(root: Path) -> None:
-    def look() -> None:
+    def attribute() -> None:
         with served(lambda: runs_tab(words(), root)) as address, chromium() as browser:
             page = browser.new_page(viewport={"width": 1100, "height": 900})
             asked: list[str] = []
@@ -53,7 +53,7 @@ def test_a_run_is_browsed(root: Path) -> None:
             page.locator("#runs-table").get_by_text("later").wait_for()
             page.get_by_role("heading", name="demo finished").wait_for()  # the chosen one stays
 
-    apart(look)
+    apart(attribute)
 
 
 def _by_keyboard(page: Any) -> None:
@@ -76,7 +76,7 @@ def _by_keyboard(page: Any) -> None:
 
 
 def test_on_a_phone_in_japanese_nothing_is_cut_off(root: Path) -> None:
-    def look() -> None:
+    def attribute() -> None:
         with served(lambda: runs_tab(words("ja"), root)) as address, chromium() as browser:
             page = browser.new_page(viewport={"width": 360, "height": 740})
             page.goto(address)
@@ -87,14 +87,14 @@ def test_on_a_phone_in_japanese_nothing_is_cut_off(root: Path) -> None:
                 assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
             assert page.locator("#runs-answers .answer").first.bounding_box()["width"] > 250
 
-    apart(look)
+    apart(attribute)
 
 
 def test_an_empty_folder_says_how_to_begin(tmp_path: Path) -> None:
-    def look() -> None:
+    def attribute() -> None:
         with served(lambda: runs_tab(words(), tmp_path)) as address, chromium() as browser:
             page = browser.new_page()
             page.goto(address)
             page.locator("#runs-summary").get_by_text("opticnerve train").wait_for()
 
-    apart(look)
+    apart(attribute)

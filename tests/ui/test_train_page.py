@@ -43,7 +43,7 @@ def root(
 
 
 def test_a_recipe_is_started_watched_stopped_and_gone_on_with(root: Path) -> None:
-    def look() -> None:
+    def attribute() -> None:
         with served(lambda: train_tab(words(), root)) as address, chromium() as browser:
             page = browser.new_page(viewport={"width": 390, "height": 844})
             page.set_default_timeout(120_000)
@@ -84,11 +84,11 @@ def test_a_recipe_is_started_watched_stopped_and_gone_on_with(root: Path) -> Non
             state.get_by_text("Stopped", exact=True).wait_for()
             assert "seed: 3" in (root / "first/recipe.yaml").read_text()
 
-    apart(look)
+    apart(attribute)
 
 
 def test_a_short_recipe_ends_as_finished(root: Path) -> None:
-    def look() -> None:
+    def attribute() -> None:
         with served(lambda: train_tab(words("ja"), root)) as address, chromium() as browser:
             page = browser.new_page()
             page.set_default_timeout(120_000)
@@ -102,7 +102,7 @@ def test_a_short_recipe_ends_as_finished(root: Path) -> None:
             assert page.locator("#train-start").is_enabled()
             assert open_run(root, "mine").state == "finished"
 
-    apart(look)
+    apart(attribute)
 
 
 def _choose(page: Any, where: str, what: str) -> None:

@@ -19,8 +19,7 @@ import yaml
 from run_folders import make_run
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import jobs
-from opticnerve.ui import train_process as training
+from opticnerve.ui import jobs, train_process
 from opticnerve.ui.jobs import lives, log_of, read_job, write_job
 from opticnerve.ui.train_process import (
     changes_of,
@@ -78,7 +77,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "stand_in_for_training.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
-    for module in (jobs, training):
+    for module in (jobs, train_process):
         monkeypatch.setattr(module, "PROGRAM", "stand_in_for_training")
     folder = tmp_path / "runs"
     folder.mkdir()

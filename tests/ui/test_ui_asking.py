@@ -17,13 +17,13 @@ from opticnerve.types import ImagePart, OpticNerveError, ask
 from opticnerve.ui.chat_state import ChatState, stream
 from opticnerve.ui.chat_tab import Asker
 from opticnerve.ui.compare_tab import compare
-from opticnerve.ui.i18n import Words
+from opticnerve.ui.i18n import Translations
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.look_part import AUTO, see
 from opticnerve.ui.models import Models
 from opticnerve.ui.picture import Refused, alert, check_picture
 
-EN, JA = Words("en"), Words("ja")
+EN, JA = Translations("en"), Translations("ja")
 LIMITS = Limits(upload_bytes=22_000, pixels=10_000, question_characters=50, answer_tokens=16)
 
 
@@ -90,7 +90,7 @@ def test_a_float32_model_serves_for_looking_too(two_models: list[str]) -> None:
 
 
 def test_one_model_works_at_a_time(asker: Asker, two_models: list[str]) -> None:
-    states = asker.say(two_models[0], ChatState(), "yes?", None, 16, 0.0)
+    states = asker.emit(two_models[0], ChatState(), "yes?", None, 16, 0.0)
     next(states)  # what was asked
     next(states)  # the first piece: the turn is taken
     entered = threading.Event()
@@ -113,7 +113,7 @@ def test_one_model_works_at_a_time(asker: Asker, two_models: list[str]) -> None:
 @pytest.mark.parametrize(("words", "said"), [(EN, "cannot be read"), (JA, "読めません")], ids=["en", "ja"])
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\nnothing more", b"<svg/>"])
 def test_what_is_no_picture_is_refused_in_the_pages_language(
-    tmp_path: Path, words: Words, said: str, content: bytes
+    tmp_path: Path, words: Translations, said: str, content: bytes
 ) -> None:
     path = tmp_path / "secret-name.png"
     path.write_bytes(content)
@@ -154,7 +154,7 @@ def test_messages_cannot_bring_html_along() -> None:
 def test_the_answer_is_the_packages_own_and_grows(asker: Asker, two_models: list[str], picture: str) -> None:
     states = [
         chat_state
-        for chat_state, _ in asker.say(two_models[0], ChatState(), " is there a blue square? ", picture, 16, 0.0)
+        for chat_state, _ in asker.emit(two_models[0], ChatState(), " is there a blue square? ", picture, 16, 0.0)
     ]
     asked, answers = states[0], [t.messages[-1].text for t in states[1:]]
     assert asked.messages[-1].text == "is there a blue square?"
@@ -188,7 +188,7 @@ def test_no_question_and_one_that_is_too_long_are_refused(
     asker: Asker, two_models: list[str], question: str, said: str
 ) -> None:
     with pytest.raises(Refused, match=said):
-        list(asker.say(two_models[0], ChatState(), question, None, 16, 0.0))
+        list(asker.emit(two_models[0], ChatState(), question, None, 16, 0.0))
 
 
 def test_closing_the_stream_stops_the_model() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from opticnerve.types import OpticNerveError
-from opticnerve.web import guard as door
+from opticnerve.web import guard
 from opticnerve.web.guard import Guard, Logins
 from opticnerve.web.listen import listen, read_secrets
 from opticnerve.web.place import LOCAL_NAMES, address
@@ -78,7 +78,7 @@ def test_other_names_are_refused_without_a_login(host: str) -> None:
 
 
 def test_a_login_is_wanted_and_must_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "WRONG_SECONDS", 0)
+    monkeypatch.setattr(guard, "WRONG_SECONDS", 0)
     entry = make("me:correct horse", "you:battery staple", hosts=None)
     status, headers, _ = request(entry)
     assert status == 401

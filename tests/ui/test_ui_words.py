@@ -10,7 +10,7 @@ import pytest
 
 from opticnerve import ui
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.i18n import LANGUAGES, TEXTS, Words, preferred
+from opticnerve.ui.i18n import LANGUAGES, TEXTS, Translations, preferred
 from opticnerve.ui.i18n_runs import TEXTS as RUN_TEXTS
 
 
@@ -45,22 +45,22 @@ def test_every_text_that_the_page_asks_for_is_there() -> None:
     assert len(asked) > 30
     for language in LANGUAGES:
         for key in asked:
-            assert Words(language)(key)
+            assert Translations(language)(key)
 
 
 def test_values_are_filled_in() -> None:
-    assert Words("en")("took", seconds="1.5") == "1.5 s"
-    assert Words("ja")("took", seconds="1.5") == "1.5 秒"
+    assert Translations("en")("took", seconds="1.5") == "1.5 s"
+    assert Translations("ja")("took", seconds="1.5") == "1.5 秒"
 
 
 def test_an_unknown_key_is_an_error() -> None:
     with pytest.raises(KeyError, match="nothing"):
-        Words("en")("nothing")
+        Translations("en")("nothing")
 
 
 def test_an_unknown_language_is_an_error_that_names_those_there_are() -> None:
     with pytest.raises(OpticNerveError, match="en and ja"):
-        Words("fr")
+        Translations("fr")
 
 
 @pytest.mark.parametrize(

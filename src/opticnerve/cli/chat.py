@@ -78,7 +78,7 @@ class Session:
                 if line.startswith("/"):
                     self.command(line)
                 elif line:
-                    self.say(line)
+                    self.emit(line)
             except (OpticNerveError, OSError) as e:
                 fail(str(e))
 
@@ -114,7 +114,7 @@ class Session:
             self.console.print(draw(path, columns=24))
         self.console.print(f"[dim]looking at {path}[/]", highlight=False, soft_wrap=True)
 
-    def say(self, question: str) -> None:
+    def emit(self, question: str) -> None:
         """Ask, and print the answer as it comes. Ctrl-C keeps what was said so far; without a word, nothing is kept."""
         parts: tuple[Part, ...] = (TextPart(question),)
         if self.picture is not None and not self.shown:

@@ -44,8 +44,8 @@ def fusion(
     text: Text = "starter/minilm",
 ) -> None:  # fmt: skip
     """When to fuse: early, intermediate and late classifiers, contrastive zero-shot, two kinds of VLM."""
-    told = {"--text": text if text != "starter/minilm" else None}
-    _run("fusion", overrides, recipe, out, report, seeds, scale, rows, quick, keep_models, told)
+    given = {"--text": text if text != "starter/minilm" else None}
+    _run("fusion", overrides, recipe, out, report, seeds, scale, rows, quick, keep_models, given)
 
 
 @app.command("connectors", epilog=examples("opticnerve compare connectors --rows mlp,qformer", note=NOTE))
@@ -104,9 +104,9 @@ def _run(
     if done.report is not None:
         console.print(f"\nThe report: [bold]{done.report}[/]", soft_wrap=True, highlight=False)
     if done.failures:
-        told = "\n".join(f"  {o.row.name}, seed {o.seed}: {o.error}" for o in done.failures)
+        listed = "\n".join(f"  {o.row.name}, seed {o.seed}: {o.error}" for o in done.failures)
         fail(
-            f"{len(done.failures)} of {len(done.outcomes)} rows failed:\n{told}\nMore is in each one's error.txt and "
+            f"{len(done.failures)} of {len(done.outcomes)} rows failed:\n{listed}\nMore is in each one's error.txt and "
             f"log.txt, in {done.failures[0].folder.parent.parent}; type the command again to run them."
         )
         raise typer.Exit(ERROR)

@@ -50,7 +50,7 @@ def export(
     console = console_for(as_json)
     options = Options(dtype, check_python, unchecked, trust_remote_code)
     made = exported(
-        model, to, out, options=options, say=lambda line: console.print(line, highlight=False, markup=False)
+        model, to, out, options=options, emit=lambda line: console.print(line, highlight=False, markup=False)
     )
     tell(made, model, as_json)
 
@@ -59,7 +59,7 @@ def tell(made: object, source: str, as_json: bool) -> None:
     """What came of an export."""
     from dataclasses import asdict
 
-    from opticnerve.cli.guard import say
+    from opticnerve.cli.guard import emit
     from opticnerve.export.export import Exported
 
     assert isinstance(made, Exported)
@@ -78,7 +78,7 @@ def tell(made: object, source: str, as_json: bool) -> None:
         )
     for note in made.notes:
         if note.startswith("UNCHECKED"):
-            say(note, style="bold yellow")
+            emit(note, style="bold yellow")
         else:
             console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"wrote [bold]{made.folder}[/] ({size(total)}, {made.dtype})", soft_wrap=True, highlight=False)

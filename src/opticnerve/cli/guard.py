@@ -53,14 +53,14 @@ def guarded(command: _F) -> _F:
             fail(str(e) or type(e).__name__)
             raise typer.Exit(ERROR) from e
         except Stopped as e:
-            say(str(e), style="bold yellow")
+            emit(str(e), style="bold yellow")
             raise typer.Exit(INTERRUPTED) from e
         except KeyboardInterrupt as e:
             if _settings["debug"]:
                 import traceback
 
                 traceback.print_exc()
-            say("stopped", style="bold yellow")
+            emit("stopped", style="bold yellow")
             raise typer.Exit(INTERRUPTED) from e
 
     return run  # type: ignore[return-value]
@@ -75,7 +75,7 @@ def fail(message: str) -> None:
     Console(stderr=True).print(text, soft_wrap=True)
 
 
-def say(message: str, style: str = "") -> None:
+def emit(message: str, style: str = "") -> None:
     """A line on stderr."""
     from rich.console import Console
     from rich.text import Text

@@ -35,7 +35,7 @@ def import_(
     quiet_libraries()
     console = console_for(as_json)
     made = import_checkpoint(
-        name, out, dtype=dtype, device=device, say=lambda line: console.print(line, highlight=False, soft_wrap=True)
+        name, out, dtype=dtype, device=device, emit=lambda line: console.print(line, highlight=False, soft_wrap=True)
     )
     total = sum(f.stat().st_size for f in made.folder.rglob("*") if f.is_file())
     tower = made.towers["image"]

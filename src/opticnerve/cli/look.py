@@ -63,15 +63,15 @@ def look(
     import torch
 
     from opticnerve.inference.load import load_model
-    from opticnerve.interpret import attribution as multimodal_context
+    from opticnerve.interpret import attribution
     from opticnerve.interpret.plot import attribution_plot
 
     for name in method or []:
-        if name not in multimodal_context.METHODS:
-            raise OpticNerveError(f"unknown method {name!r}; known: {', '.join(multimodal_context.METHODS)}")
+        if name not in attribution.METHODS:
+            raise OpticNerveError(f"unknown method {name!r}; known: {', '.join(attribution.METHODS)}")
     quiet_libraries()
     parts = load_model(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    looked = multimodal_context.look(
+    looked = attribution.attribute(
         *parts, conversation(question, image[0]), methods=method, layer=layer, head=head, grid=grid, patch=patch,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip

@@ -68,11 +68,11 @@ def is_recipe(name: str) -> bool:
 def read_recipe(name: str, overrides: list[str] | None = None, *, without_data: bool = False) -> Any:
     """The packaged recipe of that name, or the one in a file; `without_data` as for `recipe.load`."""
     from opticnerve import recipe
-    from opticnerve.cli.guard import say
+    from opticnerve.cli.guard import emit
     from opticnerve.starter.demo import packaged, recipe_path
 
     if name in packaged() and Path(name).exists():
-        say(f"{name} is the packaged recipe here; what is called so in this folder is ./{name}", style="dim")
+        emit(f"{name} is the packaged recipe here; what is called so in this folder is ./{name}", style="dim")
     return recipe.load(recipe_path(name), overrides or [], without_data=without_data)
 
 

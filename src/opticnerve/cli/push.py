@@ -46,7 +46,7 @@ def push(
     done = pushed(
         model, repo, to=to, to_folder=to_folder, licence=licence, datasets=dataset or (), private=private,
         options=Options(dtype, check_python, unchecked, trust_remote_code),
-        say=lambda line: console.print(line, highlight=False, markup=False),
+        emit=lambda line: console.print(line, highlight=False, markup=False),
     )  # fmt: skip
     if as_json:
         from dataclasses import asdict

@@ -44,7 +44,7 @@ def ui(
     import importlib.util
     import os
 
-    from opticnerve.cli.guard import say, terminate_like_ctrl_c
+    from opticnerve.cli.guard import emit, terminate_like_ctrl_c
     from opticnerve.types import OpticNerveError, to_install
     from opticnerve.web.listen import listen, read_secrets
 
@@ -52,7 +52,7 @@ def ui(
         if importlib.util.find_spec(package) is None:
             raise OpticNerveError(f"{package} is not installed: {to_install('opticnerve[ui]')}")
     from opticnerve.ui.app import listen_and_serve, private_folder, site
-    from opticnerve.ui.i18n import Words
+    from opticnerve.ui.i18n import Translations
     from opticnerve.ui.limits import Limits
     from opticnerve.ui.models import Models
     from opticnerve.web.guard import Logins
@@ -60,7 +60,7 @@ def ui(
 
     # All that can be wrong is found before the page is built.
     if language is not None:
-        Words(language)
+        Translations(language)
     pairs = read_secrets(login_file) if login_file else []
     pairs += [pair] if (pair := os.environ.get("OPTICNERVE_UI_LOGIN")) else []
     logins = Logins(pairs)
@@ -77,5 +77,5 @@ def ui(
     with private_folder():
         app = site(offered, runs, limits, language=language, logins=logins, hosts=hosts)
         place = f"[{host}]" if ":" in host else host
-        say(f"open http://{place}:{socket.getsockname()[1]}/ in a browser; Ctrl-C ends the page")
+        emit(f"open http://{place}:{socket.getsockname()[1]}/ in a browser; Ctrl-C ends the page")
         listen_and_serve(app, socket)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 
 
 def cache_dir() -> Path:
@@ -60,7 +60,7 @@ def sha256_of(file: Path) -> str:
     stat = file.stat()
     key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     if key not in known:
-        known[key] = durable.sha256(file)
+        known[key] = atomic.sha256(file)
         partial = memory.with_suffix(f".{os.getpid()}.tmp")
         partial.write_text(json.dumps(known))
         partial.replace(memory)

@@ -10,7 +10,7 @@ from typing import Any
 from opticnerve.compare import report as reports
 from opticnerve.compare.base import Base, scaled
 from opticnerve.compare.findings import Findings, collect
-from opticnerve.compare.rows import How, Outcome, Row, finished, folder_of, run_rows
+from opticnerve.compare.rows import Row, RowResult, RunOptions, finished, folder_of, run_rows
 from opticnerve.types import OpticNerveError
 
 Budget = dict[str, Any]
@@ -35,14 +35,14 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Done:
+class ExperimentResult:
     """What an experiment left: its rows, and its report if there was anything to report."""
 
-    outcomes: list[Outcome]
+    outcomes: list[RowResult]
     report: Path | None
 
     @property
-    def failures(self) -> list[Outcome]:
+    def failures(self) -> list[RowResult]:
         return [o for o in self.outcomes if o.error is not None]
 
 
@@ -50,7 +50,7 @@ def run(
     experiment: Experiment, base: Base, out: Path, *, report: Path | None = None, seeds: int | None = None,
     scale: float = 1.0, only: Sequence[str] | None = None, quick: bool = False, keep_models: bool = False,
     command: str = "", console: Any = None,
-) -> Done:  # fmt: skip
+) -> ExperimentResult:  # fmt: skip
     """Run the rows that are not finished, and write the report of all that are.
 
     Args:
@@ -67,7 +67,7 @@ def run(
     chosen = choose(rows, only)
     if console is not None:
         console.print(f"{len(chosen)} rows × {many} seed(s), in {out}", highlight=False)
-    how = How(experiment.isolated, budget.get("memory_steps", 0), keep_models, console)
+    how = RunOptions(experiment.isolated, budget.get("memory_steps", 0), keep_models, console)
     ran = {(o.row.name, o.seed): o for o in run_rows(chosen, range(many), out, how)}
     outcomes = []
     for seed in range(many):
@@ -75,15 +75,15 @@ def run(
             if (row.name, seed) in ran:
                 outcomes.append(ran[row.name, seed])
             elif (record := finished(out, row, seed)) is not None:
-                outcomes.append(Outcome(row, seed, folder_of(out, row, seed), record, kept=True))
+                outcomes.append(RowResult(row, seed, folder_of(out, row, seed), record, kept=True))
     if not any(o.record for o in outcomes):
-        return Done(outcomes, None)
+        return ExperimentResult(outcomes, None)
     findings = collect(base, budget, outcomes)
     folder = report or out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     said = experiment.report(findings, folder)
     path = reports.write(said, findings, folder, command=command, experiment=experiment.name)
-    return Done(outcomes, path)
+    return ExperimentResult(outcomes, path)
 
 
 def stretched(budget: Budget, scale: float) -> Budget:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from opticnerve.compare.base import Base
-from opticnerve.compare.rows import Outcome
+from opticnerve.compare.rows import RowResult
 from opticnerve.compare.stats import Array, Estimate, difference, over_seeds
 from opticnerve.runs.folder import StageRecord, read_run
 from opticnerve.types import OpticNerveError
@@ -55,7 +55,7 @@ class Findings:
     budget: dict[str, Any]
     systems: dict[str, System]
     groups: dict[str, list[int]]
-    outcomes: list[Outcome]
+    outcomes: list[RowResult]
     curves: dict[str, dict[int, list[StageRecord]]]
     diverged: dict[str, dict[int, str]]
 
@@ -76,7 +76,7 @@ class Findings:
         return difference(self[first].table_SQ[:, chosen], self[second].table_SQ[:, chosen])
 
     @property
-    def failures(self) -> list[Outcome]:
+    def failures(self) -> list[RowResult]:
         return [o for o in self.outcomes if o.error is not None]
 
     @property
@@ -93,7 +93,7 @@ class Findings:
         return sum(o.record["wall_seconds"] for o in self.outcomes if o.record is not None)
 
 
-def collect(base: Base, budget: dict[str, Any], outcomes: Sequence[Outcome]) -> Findings:
+def collect(base: Base, budget: dict[str, Any], outcomes: Sequence[RowResult]) -> Findings:
     """Read the answers of all finished rows.
 
     Raises:

@@ -76,7 +76,7 @@ def accuracy_table(
     rows = [list(f) for f in first]
     for name in shown:
         cells = [percent(findings.estimate(name, g)) for g in findings.groups]
-        rows.append([findings[name].title, *cells, *(say(findings[name]) for _, say in more)])
+        rows.append([findings[name].title, *cells, *(emit(findings[name]) for _, emit in more)])
     rows = [r + [""] * (len(head) - len(r)) for r in rows]
     return table(head, rows, right=tuple(range(1, len(head))))
 

@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass
-class Outcome:
+class RowResult:
     """A row with one seed: its record if it is finished, what went wrong if it is not."""
 
     row: Row
@@ -57,7 +57,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class How:
+class RunOptions:
     """How rows are run.
 
     Args:
@@ -108,17 +108,17 @@ def finished(out: Path, row: Row, seed: int) -> dict[str, Any] | None:
     return record if record.get("identity") == identity(row, seed) else None
 
 
-def run_rows(rows: Sequence[Row], seeds: Sequence[int], out: Path, how: How) -> list[Outcome]:
+def run_rows(rows: Sequence[Row], seeds: Sequence[int], out: Path, how: RunOptions) -> list[RowResult]:
     """Run what is not finished, all rows of a seed before the next seed; what fails is noted, and the next one runs.
 
     Raises:
         KeyboardInterrupt: stopped; finished rows are kept, a begun one has been saved.
     """
-    outcomes: dict[tuple[str, int], Outcome] = {}
+    outcomes: dict[tuple[str, int], RowResult] = {}
     wanted = [(row, seed) for seed in seeds for row in rows]
     seconds: dict[str, list[float]] = {}
     for number, (row, seed) in enumerate(wanted, 1):
-        outcome = outcomes[row.name, seed] = Outcome(row, seed, folder_of(out, row, seed))
+        outcome = outcomes[row.name, seed] = RowResult(row, seed, folder_of(out, row, seed))
         outcome.record = finished(out, row, seed)
         outcome.kept = outcome.record is not None
         missing = [n for n in row.needs if (n, seed) not in outcomes or outcomes[n, seed].record is None]
@@ -150,10 +150,10 @@ def time_left(later: Sequence[Row], seconds: dict[str, list[float]]) -> float | 
     return sum(sum(s) / len(s) if (s := seconds.get(row.name)) else usual for row in later)
 
 
-def _run_one(outcome: Outcome, needs: list[Path], how: How, probe: int) -> None:
+def _run_one(outcome: RowResult, needs: list[Path], how: RunOptions, probe: int) -> None:
     row, seed, folder = outcome.row, outcome.seed, outcome.folder
     mine = identity(row, seed)
-    _make_room(folder, mine, how.console)
+    _claim_folder(folder, mine, how.console)
     spec = {
         "recipe": with_seed(row, seed), "folder": str(folder), "asks": list(row.asks), "systems": list(row.systems),
         "needs": [str(n) for n in needs],
@@ -182,7 +182,7 @@ def _run_one(outcome: Outcome, needs: list[Path], how: How, probe: int) -> None:
     _write(folder / RECORD, outcome.record)
 
 
-def _make_room(folder: Path, mine: str, console: Any) -> None:
+def _claim_folder(folder: Path, mine: str, console: Any) -> None:
     """A run of another recipe is set aside, not deleted: it may have taken hours."""
     spec = folder / SPEC
     if spec.is_file() and json.loads(spec.read_text(encoding="utf-8")).get("identity") != mine:
@@ -257,7 +257,7 @@ def _drop_weights(folder: Path) -> None:
         file.unlink()
 
 
-def _line(outcome: Outcome, number: int, count: int, left: float | None) -> str:
+def _line(outcome: RowResult, number: int, count: int, left: float | None) -> str:
     head = f"{number:>3}/{count}  {outcome.row.name:<28} seed {outcome.seed}  "
     if outcome.record is None:
         return f"{head}[red]failed[/]: {_escaped(str(outcome.error))}"

@@ -70,7 +70,7 @@ def extra_steps(base: Base, budget: Budget) -> int:
     align, instruct = budget["align"], budget["instruct"]
     lengths = []
     for stage in (base.captions, base.questions):
-        data = plan_data.look(stage, processor, seed=base.recipe.seed)
+        data = plan_data.inspect_data(stage, processor, seed=base.recipe.seed)
         lengths.append(max(1, data.length))
     return max(1, round(align["steps"] * align["batch"] * lengths[0] / (instruct["batch"] * lengths[1])))
 

@@ -149,7 +149,7 @@ def on_main(accelerator: Any, work: Callable[[], Value]) -> Value:
             outcome[0] = work()
         except OpticNerveError as e:
             outcome[1] = e
-    meet(accelerator)
+    barrier(accelerator)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
@@ -157,7 +157,7 @@ def on_main(accelerator: Any, work: Callable[[], Value]) -> Value:
     return value
 
 
-def meet(accelerator: Any) -> None:
+def barrier(accelerator: Any) -> None:
     """Wait until all processes are here: without a limit in time as long as all of them live.
 
     For what one process does alone and takes long over (an evaluation, its share of the pictures): one of torch's
@@ -167,7 +167,7 @@ def meet(accelerator: Any) -> None:
         OpticNerveError: one of them has stopped; the message says which.
     """
     if (heartbeat := _start(accelerator)) is not None:
-        heartbeat.meet()
+        heartbeat.barrier()
 
 
 @contextmanager

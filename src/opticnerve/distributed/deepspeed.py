@@ -103,7 +103,7 @@ class Zero:
         total = torch.zeros((), device=self._engine.device)
         for k, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(k == len(batches) - 1)
-            with self.gathered(self._facade.rest):
+            with self.gathered(self._facade.skip):
                 loss = self._engine(batch)
                 self._engine.backward(loss * factor, scale_wrt_gas=False)
             total += loss.detach()
@@ -153,8 +153,8 @@ class _Facade(nn.Module):
         self._objective = [objective]  # a list: no module of this one
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = {n: p for n, p in shares.items() if id(p) not in inside}
-        self.names, self.rest = [f"model.{n}" for n in outside], list(outside.values())
-        self.outside = nn.ParameterList(self.rest)
+        self.names, self.skip = [f"model.{n}" for n in outside], list(outside.values())
+        self.outside = nn.ParameterList(self.skip)
         if stage == 2:
             self.inside: nn.Module = nn.ParameterList([p for p in shares.values() if id(p) in inside])
             return
@@ -168,10 +168,10 @@ class _Facade(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         """The float32 loss sum of a batch."""
         objective = self._objective[0]
-        if not self.rest:
+        if not self.skip:
             loss: Tensor = objective(batch)[0]
             return loss
-        taken = _Together.apply(*self.rest)  # type: ignore[no-untyped-call]
+        taken = _Together.apply(*self.skip)  # type: ignore[no-untyped-call]
         loss = functional_call(objective, dict(zip(self.names, taken, strict=True)), (batch,))[0]
         return loss + taken[0].sum() * 0  # also where nothing else needs them
 
@@ -271,18 +271,18 @@ class ZeroAdamW:
         self.adam.scale = 1.0 if limit is None else min(1.0, limit / (float(norm) + 1e-6))
         return norm
 
-    def rest(self, tower: str) -> None:
+    def skip(self, tower: str) -> None:
         """Let the weights of a tower stay as they are in this step."""
         self.adam.resting.add(tower)
 
-    def move(self, factor: float) -> None:
+    def apply(self, factor: float) -> None:
         """Take the step that the gradients say."""
         for group in self.adam.param_groups:
             group["lr"] = self._rates[group["part"]] * factor
         self._zero.step()
         self.adam.resting.clear()
 
-    def drop(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients of this step."""
         self.adam.still = True
         self._zero.step()

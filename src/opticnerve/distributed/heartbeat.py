@@ -77,7 +77,7 @@ class Heartbeat:
         except dist.DistError:
             return f"{self._missing([0], 'ended or does not answer')} (process {self.rank}: {cause})"
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process has called this as often."""
         self._meetings += 1
         key, pause = f"meeting/{self._meetings}", 0.01

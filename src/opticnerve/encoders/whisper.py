@@ -22,7 +22,7 @@ from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.common.hub import UNREADABLE, read_config, says_how, unreadable
 from opticnerve.encoders.base import Encoder
-from opticnerve.starter import weights as starter
+from opticnerve.starter import weights
 from opticnerve.types import Features, OpticNerveError
 
 SAMPLING_RATE = 16_000
@@ -101,8 +101,8 @@ class WhisperEncoder(Encoder):
             OpticNerveError: no Whisper, or weights of its encoder missing or of another shape.
         """
         files: list[str] = []
-        if starter.is_starter(name):
-            files = [str(starter.audio_encoder(name).file())]
+        if weights.is_starter(name):
+            files = [str(weights.audio_encoder(name).file())]
             architecture, state = read_openai(Path(files[0]))
         elif name.endswith(".pt"):
             files = [name]
@@ -123,8 +123,8 @@ class WhisperEncoder(Encoder):
     def planned(cls, name: str, **options: Any) -> WhisperEncoder:
         """The same encoder without its weights."""
         options.pop("architecture", None)
-        if starter.is_starter(name):
-            return cls(architecture=starter.audio_encoder(name).architecture, **options)
+        if weights.is_starter(name):
+            return cls(architecture=weights.audio_encoder(name).architecture, **options)
         if name.endswith(".pt"):
             return cls(architecture=read_openai(Path(name))[0], **options)
         architecture = _config(name).to_dict()

@@ -15,7 +15,7 @@ from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.recipe import ClassifierSpec, DualSpec, Recipe
-from opticnerve.starter import weights as starter
+from opticnerve.starter import weights
 from opticnerve.types import Conversation
 
 
@@ -67,7 +67,7 @@ def describe(dock: Any) -> dict[str, Any]:
         "image_size": getattr(tower.encoder, "image_size", None),
         "width": tower.connector.out_size,
         # The starter kit's parts are Apache-2.0 all; of other parts we do not know.
-        "license": "apache-2.0" if all(starter.is_starter(str(b["name"])) for b in bases.values()) else "other",
+        "license": "apache-2.0" if all(weights.is_starter(str(b["name"])) for b in bases.values()) else "other",
     }
 
 
@@ -99,5 +99,5 @@ def _describe_two_towers(dock: Any) -> dict[str, Any]:
         "modalities": ["image"],
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
-    free = all(starter.is_starter(str(b["name"])) for b in bases.values() if b)
+    free = all(weights.is_starter(str(b["name"])) for b in bases.values() if b)
     return {**names, "license": "apache-2.0" if free else "other"}

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.common.markdown import table
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.kinds import load_any
@@ -108,8 +108,8 @@ def _score(task: dict[str, Any]) -> str:
 
 def _write(found: dict[str, Any], suite: Suite, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_json(out, found, ensure_ascii=False, default=str)
+    atomic.write_json(out, found, ensure_ascii=False, default=str)
     entries = [(n, entry) for n, m in found["models"].items() for entry in [*m["tasks"], m]]
     errors = [(n, entry.get("name", ""), entry["error"]) for n, entry in entries if "error" in entry]
     notes = "".join(f"\n- {n}{', ' + task if task else ''} failed: {error}" for n, task, error in errors)
-    durable.write(out.with_suffix(".md"), f"{suite_table(found, suite)}\n{notes}\n")
+    atomic.write(out.with_suffix(".md"), f"{suite_table(found, suite)}\n{notes}\n")

@@ -40,7 +40,7 @@ def export(
     out: str | Path,
     *,
     options: Options = PLAIN,
-    say: Callable[[str], None] = lambda line: None,
+    emit: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write a model in another engine's format, and let that engine prove it, before the folder gets its name.
 
@@ -65,7 +65,7 @@ def export(
             f"{to} is proved by an engine that opticnerve does not bring along ({maker.needs}): name an interpreter "
             "that has it with --check-python, or say --unchecked to go without proof"
         )
-    say(f"reading {name}")
+    emit(f"reading {name}")
     torch_dtype = getattr(torch, options.dtype, None)
     model, processor = load_model(
         name, device="cpu", dtype=torch_dtype, trust_remote_code=options.trust_remote_code
@@ -74,30 +74,30 @@ def export(
         raise OpticNerveError(f"{name} cannot be exported to {to}: {'; '.join(reasons)}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
-        return _export(model, processor, maker, to, out, Path(scratch), say)
+        return _export(model, processor, maker, to, out, Path(scratch), emit)
 
 
 def _export(
-    model: Any, processor: Any, maker: Format, to: str, out: Path, scratch: Path, say: Callable[[str], None]
+    model: Any, processor: Any, maker: Format, to: str, out: Path, scratch: Path, emit: Callable[[str], None]
 ) -> Exported:
     towers = model.towers
     made_up = samples.make(
         scratch, picture_sizes=maker.picture_sizes(model), sees="image" in towers, hears="audio" in towers
     )
     chosen = maker.choose(made_up)
-    say("asking the model")
+    emit("asking the model")
     before = parity.record(model, processor, chosen)
     maker.simplify(model, processor)
     wanted = parity.record(model, processor, chosen)
     dtype = model.language_model.dtype
     made = Exported(out, to, str(dtype).removeprefix("torch."), parity.check_rounding(before, wanted, dtype), None)
     with new_folder(out) as new, no_bars():
-        say(f"writing {out}")
+        emit(f"writing {out}")
         made.notes = maker.write(model, processor, new)
         if maker.options.unchecked:
             made.notes.append(_unproved(new, to))
         else:
-            say("comparing, in a process of its own")
+            emit("comparing, in a process of its own")
             made.proof = maker.check(new, model, processor, chosen, wanted, scratch)
             made.notes += made.proof.notes
         record = {k: v for k, v in asdict(made).items() if k != "folder"}

@@ -43,7 +43,7 @@ def push(
     private: bool = False,
     options: Options = PLAIN,
     api: Any = None,
-    say: Callable[[str], None] = lambda line: None,
+    emit: Callable[[str], None] = lambda line: None,
 ) -> Published:
     """Export a model, put its card beside it, and upload both.
 
@@ -64,7 +64,7 @@ def push(
         raise OpticNerveError(f"{repo!r} is no name of a repository (owner/name): {e}") from e
     if to_folder is not None:
         folder = Path(to_folder) / repo.rpartition("/")[2]
-        made = _make(name, folder, to, repo, licence, datasets, options, say)
+        made = _make(name, folder, to, repo, licence, datasets, options, emit)
         return Published(str(folder), made)
     from huggingface_hub import HfApi, get_token
 
@@ -74,8 +74,8 @@ def push(
     api = api or HfApi()
     with tempfile.TemporaryDirectory(prefix="opticnerve-push-") as scratch:
         folder = Path(scratch) / repo.rpartition("/")[2]
-        made = _make(name, folder, to, repo, licence, datasets, options, say)
-        say(f"uploading to {repo}")
+        made = _make(name, folder, to, repo, licence, datasets, options, emit)
+        emit(f"uploading to {repo}")
         with hub.errors(repo, writes=True):
             api.create_repo(repo_id=repo, private=private, exist_ok=True)
             address = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{to} by opticnerve")
@@ -84,9 +84,9 @@ def push(
 
 def _make(
     name: str, folder: Path, to: str, repo: str, licence: str | None, datasets: Sequence[str], options: Options,
-    say: Callable[[str], None],
+    emit: Callable[[str], None],
 ) -> Exported:  # fmt: skip
-    made = export(name, to, folder, options=options, say=say)
+    made = export(name, to, folder, options=options, emit=emit)
     try:
         write_readme(name, folder, made, repo=repo, licence=licence, datasets=datasets)
     except BaseException:

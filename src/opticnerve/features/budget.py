@@ -45,7 +45,7 @@ def default_budget(root: Path) -> int:
         raise OpticNerveError(f"{BUDGET} is {told!r}, which is no size; write for example 50GB") from e
 
 
-def make_room(root: Path, keep: Path, needed: int, budget: int) -> None:
+def evict(root: Path, keep: Path, needed: int, budget: int) -> None:
     """See to it that `needed` more bytes fit under `root`, by removing stores other than `keep`.
 
     Nothing is removed where that would not be enough.

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.types import Features, OpticNerveError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -56,7 +56,7 @@ def write(folder: Path, digests: Sequence[str], features: Features) -> Path:
     tensors = {"tokens": features.tokens_BND.contiguous(), "mask": features.mask_BN.contiguous()}
     try:
         save_file(tensors, partial, metadata={"digests": json.dumps(list(digests))})
-        durable.sync(partial)
+        atomic.sync(partial)
         partial.replace(target)
     except (OSError, SafetensorError) as e:
         raise OpticNerveError(

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from opticnerve.data.media.images import Source
 from opticnerve.data.media.transform import DECODING
-from opticnerve.features import shards as feature_shards
-from opticnerve.features.budget import default_budget, features_dir, hold, make_room
+from opticnerve.features import shards
+from opticnerve.features.budget import default_budget, evict, features_dir, hold
 from opticnerve.features.digests import Digests
 from opticnerve.features.extract import Counter, Named, OnError, seen
 from opticnerve.language.load import tensor_fingerprint
@@ -55,8 +55,8 @@ class FeatureStore:
         self.folder, self.dtype, self.stored, self.budget = folder, dtype, stored, budget
         self._mark: Any = hold(folder)
         self._digests = Digests(folder.parent / "digests.sqlite")
-        self._reader = feature_shards.Reader()
-        self._shards: list[feature_shards.Shard] = []
+        self._reader = shards.Reader()
+        self._shards: list[shards.Shard] = []
         self._places: dict[str, tuple[int, int]] = {}
         self.refresh()
 
@@ -156,7 +156,7 @@ class FeatureStore:
                 if self.budget is not None:
                     self.refresh()  # others may have begun
                     left = sum(d not in self._places for d, *_ in missing)
-                    make_room(self.folder.parent, self.folder, each * left, self.budget)
+                    evict(self.folder.parent, self.folder, each * left, self.budget)
             digests += names
             parts.append(features)
             if len(digests) >= room:
@@ -172,11 +172,11 @@ class FeatureStore:
     def _write(self, digests: list[str], parts: list[Features]) -> None:
         whole = Features(torch.cat([f.tokens_BND for f in parts]), torch.cat([f.mask_BN for f in parts]))
         if self.budget is not None:  # others may have written meanwhile
-            make_room(self.folder.parent, self.folder, len(digests) * _bytes_each(whole), self.budget)
-        self._list(feature_shards.write(self.folder, digests, whole))
+            evict(self.folder.parent, self.folder, len(digests) * _bytes_each(whole), self.budget)
+        self._list(shards.write(self.folder, digests, whole))
 
     def _list(self, path: Path) -> None:
-        shard, digests = feature_shards.describe(path)
+        shard, digests = shards.describe(path)
         self._shards.append(shard)
         self._places |= {d: (len(self._shards) - 1, row) for row, d in enumerate(digests)}
 

@@ -90,7 +90,7 @@ class GatedCrossAttentionLayer(nn.Module):
 
 
 @dataclass
-class Seen:
+class CrossAttentionStates:
     """The pictures of a batch as the layers see them.
 
     `media_BKD`: soft tokens by row, K = pictures × tokens; `owner_BK`: which of the row's pictures a token belongs to,
@@ -172,7 +172,7 @@ class GatedCrossAttention(Fusion):
             )
         return torch.where(placeholder_BL[:, :, None], self.marker.to(embeds_BLD.dtype), embeds_BLD)
 
-    def see(self, placeholder_BL: Tensor, features: Features, group_BL: Tensor | None = None) -> Seen:
+    def see(self, placeholder_BL: Tensor, features: Features, group_BL: Tensor | None = None) -> CrossAttentionStates:
         counts_B = placeholder_BL.sum(1)
         media_BMND, mask_BMN = scatter_rows(features, counts_B)
         number_BL = placeholder_BL.cumsum(1) - 1
@@ -182,23 +182,25 @@ class GatedCrossAttention(Fusion):
             before_BL = F.pad(placeholder_BL.cumsum(1), (1, 0))[:, :-1].gather(1, first_BL)
             number_BL = torch.where(number_BL >= before_BL, number_BL, -1)
         owner_BMN = torch.arange(mask_BMN.shape[1], device=mask_BMN.device)[None, :, None].where(mask_BMN, -1)
-        return Seen(media_BMND.flatten(1, 2), owner_BMN.flatten(1), number_BL)
+        return CrossAttentionStates(media_BMND.flatten(1, 2), owner_BMN.flatten(1), number_BL)
 
-    def imagine(self, rows: int, length: int, features: Features) -> Seen:
+    def imagine(self, rows: int, length: int, features: Features) -> CrossAttentionStates:
         tokens_IND = features.tokens_BND
         each = -(-tokens_IND.shape[0] // rows)
         # Every row shows `each` pictures; where they do not divide, the first stand in for the missing ones.
         media_BKD = torch.cat([tokens_IND] * (-(-rows * each // tokens_IND.shape[0])))[: rows * each]
         media_BKD = media_BKD.unflatten(0, (rows, each)).flatten(1, 2)
         numbers = torch.empty(rows, media_BKD.shape[1], dtype=torch.long, device=media_BKD.device)
-        return Seen(media_BKD, numbers, torch.empty(rows, length, dtype=torch.long, device=media_BKD.device))
+        return CrossAttentionStates(
+            media_BKD, numbers, torch.empty(rows, length, dtype=torch.long, device=media_BKD.device)
+        )
 
-    def later(self, seen: Seen, length: int) -> Seen:
+    def later(self, seen: CrossAttentionStates, length: int) -> CrossAttentionStates:
         return replace(seen, latest_BL=seen.latest_BL[:, -1:].expand(-1, length))
 
-    def look(self, number: int, hidden_BLD: Tensor) -> Tensor:
+    def attend(self, number: int, hidden_BLD: Tensor) -> Tensor:
         """The hidden states before the language model's layer `number × every`."""
-        seen: Seen | None = self.seen
+        seen: CrossAttentionStates | None = self.seen
         if seen is None:
             return hidden_BLD
         layer: Any = self.layers[number]
@@ -222,5 +224,5 @@ class _Before:
         if self.fusion.seen is None:
             return None
         if args:
-            return (self.fusion.look(self.number, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.fusion.look(self.number, kwargs["hidden_states"])}
+            return (self.fusion.attend(self.number, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.fusion.attend(self.number, kwargs["hidden_states"])}

@@ -17,7 +17,7 @@ from opticnerve.common.private_names import CACHE, generation_config, generation
 from opticnerve.models.vlm.modeling import settled_rows
 from opticnerve.models.vlm.prompt import kept
 from opticnerve.ops.fused_decode import FusedDecoder
-from opticnerve.ops.kv_cache import ReservedLayer, make_room
+from opticnerve.ops.kv_cache import ReservedLayer, reserve
 
 
 @torch.inference_mode()
@@ -137,7 +137,7 @@ class _State:
             position_ids=position_BL[:, past:], **{CACHE: cache}, **media,
         )  # fmt: skip
         self.cache = out[CACHE]
-        roomy = room and make_room(self.cache, self.new)
+        roomy = room and reserve(self.cache, self.new)
         self.beside = any(seen is not None for seen in kept(self.cache).values())
         if not roomy or self.beside or self.media_B is not None:
             self.fused = None

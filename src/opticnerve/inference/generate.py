@@ -54,7 +54,9 @@ class Answerer:
         answers, done = [""] * len(prompts), 0
         try:
             for numbers, inputs, cache in self._batches(prompts, max_new_tokens, batch_size, share_prefix):
-                for i, text in zip(numbers, self.say(inputs, cache, max_new_tokens=max_new_tokens), strict=True):
+                for i, text in zip(
+                    numbers, self.answer_batch(inputs, cache, max_new_tokens=max_new_tokens), strict=True
+                ):
                     answers[i] = text
                 done += len(numbers)
                 if progress is not None:
@@ -87,7 +89,7 @@ class Answerer:
     def read_shared(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Any]:
         return read_shared(self.model, self.processor.tokenizer.pad_token_id, rows, self.inputs)
 
-    def say(self, inputs: Any, cache: Any = None, *, max_new_tokens: int = 64) -> list[str]:
+    def answer_batch(self, inputs: Any, cache: Any = None, *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to a batch; `cache` holds what was read of it already."""
         how = decode_compiled if self.compile else decode
         tokens = how(
@@ -110,7 +112,7 @@ class Answerer:
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         )
-        words, answer = _Words(self.processor.tokenizer), AnswerText()
+        words, answer = _PieceStreamer(self.processor.tokenizer), AnswerText()
         tokens = decode(
             self.model, dict(self.inputs([conversation])), max_new_tokens=max_new_tokens, fused=self.fused(), seed=seed,
             **sampling, **self.stops(),
@@ -153,7 +155,7 @@ class Answerer:
         return stops(self.model.generation_config, self.processor)
 
 
-class _Words(TextStreamer):
+class _PieceStreamer(TextStreamer):
     """Tokens in, whole words out: transformers' rules for when a piece of text will change no more."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -201,7 +203,7 @@ def answer_about(
     try:
         for start in range(0, len(rows), batch_size):
             inputs, cache = answerer.read_shared(rows[start : start + batch_size])
-            answers += answerer.say(inputs, cache, max_new_tokens=max_new_tokens)
+            answers += answerer.answer_batch(inputs, cache, max_new_tokens=max_new_tokens)
     finally:
         answerer.release()
     return answers

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from opticnerve.common import hub
 from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProcessor
-from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.types import OpticNerveError
 
 
@@ -39,7 +39,7 @@ def load_model(
 
 def load_processor(folder: str) -> Any:
     """The processor beside a docked model; whatever is wrong with its files is one error."""
-    with told("the processor", folder):
+    with wrap_errors("the processor", folder):
         return OpticNerveProcessor.from_pretrained(folder)
 
 
@@ -49,7 +49,7 @@ def kind_of(name: str) -> str:
     Raises:
         OpticNerveError: it is damaged, or another library's model.
     """
-    with told("config.json", name):
+    with wrap_errors("config.json", name):
         config, _ = PreTrainedConfig.get_config_dict(name)
         kind = _KINDS.get(str(config.get("model_type")))
     if kind is None:

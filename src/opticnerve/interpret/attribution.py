@@ -74,7 +74,7 @@ def default_method(model: Any) -> str:
     return "cross_attention" if isinstance(model.image.fusion, GatedCrossAttention) else "relevance"
 
 
-def look(
+def attribute(
     model: Any,
     processor: Any,
     conversation: Conversation,

@@ -58,14 +58,14 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
         # peft freezes and opens weights as it goes; what trains is the stage's business alone.
         parameter.requires_grad_(frozen.get(name.replace(".base_layer", ""), False))
     if chosen["when"] == "media":
-        Gate.install(language_model)
+        AdapterMask.install(language_model)
     dtype = dtype or next(p.dtype for p in language_model.parameters() if p.is_floating_point())
     for name, parameter in language_model.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.to(dtype)
 
 
-class Gate:
+class AdapterMask:
     """Which rows of a batch the adapter works on (`when: media`).
 
     An adapter that learned to answer about pictures has no business with text alone: rows without a picture are left to

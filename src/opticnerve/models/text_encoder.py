@@ -14,7 +14,7 @@ from opticnerve.language.load import load_language
 from opticnerve.models.checkpoint.full import load_whole, save_whole
 from opticnerve.models.vlm.tower import check_options
 from opticnerve.recipe import Recipe
-from opticnerve.starter import weights as starter
+from opticnerve.starter import weights
 from opticnerve.types import OpticNerveError
 
 
@@ -54,7 +54,7 @@ def load_text_encoder(spec: dict[str, Any]) -> tuple[str, Any]:
         raise OpticNerveError("the text encoder needs a name: a hub name, a local folder, or starter/…")
     cls = text_encoders.get(kind)
     check_options("text encoder", kind, cls, options)
-    language = starter.is_starter(name) and name in starter.LANGUAGES
+    language = weights.is_starter(name) and name in weights.LANGUAGES
     if cls is HFTextEncoder and (language or name.endswith(".gguf")):
         language_part = load_language(name)
         encoder = cls.from_loaded(language_part.model, language_part.tokenizer, **options)

@@ -58,7 +58,7 @@ class ReservedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def make_room(cache: Any, room: int) -> bool:
+def reserve(cache: Any, room: int) -> bool:
     """Let each plain layer of a `DynamicCache` hold so many more tokens; True if that was all of its layers.
 
     Layers of other kinds (sliding windows, linear attention) know best how to keep themselves and stay.

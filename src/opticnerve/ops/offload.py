@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 
 _ALIGNED = 64
 
 
-def make_room(vision_encoder: nn.Module, folder: Path, console: Any = None) -> None:
+def offload_encoder(vision_encoder: nn.Module, folder: Path, console: Any = None) -> None:
     """Park a vision encoder that the stage does not need; where the disk has no room it stays, and the console says
     so."""
     try:
@@ -45,7 +45,7 @@ def offload(modules: Sequence[nn.Module], folder: Path) -> int:
         return 0
     weights = [p for m in modules for p in m.parameters() if not p.requires_grad and _is_here(p)]
     places: dict[tuple[int, int], int] = {}  # address and size → place in the file: tied weights stay tied
-    path = durable.partial_of(folder / "parked")
+    path = atomic.partial_of(folder / "parked")
     try:
         with path.open("wb") as file:
             for weight in weights:

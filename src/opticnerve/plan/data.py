@@ -56,12 +56,12 @@ class StageData:
         return sum(len(r.images if modality == "image" else r.audios) for r in self.rows) / len(self.rows)
 
 
-def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
+def inspect_data(stage: Stage, processor: Any, *, seed: int) -> StageData:
     """Read a stage's data as training does, and encode some rows of it. What cannot be read is noted, not raised."""
     found = StageData(steps=stage.steps)
     bad: list[DataError] = []
     if stage.data[0].streaming:
-        return _look_ahead(found, stage, processor, seed, bad)
+        return _inspect_stream(found, stage, processor, seed, bad)
     try:
         examples = load_examples(stage.data, on_error=bad.append)
     except OpticNerveError as e:
@@ -79,7 +79,7 @@ def look(stage: Stage, processor: Any, *, seed: int) -> StageData:
     return found
 
 
-def _look_ahead(found: StageData, stage: Stage, processor: Any, seed: int, bad: list[DataError]) -> StageData:
+def _inspect_stream(found: StageData, stage: Stage, processor: Any, seed: int, bad: list[DataError]) -> StageData:
     """Of streamed data: the first rows, for no more is known. How many samples and pictures there are stays 0."""
     examples: list[Example] = []
     try:

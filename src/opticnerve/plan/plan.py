@@ -19,14 +19,13 @@ from opticnerve.models.checkpoint.delta import weight_names
 from opticnerve.models.text_encoder import dtype_of
 from opticnerve.models.vlm.tower import placed_like
 from opticnerve.objectives.next_token import NextToken
-from opticnerve.plan import cost
-from opticnerve.plan import feature_cache as plan_cache
+from opticnerve.plan import cost, feature_cache
 from opticnerve.plan import model as parts
-from opticnerve.plan.data import StageData, look
+from opticnerve.plan.data import StageData, inspect_data
 from opticnerve.plan.model import Shape, Share, context_of, processor_for
 from opticnerve.plan.remarks import Remark, remarks
 from opticnerve.recipe import LoraSpec, Recipe, Stage
-from opticnerve.starter import weights as starter
+from opticnerve.starter import weights
 from opticnerve.types import OpticNerveError
 
 __all__ = ["Plan", "Remark", "StagePlan", "context_length", "make", "processor_for", "weights_at_hand"]
@@ -46,7 +45,7 @@ class StagePlan:
     flops: int
     seconds: float | None = None
     timing: str = ""
-    cache: plan_cache.CachePlan | None = None
+    cache: feature_cache.CachePlan | None = None
 
     @property
     def trained(self) -> int:
@@ -144,11 +143,11 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
     docked = dock(recipe) if dock is not None and recipe.stages else None
     rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], dtype_of(recipe))
     for stage in recipe.stages:
-        data = look(stage, plan.processor, seed=recipe.seed)
+        data = inspect_data(stage, plan.processor, seed=recipe.seed)
         plan.stages.append(_stage(stage, model, data, process, visual or 0))
         planned = plan.stages[-1]
         _time(planned, stage, docked, plan.processor, rate, machine["type"])
-        planned.cache = plan_cache.foresee(stage, model, data, flops=planned.flops, seconds=planned.seconds)
+        planned.cache = feature_cache.foresee(stage, model, data, flops=planned.flops, seconds=planned.seconds)
         if planned.cache is not None and planned.cache.on and planned.seconds is not None:
             planned.seconds -= planned.cache.seconds or 0.0
             planned.timing += "; with cache_features"
@@ -168,7 +167,7 @@ def weights_at_hand(recipe: Recipe) -> bool:
     names = [recipe.docked.language.name]
     for tower in recipe.docked.towers.values():
         names += weight_names(registry.encoders.get(tower.encoder.type).take_name(tower.encoder.options)[0])
-    return all(starter.is_starter(n) or Path(n.removeprefix("local-dir:")).exists() for n in names)
+    return all(weights.is_starter(n) or Path(n.removeprefix("local-dir:")).exists() for n in names)
 
 
 def _stage(stage: Stage, model: Any, data: StageData, process: int, visual: int) -> StagePlan:

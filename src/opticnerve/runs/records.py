@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve import recipe as recipes
 from opticnerve.recipe import ModelSpec, Recipe
 from opticnerve.types import OpticNerveError, RecipeError
@@ -40,7 +40,7 @@ class Results:
 
     def write(self) -> None:
         if self.writes:
-            durable.write_json(self.path, self.data, default=str)
+            atomic.write_json(self.path, self.data, default=str)
 
 
 def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
@@ -54,7 +54,7 @@ def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
     path = run_dir / RECIPE
     if not (resume and path.is_file()):
         recipe = recipe.dated(datetime.date.today())
-        durable.write(path, recipes.dump(recipe))
+        atomic.write(path, recipes.dump(recipe))
         return recipe
     try:
         kept = recipes.load(path)
@@ -89,9 +89,9 @@ def finish_stage(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """
     files = _model_files(folder)
     for file in files:
-        durable.sync(file)
-    durable.sync(folder)
-    durable.write_json(folder / RESULT, {**result, "files": {f.name: durable.sha256(f) for f in files}})
+        atomic.sync(file)
+    atomic.sync(folder)
+    atomic.write_json(folder / RESULT, {**result, "files": {f.name: atomic.sha256(f) for f in files}})
     return result
 
 
@@ -107,7 +107,7 @@ def finished_stage(folder: Path) -> dict[str, Any] | None:
     result = _read(path, "delete it, and the stage goes on from its newest checkpoint")
     for name, known in dict(result.pop("files")).items():
         file = folder / name
-        found = durable.sha256(file) if file.is_file() else "nothing"
+        found = atomic.sha256(file) if file.is_file() else "nothing"
         if found != known:
             raise OpticNerveError(
                 f"{file} is not what the finished stage left: its SHA-256 was {known[:16]}…, found is {found[:16]}. "
@@ -118,9 +118,9 @@ def finished_stage(folder: Path) -> dict[str, Any] | None:
 
 def publish(run_dir: Path, last: Path) -> None:
     """The run's own folder is the model of its last stage."""
-    durable.clear_left_overs(run_dir)
+    atomic.clear_left_overs(run_dir)
     for file in _model_files(last):
-        durable.copy(file, run_dir / file.name)
+        atomic.copy(file, run_dir / file.name)
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from opticnerve.common.version import __version__
 from opticnerve.serve.auth import Keys
 from opticnerve.serve.errors import ApiError, from_validation
 from opticnerve.serve.metrics import Metrics
-from opticnerve.serve.middleware import CHAT, Gate
+from opticnerve.serve.middleware import CHAT, Middleware
 from opticnerve.serve.prompts import Reader
 from opticnerve.serve.sampling import Wishes
 from opticnerve.serve.scheduler import Scheduler
@@ -42,7 +42,7 @@ _STREAMED = {"text/event-stream": {"schema": ChatCompletionChunk.model_json_sche
 
 def create_app(
     *, name: str, reader: Reader, scheduler: Scheduler, metrics: Metrics, keys: Keys, only_host: str | None = None
-) -> Gate:
+) -> Middleware:
     """The ASGI app, behind its gate.
 
     Args:
@@ -51,7 +51,7 @@ def create_app(
     """
     app = FastAPI(title="opticnerve", version=__version__, docs_url=None, redoc_url=None)
     secured = [Security(HTTPBearer(auto_error=False))] if keys else []
-    gate = Gate(app, limits=reader.limits, keys=keys, metrics=metrics, only_host=only_host)
+    middleware = Middleware(app, limits=reader.limits, keys=keys, metrics=metrics, only_host=only_host)
     pool = ThreadPoolExecutor(READERS, "reader")
     _refusals(app)
     processor = reader.processor
@@ -115,7 +115,7 @@ def create_app(
     @app.get("/health", responses={503: {"model": Health}})
     async def health() -> Any:
         """200 while requests are taken; 503 when the server is stopping or its model has failed."""
-        status = "failed" if not scheduler.alive else "stopping" if gate.stopping else "ok"
+        status = "failed" if not scheduler.alive else "stopping" if middleware.stopping else "ok"
         found = Health(status=status, waiting=len(scheduler.waiting), running=scheduler.running)
         return JSONResponse(found.model_dump(), 200 if status == "ok" else 503)
 
@@ -124,7 +124,7 @@ def create_app(
         """For Prometheus."""
         return Response(metrics.page(), media_type=Metrics.CONTENT_TYPE)
 
-    return gate
+    return middleware
 
 
 def _once(answer: Answer, told: dict[str, Any], metrics: Metrics) -> Callable[[], None]:

@@ -21,7 +21,7 @@ OPEN = ("/health",)  # no key, and answered to the last
 CHAT = "/v1/chat/completions"
 
 
-class Gate:
+class Middleware:
     """ASGI middleware.
 
     Args:
@@ -55,7 +55,7 @@ class Gate:
         try:
             self._may_enter(scope)
             if chat:
-                taken = self._take_place()
+                taken = self._acquire()
             body = await self._body(scope, receive)
             await self.app(scope, _again(body, receive), counting)
         except ApiError as e:
@@ -79,7 +79,7 @@ class Gate:
         if self.stopping and scope["path"] != "/metrics":
             raise ApiError(503, "the server is stopping", retry_after=5)
 
-    def _take_place(self) -> bool:
+    def _acquire(self) -> bool:
         if self.admitted >= self.limits.admitted:
             turns = self.limits.queue / self.limits.slots
             raise ApiError(

@@ -114,12 +114,12 @@ class Scheduler:
         logits_BV = self.batch.step([row.token for row in self.rows], [row.live for row in self.rows])
         for row, logits_V in zip(self.rows, logits_BV, strict=True):
             if row.live:
-                self._say(row, logits_V)
+                self._emit(row, logits_V)
         self.metrics.step.observe(time.monotonic() - started)
 
-    def _say(self, row: Row, logits_V: Tensor) -> None:
+    def _emit(self, row: Row, logits_V: Tensor) -> None:
         try:
-            row.say(logits_V)
+            row.emit(logits_V)
         except Exception:  # logits that are no numbers, for one: the others' are
             log.exception("a token could not be chosen")
             for other in self.rows:
@@ -167,7 +167,7 @@ class Scheduler:
             logits_NV, read = self.batch.read(job.prompt.inputs, job.choices)
             new = [Row(job, i, self.model, self.tokenizer, self.ends) for i in range(job.choices)]
             for row, logits_V in zip(new, logits_NV, strict=True):
-                row.say(logits_V)
+                row.emit(logits_V)
             chosen = [row.number for row in new if row.live] if self.batch.joins else list(range(len(new)))
             if any(row.live for row in new):
                 self._compact()

@@ -73,7 +73,7 @@ class Row:
         self.count, self.token, self.live = 0, 0, True
         self._waiting: list[tuple[int, Chosen]] = []  # tokens with log-probabilities, and where their text begins
 
-    def say(self, logits_V: Tensor) -> None:
+    def emit(self, logits_V: Tensor) -> None:
         """Choose the next token and tell what is new; `live` is False after the last."""
         chosen = self.token_sampler.choose(logits_V)
         self.token, self.count = chosen.token, self.count + 1

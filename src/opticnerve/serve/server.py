@@ -21,7 +21,7 @@ from opticnerve.serve.batch import why_alone
 from opticnerve.serve.limits import Limits
 from opticnerve.serve.media import Sources
 from opticnerve.serve.metrics import Metrics
-from opticnerve.serve.middleware import Gate
+from opticnerve.serve.middleware import Middleware
 from opticnerve.serve.prompts import Reader
 from opticnerve.serve.sampling import check_plain
 from opticnerve.serve.scheduler import Scheduler
@@ -52,7 +52,7 @@ class Service:
         answerer, self.metrics = Answerer(self.model, self.processor), Metrics()
         self.reader = Reader(answerer, self.sources, self.limits)
         self.scheduler = Scheduler(answerer, slots=self.limits.slots, metrics=self.metrics)
-        self.gate: Gate = create_app(
+        self.middleware: Middleware = create_app(
             name=self.name, reader=self.reader, scheduler=self.scheduler, metrics=self.metrics, keys=Keys(self.keys),
             only_host=self.only_host,
         )  # fmt: skip
@@ -72,28 +72,28 @@ class Server(uvicorn.Server):
         self.service, self.give_up = service, 0.0
         super().__init__(
             uvicorn.Config(
-                service.gate, http=_timed(limits.head_seconds), ws="none", lifespan="off", access_log=False,
+                service.middleware, http=_timed(limits.head_seconds), ws="none", lifespan="off", access_log=False,
                 log_config=None, server_header=False, timeout_graceful_shutdown=5,
             )
         )  # fmt: skip
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.service.gate.stopping:
+        if self.service.middleware.stopping:
             self.force_exit = self.should_exit = True
         self.stop()
 
     def stop(self) -> None:
         """Begin to stop; `serve` and `run` return when it is done."""
         self.give_up = time.monotonic() + self.service.limits.grace_seconds
-        self.service.gate.stopping = True
+        self.service.middleware.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        gate = self.service.gate
-        if gate.stopping and not self.should_exit:
+        middleware = self.service.middleware
+        if middleware.stopping and not self.should_exit:
             over = time.monotonic() >= self.give_up
             if over:
                 await asyncio.to_thread(self.service.scheduler.stop)
-            self.should_exit = gate.admitted == 0 or over
+            self.should_exit = middleware.admitted == 0 or over
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

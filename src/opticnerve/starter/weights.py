@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.types import OpticNerveError, has_pip
 
@@ -215,7 +215,7 @@ def _download(requirement: str, into: Path) -> None:
 
 @functools.cache
 def _verified(path: Path, sha256: str) -> Path:
-    found = durable.sha256(path)
+    found = atomic.sha256(path)
     if found != sha256:
         raise OpticNerveError(f"{path.name} is not the file opticnerve knows: SHA-256 {found}, expected {sha256}")
     return path

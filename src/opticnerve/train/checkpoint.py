@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.types import OpticNerveError
 
 STATE, SUMS = "state.pt", "sha256.json"
@@ -33,14 +33,14 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         DiskFull: it does not fit; the message says how much is missing. OpticNerveError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    durable.clear_left_overs(folder)
+    atomic.clear_left_overs(folder)
     before = checkpoints(folder)
     again = [_place(p)[1] + 1 for p in before if _place(p)[0] == step]
     target = folder / (f"checkpoint-{step:08d}" + (f".{max(again)}" if again else ""))
-    partial = durable.partial_of(target)
+    partial = atomic.partial_of(target)
     kept = f"{before[-1].name} is whole" if before else "there is none before it"
     try:
-        with durable.room_for("a checkpoint", size_of(state), folder, remedy=f"{kept}; free some space and resume"):
+        with atomic.room_for("a checkpoint", size_of(state), folder, remedy=f"{kept}; free some space and resume"):
             partial.mkdir()
             _write(partial, {**state, "step": step})
             partial.rename(target)
@@ -48,7 +48,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         raise OpticNerveError(f"could not write a checkpoint to {folder}: {e}; {kept}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    durable.sync(folder)
+    atomic.sync(folder)
     # Later steps are of a life that took another way.
     good = [p for p in checkpoints(folder) if _place(p)[0] <= step and (p == target or looks_whole(p))]
     for old in set(checkpoints(folder)) - set(good[-keep:]):
@@ -95,7 +95,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     sums = _sums(path)
     for name, known in sums.items():
-        if (found := durable.sha256(path / name)) != known["sha256"]:
+        if (found := atomic.sha256(path / name)) != known["sha256"]:
             raise ValueError(f"{name} has the SHA-256 {found[:12]}…, {SUMS} says {known['sha256'][:12]}…")
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -148,8 +148,8 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
             raise guarded.failed or e from e
         file.flush()
         os.fsync(file.fileno())
-    found = {STATE: {"sha256": durable.sha256(folder / STATE), "bytes": (folder / STATE).stat().st_size}}
-    durable.write_json(folder / SUMS, found)
+    found = {STATE: {"sha256": atomic.sha256(folder / STATE), "bytes": (folder / STATE).stat().st_size}}
+    atomic.write_json(folder / SUMS, found)
 
 
 class _Writing:

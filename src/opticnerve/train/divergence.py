@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.data.media.open import open_image
 from opticnerve.recipe import Stage
 from opticnerve.types import Conversation, OpticNerveError
@@ -42,7 +42,7 @@ class Divergence:
         """Remember what computing a step moves by itself."""
         self._before = {n: self._model.get_buffer(n).clone() for n in self._moving}
 
-    def meet(self, step: int, loss: float, norm: float, samples: Sequence[Conversation], *, keep: bool) -> str:
+    def handle(self, step: int, loss: float, norm: float, samples: Sequence[Conversation], *, keep: bool) -> str:
         """A step that diverged: its samples are kept (by the process that is told to), and it is left out.
 
         Returns: the words for metrics.jsonl.
@@ -94,7 +94,7 @@ def _keep(file: Path, step: int, told: str, samples: Sequence[Conversation]) -> 
         kept.append(
             json.dumps({"id": c.id, "messages": messages, "step": step, "why": told, "where": c.where}, default=str)
         )
-    durable.write(file, "".join(line + "\n" for line in kept))
+    atomic.write(file, "".join(line + "\n" for line in kept))
 
 
 def _file_of(source: Any, kind: str, stem: Path) -> str:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.common.private_names import keep_activations
 from opticnerve.common.progress import Progress
 from opticnerve.data.dataset.bad_samples import BadSampleCounter
 from opticnerve.data.encode.loader import Waiting, loader
-from opticnerve.distributed.collectives import add_up, attempt, companions, meet, on_main
+from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
 from opticnerve.distributed.deepspeed import Zero, ZeroAdamW
 from opticnerve.distributed.fsdp import Sharded
 from opticnerve.distributed.heartbeat import LostProcess
@@ -30,10 +30,10 @@ from opticnerve.models.vlm.parts import is_docked_model, moving_buffers
 from opticnerve.models.vlm.tower import MEDIA_INPUT
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
-from opticnerve.ops.offload import make_room
+from opticnerve.ops.offload import offload_encoder
 from opticnerve.ops.vision_attention import plain_attention
 from opticnerve.recipe import CacheSpec, Recipe, Stage
-from opticnerve.train import data_fingerprint as same_data
+from opticnerve.train import data_fingerprint
 from opticnerve.train import state as saving
 from opticnerve.train.calibrate import calibrate
 from opticnerve.train.counts import fill, media_counts
@@ -107,7 +107,7 @@ def run_stage(
     """
     accelerator = accelerator or make_accelerator(recipe, folder.parent.parent)
     with companions(accelerator, f"stage {stage.name}"), plain_attention(dock.model):
-        meet(accelerator)  # the main process may have evaluated for long
+        barrier(accelerator)  # the main process may have evaluated for long
         return _run_stage(dock, recipe, stage, folder, trained_before, resume, console, accelerator)
 
 
@@ -126,8 +126,8 @@ def _run_stage(
         checkpoint_layers(model)
     trained_before |= {n for group in frozen.groups.values() for n in group}
     if accelerator.is_main_process:
-        durable.clear_left_overs(folder)
-        durable.write_json(folder / "freeze.json", frozen.to_dict())
+        atomic.clear_left_overs(folder)
+        atomic.write_json(folder / "freeze.json", frozen.to_dict())
         if console is not None:
             console.print(frozen.table())
 
@@ -145,7 +145,7 @@ def _run_stage(
         spec = stage.cache_features if isinstance(stage.cache_features, CacheSpec) else CacheSpec()
         store = see_all(
             model, processor, sampler.pictures(), budget=spec.budget, stored=spec.dtype,
-            rank=accelerator.process_index, world=accelerator.num_processes, wait=lambda: meet(accelerator),
+            rank=accelerator.process_index, world=accelerator.num_processes, wait=lambda: barrier(accelerator),
             threads=stage.workers or None, on_error=on_error, console=console,
         )  # fmt: skip
         sampler.use_features(store)
@@ -153,7 +153,7 @@ def _run_stage(
     if sharded is not None:
         dock.model, objective, frozen = sharded.model, sharded.objective, sharded.trained(frozen)
     if stage.cache_features and sharded is None:
-        make_room(model.image.encoder, folder, console)
+        offload_encoder(model.image.encoder, folder, console)
     optimizer = make_optimizer(frozen, stage, sharded, accelerator.num_processes)
     run = Run(
         dock, recipe, stage, folder, frozen, optimizer, sampler, accelerator, trained_before, console, objective,
@@ -194,7 +194,7 @@ class Run:
         self.step, self.samples, self.tokens, self.elapsed, self.loss = 0, 0, 0, 0.0, math.nan
         self.skipped: Sequence[str] = []
         self.moving = moving_buffers(dock.model, optimizer.master_tensors())
-        self.data = same_data.fingerprint(sampler)
+        self.data = data_fingerprint.fingerprint(sampler)
         self.divergence = Divergence(stage, folder, dock.model, self.moving)
         self.stop = self.asked = False
         self.log: MetricsLog | None = None
@@ -205,7 +205,7 @@ class Run:
         stage, steps, main = self.stage, self.sampler.steps, self.accelerator.is_main_process
         device = self.accelerator.device
         batches = Waiting(loader(self.sampler, self.step * stage.accumulate, stage.workers, device), device)
-        meet(self.accelerator)  # all have read what is in the folder
+        barrier(self.accelerator)  # all have read what is in the folder
         with contextlib.ExitStack() as stack:
             stack.enter_context(asked_by_signals(self._ask_to_stop))
             if main:
@@ -227,7 +227,7 @@ class Run:
                         raise Interrupted(saving.save(self))
                     if stage.save_every and self.step % stage.save_every == 0 and self.step < steps:
                         saving.save(self)
-            except (Diverged, durable.DiskFull, LostProcess):
+            except (Diverged, atomic.DiskFull, LostProcess):
                 raise  # the weights may be broken already, or there is no room: the checkpoints before are worth more
             except OpticNerveError:
                 if self.step:
@@ -252,20 +252,20 @@ class Run:
         batches = [b.to(accelerator.device) for b in batches]
         total = self._backward(batches, supervised)
         total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
-        self._let_rest(pieces)
+        self._skip_unused_towers(pieces)
         # Reading the two is the step's one wait for the device.
         total, norm = torch.stack([total.float(), self.optimizer.clip(self.stage.clip).float()]).tolist()
         loss = total / supervised
         factor = schedule(self.step, self.sampler.steps, warmup=self.stage.warmup, kind=self.stage.schedule)
         left_out = None
         if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.move(factor)
+            self.optimizer.apply(factor)
             self.loss = loss
         else:
             keep = accelerator.is_main_process
-            left_out = self.divergence.meet(self.step + 1, loss, norm, samples_of(self.sampler, self.step), keep=keep)
-            self.optimizer.drop()
-            self.say(f"step {self.step + 1} is left out: {left_out}")
+            left_out = self.divergence.handle(self.step + 1, loss, norm, samples_of(self.sampler, self.step), keep=keep)
+            self.optimizer.zero_grad()
+            self.emit(f"step {self.step + 1} is left out: {left_out}")
         self.step += 1
         self.tokens += int(tokens)
         self.samples += int(samples)
@@ -301,21 +301,21 @@ class Run:
             total += loss.detach()
         return total
 
-    def _let_rest(self, pieces: list[int]) -> None:
+    def _skip_unused_towers(self, pieces: list[int]) -> None:
         """A tower that saw nothing in this step, on any process, does not move: as on one process, where its weights
         have no gradient. (Beside others a process gives them the gradient zero, which Adam's momentum would follow.)"""
         if self.accelerator.num_processes == 1 or not is_docked_model(self.dock.model):
             return
         for count, modality in zip(pieces, MEDIA_INPUT, strict=True):
             if not count:
-                self.optimizer.rest(modality)
+                self.optimizer.skip(modality)
 
     # -- around it ------------------------------------------------------------------------------------------------
 
     def _ask_to_stop(self) -> None:
         self.stop = True
 
-    def say(self, what: str) -> None:
+    def emit(self, what: str) -> None:
         if self.accelerator.is_main_process:
             (self.console.print if self.console is not None else print)(what)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 
 METRICS = "metrics.jsonl"
 
@@ -29,7 +29,7 @@ class MetricsLog:
     def __init__(self, path: Path, steps: int) -> None:
         self.path = path
         kept = _whole_lines(path)[:steps]
-        durable.write(path, b"".join(line + b"\n" for line in kept))
+        atomic.write(path, b"".join(line + b"\n" for line in kept))
 
     def __enter__(self) -> Self:
         self._file = self.path.open("ab", buffering=0)
@@ -40,7 +40,7 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         data = json.dumps(line).encode() + b"\n"
-        with durable.room_for("a line of metrics.jsonl", len(data), self.path.parent):
+        with atomic.room_for("a line of metrics.jsonl", len(data), self.path.parent):
             while data:  # a disk that is nearly full takes a part
                 data = data[self._file.write(data) :]
 

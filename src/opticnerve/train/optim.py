@@ -46,7 +46,7 @@ class MasterAdamW:
     def step(self, factor: float, clip: float | None) -> float:
         """One step at `factor` × each part's learning rate; returns the gradient norm before clipping."""
         norm = self.clip(clip)
-        self.move(factor)
+        self.apply(factor)
         return float(norm)
 
     def clip(self, limit: float | None) -> torch.Tensor:
@@ -56,7 +56,7 @@ class MasterAdamW:
         masters = [m for _, _, m in self.pairs()]
         return whole(torch.nn.utils.clip_grad_norm_(masters, limit if limit is not None else math.inf))
 
-    def move(self, factor: float) -> None:
+    def apply(self, factor: float) -> None:
         """Take the step that the gradients say."""
         for group in self.adam.param_groups:
             group["lr"] = self.rates[group["part"]] * factor
@@ -67,13 +67,13 @@ class MasterAdamW:
                 if master is not weight:
                     weight.copy_(master)
 
-    def rest(self, tower: str) -> None:
+    def skip(self, tower: str) -> None:
         """Let the weights of a tower stay as they are in this step."""
         for name, weight, master in self.pairs():
             if name.startswith(f"{tower}."):
                 weight.grad = master.grad = None
 
-    def drop(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients of this step."""
         self.adam.zero_grad(set_to_none=True)
 

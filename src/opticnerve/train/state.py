@@ -14,11 +14,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.common.version import __version__
 from opticnerve.distributed.collectives import gather_objects, on_main
-from opticnerve.train import checkpoint
-from opticnerve.train import data_fingerprint as same_data
+from opticnerve.train import checkpoint, data_fingerprint
 from opticnerve.train.metrics import METRICS, steps_in
 from opticnerve.types import OpticNerveError
 
@@ -52,10 +51,10 @@ def restore(run: Run) -> bool:
     Raises:
         OpticNerveError: there are checkpoints and none can be used, or the data are others.
     """
-    state = checkpoint.newest(run.folder, warn=run.say, most=steps_in(run.folder / METRICS))
+    state = checkpoint.newest(run.folder, warn=run.emit, most=steps_in(run.folder / METRICS))
     if state is None:
         return False
-    same_data.check(state["data"], run.data, run.folder)
+    data_fingerprint.check(state["data"], run.data, run.folder)
     run.optimizer.load_state_dict(state["optimizer"])
     for name, value in state["buffers"].items():
         run.dock.model.get_buffer(name).copy_(value)
@@ -65,7 +64,7 @@ def restore(run: Run) -> bool:
     run.elapsed, run.loss = state["elapsed"], state["loss"]
     run.divergence.left_out = list(state["left_out"])
     if (now := versions()) != state["versions"]:
-        run.say(f"the checkpoint was written by {state['versions']}, this is {now}: not the same to the last bit")
+        run.emit(f"the checkpoint was written by {state['versions']}, this is {now}: not the same to the last bit")
     return True
 
 
@@ -74,7 +73,7 @@ def save_model(run: Run) -> None:
     try:
         run.dock.save(run.folder, run.trained)
     except (OSError, SafetensorError) as e:
-        free = durable.format_bytes(shutil.disk_usage(run.folder).free)
+        free = atomic.format_bytes(shutil.disk_usage(run.folder).free)
         raise OpticNerveError(
             f"the model of stage {run.stage.name} could not be written to {run.folder}: {e}; {free} are free there. "
             f"Free some space, and resume"
@@ -93,6 +92,6 @@ def _take_up(run: Run, rng: list[dict[str, Any]]) -> None:
     others begin theirs as in a fresh run."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     if len(rng) != world:
-        run.say(f"the checkpoint is of {len(rng)} processes, these are {world}: dropout draws other numbers")
+        run.emit(f"the checkpoint is of {len(rng)} processes, these are {world}: dropout draws other numbers")
     if rank == 0 or len(rng) == world:
         checkpoint.set_rng_state(rng[rank], run.accelerator.device)

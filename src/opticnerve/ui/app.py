@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opticnerve.ui.i18n import LANGUAGES, Words, preferred
+from opticnerve.ui.i18n import LANGUAGES, Translations, preferred
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.models import Models
 from opticnerve.web.guard import App, Guard, Logins
@@ -57,7 +57,7 @@ def theme() -> Any:
     )  # fmt: skip
 
 
-def page(words: Words, models: Models, runs: Path, limits: Limits) -> Any:
+def page(words: Translations, models: Models, runs: Path, limits: Limits) -> Any:
     """A `gr.Blocks` in one language. No function of it can be called as an API."""
     import gradio as gr
 
@@ -90,7 +90,7 @@ def page(words: Words, models: Models, runs: Path, limits: Limits) -> Any:
     return blocks
 
 
-def _top(words: Words) -> str:
+def _top(words: Translations) -> str:
     others = "".join(
         f'<a href="../{language}/" lang="{language}" hreflang="{language}">{name}</a>'
         for language, name in LANGUAGES.items()
@@ -128,7 +128,7 @@ def site(
     pages.add_route("/manifest.json", lambda _: JSONResponse({"name": "opticnerve", "display": "browser"}))
     for spoken in LANGUAGES:
         gr.mount_gradio_app(
-            pages, page(Words(spoken), models, runs, limits), f"/{spoken}", footer_links=[], run_history=False,
+            pages, page(Translations(spoken), models, runs, limits), f"/{spoken}", footer_links=[], run_history=False,
             allowed_paths=[], max_file_size=limits.upload_bytes, show_error=True, ssr_mode=False, pwa=False,
             mcp_server=False, enable_monitoring=False, theme=theme(), css=CSS,
             js=f"() => {{ document.documentElement.lang = '{spoken}'; }}",

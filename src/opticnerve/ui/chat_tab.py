@@ -8,7 +8,7 @@ from typing import Any
 
 from opticnerve.types import OpticNerveError
 from opticnerve.ui.chat_state import ChatState, stream
-from opticnerve.ui.i18n import Words
+from opticnerve.ui.i18n import Translations
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.look_part import look_part
 from opticnerve.ui.models import Models
@@ -20,7 +20,7 @@ class Asker:
     """What the tab does, without the page: it turns one question into the states that the page shows on the way."""
 
     models: Models
-    words: Words
+    words: Translations
     limits: Limits
 
     def check(self, question: str, picture: str | None) -> str:
@@ -37,7 +37,7 @@ class Asker:
         check_picture(picture, self.words, self.limits)
         return question
 
-    def say(
+    def emit(
         self, model: str, chat_state: ChatState, question: str, picture: str | None, tokens: int, temperature: float
     ) -> Iterator[tuple[ChatState, str]]:
         """The conversation as it grows, and HTML of what is going on.
@@ -55,7 +55,7 @@ class Asker:
             raise Refused(self.words("no_answer"))
 
 
-def chat_tab(words: Words, models: Models, limits: Limits) -> Any:
+def chat_tab(words: Translations, models: Models, limits: Limits) -> Any:
     """Lay out the tab within a `gr.Blocks`; returns the model's dropdown, whose choices change as runs end."""
     import gradio as gr
 
@@ -89,12 +89,12 @@ def chat_tab(words: Words, models: Models, limits: Limits) -> Any:
                 fresh = gr.Button(words("new_conversation"), elem_id="new", min_width=90)
     forget_maps = look_part(words, models, model, chat_state)
 
-    def say(
+    def emit(
         model: str, chat_state: ChatState, question: str, picture: str | None, tokens: float, temperature: float
     ) -> Iterator[tuple[Any, ...]]:
         kept = chat_state
         try:
-            for kept, doing in asker.say(model, chat_state, question, picture, int(tokens), temperature):
+            for kept, doing in asker.emit(model, chat_state, question, picture, int(tokens), temperature):
                 yield kept, kept.bubbles(words("picture")), doing, ""
         except (OpticNerveError, OSError) as e:
             # What was said before stays, and the question goes back to where it can be mended.
@@ -103,7 +103,7 @@ def chat_tab(words: Words, models: Models, limits: Limits) -> Any:
 
     watch_picture(picture, error, words, limits)
     asking = gr.on(
-        [send.click, question.submit], say, [model, chat_state, question, picture, tokens, temperature],
+        [send.click, question.submit], emit, [model, chat_state, question, picture, tokens, temperature],
         [chat_state, chat, error, question], concurrency_limit=1, concurrency_id="model", show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from opticnerve.types import OpticNerveError
 from opticnerve.ui.chat_state import ChatState
 from opticnerve.ui.chat_tab import Asker
-from opticnerve.ui.i18n import Words
+from opticnerve.ui.i18n import Translations
 from opticnerve.ui.limits import Limits
 from opticnerve.ui.models import Models
 from opticnerve.ui.picture import alert, note, picture_input, watch_picture
@@ -36,7 +36,7 @@ def compare(
                 with asker.models.turn(model):  # the seconds shall be the answer's alone
                     pass
             started = time.perf_counter()
-            for chat_state, doing in asker.say(model, ChatState(), question, picture, tokens, 0.0):
+            for chat_state, doing in asker.emit(model, ChatState(), question, picture, tokens, 0.0):
                 answer = chat_state.messages[-1].text if chat_state.messages[-1].role == "assistant" else ""
                 sides[number] = (answer, doing)
                 yield sides[0], sides[1]
@@ -47,7 +47,7 @@ def compare(
         yield sides[0], sides[1]
 
 
-def compare_tab(words: Words, models: Models, limits: Limits) -> list[Any]:
+def compare_tab(words: Translations, models: Models, limits: Limits) -> list[Any]:
     """Lay out the tab within a `gr.Blocks`; returns both dropdowns of models."""
     import gradio as gr
 

@@ -122,7 +122,7 @@ TEXTS: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Words:
+class Translations:
     """The texts of one language: `words("send")` is the text of a key; `words("took", seconds=3)` fills in a blank."""
 
     language: str

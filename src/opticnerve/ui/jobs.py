@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.types import OpticNerveError
 
 FOLDER = ".opticnerve-ui"
@@ -59,7 +59,7 @@ def read_job(root: Path) -> Job | None:
 
 def write_job(root: Path, job: Job) -> None:
     _file(root).parent.mkdir(parents=True, exist_ok=True)
-    durable.write_json(_file(root), asdict(job))
+    atomic.write_json(_file(root), asdict(job))
 
 
 def lives(job: Job | None) -> bool:

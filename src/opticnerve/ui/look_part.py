@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opticnerve.types import Conversation, OpticNerveError
 from opticnerve.ui.chat_state import ChatState
-from opticnerve.ui.i18n import Words
+from opticnerve.ui.i18n import Translations
 from opticnerve.ui.models import Models
 from opticnerve.ui.picture import Refused, alert, note
 
@@ -26,7 +26,7 @@ TOKENS = 24  # of the explained answer: each takes a pass backwards
 
 
 @dataclass(frozen=True)
-class Seen:
+class Shown:
     """Maps for all words of an answer (`inference.looking.Looked`), with what they are maps of."""
 
     looked: Any
@@ -40,7 +40,7 @@ class Seen:
         shown = np.asarray(open_image(self.picture))
         return [_draw(shown, self.looked, found, number) for found in self.looked.maps]
 
-    def told(self, number: int, words: Words) -> str:
+    def told(self, number: int, words: Translations) -> str:
         """The same in words, for those who do not see the drawing: the place of each method's highest cell."""
         places = []
         for found in self.looked.maps:
@@ -77,26 +77,26 @@ def title_of(method: str) -> str:
     return method.replace("_", "-")
 
 
-def see(models: Models, model: str, conversation: Conversation, method: str) -> Seen:
+def see(models: Models, model: str, conversation: Conversation, method: str) -> Shown:
     """Maps of the model's greedy answer to a conversation.
 
     Raises:
         OpticNerveError: the model's parts do not allow the method, or no map at all.
     """
-    from opticnerve.interpret.attribution import look
+    from opticnerve.interpret.attribution import attribute
 
     with models.turn(model, exact=True) as answerer:
-        looked = look(
+        looked = attribute(
             answerer.model,
             answerer.processor,
             conversation,
             methods=None if method == AUTO else [method],
             max_new_tokens=TOKENS,
         )
-    return Seen(looked, Path(str(conversation.images[0].source)), conversation.messages[-1].text)
+    return Shown(looked, Path(str(conversation.images[0].source)), conversation.messages[-1].text)
 
 
-def look_part(words: Words, models: Models, model: Any, chat_state: Any) -> tuple[Any, None, list[Any]]:
+def look_part(words: Translations, models: Models, model: Any, chat_state: Any) -> tuple[Any, None, list[Any]]:
     """Lay it out; returns (function, inputs, outputs) that take the maps away, for when they are no longer of the last
     answer."""
     import gradio as gr
@@ -145,7 +145,7 @@ def look_part(words: Words, models: Models, model: Any, chat_state: Any) -> tupl
             gr.update(choices=choices, value=0, visible=True), *_drawn(made, 0, words),
         )  # fmt: skip
 
-    def choose(seen: Seen | None, number: int | None) -> tuple[Any, ...]:
+    def choose(seen: Shown | None, number: int | None) -> tuple[Any, ...]:
         if seen is None or number is None:
             return gr.skip(), gr.skip(), gr.skip()
         return _drawn(seen, number, words)
@@ -159,7 +159,7 @@ def look_part(words: Words, models: Models, model: Any, chat_state: Any) -> tupl
     return away, None, outputs
 
 
-def _drawn(seen: Seen, number: int, words: Words) -> tuple[Any, ...]:
+def _drawn(seen: Shown, number: int, words: Translations) -> tuple[Any, ...]:
     """Updates of both drawings (the second is away where occlusion alone was asked for), and the text beneath."""
     import gradio as gr
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from opticnerve.data.media.open import image_size, open_image
 from opticnerve.types import DataError, OpticNerveError
-from opticnerve.ui.i18n import Words
+from opticnerve.ui.i18n import Translations
 from opticnerve.ui.limits import Limits
 
 
@@ -17,7 +17,7 @@ class Refused(OpticNerveError):
     """What cannot be done, in the page's language."""
 
 
-def check_picture(path: str | None, words: Words, limits: Limits) -> None:
+def check_picture(path: str | None, words: Translations, limits: Limits) -> None:
     """Open a picture as training and `opticnerve ask` do; None (no picture) is fine.
 
     Raises:
@@ -47,7 +47,7 @@ def note(message: str) -> str:
     return f'<p role="status" class="note">{html.escape(message)}</p>' if message else ""
 
 
-def picture_input(words: Words, elem_id: str) -> Any:
+def picture_input(words: Translations, elem_id: str) -> Any:
     """A picture's place: drop, paste, choose or photograph. Its value is the uploaded file as it came."""
     import gradio as gr
 
@@ -67,7 +67,7 @@ def picture_input(words: Words, elem_id: str) -> Any:
     )  # fmt: skip
 
 
-def watch_picture(picture: Any, error: Any, words: Words, limits: Limits) -> None:
+def watch_picture(picture: Any, error: Any, words: Translations, limits: Limits) -> None:
     """Say at once, in `error`, what is wrong with a new picture, and take it away."""
     import gradio as gr
 

@@ -16,7 +16,7 @@ from opticnerve.ui.curve import curve_of, curve_svg, pace
 from opticnerve.ui.runs import Run, Stage, dicts
 from opticnerve.ui.runs_answers import Answer, thumbnail
 
-Words = Callable[..., str]
+Translations = Callable[..., str]
 MOST_ROWS = 200
 
 STYLE = """
@@ -56,7 +56,7 @@ progress { width: 100%; max-width: 56em; height: 0.8em; accent-color: #0072B2; }
 """
 
 
-def summary(run: Run, words: Words) -> str:
+def summary(run: Run, words: Translations) -> str:
     """A run's state, stages, headline figures, warnings, and what could not be read."""
     figures = "".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in _figures(run, words))
     return (
@@ -66,12 +66,12 @@ def summary(run: Run, words: Words) -> str:
     )
 
 
-def stages_table(run: Run, words: Words) -> str:
+def stages_table(run: Run, words: Translations) -> str:
     rows = [[escape(s.name), progress(s, words), escape(_stage_state(run, s, words))] for s in run.stages]
     return _table([words("runs_stage"), words("runs_progress"), words("runs_state")], rows)
 
 
-def progress(stage: Stage, words: Words) -> str:
+def progress(stage: Stage, words: Translations) -> str:
     """`120 of 420`."""
     done = stage.planned if stage.finished and stage.planned is not None else stage.steps
     if stage.planned is None:
@@ -79,7 +79,7 @@ def progress(stage: Stage, words: Words) -> str:
     return words("runs_steps", done=f"{done:,}", planned=f"{stage.planned:,}")
 
 
-def runs_table(runs: Sequence[Run], words: Words) -> str:
+def runs_table(runs: Sequence[Run], words: Translations) -> str:
     """One row a run."""
     rows = []
     for run in runs[:MOST_ROWS]:
@@ -98,13 +98,13 @@ def headline(run: Run) -> str:
     return percent(scores[0]) if scores else ""
 
 
-def curves(run: Run, words: Words) -> str:
+def curves(run: Run, words: Translations) -> str:
     """The loss of every stage that has begun."""
     drawn = [curve_figure(s, words) for s in run.stages if s.metrics]
     return "".join(drawn) or f"<p>{escape(words('runs_no_curves'))}</p>"
 
 
-def curve_figure(stage: Stage, words: Words, planned: int | None = None) -> str:
+def curve_figure(stage: Stage, words: Translations, planned: int | None = None) -> str:
     """A stage's loss with a line of words that says the same; `planned`: its steps, if more is known than it says."""
     curve = curve_of(stage.metrics)
     known = [v for v in curve.smooth if math.isfinite(v)]
@@ -123,14 +123,14 @@ def curve_figure(stage: Stage, words: Words, planned: int | None = None) -> str:
     )
 
 
-def answers_grid(run: Run, shown: Sequence[Answer], words: Words) -> str:
+def answers_grid(run: Run, shown: Sequence[Answer], words: Translations) -> str:
     """Answers as cards, each with its picture, if it has one."""
     if not shown:
         return f"<p>{escape(words('runs_none_shown'))}</p>"
     return f'<ul class="answers">{"".join(_card(run, a, words) for a in shown)}</ul>'
 
 
-def _card(run: Run, answer: Answer, words: Words) -> str:
+def _card(run: Run, answer: Answer, words: Translations) -> str:
     mark, kind = ("✗", "wrong") if answer.wrong else ("✓", "right")
     if answer.right is None:
         mark, kind = "", "unjudged"
@@ -151,14 +151,14 @@ def _card(run: Run, answer: Answer, words: Words) -> str:
     )
 
 
-def notes(told: Sequence[str], words: Words) -> str:
+def notes(told: Sequence[str], words: Translations) -> str:
     if not told:
         return ""
     items = "".join(f"<li>{escape(n[:500])}</li>" for n in told)
     return f'<div class="warning"><strong>{escape(words("runs_notes"))}</strong><ul>{items}</ul></div>'
 
 
-def span(seconds: float, words: Words) -> str:
+def span(seconds: float, words: Translations) -> str:
     """`42 s`, `6 min 10 s`, `3 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
@@ -172,7 +172,7 @@ def when(written: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
 
 
-def _figures(run: Run, words: Words) -> list[tuple[str, str]]:
+def _figures(run: Run, words: Translations) -> list[tuple[str, str]]:
     found = []
     for task in run.tasks:
         if math.isfinite(score := finite(task.get("accuracy"))):
@@ -204,7 +204,7 @@ def _gap(run: Run) -> float:
     return finite(found.get("real")) - finite(found.get("blank")) if isinstance(found, dict) else math.nan
 
 
-def _warnings(run: Run, words: Words) -> str:
+def _warnings(run: Run, words: Translations) -> str:
     try:
         told = warnings_of(run.results)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -214,7 +214,7 @@ def _warnings(run: Run, words: Words) -> str:
     )
 
 
-def _stage_state(run: Run, stage: Stage, words: Words) -> str:
+def _stage_state(run: Run, stage: Stage, words: Translations) -> str:
     if stage.finished:
         return words("runs_finished")
     return words("runs_running") if run.state == "running" and stage.steps else "–"

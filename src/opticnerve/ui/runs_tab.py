@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any, cast
 
+from runs_html import escape
+
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import runs_html as html
+from opticnerve.ui import runs_html
 from opticnerve.ui.runs import Run, dicts, list_runs, open_run
 from opticnerve.ui.runs_answers import PAGE, Which, chosen, read_answers
 from opticnerve.ui.runs_card import card_html
@@ -16,14 +17,14 @@ from opticnerve.ui.runs_card import card_html
 WHICH: tuple[Which, ...] = ("all", "wrong", "right")
 
 
-def runs_tab(words: html.Words, root: Path) -> None:
+def runs_tab(words: runs_html.Translations, root: Path) -> None:
     """Build the tab's contents within an open `gr.Blocks`; `root` is the folder of runs.
 
     Nothing is kept between two events: each reads the run's folder anew, by the name that the browser sends.
     """
     import gradio as gr
 
-    shown = partial(gr.HTML, css_template=html.STYLE, container=False)
+    shown = partial(gr.HTML, css_template=runs_html.STYLE, container=False)
     with gr.Row(equal_height=True):
         run = gr.Dropdown([], label=words("runs_run"), elem_id="runs-run", scale=4, min_width=200)
         again = gr.Button(words("runs_refresh"), elem_id="runs-refresh", scale=1, min_width=120)
@@ -48,13 +49,13 @@ def runs_tab(words: html.Words, root: Path) -> None:
     with gr.Accordion(words("runs_all"), open=False):
         table = shown(elem_id="runs-table")
 
-    def look(name: str | None, kind: str) -> list[Any]:
+    def attribute(name: str | None, kind: str) -> list[Any]:
         """The list of runs, and the chosen one if it is still there, else the newest."""
         found = list_runs(root)
         names = [r.name for r in found]
         picked = name if name in names else names[0] if names else None
         choices = [(_label(r, words), r.name) for r in found]
-        return [gr.Dropdown(choices, value=picked), html.runs_table(found, words), *show(picked, kind)]
+        return [gr.Dropdown(choices, value=picked), runs_html.runs_table(found, words), *show(picked, kind)]
 
     def show(name: str | None, kind: str) -> list[Any]:
         """What there is of one run."""
@@ -67,8 +68,8 @@ def runs_tab(words: html.Words, root: Path) -> None:
         tasks = [str(t.get("name")) for t in read.tasks if dicts(t.get("samples"))]
         first = tasks[0] if tasks else None
         return [
-            html.summary(read, words), _card(read, words), html.curves(read, words), gr.Dropdown(tasks, value=first),
-            *_page(read, first, 1, kind, words),
+            runs_html.summary(read, words), _card(read, words), runs_html.curves(read, words),
+            gr.Dropdown(tasks, value=first), *_page(read, first, 1, kind, words),
         ]  # fmt: skip
 
     def nothing(why: str) -> list[Any]:
@@ -85,15 +86,15 @@ def runs_tab(words: html.Words, root: Path) -> None:
     found = [page, counted, answers]
     everything = [summary, card, curves, task, *found]
     private: Any = {"api_visibility": "private"}
-    gr.on(None, lambda: look(None, "all"), None, [run, table, *everything], show_progress="hidden", **private)
-    again.click(look, [run, which], [run, table, *everything], **private)
+    gr.on(None, lambda: attribute(None, "all"), None, [run, table, *everything], show_progress="hidden", **private)
+    again.click(attribute, [run, which], [run, table, *everything], **private)
     run.input(show, [run, which], everything, **private)
     for event, by in ((task.input, 0), (which.input, 0), (back.click, -1), (on.click, 1)):
         event(partial(turn, by), [run, task, which, page], found, **private)
 
 
-def _label(run: Run, words: html.Words) -> str:
-    score = html.headline(run)
+def _label(run: Run, words: runs_html.Translations) -> str:
+    score = runs_html.headline(run)
     return " · ".join([run.name, words(f"runs_{run.state}"), *([score] if score else [])])
 
 
@@ -101,16 +102,16 @@ def _said(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def _card(run: Run, words: html.Words) -> str:
+def _card(run: Run, words: runs_html.Translations) -> str:
     try:
         return card_html(run)
     except FileNotFoundError:
         return _said(words("runs_no_card"))
     except (OSError, OpticNerveError) as e:
-        return html.notes([str(e)], words)
+        return runs_html.notes([str(e)], words)
 
 
-def _page(run: Run | None, task: str | None, page: int, which: str, words: html.Words) -> list[Any]:
+def _page(run: Run | None, task: str | None, page: int, which: str, words: runs_html.Translations) -> list[Any]:
     """The page's number, which answers are on it, and these."""
     if run is None or task is None:
         return [1, "", _said(words("runs_no_answers"))]
@@ -120,5 +121,5 @@ def _page(run: Run | None, task: str | None, page: int, which: str, words: html.
     part = kept[PAGE * (page - 1) : PAGE * page]
     first = PAGE * (page - 1) + 1
     told = words("runs_shown", first=f"{first:,}", last=f"{first + len(part) - 1:,}", n=f"{len(kept):,}")
-    counted = f'<p role="status">{escape(told) if part else ""}</p>{html.notes([note] if note else [], words)}'
-    return [page, counted, html.answers_grid(run, part, words)]
+    counted = f'<p role="status">{escape(told) if part else ""}</p>{runs_html.notes([note] if note else [], words)}'
+    return [page, counted, runs_html.answers_grid(run, part, words)]

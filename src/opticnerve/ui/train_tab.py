@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from runs_html import escape
+
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import runs_html as html
+from opticnerve.ui import runs_html
 from opticnerve.ui.curve import curve_of, pace
 from opticnerve.ui.jobs import Job
 from opticnerve.ui.runs import list_runs
@@ -20,7 +21,7 @@ EVERY = 2.0
 """Seconds between two looks at the training."""
 
 
-def train_tab(words: html.Words, root: Path) -> None:
+def train_tab(words: runs_html.Translations, root: Path) -> None:
     """Build the tab's contents within an open `gr.Blocks`; `root` is the folder of runs.
 
     What is shown comes from the run's folder at each look, so that a page that is loaded again, or a second one, shows
@@ -28,7 +29,7 @@ def train_tab(words: html.Words, root: Path) -> None:
     """
     import gradio as gr
 
-    shown = partial(gr.HTML, css_template=html.STYLE, container=False)
+    shown = partial(gr.HTML, css_template=runs_html.STYLE, container=False)
     shown(f"<p>{escape(words('train_intro'))}</p>")
     with gr.Row():
         recipe = gr.Dropdown(
@@ -55,11 +56,11 @@ def train_tab(words: html.Words, root: Path) -> None:
         log = shown(elem_id="train-log")
     last = gr.State("")  # what this page shows, so that it is drawn anew only when something has changed
 
-    def look(before: str, *, fresh: bool = False) -> list[Any]:
+    def attribute(before: str, *, fresh: bool = False) -> list[Any]:
         try:
             seen = watch(root)
         except (OSError, OpticNerveError) as e:  # a folder that is taken away meanwhile, too
-            told = html.notes([str(e)], words)
+            told = runs_html.notes([str(e)], words)
             return [told, *([gr.skip()] * 5), told] if told != before else [gr.skip()] * 7
         mark = _mark(seen)
         if mark == before and not fresh:
@@ -76,7 +77,7 @@ def train_tab(words: html.Words, root: Path) -> None:
         first = known[0] if known else None
         return [
             gr.Dropdown([(c.partition(":")[2], c) for c in known], value=first),
-            free_name(root, first) if first else "", *look("", fresh=True),
+            free_name(root, first) if first else "", *attribute("", fresh=True),
         ]  # fmt: skip
 
     def act(what: Callable[[], Job], told: str) -> tuple[bool, list[Any]]:
@@ -85,17 +86,17 @@ def train_tab(words: html.Words, root: Path) -> None:
             said, done = words(told, run=what().run), True
         except (OpticNerveError, OSError) as e:
             said, done = words("train_refused", why=e), False
-        return done, [_told(said), *look("", fresh=True)]
+        return done, [_status_text(said), *attribute("", fresh=True)]
 
     def begin_one(choice: str | None, named: str | None, changed: str | None) -> list[Any]:
         if not choice:
-            return [_told(words("train_refused", why=words("train_pick_recipe"))), *([gr.skip()] * 8)]
+            return [_status_text(words("train_refused", why=words("train_pick_recipe"))), *([gr.skip()] * 8)]
         done, shows = act(partial(start, root, choice, (named or "").strip(), changed or ""), "train_started")
         return [*shows, free_name(root, choice) if done else gr.skip()]
 
     def resume_one(chosen: str | None) -> list[Any]:
         if not chosen:
-            return [_told(words("train_refused", why=words("train_pick_run"))), *([gr.skip()] * 7)]
+            return [_status_text(words("train_refused", why=words("train_pick_run"))), *([gr.skip()] * 7)]
         return act(partial(resume, root, chosen), "train_resumed")[1]
 
     def stop_it() -> list[Any]:
@@ -105,14 +106,14 @@ def train_tab(words: html.Words, root: Path) -> None:
     private: Any = {"api_visibility": "private", "show_progress": "hidden"}
     gr.on(None, load, None, [recipe, name, *seen], **private)
     # Beside the queue: where questions wait for an answer, a look at the training does not wait with them.
-    gr.Timer(EVERY).tick(look, last, seen, queue=False, **private)
+    gr.Timer(EVERY).tick(attribute, last, seen, queue=False, **private)
     recipe.input(lambda choice: free_name(root, choice) if choice else "", recipe, name, **private)
     begin.click(begin_one, [recipe, name, changes], [message, *seen, name], **private)
     go_on.click(resume_one, unfinished, [message, *seen], **private)
     end.click(stop_it, None, [message, *seen], **private)
 
 
-def _told(text: str) -> str:
+def _status_text(text: str) -> str:
     """Read out by screen readers when it changes."""
     return f'<p role="status">{escape(text)}</p>'
 
@@ -128,7 +129,7 @@ def _mark(seen: Watched) -> str:
     return f"{seen.doing} {run!r} {seen.number} {steps} {seen.total} {hash(tuple(seen.log))}"
 
 
-def _state(seen: Watched, words: html.Words) -> str:
+def _state(seen: Watched, words: runs_html.Translations) -> str:
     head = f'<strong class="state">{escape(words(f"train_{seen.doing}"))}</strong>'
     if seen.job is None:
         return f"<p>{escape(words('train_idle'))}</p>"
@@ -152,19 +153,19 @@ def _state(seen: Watched, words: html.Words) -> str:
     if math.isfinite(tokens_s):
         figures.append((words("train_speed"), words("runs_curve_pace", tokens=f"{tokens_s:,.0f}")))
     if live and total and math.isfinite(step_s) and stage.steps < total:
-        figures.append((words("train_left"), html.span(step_s * (total - stage.steps), words)))
+        figures.append((words("train_left"), runs_html.span(step_s * (total - stage.steps), words)))
     after = f"<p>{escape(words('train_after_steps'))}</p>" if live and total and stage.steps >= total else ""
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in figures)
     return f'{head}<p>{escape(place)} · {escape(done)}</p>{bar}{after}<dl class="figures">{cells}</dl>{typed}'
 
 
-def _curve(seen: Watched, words: html.Words) -> str:
+def _curve(seen: Watched, words: runs_html.Translations) -> str:
     if seen.stage is None:
         return ""
-    return html.curve_figure(seen.stage, words, planned=seen.total)
+    return runs_html.curve_figure(seen.stage, words, planned=seen.total)
 
 
-def _log(seen: Watched, words: html.Words) -> str:
+def _log(seen: Watched, words: runs_html.Translations) -> str:
     if seen.job is None:
         return ""
     text = "\n".join(line[:300] for line in seen.log) or words("train_no_log")

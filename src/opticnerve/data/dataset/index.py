@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.data.dataset.read import DataSource, OnError, OpenSource, open_source, raise_error
 from opticnerve.data.formats.media import MOST_FOLDERS, folder_age
-from opticnerve.data.sources.base import Place, Record
+from opticnerve.data.sources.base import Location, Record
 from opticnerve.data.sources.open import open_records
 from opticnerve.types import Conversation, DataError, Frame, OpticNerveError
 
@@ -62,7 +62,7 @@ class Index:
             DataError: it is no longer what it was, or a file that it names is gone.
         """
         row = self.rows[number]
-        place = Place(int(row["file"]), int(row["start"]), int(row["size"]))
+        place = Location(int(row["file"]), int(row["start"]), int(row["size"]))
         return self.source.one(self.source.records.at(place, int(row["index"])), int(row["part"]))
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.data.media.images import decode_data_url, is_url
 from opticnerve.types import DataError, OpticNerveError, to_install
 
@@ -93,7 +93,7 @@ def audio_digest(source: Source, *, where: str = "") -> str:
     if isinstance(located, bytes):
         return hashlib.sha256(located).hexdigest()
     try:
-        return durable.sha256(located)
+        return atomic.sha256(located)
     except OSError as e:
         raise _unreadable(f"{name} cannot be read: {e.strerror or e}", where) from e
 

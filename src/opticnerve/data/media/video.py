@@ -58,7 +58,7 @@ def picture_of_folder(frame: Frame, *, where: str = "") -> Path | None:
     """The file that holds a frame, where the video is a folder of pictures; else None."""
     if not isinstance(frame.source, Path) or not frame.source.is_dir():
         return None
-    with _told(frame.source, where):
+    with _wrap_errors(frame.source, where):
         return _pictures(frame.source, frame.of)[frame.index]
 
 
@@ -70,13 +70,13 @@ def spaced(total: int, count: int) -> list[int]:
 def _loaded(source: Path | bytes, count: int, where: str, max_pixels: int) -> tuple[PIL.Image.Image, ...]:
     if not 0 < count <= MAX_COUNT:
         raise OpticNerveError(f"frames is {count}; ask for 1 to {MAX_COUNT} frames of a video")
-    with _told(source, where):
+    with _wrap_errors(source, where):
         stamp = source.stat().st_mtime_ns if isinstance(source, Path) and source.exists() else None
         return _recent(source, stamp, count, max_pixels)
 
 
 @contextmanager
-def _told(source: Path | bytes, where: str) -> Iterator[None]:
+def _wrap_errors(source: Path | bytes, where: str) -> Iterator[None]:
     """Errors that say where the video was named."""
     try:
         yield

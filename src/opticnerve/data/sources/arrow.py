@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.common.cache import cache_dir, new_folder
-from opticnerve.data.sources.base import Place, Record
+from opticnerve.data.sources.base import Location, Record
 from opticnerve.data.sources.parquet import no_column_twice, rows_of
 from opticnerve.types import DataError
 
@@ -42,9 +42,9 @@ class SavedTable:
         with _reading(self.path):
             tables = self._table().iter(batch_size=_ROWS)
             for index, fields in enumerate(row for table in tables for row in rows_of(table, self._features)):
-                yield Record(fields, f"{self.path}[{index}]", index, Place(0, index, 1))
+                yield Record(fields, f"{self.path}[{index}]", index, Location(0, index, 1))
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         with _reading(self.path):
             (fields,) = rows_of(self._table()[place.start : place.start + 1], self._features)
         return Record(fields, f"{self.path}[{index}]", index, place)
@@ -88,14 +88,14 @@ class ParquetTables:
             with _reading(file):
                 rows = (row for batch in _batches(file) for row in rows_of(batch, None))
                 for row, fields in enumerate(rows):
-                    yield self._record(fields, row, Place(number, row, 1))
+                    yield self._record(fields, row, Location(number, row, 1))
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         with _reading(self.files[place.file]):
             (fields,) = rows_of(self._table(place.file).slice(place.start, 1), None)
         return self._record(fields, index, place)
 
-    def _record(self, fields: dict[str, Any], row: int, place: Place) -> Record:
+    def _record(self, fields: dict[str, Any], row: int, place: Location) -> Record:
         file = self.files[place.file]
         if len(self.files) > 1 and fields.get("id") in (None, ""):
             fields["id"] = f"{file.stem}-{row}"

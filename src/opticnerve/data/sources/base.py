@@ -21,7 +21,7 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a record lies: in which of the source's files, from which byte (or row) on, and how many bytes it has."""
 
     file: int
@@ -36,7 +36,7 @@ class Record:
     fields: dict[str, Any]
     where: str
     index: int
-    place: Place
+    place: Location
 
 
 class DamagedShard(DataError):
@@ -52,7 +52,7 @@ class Records(Protocol):
         """All records in their order; blank lines are passed over."""
         ...
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         """The record of that place and index once more.
 
         Raises:
@@ -80,7 +80,7 @@ class JsonLines:
                     yield e
                 start += len(raw)
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         found = self._record(self._handles.read(*place), index, place.start)
         if found is None:
             raise changed(self.path)
@@ -94,7 +94,7 @@ class JsonLines:
             raise not_utf8(where, start + e.start, raw[e.start]) from e
         if not text.strip():
             return None
-        return record_of(parse(text, self.path, line), where, line, Place(0, start, len(raw)))
+        return record_of(parse(text, self.path, line), where, line, Location(0, start, len(raw)))
 
 
 def parse(text: str, path: Path, line: int | None) -> Any:
@@ -120,7 +120,7 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def record_of(entry: Any, where: str, index: int, place: Place) -> Record:
+def record_of(entry: Any, where: str, index: int, place: Location) -> Record:
     if not isinstance(entry, dict):
         raise DataError(f"a record is a JSON object {{…}}, this is {type(entry).__name__}", where=where, kind="json")
     return Record(entry, where, index, place)

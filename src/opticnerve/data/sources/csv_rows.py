@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.formats.names import kind_by_name, kind_by_value
-from opticnerve.data.sources.base import Place, Record, changed, not_utf8
+from opticnerve.data.sources.base import Location, Record, changed, not_utf8
 from opticnerve.data.sources.pread import Handles
 from opticnerve.types import DataError
 
@@ -49,9 +49,9 @@ class Csv:
                 elif isinstance(checked, DataError):
                     yield checked
                 else:
-                    yield Record(checked, where, line, Place(0, start, lines.read - start))
+                    yield Record(checked, where, line, Location(0, start, lines.read - start))
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         if not self._header:
             next(iter(self), None)  # reads the header
         text = self._handles.read(*place).decode("utf-8")

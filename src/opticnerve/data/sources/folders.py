@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.sources.arrow import ParquetTables, SavedTable, saved_by_datasets
-from opticnerve.data.sources.base import CSV_SUFFIXES, JSONL_SUFFIXES, Place, Record, Records
+from opticnerve.data.sources.base import CSV_SUFFIXES, JSONL_SUFFIXES, Location, Record, Records
 from opticnerve.data.sources.splits import one_split
 from opticnerve.data.sources.webdataset import Shards, is_shards
 from opticnerve.types import DataError
@@ -74,8 +74,8 @@ class Files:
             for item in part:
                 yield self._of_file(item, number) if isinstance(item, Record) else item
 
-    def at(self, place: Place, index: int) -> Record:
-        found = self.parts[place.file].at(Place(0, place.start, place.size), index)
+    def at(self, place: Location, index: int) -> Record:
+        found = self.parts[place.file].at(Location(0, place.start, place.size), index)
         return self._of_file(found, place.file)
 
     def _of_file(self, record: Record, number: int) -> Record:
@@ -88,7 +88,7 @@ class Files:
             }
         if len(self.files) > 1 and fields.get("id") in (None, ""):
             fields["id"] = f"{file.relative_to(self.folder).with_suffix('').as_posix()}-{record.index}"
-        return replace(record, fields=fields, place=Place(number, record.place.start, record.place.size))
+        return replace(record, fields=fields, place=Location(number, record.place.start, record.place.size))
 
 
 def _below(folder: Path, value: Any) -> Any:

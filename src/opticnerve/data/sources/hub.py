@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opticnerve.common import hub
-from opticnerve.data.sources.base import DamagedShard, Place, Record
+from opticnerve.data.sources.base import DamagedShard, Location, Record
 from opticnerve.data.sources.parquet import BATCH, batches, rows_of
 from opticnerve.data.sources.webdataset import PICTURES, SOUNDS
 from opticnerve.types import DataError, OpticNerveError
@@ -98,7 +98,7 @@ def read_rows(name: str, shard: int, start: int, tables: Tables, features: Any) 
             assert first == ready
             for row in rows_of(table, features):
                 fields = _sample(row) if "__key__" in row else row
-                yield Record(fields, f"{name}[{ready}]", ready, Place(shard, ready, 1))
+                yield Record(fields, f"{name}[{ready}]", ready, Location(shard, ready, 1))
                 ready, tries = ready + 1, 0
         if lost(problem):
             tries += 1

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from opticnerve.data.sources.base import (
     JsonLines,
-    Place,
+    Location,
     Record,
     Records,
     Twice,
@@ -76,11 +76,11 @@ class JsonList:
                 try:
                     if isinstance(entry, Twice):
                         raise bad_json(f"{self.path}[{index}]", str(entry))
-                    yield record_of(entry, f"{self.path}[{index}]", index, Place(0, start, size))
+                    yield record_of(entry, f"{self.path}[{index}]", index, Location(0, start, size))
                 except DataError as e:
                     yield e
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         where = f"{self.path}[{index}]"
         try:
             entry = json.loads(self._handles.read(*place))
@@ -119,11 +119,11 @@ class CocoCaptions:
     def __iter__(self) -> Iterator[Record | DataError]:
         for index in range(len(self._read())):
             try:
-                yield self.at(Place(0, index, 1), index)
+                yield self.at(Location(0, index, 1), index)
             except DataError as e:
                 yield e
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         row = self._read()[place.start]
         if isinstance(row, DataError):
             raise row

@@ -17,7 +17,7 @@ from opticnerve.data.sources.base import (
     CSV_SUFFIXES,
     JSONL_SUFFIXES,
     DamagedShard,
-    Place,
+    Location,
     Record,
     ShardSource,
     Streaming,
@@ -55,7 +55,7 @@ class Streamed:
                 item.fields["id"] = f"{stem}-{item.index}"
             yield item
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         raise DataError("a stream has no index to read single rows by", where=str(self.path), kind="format")
 
 

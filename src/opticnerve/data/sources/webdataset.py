@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.common.cache import cache_dir, new_folder
-from opticnerve.data.sources.base import Place, Record, no_key_twice, not_utf8
+from opticnerve.data.sources.base import Location, Record, no_key_twice, not_utf8
 from opticnerve.data.sources.pread import Handles
 from opticnerve.data.sources.splits import one_split
 from opticnerve.types import DataError
@@ -72,12 +72,12 @@ class Shards:
                             remedy="give each sample a name of its own", kind="shard",
                         )  # fmt: skip
                     seen.add(key)
-                    yield self._record(number, key, index, Place(number, start, size))
+                    yield self._record(number, key, index, Location(number, start, size))
                 except DataError as e:
                     yield e
                 index += 1
 
-    def at(self, place: Place, index: int) -> Record:
+    def at(self, place: Location, index: int) -> Record:
         raw = self._handles.read(*place)
         try:
             with tarfile.open(fileobj=io.BytesIO(raw + bytes(2 * _BLOCK)), mode="r:") as tar:
@@ -87,7 +87,7 @@ class Shards:
         key = _key(members[0][0]) if members else ""
         return self._made(members, key, index, place)
 
-    def _record(self, number: int, key: str, index: int, place: Place) -> Record:
+    def _record(self, number: int, key: str, index: int, place: Location) -> Record:
         if place.size > MAX_SAMPLE:
             raise DataError(
                 f"the sample has {place.size:,} bytes, {MAX_SAMPLE:,} are read",
@@ -128,7 +128,7 @@ class Shards:
         except _BROKEN as e:
             raise _cut(shard, str(e) or type(e).__name__) from e
 
-    def _made(self, members: list[tuple[str, bytes]], key: str, index: int, place: Place) -> Record:
+    def _made(self, members: list[tuple[str, bytes]], key: str, index: int, place: Location) -> Record:
         where = f"{self.files[place.file]}[{key}]"
         fields: dict[str, Any] = {}
         media: dict[str, list[dict[str, Any]]] = {"image": [], "audio": []}

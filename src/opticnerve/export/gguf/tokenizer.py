@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from opticnerve.export.gguf import sentencepiece as gguf_sentencepiece
+from opticnerve.export.gguf import sentencepiece
 from opticnerve.language.chat_template import with_parts
 from opticnerve.types import OpticNerveError
 
@@ -75,8 +75,8 @@ def refusals(tokenizer: Any) -> list[str]:
             f"its tokenizer is a {kind}; written are byte-level BPE (GPT-2's, Llama 3's, Qwen's, SmolLM's) and "
             "SentencePiece's BPE (Llama 2's, Vicuna's, TinyLlama's)"
         ]
-    if gguf_sentencepiece.is_sentencepiece(state):
-        return gguf_sentencepiece.refusals(state)
+    if sentencepiece.is_sentencepiece(state):
+        return sentencepiece.refusals(state)
     if pre_tokenizer(tokenizer) is None:
         return [
             "its tokenizer cuts text by a rule that is not known here, and llama.cpp would cut it elsewhere; known: "
@@ -94,7 +94,7 @@ def _state(tokenizer: Any) -> dict[str, Any]:
 def first_space(tokenizer: Any) -> str:
     """The space that a tokenizer puts at the beginning of a text, and there alone, which llama.cpp must be given."""
     state = _state(tokenizer)
-    first = gguf_sentencepiece.is_sentencepiece(state) and gguf_sentencepiece.rule(state) == "first"
+    first = sentencepiece.is_sentencepiece(state) and sentencepiece.rule(state) == "first"
     return " " if first else ""
 
 
@@ -108,7 +108,7 @@ def beginning(processor: Any) -> str:
     if not space:
         return ""
     added = _state(processor.tokenizer)["added_tokens"]
-    special = (*(t["content"] for t in added), space, gguf_sentencepiece.SPACE)
+    special = (*(t["content"] for t in added), space, sentencepiece.SPACE)
     words = {"type": "text", "text": "a"}
     begins = {
         processor.apply_chat_template([{"role": "user", "content": parts}]).startswith(special)
@@ -150,8 +150,8 @@ def write(
             tokens.append(words[i])
             special = TokenType.CONTROL if i in added and added[i].special else TokenType.USER_DEFINED
             kinds.append(special if i in added else TokenType.NORMAL)
-    if gguf_sentencepiece.is_sentencepiece(state):
-        gguf_sentencepiece.write(writer, state, tokens, kinds)
+    if sentencepiece.is_sentencepiece(state):
+        sentencepiece.write(writer, state, tokens, kinds)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(str(pre_tokenizer(tokenizer)))

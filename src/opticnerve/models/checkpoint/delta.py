@@ -26,11 +26,11 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from opticnerve import registry
-from opticnerve.common import atomic as durable
+from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
 from opticnerve.language import load as language
 from opticnerve.models.checkpoint.bounds import no_larger_than, shapes
-from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.parts import is_docked, moving_buffers
@@ -117,7 +117,7 @@ def save(
         "bases": bases,
         "lora": lora,
         "dtype": str(model.language_model.dtype).removeprefix("torch."),
-        "sha256": durable.sha256(folder / TENSORS),
+        "sha256": atomic.sha256(folder / TENSORS),
         "tensors": {n: list(t.shape) for n, t in chosen.items()},
     }
     (folder / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
@@ -181,23 +181,23 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
     if dtype in (None, "auto"):
         dtype = reference["dtype"]
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with told("config.json", folder):
+    with wrap_errors("config.json", folder):
         config = OpticNerveConfig.from_pretrained(folder)
     towers_differ(folder, set(config.towers), set(reference["bases"]) - {"language"})
     named = reference["bases"]["language"]
-    with told(f"the language model {named['name']!r}", folder):
+    with wrap_errors(f"the language model {named['name']!r}", folder):
         base = language.load_language(named["name"], dtype=dtype, gguf_file=named.get("gguf_file"))
     towers = {}
     for modality, spec in config.towers.items():
         name = reference["bases"][modality]["name"]
-        with told(f"the {modality} encoder {name}", folder):
+        with wrap_errors(f"the {modality} encoder {name}", folder):
             part = registry.encoders.get(spec["encoder"]["type"], allow_dotted=trust_remote_code)
             options = part.loading_options({k: v for k, v in spec["encoder"].items() if k != "type"})
             towers[modality] = (name, part.from_pretrained(name, **options))
     check_bases(folder, reference["bases"], describe_bases(base.name, base.files, towers))
     sizes = language_sizes(base.model)
     trained = reference["tensors"].values()
-    with told("the docked model", folder), no_larger_than(str(folder), len(trained), sum(map(prod, trained))):
+    with wrap_errors("the docked model", folder), no_larger_than(str(folder), len(trained), sum(map(prod, trained))):
         made = {
             m: join(encoder, config.towers[m], sizes, trust_remote_code).to(dtype) for m, (_, encoder) in towers.items()
         }
@@ -208,7 +208,7 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
             model.give_lora(reference["lora"])
     put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
     if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
-        with told(GENERATION_CONFIG_NAME, folder):
+        with wrap_errors(GENERATION_CONFIG_NAME, folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
     return model.eval()
@@ -269,12 +269,12 @@ def put(
     problems += [f"no place for {n}" for n in held if n not in state]
     for name, shape in held.items():
         if name in state and shape != list(state[name].shape):
-            problems.append(f"{name} is {_told(shape)}, the model wants {_told(state[name].shape)}")
+            problems.append(f"{name} is {_shape_text(shape)}, the model wants {_shape_text(state[name].shape)}")
         elif name in expected and shape != expected[name]:
-            problems.append(f"{name} is {_told(shape)}, {REFERENCE} says {_told(expected[name])}")
+            problems.append(f"{name} is {_shape_text(shape)}, {REFERENCE} says {_shape_text(expected[name])}")
     problems += [f"missing {n}" for n in state if is_docked(n) and n not in held and n not in expected]
     _refuse(folder, problems)
-    if sha256 is not None and (found := durable.sha256(file)) != sha256:
+    if sha256 is not None and (found := atomic.sha256(file)) != sha256:
         raise OpticNerveError(
             f"{file} was changed or damaged after it was written: SHA-256 {found[:16]}…, {REFERENCE} says "
             f"{sha256[:16]}…; bring it back from a copy"
@@ -298,5 +298,5 @@ def _refuse(folder: Path, problems: list[str]) -> None:
         raise OpticNerveError(f"{folder} does not fit its own base: {'; '.join(p[:300] for p in problems[:12])}{more}")
 
 
-def _told(shape: Iterable[int]) -> str:
+def _shape_text(shape: Iterable[int]) -> str:
     return str(tuple(shape))[:200]

@@ -40,7 +40,7 @@ class StrictLoading:
         token = _trusted.set(bool(kwargs.get("trust_remote_code", False)))
         folder = Path(str(pretrained_model_name_or_path))
         try:
-            with told("the model", folder), no_larger_than_files(folder):
+            with wrap_errors("the model", folder), no_larger_than_files(folder):
                 loaded: Any = super().from_pretrained(  # type: ignore[misc]
                     pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )
@@ -53,7 +53,7 @@ class StrictLoading:
             raise OpticNerveError(
                 f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
             )
-        with told("the model", folder):
+        with wrap_errors("the model", folder):
             model.restore_tables()
         return (model, report) if wants_report else model
 
@@ -63,7 +63,7 @@ class StrictLoading:
 
 
 @contextmanager
-def told(what: str, source: Any) -> Iterator[None]:
+def wrap_errors(what: str, source: Any) -> Iterator[None]:
     """Whatever goes wrong while files of a checkpoint are read is one error that names them.
 
     What transformers, tokenizers and safetensors raise for an altered file depends on where their parsing trips over

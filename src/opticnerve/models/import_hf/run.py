@@ -64,7 +64,7 @@ def import_checkpoint(
     *,
     dtype: str = "auto",
     device: str = "cpu",
-    say: Callable[[str], None] = lambda line: None,
+    emit: Callable[[str], None] = lambda line: None,
 ) -> Imported:
     """Turn a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP checkpoint in transformers' format into a self-contained
     folder of opticnerve, and prove that the folder gives the same logits.
@@ -90,16 +90,16 @@ def import_checkpoint(
     family = FAMILIES[config.model_type]
     if reasons := common_refusals(config, family.model_class) + family.module.refuse(config):
         raise OpticNerveError(f"{name} cannot be imported: {'; '.join(reasons)}")
-    say(f"reading {name}")
+    emit(f"reading {name}")
     # Theirs goes before ours is read back: two models of this kind seldom fit side by side.
     model, processor, samples, made = _convert(str(name), out, family, config.dtype, dtype, device)
     with new_folder(out) as new, no_bars():
-        say(f"writing {out}")
+        emit(f"writing {out}")
         model.save_pretrained(new)
         processor.save_pretrained(new)
         del model
         gc.collect()
-        say("comparing")
+        emit("comparing")
         again = OpticNerveForConditionalGeneration.from_pretrained(new, dtype=torch.float32).to(device)
         made.difference = verify.compare(again, OpticNerveProcessor.from_pretrained(new), samples)
     return made

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from opticnerve.common import atomic as durable
-from opticnerve.runs.card import two_towers as card_kinds
+from opticnerve.common import atomic
+from opticnerve.runs.card import two_towers
 from opticnerve.runs.card.forgetting import forgetting
 from opticnerve.runs.card.tasks import tasks
 from opticnerve.runs.card.warnings import boxes
@@ -33,16 +33,16 @@ def write_card(run_dir: Path) -> Path:
         _summary, boxes, _docked, _freeze, _curves, tasks, _image_dependence, forgetting, _samples, _cost,
         _reproduce, _use, _limits,
     ]  # fmt: skip
-    if card_kinds.of_two_towers(run):
+    if two_towers.of_two_towers(run):
         vqa = any("by_type" in t for t in run.results.get("tasks") or [])
         sections = [
-            card_kinds.summary, *([boxes] if vqa else []), card_kinds.parts, _freeze, _curves,
-            *([tasks, _image_dependence, _samples] if vqa else [card_kinds.tasks]), _cost, _reproduce, card_kinds.use,
+            two_towers.summary, *([boxes] if vqa else []), two_towers.parts, _freeze, _curves,
+            *([tasks, _image_dependence, _samples] if vqa else [two_towers.tasks]), _cost, _reproduce, two_towers.use,
             _limits,
         ]  # fmt: skip
     body = "\n\n".join(text.strip() for section in sections if (text := section(run)))
     card = run.path / "card.md"
-    durable.write(card, f"---\n{_front_matter(run)}---\n\n{body}\n")
+    atomic.write(card, f"---\n{_front_matter(run)}---\n\n{body}\n")
     return card
 
 
