@@ -51,7 +51,7 @@ class CachePlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         found = {**vars(self), "pays": self.pays, "fits": self.fits}
-        return {{"views": "visits", "vision_encoder": "eye"}.get(k, k): v for k, v in found.items()}  # as in version 0.1
+        return {{"views": "visits", "vision_encoder": "eye"}.get(k, k): v for k, v in found.items()}
 
     def remark(self) -> tuple[bool, str]:
         """Whether it wants a decision, and what to say."""
