@@ -12,7 +12,7 @@ from opticnerve import registry
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
-from opticnerve.models.text_encoder import dtype_of
+from opticnerve.models.vlm.build import dtype_of
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import check_options, join, language_sizes

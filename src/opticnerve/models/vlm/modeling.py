@@ -26,9 +26,8 @@ from opticnerve.language.lora import add_lora
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.vlm.configuration import OpticNerveConfig
-from opticnerve.models.vlm.expand_inputs import MEDIA_KEYS, repeat_media
 from opticnerve.models.vlm.parts import DockedParts
-from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context
+from opticnerve.models.vlm.prompt import MEDIA_KEYS, Prompt, keep, kept, multimodal_context, repeat_media
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
 from opticnerve.ops import last_mlp, varlen
 from opticnerve.types import Features
