@@ -15,7 +15,7 @@ import checkpoints
 import tiny
 from opticnerve.export.export import export
 from opticnerve.export.hf import blip2
-from opticnerve.models.import_hf import import_checkpoint
+from opticnerve.models.import_hf.run import import_checkpoint
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

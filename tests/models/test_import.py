@@ -21,7 +21,8 @@ from opticnerve.cli.import_ import import_
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model
-from opticnerve.models.import_hf import import_checkpoint, verify
+from opticnerve.models.import_hf import run as importing
+from opticnerve.models.import_hf.run import import_checkpoint
 from opticnerve.types import OpticNerveError, ask
 
 
@@ -288,13 +289,13 @@ def test_a_language_model_with_other_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_logits_that_differ_leave_nothing_behind(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = verify.record
+    record = importing.record
 
     def nudged(model: Any, processor: Any, chosen: Any) -> None:
         record(model, processor, chosen)
         chosen[-1].logits[0, 0] += 2e-4
 
-    monkeypatch.setattr(verify, "record", nudged)
+    monkeypatch.setattr(importing, "record", nudged)
     refused(llava, tmp_path / "out", "logits differ by up to 0.0002")
 
 
@@ -324,10 +325,10 @@ def test_unknown_dtypes_are_refused(llava: Path, tmp_path: Path) -> None:
 def test_tensors_are_accounted_for_in_both_directions() -> None:
     theirs, ours = torch.nn.Module(), torch.nn.Module()
     theirs.a = ours.b = torch.nn.Linear(2, 2)
-    assert verify.account(theirs, ours) == 2
+    assert importing.account(theirs, ours) == 2
     theirs.lost, ours.new = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(3, 3, bias=False)
     with pytest.raises(OpticNerveError, match="no place for lost.weight; no source for new.weight"):
-        verify.account(theirs, ours)
+        importing.account(theirs, ours)
 
 
 # -- the command --------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.inference.load import load_model
 from opticnerve.language.load import check_complete, load_language
-from opticnerve.models.checkpoint.bounds import no_larger_than
-from opticnerve.models.checkpoint.strict import wrap_errors
+from opticnerve.models.checkpoint.strict import no_larger_than, wrap_errors
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")

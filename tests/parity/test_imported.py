@@ -13,7 +13,7 @@ import transformers as tf
 
 import checkpoints
 import tiny
-from opticnerve.models.import_hf import import_checkpoint
+from opticnerve.models.import_hf.run import import_checkpoint
 
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "llava": checkpoints.save_llava,

@@ -17,10 +17,11 @@ import logging
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,17 +32,39 @@ from opticnerve import registry
 from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
 from opticnerve.common.version import __version__
-from opticnerve.language import load as language
-from opticnerve.models.checkpoint.bounds import no_larger_than, shapes
-from opticnerve.models.checkpoint.strict import wrap_errors
+from opticnerve.language.load import load_language
+from opticnerve.models.checkpoint.strict import no_larger_than, shapes, wrap_errors
 from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
 from opticnerve.models.vlm.parts import is_docked, moving_buffers
 from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.types import OpticNerveError
 
 REFERENCE, TENSORS = "dock.json", "trained.safetensors"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 _log = logging.getLogger(__name__)
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str | dict[str, Any] | None
+    sha256: str | None
+
+
+class _Language(_Base):
+    name: str
+    gguf_file: str | None = None
+
+
+class _Reference(BaseModel):
+    """What loading needs of dock.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    bases: dict[str, _Base]
+    lora: dict[str, Any] | None
+    tensors: dict[str, list[Annotated[int, Field(ge=0, lt=2**48)]]]
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    sha256: str | None = None
 
 
 def find(name: Any) -> Path | None:
@@ -65,8 +88,7 @@ def describe_bases(
     language_name: str, language_files: Iterable[str], towers: dict[str, Any], *, gguf_file: str | None = None
 ) -> dict[str, Any]:
     """The references: `language` and, per modality, `encoder`: how each is called, and the hash of its weight files."""
-    files = list(language_files)
-    bases: dict[str, Any] = {"language": {"name": language_name, "sha256": fingerprint(files) if files else None}}
+    bases = {"language": _base(language_name, list(language_files))}
     if gguf_file is not None:
         bases["language"]["gguf_file"] = gguf_file
     return bases | {modality: base_of(name, encoder) for modality, (name, encoder) in towers.items()}
@@ -74,7 +96,10 @@ def describe_bases(
 
 def base_of(name: Any, encoder: Any) -> dict[str, Any]:
     """How an encoder's weights are called, and the hash of their files."""
-    files = encoder.weight_files()
+    return _base(name, encoder.weight_files())
+
+
+def _base(name: Any, files: list[str]) -> dict[str, Any]:
     return {"name": name, "sha256": fingerprint(files) if files else None}
 
 
@@ -92,13 +117,13 @@ def weight_names(name: Any) -> list[str]:
     return [] if name is None else [str(name)]
 
 
+def versions() -> dict[str, str]:
+    """What wrote a folder."""
+    return {"opticnerve": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
 def save(
-    model: Any,
-    folder: Path,
-    *,
-    bases: dict[str, Any],
-    lora: dict[str, Any] | None,
-    trained: Iterable[str],
+    model: Any, folder: Path, *, bases: dict[str, Any], lora: dict[str, Any] | None, trained: Iterable[str]
 ) -> None:
     """Write config.json, dock.json and trained.safetensors.
 
@@ -126,11 +151,6 @@ def save(
     (folder / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
 
 
-def versions() -> dict[str, str]:
-    """What wrote a folder."""
-    return {"opticnerve": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def read(folder: Path) -> dict[str, Any]:
     """dock.json, checked for what loading needs.
 
@@ -139,43 +159,16 @@ def read(folder: Path) -> dict[str, Any]:
     """
     place = folder / REFERENCE
     try:
-        reference = json.loads(place.read_text(encoding="utf-8"))
-        if not isinstance(reference, dict):
-            raise TypeError("it holds no mapping")
-        check_format(reference.get("format", 1), str(place))
-        _check(reference)
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as e:
+        reference: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        if isinstance(reference, dict):
+            check_format(reference.get("format", 1), str(place))
+        _Reference.model_validate(reference)
+        _Language.model_validate(reference["bases"]["language"])
+    except (OSError, KeyError, ValueError, RecursionError) as e:
         if isinstance(e, OpticNerveError):
             raise
         raise OpticNerveError(f"{place} is not a dock's reference file: {str(e)[:200] or type(e).__name__}") from e
     return reference
-
-
-def _check(reference: dict[str, Any]) -> None:
-    """Raise a TypeError or KeyError unless everything is there, and of its kind."""
-    tensors, _, bases = (_mapping(reference[k], k) for k in ("tensors", "lora", "bases"))
-    if bases is None or tensors is None:
-        raise TypeError("bases and tensors are mappings")
-    for name, shape in tensors.items():
-        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-            raise TypeError(f"tensors.{name[:80]} is no shape")
-    for part, base in {"language": bases["language"], **bases}.items():
-        if not isinstance(base, dict) or not isinstance(base["sha256"], str | None):
-            raise TypeError(f"bases.{part[:80]} is no mapping with a name and a sha256")
-        if not isinstance(base["name"], str if part == "language" else str | dict | None):
-            raise TypeError(f"bases.{part[:80]}.name is no name")
-    if not isinstance(bases["language"].get("gguf_file"), str | None):
-        raise TypeError("bases.language.gguf_file is no name")
-    if reference["dtype"] not in DTYPES:
-        raise TypeError(f"dtype is one of {', '.join(DTYPES)}")
-    if not isinstance(reference.get("sha256"), str | None):
-        raise TypeError("sha256 is no hash")
-
-
-def _mapping(value: Any, what: str) -> dict[str, Any] | None:
-    if not isinstance(value, dict | None):
-        raise TypeError(f"{what} is no mapping")
-    return value
 
 
 def load(cls: Any, folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) -> Any:
@@ -194,7 +187,7 @@ def load(cls: Any, folder: Path, *, dtype: Any = None, trust_remote_code: bool =
     towers_differ(folder, set(config.towers), set(reference["bases"]) - {"language"})
     named = reference["bases"]["language"]
     with wrap_errors(f"the language model {named['name']!r}", folder):
-        base = language.load_language(named["name"], dtype=dtype, gguf_file=named.get("gguf_file"))
+        base = load_language(named["name"], dtype=dtype, gguf_file=named.get("gguf_file"))
     towers = {}
     for modality, spec in config.towers.items():
         name = reference["bases"][modality]["name"]
@@ -238,33 +231,25 @@ def check_bases(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> 
     and the log says so each time.
     """
     for part, base in wanted.items():
-        there = found.get(part, {}).get("sha256")
-        if base["sha256"] is None:
-            if base["name"] is not None:
-                _log.warning(
-                    "%s: the weights of %s (%s) cannot be verified, for no hash of them was recorded",
-                    folder, part, base["name"],
-                )  # fmt: skip
+        there, name, hashed = found.get(part, {}).get("sha256"), base["name"], base["sha256"]
+        if hashed is None:
+            if name is not None:
+                _log.warning("%s: the weights of %s (%s) cannot be verified, for no hash of them was recorded",
+                             folder, part, name)  # fmt: skip
         elif there is None:
             raise OpticNerveError(
-                f"{folder} was trained on weights of {part} ({base['name']}) with the SHA-256 {base['sha256'][:16]}…, "
-                "and no weight file of that name was found here to compare with; name the folder or file that holds "
-                f"them in {REFERENCE}"
+                f"{folder} was trained on weights of {part} ({name}) with the SHA-256 {hashed[:16]}…, and no weight "
+                f"file of that name was found here to compare with; name the folder or file that holds them in "
+                f"{REFERENCE}"
             )
-        elif base["sha256"] != there:
+        elif hashed != there:
             raise OpticNerveError(
-                f"{folder} was trained on other weights of {part} ({base['name']}): SHA-256 {base['sha256'][:16]}…, "
-                f"found {there[:16]}…; give it the base it was trained on"
+                f"{folder} was trained on other weights of {part} ({name}): SHA-256 {hashed[:16]}…, found "
+                f"{there[:16]}…; give it the base it was trained on"
             )
 
 
-def put(
-    model: nn.Module,
-    folder: Path,
-    expected: dict[str, list[int]],
-    *,
-    sha256: str | None = None,
-) -> None:
+def put(model: nn.Module, folder: Path, expected: dict[str, list[int]], *, sha256: str | None = None) -> None:
     """Copy the trained tensors into the model; missing, unexpected and mismatched ones are an error that lists them.
 
     Args:

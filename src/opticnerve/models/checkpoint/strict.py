@@ -1,19 +1,29 @@
-"""Loading by transformers' conventions, with every tensor accounted for."""
+"""Loading by transformers' conventions, with every tensor accounted for, and no model larger than its weights.
+
+config.json says how large a model is built, long before a tensor is read. One that somebody altered, to a million
+layers or a width of 2³⁰, would be built until memory or patience ends. So tensors and modules are counted while a model
+is built, and building ends when there are more than the files could fill.
+"""
 
 from __future__ import annotations
 
+import json
+import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from opticnerve.common import hub
-from opticnerve.models.checkpoint.bounds import no_larger_than_files
 from opticnerve.types import OpticNerveError
 
+MAX_HEADER = 100_000_000  # bytes: what the safetensors library itself takes
 # `PreTrainedModel.from_pretrained` keeps `trust_remote_code` to itself; constructors need it for dotted paths.
 _trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 
@@ -47,9 +57,7 @@ class StrictLoading:
         finally:
             _trusted.reset(token)
         model, report = loaded
-        problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
-        if problems:
-            listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
+        if listing := list_problems(report):
             raise OpticNerveError(
                 f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
             )
@@ -60,6 +68,12 @@ class StrictLoading:
     def restore_tables(self) -> None:
         """Compute again what a checkpoint does not carry; see `restore_buffers`."""
         raise NotImplementedError
+
+
+def list_problems(report: dict[str, Any]) -> str:
+    """The tensors that transformers' `output_loading_info` calls missing, unexpected or mismatched; "" for none."""
+    problems = {k.replace("_", " "): sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
+    return "; ".join(f"{k}: {', '.join(v[:12])}" for k, v in problems.items())
 
 
 @contextmanager
@@ -91,10 +105,86 @@ def restore_buffers(module: nn.Module, rebuild: Callable[[], nn.Module]) -> None
     """
     persistent = set(module.state_dict())
     missing = [name for name, _ in module.named_buffers() if name not in persistent]
-    if not missing:
-        return
-    fresh = dict(rebuild().named_buffers())
+    fresh = dict(rebuild().named_buffers()) if missing else {}
     for name in missing:
         place = module.get_buffer(name)
-        owner = module.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], fresh[name].to(device=place.device, dtype=place.dtype))
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, fresh[name].to(device=place.device, dtype=place.dtype))
+
+
+@contextmanager
+def no_larger_than(source: str, tensors: int, elements: int) -> Iterator[None]:
+    """Within it, modules that hold much more than so many tensors and numbers are refused while this thread builds
+    them."""
+    # Encoders are built up to four times (to probe their shapes, on the meta device), tied tensors under each of their
+    # names, and tables that are computed stand in no file.
+    most_tensors, most_elements, most_modules = 6 * tensors + 500, 6 * elements + 100_000_000, 40 * tensors + 3_000
+    built, numbers, modules, thread = 0, 0, 0, threading.get_ident()
+
+    def add_tensor(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal built, numbers
+        # Weights that come to a module on the meta device replace what was counted when it was built.
+        replaces = isinstance(getattr(module, name, None), Tensor)
+        if value is None or replaces or threading.get_ident() != thread:
+            return
+        built, numbers = built + 1, numbers + value.numel()
+        if built > most_tensors or numbers > most_elements:
+            raise OpticNerveError(
+                f"{source}: its configuration describes a model of more than {numbers:,} numbers in {built:,} tensors, "
+                f"but its weights are {elements:,} in {tensors:,}; one of the two is not its own"
+            )
+
+    def add_module(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal modules
+        if value is None or threading.get_ident() != thread:
+            return
+        modules += 1
+        if modules > most_modules:
+            raise OpticNerveError(
+                f"{source}: its configuration describes a model of more than {most_modules:,} modules, but its weights "
+                f"are {tensors:,} tensors; one of the two is not its own"
+            )
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(add_tensor),
+        hooks.register_module_buffer_registration_hook(add_tensor),
+        hooks.register_module_module_registration_hook(add_module),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def no_larger_than_files(folder: Path) -> Iterator[None]:
+    """`no_larger_than` the safetensors files in a folder; without any, there is nothing to compare with."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        yield
+        return
+    sizes = [shape for file in files for shape in shapes(file).values()]
+    with no_larger_than(str(folder), len(sizes), sum(map(prod, sizes))):
+        yield
+
+
+def shapes(file: Path) -> dict[str, list[int]]:
+    """Name → shape of the tensors that a safetensors file's header lists; no tensor is read.
+
+    Raises:
+        OpticNerveError: it has no such header.
+    """
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > min(MAX_HEADER, file.stat().st_size):
+                raise ValueError(f"a header of {length:,} bytes in a file of {file.stat().st_size:,}")
+            header = json.loads(opened.read(length))
+        found = {name: list(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        for name, shape in found.items():
+            if not all(isinstance(n, int) and 0 <= n < 2**48 for n in shape):
+                raise ValueError(f"{name[:80]} has the shape {str(shape)[:80]}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as e:
+        raise OpticNerveError(f"{file} is not a readable safetensors file: {str(e)[:200]}") from e
+    return found

@@ -1,18 +1,24 @@
-"""A checkpoint of transformers in, a folder of opticnerve out: all of it or nothing."""
+"""A checkpoint of transformers in, a folder of opticnerve out: all of it or nothing. The proof: every tensor has its
+place, and both models give the same logits."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
+from torch import Tensor, nn
 
 from opticnerve.common.cache import new_folder
+from opticnerve.connectors.base import Connector
 from opticnerve.language.load import no_bars
-from opticnerve.models.import_hf import blip2, llava, verify
+from opticnerve.models.import_hf import blip2, llava
 from opticnerve.models.import_hf.source import Source, check_image_token, common_refusals, read, read_config
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
@@ -22,7 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Family:
+class Importable:
     """How one kind of checkpoint is imported.
 
     `module`: `llava` or `blip2`, with `refuse`, `ready`, `convert` and `prompts`. `pictures`: the most that a prompt
@@ -36,10 +42,10 @@ class Family:
 
 
 FAMILIES = {
-    "llava": Family("LlavaForConditionalGeneration", llava, 2, True),
-    "llava_next": Family("LlavaNextForConditionalGeneration", llava, 2, True),
-    "blip-2": Family("Blip2ForConditionalGeneration", blip2, 1, False),
-    "instructblip": Family("InstructBlipForConditionalGeneration", blip2, 1, False),
+    "llava": Importable("LlavaForConditionalGeneration", llava, 2, True),
+    "llava_next": Importable("LlavaNextForConditionalGeneration", llava, 2, True),
+    "blip-2": Importable("Blip2ForConditionalGeneration", blip2, 1, False),
+    "instructblip": Importable("InstructBlipForConditionalGeneration", blip2, 1, False),
 }
 
 
@@ -75,7 +81,7 @@ def import_checkpoint(
         name: hub name or folder. out: the new folder; it must not exist yet.
         dtype: of the weights on disk: "auto" as the checkpoint has them, or float32, bfloat16, float16.
         device: where the two models are compared.
-        say: told what happens, a line at a time.
+        emit: called with what happens, a line at a time.
 
     Raises:
         OpticNerveError: something cannot be imported (the message says what), or the logits differ. Nothing is left
@@ -92,7 +98,7 @@ def import_checkpoint(
         raise OpticNerveError(f"{name} cannot be imported: {'; '.join(reasons)}")
     emit(f"reading {name}")
     # Theirs goes before ours is read back: two models of this kind seldom fit side by side.
-    model, processor, samples, made = _convert(str(name), out, family, config.dtype, dtype, device)
+    model, processor, asked, made = _convert(str(name), out, family, config.dtype, dtype, device)
     with new_folder(out) as new, no_bars():
         emit(f"writing {out}")
         model.save_pretrained(new)
@@ -101,13 +107,13 @@ def import_checkpoint(
         gc.collect()
         emit("comparing")
         again = OpticNerveForConditionalGeneration.from_pretrained(new, dtype=torch.float32).to(device)
-        made.difference = verify.compare(again, OpticNerveProcessor.from_pretrained(new), samples)
+        made.difference = compare(again, OpticNerveProcessor.from_pretrained(new), asked)
     return made
 
 
 def _convert(
-    name: str, out: Path, family: Family, written: torch.dtype | None, asked: str, device: str
-) -> tuple[Any, OpticNerveProcessor, list[verify.Sample], Imported]:
+    name: str, out: Path, family: Importable, written: torch.dtype | None, asked: str, device: str
+) -> tuple[Any, OpticNerveProcessor, list[Sample], Imported]:
     """Their model, run on the samples and taken apart; our model and processor made of its parts."""
     source = read(name, family.model_class)
     stored = _stored_dtype(source, written or torch.float32, asked)
@@ -115,12 +121,8 @@ def _convert(
     image_token_id = check_image_token(source)
     source.model.to(device)
     language, tower, processor = family.module.convert(source)
-    samples = verify.samples(
-        lambda question, count: family.module.prompts(source, processor, question, count),
-        family.pictures,
-        family.text_alone,
-    )
-    verify.record(source.model, source.processor, samples)
+    chosen = samples(partial(family.module.prompts, source, processor), family.pictures, family.text_alone)
+    record(source.model, source.processor, chosen)
     model = OpticNerveForConditionalGeneration.from_parts(language, {"image": tower}, image_token_id=image_token_id)
     made = Imported(
         folder=out,
@@ -128,14 +130,14 @@ def _convert(
         towers=model.config.towers,
         language=source.config.text_config.model_type,
         dtype=str(stored).removeprefix("torch."),
-        tensors=verify.account(source.model, model),
-        samples=len(samples),
+        tensors=account(source.model, model),
+        samples=len(chosen),
         difference=float("nan"),
         notes=source.notes,
     )
     model.to("cpu", stored)
     model.config.dtype = model.config.text_config.dtype = stored
-    return model, processor, samples, made
+    return model, processor, chosen, made
 
 
 def _stored_dtype(source: Source, written: torch.dtype, asked: str) -> torch.dtype:
@@ -152,3 +154,121 @@ def _stored_dtype(source: Source, written: torch.dtype, asked: str) -> torch.dty
         source.notes.append(f"some weights have more digits than config.json says ({dtype}); all are kept in float32")
         return torch.float32
     return dtype
+
+
+# -- the proof -----------------------------------------------------------------------------------------------------
+
+TOLERANCE = 1e-4
+# Heights and widths, and which of them each question is about.
+PICTURES = ((240, 320), (333, 97))
+QUESTIONS: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("what is in the picture?", (0,)),
+    ("is it red?", (1,)),
+    ("compare the two pictures", (0, 1)),
+    ("name a colour", ()),
+)
+
+
+@dataclass
+class Sample:
+    """One prompt in their form and in ours, with its pictures; their ids and logits once they are known."""
+
+    their_text: str
+    our_text: str
+    pictures: list[PIL.Image.Image]
+    ids: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def samples(write: Callable[[str, int], tuple[str, str]], most_pictures: int, text_alone: bool) -> list[Sample]:
+    """The fixed prompts, as far as the family takes them, about pictures of fixed noise."""
+    rng = np.random.default_rng(0)
+    pictures = [PIL.Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in PICTURES]
+    return [
+        Sample(*write(question, len(shown)), [pictures[i] for i in shown])
+        for question, shown in QUESTIONS
+        if len(shown) <= most_pictures and (shown or text_alone)
+    ]
+
+
+def account(theirs: nn.Module, ours: nn.Module) -> int:
+    """Every tensor of theirs stands in ours, and every one of ours comes from theirs; returns how many there are.
+
+    The tensors themselves were moved, so that identity decides. A connector's calibration is ours alone, and changes
+    nothing.
+
+    Raises:
+        OpticNerveError: the message lists those without a place and those without a source.
+    """
+    mine, yours = _tensors(ours), _tensors(theirs)
+    calibration = {
+        f"{path}.{name}"
+        for path, module in ours.named_modules()
+        if isinstance(module, Connector)
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    kept, known = {id(t) for t in mine.values()}, {id(t) for t in yours.values()}
+    lost = sorted(n for n, t in yours.items() if id(t) not in kept)
+    new = sorted(n for n, t in mine.items() if id(t) not in known and n not in calibration)
+    if lost or new:
+        listing = [f"no place for {n}" for n in lost] + [f"no source for {n}" for n in new]
+        raise OpticNerveError(f"the checkpoint and opticnerve's parts differ: {'; '.join(listing[:12])}")
+    return len(known)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint carries: parameters (tied ones under each of their names) and persistent buffers."""
+    saved = module.state_dict().keys()
+    buffers = {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in saved}
+    return {**dict(module.named_parameters(remove_duplicate=False)), **buffers}
+
+
+@torch.no_grad()
+def record(model: Any, processor: Any, chosen: Sequence[Sample]) -> None:
+    """Run their model, in float32, on every sample.
+
+    Raises:
+        OpticNerveError: it does not run.
+    """
+    for sample in chosen:
+        try:
+            inputs = processor(images=sample.pictures or None, text=sample.their_text, return_tensors="pt")
+            sample.ids = inputs["input_ids"][0]
+            sample.logits = model(**inputs.to(model.device)).logits[0].float().cpu()
+        except (ValueError, RuntimeError, TypeError, IndexError) as e:
+            raise OpticNerveError(
+                f"the checkpoint itself does not run in transformers: {e} (prompt {sample.their_text!r})"
+            ) from e
+
+
+@torch.no_grad()
+def compare(model: Any, processor: Any, chosen: Sequence[Sample]) -> float:
+    """The largest difference of any logit between their model (recorded) and ours, in float32.
+
+    Raises:
+        OpticNerveError: our processor writes other tokens, or a logit differs by `TOLERANCE` or more.
+    """
+    worst = 0.0
+    for sample in chosen:
+        assert sample.ids is not None
+        assert sample.logits is not None
+        inputs = processor(images=sample.pictures or None, text=sample.our_text, return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        if ids.tolist() != sample.ids.tolist():
+            raise OpticNerveError(
+                f"the imported processor writes {len(ids)} tokens where the checkpoint's writes {len(sample.ids)}, "
+                f"or others: {ids[-8:].tolist()} at the end, not {sample.ids[-8:].tolist()}"
+            )
+        logits = model(**inputs.to(model.device)).logits[0].float().cpu()
+        if logits.shape != sample.logits.shape:
+            raise OpticNerveError(
+                f"the imported model gives logits {tuple(logits.shape)}, theirs {tuple(sample.logits.shape)}"
+            )
+        worst = max(worst, float((logits - sample.logits).abs().max()))
+    # Written so that NaN fails, too.
+    if not worst < TOLERANCE:
+        raise OpticNerveError(
+            f"the imported model's logits differ by up to {worst:.3g} (in float32, {TOLERANCE:g} is allowed): "
+            "something in this checkpoint works otherwise than its configuration says"
+        )
+    return worst

@@ -131,18 +131,13 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         """
         trusted = bool(kwargs.get("trust_remote_code", False))
         folder = delta.find(pretrained_model_name_or_path)
-        if folder is not None:
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            model: Any = delta.load(cls, folder, dtype=dtype, trust_remote_code=trusted)
-            device_map = kwargs.get("device_map")
-            if isinstance(device_map, str | int | torch.device) and device_map not in (
-                "auto",
-                "balanced",
-                "sequential",
-            ):
-                model.to(device_map)
-            return model
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if folder is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device_map")
+        model = delta.load(cls, folder, dtype=dtype, trust_remote_code=trusted)
+        if isinstance(device, str | int | torch.device) and device not in ("auto", "balanced", "sequential"):
+            model.to(device)
+        return model
 
     def restore_tables(self) -> None:
         """Encoders, connectors and fusions may be no models of transformers."""
@@ -227,14 +222,13 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
 
     def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
         features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
-        if features is None and given is None:
-            return None
+        if features is None:
+            if given is None:
+                return None
+            features = tower.encode(given)
         sizes = media.get("image_sizes") if modality == "image" else None
         ids, mask = media.get("qformer_input_ids"), media.get("qformer_attention_mask")
         text = None if ids is None else (ids, torch.ones_like(ids) if mask is None else mask)
-        if features is None:
-            assert given is not None
-            features = tower.encode(given)
         return tower.connect(features, sizes, text)
 
     def multimodal_context(self, prompt: Prompt) -> AbstractContextManager[None]:
@@ -243,18 +237,17 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
 
     def recompute(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` for gradient checkpointing: a layer that is run again sees what it saw the first time."""
-        seen = {m: t.fusion.seen for m, t in self.towers.items()}
+        seen, attended, read = {m: t.fusion.seen for m, t in self.towers.items()}, varlen.current(), last_mlp.current()
         gate = getattr(self.language_model, "lora_gate", None)
         prompt = Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None)
-        return nullcontext(), self._again(prompt, varlen.current(), last_mlp.current())
 
-    @contextmanager
-    def _again(
-        self, prompt: Prompt, attended: varlen.Segments | None, read: tuple[Tensor, int] | None
-    ) -> Iterator[None]:
-        reading: Any = nullcontext() if read is None else last_mlp.last_mlp_at(self.language_model, *read)
-        with self.multimodal_context(prompt), varlen.within(self.language_model, attended), reading:
-            yield
+        @contextmanager
+        def again() -> Iterator[None]:
+            reading: Any = nullcontext() if read is None else last_mlp.last_mlp_at(self.language_model, *read)
+            with self.multimodal_context(prompt), varlen.within(self.language_model, attended), reading:
+                yield
+
+        return nullcontext(), again()
 
     def forward(
         self,
@@ -301,28 +294,23 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
             "qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask,
             "image_features": image_features, "audio_features": audio_features,
         }  # fmt: skip
-        prompt = Prompt()
-        if input_ids is not None and (any(v is not None for v in media.values()) or self._has_placeholder(input_ids)):
+        if input_ids is not None and (
+            any(v is not None for v in media.values()) or bool(self._placeholders(input_ids).any())
+        ):
             prompt = self.read(input_ids, **media)
             input_ids, inputs_embeds = None, prompt.embeds_BLD
         else:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-            earlier = kept(cache)
-            prompt.seen = {m: getattr(self, m).fusion.later(s, length) for m, s in earlier.items()}
-            prompt.rows_B = None if input_ids is None else self.rows_with_media(input_ids)
+            seen = {m: getattr(self, m).fusion.later(s, length) for m, s in kept(cache).items()}
+            prompt = Prompt(seen=seen, rows_B=None if input_ids is None else self.rows_with_media(input_ids))
         prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
         with self.multimodal_context(prompt):
             out = self.language_model(
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
+                input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+                position_ids=position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True,
                 **{CACHE: cache},
                 **{k: v for k, v in kwargs.items() if k not in ("return_dict", "num_items_in_batch")},
-                return_dict=True,
-            )
+            )  # fmt: skip
         cache = out.get(CACHE)
         keep(cache, prompt.seen)
         loss = None
@@ -332,14 +320,10 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
                 **{k: v for k, v in kwargs.items() if k == "num_items_in_batch"},
             )  # fmt: skip
         return OpticNerveOutput(
-            loss=loss,
-            logits=out.logits,
-            **{CACHE: cache},
-            hidden_states=out.get("hidden_states"),
-            attentions=out.get("attentions"),
-            image_hidden_states=prompt.soft.get("image"),
+            loss=loss, logits=out.logits, **{CACHE: cache}, hidden_states=out.get("hidden_states"),
+            attentions=out.get("attentions"), image_hidden_states=prompt.soft.get("image"),
             audio_hidden_states=prompt.soft.get("audio"),
-        )
+        )  # fmt: skip
 
     def rows_with_media(self, input_ids: Tensor) -> Tensor | None:
         """(B,) bool: the rows that hold media; None where the adapter does not ask (no gate on it)."""
@@ -352,9 +336,6 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         for modality in self.towers:
             found_BL |= input_ids == self.config.token_id(modality)
         return found_BL
-
-    def _has_placeholder(self, input_ids: Tensor) -> bool:
-        return bool(self._placeholders(input_ids).any())
 
     def _adapter_rows(self, rows_B: Tensor | None, given: Tensor | None) -> Tensor | None:
         """The rows that the adapter works on in this forward pass."""
