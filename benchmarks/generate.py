@@ -24,9 +24,9 @@ from shapes import SHAPES, Shape, llava, ours
 from side_by_side import Trial, alternate, finish, machine, table
 
 ABLATED = {
-    "no lean step": {"lean": False},
+    "no fused step": {"fused": False},
     "no packed weights": {"pack": False},
-    "no room in the cache": {"room": False, "lean": False},
+    "no room in the cache": {"room": False, "fused": False},
     "queries grouped": {"group_queries": True},
 }
 

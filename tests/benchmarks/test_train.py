@@ -34,7 +34,7 @@ def test_what_stands_in_for_the_lean_layers_takes_what_they_take(monkeypatch: py
     import train
 
     taken = list(inspect.signature(loop.fused).parameters)
-    monkeypatch.setattr(loop, "lean", loop.fused)  # to be put back
+    monkeypatch.setattr(loop, "fuse_layers", loop.fuse_layers)  # to be put back
     train._without(["ablate=lean"])
     assert list(inspect.signature(loop.fused).parameters) == taken
     with loop.fused(torch.nn.Module(), None):

@@ -104,7 +104,7 @@ def save_eye(folder: Path, family: str) -> None:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Language family, eye and options → a stage's folder whose connector is calibrated and whose adapter, if any,
+    """Language family, vision encoder and options → a stage's folder whose connector is calibrated and whose adapter, if any,
     matters."""
     root = tmp_path_factory.mktemp("docks")
     made: dict[str, Path] = {}

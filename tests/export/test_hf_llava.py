@@ -106,7 +106,7 @@ def test_one_scaled_tensor_is_caught_and_nothing_stays(
         ),
         ({"tiling": {"type": "anyres"}}, "it cuts pictures into tiles"),
         ({"lora": {"rank": 2, "when": "media"}}, "lora.when: media"),
-        ({"eye": "dinov2"}, "its eye is a dinov2"),
+        ({"vision_encoder": "dinov2"}, "its vision encoder is a dinov2"),
         ({"family": "gpt2"}, "no plain decoder"),
         ({"family": "gemma2"}, "final_logit_softcapping"),
     ],
@@ -114,7 +114,7 @@ def test_one_scaled_tensor_is_caught_and_nothing_stays(
 def test_what_llava_cannot_hold_is_refused_with_a_way_out(
     options: dict[str, Any], reason: str, saved: Make, tmp_path: Path
 ) -> None:
-    options = {"eye": "siglip_vision_model", **options}
+    options = {"vision_encoder": "siglip_vision_model", **options}
     with pytest.raises(OpticNerveError, match=reason) as refused:
         export(saved(**options), "hf-llava", tmp_path / "out")
     assert "nearest" in str(refused.value)

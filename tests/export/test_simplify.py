@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.mark.parametrize("connector", ["linear", {"type": "linear", "bias": False}, {"type": "mlp", "bias": False}])
-@pytest.mark.parametrize("eye", ["clip_vision_model", "siglip_vision_model"])
+@pytest.mark.parametrize("vision_encoder", ["clip_vision_model", "siglip_vision_model"])
 @torch.no_grad()
 def test_calibration_and_picture_size_go_into_the_weights(
     saved: Callable[..., Path], vision_encoder: str, connector: Any
@@ -30,7 +30,7 @@ def test_calibration_and_picture_size_go_into_the_weights(
     fold_calibration(tower.connector, *connector_matrices(tower.connector))
     fix_picture_size(tower.encoder)
     torch.testing.assert_close(tower(pixels).tokens_BND, before, rtol=1e-4, atol=1e-4)
-    # The eye alone, as another engine runs it: without being asked to interpolate.
+    # The vision encoder alone, as another engine runs it: without being asked to interpolate.
     states = tower.encoder.model(pixel_values=pixels).last_hidden_state
     bare = states[:, tower.encoder.prefix_tokens :]
     torch.testing.assert_close(tower.encoder(pixels).tokens_BND, bare)
@@ -38,7 +38,7 @@ def test_calibration_and_picture_size_go_into_the_weights(
 
 
 @pytest.mark.parametrize(
-    ("eye", "connector"),
+    ("vision_encoder", "connector"),
     [
         ("vit", {"type": "qformer", "num_queries": 3, "hidden_size": 16, "depth": 2, "heads": 2}),
         ("dinov2", {"type": "qformer", "num_queries": 3, "hidden_size": 16, "depth": 2, "heads": 2}),

@@ -1,4 +1,4 @@
-"""The disk that features take: bounded, shared by the eyes, and whole whatever kills a process."""
+"""The disk that features take: bounded, shared by the vision encoders, and whole whatever kills a process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_said_with_numbers_and_nothing_is_removed(root: Pat
         evict(root, root / C, 5_000_000, 4_000_000)
     assert there(root) == {A, B, "mine"}
     # What is no store, and the store itself, never makes room.
-    with pytest.raises(OpticNerveError, match="are this eye's already"):
+    with pytest.raises(OpticNerveError, match="are this vision encoder's already"):
         evict(root, root / B, 2_000, 2_500)
     assert there(root) == {A, B, "mine"}
 
@@ -114,7 +114,7 @@ def test_the_default_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         default_budget(tmp_path)
 
 
-# -- filling a store with an eye that needs no model ----------------------------------------------------------------
+# -- filling a store with a vision encoder that needs no model ----------------------------------------------------------------
 
 
 def look(pixel_values: torch.Tensor) -> Features:

@@ -154,11 +154,11 @@ def is_starter(name: str) -> bool:
 
 
 def vision_encoder(name: str) -> StarterVisionEncoder:
-    return _known(VISION_ENCODERS, name, "eye")
+    return _known(VISION_ENCODERS, name, "vision encoder")
 
 
 def audio_encoder(name: str) -> StarterAudioEncoder:
-    return _known(AUDIO_ENCODERS, name, "ear")
+    return _known(AUDIO_ENCODERS, name, "audio encoder")
 
 
 def language(name: str) -> StarterLanguage:
