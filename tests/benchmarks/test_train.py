@@ -33,9 +33,9 @@ def test_what_stands_in_for_the_lean_layers_takes_what_they_take(monkeypatch: py
     sys.modules.pop("train", None)
     import train
 
-    taken = list(inspect.signature(loop.fused).parameters)
+    taken = list(inspect.signature(loop.fuse_layers).parameters)
     monkeypatch.setattr(loop, "fuse_layers", loop.fuse_layers)  # to be put back
     train._without(["ablate=lean"])
-    assert list(inspect.signature(loop.fused).parameters) == taken
-    with loop.fused(torch.nn.Module(), None):
+    assert list(inspect.signature(loop.fuse_layers).parameters) == taken
+    with loop.fuse_layers(torch.nn.Module(), None):
         pass
