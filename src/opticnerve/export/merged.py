@@ -10,7 +10,7 @@ from opticnerve.export import parity, probe
 from opticnerve.export.formats import Format, Proof
 from opticnerve.export.parity import Reference
 from opticnerve.export.samples import Sample
-from opticnerve.models.vlm.merge import is_gated, merge_adapter
+from opticnerve.models.vlm.build import is_gated, merge_adapter
 
 
 class Merged(Format):

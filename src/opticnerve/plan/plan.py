@@ -16,7 +16,7 @@ from opticnerve.data.encode.tokenize import Encoded
 from opticnerve.language.load import load_language_config
 from opticnerve.language.lora import add_lora
 from opticnerve.models.checkpoint.delta import weight_names
-from opticnerve.models.text_encoder import dtype_of
+from opticnerve.models.vlm.build import dtype_of
 from opticnerve.models.vlm.tower import placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan import cost, feature_cache

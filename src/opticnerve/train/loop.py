@@ -26,7 +26,7 @@ from opticnerve.distributed.heartbeat import LostProcess
 from opticnerve.features.store import see_all
 from opticnerve.language.chat_template import stage_template
 from opticnerve.models.freeze import Frozen, freeze
-from opticnerve.models.vlm.parts import is_docked_model, moving_buffers
+from opticnerve.models.vlm.parts import moving_buffers
 from opticnerve.models.vlm.tower import MEDIA_INPUT
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
@@ -164,8 +164,9 @@ def _run_stage(
     run.skipped = skipped
     try:
         with contextlib.ExitStack() as stack:
+            language_model = dock.model.language_model
             functions = KERNELS[stage.kernels](accelerator.device) if stage.kernels else None
-            stack.enter_context(fuse_layers(getattr(dock.model, "language_model", torch.nn.Module()), functions))
+            stack.enter_context(fuse_layers(torch.nn.Module() if language_model is None else language_model, functions))
             if stage.compile:
                 stack.enter_context(compiled_layers(model))
             give_memory_back()
@@ -304,10 +305,10 @@ class Run:
     def _skip_unused_towers(self, pieces: list[int]) -> None:
         """A tower that saw nothing in this step, on any process, does not move: as on one process, where its weights
         have no gradient. (Beside others a process gives them the gradient zero, which Adam's momentum would follow.)"""
-        if self.accelerator.num_processes == 1 or not is_docked_model(self.dock.model):
+        if self.accelerator.num_processes == 1:
             return
         for count, modality in zip(pieces, MEDIA_INPUT, strict=True):
-            if not count:
+            if not count and modality in self.dock.model.towers:
                 self.optimizer.skip(modality)
 
     # -- around it ------------------------------------------------------------------------------------------------

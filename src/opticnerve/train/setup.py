@@ -20,7 +20,6 @@ from opticnerve.distributed.collectives import engine, timeout, without_deepspee
 from opticnerve.fusion.base import decoder_layers
 from opticnerve.language.lora import has_lora
 from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.models.vlm.tower import check_options, language_sizes
 from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.types import OpticNerveError, to_install
@@ -60,7 +59,7 @@ def checkpoint_layers(model: Any) -> None:
     transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
     stay as `freeze` left them.
     """
-    if not is_docked_model(model):
+    if model.language_model is None:
         raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out")
     private_names.checkpoint_layers(model.language_model, model.recompute)
     for module in model.language_model.modules():
@@ -76,7 +75,7 @@ TRACKER_PACKAGES = {"tensorboard": "opticnerve[tensorboard]", "comet_ml": "comet
 @contextmanager
 def compiled_layers(model: Any) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
-    if not is_docked_model(model):
+    if model.language_model is None:
         raise OpticNerveError("compile is for docked language models; leave it out")
     count = language_sizes(model.language_model)["language_layers"]
     layers = decoder_layers(model.language_model, count)

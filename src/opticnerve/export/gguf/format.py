@@ -21,7 +21,7 @@ from opticnerve.export.gguf import vision as gguf_vision
 from opticnerve.export.parity import Reference
 from opticnerve.export.samples import Sample, as_job
 from opticnerve.export.simplify import fix_picture_size, fold_calibration
-from opticnerve.models.vlm.merge import is_gated, merge_adapter
+from opticnerve.models.vlm.build import is_gated, merge_adapter
 from opticnerve.types import OpticNerveError
 
 # Largest difference of a likely word's log-probability, in nats. llama.cpp rounds activations as it does weights, and

@@ -26,7 +26,7 @@ from opticnerve.export.parity import Reference
 from opticnerve.export.samples import Sample
 from opticnerve.export.simplify import fix_picture_size, fold_into_norm
 from opticnerve.inference.generate import Answerer
-from opticnerve.models.vlm.merge import merge_adapter
+from opticnerve.models.vlm.build import merge_adapter
 
 MODEL = "Blip2ForConditionalGeneration"
 

@@ -17,7 +17,7 @@ from opticnerve.export.formats import Proof
 from opticnerve.export.parity import Reference
 from opticnerve.export.samples import Sample, as_job
 from opticnerve.inference.generate import Answerer
-from opticnerve.models.vlm.merge import is_gated
+from opticnerve.models.vlm.build import is_gated
 
 # What scales or bends logits behind the head of a causal model: a class with a decoder and a head has nothing of it.
 _BENDS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}

@@ -22,7 +22,7 @@ from opticnerve.export.hf import common as hf_common
 from opticnerve.export.parity import Reference
 from opticnerve.export.samples import Sample
 from opticnerve.export.simplify import fix_picture_size, fold_calibration
-from opticnerve.models.vlm.merge import merge_adapter
+from opticnerve.models.vlm.build import merge_adapter
 
 MODEL = "LlavaForConditionalGeneration"
 
