@@ -81,5 +81,5 @@ def test_a_disk_that_cannot_be_written_leaves_them_where_they_are(tmp_path: Path
             said.append(text)
 
     offload_encoder(vision_encoder, tmp_path / "absent", Console())
-    assert said == ["the eye's weights stay in memory: No such file or directory"]
+    assert said == ["the vision encoder's weights stay in memory: No such file or directory"]
     assert [p.data_ptr() for p in vision_encoder.parameters()] == own
