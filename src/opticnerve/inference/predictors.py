@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 
 from opticnerve.data.collators.classification import question_of
 from opticnerve.data.media.transform import open_for
+from opticnerve.inference.generate import Answerer
 from opticnerve.inference.likelihood import answer_scores
-from opticnerve.inference.load import default_device, resolve
+from opticnerve.inference.load import load_any, resolve
 from opticnerve.models.classifier.late_fusion import check_choices
 from opticnerve.models.classifier.modeling import FusionClassifier
-from opticnerve.models.classifier.processing import FusionClassifierProcessor
+from opticnerve.models.family import family_of
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.types import Conversation, Features, Message, OpticNerveError, TextPart
 
 # Questions, and numbers of features (1 GiB in float32), whose pictures are held at a time.
@@ -134,9 +137,33 @@ def load_classifier(
 ) -> ClassifierPredictor:
     """A classifier from a run's folder, a folder of `save_pretrained`, or a hub name."""
     folder = resolve(str(name))
-    model = FusionClassifier.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    processor = FusionClassifierProcessor.from_pretrained(folder)
-    return ClassifierPredictor(model.to(device or default_device()).eval(), processor)
+    family = family_of(folder)
+    if family.MODEL is not FusionClassifier:
+        raise OpticNerveError(f"{name} holds no fusion classifier but a {family.SPEC.KIND} model; {family.USE}")
+    return ClassifierPredictor(*load_any(folder, device=device, trust_remote_code=trust_remote_code))
+
+
+@singledispatch
+def answers_of(
+    model: Any, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """What a model answers to each question: what a language model says, what a classifier chooses."""
+    raise OpticNerveError(f"a {type(model).__name__} answers no questions")
+
+
+@answers_of.register
+def _(
+    model: OpticNerveForConditionalGeneration, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:  # fmt: skip
+    return Answerer(model, processor).answer(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+@answers_of.register
+def _(
+    model: FusionClassifier, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    return ClassifierPredictor(model, processor, batch_size=batch_size).answers(asked)
 
 
 def _key(conversation: Conversation) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
 from opticnerve.language.load import load_language
+from opticnerve.models.checkpoint.delta import encoder_name
 from opticnerve.models.checkpoint.full import load_whole, save_whole
 from opticnerve.models.vlm.tower import check_options
 from opticnerve.recipe import Recipe
@@ -21,12 +22,18 @@ from opticnerve.types import OpticNerveError
 @dataclass
 class TwoTowerDock:
     """A model of a vision encoder and a text encoder, its processor, and the references to the weights it was made
-    of."""
+    of. A subclass is a `models.family.Family`."""
+
+    SPEC: ClassVar[Any]
+    MODEL: ClassVar[Any]
+    PROCESSOR: ClassVar[Any]
+    USE: ClassVar[str]
+    BASELINE: ClassVar[bool]
 
     model: Any
     processor: Any
     bases: dict[str, Any]
-    lora: None = None
+    lora: dict[str, Any] | None = None
 
     def __iter__(self) -> Any:
         """So that `model, processor = dual(…)` reads as one expects."""
@@ -39,6 +46,28 @@ class TwoTowerDock:
     def load_stage(self, folder: Path) -> set[str]:
         """Bring the model to where a finished stage left it; returns the names of all parameters trained so far."""
         return load_whole(self.model, folder)
+
+    @property
+    def what(self) -> str:
+        """Family and variant in a few words."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The model's parts, for the card and for results.json."""
+        free = all(weights.is_starter(str(b["name"])) for b in self.bases.values() if b)
+        return {
+            "kind": self.what,
+            "encoder": encoder_name((self.bases.get("image") or {}).get("name"), "the pixels"),
+            "text": str(self.bases["text"]["name"]),
+            "modalities": ["image"],
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "license": "apache-2.0" if free else "other",
+        }
+
+    def headline(self) -> str:
+        """One line on what is about to be trained, in rich's markup."""
+        d = self.describe()
+        return f"[bold]{d['encoder']}[/bold] with [bold]{d['text']}[/bold]: {d['kind']}"
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from opticnerve.encoders.base import last_blocks
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers
-from opticnerve.models.vlm.tower import placed_like
+from opticnerve.models.vlm.tower import Tower, placed_like
 from opticnerve.types import OpticNerveError
 
 
@@ -25,6 +25,10 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     PARTS: ClassVar[tuple[str, ...]]
     WHOLE_PARTS: ClassVar[tuple[str, ...]]
     STARTS: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    # No language model, and nothing docked onto one: see `models.family.Model`.
+    language_model: Any = None
+    towers: ClassVar[dict[str, Tower]] = {}
 
     image: Any
     text: Any
@@ -56,6 +60,14 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Each part draws its own first weights when it is built."""
+
+    def full_name(self, part: str) -> str:
+        """The words for parts are clear as they are."""
+        return part
+
+    def whole_parts(self) -> list[tuple[str, tuple[str, ...]]]:
+        """What the freeze table sums up: each label, and the beginnings of the names under it."""
+        return [(start.rstrip("._"), (start,)) for start in self.WHOLE_PARTS]
 
     def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
         """Full name → parameter of one of `PARTS`.

@@ -14,7 +14,6 @@ from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
 from opticnerve.models.text_encoder import dtype_of
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.vlm.parts import TOWER_PARTS, TOWERS, full_name, part_parameters, prefixes
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import check_options, join, language_sizes
 from opticnerve.recipe import PartSpec, Recipe
@@ -104,10 +103,9 @@ def shapes(recipe: Recipe, model: Any) -> list[Shape]:
     """The picture's way through every part."""
     width = model.get_input_embeddings().embedding_dim
     found = []
-    for name in TOWERS:
-        tower = getattr(model, name, None)
+    for name, tower in model.towers.items():
         spec = recipe.docked.towers.get(name)
-        if tower is None or spec is None:
+        if spec is None:
             continue
         vision_encoder = tower.encoder
         shape = " × ".join(map(str, vision_encoder.media_shape))
@@ -150,13 +148,12 @@ def open_parts(model: Any, train: dict[str, float]) -> list[Share]:
     """Let the named parts, and them alone, have gradients; returns who trains and who does not."""
     shares, taken = [], set()
     for part, rate in train.items():
-        mine = [p for p in part_parameters(model, part).values() if id(p) not in taken]
+        mine = [p for p in model.part_parameters(part).values() if id(p) not in taken]
         taken |= {id(p) for p in mine}
-        shares.append(Share(full_name(model, part), _count(mine), True, rate))
+        shares.append(Share(model.full_name(part), _count(mine), True, rate))
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in taken)
-    whole_parts = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in TOWER_PARTS]
-    for name, start in [*whole_parts, ("language", ("language_model.",))]:
+    for name, start in model.whole_parts():
         mine = [p for n, p in model.named_parameters() if n.startswith(start)]
         rest = [p for p in mine if id(p) not in taken]
         if rest:

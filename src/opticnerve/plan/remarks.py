@@ -51,7 +51,7 @@ def remarks(recipe: Recipe, plan: Any, model: Any) -> list[Remark]:
         and native != vision_encoder.image_size
     ):
         note(f"the encoder sees {vision_encoder.image_size} px and was pretrained with {native} px")
-    trains = {parts.full_name(model, part) for stage in recipe.stages for part in stage.train}
+    trains = {model.full_name(part) for stage in recipe.stages for part in stage.train}
     for modality, tower in model.towers.items() if recipe.stages else ():
         for half, module in (("connector", tower.connector), ("fusion", tower.fusion)):
             if f"{modality}.{half}" not in trains and any(True for _ in module.parameters()):

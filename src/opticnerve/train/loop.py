@@ -21,7 +21,6 @@ from opticnerve.common.progress import Progress
 from opticnerve.data.encode.loader import Waiting, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
 from opticnerve.distributed.heartbeat import LostProcess
-from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.models.vlm.tower import MEDIA_INPUT
 from opticnerve.ops.vision_attention import plain_attention
 from opticnerve.recipe import Recipe, Stage
@@ -188,10 +187,10 @@ class Trainer:
     def _skip_unused_towers(self, pieces: list[int]) -> None:
         """A tower that saw nothing in this step, on any process, does not move: as on one process, where its weights
         have no gradient. (Beside others a process gives them the gradient zero, which Adam's momentum would follow.)"""
-        if self.accelerator.num_processes == 1 or not is_docked_model(self.ready.dock.model):
+        if self.accelerator.num_processes == 1:
             return
         for count, modality in zip(pieces, MEDIA_INPUT, strict=True):
-            if not count:
+            if not count and modality in self.strategy.model.towers:
                 self.optimizer.skip(modality)
 
     def _ask_to_stop(self) -> None:

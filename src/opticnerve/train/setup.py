@@ -30,7 +30,6 @@ from opticnerve.language.chat_template import stage_template
 from opticnerve.language.lora import has_lora
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.models.vlm.tower import check_options, language_sizes
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
@@ -79,8 +78,10 @@ class StageSetup:
         try:
             with contextlib.ExitStack() as stack:
                 functions = KERNELS[self.stage.kernels](self.accelerator.device) if self.stage.kernels else None
-                language_model = getattr(self.dock.model, "language_model", torch.nn.Module())
-                stack.enter_context(fuse_layers(language_model, functions))
+                language_model = self.dock.model.language_model
+                stack.enter_context(
+                    fuse_layers(torch.nn.Module() if language_model is None else language_model, functions)
+                )
                 if self.stage.compile:
                     stack.enter_context(compiled_layers(self.model))
                 give_memory_back()
@@ -226,7 +227,7 @@ def checkpoint_layers(model: Any) -> None:
     transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
     stay as `freeze` left them.
     """
-    if not is_docked_model(model):
+    if model.language_model is None:
         raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out")
     private_names.checkpoint_layers(model.language_model, model.recompute)
     for module in model.language_model.modules():
@@ -237,7 +238,7 @@ def checkpoint_layers(model: Any) -> None:
 @contextmanager
 def compiled_layers(model: Any) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
-    if not is_docked_model(model):
+    if model.language_model is None:
         raise OpticNerveError("compile is for docked language models; leave it out")
     count = language_sizes(model.language_model)["language_layers"]
     layers = decoder_layers(model.language_model, count)

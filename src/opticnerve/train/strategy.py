@@ -15,7 +15,6 @@ from opticnerve.distributed.collectives import engine
 from opticnerve.distributed.deepspeed import Zero
 from opticnerve.distributed.fsdp import Sharded
 from opticnerve.models.freeze import Frozen
-from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.recipe import Stage
 from opticnerve.train.optim import MasterAdamW
 from opticnerve.types import OpticNerveError
@@ -116,7 +115,7 @@ def make_strategy(accelerator: Any, objective: Any, frozen: Frozen, stage: Stage
     if accelerator.num_processes == 1 or kind == "ddp":
         return Strategy(accelerator, objective, frozen, stage)
     name = "FSDP2" if kind == "fsdp2" else "DeepSpeed"
-    if not is_docked_model(objective.model):
+    if objective.model.language_model is None:
         raise OpticNerveError(f"{name} is for docked language models; train this one by DDP: recipes/launch/ddp.yaml")
     if stage.compile:
         raise OpticNerveError(f"stage {stage.name}: compile was not tried with {name}; leave it out, or train by DDP")

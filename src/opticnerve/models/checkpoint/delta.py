@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -32,7 +33,6 @@ from opticnerve.language import load as language
 from opticnerve.models.checkpoint.bounds import no_larger_than, shapes
 from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
-from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.parts import is_docked, moving_buffers
 from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.types import OpticNerveError
@@ -76,6 +76,13 @@ def base_of(name: Any, encoder: Any) -> dict[str, Any]:
     return {"name": name, "sha256": fingerprint(files) if files else None}
 
 
+def encoder_name(name: Any, kind: str) -> str:
+    """How reports call an encoder: by its weights' name, or names, or by its type where it has none."""
+    if isinstance(name, dict):
+        return " + ".join(encoder_name(n, kind) for n in name.values())
+    return str(name) if name is not None else kind
+
+
 def weight_names(name: Any) -> list[str]:
     """The names of an encoder's weights: one, none, or several where encoders stand side by side."""
     if isinstance(name, dict):
@@ -84,7 +91,7 @@ def weight_names(name: Any) -> list[str]:
 
 
 def save(
-    model: OpticNerveForConditionalGeneration,
+    model: Any,
     folder: Path,
     *,
     bases: dict[str, Any],
@@ -170,8 +177,8 @@ def _mapping(value: Any, what: str) -> dict[str, Any] | None:
     return value
 
 
-def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) -> OpticNerveForConditionalGeneration:
-    """Build the bases, check their hashes, put in what was trained; every tensor is accounted for.
+def load(cls: Any, folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) -> Any:
+    """A model of `cls`: build the bases, check their hashes, put in what was trained; every tensor is accounted for.
 
     Raises:
         OpticNerveError: a file is damaged or of a newer format, a base is not the one that was trained on, or the
@@ -201,7 +208,7 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
         made = {
             m: join(encoder, config.towers[m], sizes, trust_remote_code).to(dtype) for m, (_, encoder) in towers.items()
         }
-        model = OpticNerveForConditionalGeneration.from_parts(
+        model = cls.from_parts(
             base.model, made, image_token_id=config.image_token_id, audio_token_id=config.audio_token_id
         )
         if reference["lora"]:
@@ -251,7 +258,7 @@ def check_bases(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> 
 
 
 def put(
-    model: OpticNerveForConditionalGeneration,
+    model: nn.Module,
     folder: Path,
     expected: dict[str, list[int]],
     *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import ViTImageProcessor
@@ -25,8 +25,24 @@ from opticnerve.starter import minilm
 class ClassifierDock(TwoTowerDock):
     """A `FusionClassifier`, its processor, and the references to the weights it was made of."""
 
+    SPEC: ClassVar = ClassifierSpec
+    MODEL: ClassVar = FusionClassifier
+    PROCESSOR: ClassVar = FusionClassifierProcessor
+    USE: ClassVar[str] = "`eval` takes it"
+    BASELINE: ClassVar[bool] = False
+
     model: FusionClassifier
     processor: FusionClassifierProcessor
+
+    @classmethod
+    def build(cls, recipe: Recipe) -> ClassifierDock:
+        """The model that a recipe describes, in the recipe's precision."""
+        return classifier_recipe(recipe)
+
+    @property
+    def what(self) -> str:
+        """Family and variant in a few words."""
+        return f"fusion classifier, {self.model.config.timing} fusion"
 
 
 def classifier(

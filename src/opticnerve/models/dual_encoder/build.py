@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,8 +21,24 @@ from opticnerve.starter import minilm
 class DualDock(TwoTowerDock):
     """A `DualEncoder`, its processor, and the references to the weights it was made of."""
 
+    SPEC: ClassVar = DualSpec
+    MODEL: ClassVar = DualEncoder
+    PROCESSOR: ClassVar = DualEncoderProcessor
+    USE: ClassVar[str] = "`opticnerve classify`, `embed` and `eval` take it"
+    BASELINE: ClassVar[bool] = True
+
     model: DualEncoder
     processor: DualEncoderProcessor
+
+    @classmethod
+    def build(cls, recipe: Recipe) -> DualDock:
+        """The model that a recipe describes, in the recipe's precision."""
+        return dual_recipe(recipe)
+
+    @property
+    def what(self) -> str:
+        """Family and variant in a few words."""
+        return f"dual encoder, {self.model.config.loss} loss"
 
 
 def dual_recipe(recipe: Recipe) -> DualDock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,12 +14,13 @@ from opticnerve.language.chat_template import set_template
 from opticnerve.language.load import Language, load_language
 from opticnerve.language.lora import has_lora
 from opticnerve.models.checkpoint import delta
-from opticnerve.models.checkpoint.delta import describe_bases
+from opticnerve.models.checkpoint.delta import describe_bases, encoder_name
 from opticnerve.models.text_encoder import dtype_of
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor, stops
 from opticnerve.models.vlm.tower import Tower, check_options, join, language_sizes
 from opticnerve.recipe import LanguageSpec, ModelSpec, PartSpec, Recipe, TilingSpec, TowerSpec
+from opticnerve.starter import weights
 from opticnerve.types import OpticNerveError
 
 Spec = str | dict[str, Any]
@@ -27,7 +28,13 @@ Spec = str | dict[str, Any]
 
 @dataclass
 class Dock:
-    """A docked model, its processor, and the references to the bases it was made of."""
+    """A docked model, its processor, and the references to the bases it was made of: a `models.family.Family`."""
+
+    SPEC: ClassVar = ModelSpec
+    MODEL: ClassVar = OpticNerveForConditionalGeneration
+    PROCESSOR: ClassVar = OpticNerveProcessor
+    USE: ClassVar[str] = "`opticnerve ask`, `serve` and `eval` take it"
+    BASELINE: ClassVar[bool] = False
 
     model: OpticNerveForConditionalGeneration
     processor: OpticNerveProcessor
@@ -37,6 +44,11 @@ class Dock:
     def __iter__(self) -> Any:
         """So that `model, processor = dock(…)` reads as one expects."""
         return iter((self.model, self.processor))
+
+    @classmethod
+    def build(cls, recipe: Recipe) -> Dock:
+        """The model that a recipe describes, in the recipe's precision."""
+        return dock_recipe(recipe)
 
     def save(self, folder: Path, trained: Iterable[str]) -> None:
         """What was trained, with references to what was not, and the processor."""
@@ -52,6 +64,37 @@ class Dock:
         with torch.no_grad():
             delta.put(self.model, folder, reference["tensors"], sha256=reference.get("sha256"))
         return {n for n in reference["tensors"] if n in dict(self.model.named_parameters())}
+
+    def describe(self) -> dict[str, Any]:
+        """The model's parts, for the card and for results.json."""
+        modality, tower = next(iter(self.model.towers.items()))
+        parts = self.model.config.towers[modality]
+        return {
+            "encoder": encoder_name(self.bases[modality]["name"], parts["encoder"]["type"]),
+            "connector": parts["connector"]["type"],
+            "fusion": parts["fusion"]["type"],
+            "modalities": list(self.model.towers),
+            "language": self.bases["language"]["name"],
+            "visual_tokens": tower.num_tokens,
+            "encoder_width": tower.encoder.hidden_size,
+            "encoder_tokens": tower.encoder.num_tokens,
+            "image_size": getattr(tower.encoder, "image_size", None),
+            "width": tower.connector.out_size,
+            "license": license_of(self.bases),
+        }
+
+    def headline(self) -> str:
+        """One line on what is about to be trained, in rich's markup."""
+        d = self.describe()
+        return (
+            f"[bold]{d['encoder']}[/bold] ({d['encoder_tokens']} × {d['encoder_width']}) → {d['connector']} → "
+            f"{d['visual_tokens']} tokens × {d['width']} → [bold]{d['language']}[/bold]"
+        )
+
+
+def license_of(bases: dict[str, Any]) -> str:
+    """The starter kit's parts are Apache-2.0 all; of other parts we do not know."""
+    return "apache-2.0" if all(weights.is_starter(str(b["name"])) for b in bases.values()) else "other"
 
 
 def dock(
