@@ -115,7 +115,7 @@ def _without(changes: list[str]) -> None:
     import torch
 
     from opticnerve.objectives import next_token
-    from opticnerve.train import loop
+    from opticnerve.train import setup
 
     if "ablate=attention" in changes:
         next_token.supported = lambda language_model: False
@@ -127,7 +127,7 @@ def _without(changes: list[str]) -> None:
 
         next_token.supervised_loss = everywhere
     if "ablate=lean" in changes:
-        loop.fused = lambda language_model, functions: contextlib.nullcontext(0)
+        setup.fuse_layers = lambda language_model, functions: contextlib.nullcontext(0)
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------

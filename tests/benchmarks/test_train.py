@@ -27,7 +27,7 @@ def test_both_sides_train_the_same(stage: str) -> None:
 def test_what_stands_in_for_the_lean_layers_takes_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from opticnerve.train import loop
+    from opticnerve.train import setup
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     sys.modules.pop("train", None)
