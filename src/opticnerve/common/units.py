@@ -4,13 +4,13 @@ from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `6 min 10 s`, `3 h 5 min`."""
+    """`42 s`, `6 min 10 s`, `12 min`, `3 h 5 min`."""
     whole = round(seconds)
     if whole < 90:
         return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2f} s"
-    if whole < 5400:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    great, small = (whole // 60, whole % 60) if whole < 5400 else (whole // 3600, whole % 3600 // 60)
+    units = ("min", "s") if whole < 5400 else ("h", "min")
+    return f"{great} {units[0]}" + (f" {small} {units[1]}" if small else "")
 
 
 def size(count: float) -> str:

@@ -18,6 +18,7 @@ from opticnerve import registry
 from opticnerve.common import private_names
 from opticnerve.distributed.collectives import engine, timeout, without_deepspeed
 from opticnerve.fusion.base import decoder_layers
+from opticnerve.language.layers import context_length
 from opticnerve.language.lora import has_lora
 from opticnerve.models.vlm.build import Dock
 from opticnerve.models.vlm.parts import is_docked_model
@@ -36,7 +37,7 @@ def make_objective(stage: Stage, model: Any) -> Any:
 
 def within_context(stage: Stage, model: Any) -> Stage:
     """No sample may be longer than the language model's context, whether the stage says so or not."""
-    context = getattr(getattr(model.config, "text_config", None), "max_position_embeddings", None)
+    context = context_length(getattr(model.config, "text_config", None))
     if not context:
         return stage
     return stage.model_copy(update={"max_length": min(stage.max_length or context, context)})
