@@ -268,5 +268,5 @@ class TestRefusals:
             TimmEncoder(name="test_vit", class_token="cls")  # type: ignore[arg-type]
 
     def test_starter(self) -> None:
-        with pytest.raises(OpticNerveError, match="unknown starter eye"):
+        with pytest.raises(OpticNerveError, match="unknown starter vision encoder"):
             TimmEncoder.from_pretrained("starter/efficientnet-lite9")
