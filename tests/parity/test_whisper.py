@@ -261,7 +261,9 @@ class TestOpenAI:
 
 
 def test_an_unknown_starter_ear() -> None:
-    with pytest.raises(OpticNerveError, match="unknown starter audio encoder 'starter/whisper'; known: starter/whisper-tiny.en"):
+    with pytest.raises(
+        OpticNerveError, match="unknown starter audio encoder 'starter/whisper'; known: starter/whisper-tiny.en"
+    ):
         WhisperEncoder.planned("starter/whisper")
 
 

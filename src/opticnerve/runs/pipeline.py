@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from opticnerve.common.version import __version__
+from opticnerve.common.waiting import Waiting
 from opticnerve.data.dataset.load import load_data
-from opticnerve.runs.card.card import write_card
-from opticnerve.runs.card.warnings import warnings_of
+from opticnerve.distributed.collectives import on_main
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
 from opticnerve.models import family
@@ -27,7 +27,6 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.recipe import Recipe
 from opticnerve.train.loop import run_stage
 from opticnerve.train.setup import make_accelerator
-from opticnerve.distributed.collectives import on_main
 from opticnerve.types import Conversation, OpticNerveError
 
 
