@@ -94,7 +94,7 @@ encoders: Registry[Any] = Registry(
         "pair": "opticnerve.encoders.pair:PairEncoder",
         "patches": "opticnerve.encoders.patches:PatchesEncoder",
         "whisper": "opticnerve.encoders.whisper:WhisperEncoder",
-        "dual_encoder": "opticnerve.encoders.dual_eye:DualEncoderEye",
+        "dual_encoder": "opticnerve.encoders.dual_eye:DualEncoderVision",
     },
 )
 connectors: Registry[Any] = Registry(

@@ -20,7 +20,7 @@ from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
-TYPE = "opticnerve.encoders.dual_eye:DualEncoderEye"
+TYPE = "opticnerve.encoders.dual_eye:DualEncoderVision"
 
 
 @pytest.fixture(params=["hf_vision", "timm"])

@@ -65,7 +65,7 @@ class TestAgainstTransformers:
         for ends in (None, middle(free)):
             options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
             theirs = generated(made.model, inputs, 14, **options)
-            for how in ({"lean": fused}, {"lean": None}, {"drop_finished": False}, {"room": False, "lean": fused}):
+            for how in ({"fused": fused}, {"fused": None}, {"drop_finished": False}, {"room": False, "fused": fused}):
                 assert decoded(made.model, inputs, 14, **options, **how).tolist() == theirs.tolist(), how
 
     def test_one_row_and_one_token(self, family: str, docked: Callable[..., Dock]) -> None:

@@ -13,7 +13,7 @@ the logits are the model's own, in bf16 bit for bit (in float32 a wider product 
   sign in the sine.
 
 Which models: exactly the classes in `CLASSES`, whose forward passes were read; plain linear layers, nothing hooked onto
-them, SDPA attention without sliding windows, on a CPU. For all others `LeanDecoder.of` says None, and decoding calls
+them, SDPA attention without sliding windows, on a CPU. For all others `FusedDecoder.of` says None, and decoding calls
 the model.
 """
 

@@ -50,7 +50,8 @@ class CachePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**vars(self), "pays": self.pays, "fits": self.fits}
+        found = {**vars(self), "pays": self.pays, "fits": self.fits}
+        return {{"views": "visits", "vision_encoder": "eye"}.get(k, k): v for k, v in found.items()}
 
     def remark(self) -> tuple[bool, str]:
         """Whether it wants a decision, and what to say."""

@@ -71,7 +71,7 @@ class StageSampler(Dataset[Batch]):
     opened.
 
     Args:
-        units: what `data.source.load_units` gave; samples are read from it when they are visited.
+        examples: what `load_examples` gave; samples are read from it when they are drawn.
         rank, world: this process and how many there are; each takes every world-th row of a micro-batch (of planned
             rows, such that all processes have nearly as many tokens).
         collate: an objective's own way from the conversations of each row to a batch, instead of tokens with labels.

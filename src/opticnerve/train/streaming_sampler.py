@@ -18,7 +18,7 @@ CHECKED = 256
 
 
 class StreamingSampler(StageSampler):
-    """As `Visits`, with the rows of `Streams`; every process reads all rows, and opens the pictures of its own."""
+    """As `StageSampler`, with the rows of `Streams`; every process reads all rows, and opens its own pictures."""
 
     examples: Any
 
