@@ -42,7 +42,6 @@ ABLATIONS = {
     "torch's attention": ["ablate=attention"],
     "logits everywhere": ["ablate=logits"],
     "transformers' and peft's layers": ["ablate=layers"],
-    "the last MLP everywhere": ["ablate=last_mlp"],
     "an idle eye in memory": ["ablate=offload"],
 }
 
@@ -116,7 +115,7 @@ def _without(changes: list[str]) -> None:
     """Take a technique away, to see what it contributes."""
     import torch
 
-    from opticnerve.objectives import head, next_token
+    from opticnerve.objectives import next_token
     from opticnerve.train import loop
 
     if "ablate=attention" in changes:
@@ -130,8 +129,6 @@ def _without(changes: list[str]) -> None:
         next_token.supervised_loss = everywhere
     if "ablate=layers" in changes:
         loop.fuse_layers = lambda language_model, functions: contextlib.nullcontext(0)
-    if "ablate=last_mlp" in changes:
-        head.last_mlp_at = lambda language_model, places_M, rows: contextlib.nullcontext(False)
     if "ablate=offload" in changes:
         loop.offload_encoder = lambda vision_encoder, folder, console: None
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.mark.parametrize("connector", ["linear", {"type": "linear", "bias": False}, {"type": "mlp", "bias": False}])
-@pytest.mark.parametrize("eye", ["clip_vision_model", "siglip_vision_model"])
+@pytest.mark.parametrize("vision_encoder", ["clip_vision_model", "siglip_vision_model"])
 @torch.no_grad()
 def test_calibration_and_picture_size_go_into_the_weights(
     saved: Callable[..., Path], vision_encoder: str, connector: Any

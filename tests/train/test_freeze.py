@@ -28,7 +28,7 @@ CHOICES: list[dict[str, float]] = [
 ]
 
 
-@pytest.mark.parametrize("eye", ["clip_vision_model", "test_efficientnet"])
+@pytest.mark.parametrize("vision_encoder", ["clip_vision_model", "test_efficientnet"])
 @pytest.mark.parametrize("train", CHOICES, ids=lambda t: "+".join(t))
 def test_open_and_frozen(
     docked: Callable[..., Dock], timm_folder: Callable[..., str], vision_encoder: str, train: dict[str, float]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from opticnerve.objectives.base import Objective
-from opticnerve.objectives.head import supervised_logits, supervised_loss
+from opticnerve.ops.head import supervised_logits, supervised_loss
 from opticnerve.ops.varlen import supported, within
 from opticnerve.types import OpticNerveError
 

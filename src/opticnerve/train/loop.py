@@ -28,10 +28,10 @@ from opticnerve.language.chat_template import stage_template
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.parts import is_docked_model, moving_buffers
 from opticnerve.models.vlm.tower import MEDIA_INPUT
+from opticnerve.ops.attention import plain_attention
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
 from opticnerve.ops.offload import offload_encoder
-from opticnerve.ops.vision_attention import plain_attention
 from opticnerve.recipe import CacheSpec, Recipe, Stage
 from opticnerve.train import data_fingerprint
 from opticnerve.train import state as saving
