@@ -161,7 +161,7 @@ def _parts(shape: Shape, dtype: Any, device: Any, seed: int, calibrate: bool) ->
 
     from opticnerve.connectors.mlp import MLPConnector
     from opticnerve.encoders.hf_vision import HFVisionEncoder
-    from opticnerve.fusion.splice import Splice
+    from opticnerve.fusion.base import Splice
 
     dtype = dtype or torch.bfloat16
     vision_encoder, language_part = shape.vision_encoder, shape.language_part

@@ -113,7 +113,7 @@ fusions: Registry[Any] = Registry(
     "fusion",
     group="opticnerve.fusions",
     builtin={
-        "splice": "opticnerve.fusion.splice:Splice",
+        "splice": "opticnerve.fusion.base:Splice",
         "cross_attention": "opticnerve.fusion.gated_cross_attention:GatedCrossAttention",
     },
 )
@@ -124,7 +124,7 @@ objectives: Registry[Any] = Registry(
         "next_token": "opticnerve.objectives.next_token:NextToken",
         "dpo": "opticnerve.objectives.dpo:DPO",
         "contrastive": "opticnerve.objectives.contrastive:Contrastive",
-        "classification": "opticnerve.objectives.classification:Classification",
+        "classification": "opticnerve.objectives.next_token:Classification",
         "qformer_pretraining": "opticnerve.objectives.qformer_pretraining:QFormerPretraining",
     },
 )

@@ -38,7 +38,7 @@ def test_calibration_and_picture_size_go_into_the_weights(
 
 
 @pytest.mark.parametrize(
-    ("eye", "connector"),
+    ("vision_encoder", "connector"),
     [
         ("vit", {"type": "qformer", "num_queries": 3, "hidden_size": 16, "depth": 2, "heads": 2}),
         ("dinov2", {"type": "qformer", "num_queries": 3, "hidden_size": 16, "depth": 2, "heads": 2}),

@@ -20,7 +20,7 @@ import tiny
 from opticnerve.connectors.mlp import LinearConnector
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.collators.qformer import CaptionBatch, CaptionCollator
-from opticnerve.objectives.gather import gather_padded
+from opticnerve.objectives.base import gather_padded
 from opticnerve.objectives.qformer_pretraining import (
     QFormerPretraining,
     attention_mask,

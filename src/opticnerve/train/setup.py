@@ -17,11 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opticnerve import registry
 from opticnerve.common import private_names
 from opticnerve.distributed.collectives import engine, timeout, without_deepspeed
-from opticnerve.fusion.base import decoder_layers
+from opticnerve.language.layers import decoder_layers
 from opticnerve.language.lora import has_lora
 from opticnerve.models.vlm.build import Dock
 from opticnerve.models.vlm.parts import is_docked_model
-from opticnerve.models.vlm.tower import check_options, language_sizes
+from opticnerve.models.vlm.tower import check_options
 from opticnerve.recipe import LoraSpec, Recipe, Stage
 from opticnerve.types import OpticNerveError, to_install
 
@@ -78,8 +78,7 @@ def compiled_layers(model: Any) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
     if not is_docked_model(model):
         raise OpticNerveError("compile is for docked language models; leave it out")
-    count = language_sizes(model.language_model)["language_layers"]
-    layers = decoder_layers(model.language_model, count)
+    _, layers = decoder_layers(model.language_model)
     for layer in layers:
         layer.compile(dynamic=True, backend=BACKEND)
     try:
