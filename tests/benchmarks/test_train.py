@@ -24,7 +24,7 @@ def test_both_sides_train_the_same(stage: str) -> None:
     assert "Of the floor" in done.stdout
 
 
-def test_what_stands_in_for_the_lean_layers_takes_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stands_in_for_the_fused_layers_takes_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from opticnerve.train import setup
@@ -35,7 +35,7 @@ def test_what_stands_in_for_the_lean_layers_takes_what_they_take(monkeypatch: py
 
     taken = list(inspect.signature(loop.fuse_layers).parameters)
     monkeypatch.setattr(loop, "fuse_layers", loop.fuse_layers)  # to be put back
-    train._without(["ablate=lean"])
+    train._without(["ablate=layers"])
     assert list(inspect.signature(loop.fuse_layers).parameters) == taken
     with loop.fuse_layers(torch.nn.Module(), None):
         pass

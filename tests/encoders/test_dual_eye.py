@@ -13,14 +13,14 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import tiny
-from opticnerve.encoders.dual_eye import DualEncoderVision
+from opticnerve.encoders.nested import DualEncoderVision
 from opticnerve.models.dual_encoder.build import dual
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
-TYPE = "opticnerve.encoders.dual_eye:DualEncoderVision"
+TYPE = "opticnerve.encoders.nested:DualEncoderVision"
 
 
 @pytest.fixture(params=["hf_vision", "timm"])
