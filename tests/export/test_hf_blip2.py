@@ -80,13 +80,13 @@ def test_there_and_back_the_logits_are_the_same(tmp_path: Path) -> None:
 def test_queries_in_another_order_are_caught_and_nothing_stays(
     saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = blip2._state
+    honest = blip2.HFBlip2.state
 
     def turned(*args: Any) -> dict[str, Any]:
         state = honest(*args)
         return {**state, "query_tokens": state["query_tokens"].flip(1)}
 
-    monkeypatch.setattr(blip2, "_state", turned)
+    monkeypatch.setattr(blip2.HFBlip2, "state", turned)
     with pytest.raises(OpticNerveError, match="logits differ by up to"):
         export(saved("llama", **DOCK), "hf-blip2", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

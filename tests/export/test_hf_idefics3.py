@@ -62,14 +62,14 @@ def test_other_families_sizes_and_scales(options: dict[str, Any], saved: Make, t
 def test_a_matrix_whose_columns_are_out_of_order_is_caught(
     saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = idefics3._state
+    honest = idefics3.HFIdefics3.state
 
     def swapped(*args: Any) -> dict[str, Any]:
         state = honest(*args)
         name = "model.connector.modality_projection.proj.weight"
         return {**state, name: state[name].roll(24, 1)}
 
-    monkeypatch.setattr(idefics3, "_state", swapped)
+    monkeypatch.setattr(idefics3.HFIdefics3, "state", swapped)
     with pytest.raises(OpticNerveError, match=r"sample 2 in transformers .*: logits differ by up to"):
         export(saved("llama", **SHUFFLE), "hf-idefics3", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from opticnerve.export.clip_like import connector_matrices
-from opticnerve.export.hf.blip2_vision import final_norm, fold_scales
+from opticnerve.export.hf.blip2 import final_norm, fold_scales
 from opticnerve.export.parity import cast
-from opticnerve.export.simplify import fix_picture_size, fold_calibration, fold_into_norm
+from opticnerve.export.simplify import connector_matrices, fix_picture_size, fold_calibration, fold_into_norm
 from opticnerve.inference.load import load_model
 
 pytestmark = pytest.mark.usefixtures("private_cache")
