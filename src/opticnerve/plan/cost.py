@@ -20,7 +20,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.models.vlm.prompt import Prompt
-from opticnerve.ops.last_mlp import last_mlp_at
 from opticnerve.types import OpticNerveError
 
 # The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3
