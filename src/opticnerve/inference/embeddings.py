@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opticnerve.common import atomic
 from opticnerve.data.media.images import Source
 from opticnerve.data.media.transform import open_for
 from opticnerve.inference.load import load_any, resolve
@@ -112,7 +112,7 @@ def save_embeddings(
     written = {"vectors": folder / f"{name}.npy", "ids": folder / f"{name}.ids.jsonl"}
     lines = "".join(json.dumps({"row": row, "id": i}, ensure_ascii=False) + "\n" for row, i in enumerate(ids))
     _whole(written["vectors"], lambda path: np.save(path, ready_ND))
-    _whole(written["ids"], lambda path: path.write_text(lines, encoding="utf-8"))
+    atomic.write(written["ids"], lines)
     if faiss_index:
         written["index"] = folder / f"{name}.faiss"
         _whole(written["index"], lambda path: _write_index(path, ready_ND))
@@ -131,7 +131,7 @@ def _write_index(path: Path, ready_ND: Vectors) -> None:
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:
     """All of a file or nothing: written beside, then renamed."""
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    partial = atomic.partial_of(path)
     try:
         write(partial)
         partial.replace(path)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from opticnerve.common import atomic
 from opticnerve.encoders.base import last_blocks
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
 from opticnerve.language.load import load_language
@@ -122,8 +123,7 @@ class TwoTowerDock:
         """A folder that `from_pretrained` loads, and in bases.json what the model was made of and what trained."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        reference = {**versions(), "bases": self.bases, "trained": sorted(trained)}
-        (folder / BASES).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+        atomic.write_json(folder / BASES, {**versions(), "bases": self.bases, "trained": sorted(trained)})
 
     def load_stage(self, folder: Path) -> set[str]:
         """Bring the model to where a finished stage left it; returns the names of all parameters trained so far.

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 from opticnerve.common.version import __version__
+from opticnerve.common.waiting import Waiting
 from opticnerve.data.dataset.load import load_data
-from opticnerve.runs.card.card import write_card
-from opticnerve.runs.card.warnings import warnings_of
+from opticnerve.distributed.collectives import on_main
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
-from opticnerve.models import family
-from opticnerve.runs.records import Results, finish_stage, finished_stage, keep_recipe, publish
-from opticnerve.common.waiting import Waiting
 from opticnerve.inference.generate import Answerer
+from opticnerve.models import family
 from opticnerve.recipe import Recipe
+from opticnerve.runs.card.card import write_card
+from opticnerve.runs.card.warnings import warnings_of
+from opticnerve.runs.records import Results, finish_stage, finished_stage, keep_recipe, publish
 from opticnerve.train.loop import run_stage
 from opticnerve.train.setup import make_accelerator
-from opticnerve.distributed.collectives import on_main
 from opticnerve.types import Conversation, OpticNerveError
 
 

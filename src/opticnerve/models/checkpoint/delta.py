@@ -148,7 +148,7 @@ def save(
         "sha256": atomic.sha256(folder / TENSORS),
         "tensors": {n: list(t.shape) for n, t in chosen.items()},
     }
-    (folder / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+    atomic.write_json(folder / REFERENCE, reference)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -166,14 +166,15 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
     return assemble(language_part, towers, bases, **spec.language.words())
 
 
-def load_encoder(modality: str, spec: PartSpec) -> tuple[Any, Any]:
-    """The name of the weights (or names, or None) and the encoder that holds them."""
+def load_encoder(modality: str, spec: PartSpec, *, planned: bool = False) -> tuple[Any, Any]:
+    """The name of the weights (or names, or None) and the encoder that holds them; `planned`: one without them."""
     cls = registry.encoders.get(spec.type)
     if cls.modality != modality:
         raise OpticNerveError(f"model.{modality}.encoder: {spec.type!r} is for {cls.modality}, not for {modality}")
     name, options = cls.take_name(spec.options)
-    check_options("encoder", spec.type, cls, {k: v for k, v in options.items() if k != "architecture"})
-    return name, cls.from_pretrained(name, **options)
+    foreseen = {k: v for k, v in options.items() if k != "architecture"}
+    check_options("encoder", spec.type, cls, foreseen)
+    return name, cls.planned(name, **foreseen) if planned else cls.from_pretrained(name, **options)
 
 
 def assemble(language_part: Language, towers: dict[str, Tower], bases: dict[str, Any], **words: Any) -> Dock:

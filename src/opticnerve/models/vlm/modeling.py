@@ -29,7 +29,7 @@ from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.parts import DockedParts
 from opticnerve.models.vlm.prompt import MEDIA_KEYS, Prompt, keep, kept, multimodal_context, repeat_media
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
-from opticnerve.ops import last_mlp, varlen
+from opticnerve.ops import varlen
 from opticnerve.types import Features
 
 # While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
@@ -237,14 +237,13 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
 
     def recompute(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` for gradient checkpointing: a layer that is run again sees what it saw the first time."""
-        seen, attended, read = {m: t.fusion.seen for m, t in self.towers.items()}, varlen.current(), last_mlp.current()
+        seen, attended = {m: t.fusion.seen for m, t in self.towers.items()}, varlen.current()
         gate = getattr(self.language_model, "lora_gate", None)
         prompt = Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None)
 
         @contextmanager
         def again() -> Iterator[None]:
-            reading: Any = nullcontext() if read is None else last_mlp.last_mlp_at(self.language_model, *read)
-            with self.multimodal_context(prompt), varlen.within(self.language_model, attended), reading:
+            with self.multimodal_context(prompt), varlen.within(self.language_model, attended):
                 yield
 
         return nullcontext(), again()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from opticnerve.encoders.base import last_blocks
+from opticnerve.language.layers import decoder_layers
 from opticnerve.language.lora import is_lora
 from opticnerve.recipe import MODALITIES, split_part
 from opticnerve.types import OpticNerveError
@@ -103,10 +104,9 @@ def _language(model: Any, inner: str) -> dict[str, nn.Parameter]:
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         chosen = {id(p) for end in ends if end is not None for p in end.parameters()}
     else:
-        lists = [m for m in model.language_model.modules() if isinstance(m, nn.ModuleList)]
-        blocks: Any = max(lists, key=len) if lists else []
+        blocks = decoder_layers(model.language_model)[1]
         count = int(re.findall(r"\d+", inner)[0])
         if not 0 < count <= len(blocks):
             raise OpticNerveError(f"{inner}: the language model has {len(blocks)} layers; ask for 1 to {len(blocks)}")
-        chosen = {id(p) for block in list(blocks)[-count:] for p in block.parameters()}
+        chosen = {id(p) for block in blocks[-count:] for p in block.parameters()}
     return {n: p for n, p in names.items() if id(p) in chosen}
