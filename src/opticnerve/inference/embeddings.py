@@ -19,6 +19,7 @@ from opticnerve.data.media.images import Source
 from opticnerve.data.media.transform import open_for
 from opticnerve.inference.load import load_any, resolve
 from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.models.family import family_of
 from opticnerve.types import OpticNerveError, to_install
 
@@ -43,7 +44,7 @@ class Embedder:
     Args: model, processor: as from `load_dual_encoder`. batch_size: pictures or texts that go through at a time.
     """
 
-    def __init__(self, model: Any, processor: Any, *, batch_size: int = 64) -> None:
+    def __init__(self, model: DualEncoder, processor: DualEncoderProcessor, *, batch_size: int = 64) -> None:
         self.model, self.processor, self.batch_size = model, processor, batch_size
 
     @property

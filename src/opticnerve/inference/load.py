@@ -14,9 +14,11 @@ from opticnerve.models.family import family_of
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.types import OpticNerveError
 
+Dtype = torch.dtype | str | None
+
 
 def load_model(
-    name: str | Path, *, device: str | None = None, dtype: Any = None, trust_remote_code: bool = False
+    name: str | Path, *, device: str | None = None, dtype: Dtype = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """Load a docked model for use, in `eval()`; see `load_any`."""
     folder = resolve(str(name))
@@ -27,7 +29,7 @@ def load_model(
 
 
 def load_any(
-    name: str | Path, *, device: str | None = None, dtype: Any = None, trust_remote_code: bool = False
+    name: str | Path, *, device: str | None = None, dtype: Dtype = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """Load a model of any family and its processor for use, in `eval()`.
 

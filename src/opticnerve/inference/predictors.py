@@ -23,8 +23,10 @@ from opticnerve.inference.likelihood import answer_scores
 from opticnerve.inference.load import load_any, resolve
 from opticnerve.models.classifier.modeling import FusionClassifier
 from opticnerve.models.classifier.parts import LEAST, Combination, combine
+from opticnerve.models.classifier.processing import FusionClassifierProcessor
 from opticnerve.models.family import family_of
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.types import Conversation, Features, Message, OpticNerveError, TextPart
 
 # Questions, and numbers of features (1 GiB in float32), whose pictures are held at a time.
@@ -46,7 +48,7 @@ class VLMPredictor:
     ends there, so the choices' shares are what it would say if it could say nothing else.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
         self.model, self.processor = model, processor
 
     def scores(self, conversation: Conversation, choices: Sequence[str]) -> list[float]:
@@ -74,7 +76,7 @@ class ClassifierPredictor:
     Args: model, processor: as from `build_classifier.classifier`. batch_size: questions, or pictures, at a time.
     """
 
-    def __init__(self, model: Any, processor: Any, *, batch_size: int = 64) -> None:
+    def __init__(self, model: FusionClassifier, processor: FusionClassifierProcessor, *, batch_size: int = 64) -> None:
         self.model, self.processor, self.batch_size = model, processor, batch_size
 
     def scores(self, conversation: Conversation, choices: Sequence[str]) -> list[float]:
@@ -260,15 +262,20 @@ def answers_of(
 
 @answers_of.register
 def _(
-    model: OpticNerveForConditionalGeneration, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int,
-    batch_size: int,
+    model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, asked: Sequence[Conversation], *,
+    max_new_tokens: int, batch_size: int,
 ) -> list[str]:  # fmt: skip
     return Answerer(model, processor).answer(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 @answers_of.register
 def _(
-    model: FusionClassifier, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
+    model: FusionClassifier,
+    processor: FusionClassifierProcessor,
+    asked: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> list[str]:
     return ClassifierPredictor(model, processor, batch_size=batch_size).answers(asked)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -116,11 +116,11 @@ def _rows(model: Model, groups: dict[str, dict[str, nn.Parameter]], rates: dict[
     return rows
 
 
-def _count(parameters: Any) -> int:
+def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _dtype(parameters: Any) -> str:
+def _dtype(parameters: Iterable[nn.Parameter]) -> str:
     return "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
 
 

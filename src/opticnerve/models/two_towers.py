@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from opticnerve.common import atomic
-from opticnerve.encoders.base import last_blocks
+from opticnerve.encoders.base import Encoder, last_blocks
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
 from opticnerve.language.load import load_language
 from opticnerve.models.checkpoint.delta import base_of, encoder_name, versions
@@ -52,11 +52,11 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     input_modalities = ("image", "text")  # type: ignore[assignment]
     _supports_sdpa = True
 
-    def _assemble(self, vision_encoder: Any, text_encoder: Any) -> None:
+    def _assemble(self, vision_encoder: Encoder | None, text_encoder: HFTextEncoder) -> None:
         raise NotImplementedError
 
     @classmethod
-    def _around(cls, config: Any, vision_encoder: Any, text_encoder: Any) -> Any:
+    def _around(cls, config: PreTrainedConfig, vision_encoder: Encoder | None, text_encoder: HFTextEncoder) -> Any:
         """A model of that configuration around encoders that hold their weights already."""
         model = cls.__new__(cls)
         PreTrainedModel.__init__(model, config)

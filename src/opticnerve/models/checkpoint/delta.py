@@ -17,7 +17,7 @@ import logging
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import transformers
@@ -40,7 +40,12 @@ from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.types import OpticNerveError
 
 REFERENCE, TENSORS = "dock.json", "trained.safetensors"
+Name = str | dict[str, Any] | None  # of an encoder's weights: several where encoders stand side by side
 _log = logging.getLogger(__name__)
+
+
+class HasFiles(Protocol):
+    def weight_files(self) -> list[str]: ...
 
 
 class _Base(BaseModel):
@@ -67,7 +72,7 @@ class _Reference(BaseModel):
     sha256: str | None = None
 
 
-def find(name: Any) -> Path | None:
+def find(name: str | Path) -> Path | None:
     """The folder of a delta, or None where `name` is something else (a self-contained folder, a hub name).
 
     Raises:
@@ -94,23 +99,23 @@ def describe_bases(
     return bases | {modality: base_of(name, encoder) for modality, (name, encoder) in towers.items()}
 
 
-def base_of(name: Any, encoder: Any) -> dict[str, Any]:
+def base_of(name: Name, encoder: HasFiles) -> dict[str, Any]:
     """How an encoder's weights are called, and the hash of their files."""
     return _base(name, encoder.weight_files())
 
 
-def _base(name: Any, files: list[str]) -> dict[str, Any]:
+def _base(name: Name, files: list[str]) -> dict[str, Any]:
     return {"name": name, "sha256": fingerprint(files) if files else None}
 
 
-def encoder_name(name: Any, kind: str) -> str:
+def encoder_name(name: Name, kind: str) -> str:
     """How reports call an encoder: by its weights' name, or names, or by its type where it has none."""
     if isinstance(name, dict):
         return " + ".join(encoder_name(n, kind) for n in name.values())
     return str(name) if name is not None else kind
 
 
-def weight_names(name: Any) -> list[str]:
+def weight_names(name: Name) -> list[str]:
     """The names of an encoder's weights: one, none, or several where encoders stand side by side."""
     if isinstance(name, dict):
         return [n for inner in name.values() for n in weight_names(inner)]
@@ -171,7 +176,7 @@ def read(folder: Path) -> dict[str, Any]:
     return reference
 
 
-def load(cls: Any, folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) -> Any:
+def load(cls: Any, folder: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False) -> Any:
     """A model of `cls`: build the bases, check their hashes, put in what was trained; every tensor is accounted for.
 
     Raises:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ class StrictLoading:
     lists them. Parts under dotted paths (code from outside opticnerve) are run with `trust_remote_code=True` only."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load a folder of `save_pretrained` or a hub name.
 
         Raises:
@@ -77,7 +80,7 @@ def list_problems(report: dict[str, Any]) -> str:
 
 
 @contextmanager
-def wrap_errors(what: str, source: Any) -> Iterator[None]:
+def wrap_errors(what: str, source: str | Path) -> Iterator[None]:
     """Whatever goes wrong while files of a checkpoint are read is one error that names them.
 
     What transformers, tokenizers and safetensors raise for an altered file depends on where their parsing trips over
@@ -121,7 +124,7 @@ def no_larger_than(source: str, tensors: int, elements: int) -> Iterator[None]:
     most_tensors, most_elements, most_modules = 6 * tensors + 500, 6 * elements + 100_000_000, 40 * tensors + 3_000
     built, numbers, modules, thread = 0, 0, 0, threading.get_ident()
 
-    def add_tensor(module: nn.Module, name: str, value: Any) -> None:
+    def add_tensor(module: nn.Module, name: str, value: Tensor | None) -> None:
         nonlocal built, numbers
         # Weights that come to a module on the meta device replace what was counted when it was built.
         replaces = isinstance(getattr(module, name, None), Tensor)
@@ -134,7 +137,7 @@ def no_larger_than(source: str, tensors: int, elements: int) -> Iterator[None]:
                 f"but its weights are {elements:,} in {tensors:,}; one of the two is not its own"
             )
 
-    def add_module(module: nn.Module, name: str, value: Any) -> None:
+    def add_module(module: nn.Module, name: str, value: nn.Module | None) -> None:
         nonlocal modules
         if value is None or threading.get_ident() != thread:
             return

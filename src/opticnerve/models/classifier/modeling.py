@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from opticnerve import registry
 from opticnerve.data.collators.classification import normal
 from opticnerve.encoders.base import Encoder
-from opticnerve.encoders.text import text_encoders
+from opticnerve.encoders.text import HFTextEncoder, text_encoders
 from opticnerve.models.checkpoint.strict import trusts
 from opticnerve.models.classifier.configuration import FusionClassifierConfig, Timing
 from opticnerve.models.classifier.parts import COMBINATIONS, Scores, TextMemory, make_head
@@ -55,7 +55,7 @@ class PictureTower(nn.Module):
 class QuestionTower(nn.Module):
     """The text half."""
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: HFTextEncoder) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -68,6 +68,7 @@ class FusionClassifier(TwoTowerModel):
 
     config_class = FusionClassifierConfig
     config: FusionClassifierConfig
+    classifier: Any
 
     def __init__(self, config: FusionClassifierConfig, *, trust_remote_code: bool = False) -> None:
         super().__init__(config)
@@ -76,7 +77,7 @@ class FusionClassifier(TwoTowerModel):
         self._assemble(vision_encoder, make(text_encoders, config.text["encoder"], trusted))
         self.post_init()
 
-    def _assemble(self, vision_encoder: Encoder | None, reader: Any) -> None:
+    def _assemble(self, vision_encoder: Encoder | None, reader: HFTextEncoder) -> None:
         config = self.config
         if (vision_encoder is None) != (config.timing == "early"):
             raise OpticNerveError(
@@ -97,7 +98,7 @@ class FusionClassifier(TwoTowerModel):
     def from_parts(
         cls,
         image: Encoder | None,
-        text: Any,
+        text: HFTextEncoder,
         *,
         timing: Timing,
         answers: list[str],

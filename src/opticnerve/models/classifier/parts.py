@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opticnerve.common.private_names import times_written
+from opticnerve.encoders.base import Encoder
+from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.types import Features, OpticNerveError
 
 Combination = Literal["mean", "vote", "product", "learned"]
@@ -172,7 +174,9 @@ def mean_of(features: Features) -> Tensor:
     return (features.tokens_BND * weight_BN1).sum(1) / weight_BN1.sum(1)
 
 
-def make_head(timing: str, vision_encoder: Any, reader: Any, answers: int, options: dict[str, Any]) -> nn.Module:
+def make_head(
+    timing: str, vision_encoder: Encoder | None, reader: HFTextEncoder, answers: int, options: dict[str, Any]
+) -> nn.Module:
     """The head of a timing over a vision encoder (None for early) and a text encoder.
 
     Raises:
@@ -235,7 +239,7 @@ class TextMemory:
     precision, or their device. Not a module: what it remembers is no state of the model.
     """
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: HFTextEncoder) -> None:
         self.encoder = encoder
         self._known: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._weights: list[tuple[int, int]] = []

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from opticnerve.data.collators.classification import normal
 from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
@@ -23,7 +23,7 @@ class FusionClassifierProcessor(DualEncoderProcessor):
 
     def __init__(
         self,
-        image_processor: Any = None,
+        image_processor: BaseImageProcessor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int = 77,
         padding: Literal["longest", "max_length"] = "longest",

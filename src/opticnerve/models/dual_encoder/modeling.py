@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 from opticnerve import registry
 from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.pooling import VisionPooling
-from opticnerve.encoders.text import text_encoders
+from opticnerve.encoders.text import HFTextEncoder, text_encoders
 from opticnerve.models.checkpoint.strict import trusts
 from opticnerve.models.dual_encoder.configuration import DualEncoderConfig
 from opticnerve.models.dual_encoder.parts import ImageTower, TextTower
@@ -64,8 +64,9 @@ class DualEncoder(TwoTowerModel):
         )
         self.post_init()
 
-    def _assemble(self, vision_encoder: Encoder, reader: Any) -> None:
+    def _assemble(self, vision_encoder: Encoder | None, reader: HFTextEncoder) -> None:
         """Towers and temperature as the configuration says, around two encoders."""
+        assert vision_encoder is not None
         config, size = self.config, self.config.projection_dim
         self.image = ImageTower(
             vision_encoder, size, config.image.get("projection"), config.image.get("pooling", "mean")
@@ -85,7 +86,7 @@ class DualEncoder(TwoTowerModel):
     def from_parts(
         cls,
         image: Encoder,
-        text: Any,
+        text: HFTextEncoder,
         *,
         pooling: VisionPooling = "mean",
         projection_dim: int | None = 512,

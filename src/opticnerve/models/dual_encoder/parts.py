@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.pooling import VisionPooling, check_pooling, pool, pooled_size, wake_pooler
+from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.types import OpticNerveError
 
 
@@ -68,7 +69,7 @@ class ImageTower(EmbeddingTower):
 class TextTower(EmbeddingTower):
     """A text encoder; it pools by itself."""
 
-    def __init__(self, encoder: Any, out_size: int | None, projection: dict[str, Any] | None) -> None:
+    def __init__(self, encoder: HFTextEncoder, out_size: int | None, projection: dict[str, Any] | None) -> None:
         super().__init__(encoder, encoder.hidden_size, out_size, projection)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]

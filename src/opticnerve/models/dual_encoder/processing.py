@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import ImageInput
+
+from opticnerve.encoders.text import HFTextEncoder
 
 
 class DualEncoderProcessor(ProcessorMixin):
@@ -19,7 +22,7 @@ class DualEncoderProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: Any = None,
+        image_processor: BaseImageProcessor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int = 77,
         padding: Literal["longest", "max_length"] = "longest",
@@ -29,12 +32,12 @@ class DualEncoderProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     @classmethod
-    def of(cls, image_processor: Any, text_encoder: Any, **options: Any) -> Any:
+    def of(cls, image_processor: BaseImageProcessor, text_encoder: HFTextEncoder, **options: Any) -> Any:
         """The processor that an image processor and a text encoder (with its tokenizer) make."""
-        lengths = {"max_length": text_encoder.max_length, "padding": text_encoder.padding}
-        return cls(image_processor, text_encoder.tokenizer, **lengths, **options)
+        reader = text_encoder
+        return cls(image_processor, reader.tokenizer, reader.max_length, reader.padding, **options)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any) -> Any:
         """Pictures to `pixel_values`, captions to `input_ids` and `attention_mask`; either may be left out."""
         if text is not None:
             kwargs = {"padding": self.padding, "max_length": self.max_length, "truncation": True, **kwargs}

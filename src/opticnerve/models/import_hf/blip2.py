@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.fusion.base import Splice
@@ -46,7 +48,7 @@ _USER = {
 _FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 
-def refuse(config: Any) -> list[str]:
+def refuse(config: PreTrainedConfig) -> list[str]:
     """What of a BLIP-2 or InstructBLIP cannot be imported, by its configuration."""
     reasons, vision = [], config.vision_config
     if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
@@ -137,11 +139,11 @@ def ready(source: Source) -> None:
         source.processor.num_query_tokens = source.config.num_query_tokens
 
 
-def _begins_itself(tokenizer: Any) -> bool:
+def _begins_itself(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _stop_beginning(tokenizer: Any) -> None:
+def _stop_beginning(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_bos_token = False
     if _begins_itself(tokenizer):
         raise OpticNerveError(

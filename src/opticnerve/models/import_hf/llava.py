@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
 from opticnerve.connectors.mlp import MLPConnector
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.fusion.base import Splice
@@ -20,7 +22,7 @@ from opticnerve.types import OpticNerveError
 VISION = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 
 
-def refuse(config: Any) -> list[str]:
+def refuse(config: PreTrainedConfig) -> list[str]:
     """What of a LLaVA cannot be imported, by its configuration."""
     reasons, vision = [], config.vision_config
     if vision.model_type not in VISION:
@@ -80,7 +82,7 @@ def ready(source: Source) -> None:
         processor.num_additional_image_tokens = 1
 
 
-def _encoder(source: Source, vision: Any) -> HFVisionEncoder:
+def _encoder(source: Source, vision: PreTrainedModel) -> HFVisionEncoder:
     """The vision tower, with LLaVA's `vision_feature_layer` and `vision_feature_select_strategy`."""
     config = source.config
     strategy, layer = config.vision_feature_select_strategy, config.vision_feature_layer
@@ -118,6 +120,6 @@ def _tiling(source: Source, encoder: HFVisionEncoder, width: int) -> Tiling:
     return tiling
 
 
-def _tile_images(images: Any) -> TilingImageProcessor:
+def _tile_images(images: BaseImageProcessor) -> TilingImageProcessor:
     options = {k: v for k, v in images.to_dict().items() if k in TilingImageProcessor.valid_kwargs.__annotations__}
     return TilingImageProcessor(**options)

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
 
 from opticnerve.common.cache import new_folder
 from opticnerve.connectors.base import Connector
@@ -224,7 +225,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def record(model: Any, processor: Any, chosen: Sequence[Sample]) -> None:
+def record(model: PreTrainedModel, processor: ProcessorMixin, chosen: Sequence[Sample]) -> None:
     """Run their model, in float32, on every sample.
 
     Raises:
@@ -242,7 +243,9 @@ def record(model: Any, processor: Any, chosen: Sequence[Sample]) -> None:
 
 
 @torch.no_grad()
-def compare(model: Any, processor: Any, chosen: Sequence[Sample]) -> float:
+def compare(
+    model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, chosen: Sequence[Sample]
+) -> float:
     """The largest difference of any logit between their model (recorded) and ours, in float32.
 
     Raises:

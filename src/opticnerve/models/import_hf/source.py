@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers as tf
@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from opticnerve.common import hub
-from opticnerve.encoders.hf_vision import HFVisionEncoder
+from opticnerve.encoders.hf_vision import HFVisionEncoder, Layer
 from opticnerve.encoders.preparation import as_options
 from opticnerve.language.chat_template import IMAGE_TOKEN, with_parts
 from opticnerve.language.load import no_bars
@@ -60,7 +60,7 @@ def read_config(name: str, known: list[str]) -> Any:
     return config
 
 
-def common_refusals(config: Any, model_class: str) -> list[str]:
+def common_refusals(config: tf.PreTrainedConfig, model_class: str) -> list[str]:
     """Reasons that do not depend on the family."""
     reasons = []
     written = [a for a in (config.architectures or []) if a != model_class]
@@ -137,12 +137,12 @@ def adopt(module: nn.Module, tensors: dict[str, nn.Parameter]) -> None:
         setattr(module.get_submodule(path), leaf, tensor)
 
 
-def prefixed(tensors: Any, prefix: str) -> dict[str, nn.Parameter]:
+def prefixed(tensors: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
     """A module's parameters under `prefix`."""
     return {f"{prefix}.{n}": p for n, p in tensors.named_parameters()}
 
 
-def language_model(base: nn.Module, head: nn.Module, config: Any, *, tied: bool) -> Any:
+def language_model(base: nn.Module, head: nn.Module, config: tf.PreTrainedConfig, *, tied: bool) -> Any:
     """A causal language model of a decoder without head and a head, as LLaVA keeps them.
 
     Raises:
@@ -166,7 +166,9 @@ def language_model(base: nn.Module, head: nn.Module, config: Any, *, tied: bool)
     return model.eval()
 
 
-def vision_encoder(source: Source, model: Any, *, layer: Any, class_token: Any) -> HFVisionEncoder:
+def vision_encoder(
+    source: Source, model: tf.PreTrainedModel, *, layer: Layer, class_token: Literal["drop", "keep"]
+) -> HFVisionEncoder:
     """Their vision model as an encoder, with what their image processor says of pictures."""
     options = as_options(source.processor.image_processor, source.name)
     if options.get("image_size") == model.config.image_size:
@@ -177,7 +179,13 @@ def vision_encoder(source: Source, model: Any, *, layer: Any, class_token: Any) 
 
 
 def processor(
-    source: Source, tower: Tower, tokenizer: Any, *, image_processor: Any, chat_template: str | None, **options: Any
+    source: Source,
+    tower: Tower,
+    tokenizer: tf.PreTrainedTokenizerBase,
+    *,
+    image_processor: tf.BaseImageProcessor,
+    chat_template: str | None,
+    **options: Any,
 ) -> OpticNerveProcessor:
     """Their tokenizer and picture preparation, our counting.
 

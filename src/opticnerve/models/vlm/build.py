@@ -222,12 +222,12 @@ def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     return out
 
 
-def is_gated(model: Any) -> bool:
+def is_gated(model: OpticNerveForConditionalGeneration) -> bool:
     """Whether the adapter steps aside for text alone (`lora.when: media`): no sum of weights can do that."""
     return (model.config.lora or {}).get("when", "always") != "always"
 
 
-def merge_adapter(model: Any) -> None:
+def merge_adapter(model: OpticNerveForConditionalGeneration) -> None:
     """Add the LoRA adapter, if there is one, into the language model's weights; a gated one stays as it is."""
     if has_lora(model.language_model) and not is_gated(model):
         merge_lora(model.language_model)

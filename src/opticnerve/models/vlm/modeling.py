@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from opticnerve.common.private_names import (
@@ -83,7 +84,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
 
     @classmethod
     def from_parts(
-        cls, language_model: Any, towers: dict[str, Tower], *, image_token_id: int | None = None,
+        cls, language_model: PreTrainedModel, towers: dict[str, Tower], *, image_token_id: int | None = None,
         audio_token_id: int | None = None,
     ) -> Any:  # fmt: skip
         """Dock modules that already hold their weights; nothing is copied. `towers`: by modality."""
@@ -123,14 +124,16 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
             tower.fusion.wire(self.language_model)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load a self-contained folder, or a run's folder that holds what was trained and names its bases.
 
         Every tensor is accounted for: missing, unexpected and mismatched ones are an error that lists them. Parts under
         dotted paths (code from outside opticnerve) are run with `trust_remote_code=True` only.
         """
         trusted = bool(kwargs.get("trust_remote_code", False))
-        folder = delta.find(pretrained_model_name_or_path)
+        folder = delta.find(str(pretrained_model_name_or_path))
         if folder is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device_map")
@@ -256,7 +259,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -265,7 +268,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         qformer_attention_mask: Tensor | None = None,
         image_features: Features | None = None,
         audio_features: Features | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> OpticNerveOutput:
         """One forward pass.

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    BaseImageProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SequenceFeatureExtractor,
+)
+from transformers.image_utils import ImageInput
 
 from opticnerve.common.private_names import saved_parts
 from opticnerve.data.encode.chat_layout import form_of
@@ -59,9 +66,9 @@ class OpticNerveProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: Any = None,
+        image_processor: BaseImageProcessor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        feature_extractor: Any = None,
+        feature_extractor: SequenceFeatureExtractor | None = None,
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         num_image_tokens: int | None = 1,
         image_token: str = IMAGE_TOKEN,
@@ -100,7 +107,9 @@ class OpticNerveProcessor(ProcessorMixin):
         super().__init__(**{k: v for k, v in parts.items() if v is not None}, chat_template=template)
 
     @classmethod
-    def from_tower(cls, towers: dict[str, Any], tokenizer: Any, **options: Any) -> OpticNerveProcessor:
+    def from_tower(
+        cls, towers: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any
+    ) -> OpticNerveProcessor:
         """The processor of a docked model: what its towers say of themselves."""
         image, audio = towers.get("image"), towers.get("audio")
         if image is not None:
@@ -121,7 +130,7 @@ class OpticNerveProcessor(ProcessorMixin):
             }
         return cls(tokenizer=tokenizer, **options)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """As for any processor of transformers.
 
         Raises:
@@ -174,7 +183,7 @@ class OpticNerveProcessor(ProcessorMixin):
     def unused_input_names(self) -> list[str]:
         return ["windows"]
 
-    def _process_audio(self, audio: Any, **kwargs: Any) -> Any:
+    def _process_audio(self, audio: Sequence[Any], **kwargs: Any) -> Any:  # type: ignore[override]
         """Each sound as consecutive windows, all of them in one tensor."""
         features, windows = self.extract(audio, return_tensors=kwargs.get("return_tensors"))
         inputs = {"input_features": features, "windows": windows}
@@ -195,7 +204,8 @@ class OpticNerveProcessor(ProcessorMixin):
         return made["input_features"], windows
 
     def __call__(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, *, questions: Any = None,
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, videos: object = None,
+        audio: Sequence[Any] | None = None, *, questions: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Pictures, sounds and prompts to `input_ids`, `attention_mask`, `pixel_values` and `input_features`.
@@ -282,7 +292,7 @@ class OpticNerveProcessor(ProcessorMixin):
         return [found.get(n) for n in _Attributes.names]
 
 
-def stops(generation_config: Any, processor: Any) -> dict[str, Any]:
+def stops(generation_config: GenerationConfig, processor: OpticNerveProcessor) -> dict[str, Any]:
     """What `generate` is told of ends: the tokens that end an answer, and the one that pads.
 
     What training teaches to end a turn is the template's word, which need not be the tokenizer's end token; a template
@@ -302,12 +312,12 @@ def _questions_of(message: dict[str, Any]) -> list[str]:
     return [words for p in parts if p["type"] == "image"]
 
 
-def _token_id(tokenizer: Any, token: str | None) -> int | None:
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
     if token is None:
         return None
     if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
-    return int(tokenizer.convert_tokens_to_ids(token))
+    return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
 
 
 def _tiling_spec(saved: dict[str, Any] | None) -> TilingSpec | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from opticnerve.language.lora import adapter_on
 from opticnerve.models.vlm.tower import Tower
@@ -42,13 +43,13 @@ def multimodal_context(language_model: nn.Module, fusions: dict[str, Any], promp
 _ON_CACHE = "_opticnerve_seen"
 
 
-def keep(cache: Any, seen: dict[str, Any]) -> None:
+def keep(cache: Cache | None, seen: dict[str, Any]) -> None:
     """Write down what the tokens behind this prompt will see."""
     if cache is not None and any(s is not None for s in seen.values()):
         setattr(cache, _ON_CACHE, seen)
 
 
-def kept(cache: Any) -> dict[str, Any]:
+def kept(cache: Cache | None) -> dict[str, Any]:
     """What an earlier forward pass with this cache wrote down."""
     return dict(getattr(cache, _ON_CACHE, None) or {})
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature, LlavaNextImageProcessor
+from transformers import BaseImageProcessor, BatchFeature, LlavaNextImageProcessor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessorKwargs
 from transformers.models.llava_next.modeling_llava_next import unpad_image
@@ -199,7 +199,7 @@ class Tiling(nn.Module):
         index = torch.from_numpy(index_BN).to(flat_KD.device)
         return Features(flat_KD[index], seen_K[index])
 
-    def image_processor(self, own: Any) -> TilingImageProcessor:
+    def image_processor(self, own: BaseImageProcessor) -> TilingImageProcessor:
         """The image processor that cuts pictures into this tiling's tiles, normalised as the encoder's `own` does.
 
         How `own` makes a picture square (crop, pad, squash) does not matter: tiles are square already, and the
@@ -236,7 +236,7 @@ class TilingImageProcessor(LlavaNextImageProcessor):
     thumbnail = True
 
     def _preprocess(  # type: ignore[override]
-        self, images: list[Any], *, thumbnail: bool, return_tensors: Any, **kwargs: Any
+        self, images: list[Any], *, thumbnail: bool, return_tensors: str | None, **kwargs: Any
     ) -> BatchFeature:
         tiled = super()._preprocess(images, **{**kwargs, "do_pad": False, "return_tensors": None})
         tiles = [t if thumbnail else t[1:] for t in tiled["pixel_values"]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from opticnerve import registry
 from opticnerve.connectors.base import Connector
@@ -125,10 +126,10 @@ def placed_like(*modules: nn.Module) -> Tensor:
     return torch.empty(0)
 
 
-def language_sizes(language_model: Any) -> dict[str, int]:
+def language_sizes(language_model: PreTrainedModel) -> dict[str, int]:
     """What connectors and fusions must know of a language model."""
     return {
-        "language_size": int(language_model.get_input_embeddings().embedding_dim),
+        "language_size": int(language_model.get_input_embeddings().embedding_dim),  # type: ignore[arg-type]
         "language_layers": len(decoder_layers(language_model)[1]),
     }
 
