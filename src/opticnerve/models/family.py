@@ -7,7 +7,7 @@ above, in `inference.predictors`; which collator feeds it, its objective says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -23,7 +23,7 @@ from opticnerve.recipe import Recipe
 from opticnerve.types import OpticNerveError
 
 
-class Model(Protocol):
+class FamilyModel(Protocol):
     """A model of any family: a `PreTrainedModel` that knows its parts.
 
     `language_model` is None, and `towers` (by modality) empty, where there is no language model to dock onto.
@@ -51,6 +51,8 @@ class Model(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def eval(self) -> Any: ...
+    @property
+    def to(self) -> Callable[..., Any]: ...
 
 
 class Family(Protocol):
@@ -70,7 +72,7 @@ class Family(Protocol):
     lora: dict[str, Any] | None
 
     @property
-    def model(self) -> Any: ...
+    def model(self) -> FamilyModel: ...
     @property
     def processor(self) -> Any: ...
     @property

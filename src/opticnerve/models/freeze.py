@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from opticnerve.models.family import Model
+from opticnerve.models.family import FamilyModel
 from opticnerve.types import OpticNerveError
 
 
 @dataclass(frozen=True)
-class Row:
+class FreezeRow:
     """One line of the freeze table."""
 
     part: str
@@ -27,7 +27,7 @@ class Row:
 class Frozen:
     """The outcome of freezing: the table, and the trained parameters of each part (full name → parameter)."""
 
-    rows: list[Row]
+    rows: list[FreezeRow]
     groups: dict[str, dict[str, nn.Parameter]]
     rates: dict[str, float]
 
@@ -47,14 +47,8 @@ class Frozen:
         from rich.table import Table
 
         table = Table(title=f"{self.trained:,} of {self.total:,} parameters train ({self.trained / self.total:.2%})")
-        for column, side in (
-            ("part", "left"),
-            ("parameters", "right"),
-            ("", "left"),
-            ("learning rate", "right"),
-            ("dtype", "left"),
-        ):
-            table.add_column(column, justify=side)  # type: ignore[arg-type]
+        for column in ("part", "parameters", "", "learning rate", "dtype"):
+            table.add_column(column, justify="right" if column in ("parameters", "learning rate") else "left")
         for r in self.rows:
             rate = f"{r.learning_rate:g}" if r.learning_rate is not None else ""
             table.add_row(
@@ -64,7 +58,7 @@ class Frozen:
         return table
 
 
-def freeze(model: Model, train: Mapping[str, float]) -> Frozen:
+def freeze(model: FamilyModel, train: Mapping[str, float]) -> Frozen:
     """Open the named parts at their learning rates, freeze all others, set train and eval modes.
 
     A module is in `train()` only if it holds a trained parameter itself or is one of the trained part's modules
@@ -98,7 +92,7 @@ def freeze(model: Model, train: Mapping[str, float]) -> Frozen:
     return Frozen(_rows(model, groups, rates), groups, rates)
 
 
-def _rows(model: Model, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]) -> list[Row]:
+def _rows(model: FamilyModel, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]) -> list[FreezeRow]:
     """The table: each trained part, and what is left frozen of each whole (encoder, connector, language model, …)."""
     rows = []
     trained = {id(p) for g in groups.values() for p in g.values()}
@@ -107,12 +101,12 @@ def _rows(model: Model, groups: dict[str, dict[str, nn.Parameter]], rates: dict[
         rest = [p for p in mine.values() if id(p) not in trained]
         for name, group in groups.items():
             if group and next(iter(group)).startswith(prefix):
-                rows.append(Row(name, _count(group.values()), True, rates[name], _dtype(group.values())))
+                rows.append(FreezeRow(name, _count(group.values()), True, rates[name], _dtype(group.values())))
         if rest:
             label = (
                 whole if len(rest) == len(mine) or not any(n.startswith(whole) for n in groups) else f"{whole} (rest)"
             )
-            rows.append(Row(label, _count(rest), False, None, _dtype(rest)))
+            rows.append(FreezeRow(label, _count(rest), False, None, _dtype(rest)))
     return rows
 
 

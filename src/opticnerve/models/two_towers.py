@@ -12,21 +12,35 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from opticnerve import registry
 from opticnerve.common import atomic
 from opticnerve.encoders.base import Encoder, last_blocks
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
 from opticnerve.language.load import load_language
 from opticnerve.models.checkpoint.delta import base_of, encoder_name, versions
-from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers
+from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.vlm.build import Spec, license_of, load_encoder, vision_spec
-from opticnerve.models.vlm.tower import Tower, check_options, placed_like
+from opticnerve.models.vlm.tower import Tower, check_options, make, placed_like
 from opticnerve.starter import weights
-from opticnerve.types import OpticNerveError
+from opticnerve.types import Features, OpticNerveError
 
 BASES = "bases.json"
+
+
+class EncoderTower(nn.Module):
+    """An encoder, and nothing behind it."""
+
+    def __init__(self, encoder: Encoder | HFTextEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def encode(self, pixel_values: Tensor) -> Features:
+        """Pixels (B, 3, H, W) → a vision encoder's tokens: what a cache of a frozen one holds."""
+        features: Features = self.encoder(pixel_values.to(placed_like(self.encoder)))
+        return features
 
 
 class TwoTowerModel(StrictLoading, PreTrainedModel):
@@ -41,7 +55,7 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     WHOLE_PARTS: ClassVar[tuple[str, ...]]
     STARTS: ClassVar[dict[str, tuple[str, ...]]] = {}
 
-    # No language model, and nothing docked onto one: see `models.family.Model`.
+    # No language model, and nothing docked onto one: see `models.family.FamilyModel`.
     language_model: Any = None
     towers: ClassVar[dict[str, Tower]] = {}
 
@@ -51,6 +65,13 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]
     _supports_sdpa = True
+
+    def __init__(self, config: Any, *, trust_remote_code: bool = False) -> None:
+        super().__init__(config)
+        trusted = trusts(trust_remote_code)
+        vision_encoder = make(registry.encoders, config.image["encoder"], trusted) if config.image else None
+        self._assemble(vision_encoder, make(text_encoders, config.text["encoder"], trusted))
+        self.post_init()
 
     def _assemble(self, vision_encoder: Encoder | None, text_encoder: HFTextEncoder) -> None:
         raise NotImplementedError

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from opticnerve import registry
 from opticnerve.data.collators.classification import normal
 from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
-from opticnerve.models.checkpoint.strict import trusts
 from opticnerve.models.classifier.configuration import FusionClassifierConfig, Timing
 from opticnerve.models.classifier.parts import COMBINATIONS, Scores, TextMemory, make_head
-from opticnerve.models.two_towers import TwoTowerModel
-from opticnerve.models.vlm.tower import make, placed_like, type_name
+from opticnerve.models.two_towers import EncoderTower, TwoTowerModel
+from opticnerve.models.vlm.tower import described, placed_like
 from opticnerve.recipe import ClassifierSpec
 from opticnerve.types import Features, OpticNerveError
 
@@ -35,31 +34,6 @@ class FusionClassifierOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class PictureTower(nn.Module):
-    """The image half: an encoder, and nothing behind it."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        if encoder.modality != "image":
-            raise OpticNerveError(f"a fusion classifier looks at pictures; {type(encoder).__name__} hears")
-        self.encoder = encoder
-
-    def encode(self, pixel_values: Tensor) -> Features:
-        """Pixels (B, 3, H, W) → the encoder's tokens: what a cache of a frozen vision encoder holds."""
-        weight = next(self.encoder.parameters(), None)
-        if weight is not None:
-            pixel_values = pixel_values.to(weight.device, weight.dtype)
-        return self.encoder(pixel_values)
-
-
-class QuestionTower(nn.Module):
-    """The text half."""
-
-    def __init__(self, encoder: HFTextEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-
 class FusionClassifier(TwoTowerModel):
     """`image` (None for early fusion), `text`, and the head `classifier`; the answers stand in the configuration."""
 
@@ -69,13 +43,6 @@ class FusionClassifier(TwoTowerModel):
     config_class = FusionClassifierConfig
     config: FusionClassifierConfig
     classifier: Any
-
-    def __init__(self, config: FusionClassifierConfig, *, trust_remote_code: bool = False) -> None:
-        super().__init__(config)
-        trusted = trusts(trust_remote_code)
-        vision_encoder = make(registry.encoders, config.image["encoder"], trusted) if config.image else None
-        self._assemble(vision_encoder, make(text_encoders, config.text["encoder"], trusted))
-        self.post_init()
 
     def _assemble(self, vision_encoder: Encoder | None, reader: HFTextEncoder) -> None:
         config = self.config
@@ -87,35 +54,30 @@ class FusionClassifier(TwoTowerModel):
             )
         if config.timing != "late" and config.combine != "mean":
             raise OpticNerveError(f"combine is for late fusion alone; leave {config.combine!r} out")
+        if vision_encoder is not None and vision_encoder.modality != "image":
+            raise OpticNerveError(f"a fusion classifier looks at pictures; {type(vision_encoder).__name__} hears")
         check_answers(config.answers)
-        self.image = None if vision_encoder is None else PictureTower(vision_encoder)
-        self.text = QuestionTower(reader)
+        self.image = None if vision_encoder is None else EncoderTower(vision_encoder)
+        self.text = EncoderTower(reader)
         options = {**config.head, **({"combine": config.combine} if config.timing == "late" else {})}
         self.classifier = make_head(config.timing, vision_encoder, reader, len(config.answers), options)
         self._memory = TextMemory(reader)
 
     @classmethod
     def from_parts(
-        cls,
-        image: Encoder | None,
-        text: HFTextEncoder,
-        *,
-        timing: Timing,
-        answers: list[str],
-        combine: str = "mean",
+        cls, image: Encoder | None, text: HFTextEncoder, *, timing: Timing, answers: list[str], combine: str = "mean",
         **head: Any,
-    ) -> FusionClassifier:
+    ) -> FusionClassifier:  # fmt: skip
         """A classifier around encoders that hold their weights already; the head is fresh.
 
         Args:
             image: a vision encoder; None for early fusion. text: a text encoder, such as `HFTextEncoder`. answers: the
                 closed set. combine: late fusion's rule. head: keywords of the head, see `parts`.
         """
-        vision_encoder = None if image is None else {"type": type_name(registry.encoders, image), **image.options}
         config = FusionClassifierConfig(
             timing=timing, answers=list(answers), combine=combine, head=head,
-            image=None if vision_encoder is None else {"encoder": vision_encoder},
-            text={"encoder": {"type": type_name(text_encoders, text), **text.options}},
+            image=None if image is None else {"encoder": described(registry.encoders, image)},
+            text={"encoder": described(text_encoders, text)},
         )  # fmt: skip
         made: FusionClassifier = cls._around(config, image, text)
         return made
@@ -138,12 +100,9 @@ class FusionClassifier(TwoTowerModel):
         self.classifier.combine = rule  # type: ignore[assignment]
 
     def score(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None,
         image_features: Features | None = None,
-    ) -> Scores:
+    ) -> Scores:  # fmt: skip
         """Questions (B, L) about pictures (B, 3, H, W), or about what the vision encoder saw of them (a cache), to
         `Scores`.
 
@@ -171,14 +130,9 @@ class FusionClassifier(TwoTowerModel):
         return self.classifier(Features(tokens_BND, features.mask_BN.to(weight.device)), read)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_features: Features | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> FusionClassifierOutput:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None,
+        image_features: Features | None = None, labels: Tensor | None = None, return_dict: bool | None = None,
+    ) -> FusionClassifierOutput:  # fmt: skip
         """See `score`. `labels` (B,): places of the right answers in `config.answers`."""
         scores = self.score(input_ids, attention_mask, pixel_values, image_features)
         loss = None if labels is None else scores.loss(labels) / len(labels)

@@ -19,11 +19,10 @@ from opticnerve import registry
 from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.pooling import VisionPooling
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
-from opticnerve.models.checkpoint.strict import trusts
 from opticnerve.models.dual_encoder.configuration import DualEncoderConfig
 from opticnerve.models.dual_encoder.parts import ImageTower, TextTower
 from opticnerve.models.two_towers import TwoTowerModel
-from opticnerve.models.vlm.tower import make, type_name
+from opticnerve.models.vlm.tower import described
 from opticnerve.recipe import DualSpec
 from opticnerve.types import OpticNerveError
 
@@ -55,18 +54,10 @@ class DualEncoder(TwoTowerModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: DualEncoderConfig, *, trust_remote_code: bool = False) -> None:
-        super().__init__(config)
-        trusted = trusts(trust_remote_code)
-        self._assemble(
-            make(registry.encoders, config.image["encoder"], trusted),
-            make(text_encoders, config.text["encoder"], trusted),
-        )
-        self.post_init()
-
     def _assemble(self, vision_encoder: Encoder | None, reader: HFTextEncoder) -> None:
         """Towers and temperature as the configuration says, around two encoders."""
-        assert vision_encoder is not None
+        if vision_encoder is None:
+            raise OpticNerveError("a dual encoder needs an image encoder; its configuration describes none")
         config, size = self.config, self.config.projection_dim
         self.image = ImageTower(
             vision_encoder, size, config.image.get("projection"), config.image.get("pooling", "mean")
@@ -78,9 +69,8 @@ class DualEncoder(TwoTowerModel):
                 f"pictures become vectors of width {sizes[0]}, texts of width {sizes[1]}; give both a projection"
             )
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
-        self.logit_bias = (
-            nn.Parameter(torch.tensor(float(config.logit_bias_init_value))) if config.loss == "siglip" else None
-        )
+        bias = torch.tensor(float(config.logit_bias_init_value))
+        self.logit_bias = nn.Parameter(bias) if config.loss == "siglip" else None
 
     @classmethod
     def from_parts(
@@ -101,17 +91,9 @@ class DualEncoder(TwoTowerModel):
             tokens. image_projection, text_projection: `{"bias": …}`; True for a matrix without a bias, False for none.
             options: `loss`, `logit_scale_init_value`, `logit_bias_init_value`.
         """
-        config = DualEncoderConfig(
-            image={
-                "encoder": {"type": type_name(registry.encoders, image), **image.options},
-                "pooling": pooling, "projection": _keywords(image_projection),
-            },
-            text={
-                "encoder": {"type": type_name(text_encoders, text), **text.options},
-                "projection": _keywords(text_projection),
-            },
-            projection_dim=projection_dim, **options,
-        )  # fmt: skip
+        seen = {"encoder": described(registry.encoders, image), "projection": _keywords(image_projection)}
+        read = {"encoder": described(text_encoders, text), "projection": _keywords(text_projection)}
+        config = DualEncoderConfig({**seen, "pooling": pooling}, read, projection_dim, **options)
         made: DualEncoder = cls._around(config, image, text)
         return made
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.pooling import VisionPooling, check_pooling, pool, pooled_size, wake_pooler
 from opticnerve.encoders.text import HFTextEncoder
+from opticnerve.models.vlm.tower import placed_like
 from opticnerve.types import OpticNerveError
 
 
@@ -60,10 +61,7 @@ class ImageTower(EmbeddingTower):
         self.pooling = pooling
 
     def encode(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
-        weight = next(self.encoder.parameters(), None)
-        if weight is not None:
-            pixel_values = pixel_values.to(weight.device, weight.dtype)
-        return pool(self.encoder, pixel_values, self.pooling)
+        return pool(self.encoder, pixel_values.to(placed_like(self.encoder)), self.pooling)
 
 
 class TextTower(EmbeddingTower):

@@ -114,7 +114,7 @@ def import_checkpoint(
 
 def _convert(
     name: str, out: Path, family: Importable, written: torch.dtype | None, asked: str, device: str
-) -> tuple[Any, OpticNerveProcessor, list[Sample], Imported]:
+) -> tuple[Any, OpticNerveProcessor, list[ProofPrompt], Imported]:
     """Their model, run on the samples and taken apart; our model and processor made of its parts."""
     source = read(name, family.model_class)
     stored = _stored_dtype(source, written or torch.float32, asked)
@@ -171,7 +171,7 @@ QUESTIONS: tuple[tuple[str, tuple[int, ...]], ...] = (
 
 
 @dataclass
-class Sample:
+class ProofPrompt:
     """One prompt in their form and in ours, with its pictures; their ids and logits once they are known."""
 
     their_text: str
@@ -181,12 +181,12 @@ class Sample:
     logits: Tensor | None = None
 
 
-def samples(write: Callable[[str, int], tuple[str, str]], most_pictures: int, text_alone: bool) -> list[Sample]:
+def samples(write: Callable[[str, int], tuple[str, str]], most_pictures: int, text_alone: bool) -> list[ProofPrompt]:
     """The fixed prompts, as far as the family takes them, about pictures of fixed noise."""
     rng = np.random.default_rng(0)
     pictures = [PIL.Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in PICTURES]
     return [
-        Sample(*write(question, len(shown)), [pictures[i] for i in shown])
+        ProofPrompt(*write(question, len(shown)), [pictures[i] for i in shown])
         for question, shown in QUESTIONS
         if len(shown) <= most_pictures and (shown or text_alone)
     ]
@@ -196,12 +196,9 @@ def account(theirs: nn.Module, ours: nn.Module) -> int:
     """Every tensor of theirs stands in ours, and every one of ours comes from theirs; returns how many there are.
 
     The tensors themselves were moved, so that identity decides. A connector's calibration is ours alone, and changes
-    nothing.
-
-    Raises:
-        OpticNerveError: the message lists those without a place and those without a source.
+    nothing. An error lists those without a place and those without a source.
     """
-    mine, yours = _tensors(ours), _tensors(theirs)
+    mine, yours = ours.state_dict(keep_vars=True), theirs.state_dict(keep_vars=True)
     calibration = {
         f"{path}.{name}"
         for path, module in ours.named_modules()
@@ -217,20 +214,9 @@ def account(theirs: nn.Module, ours: nn.Module) -> int:
     return len(known)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint carries: parameters (tied ones under each of their names) and persistent buffers."""
-    saved = module.state_dict().keys()
-    buffers = {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in saved}
-    return {**dict(module.named_parameters(remove_duplicate=False)), **buffers}
-
-
 @torch.no_grad()
-def record(model: PreTrainedModel, processor: ProcessorMixin, chosen: Sequence[Sample]) -> None:
-    """Run their model, in float32, on every sample.
-
-    Raises:
-        OpticNerveError: it does not run.
-    """
+def record(model: PreTrainedModel, processor: ProcessorMixin, chosen: Sequence[ProofPrompt]) -> None:
+    """Run their model, in float32, on every sample."""
     for sample in chosen:
         try:
             inputs = processor(images=sample.pictures or None, text=sample.their_text, return_tensors="pt")
@@ -244,13 +230,10 @@ def record(model: PreTrainedModel, processor: ProcessorMixin, chosen: Sequence[S
 
 @torch.no_grad()
 def compare(
-    model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, chosen: Sequence[Sample]
+    model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, chosen: Sequence[ProofPrompt]
 ) -> float:
-    """The largest difference of any logit between their model (recorded) and ours, in float32.
-
-    Raises:
-        OpticNerveError: our processor writes other tokens, or a logit differs by `TOLERANCE` or more.
-    """
+    """The largest difference of any logit between their model (recorded) and ours, in float32; an error if it is
+    `TOLERANCE` or more, or our processor writes other tokens."""
     worst = 0.0
     for sample in chosen:
         assert sample.ids is not None

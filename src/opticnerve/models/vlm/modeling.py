@@ -220,7 +220,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
                     f"no {MEDIA_INPUT[modality]} given"
                 )
             elif _must_take_part(tower):
-                prompt.embeds_BLD = fusion.dummy_pass(prompt.embeds_BLD, tower.blank())  # type: ignore[arg-type]
+                prompt.embeds_BLD = fusion.dummy_pass(prompt.embeds_BLD, tower.dummy_features())  # type: ignore[arg-type]
         return prompt
 
     def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:

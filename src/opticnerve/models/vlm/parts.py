@@ -19,7 +19,7 @@ TOWER_PARTS = {"encoder": ("encoder.",), "connector": ("connector.", "tiling."),
 
 
 class DockedParts:
-    """What `models.family.Model` asks of a model about its parts, for a language model with `towers`."""
+    """What `models.family.FamilyModel` asks of a model about its parts, for a language model with `towers`."""
 
     towers: Any
     language_model: Any

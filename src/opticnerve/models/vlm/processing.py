@@ -23,7 +23,7 @@ from opticnerve.common.private_names import saved_parts
 from opticnerve.data.encode.chat_layout import form_of
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
 from opticnerve.language.saved_tokenizer import check_saved, keep_arguments
-from opticnerve.models.vlm.tiling import TilingSpec
+from opticnerve.models.vlm.tiling import TileLayout
 from opticnerve.types import OpticNerveError, Thinking
 
 
@@ -51,7 +51,7 @@ class OpticNerveProcessor(ProcessorMixin):
         image_token: the word that stands for a picture in a prompt.
         num_audio_tokens: placeholders written for one window of sound; None where there is no audio encoder.
         audio_token: the word that stands for a sound in a prompt.
-        tiling: a `TilingSpec` as a dict, where the number of placeholders depends on a picture's size.
+        tiling: a `TileLayout` as a dict, where the number of placeholders depends on a picture's size.
         qformer_words: what the `qformer_tokenizer` is for: "questions" beside each picture (InstructBLIP), or
             "captions" in BLIP-2's first stage alone; None where there is none.
         thinking: what becomes of think blocks, in training and in asking; see `opticnerve.language.thinking`.
@@ -320,7 +320,7 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | No
     return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
 
 
-def _tiling_spec(saved: dict[str, Any] | None) -> TilingSpec | None:
+def _tiling_spec(saved: dict[str, Any] | None) -> TileLayout | None:
     if saved is None:
         return None
-    return TilingSpec(**{**saved, "pinpoints": tuple(tuple(p) for p in saved["pinpoints"])})
+    return TileLayout(**{**saved, "pinpoints": tuple(tuple(p) for p in saved["pinpoints"])})

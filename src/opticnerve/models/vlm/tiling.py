@@ -8,7 +8,7 @@ would scan it.
 
     layout of one picture:  thumbnail's g × g tokens | row 1 of the canvas, newline | row 2, newline | …
 
-The order is a table of indices (`TilingSpec.layout`), from which everything follows: how many placeholders the
+The order is a table of indices (`TileLayout.layout`), from which everything follows: how many placeholders the
 processor writes (its length) and what the model puts there (one look-up).
 """
 
@@ -35,7 +35,7 @@ NEWLINE = -1
 
 
 @dataclass(frozen=True)
-class TilingSpec:
+class TileLayout:
     """Which tiles a picture is cut into, and in which order their tokens are read. Plain numbers, no tensors.
 
     Args:
@@ -110,7 +110,7 @@ class Tiling(nn.Module):
 
     newline: nn.Parameter | None
 
-    def __init__(self, spec: TilingSpec, language_width: int) -> None:
+    def __init__(self, spec: TileLayout, language_width: int) -> None:
         super().__init__()
         self.spec, self.tiles, self.count = spec, spec.num_tiles, spec.num_tokens
         row_end_D = torch.randn(language_width) / language_width**0.5 if spec.newline else None
@@ -132,7 +132,7 @@ class Tiling(nn.Module):
             OpticNerveError: unknown options, pinpoints that are not multiples of the tile, or `unpad` or `newline`
             without a map.
         """
-        known = [f.name for f in fields(TilingSpec) if f.name not in ("tile_size", "tile_tokens", "grid")]
+        known = [f.name for f in fields(TileLayout) if f.name not in ("tile_size", "tile_tokens", "grid")]
         if unknown := sorted(set(options) - set(known)):
             raise OpticNerveError(f"tiling takes no {', '.join(unknown)}; it takes {', '.join(known)}")
         given = {k: v for k, v in options.items() if v is not None}
@@ -152,7 +152,7 @@ class Tiling(nn.Module):
             raise OpticNerveError("a tiling without a grid needs tile_tokens: the connector's num_tokens")
         defaults = {"unpad": grid is not None, "newline": grid is not None, "thumbnail": True}
         given["pinpoints"] = _pinpoints(given.get("pinpoints"), tile_size)
-        return cls(TilingSpec(tile_size, tile_tokens, grid=grid, **{**defaults, **given}), language_width)
+        return cls(TileLayout(tile_size, tile_tokens, grid=grid, **{**defaults, **given}), language_width)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Tower(nn.Module):
         soft = self.connector(features, *(t.repeat_interleave(tiles, 0) for t in words))
         return self.tiling.arrange(soft, sizes)
 
-    def blank(self) -> Features:
+    def dummy_features(self) -> Features:
         """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""
         weight = placed_like(self.connector)
         media = torch.zeros(1, *self.encoder.media_shape, device=weight.device)
@@ -107,9 +107,9 @@ class Tower(nn.Module):
     def describe(self) -> dict[str, Any]:
         """The tower's entry in `OpticNerveConfig.towers`."""
         entry = {
-            "encoder": {"type": type_name(registry.encoders, self.encoder), **self.encoder.options},
-            "connector": {"type": type_name(registry.connectors, self.connector), **self.connector.options},
-            "fusion": {"type": type_name(registry.fusions, self.fusion), **self.fusion.options},
+            "encoder": described(registry.encoders, self.encoder),
+            "connector": described(registry.connectors, self.connector),
+            "fusion": described(registry.fusions, self.fusion),
         }
         return entry if self.tiling is None else {**entry, "tiling": self.tiling.options}
 
@@ -187,7 +187,7 @@ def check_options(kind: str, name: str, cls: type, options: dict[str, Any]) -> N
         )
 
 
-def type_name(parts: registry.Registry[Any], module: nn.Module) -> str:
-    """The registered name of a part's class, or its dotted path."""
+def described(parts: registry.Registry[Any], module: Any) -> dict[str, Any]:
+    """What `make` builds the same part of: the registered name of its class, or the dotted path, and its options."""
     own = f"{type(module).__module__}:{type(module).__qualname__}"
-    return next((name for name in parts.names() if parts.points_to(name, type(module))), own)
+    return {"type": next((n for n in parts.names() if parts.points_to(n, type(module))), own), **module.options}
