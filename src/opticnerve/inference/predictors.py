@@ -73,7 +73,7 @@ class TextOnlyPredictor(VLMPredictor):
 class ClassifierPredictor:
     """A `FusionClassifier` with its processor.
 
-    Args: model, processor: as from `build_classifier.classifier`. batch_size: questions, or pictures, at a time.
+    Args: model, processor: as from `classifier(…)`. batch_size: questions, or pictures, at a time.
     """
 
     def __init__(self, model: FusionClassifier, processor: FusionClassifierProcessor, *, batch_size: int = 64) -> None:

@@ -185,19 +185,15 @@ def make_head(
     for name in ("width", "depth", "heads", "pixels"):
         if name in options and not (isinstance(options[name], int) and options[name] > 0):
             raise OpticNerveError(f"{timing} fusion: {name} is a whole number from 1; got {options[name]!r}")
-    kinds: dict[str, Any] = {"early": EarlyHead, "intermediate": IntermediateHead, "late": LateHead}
-    sizes = {
-        "early": (reader.hidden_size, answers),
-        "intermediate": ()
-        if vision_encoder is None
-        else (vision_encoder.hidden_size, vision_encoder.num_tokens, reader.state_size, answers),
-        "late": () if vision_encoder is None else (vision_encoder.hidden_size, reader.hidden_size, answers),
-    }
     try:
-        head: nn.Module = kinds[timing](*sizes[timing], **options)
+        if vision_encoder is None:
+            return EarlyHead(reader.hidden_size, answers, **options)
+        width, tokens = vision_encoder.hidden_size, vision_encoder.num_tokens
+        if timing == "late":
+            return LateHead(width, reader.hidden_size, answers, **options)
+        return IntermediateHead(width, tokens, reader.state_size, answers, **options)
     except TypeError as e:
         raise OpticNerveError(f"{timing} fusion: {e}") from e
-    return head
 
 
 def combine(probabilities_MBC: Tensor, how: Combination, weights_M: Tensor | None = None) -> Tensor:

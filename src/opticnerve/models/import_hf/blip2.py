@@ -15,8 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.fusion.base import Splice
-from opticnerve.models.import_hf import source as assemble
-from opticnerve.models.import_hf.source import Source
+from opticnerve.models.import_hf.source import Source, adopt, make_encoder, make_processor, prefixed
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import Tower, language_sizes
 from opticnerve.types import OpticNerveError
@@ -69,7 +68,7 @@ def refuse(config: PreTrainedConfig) -> list[str]:
 def convert(source: Source) -> tuple[Any, Tower, OpticNerveProcessor]:
     """Language model, tower and processor."""
     language = source.model.language_model
-    encoder = assemble.vision_encoder(source, source.model.vision_model, layer="last", class_token="keep")
+    encoder = make_encoder(source, source.model.vision_model, layer="last", class_token="keep")
     sizes = language_sizes(language)
     tower = Tower(encoder, _connector(source, encoder, sizes["language_size"]), Splice(**sizes))
     tokenizer = copy.deepcopy(source.processor.tokenizer)
@@ -84,7 +83,7 @@ def convert(source: Source) -> tuple[Any, Tower, OpticNerveProcessor]:
     if tower.wants_text:
         words = copy.deepcopy(source.processor.qformer_tokenizer)
         extra = {"qformer_tokenizer": words, "qformer_words": "questions"}
-    made = assemble.processor(
+    made = make_processor(
         source, tower, tokenizer, chat_template=_template(source, begins),
         image_processor=copy.deepcopy(source.processor.image_processor), **extra,
     )  # fmt: skip
@@ -103,15 +102,15 @@ def _connector(source: Source, encoder: HFVisionEncoder, width: int) -> QFormerC
         cross_attention_frequency=former.cross_attention_frequency, dropout=former.hidden_dropout_prob,
         instruct=instruct, calibrate=False, **words,
     )  # fmt: skip
-    tensors = {"query_tokens": theirs.query_tokens, **assemble.prefixed(theirs.qformer, "qformer")}
-    tensors |= assemble.prefixed(theirs.language_projection, "language_projection")
+    tensors = {"query_tokens": theirs.query_tokens, **prefixed(theirs.qformer, "qformer")}
+    tensors |= prefixed(theirs.language_projection, "language_projection")
     if instruct:
         # InstructBLIP keeps tables and norm in one module; BLIP-2's Q-Former keeps the norm itself.
         for table in ("word_embeddings.weight", "position_embeddings.weight"):
             tensors[f"text_embeddings.{table}"] = tensors.pop(f"qformer.embeddings.{table}")
         for norm in ("layernorm.weight", "layernorm.bias"):
             tensors[f"qformer.{norm}"] = tensors.pop(f"qformer.embeddings.{norm}")
-    assemble.adopt(connector, tensors)
+    adopt(connector, tensors)
     return connector
 
 

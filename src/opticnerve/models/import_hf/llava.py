@@ -11,8 +11,14 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from opticnerve.connectors.mlp import MLPConnector
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.fusion.base import Splice
-from opticnerve.models.import_hf import source as assemble
-from opticnerve.models.import_hf.source import Source
+from opticnerve.models.import_hf.source import (
+    Source,
+    adopt,
+    make_encoder,
+    make_language_model,
+    make_processor,
+    prefixed,
+)
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tiling import Tiling, TilingImageProcessor
 from opticnerve.models.vlm.tower import Tower, language_sizes
@@ -38,7 +44,7 @@ def refuse(config: PreTrainedConfig) -> list[str]:
 def convert(source: Source) -> tuple[Any, Tower, OpticNerveProcessor]:
     """Language model, tower and processor."""
     config, theirs = source.config, source.model.model
-    language = assemble.language_model(
+    language = make_language_model(
         theirs.language_model, source.model.lm_head, config.text_config, tied=bool(config.tie_word_embeddings)
     )
     language.generation_config = source.model.generation_config
@@ -49,9 +55,7 @@ def convert(source: Source) -> tuple[Any, Tower, OpticNerveProcessor]:
         activation=config.projector_hidden_act, bias=config.multimodal_projector_bias, calibrate=False,
     )  # fmt: skip
     mlp = theirs.multi_modal_projector
-    assemble.adopt(
-        connector, {**assemble.prefixed(mlp.linear_1, "layers.0"), **assemble.prefixed(mlp.linear_2, "layers.2")}
-    )
+    adopt(connector, {**prefixed(mlp.linear_1, "layers.0"), **prefixed(mlp.linear_2, "layers.2")})
     tiling = _tiling(source, encoder, sizes["language_size"]) if config.model_type == "llava_next" else None
     tower = Tower(encoder, connector, Splice(**sizes), tiling)
     images = copy.deepcopy(source.processor.image_processor)
@@ -59,7 +63,7 @@ def convert(source: Source) -> tuple[Any, Tower, OpticNerveProcessor]:
     template = source.processor.chat_template
     if template is None and tokenizer.chat_template is None:
         source.notes.append("the checkpoint has no chat template; a plain one (USER: … ASSISTANT: …) was put in")
-    made = assemble.processor(
+    made = make_processor(
         source, tower, tokenizer, chat_template=template,
         image_processor=images if tiling is None else _tile_images(images),
     )  # fmt: skip
@@ -86,9 +90,7 @@ def _encoder(source: Source, vision: PreTrainedModel) -> HFVisionEncoder:
     """The vision tower, with LLaVA's `vision_feature_layer` and `vision_feature_select_strategy`."""
     config = source.config
     strategy, layer = config.vision_feature_select_strategy, config.vision_feature_layer
-    encoder = assemble.vision_encoder(
-        source, vision, layer=layer, class_token="drop" if strategy == "default" else "keep"
-    )
+    encoder = make_encoder(source, vision, layer=layer, class_token="drop" if strategy == "default" else "keep")
     if strategy == "default" and encoder.prefix_tokens != 1:
         raise OpticNerveError(
             f"{source.name}: vision_feature_select_strategy 'default' leaves out the first token, and its vision tower "
@@ -116,7 +118,7 @@ def _tiling(source: Source, encoder: HFVisionEncoder, width: int) -> Tiling:
         {"pinpoints": pinpoints}, tile_size=encoder.image_size, language_width=width,
         grid=encoder.image_size // int(source.config.vision_config.patch_size),
     )  # fmt: skip
-    assemble.adopt(tiling, {"newline": source.model.model.image_newline})
+    adopt(tiling, {"newline": source.model.model.image_newline})
     return tiling
 
 

@@ -124,17 +124,12 @@ def adopt(module: nn.Module, tensors: dict[str, nn.Parameter]) -> None:
     Raises:
         OpticNerveError: there is no such place, or one of another shape.
     """
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        try:
-            there = module.get_parameter(name)
-        except AttributeError as e:
-            raise OpticNerveError(f"{type(module).__name__} has no place for the tensor {name}") from e
-        if there.shape != tensor.shape:
-            raise OpticNerveError(
-                f"{name} is {tuple(tensor.shape)}, {type(module).__name__} wants {tuple(there.shape)}"
-            )
-        setattr(module.get_submodule(path), leaf, tensor)
+    try:
+        odd = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    except RuntimeError as e:
+        raise OpticNerveError(str(e)) from e
+    if odd:
+        raise OpticNerveError(f"{type(module).__name__} has no place for the tensors {', '.join(odd)}")
 
 
 def prefixed(tensors: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
@@ -142,7 +137,7 @@ def prefixed(tensors: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
     return {f"{prefix}.{n}": p for n, p in tensors.named_parameters()}
 
 
-def language_model(base: nn.Module, head: nn.Module, config: tf.PreTrainedConfig, *, tied: bool) -> Any:
+def make_language_model(base: nn.Module, head: nn.Module, config: tf.PreTrainedConfig, *, tied: bool) -> Any:
     """A causal language model of a decoder without head and a head, as LLaVA keeps them.
 
     Raises:
@@ -166,7 +161,7 @@ def language_model(base: nn.Module, head: nn.Module, config: tf.PreTrainedConfig
     return model.eval()
 
 
-def vision_encoder(
+def make_encoder(
     source: Source, model: tf.PreTrainedModel, *, layer: Layer, class_token: Literal["drop", "keep"]
 ) -> HFVisionEncoder:
     """Their vision model as an encoder, with what their image processor says of pictures."""
@@ -178,7 +173,7 @@ def vision_encoder(
     )
 
 
-def processor(
+def make_processor(
     source: Source,
     tower: Tower,
     tokenizer: tf.PreTrainedTokenizerBase,
