@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -112,29 +113,21 @@ def save_embeddings(
     folder.mkdir(parents=True, exist_ok=True)
     written = {"vectors": folder / f"{name}.npy", "ids": folder / f"{name}.ids.jsonl"}
     lines = "".join(json.dumps({"row": row, "id": i}, ensure_ascii=False) + "\n" for row, i in enumerate(ids))
-    _whole(written["vectors"], lambda path: np.save(path, ready_ND))
+    vectors_file = io.BytesIO()
+    np.save(vectors_file, ready_ND)
+    atomic.write(written["vectors"], vectors_file.getvalue())
     atomic.write(written["ids"], lines)
     if faiss_index:
         written["index"] = folder / f"{name}.faiss"
-        _whole(written["index"], lambda path: _write_index(path, ready_ND))
+        atomic.write(written["index"], _faiss_index(ready_ND))
     return written
 
 
-def _write_index(path: Path, ready_ND: Vectors) -> None:
+def _faiss_index(ready_ND: Vectors) -> bytes:
     try:
         import faiss
     except ImportError as e:
         raise OpticNerveError(f"a Faiss index needs faiss: {to_install('faiss-cpu')}, or leave the index out") from e
     index = faiss.IndexFlatIP(ready_ND.shape[1])
     index.add(ready_ND)
-    faiss.write_index(index, str(path))
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """All of a file or nothing: written beside, then renamed."""
-    partial = atomic.partial_of(path)
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return bytes(faiss.serialize_index(index))
