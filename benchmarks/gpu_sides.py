@@ -96,7 +96,7 @@ def trial(side: str, work: Training | Generation, device: str, *, compiled: bool
 def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
     from opticnerve.models.freeze import freeze
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.ops.fused_layers import fused
+    from opticnerve.ops.fused_layers import fuse_layers
     from opticnerve.train.optim import MasterAdamW
     from opticnerve.train.setup import checkpoint_layers
 
@@ -128,7 +128,7 @@ def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
     with torch.no_grad():
         total, count = objective(_batch(warm[:2], pool, None).to(device))
     random.Random(0).shuffle(measured)
-    with fused(model.language_model):
+    with fuse_layers(model.language_model):
         for start in range(0, len(warm), work.batch):
             step(warm[start : start + work.batch])
         _start_counting(device)

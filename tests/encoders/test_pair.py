@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from opticnerve.encoders.base import last_blocks
-from opticnerve.encoders.pair import PairEncoder
+from opticnerve.encoders.nested import PairEncoder
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.checkpoint import delta

@@ -17,8 +17,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import add_lora, has_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.checkpoint import delta
-from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.merge import merge
+from opticnerve.models.vlm.build import Dock, merge
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -1,4 +1,4 @@
-"""The disk that features take: bounded, shared by the eyes, and whole whatever kills a process."""
+"""The disk that features take: bounded, shared by the vision encoders, and whole whatever kills a process."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_default_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         default_budget(tmp_path)
 
 
-# -- filling a store with an eye that needs no model ----------------------------------------------------------------
+# -- filling a store with a vision encoder that needs no model ----------------------------------------------------------------
 
 
 def look(pixel_values: torch.Tensor) -> Features:

@@ -203,7 +203,7 @@ def make_objective(stage: Stage, model: Any) -> Any:
 
 def within_context(stage: Stage, model: Any) -> Stage:
     """No sample may be longer than the language model's context, whether the stage says so or not."""
-    context = getattr(getattr(model.config, "text_config", None), "max_position_embeddings", None)
+    context = context_length(getattr(model.config, "text_config", None))
     if not context:
         return stage
     return stage.model_copy(update={"max_length": min(stage.max_length or context, context)})

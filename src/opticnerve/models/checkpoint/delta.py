@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -29,6 +30,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from opticnerve import registry
 from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
+from opticnerve.common.version import __version__
 from opticnerve.language import load as language
 from opticnerve.models.checkpoint.bounds import no_larger_than, shapes
 from opticnerve.models.checkpoint.strict import wrap_errors
@@ -104,10 +106,6 @@ def save(
         trained: full names of all parameters that any stage so far has trained; the buffers that move with them
             and all that docking added (connectors, fusions) go along.
     """
-    import transformers
-
-    from opticnerve.common.version import __version__
-
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     trained = set(trained)
@@ -118,9 +116,7 @@ def save(
     save_file(chosen, folder / TENSORS, metadata={"format": "pt"})
     reference = {
         "format": FORMAT,
-        "opticnerve": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "bases": bases,
         "lora": lora,
         "dtype": str(model.language_model.dtype).removeprefix("torch."),
@@ -128,6 +124,11 @@ def save(
         "tensors": {n: list(t.shape) for n, t in chosen.items()},
     }
     (folder / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """What wrote a folder."""
+    return {"opticnerve": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 
 from opticnerve import registry
+from opticnerve.common.cache import new_folder
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.load import Language, load_language
-from opticnerve.language.lora import has_lora
+from opticnerve.language.lora import has_lora, merge_lora
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.delta import describe_bases, encoder_name
-from opticnerve.models.text_encoder import dtype_of
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor, stops
 from opticnerve.models.vlm.tower import Tower, check_options, join, language_sizes
@@ -48,7 +48,7 @@ class Dock:
     @classmethod
     def build(cls, recipe: Recipe) -> Dock:
         """The model that a recipe describes, in the recipe's precision."""
-        return dock_recipe(recipe)
+        return dock_spec(recipe.docked, dtype=dtype_of(recipe), seed=recipe.seed)
 
     def save(self, folder: Path, trained: Iterable[str]) -> None:
         """What was trained, with references to what was not, and the processor."""
@@ -140,9 +140,12 @@ def dock(
     return dock_spec(ModelSpec(language=spec, **towers), dtype=dtype, seed=seed)
 
 
-def dock_recipe(recipe: Recipe) -> Dock:
-    """The model that a recipe describes, in the recipe's precision."""
-    return dock_spec(recipe.docked, dtype=dtype_of(recipe), seed=recipe.seed)
+dock_recipe = Dock.build
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """Of the weights in memory, by the recipe's precision."""
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
@@ -163,14 +166,15 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
     return assemble(language_part, towers, bases, **spec.language.words())
 
 
-def load_encoder(modality: str, spec: PartSpec) -> tuple[Any, Any]:
-    """The name of the weights (or names, or None) and the encoder that holds them."""
+def load_encoder(modality: str, spec: PartSpec, *, planned: bool = False) -> tuple[Any, Any]:
+    """The name of the weights (or names, or None) and the encoder that holds them; `planned`: one without them."""
     cls = registry.encoders.get(spec.type)
     if cls.modality != modality:
         raise OpticNerveError(f"model.{modality}.encoder: {spec.type!r} is for {cls.modality}, not for {modality}")
     name, options = cls.take_name(spec.options)
-    check_options("encoder", spec.type, cls, {k: v for k, v in options.items() if k != "architecture"})
-    return name, cls.from_pretrained(name, **options)
+    foreseen = {k: v for k, v in options.items() if k != "architecture"}
+    check_options("encoder", spec.type, cls, foreseen)
+    return name, cls.planned(name, **foreseen) if planned else cls.from_pretrained(name, **options)
 
 
 def assemble(language_part: Language, towers: dict[str, Tower], bases: dict[str, Any], **words: Any) -> Dock:
@@ -198,3 +202,33 @@ def vision_spec(vision: Spec) -> PartSpec:
 
 def _part(spec: Spec) -> PartSpec:
     return PartSpec(type=spec) if isinstance(spec, str) else PartSpec(**spec)
+
+
+def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
+    """Load `source`, add LoRA into the weights, and save everything under `out`: weights, configuration, processor.
+
+    Raises:
+        OpticNerveError: `out` exists already, or the bases are not those that `source` was trained on.
+    """
+    if out.exists():
+        raise OpticNerveError(f"{out} exists already; choose another folder")
+    model = OpticNerveForConditionalGeneration.from_pretrained(
+        source, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    merge_adapter(model)
+    with new_folder(out) as new:
+        model.save_pretrained(new)
+        OpticNerveProcessor.from_pretrained(source).save_pretrained(new)
+    return out
+
+
+def is_gated(model: Any) -> bool:
+    """Whether the adapter steps aside for text alone (`lora.when: media`): no sum of weights can do that."""
+    return (model.config.lora or {}).get("when", "always") != "always"
+
+
+def merge_adapter(model: Any) -> None:
+    """Add the LoRA adapter, if there is one, into the language model's weights; a gated one stays as it is."""
+    if has_lora(model.language_model) and not is_gated(model):
+        merge_lora(model.language_model)
+        model.config.lora = None

@@ -26,11 +26,10 @@ from opticnerve.language.lora import add_lora
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.vlm.configuration import OpticNerveConfig
-from opticnerve.models.vlm.expand_inputs import MEDIA_KEYS, repeat_media
 from opticnerve.models.vlm.parts import DockedParts
-from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context
+from opticnerve.models.vlm.prompt import MEDIA_KEYS, Prompt, keep, kept, multimodal_context, repeat_media
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
-from opticnerve.ops import last_mlp, varlen
+from opticnerve.ops import varlen
 from opticnerve.types import Features
 
 # While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
@@ -247,14 +246,11 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         seen = {m: t.fusion.seen for m, t in self.towers.items()}
         gate = getattr(self.language_model, "lora_gate", None)
         prompt = Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None)
-        return nullcontext(), self._again(prompt, varlen.current(), last_mlp.current())
+        return nullcontext(), self._again(prompt, varlen.current())
 
     @contextmanager
-    def _again(
-        self, prompt: Prompt, attended: varlen.Segments | None, read: tuple[Tensor, int] | None
-    ) -> Iterator[None]:
-        reading: Any = nullcontext() if read is None else last_mlp.last_mlp_at(self.language_model, *read)
-        with self.multimodal_context(prompt), varlen.within(self.language_model, attended), reading:
+    def _again(self, prompt: Prompt, attended: varlen.Segments | None) -> Iterator[None]:
+        with self.multimodal_context(prompt), varlen.within(self.language_model, attended):
             yield
 
     def forward(

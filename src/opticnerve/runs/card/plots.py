@@ -12,8 +12,23 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from opticnerve.common.drawing import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, RED
-from opticnerve.common.drawing import figure_of, save, smooth, tidy, title_of, words, wrap
+from opticnerve.common.drawing import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    figure_of,
+    save,
+    smooth,
+    tidy,
+    title_of,
+    words,
+    wrap,
+)
 from opticnerve.data.media.open import open_image
 from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.runs.folder import finite

@@ -12,9 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from opticnerve.ops import enabled
 from opticnerve.ops.offload import offload, offload_encoder
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="files are mapped and removed on POSIX systems alone")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="files are mapped and removed on POSIX systems alone"),
+    pytest.mark.skipif(not enabled(), reason="OPTICNERVE_PLAIN switches it off"),
+]
 
 
 class Eye(nn.Module):
