@@ -17,6 +17,8 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tiny
+from opticnerve.encoders.base import model_class
+from opticnerve.encoders.hf_vision import _UNLISTED
 from opticnerve.export import parity
 from opticnerve.language.chat_template import CHATML
 from opticnerve.models.vlm.build import dock

@@ -17,6 +17,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import is_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.build import Dock, dock_recipe
+from opticnerve.ops import enabled
 from opticnerve.recipe import PartSpec, Recipe
 from opticnerve.train import checkpoint
 from opticnerve.train import setup as prepare

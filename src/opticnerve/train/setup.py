@@ -25,12 +25,12 @@ from opticnerve.data.dataset.dataset import NO_MEDIA
 from opticnerve.data.dataset.load import load_examples, load_streams
 from opticnerve.distributed.collectives import barrier, engine, timeout, without_deepspeed
 from opticnerve.features.store import see_all
-from opticnerve.fusion.base import decoder_layers
 from opticnerve.language.chat_template import stage_template
+from opticnerve.language.layers import context_length, decoder_layers
 from opticnerve.language.lora import has_lora
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.tower import check_options, language_sizes
+from opticnerve.models.vlm.tower import check_options
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
 from opticnerve.ops.offload import offload_encoder
@@ -240,8 +240,7 @@ def compiled_layers(model: Any) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
     if model.language_model is None:
         raise OpticNerveError("compile is for docked language models; leave it out")
-    count = language_sizes(model.language_model)["language_layers"]
-    layers = decoder_layers(model.language_model, count)
+    _, layers = decoder_layers(model.language_model)
     for layer in layers:
         layer.compile(dynamic=True, backend=BACKEND)
     try:
