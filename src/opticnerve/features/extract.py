@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -27,13 +27,9 @@ OnError = Callable[[DataError], None]
 
 
 def seen(
-    pictures: Sequence[Named],
-    encode: Callable[[Tensor], Features],
-    image_processor: Any,
-    *,
-    threads: int | None = None,
-    on_error: OnError | None = None,
-) -> Iterator[tuple[list[str], Features]]:
+    pictures: Sequence[Named], encode: Callable[[Tensor], Features], image_processor: Any, *,
+    threads: int | None = None, on_error: OnError | None = None,
+) -> Iterator[tuple[list[str], Features]]:  # fmt: skip
     """Batch by batch the digests of pictures and what the vision encoder sees of them, on the CPU.
 
     At most two batches a thread wait, so that memory stays flat.
@@ -59,13 +55,12 @@ def seen(
         return digests, pixel_values(image_processor, opened)["pixel_values"] if opened else None, bad
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
-    waiting: deque[Future[tuple[list[str], Tensor | None, list[DataError]]]] = deque()
-    parts = (pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH))
+    ahead = (pool.submit(prepare, pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH))
     try:
-        waiting.extend(pool.submit(prepare, p) for p in islice(parts, 2 * threads))
+        waiting = deque(islice(ahead, 2 * threads))
         while waiting:
             digests, pixels, bad = waiting.popleft().result()
-            waiting.extend(pool.submit(prepare, p) for p in islice(parts, 1))
+            waiting.extend(islice(ahead, 1))
             for error in bad:
                 if on_error is None:
                     raise error
@@ -91,7 +86,5 @@ class Counter(Counting):
         if self.bar is not None:
             self.bar.update(self.task, completed=done, speed=f"{rate:.0f} a second")
         elif self.console is not None and self.due(now, done):
-            left = (self.total - done) / rate
-            self.console.print(
-                f"pictures: {done:,}/{self.total:,} seen  {rate:.0f} a second  {left:.0f} s left", highlight=False
-            )
+            left = f"{(self.total - done) / rate:.0f} s left"
+            self.console.print(f"pictures: {done:,}/{self.total:,} seen  {rate:.0f} a second  {left}", highlight=False)

@@ -4,7 +4,7 @@ A folder belongs to one vision encoder: its name is a hash of the encoder's weig
 prepared for it. In it, shards of safetensors hold the features of some hundreds of pictures, found by the pictures'
 content; they are written beside and renamed, so that a process that is killed leaves none half written, and several
 processes may write at once. Features keep the encoder's own dtype, unless half of it is asked for: training on them is
-training on the live encoder. A budget bounds the disk that all vision encoders' features take (`data.feature_disk`).
+training on the live encoder. A budget bounds the disk that all vision encoders' features take (`features.budget`).
 """
 
 from __future__ import annotations
@@ -44,19 +44,15 @@ class FeatureStore:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        dtype: torch.dtype | None = None,
-        stored: torch.dtype | None = None,
+        self, folder: Path, *, dtype: torch.dtype | None = None, stored: torch.dtype | None = None,
         budget: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder, self.dtype, self.stored, self.budget = folder, dtype, stored, budget
         self._mark: Any = hold(folder)
         self._digests = Digests(folder.parent / "digests.sqlite")
         self._reader = shards.Reader()
-        self._shards: list[shards.Shard] = []
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, tuple[shards.Shard, int]] = {}
+        self._listed: set[Path] = set()
         self.refresh()
 
     def __len__(self) -> int:
@@ -71,33 +67,30 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """Learn of the shards that other processes have written."""
-        listed = {shard.path for shard in self._shards}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path not in listed:
-                self._list(path)
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self._listed):
+            self._list(path)
 
-    def digest(self, source: Source, where: str = "") -> str:
-        """What a picture is found by: a hash of its content, which is read once."""
-        return self._digests(source, where)
+    def check(self, source: Source, where: str) -> tuple[shards.Shard, int]:
+        """Where a picture's features lie.
 
-    def check(self, source: Source, where: str) -> None:
-        """Raise a `DataError` for a picture that is not in the store, because it could not be opened."""
-        if self.digest(source, where) not in self._places:
+        Raises:
+            DataError: it is not in the store, because it was never seen or could not be opened.
+        """
+        place = self._places.get(self._digests(source, where))
+        if place is None:
             raise DataError(
                 f"this picture is not in the feature cache {self.folder}", where=where, kind="unreadable-image",
                 remedy="see whether it can be opened: `opticnerve data check`",
             )  # fmt: skip
+        return place
 
     def rows(self, sources: Sequence[Source], where: Sequence[str]) -> Features:
         """The features of pictures, in their order: (pictures, N, D).
 
         Raises:
-            DataError: one of them was never seen; `where` names its sample.
+            DataError: one of them is not in the store; `where` names its sample.
         """
-        for source, place in zip(sources, where, strict=True):
-            self.check(source, place)
-        places = [self._places[self.digest(s, w)] for s, w in zip(sources, where, strict=True)]
-        found = self._reader.read([(self._shards[shard], row) for shard, row in places])
+        found = self._reader.read([self.check(s, w) for s, w in zip(sources, where, strict=True)])
         return Features(found.tokens_BND.to(self.dtype or found.tokens_BND.dtype), found.mask_BN)
 
     def missing(self, pictures: Sequence[tuple[Source, str]], *, on_error: OnError | None = None) -> list[Named]:
@@ -106,34 +99,29 @@ class FeatureStore:
         Raises:
             DataError: a picture cannot be read, and there is no `on_error` to take it.
         """
-        wanted: dict[str, tuple[Source, str]] = {}
-        for picture, digest in zip(pictures, self._digests.of(pictures), strict=True):
+        wanted: dict[str, Named] = {}
+        for (source, where), digest in zip(pictures, self._digests.of(pictures), strict=True):
             if isinstance(digest, str):
-                wanted.setdefault(digest, picture)
+                if digest not in self._places:
+                    wanted.setdefault(digest, (digest, source, where))
             elif on_error is None:
                 raise digest
             else:
                 on_error(digest)
-        return [(d, *picture) for d, picture in wanted.items() if d not in self._places]
+        return list(wanted.values())
 
     def fill(
-        self,
-        pictures: Sequence[tuple[Source, str]],
-        encode: Callable[[Tensor], Features],
-        image_processor: Any,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        threads: int | None = None,
-        progress: Callable[[int], None] | None = None,
-        on_error: OnError | None = None,
-    ) -> int:
+        self, pictures: Sequence[tuple[Source, str]], encode: Callable[[Tensor], Features], image_processor: Any, *,
+        missing: Sequence[Named] | None = None, rank: int = 0, world: int = 1, threads: int | None = None,
+        progress: Callable[[int], None] | None = None, on_error: OnError | None = None,
+    ) -> int:  # fmt: skip
         """See the pictures that are not there yet; returns how many these were.
 
         Whatever ends it, Ctrl-C included, keeps the shards that are whole.
 
         Args:
-            pictures: each with the sample that shows it. encode: pixels (B, 3, H, W) → `Features`.
+            pictures: each with the sample that shows it. missing: which of them are, where that is known.
+            encode: pixels (B, 3, H, W) → `Features`.
             rank, world: this process and how many share the work; each takes the pictures whose hash falls to it.
             progress: is told how many of this process's pictures are seen.
 
@@ -142,7 +130,7 @@ class FeatureStore:
             OpticNerveError: what the vision encoder sees does not fit into the budget, which shows after the first
                 batch; or it cannot be written.
         """
-        missing = self.missing(pictures, on_error=on_error)
+        missing = self.missing(pictures, on_error=on_error) if missing is None else missing
         mine = [p for p in missing if _falls_to(p[0], world) == rank]
         digests: list[str] = []
         parts: list[Features] = []
@@ -152,10 +140,8 @@ class FeatureStore:
             if not room:
                 each = _bytes_each(features)
                 room = max(1, min(_SHARD_PICTURES, SHARD_BYTES // each))
-                if self.budget is not None:
-                    self.refresh()  # others may have begun
-                    left = sum(d not in self._places for d, *_ in missing)
-                    evict(self.folder.parent, self.folder, each * left, self.budget)
+                self.refresh()  # others may have begun
+                self._make_room(each * sum(d not in self._places for d, *_ in missing))
             digests += names
             parts.append(features)
             if len(digests) >= room:
@@ -170,14 +156,17 @@ class FeatureStore:
 
     def _write(self, digests: list[str], parts: list[Features]) -> None:
         whole = Features(torch.cat([f.tokens_BND for f in parts]), torch.cat([f.mask_BN for f in parts]))
-        if self.budget is not None:  # others may have written meanwhile
-            evict(self.folder.parent, self.folder, len(digests) * _bytes_each(whole), self.budget)
+        self._make_room(len(digests) * _bytes_each(whole))  # others may have written meanwhile
         self._list(shards.write(self.folder, digests, whole))
+
+    def _make_room(self, needed: int) -> None:
+        if self.budget is not None:
+            evict(self.folder.parent, self.folder, needed, self.budget)
 
     def _list(self, path: Path) -> None:
         shard, digests = shards.describe(path)
-        self._shards.append(shard)
-        self._places |= {d: (len(self._shards) - 1, row) for row, d in enumerate(digests)}
+        self._listed.add(path)
+        self._places |= {d: (shard, row) for row, d in enumerate(digests)}
 
 
 def open_store(
@@ -189,7 +178,7 @@ def open_store(
     a dual encoder.
 
     Args:
-        budget: bytes for all stores in `root`; see `data.feature_disk.default_budget` for the default.
+        budget: bytes for all stores in `root`; see `features.budget.default_budget` for the default.
         stored: `bfloat16` to store features in that dtype, whatever the vision encoder's is; another store than
             without.
     """
@@ -221,19 +210,10 @@ def encode_function(model: Any) -> Callable[[Tensor], Features]:
 
 
 def see_all(
-    model: Any,
-    processor: Any,
-    pictures: Sequence[tuple[Source, str]],
-    *,
-    budget: int | None = None,
-    stored: str | None = None,
-    rank: int = 0,
-    world: int = 1,
-    wait: Callable[[], None] | None = None,
-    threads: int | None = None,
-    on_error: OnError | None = None,
-    console: Any = None,
-) -> FeatureStore:
+    model: Any, processor: Any, pictures: Sequence[tuple[Source, str]], *, budget: int | None = None,
+    stored: str | None = None, rank: int = 0, world: int = 1, wait: Callable[[], None] | None = None,
+    threads: int | None = None, on_error: OnError | None = None, console: Any = None,
+) -> FeatureStore:  # fmt: skip
     """The store of the model's frozen vision encoder, with all of these pictures in it.
 
     Args:
@@ -245,7 +225,7 @@ def see_all(
         DataError: a picture cannot be opened. OpticNerveError: the features do not fit into the budget.
     """
     store = open_store(model, processor, budget=budget, stored=stored)
-    new = [_falls_to(digest, world) for digest, *_ in store.missing(pictures, on_error=lambda e: None)]
+    new = store.missing(pictures, on_error=on_error)
     console = console if new and rank == 0 else None
     if console is not None:
         told = f"seeing {len(new):,} of {len(pictures):,} pictures once, for all epochs: {store.folder}"
@@ -253,16 +233,19 @@ def see_all(
     encode, training = encode_function(model), model.image.encoder.training
     model.image.encoder.eval()
     try:
-        with Counter(new.count(rank), console) as counter:
+        with Counter(sum(_falls_to(d, world) == rank for d, *_ in new), console) as counter:
             store.fill(
-                pictures, encode, processor.image_processor, rank=rank, world=world, threads=threads,
+                pictures, encode, processor.image_processor, missing=new, rank=rank, world=world, threads=threads,
                 progress=counter.update, on_error=on_error,
             )  # fmt: skip
         if wait is not None and world > 1:
             wait()
             store.refresh()
             # Processes that share no disk see the others' share themselves.
-            store.fill(pictures, encode, processor.image_processor, threads=threads, on_error=lambda e: None)
+            left = [picture for picture in new if picture[0] not in store]
+            store.fill(
+                pictures, encode, processor.image_processor, missing=left, threads=threads, on_error=lambda e: None
+            )
     finally:
         model.image.encoder.train(training)
     return store
