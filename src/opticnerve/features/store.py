@@ -70,13 +70,17 @@ class FeatureStore:
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._listed):
             self._list(path)
 
+    def digest(self, source: Source, where: str = "") -> str:
+        """What a picture is found by: a hash of its content, which is read once."""
+        return self._digests(source, where)
+
     def check(self, source: Source, where: str) -> tuple[shards.Shard, int]:
         """Where a picture's features lie.
 
         Raises:
             DataError: it is not in the store, because it was never seen or could not be opened.
         """
-        place = self._places.get(self._digests(source, where))
+        place = self._places.get(self.digest(source, where))
         if place is None:
             raise DataError(
                 f"this picture is not in the feature cache {self.folder}", where=where, kind="unreadable-image",
