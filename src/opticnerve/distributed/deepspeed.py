@@ -13,12 +13,10 @@ each other and arrive in the same order everywhere.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -27,22 +25,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from opticnerve.common.private_names import start_optimizer_state
-from opticnerve.distributed.fsdp import layers
+from opticnerve.distributed.fsdp import Twin, layers
 from opticnerve.models.freeze import Frozen, decay_groups
 from opticnerve.types import OpticNerveError, to_install
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Zero:
-    """An objective whose training DeepSpeed shares out between the processes.
+class Zero(Twin):
+    """DeepSpeed's; the weights that it shares out are the twin's own.
 
     Args:
-        objective: the objective over the whole model, frozen as the stage wants it, which is on `device` already.
-        stage: 2 or 3, ZeRO's.
-
-    Attributes:
-        objective, model: the twins that DeepSpeed drives.
+        objective: frozen as the stage wants it. stage: 2 or 3, ZeRO's.
 
     Raises:
         OpticNerveError: DeepSpeed is not installed, or the weights that it would share out are of several dtypes.
@@ -50,24 +44,17 @@ class Zero:
 
     def __init__(self, objective: Any, *, stage: Literal[2, 3], device: torch.device) -> None:
         self._deepspeed = _import_deepspeed(device)
-        self.stage, self.whole, self._objective = stage, objective.model, objective
-        inner = [p for layer in layers(self.whole) for p in layer.parameters()]
-        shared = [p for p in self.whole.parameters() if p.requires_grad] + (inner if stage == 3 else [])
-        memo: dict[int, Any] = {id(t): t for t in [*self.whole.parameters(), *self.whole.buffers()]}
-        memo |= {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in shared}
-        mine = {id(memo[id(p)]) for p in shared}
-        self.objective = copy.deepcopy(objective, memo)
-        self.model = self.objective.model
-        self.shares: dict[str, Any] = {n: p for n, p in self.model.named_parameters() if id(p) in mine}
+        self.stage, whole = stage, objective.model
+        inner = [p for layer in layers(whole) for p in layer.parameters()]
+        shared = [p for p in whole.parameters() if p.requires_grad] + (inner if stage == 3 else [])
+        own = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in shared}
+        super().__init__(objective, own)
+        mine = {id(p) for p in own.values()}
+        self.shares = {n: p for n, p in self.model.named_parameters() if id(p) in mine}
         dtypes = {p.dtype for p in self.shares.values()}
         if len(dtypes) > 1:
             raise OpticNerveError(f"DeepSpeed shares out weights of one dtype, these have {dtypes}; train by FSDP2")
         [self._dtype] = dtypes
-
-    def trained(self, frozen: Frozen) -> Frozen:
-        """What trains, by the same names: the twins' weights."""
-        groups = {part: {n: self.shares[n] for n in group} for part, group in frozen.groups.items()}
-        return replace(frozen, groups=groups)
 
     def optimizer(self, frozen: Frozen, *, betas: tuple[float, float], weight_decay: float, rows: int) -> ZeroAdamW:
         """AdamW over shares of `frozen` (as `trained` gives it). From here on DeepSpeed has the weights.
@@ -91,9 +78,7 @@ class Zero:
         adam.still = True  # DeepSpeed may try a step while it sets up
         engine, *_ = self._deepspeed.initialize(model=facade, optimizer=adam, config=config, dist_init_required=False)
         adam.still = False
-        own = dict(self.whole.named_parameters())
-        for name in self.shares:
-            own[name].data = own[name].data.new_empty(0)  # not twice in memory
+        self.empty_whole()
         self._engine, self._facade = engine, facade
         return ZeroAdamW(frozen, adam, self)
 

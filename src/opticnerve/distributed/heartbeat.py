@@ -42,10 +42,10 @@ class Heartbeat:
         self.rank, self.world, self.doing = rank, world, "starting"
         self.patience = timeout.total_seconds() / 5
         self._store = _connect(timeout)
-        self._meetings = 0
+        self._barriers = 0
         self._over = threading.Event()
         self._beat(0)
-        self._thread = threading.Thread(target=self._live, name="opticnerve-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="opticnerve-heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self._leave)
 
@@ -67,20 +67,20 @@ class Heartbeat:
             after, left = self._counts(), self._left()
             silent = [r for r in range(self.world) if after[r] == before[r] and r != self.rank]
             if missing := sorted({*silent, *left} - {self.rank}):
-                self._mark_failed(self._missing(missing, "ended or does not answer"))
-                return f"{self._missing(missing, 'ended or does not answer')} (process {self.rank}: {cause})"
+                self._mark_failed(why := self._missing(missing))
+                return f"{why} (process {self.rank}: {cause})"
             places = "; ".join(f"process {r}: {self._doing(r)}" for r in range(self.world))
             return (
                 f"the processes did not meet within the time limit, though all of them live ({places}). Where one is "
                 f"slow for good reason, set OPTICNERVE_TIMEOUT to more seconds (process {self.rank}: {cause})"
             )
         except dist.DistError:
-            return f"{self._missing([0], 'ended or does not answer')} (process {self.rank}: {cause})"
+            return f"{self._missing([0])} (process {self.rank}: {cause})"
 
     def barrier(self) -> None:
         """Wait until every process has called this as often."""
-        self._meetings += 1
-        key, pause = f"meeting/{self._meetings}", 0.01
+        self._barriers += 1
+        key, pause = f"barrier/{self._barriers}", 0.01
         try:
             self._store.add(key, 1)
             while self._store.add(key, 0) < self.world:
@@ -110,10 +110,10 @@ class Heartbeat:
                         heard[r] = (sign, now)
                 silent = [r for r, (_, since) in heard.items() if now - since > self.patience]
                 if silent and (gone := [r for r in silent if r not in self._left()]):
-                    self._mark_failed(self._missing(gone, "ended or does not answer"))
+                    self._mark_failed(self._missing(gone))
                 said = self._status()
             except dist.DistError:  # the store lives in the first process, or in its launcher
-                said = self._missing([0], "ended or does not answer")
+                said = self._missing([0])
             if said is None:
                 doomed_since = None
             elif doomed_since is None:
@@ -147,16 +147,16 @@ class Heartbeat:
         return [r for r in range(self.world) if self._store.check([f"left/{r}"])]
 
     def _status(self) -> str | None:
-        return self._read("verdict")
+        return self._read("status")
 
     def _read(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def _mark_failed(self, why: str) -> None:
         with contextlib.suppress(dist.DistError):
-            self._store.compare_set("verdict", "", why)
+            self._store.compare_set("status", "", why)
 
-    def _missing(self, ranks: list[int], how: str) -> str:
+    def _missing(self, ranks: list[int], how: str = "ended or does not answer") -> str:
         try:
             where = f", last seen {self._doing(ranks[0])}"
         except dist.DistError:
@@ -175,7 +175,6 @@ def _connect(timeout: timedelta) -> dist.Store:
         raise OpticNerveError(
             "several processes, but no MASTER_ADDR and MASTER_PORT; start them with `accelerate launch` or `torchrun`"
         ) from e
-    store = dist.TCPStore(
-        host, port, is_master=False, wait_for_workers=False, timeout=min(timeout, timedelta(minutes=1))
-    )
+    within = min(timeout, timedelta(minutes=1))
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=within)
     return dist.PrefixStore(f"opticnerve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

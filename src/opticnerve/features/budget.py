@@ -37,13 +37,13 @@ def default_budget(root: Path) -> int:
     Raises:
         OpticNerveError: the variable holds no size.
     """
-    told = os.environ.get(BUDGET)
-    if told is None:
+    given = os.environ.get(BUDGET)
+    if given is None:
         return min(_MOST, (free_bytes(root) + folder_bytes(root)) // 10)
     try:
-        return int(TypeAdapter(ByteSize).validate_python(told))
+        return int(TypeAdapter(ByteSize).validate_python(given))
     except ValidationError as e:
-        raise OpticNerveError(f"{BUDGET} is {told!r}, which is no size; write for example 50GB") from e
+        raise OpticNerveError(f"{BUDGET} is {given!r}, which is no size; write for example 50GB") from e
 
 
 def evict(root: Path, keep: Path, needed: int, budget: int) -> None:

@@ -26,7 +26,7 @@ Named = tuple[str, Source, str]  # a picture's digest, the picture, the sample t
 OnError = Callable[[DataError], None]
 
 
-def seen(
+def extract(
     pictures: Sequence[Named], encode: Callable[[Tensor], Features], image_processor: Any, *,
     threads: int | None = None, on_error: OnError | None = None,
 ) -> Iterator[tuple[list[str], Features]]:  # fmt: skip

@@ -23,7 +23,7 @@ from opticnerve.data.media.transform import DECODING
 from opticnerve.features import shards
 from opticnerve.features.budget import default_budget, evict, features_dir, hold
 from opticnerve.features.digests import Digests
-from opticnerve.features.extract import Counter, Named, OnError, seen
+from opticnerve.features.extract import Counter, Named, OnError, extract
 from opticnerve.language.load import tensor_fingerprint
 from opticnerve.types import DataError, Features
 
@@ -139,7 +139,7 @@ class FeatureStore:
         digests: list[str] = []
         parts: list[Features] = []
         room, done = 0, 0
-        for names, features in seen(mine, encode, image_processor, threads=threads, on_error=on_error):
+        for names, features in extract(mine, encode, image_processor, threads=threads, on_error=on_error):
             features = Features(features.tokens_BND.to(self.stored or features.tokens_BND.dtype), features.mask_BN)
             if not room:
                 each = _bytes_each(features)
@@ -189,13 +189,13 @@ def open_store(
     encoder = model.image.encoder
     name = hashlib.sha256(tensor_fingerprint(encoder.state_dict()).encode())
     prepared = {k: v for k, v in processor.image_processor.to_dict().items() if not k.startswith("_")}
-    told = {"encoder": encoder.options, "prepared": prepared, "pooling": getattr(model.image, "pooling", None),
+    depends_on = {"encoder": encoder.options, "prepared": prepared, "pooling": getattr(model.image, "pooling", None),
             "decoding": DECODING}  # fmt: skip
     dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), None)
     stored_as = getattr(torch, stored) if stored else None
     if stored_as is not None and stored_as != dtype:
-        told["stored"] = stored
-    name.update(json.dumps(told, sort_keys=True, default=str).encode())
+        depends_on["stored"] = stored
+    name.update(json.dumps(depends_on, sort_keys=True, default=str).encode())
     root = root or features_dir()
     budget = default_budget(root) if budget is None else budget
     return FeatureStore(root / name.hexdigest()[:24], dtype=dtype, stored=stored_as, budget=budget)
@@ -232,8 +232,8 @@ def see_all(
     new = store.missing(pictures, on_error=on_error)
     console = console if new and rank == 0 else None
     if console is not None:
-        told = f"seeing {len(new):,} of {len(pictures):,} pictures once, for all epochs: {store.folder}"
-        console.print(told, style="dim")
+        line = f"seeing {len(new):,} of {len(pictures):,} pictures once, for all epochs: {store.folder}"
+        console.print(line, style="dim")
     encode, training = encode_function(model), model.image.encoder.training
     model.image.encoder.eval()
     try:

@@ -35,7 +35,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     atomic.clear_left_overs(folder)
     before = checkpoints(folder)
-    again = [_place(p)[1] + 1 for p in before if _place(p)[0] == step]
+    again = [_step_of(p)[1] + 1 for p in before if _step_of(p)[0] == step]
     target = folder / (f"checkpoint-{step:08d}" + (f".{max(again)}" if again else ""))
     partial = atomic.partial_of(target)
     kept = f"{before[-1].name} is whole" if before else "there is none before it"
@@ -50,7 +50,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         shutil.rmtree(partial, ignore_errors=True)
     atomic.sync(folder)
     # Later steps are of a life that took another way.
-    good = [p for p in checkpoints(folder) if _place(p)[0] <= step and (p == target or looks_whole(p))]
+    good = [p for p in checkpoints(folder) if _step_of(p)[0] <= step and (p == target or looks_whole(p))]
     for old in set(checkpoints(folder)) - set(good[-keep:]):
         shutil.rmtree(old)
     return target
@@ -58,7 +58,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
 
 def checkpoints(folder: Path) -> list[Path]:
     """All of them, oldest first; which are whole, `newest` says."""
-    return sorted((p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)), key=_place)
+    return sorted((p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)), key=_step_of)
 
 
 def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None = None) -> dict[str, Any] | None:
@@ -73,7 +73,7 @@ def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None
     wrong = []
     for path in reversed(checkpoints(folder)):
         try:
-            if most is not None and _place(path)[0] > most:
+            if most is not None and _step_of(path)[0] > most:
                 raise ValueError(f"metrics.jsonl ends with step {most}")
             return load(path)
         except (OSError, ValueError) as e:
@@ -101,8 +101,8 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged archive with a damaged pickle in it: there is no end to what torch raises
         raise ValueError(f"{STATE} cannot be read: {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
-    if not isinstance(state, dict) or state.get("step") != _place(path)[0]:
-        raise ValueError(f"{STATE} is not the state of step {_place(path)[0]}")
+    if not isinstance(state, dict) or state.get("step") != _step_of(path)[0]:
+        raise ValueError(f"{STATE} is not the state of step {_step_of(path)[0]}")
     return state
 
 
@@ -140,7 +140,7 @@ def set_rng_state(state: dict[str, Any], device: Any = "cpu") -> None:
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:
-    with (folder / STATE).open("wb") as file:
+    with (folder / STATE).open("xb") as file:
         guarded = _Writing(file)
         try:
             torch.save(state, guarded)  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def _sums(path: Path) -> dict[str, dict[str, Any]]:
     return {name: {**known, "sha256": str(known["sha256"])} for name, known in sums.items()}
 
 
-def _place(path: Path) -> tuple[int, int]:
+def _step_of(path: Path) -> tuple[int, int]:
     """Step, and which one of that step."""
     found = _NAME.fullmatch(path.name)
     assert found is not None
