@@ -60,13 +60,10 @@ def _zero(options: Mapping[str, str]) -> Literal["zero2", "zero3"]:
             "deepspeed_config_file is not honoured here: the recipe says what such a file would; launch with "
             "recipes/launch/deepspeed-zero2.yaml or deepspeed-zero3.yaml"
         )
-    for option, off in {
-        "OFFLOAD_OPTIMIZER_DEVICE": "none",
-        "OFFLOAD_PARAM_DEVICE": "none",
-        "ZERO3_INIT": "false",
-    }.items():
-        if options.get(option, off).lower() != off:
-            raise OpticNerveError(f"DeepSpeed's {option.lower()} is not honoured here; set it to {off}")
+    honoured = {"OFFLOAD_OPTIMIZER_DEVICE": "none", "OFFLOAD_PARAM_DEVICE": "none", "ZERO3_INIT": "false"}
+    for option, value in honoured.items():
+        if options.get(option, value).lower() != value:
+            raise OpticNerveError(f"DeepSpeed's {option.lower()} is not honoured here; set it to {value}")
     stage = options.get("ZERO_STAGE", "2")
     if stage not in ("2", "3"):
         raise OpticNerveError(f"DeepSpeed's zero_stage {stage} is not driven here; 2 and 3 are")

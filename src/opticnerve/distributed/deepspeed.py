@@ -79,18 +79,18 @@ class Zero(Twin):
         engine, *_ = self._deepspeed.initialize(model=facade, optimizer=adam, config=config, dist_init_required=False)
         adam.still = False
         self.empty_whole()
-        self._engine, self._facade = engine, facade
+        self.engine, self._facade = engine, facade
         return ZeroAdamW(frozen, adam, self)
 
     def backward(self, batches: Sequence[Any], factor: float) -> Tensor:
         """Gradients of `factor` × the loss sums of the micro-batches of a step, averaged over processes; this process's
         loss sum."""
-        total = torch.zeros((), device=self._engine.device)
+        total = torch.zeros((), device=self.engine.device)
         for k, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(k == len(batches) - 1)
-            with self.gathered(self._facade.skip):
-                loss = self._engine(batch)
-                self._engine.backward(loss * factor, scale_wrt_gas=False)
+            self.engine.set_gradient_accumulation_boundary(k == len(batches) - 1)
+            with self.gathered(self._facade.loose):
+                loss = self.engine(batch)
+                self.engine.backward(loss * factor, scale_wrt_gas=False)
             total += loss.detach()
         return total
 
@@ -103,15 +103,6 @@ class Zero(Twin):
         with self._deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0 if write else None):
             yield
 
-    def step(self) -> None:
-        """Let DeepSpeed apply the optimizer to this process's shares, and tell the others the outcome."""
-        self._engine.step()
-
-    @property
-    def partitions(self) -> Any:
-        """DeepSpeed's optimizer around ours, which knows the shares."""
-        return self._engine.optimizer
-
     @torch.no_grad()
     def bring_together(self) -> tuple[Any, Any]:
         """Give the whole model, on every process, the weights that the twins have come to; returns it, and its
@@ -122,7 +113,7 @@ class Zero(Twin):
                 own[name].data = share.detach().clone()
             if self.stage == 3:
                 share.ds_tensor.data = share.ds_tensor.data.new_empty(0)
-        self._engine.destroy()
+        self.engine.destroy()
         if self.stage == 3:
             from deepspeed.runtime.zero import parameter_offload
 
@@ -138,8 +129,8 @@ class _Facade(nn.Module):
         self._objective = [objective]  # a list: no module of this one
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = {n: p for n, p in shares.items() if id(p) not in inside}
-        self.names, self.skip = [f"model.{n}" for n in outside], list(outside.values())
-        self.outside = nn.ParameterList(self.skip)
+        self.names, self.loose = [f"model.{n}" for n in outside], list(outside.values())
+        self.outside = nn.ParameterList(self.loose)
         if stage == 2:
             self.inside: nn.Module = nn.ParameterList([p for p in shares.values() if id(p) in inside])
             return
@@ -153,10 +144,10 @@ class _Facade(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         """The float32 loss sum of a batch."""
         objective = self._objective[0]
-        if not self.skip:
+        if not self.loose:
             loss: Tensor = objective(batch)[0]
             return loss
-        taken = _Together.apply(*self.skip)  # type: ignore[no-untyped-call]
+        taken = _Together.apply(*self.loose)  # type: ignore[no-untyped-call]
         loss = functional_call(objective, dict(zip(self.names, taken, strict=True)), (batch,))[0]
         return loss + taken[0].sum() * 0  # also where nothing else needs them
 
@@ -235,7 +226,7 @@ class ZeroAdamW:
     def __init__(self, frozen: Frozen, adam: GatedAdamW, zero: Zero) -> None:
         self.adam, self._zero, self._rates = adam, zero, dict(frozen.rates)
         self._weights: dict[str, Any] = {n: p for group in frozen.groups.values() for n, p in group.items()}
-        around = zero.partitions
+        around = zero.engine.optimizer  # DeepSpeed's own around ours, which knows the shares
         self._flats = around.single_partition_of_fp32_groups if zero.stage == 2 else around.fp32_partitioned_groups_flat
         for flat in self._flats:  # at once: a checkpoint may be written before anything has moved
             step = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -245,7 +236,7 @@ class ZeroAdamW:
 
     def clip(self, limit: float | None) -> Tensor:
         """Settle that the gradients' norm will be `limit` at most; returns the norm before, a scalar."""
-        grads = [g for group in self._zero.partitions.averaged_gradients.values() for g in group]
+        grads = [g for group in self._zero.engine.optimizer.averaged_gradients.values() for g in group]
         square = torch.stack([g.float().square().sum() for g in grads]).sum()
         dist.all_reduce(square)
         norm = square.sqrt()
@@ -260,13 +251,13 @@ class ZeroAdamW:
         """Take the step that the gradients say."""
         for group in self.adam.param_groups:
             group["lr"] = self._rates[group["part"]] * factor
-        self._zero.step()
+        self._zero.engine.step()
         self.adam.resting.clear()
 
     def zero_grad(self) -> None:
         """Forget the gradients of this step."""
         self.adam.still = True
-        self._zero.step()
+        self._zero.engine.step()
         self.adam.still = False
         self.adam.resting.clear()
 

@@ -86,7 +86,7 @@ def describe(path: Path) -> tuple[Shard, list[str]]:
     return shard, digests
 
 
-class Reader:
+class ShardReader:
     """Rows out of many files, of which few are open at a time. Each process opens its own."""
 
     def __init__(self, most_open: int = 64) -> None:

@@ -50,7 +50,7 @@ class FeatureStore:
         self.folder, self.dtype, self.stored, self.budget = folder, dtype, stored, budget
         self._mark: Any = hold(folder)
         self._digests = Digests(folder.parent / "digests.sqlite")
-        self._reader = shards.Reader()
+        self._reader = shards.ShardReader()
         self._places: dict[str, tuple[shards.Shard, int]] = {}
         self._listed: set[Path] = set()
         self.refresh()
