@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -93,23 +93,22 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: it is torn or damaged; the message says how.
     """
-    sums = _sums(path)
-    for name, known in sums.items():
-        if (found := atomic.sha256(path / name)) != known["sha256"]:
-            raise ValueError(f"{name} has the SHA-256 {found[:12]}…, {SUMS} says {known['sha256'][:12]}…")
+    known, step = _sums(path), _step_of(path)[0]
+    if (found := atomic.sha256(path / STATE)) != known["sha256"]:
+        raise ValueError(f"{STATE} has the SHA-256 {found[:12]}…, {SUMS} says {known['sha256'][:12]}…")
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged archive with a damaged pickle in it: there is no end to what torch raises
         raise ValueError(f"{STATE} cannot be read: {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
-    if not isinstance(state, dict) or state.get("step") != _step_of(path)[0]:
-        raise ValueError(f"{STATE} is not the state of step {_step_of(path)[0]}")
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise ValueError(f"{STATE} is not the state of step {step}")
     return state
 
 
 def looks_whole(path: Path) -> bool:
-    """Whether all files are there in their sizes: what can be told without reading them."""
+    """Whether the state is there in its size: what can be told without reading it."""
     try:
-        return all((path / name).stat().st_size == known["bytes"] for name, known in _sums(path).items())
+        return bool((path / STATE).stat().st_size == _sums(path)["bytes"])
     except (OSError, ValueError):
         return False
 
@@ -148,38 +147,35 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
             raise guarded.failed or e from e
         file.flush()
         os.fsync(file.fileno())
-    found = {STATE: {"sha256": atomic.sha256(folder / STATE), "bytes": (folder / STATE).stat().st_size}}
-    atomic.write_json(folder / SUMS, found)
+    found = {"sha256": atomic.sha256(folder / STATE), "bytes": (folder / STATE).stat().st_size}
+    atomic.write_json(folder / SUMS, {STATE: found})
 
 
 class _Writing:
     """A file to write to, which remembers why it could not."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.flush = file, file.flush
         self.failed: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
-            return int(self.file.write(data))
+            return self.file.write(data)
         except OSError as e:
             self.failed = self.failed or e
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
 
-
-def _sums(path: Path) -> dict[str, dict[str, Any]]:
-    """What a checkpoint's list of hashes says of its files."""
+def _sums(path: Path) -> dict[str, Any]:
+    """`sha256` and `bytes` of a checkpoint's state, as its list of hashes has them."""
     try:
         sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{SUMS} is not readable JSON: {e}") from e
-    right = isinstance(sums, dict) and sums.keys() == {STATE}
-    if not right or not isinstance(sums[STATE], dict) or sums[STATE].keys() != {"sha256", "bytes"}:
+    known = sums.get(STATE) if isinstance(sums, dict) and len(sums) == 1 else None
+    if not isinstance(known, dict) or known.keys() != {"sha256", "bytes"}:
         raise ValueError(f"{SUMS} does not list {STATE} alone, with its sha256 and bytes")
-    return {name: {**known, "sha256": str(known["sha256"])} for name, known in sums.items()}
+    return {**known, "sha256": str(known["sha256"])}
 
 
 def _step_of(path: Path) -> tuple[int, int]:

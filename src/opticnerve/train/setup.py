@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve import registry
@@ -164,16 +164,14 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     engine()
     _check_trackers(recipe.trackers)
     with without_deepspeed():
+        # A connector may carry weights that only its pretraining, or only its use, needs.
+        handlers = [
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timeout()),
+        ]
         accelerator = Accelerator(
-            log_with=recipe.trackers or None,
-            project_dir=str(run_dir),
-            dataloader_config=DataLoaderConfiguration(),
-            # A connector may carry weights that only its pretraining, or only its use, needs.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),
-                InitProcessGroupKwargs(timeout=timeout()),
-            ],
-        )
+            log_with=recipe.trackers or None, project_dir=str(run_dir), kwargs_handlers=handlers
+        )  # fmt: skip
     if recipe.trackers:
         accelerator.init_trackers(recipe.name)
     return accelerator
@@ -255,10 +253,8 @@ def give_memory_back() -> None:
 
     What loading, checking and caching have let go of would stand beside a stage's activations otherwise.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------
