@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
@@ -83,11 +83,9 @@ def without_deepspeed() -> Iterator[None]:
 
 def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:
     """How long a process waits for the others within one exchange: `$OPTICNERVE_TIMEOUT` seconds, 600 by default."""
-    text = environment.get(TIMEOUT, "600")
-    try:
+    text, seconds = environment.get(TIMEOUT, "600"), 0.0
+    with suppress(ValueError):
         seconds = float(text)
-    except ValueError:
-        seconds = 0.0
     if not 0 < seconds < 1e7:
         raise OpticNerveError(f"{TIMEOUT}={text}: give a number of seconds above 0")
     return timedelta(seconds=seconds)

@@ -49,8 +49,6 @@ class Heartbeat:
         self._thread.start()
         atexit.register(self._leave)
 
-    # -- what the training calls ----------------------------------------------------------------------------------
-
     def tell(self, error: Exception) -> None:
         """Leave word of an error that ends this process; the first word counts."""
         kind = "" if isinstance(error, OpticNerveError) else f"{type(error).__name__}: "
@@ -93,8 +91,6 @@ class Heartbeat:
         except dist.DistError as e:
             raise LostProcess(self.explain(e)) from e
 
-    # -- the thread -----------------------------------------------------------------------------------------------
-
     def _live(self) -> None:
         watched = range(1, self.world) if self.rank == 0 else range(1)
         heard = dict.fromkeys(watched, ("", time.monotonic()))
@@ -129,8 +125,6 @@ class Heartbeat:
         with contextlib.suppress(dist.DistError):
             self._store.set(f"left/{self.rank}", "1")
 
-    # -- the store ------------------------------------------------------------------------------------------------
-
     def _beat(self, count: int) -> None:
         self._store.set(f"sign/{self.rank}", f"{count} {self.doing}")
 
@@ -157,10 +151,9 @@ class Heartbeat:
             self._store.compare_set("status", "", why)
 
     def _missing(self, ranks: list[int], how: str = "ended or does not answer") -> str:
-        try:
+        where = ""
+        with contextlib.suppress(dist.DistError):
             where = f", last seen {self._doing(ranks[0])}"
-        except dist.DistError:
-            where = ""
         return (
             f"process {', '.join(map(str, ranks))} of {self.world} (counted from 0) has {how}{where}; the others "
             f"cannot go on without it. Its own output says more, if it could still write; go on with --resume"

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from opticnerve.common import atomic
 from opticnerve.types import Features, OpticNerveError
@@ -107,7 +106,7 @@ class ShardReader:
         size = count * width * first.dtype.itemsize
         tokens_BND = torch.empty(len(places), count, width, dtype=first.dtype)
         mask_BN = torch.empty(len(places), count, dtype=torch.bool)
-        tokens, mask = _bytes(tokens_BND), _bytes(mask_BN)
+        tokens, mask = (t.view(torch.uint8).numpy().data.cast("B") for t in (tokens_BND, mask_BN))
         for i, (shard, row) in enumerate(places):
             if (shard.shape[1:], shard.dtype) != (first.shape[1:], first.dtype):
                 raise OpticNerveError(f"{shard.path} and {first.path} hold features of different shapes; delete one")
@@ -127,7 +126,3 @@ class ShardReader:
             raise OpticNerveError(f"{shard.path} cannot be read: {e}; start again, it is then made anew") from e
         if got != len(into):
             raise OpticNerveError(f"{shard.path} ends too early; delete it")
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data.cast("B")
