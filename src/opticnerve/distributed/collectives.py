@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from opticnerve.distributed.heartbeat import Heartbeat, LostProcess
 from opticnerve.types import OpticNerveError
@@ -91,7 +92,7 @@ def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:
     return timedelta(seconds=seconds)
 
 
-def gather_objects(accelerator: Any, value: Any) -> list[Any]:
+def gather_objects(accelerator: Accelerator, value: Any) -> list[Any]:
     """Each process's `value`, in the order of the processes, on all of them; every process must call it.
 
     `value` is what `pickle` takes: tensors (on the CPU) and plain values. One process: `[value]`.
@@ -111,7 +112,7 @@ def attempt(make: Callable[[], list[Value]]) -> tuple[list[Value], OpticNerveErr
         return [], e
 
 
-def add_up(accelerator: Any, counts: list[int], error: OpticNerveError | None = None) -> list[int]:
+def add_up(accelerator: Accelerator, counts: list[int], error: OpticNerveError | None = None) -> list[int]:
     """Sums of `counts` over all processes.
 
     Raises:
@@ -133,7 +134,7 @@ def add_up(accelerator: Any, counts: list[int], error: OpticNerveError | None = 
     return totals
 
 
-def on_main(accelerator: Any, work: Callable[[], Value]) -> Value:
+def on_main(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
     """What `work` gives on the main process, for all; the others wait, however long it takes, while that one lives.
 
     Raises:
@@ -155,7 +156,7 @@ def on_main(accelerator: Any, work: Callable[[], Value]) -> Value:
     return cast(Value, value)
 
 
-def barrier(accelerator: Any) -> None:
+def barrier(accelerator: Accelerator) -> None:
     """Wait until all processes are here: without a limit in time as long as all of them live.
 
     For what one process does alone and takes long over (an evaluation, its share of the pictures): one of torch's
@@ -169,7 +170,7 @@ def barrier(accelerator: Any) -> None:
 
 
 @contextmanager
-def companions(accelerator: Any, doing: str) -> Iterator[None]:
+def companions(accelerator: Accelerator, doing: str) -> Iterator[None]:
     """Within it, an error here ends the other processes with its message, and their absence ends this one with theirs.
 
     Raises:
@@ -189,7 +190,7 @@ def companions(accelerator: Any, doing: str) -> Iterator[None]:
         raise LostProcess(heartbeat.explain(e)) from e
 
 
-def _start(accelerator: Any) -> Heartbeat | None:
+def _start(accelerator: Accelerator) -> Heartbeat | None:
     global _heartbeat
     if accelerator.num_processes == 1:
         return None

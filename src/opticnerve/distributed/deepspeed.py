@@ -27,6 +27,7 @@ from torch.func import functional_call
 from opticnerve.common.private_names import start_optimizer_state
 from opticnerve.distributed.fsdp import Twin, layers
 from opticnerve.models.freeze import Frozen, decay_groups
+from opticnerve.objectives.base import Objective
 from opticnerve.types import OpticNerveError, to_install
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,7 +43,7 @@ class Zero(Twin):
         OpticNerveError: DeepSpeed is not installed, or the weights that it would share out are of several dtypes.
     """
 
-    def __init__(self, objective: Any, *, stage: Literal[2, 3], device: torch.device) -> None:
+    def __init__(self, objective: Objective, *, stage: Literal[2, 3], device: torch.device) -> None:
         self._deepspeed = _import_deepspeed(device)
         self.stage, whole = stage, objective.model
         inner = [p for layer in layers(whole) for p in layer.parameters()]
@@ -124,7 +125,9 @@ class Zero(Twin):
 class _Facade(nn.Module):
     """What DeepSpeed takes for the model: its layers, and the trained weights outside them."""
 
-    def __init__(self, objective: Any, shares: dict[str, nn.Parameter], layers: list[nn.Module], *, stage: int) -> None:
+    def __init__(
+        self, objective: Objective, shares: dict[str, nn.Parameter], layers: list[nn.Module], *, stage: int
+    ) -> None:
         super().__init__()
         self._objective = [objective]  # a list: no module of this one
         inside = {id(p) for layer in layers for p in layer.parameters()}

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opticnerve.language.layers import decoder_layers
 from opticnerve.models.freeze import Frozen
+from opticnerve.objectives.base import Objective
 
 
 class Twin:
@@ -36,7 +37,7 @@ class Twin:
         objective, model: the twins. shares: the weights that are spread, by name.
     """
 
-    def __init__(self, objective: Any, own: dict[int, Any]) -> None:
+    def __init__(self, objective: Objective, own: dict[int, Any]) -> None:
         self.whole, self._objective = objective.model, objective
         tensors = {id(t): t for t in [*self.whole.parameters(), *self.whole.buffers()]}
         self.objective = copy.deepcopy(objective, tensors | own)
@@ -63,7 +64,7 @@ class Sharded(Twin):
             pass has been through (as ZeRO-2).
     """
 
-    def __init__(self, objective: Any, *, world: int, device: torch.device, reshard: bool = True) -> None:
+    def __init__(self, objective: Objective, *, world: int, device: torch.device, reshard: bool = True) -> None:
         super().__init__(objective, {})
         mesh = init_device_mesh(device.type, (world,))
         kept_whole = {p for tower in self.model.towers.values() for p in _frozen_encoder(tower)}

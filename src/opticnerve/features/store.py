@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from opticnerve.data.media.images import Source
@@ -216,7 +217,7 @@ def encode_function(model: Any) -> Callable[[Tensor], Features]:
 def see_all(
     model: Any, processor: Any, pictures: Sequence[tuple[Source, str]], *, budget: int | None = None,
     stored: str | None = None, rank: int = 0, world: int = 1, wait: Callable[[], None] | None = None,
-    threads: int | None = None, on_error: OnError | None = None, console: Any = None,
+    threads: int | None = None, on_error: OnError | None = None, console: Console | None = None,
 ) -> FeatureStore:  # fmt: skip
     """The store of the model's frozen vision encoder, with all of these pictures in it.
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from rich.console import Console
 
 from opticnerve.common.version import __version__
 from opticnerve.common.waiting import Waiting
@@ -23,7 +24,7 @@ from opticnerve.distributed.collectives import on_main
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
 from opticnerve.inference.generate import Answerer
-from opticnerve.models import family
+from opticnerve.models.family import Family, build
 from opticnerve.recipe import Recipe
 from opticnerve.runs.card.card import write_card
 from opticnerve.runs.card.warnings import warnings_of
@@ -34,7 +35,7 @@ from opticnerve.types import Conversation, OpticNerveError
 
 
 def run_recipe(
-    recipe: Recipe, run_dir: Path, *, resume: bool = False, command: str = "", console: Any = None
+    recipe: Recipe, run_dir: Path, *, resume: bool = False, command: str = "", console: Console | None = None
 ) -> dict[str, Any]:
     """Train every stage of a recipe, evaluate, and fill the run folder; returns what `results.json` holds.
 
@@ -59,7 +60,7 @@ def run_recipe(
     # What is wrong with the questions, or with the tokenizer, is found now and not when all is trained.
     for spec in recipe.evaluate:
         load_data(spec.data)
-    dock = family.build(recipe)
+    dock = build(recipe)
     if main:
         with TemporaryDirectory() as scratch:
             dock.processor.save_pretrained(scratch)
@@ -139,7 +140,7 @@ def peak_memory() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _measure_text(dock: Any, results: Results, after: str, console: Any, tokens: int | None) -> None:
+def _measure_text(dock: Family, results: Results, after: str, console: Console | None, tokens: int | None) -> None:
     """One look at what the language model still knows, unless an earlier call has taken it."""
     entries = results.data.setdefault("forgetting", [])
     if any(e["after"] == after for e in entries):

@@ -121,7 +121,7 @@ def size_of(state: Any) -> int:
     return 16 + sum(map(size_of, inner))
 
 
-def rng_state(device: Any = "cpu") -> dict[str, Any]:
+def rng_state(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Torch's and Python's generators, and the accelerator's, as tensors and plain values."""
     version, words, gauss = random.getstate()
     state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
@@ -129,7 +129,7 @@ def rng_state(device: Any = "cpu") -> dict[str, Any]:
     return state if kind == "cpu" else state | {kind: torch.get_device_module(kind).get_rng_state()}
 
 
-def set_rng_state(state: dict[str, Any], device: Any = "cpu") -> None:
+def set_rng_state(state: dict[str, Any], device: torch.device | str = "cpu") -> None:
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

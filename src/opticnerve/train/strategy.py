@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from opticnerve.distributed.collectives import engine
 from opticnerve.distributed.deepspeed import Zero
 from opticnerve.distributed.fsdp import Sharded
 from opticnerve.models.freeze import Frozen
+from opticnerve.objectives.base import Objective
 from opticnerve.recipe import Stage
 from opticnerve.train.optim import MasterAdamW
 from opticnerve.types import OpticNerveError
@@ -45,7 +47,7 @@ class Strategy:
     each process until the last micro-batch."""
     optimizer: Optimizer
 
-    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
+    def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
         self.accelerator, self.objective, self.model = accelerator, objective, objective.model
         self.optimizer = self._adam = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
         by_ddp = accelerator.num_processes > 1 and not objective.whole_step and not self.spread
@@ -77,7 +79,7 @@ class Strategy:
 class _FSDP2(Strategy):
     spread = True
 
-    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
+    def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
         reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
         world, device = accelerator.num_processes, accelerator.device
         self._twin = Sharded(objective, world=world, device=device, reshard=reshard)
@@ -90,7 +92,7 @@ class _FSDP2(Strategy):
 class _Zero(Strategy):
     spread = True
 
-    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
+    def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
         self._twin = Zero(objective, stage=2 if engine() == "zero2" else 3, device=accelerator.device)
         self.accelerator, self.objective, self.model = accelerator, self._twin.objective, self._twin.model
         rows = stage.batch_size // (stage.accumulate * accelerator.num_processes)
@@ -105,7 +107,7 @@ class _Zero(Strategy):
         self.model, self.objective = self._twin.bring_together()
 
 
-def make_strategy(accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> Strategy:
+def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> Strategy:
     """The strategy that the launcher asked for.
 
     Raises:
