@@ -11,7 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +24,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from opticnerve.common.progress import Counting
 from opticnerve.data.media.images import Source
-from opticnerve.data.media.transform import DECODING
+from opticnerve.data.media.transform import DECODING, open_for
+from opticnerve.data.media.transform import pixels as pixel_values
 from opticnerve.features import shards
 from opticnerve.features.budget import default_budget, evict, features_dir, hold
 from opticnerve.features.digests import Digests
-from opticnerve.features.extract import Counter, Named, OnError, extract
 from opticnerve.language.load import tensor_fingerprint
 from opticnerve.types import DataError, Features
 
+BATCH = 32
+Named = tuple[str, Source, str]  # a picture's digest, the picture, the sample that shows it
+OnError = Callable[[DataError], None]
 SHARD_BYTES = 64 << 20
 """About so much to a file: it is what filling holds in memory."""
 _SHARD_PICTURES = 4096
@@ -172,6 +181,76 @@ class FeatureStore:
         shard, digests = shards.describe(path)
         self._listed.add(path)
         self._places |= {d: (shard, row) for row, d in enumerate(digests)}
+
+
+# -- showing pictures to the encoder ----------------------------------------------------------------------------------
+
+
+def extract(
+    pictures: Sequence[Named], encode: Callable[[Tensor], Features], image_processor: Any, *,
+    threads: int | None = None, on_error: OnError | None = None,
+) -> Iterator[tuple[list[str], Features]]:  # fmt: skip
+    """Batch by batch the digests of pictures and what the vision encoder sees of them, on the CPU.
+
+    At most two batches a thread wait, so that memory stays flat.
+
+    Args:
+        encode: pixels (B, 3, H, W) → `Features`.
+        threads: default: a thread for each core, four at most.
+        on_error: takes what is wrong with a picture, which is then left out.
+
+    Raises:
+        DataError: a picture cannot be opened, and there is no `on_error`.
+    """
+    threads = threads or min(4, os.cpu_count() or 1)
+
+    def prepare(part: Sequence[Named]) -> tuple[list[str], Tensor | None, list[DataError]]:
+        digests, opened, bad = [], [], []
+        for digest, source, where in part:
+            try:
+                opened.append(open_for(image_processor, source, where=where))
+                digests.append(digest)
+            except DataError as e:
+                bad.append(e)
+        return digests, pixel_values(image_processor, opened)["pixel_values"] if opened else None, bad
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+    ahead = (pool.submit(prepare, pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH))
+    try:
+        waiting = deque(islice(ahead, 2 * threads))
+        while waiting:
+            digests, pixels, bad = waiting.popleft().result()
+            waiting.extend(islice(ahead, 1))
+            for error in bad:
+                if on_error is None:
+                    raise error
+                on_error(error)
+            if pixels is not None:
+                with torch.inference_mode():
+                    features = encode(pixels)
+                yield digests, Features(features.tokens_BND.cpu(), features.mask_BN.cpu())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Counter(Counting):
+    """How many pictures are seen, how fast, and the time left."""
+
+    def __init__(self, total: int, console: Console | None, *, every_s: float = 10.0) -> None:
+        super().__init__("pictures", total, "{task.fields[speed]}", console=console, every_s=every_s, speed="")
+        self.last = self.began
+
+    def update(self, done: int) -> None:
+        now = time.perf_counter()
+        rate = done / max(now - self.began, 1e-9)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, speed=f"{rate:.0f} a second")
+        elif self.console is not None and self.due(now, done):
+            left = f"{(self.total - done) / rate:.0f} s left"
+            self.console.print(f"pictures: {done:,}/{self.total:,} seen  {rate:.0f} a second  {left}", highlight=False)
+
+
+# -- a model's store --------------------------------------------------------------------------------------------------
 
 
 def open_store(
