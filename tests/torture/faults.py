@@ -11,7 +11,7 @@ from typing import Any
 import opticnerve.common.atomic as durable
 import opticnerve.features.shards as feature_shards
 import opticnerve.models.checkpoint.delta as delta
-import opticnerve.runs.records as records
+import opticnerve.runs.folder as run_folder
 import opticnerve.train.checkpoint as checkpoint
 from opticnerve.train.metrics import MetricsLog
 
@@ -73,8 +73,8 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "in mid-cache-write": lambda n: _at(n, feature_shards, "save_file", _half_a_tensor_file),
     "in mid-line of metrics": lambda n: _at(n, MetricsLog, "write", _half_a_line),
     "in mid-weights at a stage's end": lambda n: _at(n, delta, "save_file", _half_a_tensor_file),
-    "a stage's weights without its result": lambda n: _at(n, durable, "write_json", _before, _named(records.RESULT)),
-    "after a stage's result": lambda n: _at(n, durable, "write_json", _after, _named(records.RESULT)),
+    "a stage's weights without its result": lambda n: _at(n, durable, "write_json", _before, _named(run_folder.RESULT)),
+    "after a stage's result": lambda n: _at(n, durable, "write_json", _after, _named(run_folder.RESULT)),
     "in mid-publishing": lambda n: _at(2 * n, durable, "copy", _after),
     "before results.json": lambda n: _at(n, durable, "write_json", _before, _named("results.json")),
 }

@@ -13,7 +13,6 @@ import torch
 
 import tiny
 from opticnerve.data.media.open import open_image
-from opticnerve.features import extract
 from opticnerve.features import store as feature_cache
 from opticnerve.features.store import FeatureStore, encode_function, open_store, see_all
 from opticnerve.models.vlm.build import Dock, dock_recipe
@@ -39,7 +38,7 @@ def test_rows_are_what_the_eye_sees_in_the_order_asked(
     docked: Callable[..., Dock], pictures: list[tuple[Any, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
-    monkeypatch.setattr(extract, "BATCH", 2)
+    monkeypatch.setattr(feature_cache, "BATCH", 2)
     dock = docked()
     store = FeatureStore(tmp_path / "store")
     assert fill(store, dock, pictures) == 5

@@ -14,7 +14,6 @@ import torch
 
 import tiny
 from opticnerve.features import budget as feature_disk
-from opticnerve.features import extract
 from opticnerve.features import store as feature_cache
 from opticnerve.features.budget import default_budget, evict, folder_bytes, hold
 from opticnerve.features.store import FeatureStore
@@ -140,7 +139,7 @@ def pictures(tmp_path: Path) -> list[tuple[Any, str]]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches and shards of two pictures."""
-    monkeypatch.setattr(extract, "BATCH", 2)
+    monkeypatch.setattr(feature_cache, "BATCH", 2)
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 2 * EACH)
 
 
@@ -258,7 +257,7 @@ def half(tensors, path, metadata):
         os.truncate(path, 300)
         os.kill(os.getpid(), signal.SIGKILL)
 shards.save_file = half
-t.extract.BATCH, t.feature_cache.SHARD_BYTES = 2, 2 * t.EACH
+t.feature_cache.BATCH, t.feature_cache.SHARD_BYTES = 2, 2 * t.EACH
 folder = Path(sys.argv[2])
 t.FeatureStore(folder / "features" / t.C).fill([(folder / f"{i}.png", str(i)) for i in range(7)], t.look, t.prepare)
 """
@@ -282,6 +281,6 @@ def test_a_kill_in_mid_write_leaves_whole_shards(tmp_path: Path, pictures: list[
 def test_progress_is_told(tmp_path: Path, pictures: list[tuple[Any, str]], capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    with extract.Counter(7, Console(), every_s=0.0) as counter:
+    with feature_cache.Counter(7, Console(), every_s=0.0) as counter:
         FeatureStore(tmp_path / C).fill(pictures, look, prepare, progress=counter.update)
     assert "pictures: 7/7 seen" in capsys.readouterr().out

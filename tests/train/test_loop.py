@@ -245,6 +245,14 @@ class TestBadInput:
         assert "2.png" in result.skipped[0]
         assert result.samples == 5
 
+    def test_a_line_that_cannot_be_read_is_skipped_too(self, make_recipe: Make, train: Train, tmp_path: Path) -> None:
+        """Also the very first bad sample that is met: a counter that has counted nothing is still asked."""
+        path = tiny.save_captions(tmp_path / "torn")
+        path.write_text("{oops\n" + path.read_text())
+        _, result = train(make_recipe(data=[{"path": str(path)}], bad_samples="skip", steps=1))
+        assert len(result.skipped) == 1
+        assert "captions.jsonl:1" in result.skipped[0]
+
     def test_a_picture_that_goes_missing_keeps_finished_work(
         self, make_recipe: Make, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -16,7 +16,8 @@ import tiny
 from opticnerve.common import atomic, drawing
 from opticnerve.features import store as feature_cache
 from opticnerve.recipe import Recipe
-from opticnerve.runs import pipeline, records
+from opticnerve.runs import folder as run_folder
+from opticnerve.runs import pipeline
 from opticnerve.runs.pipeline import run_recipe
 from opticnerve.train import checkpoint
 from opticnerve.train.metrics import MetricsLog, steps_in
@@ -229,16 +230,16 @@ class TestWholeRuns:
             run_recipe(recipe, tmp_path / "run", resume=True)
 
     def test_a_changed_recipe_is_refused_by_its_keys(self, recipe: Recipe, tmp_path: Path) -> None:
-        records.keep_recipe(recipe, tmp_path, False)
-        records.keep_recipe(recipe, tmp_path, True)
+        run_folder.keep_recipe(recipe, tmp_path, False)
+        run_folder.keep_recipe(recipe, tmp_path, True)
         changed = recipe.model_copy(update={"seed": 5, "stages": recipe.stages[:1]})
         with pytest.raises(OpticNerveError, match=r"seed: 0 there, 5 given; stages: \[.*"):
-            records.keep_recipe(changed, tmp_path, True)
+            run_folder.keep_recipe(changed, tmp_path, True)
 
     def test_damaged_records_are_named(self, tmp_path: Path) -> None:
         (tmp_path / "results.json").write_text('{"a": ')
         with pytest.raises(OpticNerveError, match=r"results\.json is damaged: .*; delete it"):
-            records.Results(tmp_path / "results.json", fresh=False)
+            run_folder.Results(tmp_path / "results.json", fresh=False)
         (tmp_path / "result.json").write_text("[]")
         with pytest.raises(OpticNerveError, match=r"result\.json is damaged: it holds list"):
-            records.finished_stage(tmp_path)
+            run_folder.finished_stage(tmp_path)

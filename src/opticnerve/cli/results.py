@@ -73,7 +73,7 @@ def _tasks(tasks: list[dict[str, Any]]) -> Any:
 
 
 def _retrieval(tasks: list[dict[str, Any]], untrained: list[dict[str, Any]] | None) -> Any:
-    from opticnerve.runs.card.two_towers import RETRIEVAL_HEAD, retrieval_rows
+    from opticnerve.runs.card.scores import RETRIEVAL_HEAD, retrieval_rows
 
     table = _table("Retrieval (in brackets: chance)", *RETRIEVAL_HEAD)
     for row in retrieval_rows(tasks, untrained):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from opticnerve.distributed.heartbeat import Heartbeat, LostProcess
 from opticnerve.types import OpticNerveError
@@ -29,15 +30,12 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
     def on(name: str) -> bool:
         return environment.get(name, "false").lower() == "true"
 
-    others = {
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config (tensor, context and pipeline parallelism)",
-    }
-    for name, words in others.items():
-        if on(name):
+    parallelism = "parallelism_config (tensor, context and pipeline parallelism)"
+    for name, words in (("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", parallelism)):
+        if on(f"ACCELERATE_USE_{name}"):
             raise OpticNerveError(f"{words} is not driven here; launch with recipes/launch/ddp.yaml or fsdp2.yaml")
     if on("ACCELERATE_USE_DEEPSPEED"):
-        return _zero(environment)
+        return _zero({k.removeprefix(_ZERO): v for k, v in environment.items() if k.startswith(_ZERO)})
     if not on("ACCELERATE_USE_FSDP"):
         return "ddp"
     if environment.get("FSDP_VERSION", "1") != "2":
@@ -53,22 +51,21 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
     return "fsdp2"
 
 
-def _zero(environment: Mapping[str, str]) -> Literal["zero2", "zero3"]:
+_ZERO = "ACCELERATE_DEEPSPEED_"
+
+
+def _zero(options: Mapping[str, str]) -> Literal["zero2", "zero3"]:
     """The stage of DeepSpeed's ZeRO; its other options are refused."""
-    start = "ACCELERATE_DEEPSPEED_"
-    if environment.get(start + "CONFIG_FILE", "none") != "none":
+    if options.get("CONFIG_FILE", "none") != "none":
         raise OpticNerveError(
             "deepspeed_config_file is not honoured here: the recipe says what such a file would; launch with "
             "recipes/launch/deepspeed-zero2.yaml or deepspeed-zero3.yaml"
         )
-    for option, off in (
-        ("OFFLOAD_OPTIMIZER_DEVICE", "none"),
-        ("OFFLOAD_PARAM_DEVICE", "none"),
-        ("ZERO3_INIT", "false"),
-    ):
-        if environment.get(start + option, off).lower() != off:
-            raise OpticNerveError(f"DeepSpeed's {option.lower()} is not honoured here; set it to {off}")
-    stage = environment.get(start + "ZERO_STAGE", "2")
+    honoured = {"OFFLOAD_OPTIMIZER_DEVICE": "none", "OFFLOAD_PARAM_DEVICE": "none", "ZERO3_INIT": "false"}
+    for option, value in honoured.items():
+        if options.get(option, value).lower() != value:
+            raise OpticNerveError(f"DeepSpeed's {option.lower()} is not honoured here; set it to {value}")
+    stage = options.get("ZERO_STAGE", "2")
     if stage not in ("2", "3"):
         raise OpticNerveError(f"DeepSpeed's zero_stage {stage} is not driven here; 2 and 3 are")
     return "zero2" if stage == "2" else "zero3"
@@ -87,17 +84,15 @@ def without_deepspeed() -> Iterator[None]:
 
 def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:
     """How long a process waits for the others within one exchange: `$OPTICNERVE_TIMEOUT` seconds, 600 by default."""
-    text = environment.get(TIMEOUT, "600")
-    try:
+    text, seconds = environment.get(TIMEOUT, "600"), 0.0
+    with suppress(ValueError):
         seconds = float(text)
-    except ValueError:
-        seconds = 0.0
     if not 0 < seconds < 1e7:
         raise OpticNerveError(f"{TIMEOUT}={text}: give a number of seconds above 0")
     return timedelta(seconds=seconds)
 
 
-def gather_objects(accelerator: Any, value: Any) -> list[Any]:
+def gather_objects(accelerator: Accelerator, value: Any) -> list[Any]:
     """Each process's `value`, in the order of the processes, on all of them; every process must call it.
 
     `value` is what `pickle` takes: tensors (on the CPU) and plain values. One process: `[value]`.
@@ -117,7 +112,7 @@ def attempt(make: Callable[[], list[Value]]) -> tuple[list[Value], OpticNerveErr
         return [], e
 
 
-def add_up(accelerator: Any, counts: list[int], error: OpticNerveError | None = None) -> list[int]:
+def add_up(accelerator: Accelerator, counts: list[int], error: OpticNerveError | None = None) -> list[int]:
     """Sums of `counts` over all processes.
 
     Raises:
@@ -131,11 +126,15 @@ def add_up(accelerator: Any, counts: list[int], error: OpticNerveError | None = 
     summed = torch.tensor([*counts, int(error is not None)], device=accelerator.device)
     *totals, failed = accelerator.reduce(summed).tolist()
     if failed:
-        _raise_together(accelerator, error)
+        said = gather_objects(accelerator, None if error is None else str(error))
+        if error is not None:
+            raise error
+        first = next(rank for rank, text in enumerate(said) if text is not None)
+        raise OpticNerveError(f"process {first} of {accelerator.num_processes}: {said[first]}")
     return totals
 
 
-def on_main(accelerator: Any, work: Callable[[], Value]) -> Value:
+def on_main(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
     """What `work` gives on the main process, for all; the others wait, however long it takes, while that one lives.
 
     Raises:
@@ -151,13 +150,13 @@ def on_main(accelerator: Any, work: Callable[[], Value]) -> Value:
             outcome[1] = e
     barrier(accelerator)
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    value: Value = outcome[0]
-    return value
+    value, error = outcome
+    if error is not None:
+        raise error
+    return cast(Value, value)
 
 
-def barrier(accelerator: Any) -> None:
+def barrier(accelerator: Accelerator) -> None:
     """Wait until all processes are here: without a limit in time as long as all of them live.
 
     For what one process does alone and takes long over (an evaluation, its share of the pictures): one of torch's
@@ -171,7 +170,7 @@ def barrier(accelerator: Any) -> None:
 
 
 @contextmanager
-def companions(accelerator: Any, doing: str) -> Iterator[None]:
+def companions(accelerator: Accelerator, doing: str) -> Iterator[None]:
     """Within it, an error here ends the other processes with its message, and their absence ends this one with theirs.
 
     Raises:
@@ -191,21 +190,13 @@ def companions(accelerator: Any, doing: str) -> Iterator[None]:
         raise LostProcess(heartbeat.explain(e)) from e
 
 
-def _start(accelerator: Any) -> Heartbeat | None:
+def _start(accelerator: Accelerator) -> Heartbeat | None:
     global _heartbeat
     if accelerator.num_processes == 1:
         return None
     if _heartbeat is None:
         _heartbeat = Heartbeat(accelerator.process_index, accelerator.num_processes, timeout())
     return _heartbeat
-
-
-def _raise_together(accelerator: Any, error: OpticNerveError | None) -> None:
-    said = gather_objects(accelerator, None if error is None else str(error))
-    if error is not None:
-        raise error
-    first = next(rank for rank, text in enumerate(said) if text is not None)
-    raise OpticNerveError(f"process {first} of {accelerator.num_processes}: {said[first]}")
 
 
 def _lost_others(error: Exception) -> bool:

@@ -13,12 +13,10 @@ each other and arrive in the same order everywhere.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -27,47 +25,37 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from opticnerve.common.private_names import start_optimizer_state
-from opticnerve.distributed.fsdp import layers
+from opticnerve.distributed.fsdp import Twin, layers
 from opticnerve.models.freeze import Frozen, decay_groups
+from opticnerve.objectives.base import Objective
 from opticnerve.types import OpticNerveError, to_install
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Zero:
-    """An objective whose training DeepSpeed shares out between the processes.
+class Zero(Twin):
+    """DeepSpeed's; the weights that it shares out are the twin's own.
 
     Args:
-        objective: the objective over the whole model, frozen as the stage wants it, which is on `device` already.
-        stage: 2 or 3, ZeRO's.
-
-    Attributes:
-        objective, model: the twins that DeepSpeed drives.
+        objective: frozen as the stage wants it. stage: 2 or 3, ZeRO's.
 
     Raises:
         OpticNerveError: DeepSpeed is not installed, or the weights that it would share out are of several dtypes.
     """
 
-    def __init__(self, objective: Any, *, stage: Literal[2, 3], device: torch.device) -> None:
+    def __init__(self, objective: Objective, *, stage: Literal[2, 3], device: torch.device) -> None:
         self._deepspeed = _import_deepspeed(device)
-        self.stage, self.whole, self._objective = stage, objective.model, objective
-        inner = [p for layer in layers(self.whole) for p in layer.parameters()]
-        shared = [p for p in self.whole.parameters() if p.requires_grad] + (inner if stage == 3 else [])
-        memo: dict[int, Any] = {id(t): t for t in [*self.whole.parameters(), *self.whole.buffers()]}
-        memo |= {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in shared}
-        mine = {id(memo[id(p)]) for p in shared}
-        self.objective = copy.deepcopy(objective, memo)
-        self.model = self.objective.model
-        self.shares: dict[str, Any] = {n: p for n, p in self.model.named_parameters() if id(p) in mine}
+        self.stage, whole = stage, objective.model
+        inner = [p for layer in layers(whole) for p in layer.parameters()]
+        shared = [p for p in whole.parameters() if p.requires_grad] + (inner if stage == 3 else [])
+        own = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in shared}
+        super().__init__(objective, own)
+        mine = {id(p) for p in own.values()}
+        self.shares = {n: p for n, p in self.model.named_parameters() if id(p) in mine}
         dtypes = {p.dtype for p in self.shares.values()}
         if len(dtypes) > 1:
             raise OpticNerveError(f"DeepSpeed shares out weights of one dtype, these have {dtypes}; train by FSDP2")
         [self._dtype] = dtypes
-
-    def trained(self, frozen: Frozen) -> Frozen:
-        """What trains, by the same names: the twins' weights."""
-        groups = {part: {n: self.shares[n] for n in group} for part, group in frozen.groups.items()}
-        return replace(frozen, groups=groups)
 
     def optimizer(self, frozen: Frozen, *, betas: tuple[float, float], weight_decay: float, rows: int) -> ZeroAdamW:
         """AdamW over shares of `frozen` (as `trained` gives it). From here on DeepSpeed has the weights.
@@ -91,21 +79,19 @@ class Zero:
         adam.still = True  # DeepSpeed may try a step while it sets up
         engine, *_ = self._deepspeed.initialize(model=facade, optimizer=adam, config=config, dist_init_required=False)
         adam.still = False
-        own = dict(self.whole.named_parameters())
-        for name in self.shares:
-            own[name].data = own[name].data.new_empty(0)  # not twice in memory
-        self._engine, self._facade = engine, facade
+        self.empty_whole()
+        self.engine, self._facade = engine, facade
         return ZeroAdamW(frozen, adam, self)
 
     def backward(self, batches: Sequence[Any], factor: float) -> Tensor:
         """Gradients of `factor` × the loss sums of the micro-batches of a step, averaged over processes; this process's
         loss sum."""
-        total = torch.zeros((), device=self._engine.device)
+        total = torch.zeros((), device=self.engine.device)
         for k, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(k == len(batches) - 1)
-            with self.gathered(self._facade.skip):
-                loss = self._engine(batch)
-                self._engine.backward(loss * factor, scale_wrt_gas=False)
+            self.engine.set_gradient_accumulation_boundary(k == len(batches) - 1)
+            with self.gathered(self._facade.loose):
+                loss = self.engine(batch)
+                self.engine.backward(loss * factor, scale_wrt_gas=False)
             total += loss.detach()
         return total
 
@@ -118,15 +104,6 @@ class Zero:
         with self._deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0 if write else None):
             yield
 
-    def step(self) -> None:
-        """Let DeepSpeed apply the optimizer to this process's shares, and tell the others the outcome."""
-        self._engine.step()
-
-    @property
-    def partitions(self) -> Any:
-        """DeepSpeed's optimizer around ours, which knows the shares."""
-        return self._engine.optimizer
-
     @torch.no_grad()
     def bring_together(self) -> tuple[Any, Any]:
         """Give the whole model, on every process, the weights that the twins have come to; returns it, and its
@@ -137,7 +114,7 @@ class Zero:
                 own[name].data = share.detach().clone()
             if self.stage == 3:
                 share.ds_tensor.data = share.ds_tensor.data.new_empty(0)
-        self._engine.destroy()
+        self.engine.destroy()
         if self.stage == 3:
             from deepspeed.runtime.zero import parameter_offload
 
@@ -148,13 +125,15 @@ class Zero:
 class _Facade(nn.Module):
     """What DeepSpeed takes for the model: its layers, and the trained weights outside them."""
 
-    def __init__(self, objective: Any, shares: dict[str, nn.Parameter], layers: list[nn.Module], *, stage: int) -> None:
+    def __init__(
+        self, objective: Objective, shares: dict[str, nn.Parameter], layers: list[nn.Module], *, stage: int
+    ) -> None:
         super().__init__()
         self._objective = [objective]  # a list: no module of this one
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = {n: p for n, p in shares.items() if id(p) not in inside}
-        self.names, self.skip = [f"model.{n}" for n in outside], list(outside.values())
-        self.outside = nn.ParameterList(self.skip)
+        self.names, self.loose = [f"model.{n}" for n in outside], list(outside.values())
+        self.outside = nn.ParameterList(self.loose)
         if stage == 2:
             self.inside: nn.Module = nn.ParameterList([p for p in shares.values() if id(p) in inside])
             return
@@ -168,10 +147,10 @@ class _Facade(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         """The float32 loss sum of a batch."""
         objective = self._objective[0]
-        if not self.skip:
+        if not self.loose:
             loss: Tensor = objective(batch)[0]
             return loss
-        taken = _Together.apply(*self.skip)  # type: ignore[no-untyped-call]
+        taken = _Together.apply(*self.loose)  # type: ignore[no-untyped-call]
         loss = functional_call(objective, dict(zip(self.names, taken, strict=True)), (batch,))[0]
         return loss + taken[0].sum() * 0  # also where nothing else needs them
 
@@ -250,7 +229,7 @@ class ZeroAdamW:
     def __init__(self, frozen: Frozen, adam: GatedAdamW, zero: Zero) -> None:
         self.adam, self._zero, self._rates = adam, zero, dict(frozen.rates)
         self._weights: dict[str, Any] = {n: p for group in frozen.groups.values() for n, p in group.items()}
-        around = zero.partitions
+        around = zero.engine.optimizer  # DeepSpeed's own around ours, which knows the shares
         self._flats = around.single_partition_of_fp32_groups if zero.stage == 2 else around.fp32_partitioned_groups_flat
         for flat in self._flats:  # at once: a checkpoint may be written before anything has moved
             step = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -260,7 +239,7 @@ class ZeroAdamW:
 
     def clip(self, limit: float | None) -> Tensor:
         """Settle that the gradients' norm will be `limit` at most; returns the norm before, a scalar."""
-        grads = [g for group in self._zero.partitions.averaged_gradients.values() for g in group]
+        grads = [g for group in self._zero.engine.optimizer.averaged_gradients.values() for g in group]
         square = torch.stack([g.float().square().sum() for g in grads]).sum()
         dist.all_reduce(square)
         norm = square.sqrt()
@@ -275,13 +254,13 @@ class ZeroAdamW:
         """Take the step that the gradients say."""
         for group in self.adam.param_groups:
             group["lr"] = self._rates[group["part"]] * factor
-        self._zero.step()
+        self._zero.engine.step()
         self.adam.resting.clear()
 
     def zero_grad(self) -> None:
         """Forget the gradients of this step."""
         self.adam.still = True
-        self._zero.step()
+        self._zero.engine.step()
         self.adam.still = False
         self.adam.resting.clear()
 

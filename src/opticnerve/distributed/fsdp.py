@@ -23,48 +23,65 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opticnerve.language.layers import decoder_layers
 from opticnerve.models.freeze import Frozen
+from opticnerve.objectives.base import Objective
 
 
-class Sharded:
-    """An objective whose model is spread over the processes.
+class Twin:
+    """An objective over a twin of its model, some of whose weights are spread over the processes.
 
     Args:
-        objective: the objective over the whole model, which is on `device` already.
-        reshard: free a layer's weights again after its forward pass (as ZeRO-3); False keeps them until the backward
-            pass has been through (as ZeRO-2).
+        objective: the objective over the whole model, which is on its device already.
+        own: tensors of the whole model, by `id`, whose place the twin's own take; all others are shared.
 
     Attributes:
-        objective, model: the sharded twins.
+        objective, model: the twins. shares: the weights that are spread, by name.
     """
 
-    def __init__(self, objective: Any, *, world: int, device: torch.device, reshard: bool = True) -> None:
+    def __init__(self, objective: Objective, own: dict[int, Any]) -> None:
         self.whole, self._objective = objective.model, objective
-        tensors = [*self.whole.parameters(), *self.whole.buffers()]
-        self.objective = copy.deepcopy(objective, {id(t): t for t in tensors})
+        tensors = {id(t): t for t in [*self.whole.parameters(), *self.whole.buffers()]}
+        self.objective = copy.deepcopy(objective, tensors | own)
         self.model = self.objective.model
+        self.shares: dict[str, Any] = {}
+
+    def trained(self, frozen: Frozen) -> Frozen:
+        """What trains, by the same names, in shares."""
+        groups = {part: {n: self.shares[n] for n in group} for part, group in frozen.groups.items()}
+        return replace(frozen, groups=groups)
+
+    def empty_whole(self) -> None:
+        """What is spread shall not be in memory twice."""
         own = dict(self.whole.named_parameters())
+        for name in self.shares:
+            own[name].data = own[name].data.new_empty(0)
+
+
+class Sharded(Twin):
+    """FSDP2's.
+
+    Args:
+        reshard: free a layer's weights again after its forward pass (as ZeRO-3); False keeps them until the backward
+            pass has been through (as ZeRO-2).
+    """
+
+    def __init__(self, objective: Objective, *, world: int, device: torch.device, reshard: bool = True) -> None:
+        super().__init__(objective, {})
         mesh = init_device_mesh(device.type, (world,))
         kept_whole = {p for tower in self.model.towers.values() for p in _frozen_encoder(tower)}
         for module in layers(self.model):
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=kept_whole)
         fully_shard(self.objective, mesh=mesh, reshard_after_forward=False, ignored_params=kept_whole)
-        self.shards: dict[str, Any] = {n: p for n, p in self.model.named_parameters() if isinstance(p, DTensor)}
-        for name in self.shards:
-            own[name].data = own[name].data.new_empty(0)
-
-    def trained(self, frozen: Frozen) -> Frozen:
-        """What trains, by the same names, in shards."""
-        groups = {part: {n: self.shards[n] for n in group} for part, group in frozen.groups.items()}
-        return replace(frozen, groups=groups)
+        self.shares = {n: p for n, p in self.model.named_parameters() if isinstance(p, DTensor)}
+        self.empty_whole()
 
     @torch.no_grad()
     def bring_together(self) -> tuple[Any, Any]:
         """Give the whole model, on every process, the weights and buffers that the twin has come to; returns it, and
         its objective."""
         own = dict(self.whole.named_parameters())
-        for name, shard in self.shards.items():
-            own[name].data = whole(shard)
-            shard.to_local().untyped_storage().resize_(0)  # not twice in memory
+        for name, share in self.shares.items():
+            own[name].data = whole(share)
+            share.to_local().untyped_storage().resize_(0)  # not twice in memory
         for name, buffer in self.model.named_buffers():
             if (mine := self.whole.get_buffer(name)) is not buffer:
                 mine.copy_(buffer)

@@ -42,14 +42,12 @@ class Heartbeat:
         self.rank, self.world, self.doing = rank, world, "starting"
         self.patience = timeout.total_seconds() / 5
         self._store = _connect(timeout)
-        self._meetings = 0
+        self._barriers = 0
         self._over = threading.Event()
         self._beat(0)
-        self._thread = threading.Thread(target=self._live, name="opticnerve-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="opticnerve-heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self._leave)
-
-    # -- what the training calls ----------------------------------------------------------------------------------
 
     def tell(self, error: Exception) -> None:
         """Leave word of an error that ends this process; the first word counts."""
@@ -67,20 +65,20 @@ class Heartbeat:
             after, left = self._counts(), self._left()
             silent = [r for r in range(self.world) if after[r] == before[r] and r != self.rank]
             if missing := sorted({*silent, *left} - {self.rank}):
-                self._mark_failed(self._missing(missing, "ended or does not answer"))
-                return f"{self._missing(missing, 'ended or does not answer')} (process {self.rank}: {cause})"
+                self._mark_failed(why := self._missing(missing))
+                return f"{why} (process {self.rank}: {cause})"
             places = "; ".join(f"process {r}: {self._doing(r)}" for r in range(self.world))
             return (
                 f"the processes did not meet within the time limit, though all of them live ({places}). Where one is "
                 f"slow for good reason, set OPTICNERVE_TIMEOUT to more seconds (process {self.rank}: {cause})"
             )
         except dist.DistError:
-            return f"{self._missing([0], 'ended or does not answer')} (process {self.rank}: {cause})"
+            return f"{self._missing([0])} (process {self.rank}: {cause})"
 
     def barrier(self) -> None:
         """Wait until every process has called this as often."""
-        self._meetings += 1
-        key, pause = f"meeting/{self._meetings}", 0.01
+        self._barriers += 1
+        key, pause = f"barrier/{self._barriers}", 0.01
         try:
             self._store.add(key, 1)
             while self._store.add(key, 0) < self.world:
@@ -92,8 +90,6 @@ class Heartbeat:
                 pause = min(1.0, 1.5 * pause)
         except dist.DistError as e:
             raise LostProcess(self.explain(e)) from e
-
-    # -- the thread -----------------------------------------------------------------------------------------------
 
     def _live(self) -> None:
         watched = range(1, self.world) if self.rank == 0 else range(1)
@@ -110,10 +106,10 @@ class Heartbeat:
                         heard[r] = (sign, now)
                 silent = [r for r, (_, since) in heard.items() if now - since > self.patience]
                 if silent and (gone := [r for r in silent if r not in self._left()]):
-                    self._mark_failed(self._missing(gone, "ended or does not answer"))
+                    self._mark_failed(self._missing(gone))
                 said = self._status()
             except dist.DistError:  # the store lives in the first process, or in its launcher
-                said = self._missing([0], "ended or does not answer")
+                said = self._missing([0])
             if said is None:
                 doomed_since = None
             elif doomed_since is None:
@@ -128,8 +124,6 @@ class Heartbeat:
         self._thread.join(timeout=2 * BEAT)
         with contextlib.suppress(dist.DistError):
             self._store.set(f"left/{self.rank}", "1")
-
-    # -- the store ------------------------------------------------------------------------------------------------
 
     def _beat(self, count: int) -> None:
         self._store.set(f"sign/{self.rank}", f"{count} {self.doing}")
@@ -147,20 +141,19 @@ class Heartbeat:
         return [r for r in range(self.world) if self._store.check([f"left/{r}"])]
 
     def _status(self) -> str | None:
-        return self._read("verdict")
+        return self._read("status")
 
     def _read(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def _mark_failed(self, why: str) -> None:
         with contextlib.suppress(dist.DistError):
-            self._store.compare_set("verdict", "", why)
+            self._store.compare_set("status", "", why)
 
-    def _missing(self, ranks: list[int], how: str) -> str:
-        try:
+    def _missing(self, ranks: list[int], how: str = "ended or does not answer") -> str:
+        where = ""
+        with contextlib.suppress(dist.DistError):
             where = f", last seen {self._doing(ranks[0])}"
-        except dist.DistError:
-            where = ""
         return (
             f"process {', '.join(map(str, ranks))} of {self.world} (counted from 0) has {how}{where}; the others "
             f"cannot go on without it. Its own output says more, if it could still write; go on with --resume"
@@ -175,7 +168,6 @@ def _connect(timeout: timedelta) -> dist.Store:
         raise OpticNerveError(
             "several processes, but no MASTER_ADDR and MASTER_PORT; start them with `accelerate launch` or `torchrun`"
         ) from e
-    store = dist.TCPStore(
-        host, port, is_master=False, wait_for_workers=False, timeout=min(timeout, timedelta(minutes=1))
-    )
+    within = min(timeout, timedelta(minutes=1))
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=within)
     return dist.PrefixStore(f"opticnerve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

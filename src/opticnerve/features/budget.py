@@ -1,12 +1,13 @@
 """How much disk the frozen vision encoders' features may take, and who goes first when it is full.
 
-The folder `features` holds one store for each vision encoder (see `train.feature_cache`). A budget bounds the whole of
-it, before anything is written: stores of other vision encoders are removed, the least recently used first, unless a
-    process reads them.
+The folder `features` holds one store for each vision encoder (see `features.store`). A budget bounds the whole of it,
+before anything is written: stores of other vision encoders are removed, the least recently used first, unless a process
+reads them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -36,13 +37,13 @@ def default_budget(root: Path) -> int:
     Raises:
         OpticNerveError: the variable holds no size.
     """
-    told = os.environ.get(BUDGET)
-    if told is None:
+    given = os.environ.get(BUDGET)
+    if given is None:
         return min(_MOST, (free_bytes(root) + folder_bytes(root)) // 10)
     try:
-        return int(TypeAdapter(ByteSize).validate_python(told))
+        return int(TypeAdapter(ByteSize).validate_python(given))
     except ValidationError as e:
-        raise OpticNerveError(f"{BUDGET} is {told!r}, which is no size; write for example 50GB") from e
+        raise OpticNerveError(f"{BUDGET} is {given!r}, which is no size; write for example 50GB") from e
 
 
 def evict(root: Path, keep: Path, needed: int, budget: int) -> None:
@@ -53,30 +54,26 @@ def evict(root: Path, keep: Path, needed: int, budget: int) -> None:
     Raises:
         OpticNerveError: they do not fit into the budget, or not onto the disk; both numbers and the remedies.
     """
-    used, own = folder_bytes(root), folder_bytes(keep)
-    others = sorted((s for s in _stores(root) if s != keep), key=_last_used)
-    over = max(used + needed - budget, needed - free_bytes(root))
+    over = max(folder_bytes(root) + needed - budget, needed - free_bytes(root))
     if over <= 0:
         return
     goes: list[tuple[Path, Any]] = []
-    for store in others:
+    for store in sorted((s for s in _stores(root) if s != keep), key=_last_used):
         if over > 0 and (lock := _alone(store)) is not None:
             goes.append((store, lock))
             over -= folder_bytes(store)
-    if over <= 0:
-        for store, _ in goes:
+    for store, lock in goes:
+        if over <= 0:
             _remove(store)
-    for _, lock in goes:
         lock.close()
     if over > 0:
+        own = folder_bytes(keep)
         kept = f"; {_gb(own)} are this vision encoder's already ({keep})" if own else ""
         raise OpticNerveError(
             f"the frozen vision encoder's features need {_gb(needed)} more of disk; the feature cache may hold "
-            f"{_gb(budget)} and "
-            f"{_gb(free_bytes(root))} of disk are free{kept}. Raise the budget (cache_features: {{budget: 50GB}}, or "
-            f"{BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a float32 vision "
-            f"encoder), or "
-            f"leave cache_features out"
+            f"{_gb(budget)} and {_gb(free_bytes(root))} of disk are free{kept}. Raise the budget (cache_features: "
+            f"{{budget: 50GB}}, or {BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a "
+            f"float32 vision encoder), or leave cache_features out"
         )
 
 
@@ -89,32 +86,25 @@ def hold(store: Path) -> Any:
         OpticNerveError: the folder cannot be written or locked.
     """
     try:
-        return _hold(store)
+        import fcntl
+
+        while True:
+            store.mkdir(parents=True, exist_ok=True)
+            mark = (store / _MARK).open("a")
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for partial in store.glob(".*.partial"):
+                    partial.unlink(missing_ok=True)
+            fcntl.flock(mark, fcntl.LOCK_SH)
+            if (store / _MARK).exists():
+                os.utime(mark.fileno())
+                return mark
+            mark.close()  # it was removed under our hands
     except (OSError, ModuleNotFoundError) as e:  # there is no fcntl but on POSIX
         raise OpticNerveError(
             f"the feature cache {store} cannot be used: {e}; let OPTICNERVE_CACHE name a folder on a disk that can be "
             f"written and locked, or leave cache_features out"
         ) from e
-
-
-def _hold(store: Path) -> Any:
-    import fcntl
-
-    store.mkdir(parents=True, exist_ok=True)
-    while True:
-        mark = (store / _MARK).open("a")
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for partial in store.glob(".*.partial"):
-                partial.unlink(missing_ok=True)
-        except BlockingIOError:
-            pass
-        fcntl.flock(mark, fcntl.LOCK_SH)
-        if (store / _MARK).exists():
-            os.utime(mark.fileno())
-            return mark
-        mark.close()  # it was removed under our hands
-        store.mkdir(parents=True, exist_ok=True)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -170,6 +160,4 @@ def _remove(store: Path) -> None:
 
 
 def _gb(count: int) -> str:
-    if count >= 100_000_000:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 100_000_000 else f"{count / 1e6:.1f} MB"

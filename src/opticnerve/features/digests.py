@@ -32,8 +32,8 @@ class Digests:
 
     def __call__(self, source: Source, where: str) -> str:
         """One picture's; what `of` has seen is known."""
-        if (found := self._known.get(source) if isinstance(source, _File) else None) is not None:
-            return found
+        if isinstance(source, _File) and source in self._known:
+            return self._known[source]
         made = image_digest(source, where=where)
         if isinstance(source, _File):
             self._known[source] = made
@@ -44,18 +44,15 @@ class Digests:
         files = {s: where for s, where in pictures if isinstance(s, _File) and s not in self._known}
         keys = {s: key for s in files if (key := _key(s)) is not None}
         self._known |= self._recall(keys)
-        new = {s: where for s, where in files.items() if s in keys and s not in self._known}
+        new = [(s, files[s]) for s in keys if s not in self._known]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            made: dict[Source, str | DataError] = dict(zip(new, pool.map(_try, new.items()), strict=True))
-        good = {s: d for s in new if isinstance(d := made[s], str)}
-        self._known |= good
-        self._remember([(*keys[s], d) for s, d in good.items()])
-        # Opened pictures cannot be keys of a dictionary; they are never in `new`.
-        return [made[s] if isinstance(s, _File) and s in made else self._one(s, where) for s, where in pictures]
+            failed = {s: e for (s, _), e in zip(new, pool.map(self._one, new), strict=True) if isinstance(e, DataError)}
+        self._remember([(*keys[s], self._known[s]) for s, _ in new if s not in failed])
+        return [failed[p[0]] if isinstance(p[0], _File) and p[0] in failed else self._one(p) for p in pictures]
 
-    def _one(self, source: Source, where: str) -> str | DataError:
+    def _one(self, picture: tuple[Source, str]) -> str | DataError:
         try:
-            return self(source, where)
+            return self(*picture)
         except DataError as e:
             return e
 
@@ -72,7 +69,6 @@ class Digests:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as base, base:
-            base.execute(_TABLE)
             base.executemany("insert or replace into digests values (?, ?, ?, ?)", rows)
 
     @contextlib.contextmanager
@@ -83,13 +79,6 @@ class Digests:
                 yield base
         except sqlite3.Error as e:
             raise OpticNerveError(f"{self.file} cannot be used: {e}; delete it, it only saves time") from e
-
-
-def _try(picture: tuple[_File, str]) -> str | DataError:
-    try:
-        return image_digest(picture[0], where=picture[1])
-    except DataError as e:
-        return e
 
 
 def _key(source: _File) -> tuple[str, int, int] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import struct
 from collections import OrderedDict
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from opticnerve.common import atomic
 from opticnerve.types import Features, OpticNerveError
@@ -38,10 +36,6 @@ class Shard:
     dtype: torch.dtype
     tokens: int
     mask: int
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def write(folder: Path, digests: Sequence[str], features: Features) -> Path:
@@ -80,13 +74,8 @@ def describe(path: Path) -> tuple[Shard, list[str]]:
                 raise ValueError("its header is damaged")
             header: dict[str, Any] = json.loads(file.read(length))
         tokens, mask, start = header["tokens"], header["mask"], 8 + length
-        shard = Shard(
-            path,
-            tuple(tokens["shape"]),
-            _DTYPES[tokens["dtype"]],
-            start + tokens["data_offsets"][0],
-            start + mask["data_offsets"][0],
-        )
+        begin, begin_mask = start + tokens["data_offsets"][0], start + mask["data_offsets"][0]
+        shard = Shard(path, tuple(tokens["shape"]), _DTYPES[tokens["dtype"]], begin, begin_mask)
         digests: list[str] = json.loads(header["__metadata__"]["digests"])
         end = start + max(tokens["data_offsets"][1], mask["data_offsets"][1])
         if path.stat().st_size != end or len(digests) != shard.shape[0] or mask["shape"] != tokens["shape"][:2]:
@@ -96,7 +85,7 @@ def describe(path: Path) -> tuple[Shard, list[str]]:
     return shard, digests
 
 
-class Reader:
+class ShardReader:
     """Rows out of many files, of which few are open at a time. Each process opens its own."""
 
     def __init__(self, most_open: int = 64) -> None:
@@ -114,13 +103,13 @@ class Reader:
         """
         first = places[0][0]
         _, count, width = first.shape
+        size = count * width * first.dtype.itemsize
         tokens_BND = torch.empty(len(places), count, width, dtype=first.dtype)
         mask_BN = torch.empty(len(places), count, dtype=torch.bool)
-        tokens, mask = _bytes(tokens_BND), _bytes(mask_BN)
+        tokens, mask = (t.view(torch.uint8).numpy().data.cast("B") for t in (tokens_BND, mask_BN))
         for i, (shard, row) in enumerate(places):
             if (shard.shape[1:], shard.dtype) != (first.shape[1:], first.dtype):
                 raise OpticNerveError(f"{shard.path} and {first.path} hold features of different shapes; delete one")
-            size = shard.row_bytes
             self._read(shard, tokens[i * size : (i + 1) * size], shard.tokens + row * size)
             self._read(shard, mask[i * count : (i + 1) * count], shard.mask + row * count)
         return Features(tokens_BND, mask_BN)
@@ -137,7 +126,3 @@ class Reader:
             raise OpticNerveError(f"{shard.path} cannot be read: {e}; start again, it is then made anew") from e
         if got != len(into):
             raise OpticNerveError(f"{shard.path} ends too early; delete it")
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data.cast("B")

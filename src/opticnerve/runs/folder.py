@@ -1,14 +1,141 @@
-"""Read a run folder as it is, finished or not: what is missing is empty here, what is broken is an error."""
+"""A run folder: what a run keeps beside the weights, and how it is read, finished or not.
+
+Each file is whole or not there, so that a run that is killed between any two of them goes on where it was. To a reader,
+what is missing is empty, and what is broken is an error.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opticnerve.types import DataError, OpticNerveError
+from opticnerve import recipe as recipes
+from opticnerve.common import atomic
+from opticnerve.recipe import ModelSpec, Recipe
+from opticnerve.types import DataError, OpticNerveError, RecipeError
+
+RECIPE, RESULTS, RESULT = "recipe.yaml", "results.json", "result.json"
+# Of a stage's folder: what is no part of its model.
+_NO_MODEL = ("freeze.json", "metrics.jsonl", "diverged.jsonl", RESULT)
+
+
+# -- written ----------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """results.json, written whole after each finding.
+
+    Args:
+        fresh: begin with none. writes: False for a process beside the one that writes.
+
+    Raises:
+        OpticNerveError: the one to go on with is damaged.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.data = {} if fresh else _read(path, "delete it: what it held is measured again")
+
+    def set(self, key: str, value: Any) -> None:
+        self.data[key] = value
+        self.write()
+
+    def write(self) -> None:
+        if self.writes:
+            atomic.write_json(self.path, self.data, default=str)
+
+
+def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
+    """Write the recipe into the run folder, or see that it is the one that is there; returns what the run goes by.
+
+    A chat template that writes today's date writes the day on which the run began, however long it takes.
+
+    Raises:
+        OpticNerveError: it differs; the message names the keys, with both values.
+    """
+    path = run_dir / RECIPE
+    if not (resume and path.is_file()):
+        recipe = recipe.dated(datetime.date.today())
+        atomic.write(path, recipes.dump(recipe))
+        return recipe
+    try:
+        kept = recipes.load(path)
+    except RecipeError as e:
+        raise OpticNerveError(f"{e}\n{path} is of another version of opticnerve, or was changed by hand") from e
+    if isinstance(kept.model, ModelSpec) and kept.docked.language.date is not None:
+        recipe = recipe.dated(kept.docked.language.date)
+    if lines := differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")):
+        raise OpticNerveError(
+            f"{run_dir} was begun with another recipe: {'; '.join(lines)}. Go on with its own by `opticnerve train "
+            f"--resume {run_dir}`, or choose another --out"
+        )
+    return recipe
+
+
+def differences(was: Any, now: Any, key: str = "") -> list[str]:
+    """`key: a there, b given` for every value in which two recipes differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        inner = [(f"{key}.{k}" if key else str(k), was.get(k), now.get(k)) for k in {**was, **now}]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        inner = [(f"{key}.{i}", *pair) for i, pair in enumerate(zip(was, now, strict=True))]
+    else:
+        return [] if was == now else [f"{key}: {was!r} there, {now!r} given"]
+    return [line for place, a, b in inner for line in differences(a, b, place)]
+
+
+def finish_stage(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Have a stage's model on the disk, and then say that the stage is finished: result.json, with the model's hashes.
+
+    Raises:
+        DiskFull: there is no room left.
+    """
+    files = _model_files(folder)
+    for file in files:
+        atomic.sync(file)
+    atomic.sync(folder)
+    atomic.write_json(folder / RESULT, {**result, "files": {f.name: atomic.sha256(f) for f in files}})
+    return result
+
+
+def finished_stage(folder: Path) -> dict[str, Any] | None:
+    """What a stage came to, if it is finished and its model is the one that it left.
+
+    Raises:
+        OpticNerveError: a file of its model is gone or another.
+    """
+    path, anew = folder / RESULT, "and the stage goes on from its newest checkpoint"
+    if not path.is_file():
+        return None
+    result = _read(path, f"delete it, {anew}")
+    for name, known in dict(result.pop("files")).items():
+        file = folder / name
+        found = atomic.sha256(file) if file.is_file() else "nothing"
+        if found != known:
+            raise OpticNerveError(
+                f"{file} is not what the finished stage left: its SHA-256 was {known[:16]}…, found is {found[:16]}. "
+                f"Bring it back from a copy; or delete {path}, {anew}"
+            )
+    return result
+
+
+def publish(run_dir: Path, last: Path) -> None:
+    """The run's own folder is the model of its last stage."""
+    atomic.clear_left_overs(run_dir)
+    for file in _model_files(last):
+        atomic.copy(file, run_dir / file.name)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(
+        f for f in folder.iterdir() if f.is_file() and f.name not in _NO_MODEL and not f.name.startswith(".writing-")
+    )
+
+
+# -- read -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +173,18 @@ def read_run(path: Path) -> RunFolder:
     path = Path(path)
     if not path.is_dir():
         raise OpticNerveError(f"{path} is no run folder: there is no such folder")
-    results = _read_json(path / "results.json")
+    results = _read(path / RESULTS, _REMEDY)
     summaries = {s.get("name"): s for s in results.get("stages") or []}
-    recipe = path / "recipe.yaml"
-    return RunFolder(
-        path,
-        recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
-        results,
-        [_read_stage(folder, summaries) for folder in _stage_folders(path)],
-    )
-
-
-def _stage_folders(path: Path) -> list[Path]:
-    folders = [f for f in (path / "stages").glob("*") if f.is_dir() and f.name.split("-")[0].isdigit()]
-    return sorted(folders, key=lambda f: int(f.name.split("-")[0]))
-
-
-def _read_stage(folder: Path, summaries: dict[Any, dict[str, Any]]) -> StageRecord:
-    name = folder.name.partition("-")[2] or folder.name
-    return StageRecord(
-        name,
-        folder,
-        _read_json(folder / "freeze.json"),
-        read_metrics(folder / "metrics.jsonl"),
-        summaries.get(name, {}),
-    )
+    found: dict[tuple[int, str], StageRecord] = {}
+    for folder in (path / "stages").glob("*"):
+        number, _, name = folder.name.partition("-")
+        if folder.is_dir() and number.isdigit():
+            name = name or folder.name
+            freeze, metrics = _read(folder / "freeze.json", _REMEDY), read_metrics(folder / "metrics.jsonl")
+            found[int(number), name] = StageRecord(name, folder, freeze, metrics, summaries.get(name, {}))
+    recipe = path / RECIPE
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    return RunFolder(path, text, results, [found[place] for place in sorted(found)])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -85,25 +199,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             steps[int(record["step"])] = record
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError) as e:
             if number == len(lines):
                 break  # the run was stopped in the middle of this line; every finished step is there
             raise DataError(f"not a training step: {e}", where=f"{path}:{number}", remedy="delete the line") from e
     return [steps[s] for s in sorted(steps)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def finite(value: Any) -> float:
+    """The number, or NaN for what is none: JSON has no word for infinity, and a step may lack a record."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+_REMEDY = "delete it and run `opticnerve eval` again"
+
+
+def _read(path: Path, remedy: str) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none."""
     if not path.is_file():
         return {}
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise OpticNerveError(f"{path} is not readable JSON: {e}; delete it and run `opticnerve eval` again") from e
-    if not isinstance(loaded, dict):
-        raise OpticNerveError(f"{path} should hold a JSON object, not {type(loaded).__name__}")
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds {type(loaded).__name__}, not an object")
+    except ValueError as e:
+        raise OpticNerveError(f"{path} is damaged: {e}; {remedy}") from e
     return loaded
-
-
-def finite(value: Any) -> float:
-    """The number, or NaN for what is none: JSON has no word for infinity, and a step may lack a record."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan

@@ -12,7 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
+import transformers
+from rich.console import Console
 
 from opticnerve.common.version import __version__
 from opticnerve.common.waiting import Waiting
@@ -21,18 +24,18 @@ from opticnerve.distributed.collectives import on_main
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
 from opticnerve.inference.generate import Answerer
-from opticnerve.models import family
+from opticnerve.models.family import Family, build
 from opticnerve.recipe import Recipe
 from opticnerve.runs.card.card import write_card
 from opticnerve.runs.card.warnings import warnings_of
-from opticnerve.runs.records import Results, finish_stage, finished_stage, keep_recipe, publish
+from opticnerve.runs.folder import RESULTS, Results, finish_stage, finished_stage, keep_recipe, publish
 from opticnerve.train.loop import run_stage
 from opticnerve.train.setup import make_accelerator
 from opticnerve.types import Conversation, OpticNerveError
 
 
 def run_recipe(
-    recipe: Recipe, run_dir: Path, *, resume: bool = False, command: str = "", console: Any = None
+    recipe: Recipe, run_dir: Path, *, resume: bool = False, command: str = "", console: Console | None = None
 ) -> dict[str, Any]:
     """Train every stage of a recipe, evaluate, and fill the run folder; returns what `results.json` holds.
 
@@ -52,55 +55,59 @@ def run_recipe(
     accelerator = make_accelerator(recipe, run_dir)
     main = accelerator.is_main_process
     recipe = on_main(accelerator, partial(keep_recipe, recipe, run_dir, resume))
-    results = Results(run_dir / "results.json", fresh=not resume, writes=main)
+    results = Results(run_dir / RESULTS, fresh=not resume, writes=main)
+
+    # What is wrong with the questions, or with the tokenizer, is found now and not when all is trained.
     for spec in recipe.evaluate:
-        load_data(spec.data)  # a bad question is found now, not when all is trained
-    dock = family.build(recipe)
-    forgets = recipe.forgetting and dock.model.language_model is not None
-    if main:  # a tokenizer that would come back as another is found now, not when all is trained
+        load_data(spec.data)
+    dock = build(recipe)
+    if main:
         with TemporaryDirectory() as scratch:
             dock.processor.save_pretrained(scratch)
     if console is not None:
         console.print(dock.headline())
-    results.set("model", dock.describe())
-    results.set("machine", machine())
-    results.data |= {"opticnerve": __version__, "seed": recipe.seed}
+    results.data |= {"model": dock.describe(), "machine": machine(), "opticnerve": __version__, "seed": recipe.seed}
     if not (resume and results.data.get("command")):  # the card says how the run was begun
         results.data["command"] = command
-    trained: set[str] = set()
     seconds = results.data.setdefault("seconds", {})
+    results.write()
+
+    # Before training: what the language model knows; of a dual encoder, what fresh projections give.
     dock.model.to(accelerator.device)
-    if forgets and main:
-        _measure_text(dock, results, "untouched", console, seconds, recipe.forgetting_tokens)
-    if dock.BASELINE and main and "untrained" not in results.data:
-        # What the encoders give through projections that have learned nothing: the gain is over this.
+    forgets = main and recipe.forgetting and dock.model.language_model is not None
+    if forgets:
+        _measure_text(dock, results, "untouched", console, recipe.forgetting_tokens)
+    if main and dock.BASELINE and "untrained" not in results.data:
         results.set("untrained", evaluate_model(dock.model, dock.processor, recipe.evaluate, console=console)["tasks"])
+
+    trained: set[str] = set()
     for number, stage in enumerate(recipe.stages):
         folder = run_dir / "stages" / f"{number}-{stage.name}"
         done = on_main(accelerator, partial(finished_stage, folder)) if resume else None
         if done is not None:
             trained |= dock.load_stage(folder)
         else:
-            outcome = run_stage(
+            result = run_stage(
                 dock, recipe, stage, folder, trained_before=trained, resume=resume, console=console,
                 accelerator=accelerator,
             )  # fmt: skip
-            done = finish_stage(folder, outcome.to_dict()) if main else {}
+            done = finish_stage(folder, result.to_dict()) if main else {}
         if main:
             seconds[stage.name] = done["seconds"]
             results.set("stages", [s for s in results.data.get("stages", []) if s["name"] != stage.name] + [done])
             if forgets:
-                _measure_text(dock, results, stage.name, console, seconds, recipe.forgetting_tokens)
+                _measure_text(dock, results, stage.name, console, recipe.forgetting_tokens)
             write_card(run_dir)
     if not main:
         return results.data
+
     publish(run_dir, folder)
     dock.model.eval()
     begun = time.perf_counter()
     found = evaluate_model(dock.model, dock.processor, recipe.evaluate, console=console, run_dir=run_dir)
     seconds["evaluate"] = time.perf_counter() - begun
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
-    results.data |= found | {"seconds": seconds, "peak_memory_bytes": peak_memory()}
+    results.data |= found | {"peak_memory_bytes": peak_memory()}
     results.write()
     write_card(run_dir)
     if console is not None:
@@ -113,12 +120,11 @@ def run_recipe(
 
 def machine() -> dict[str, Any]:
     """Where this ran: what a figure is worth depends on it."""
-    import psutil
-    import transformers
-
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": accelerator.type if accelerator is not None else "cpu",
@@ -134,45 +140,27 @@ def peak_memory() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _measure_text(
-    dock: Any, results: Results, after: str, console: Any, seconds: dict[str, float], tokens: int | None
-) -> None:
+def _measure_text(dock: Family, results: Results, after: str, console: Console | None, tokens: int | None) -> None:
     """One look at what the language model still knows, unless an earlier call has taken it."""
     entries = results.data.setdefault("forgetting", [])
     if any(e["after"] == after for e in entries):
         return
-    begun = time.perf_counter()
-    answerer = Answerer(dock.model, dock.processor)
+    begun, answerer, tokenizer = time.perf_counter(), Answerer(dock.model, dock.processor), dock.processor.tokenizer
 
     def generate(asked: list[Conversation]) -> list[str]:
         return answerer.answer(asked, max_new_tokens=24, batch_size=24)
 
     untouched = next((e for e in entries if e["after"] == "untouched"), None)
     with Waiting(console, f"text alone, {'before training' if after == 'untouched' else f'after {after}'}"):
-        entries.append(
-            forgetting_entry(
-                after,
-                dock.model,
-                dock.processor.tokenizer,
-                generate,
-                untouched=untouched,
-                reuse_identical=True,
-                tokens=tokens,
-            )
+        entry = forgetting_entry(
+            after, dock.model, tokenizer, generate, untouched=untouched, reuse_identical=True, tokens=tokens
         )
+    entries.append(entry)
     if (dock.lora or {}).get("when") == "media":
-        # What the adapter would do to text if it did not step aside: the language model called by itself knows no gate.
+        # What the adapter would do to text if it did not step aside: the language model called by itself masks nothing.
         with Waiting(console, f"text alone, adapter forced on, after {after}"):
-            forced = perplexity(dock.model.language_model, dock.processor.tokenizer, tokens=tokens)
-        entries[-1]["perplexity_adapter_on"] = forced["perplexity"]
+            forced = perplexity(dock.model.language_model, tokenizer, tokens=tokens)
+        entry["perplexity_adapter_on"] = forced["perplexity"]
+    seconds = results.data["seconds"]
     seconds["forgetting"] = seconds.get("forgetting", 0.0) + time.perf_counter() - begun
     results.write()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

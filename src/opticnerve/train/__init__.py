@@ -1,0 +1,1 @@
+"""One stage of training: set-up, steps, state, checkpoints."""

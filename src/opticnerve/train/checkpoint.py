@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -35,7 +35,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     atomic.clear_left_overs(folder)
     before = checkpoints(folder)
-    again = [_place(p)[1] + 1 for p in before if _place(p)[0] == step]
+    again = [_step_of(p)[1] + 1 for p in before if _step_of(p)[0] == step]
     target = folder / (f"checkpoint-{step:08d}" + (f".{max(again)}" if again else ""))
     partial = atomic.partial_of(target)
     kept = f"{before[-1].name} is whole" if before else "there is none before it"
@@ -50,7 +50,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         shutil.rmtree(partial, ignore_errors=True)
     atomic.sync(folder)
     # Later steps are of a life that took another way.
-    good = [p for p in checkpoints(folder) if _place(p)[0] <= step and (p == target or looks_whole(p))]
+    good = [p for p in checkpoints(folder) if _step_of(p)[0] <= step and (p == target or looks_whole(p))]
     for old in set(checkpoints(folder)) - set(good[-keep:]):
         shutil.rmtree(old)
     return target
@@ -58,7 +58,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
 
 def checkpoints(folder: Path) -> list[Path]:
     """All of them, oldest first; which are whole, `newest` says."""
-    return sorted((p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)), key=_place)
+    return sorted((p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)), key=_step_of)
 
 
 def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None = None) -> dict[str, Any] | None:
@@ -73,7 +73,7 @@ def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None
     wrong = []
     for path in reversed(checkpoints(folder)):
         try:
-            if most is not None and _place(path)[0] > most:
+            if most is not None and _step_of(path)[0] > most:
                 raise ValueError(f"metrics.jsonl ends with step {most}")
             return load(path)
         except (OSError, ValueError) as e:
@@ -93,23 +93,22 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: it is torn or damaged; the message says how.
     """
-    sums = _sums(path)
-    for name, known in sums.items():
-        if (found := atomic.sha256(path / name)) != known["sha256"]:
-            raise ValueError(f"{name} has the SHA-256 {found[:12]}…, {SUMS} says {known['sha256'][:12]}…")
+    known, step = _sums(path), _step_of(path)[0]
+    if (found := atomic.sha256(path / STATE)) != known["sha256"]:
+        raise ValueError(f"{STATE} has the SHA-256 {found[:12]}…, {SUMS} says {known['sha256'][:12]}…")
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged archive with a damaged pickle in it: there is no end to what torch raises
         raise ValueError(f"{STATE} cannot be read: {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
-    if not isinstance(state, dict) or state.get("step") != _place(path)[0]:
-        raise ValueError(f"{STATE} is not the state of step {_place(path)[0]}")
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise ValueError(f"{STATE} is not the state of step {step}")
     return state
 
 
 def looks_whole(path: Path) -> bool:
-    """Whether all files are there in their sizes: what can be told without reading them."""
+    """Whether the state is there in its size: what can be told without reading it."""
     try:
-        return all((path / name).stat().st_size == known["bytes"] for name, known in _sums(path).items())
+        return bool((path / STATE).stat().st_size == _sums(path)["bytes"])
     except (OSError, ValueError):
         return False
 
@@ -122,7 +121,7 @@ def size_of(state: Any) -> int:
     return 16 + sum(map(size_of, inner))
 
 
-def rng_state(device: Any = "cpu") -> dict[str, Any]:
+def rng_state(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Torch's and Python's generators, and the accelerator's, as tensors and plain values."""
     version, words, gauss = random.getstate()
     state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
@@ -130,7 +129,7 @@ def rng_state(device: Any = "cpu") -> dict[str, Any]:
     return state if kind == "cpu" else state | {kind: torch.get_device_module(kind).get_rng_state()}
 
 
-def set_rng_state(state: dict[str, Any], device: Any = "cpu") -> None:
+def set_rng_state(state: dict[str, Any], device: torch.device | str = "cpu") -> None:
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
@@ -140,7 +139,7 @@ def set_rng_state(state: dict[str, Any], device: Any = "cpu") -> None:
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:
-    with (folder / STATE).open("wb") as file:
+    with (folder / STATE).open("xb") as file:
         guarded = _Writing(file)
         try:
             torch.save(state, guarded)  # type: ignore[arg-type]
@@ -148,41 +147,38 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
             raise guarded.failed or e from e
         file.flush()
         os.fsync(file.fileno())
-    found = {STATE: {"sha256": atomic.sha256(folder / STATE), "bytes": (folder / STATE).stat().st_size}}
-    atomic.write_json(folder / SUMS, found)
+    found = {"sha256": atomic.sha256(folder / STATE), "bytes": (folder / STATE).stat().st_size}
+    atomic.write_json(folder / SUMS, {STATE: found})
 
 
 class _Writing:
     """A file to write to, which remembers why it could not."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.flush = file, file.flush
         self.failed: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
-            return int(self.file.write(data))
+            return self.file.write(data)
         except OSError as e:
             self.failed = self.failed or e
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
 
-
-def _sums(path: Path) -> dict[str, dict[str, Any]]:
-    """What a checkpoint's list of hashes says of its files."""
+def _sums(path: Path) -> dict[str, Any]:
+    """`sha256` and `bytes` of a checkpoint's state, as its list of hashes has them."""
     try:
         sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{SUMS} is not readable JSON: {e}") from e
-    right = isinstance(sums, dict) and sums.keys() == {STATE}
-    if not right or not isinstance(sums[STATE], dict) or sums[STATE].keys() != {"sha256", "bytes"}:
+    known = sums.get(STATE) if isinstance(sums, dict) and len(sums) == 1 else None
+    if not isinstance(known, dict) or known.keys() != {"sha256", "bytes"}:
         raise ValueError(f"{SUMS} does not list {STATE} alone, with its sha256 and bytes")
-    return {name: {**known, "sha256": str(known["sha256"])} for name, known in sums.items()}
+    return {**known, "sha256": str(known["sha256"])}
 
 
-def _place(path: Path) -> tuple[int, int]:
+def _step_of(path: Path) -> tuple[int, int]:
     """Step, and which one of that step."""
     found = _NAME.fullmatch(path.name)
     assert found is not None

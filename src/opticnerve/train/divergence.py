@@ -50,14 +50,14 @@ class Divergence:
         Raises:
             Diverged: the recipe says stop, or too many were left out in a row.
         """
-        told, step = f"the loss is {loss}, the gradient's norm {norm}", self.state.step + 1
+        why, step = f"the loss is {loss}, the gradient's norm {norm}", self.state.step + 1
         samples = samples_of(sampler, self.state.step)
         file = self.folder / SAMPLES
         if keep:
-            _keep(file, step, told, samples)
+            _keep(file, step, why, samples)
         ids = ", ".join(c.id or c.where for c in samples[:8]) + (" …" if len(samples) > 8 else "")
         what = (
-            f"stage {self.stage.name}, step {step}: {told}; samples {ids}. They are kept: `opticnerve data show {file} "
+            f"stage {self.stage.name}, step {step}: {why}; samples {ids}. They are kept: `opticnerve data show {file} "
             f"--media / --model {self.folder.parent.parent / 'recipe.yaml'} --index 0`."
         )
         if self.stage.on_divergence == "stop":
@@ -69,7 +69,7 @@ class Divergence:
         with torch.no_grad():
             for name, value in self._before.items():
                 self._model.get_buffer(name).copy_(value)
-        return told
+        return why
 
 
 def samples_of(sampler: StageSampler, step: int) -> list[Conversation]:
@@ -79,7 +79,7 @@ def samples_of(sampler: StageSampler, step: int) -> list[Conversation]:
     return [c for index in seen for c in sampler.drawn(index)]
 
 
-def _keep(file: Path, step: int, told: str, samples: Sequence[Conversation]) -> None:
+def _keep(file: Path, step: int, why: str, samples: Sequence[Conversation]) -> None:
     """The file with a step's samples in it, and those of no later step: a resumed run does these again."""
     media = file.with_suffix("")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -94,7 +94,7 @@ def _keep(file: Path, step: int, told: str, samples: Sequence[Conversation]) -> 
                     elif kind in part:
                         part[kind] = str(Path(part[kind]).absolute())
         kept.append(
-            json.dumps({"id": c.id, "messages": messages, "step": step, "why": told, "where": c.where}, default=str)
+            json.dumps({"id": c.id, "messages": messages, "step": step, "why": why, "where": c.where}, default=str)
         )
     atomic.write(file, "".join(line + "\n" for line in kept))
 
@@ -107,5 +107,5 @@ def _file_of(source: Any, kind: str, stem: Path) -> str:
     if kind == "image":
         open_image(source, where=str(stem)).save(path)
     else:
-        path.write_bytes(source if isinstance(source, bytes) else source.tobytes())
+        atomic.write(path, source if isinstance(source, bytes) else source.tobytes())
     return str(path.absolute())

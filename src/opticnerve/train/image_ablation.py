@@ -11,6 +11,8 @@ from typing import Any
 import PIL.Image
 import torch
 
+from opticnerve.objectives.base import Objective
+from opticnerve.train.sampler import StageSampler
 from opticnerve.types import DataError
 
 SAMPLES, TOKENS = 16, 3_000
@@ -20,7 +22,7 @@ _Z = 1.96
 
 
 @torch.no_grad()
-def image_use(model: Any, objective: Any, sampler: Any) -> dict[str, Any] | None:
+def image_use(model: Any, objective: Objective, sampler: StageSampler) -> dict[str, Any] | None:
     """The mean loss a token on some of the stage's samples, with their own picture and with another's.
 
     Every process computes the same. None where the question makes no sense: fewer than `FEWEST` samples with one
@@ -49,7 +51,7 @@ def image_use(model: Any, objective: Any, sampler: Any) -> dict[str, Any] | None
     }  # fmt: skip
 
 
-def _rows(sampler: Any) -> list[Any]:
+def _rows(sampler: StageSampler) -> list[Any]:
     """Rows of one sample each, with one picture that no other of them shows."""
     found: list[Any] = []
     shown: set[Any] = set()
@@ -72,7 +74,7 @@ def _rows(sampler: Any) -> list[Any]:
     return found
 
 
-def _loss(objective: Any, sampler: Any, row: Any) -> float:
+def _loss(objective: Objective, sampler: StageSampler, row: Any) -> float:
     device = next(objective.parameters()).device
     loss, count = objective(sampler.collate([row]).to(device))
     return float(loss) / max(1, int(count))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from safetensors import SafetensorError
 
 from opticnerve.common import atomic
@@ -21,8 +22,9 @@ from opticnerve.common.progress import Progress
 from opticnerve.data.encode.loader import Waiting, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
 from opticnerve.distributed.heartbeat import LostProcess
+from opticnerve.models.family import Family
 from opticnerve.models.vlm.tower import MEDIA_INPUT
-from opticnerve.ops.vision_attention import plain_attention
+from opticnerve.ops.attention import plain_attention
 from opticnerve.recipe import Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.divergence import Diverged, Divergence
@@ -60,13 +62,13 @@ class StageResult:
 
 
 def run_stage(
-    dock: Any, recipe: Recipe, stage: Stage, folder: Path, *, trained_before: set[str], resume: bool = False,
-    console: Any = None, accelerator: Accelerator | None = None,
+    dock: Family, recipe: Recipe, stage: Stage, folder: Path, *, trained_before: set[str], resume: bool = False,
+    console: Console | None = None, accelerator: Accelerator | None = None,
 ) -> StageResult:  # fmt: skip
     """Train one stage in place and write its folder: freeze.json, metrics.jsonl, checkpoints, the model.
 
     Args:
-        dock: a `Dock`, a `DualDock` or a `ClassifierDock`.
+        dock: a model of any family.
         trained_before: names of parameters that earlier stages trained; this stage's are added to it.
         resume: continue from the newest whole checkpoint in `folder`, if there is one.
 
@@ -83,7 +85,6 @@ def run_stage(
         with ready.fast_layers():
             Trainer(ready, track=bool(recipe.trackers)).train()
             ready.strategy.finish()
-            dock.model = ready.strategy.model
             on_main(accelerator, lambda: _save_model(ready, trained_before))
             state, use = ready.state, image_use(dock.model, ready.strategy.objective, ready.sampler)
             return StageResult(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,24 +20,23 @@ class MasterAdamW:
     """
 
     def __init__(self, frozen: Frozen, *, betas: tuple[float, float], weight_decay: float) -> None:
-        self.parts = list(frozen.groups)
         self.rates = dict(frozen.rates)
-        self.names = [list(group) for group in frozen.groups.values()]
-        self.weights: list[list[nn.Parameter]] = [list(group.values()) for group in frozen.groups.values()]
-        self.masters: list[list[torch.Tensor]] = [
-            [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in group]
-            for group in self.weights
+        masters = [
+            [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in group.values()]
+            for group in frozen.groups.values()
         ]
-        groups = decay_groups(self.parts, self.masters, weight_decay)
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-    def pairs(self) -> Iterable[tuple[str, nn.Parameter, torch.Tensor]]:
-        for names, weights, masters in zip(self.names, self.weights, self.masters, strict=True):
-            yield from zip(names, weights, masters, strict=True)
+        self.adam = torch.optim.AdamW(
+            decay_groups(list(frozen.groups), masters, weight_decay), lr=0.0, betas=betas, fused=True
+        )
+        self.weights: list[tuple[str, nn.Parameter, torch.Tensor]] = [  # name, weight, master
+            (name, weight, master)
+            for group, mine in zip(frozen.groups.values(), masters, strict=True)
+            for (name, weight), master in zip(group.items(), mine, strict=True)
+        ]
 
     def collect(self) -> None:
         """Move bf16 gradients into the float32 masters, adding up: no sum over micro-batches is made in bf16."""
-        for _, weight, master in self.pairs():
+        for _, weight, master in self.weights:
             if master is not weight and weight.grad is not None:
                 master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
                 weight.grad = None
@@ -47,7 +45,7 @@ class MasterAdamW:
         """Bring the gradients together and their norm to `limit` at most; returns the norm before, a scalar that still
         lies on the device: reading it waits for all that was computed."""
         self.collect()
-        masters = [m for _, _, m in self.pairs()]
+        masters = [m for _, _, m in self.weights]
         return whole(torch.nn.utils.clip_grad_norm_(masters, limit if limit is not None else math.inf))
 
     def step(self, factor: float) -> None:
@@ -57,13 +55,13 @@ class MasterAdamW:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for _, weight, master in self.pairs():
+            for _, weight, master in self.weights:
                 if master is not weight:
                     weight.copy_(master)
 
     def skip(self, tower: str) -> None:
         """Let the weights of a tower stay as they are in this step."""
-        for name, weight, master in self.pairs():
+        for name, weight, master in self.weights:
             if name.startswith(f"{tower}."):
                 weight.grad = master.grad = None
 
@@ -73,7 +71,7 @@ class MasterAdamW:
 
     def master_tensors(self) -> dict[str, torch.Tensor]:
         """float32 values of the trained weights, by full name."""
-        return {name: master.detach() for name, _, master in self.pairs()}
+        return {name: master.detach() for name, _, master in self.weights}
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
         """Moments and masters, whole also where they lie in shards: the same on any number of processes.
@@ -94,7 +92,7 @@ class MasterAdamW:
         }
         self.adam.load_state_dict({**state["adam"], "state": moments})
         with torch.no_grad():
-            for name, weight, master in self.pairs():
+            for name, weight, master in self.weights:
                 master.copy_(as_shard(state["masters"][name], master))
                 if master is not weight:
                     weight.copy_(master)

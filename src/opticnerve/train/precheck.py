@@ -22,7 +22,7 @@ from opticnerve.data.encode.packing import shared_prefix
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.data.media.transform import open_for
 from opticnerve.recipe import Stage
-from opticnerve.train.sampler import Collate
+from opticnerve.train.sampler import Collate, StageSampler
 from opticnerve.types import Conversation, DataError, Frame, OpticNerveError, TextPart
 
 MOST, FIRST = 10_000, 64
@@ -114,7 +114,7 @@ def precheck(
     return Chosen(examples, numbers, {int(np.searchsorted(numbers, n)): places for n, places in kept.items() if places})
 
 
-def fingerprint(sampler: Any, notes: Notes) -> dict[str, Any]:
+def fingerprint(sampler: StageSampler, notes: Notes) -> dict[str, Any]:
     """How many examples there are, and hashes of what they say and of how they are packed, the same on every process.
 
     A file counts by its name alone: the folder may be another on another machine, and its content is not read here. Of

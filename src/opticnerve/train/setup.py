@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
+from rich.console import Console
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve import registry
@@ -28,8 +29,8 @@ from opticnerve.features.store import see_all
 from opticnerve.language.chat_template import stage_template
 from opticnerve.language.layers import context_length, decoder_layers
 from opticnerve.language.lora import has_lora
+from opticnerve.models.family import Family
 from opticnerve.models.freeze import Frozen, freeze
-from opticnerve.models.vlm.build import Dock
 from opticnerve.models.vlm.tower import check_options
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
@@ -52,15 +53,13 @@ TRACKER_PACKAGES = {"tensorboard": "opticnerve[tensorboard]", "comet_ml": "comet
 
 @dataclass
 class StageSetup:
-    """A stage that is ready for its next step. `dock.model` is the strategy's until the stage is over, and `model` the
-    whole one."""
+    """A stage that is ready for its next step."""
 
-    dock: Any
-    model: Any
+    dock: Family
     stage: Stage
     folder: Path
     accelerator: Accelerator
-    console: Any
+    console: Console | None
     frozen: Frozen
     skipped: BadSampleCounter
     sampler: StageSampler
@@ -78,23 +77,22 @@ class StageSetup:
         try:
             with contextlib.ExitStack() as stack:
                 functions = KERNELS[self.stage.kernels](self.accelerator.device) if self.stage.kernels else None
-                language_model = self.dock.model.language_model
-                stack.enter_context(
-                    fuse_layers(torch.nn.Module() if language_model is None else language_model, functions)
-                )
+                model = self.strategy.model
+                nothing = torch.nn.Module()
+                stack.enter_context(fuse_layers(nothing if (lm := model.language_model) is None else lm, functions))
                 if self.stage.compile:
-                    stack.enter_context(compiled_layers(self.model))
+                    stack.enter_context(compiled_layers(model))
                 give_memory_back()
                 yield
         finally:
-            self.model.eval()
+            self.dock.model.eval()
             if self.stage.gradient_checkpointing:
-                private_names.keep_activations(self.model.language_model)
+                private_names.keep_activations(self.dock.model.language_model)
 
 
 def set_up(
-    dock: Any, recipe: Recipe, stage: Stage, folder: Path, accelerator: Accelerator, *, trained: set[str], resume: bool,
-    console: Any = None,
+    dock: Family, recipe: Recipe, stage: Stage, folder: Path, accelerator: Accelerator, *, trained: set[str],
+    resume: bool, console: Console | None = None,
 ) -> StageSetup:  # fmt: skip
     """Make a stage ready for its first step, or, where it goes on from a checkpoint, for the step after that.
 
@@ -137,14 +135,11 @@ def set_up(
     if not going_on:
         calibrate(model, sampler.whole())
     strategy = make_strategy(accelerator, objective, frozen, stage)
-    dock.model = strategy.model
     if stage.cache_features and not strategy.spread:
         offload_encoder(model.image.encoder, folder, console)
 
     state = TrainState(strategy, sampler, data, folder)
-    ready = StageSetup(
-        dock, model, stage, folder, accelerator, console, frozen, skipped, sampler, strategy, state
-    )  # fmt: skip
+    ready = StageSetup(dock, stage, folder, accelerator, console, frozen, skipped, sampler, strategy, state)
     if going_on:
         found = checkpoint.newest(folder, warn=ready.emit, most=steps_in(folder / METRICS))
         assert found is not None
@@ -164,16 +159,14 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     engine()
     _check_trackers(recipe.trackers)
     with without_deepspeed():
+        # A connector may carry weights that only its pretraining, or only its use, needs.
+        handlers = [
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timeout()),
+        ]
         accelerator = Accelerator(
-            log_with=recipe.trackers or None,
-            project_dir=str(run_dir),
-            dataloader_config=DataLoaderConfiguration(),
-            # A connector may carry weights that only its pretraining, or only its use, needs.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),
-                InitProcessGroupKwargs(timeout=timeout()),
-            ],
-        )
+            log_with=recipe.trackers or None, project_dir=str(run_dir), kwargs_handlers=handlers
+        )  # fmt: skip
     if recipe.trackers:
         accelerator.init_trackers(recipe.name)
     return accelerator
@@ -209,7 +202,7 @@ def within_context(stage: Stage, model: Any) -> Stage:
     return stage.model_copy(update={"max_length": min(stage.max_length or context, context)})
 
 
-def give_lora(dock: Dock, stage: Stage) -> None:
+def give_lora(dock: Family, stage: Stage) -> None:
     """A fresh adapter for the first stage that trains one; a later stage goes on with it and may not reshape it."""
     if not has_lora(dock.model.language_model):
         dock.lora = (stage.lora or LoraSpec()).model_dump()
@@ -255,10 +248,8 @@ def give_memory_back() -> None:
 
     What loading, checking and caching have let go of would stand beside a stage's activations otherwise.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------
@@ -266,7 +257,7 @@ def give_memory_back() -> None:
 
 def make_sampler(
     stage: Stage, processor: Any, *, seed: int, accelerator: Accelerator, skipped: BadSampleCounter,
-    collate: Collate | None, console: Any = None,
+    collate: Collate | None, console: Console | None = None,
 ) -> tuple[StageSampler, dict[str, Any]]:  # fmt: skip
     """The samples of a stage, and the fingerprint of its data. The first samples are looked at.
 
@@ -305,7 +296,7 @@ def make_sampler(
 
 def cache_features(
     model: Any, processor: Any, stage: Stage, sampler: StageSampler, accelerator: Accelerator,
-    skipped: BadSampleCounter, console: Any,
+    skipped: BadSampleCounter, console: Console | None,
 ) -> None:  # fmt: skip
     """Have the frozen vision encoder see all pictures of the stage once, and the sampler take what it saw."""
     spec = stage.cache_features if isinstance(stage.cache_features, CacheSpec) else CacheSpec()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import Accelerator
 
 from opticnerve.common.version import __version__
 from opticnerve.distributed.collectives import gather_objects
@@ -79,7 +80,7 @@ def versions() -> dict[str, str]:
     return {"opticnerve": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
-def load_rng_state(states: list[dict[str, Any]], accelerator: Any, emit: Callable[[str], None]) -> None:
+def load_rng_state(states: list[dict[str, Any]], accelerator: Accelerator, emit: Callable[[str], None]) -> None:
     """Each process its own generators; on another number of processes the first alone has any to go on with, and the
     others begin theirs as in a fresh run."""
     rank, world = accelerator.process_index, accelerator.num_processes

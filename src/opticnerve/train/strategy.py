@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from opticnerve.distributed.collectives import engine
 from opticnerve.distributed.deepspeed import Zero
 from opticnerve.distributed.fsdp import Sharded
 from opticnerve.models.freeze import Frozen
+from opticnerve.objectives.base import Objective
 from opticnerve.recipe import Stage
 from opticnerve.train.optim import MasterAdamW
 from opticnerve.types import OpticNerveError
@@ -44,8 +46,9 @@ class Strategy:
     """Whether the weights lie in shards: their gradients are summed at once, or those of all weights would lie whole on
     each process until the last micro-batch."""
     optimizer: Optimizer
+    _twin: Sharded | Zero | None = None
 
-    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
+    def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
         self.accelerator, self.objective, self.model = accelerator, objective, objective.model
         self.optimizer = self._adam = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
         by_ddp = accelerator.num_processes > 1 and not objective.whole_step and not self.spread
@@ -72,40 +75,38 @@ class Strategy:
 
     def finish(self) -> None:
         """Have `model` and `objective` be the whole ones, with what was learned, on every process."""
+        if self._twin is not None:
+            self.model, self.objective = self._twin.bring_together()
 
 
 class _FSDP2(Strategy):
     spread = True
 
-    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
+    def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
         reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
         world, device = accelerator.num_processes, accelerator.device
-        self._twin = Sharded(objective, world=world, device=device, reshard=reshard)
-        super().__init__(accelerator, self._twin.objective, self._twin.trained(frozen), stage)
-
-    def finish(self) -> None:
-        self.model, self.objective = self._twin.bring_together()
+        self._twin = twin = Sharded(objective, world=world, device=device, reshard=reshard)
+        super().__init__(accelerator, twin.objective, twin.trained(frozen), stage)
 
 
 class _Zero(Strategy):
     spread = True
 
-    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
-        self._twin = Zero(objective, stage=2 if engine() == "zero2" else 3, device=accelerator.device)
-        self.accelerator, self.objective, self.model = accelerator, self._twin.objective, self._twin.model
+    def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
+        self._twin = self._zero = zero = Zero(
+            objective, stage=2 if engine() == "zero2" else 3, device=accelerator.device
+        )
+        self.accelerator, self.objective, self.model = accelerator, zero.objective, zero.model
         rows = stage.batch_size // (stage.accumulate * accelerator.num_processes)
-        self.optimizer = self._twin.optimizer(
-            self._twin.trained(frozen), betas=stage.betas, weight_decay=stage.weight_decay, rows=rows
+        self.optimizer = zero.optimizer(
+            zero.trained(frozen), betas=stage.betas, weight_decay=stage.weight_decay, rows=rows
         )
 
     def backward(self, batches: Sequence[Any], supervised: int) -> Tensor:
-        return self._twin.backward(batches, self.accelerator.num_processes / supervised)
-
-    def finish(self) -> None:
-        self.model, self.objective = self._twin.bring_together()
+        return self._zero.backward(batches, self.accelerator.num_processes / supervised)
 
 
-def make_strategy(accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> Strategy:
+def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> Strategy:
     """The strategy that the launcher asked for.
 
     Raises:

@@ -28,7 +28,7 @@ from opticnerve.common.drawing import (
     title_of,
     words,
     wrap,
-)  # fmt: skip
+)
 from opticnerve.data.media.open import open_image
 from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.runs.folder import finite
@@ -53,7 +53,8 @@ def loss_plot(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> P
     top.legend(frameon=False, loc="upper right")
     title_of(top, title, _speed(metrics, loss))
 
-    rates = {part: [finite((m.get("learning_rate") or {}).get(part)) for m in metrics] for part in _parts(metrics)}
+    given = [m.get("learning_rate") or {} for m in metrics]
+    rates = {part: [finite(g.get(part)) for g in given] for part in dict.fromkeys(p for g in given for p in g)}
     for i, (part, values) in enumerate(rates.items()):
         colour, style = _LINES[i % len(_LINES)]
         bottom.plot(steps, values, color=colour, linestyle=style, linewidth=1.6, label=part)
@@ -102,7 +103,10 @@ def samples_plot(samples: Sequence[dict[str, Any]], path: Path, *, folder: Path,
     `samples` as under "tasks" in results.json; `folder` is where relative picture paths start. A sample without "right"
     (a caption) gets no mark.
     """
-    shown = _half_wrong(samples, most)
+    wrong = [s for s in samples if s.get("right") is False]
+    others = [s for s in samples if s.get("right") is not False]
+    half = min(len(wrong), max(most // 2, most - len(others)))
+    shown = others[: most - half] + wrong[:half]
     columns = min(4, max(1, len(shown)))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(2.9 * columns, 3.9 * rows + 0.75), facecolor="white")
@@ -161,17 +165,6 @@ def _picture(axes: Axes, image: str | None, folder: Path) -> None:
     axes.set_facecolor("white")
     axes.imshow(picture, interpolation="nearest" if max(picture.size) < 160 else "antialiased")
     axes.set_aspect("equal", adjustable="datalim" if picture.width != picture.height else "box")
-
-
-def _half_wrong(samples: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    wrong = [s for s in samples if s.get("right") is False]
-    other = [s for s in samples if s.get("right") is not False]
-    n_wrong = min(len(wrong), max(most // 2, most - len(other)))
-    return other[: most - n_wrong] + wrong[:n_wrong]
-
-
-def _parts(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(part for m in metrics for part in (m.get("learning_rate") or {})))
 
 
 def _speed(metrics: Sequence[dict[str, Any]], loss: np.ndarray) -> str:

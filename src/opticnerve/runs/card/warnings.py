@@ -26,15 +26,13 @@ def boxes(run: RunFolder) -> str:
 
 def warnings_of(results: dict[str, Any]) -> list[tuple[str, str]]:
     """(title, text) of what is wrong with a run, from its results.json."""
-    found = []
-    if dependence := results.get("image_dependence"):
-        found += _answers(dependence)
+    found = [_answers(results["image_dependence"])] if results.get("image_dependence") else []
     for stage in results.get("stages") or []:
         if use := stage.get("image_use"):
-            found += _loss(str(stage.get("name")), use)
+            found.append(_loss(str(stage.get("name")), use))
         if left_out := stage.get("left_out"):
             found.append(_left_out(str(stage.get("name")), left_out))
-    return found
+    return [warning for warning in found if warning is not None]
 
 
 def gap_interval(dependence: dict[str, Any]) -> tuple[float, float]:
@@ -49,7 +47,7 @@ def gap_interval(dependence: dict[str, Any]) -> tuple[float, float]:
     return gap - math.hypot(real - low_r, high_b - blank), gap + math.hypot(high_r - real, blank - low_b)
 
 
-def _answers(dependence: dict[str, Any]) -> list[tuple[str, str]]:
+def _answers(dependence: dict[str, Any]) -> tuple[str, str] | None:
     gap = dependence["real"] - dependence["blank"]
     low, high = gap_interval(dependence)
     measured = (
@@ -58,31 +56,27 @@ def _answers(dependence: dict[str, Any]) -> list[tuple[str, str]]:
     )
     if gap < LOOKS_AWAY:
         words = "Whatever the accuracy below says, it comes from the questions' words."
-        return [("THE ANSWERS DO NOT DEPEND ON THE PICTURE", f"{measured}. {words}")]
-    if low <= 0:
-        return [
-            (
-                "IT CANNOT BE TOLD WHETHER THE ANSWERS DEPEND ON THE PICTURE",
-                f"{measured}; on {dependence['n']} questions the difference may as well be anything from {points(low)} "
-                f"to {points(high)}. Ask more of them: `image_dependence` of `evaluate`.",
-            )
-        ]
-    return []
+        return "THE ANSWERS DO NOT DEPEND ON THE PICTURE", f"{measured}. {words}"
+    if low > 0:
+        return None
+    return (
+        "IT CANNOT BE TOLD WHETHER THE ANSWERS DEPEND ON THE PICTURE",
+        f"{measured}; on {dependence['n']} questions the difference may as well be anything from {points(low)} to "
+        f"{points(high)}. Ask more of them: `image_dependence` of `evaluate`.",
+    )
 
 
-def _loss(stage: str, use: dict[str, Any]) -> list[tuple[str, str]]:
+def _loss(stage: str, use: dict[str, Any]) -> tuple[str, str] | None:
     low, high = use["ci95"]
     if low > 0:
-        return []
-    return [
-        (
-            "THE LOSS DOES NOT DEPEND ON THE PICTURE",
-            f"After stage {plain(stage)} the loss on {use['n']} of its own samples is {use['own']:.3f} with their "
-            f"pictures and {use['other']:.3f} with one another's: {use['other_minus_own']:+.3f} nats a token, 95 % "
-            f"interval {low:+.3f} to {high:+.3f}. Either the stage was too short, or the pictures do not reach the "
-            f"language model, or its texts can be guessed without them.",
-        )
-    ]
+        return None
+    return (
+        "THE LOSS DOES NOT DEPEND ON THE PICTURE",
+        f"After stage {plain(stage)} the loss on {use['n']} of its own samples is {use['own']:.3f} with their "
+        f"pictures and {use['other']:.3f} with one another's: {use['other_minus_own']:+.3f} nats a token, 95 % "
+        f"interval {low:+.3f} to {high:+.3f}. Either the stage was too short, or the pictures do not reach the "
+        f"language model, or its texts can be guessed without them.",
+    )
 
 
 def _left_out(stage: str, steps: list[int]) -> tuple[str, str]:
