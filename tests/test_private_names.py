@@ -24,7 +24,7 @@ from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tiling_processor import TilingImageProcessor
 
 SOURCE = Path(__file__).parents[1] / "src"
-HOME = SOURCE / "opticnerve" / "private_names.py"
+HOME = SOURCE / "opticnerve" / "common" / "private_names.py"
 IDS = torch.tensor([[1, 5, 7, 9]])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from opticnerve.common.cache import cache_dir
+from opticnerve.common.units import format_bytes
 from opticnerve.types import OpticNerveError
 
 BUDGET = "OPTICNERVE_FEATURE_BUDGET"
@@ -69,14 +70,12 @@ def evict(root: Path, keep: Path, needed: int, budget: int) -> None:
     for _, lock in goes:
         lock.close()
     if over > 0:
-        kept = f"; {_gb(own)} are this vision encoder's already ({keep})" if own else ""
+        kept = f"; {format_bytes(own)} are this vision encoder's already ({keep})" if own else ""
         raise OpticNerveError(
-            f"the frozen vision encoder's features need {_gb(needed)} more of disk; the feature cache may hold "
-            f"{_gb(budget)} and "
-            f"{_gb(free_bytes(root))} of disk are free{kept}. Raise the budget (cache_features: {{budget: 50GB}}, or "
-            f"{BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a float32 vision "
-            f"encoder), or "
-            f"leave cache_features out"
+            f"the frozen vision encoder's features need {format_bytes(needed)} more of disk; the feature cache may "
+            f"hold {format_bytes(budget)} and {format_bytes(free_bytes(root))} of disk are free{kept}. Raise the budget "
+            f"(cache_features: {{budget: 50GB}}, or {BUDGET}), store them in half the space (cache_features: {{dtype: "
+            "bfloat16}, for a float32 vision encoder), or leave cache_features out"
         )
 
 
@@ -167,9 +166,3 @@ def _remove(store: Path) -> None:
         if not store.exists() or any(store.iterdir()):
             return
         raise OpticNerveError(f"{store} cannot be removed: {e}; delete it") from e
-
-
-def _gb(count: int) -> str:
-    if count >= 100_000_000:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.1f} MB"

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from opticnerve.common.progress import Waiting
 from opticnerve.common.version import __version__
-from opticnerve.common.waiting import Waiting
 from opticnerve.data.dataset.load import load_data
 from opticnerve.distributed.collectives import on_main
 from opticnerve.evaluation.evaluate import evaluate_model
