@@ -190,49 +190,46 @@ class Stage(Strict):
         check_known(objective, registry.objectives)
         return objective
 
-    @field_validator("train")
+    @field_validator("train", "data")
     @classmethod
-    def _something_trains(cls, train: dict[str, float]) -> dict[str, float]:
-        if not train:
+    def _some(cls, given: Any, info: ValidationInfo) -> Any:
+        if not given and info.field_name == "train":
             raise ValueError(f"a stage with nothing to train; name at least one part: {', '.join(PARTS)}")
-        return train
-
-    @field_validator("data")
-    @classmethod
-    def _some_data(cls, data: list[DataSpec]) -> list[DataSpec]:
-        if not data:
+        if not given:
             raise ValueError("no data; add at least one entry such as {path: captions.jsonl}")
-        return data
+        return given
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Stage:
-        parts = {_without_tower(p)[1] for p in self.train}
-        if "language.lora" in parts and "language" in parts:
-            raise ValueError("train: language and language.lora both change the same weights; keep one of them")
-        if "language.lora" in parts and any(p.startswith("language.last") for p in parts):
-            raise ValueError("train: language.last(N) and language.lora both change the same weights; keep one of them")
-        if "language" in parts and any(p.startswith("language.") and p != "language.lora" for p in parts):
-            raise ValueError("train: language already holds every part of it; remove the narrower one")
         split = [_without_tower(p) for p in self.train]
-        for tower in (t for t, inner in split if inner == "encoder"):
-            if any(i.startswith("encoder.last") and (t == tower or None in (t, tower)) for t, i in split):
-                raise ValueError("train: encoder already holds its last blocks; remove encoder.last(N)")
-        unnamed = [inner for m, inner in map(_without_tower, self.train) if m is None]
-        twice = [p for p in self.train if _without_tower(p)[0] and _without_tower(p)[1] in unnamed]
-        if twice:
-            raise ValueError(f"train: {', '.join(twice)} is named twice, with and without its tower; keep one")
-        if self.lora is not None and "language.lora" not in parts:
-            raise ValueError("lora options are given, but train names no language.lora")
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("give steps or epochs, not both")
-        if self.compile and self.kernels:
-            raise ValueError(f"compile fuses what kernels: {self.kernels} brings; keep one of them")
-        if reason := self._cannot_stream():
+        parts, unnamed = {inner for _, inner in split}, {inner for tower, inner in split if tower is None}
+        lasts = [tower for tower, inner in split if inner.startswith("encoder.last")]
+        both = "both change the same weights; keep one of them"
+        twice = [p for p, (tower, inner) in zip(self.train, split, strict=True) if tower and inner in unnamed]
+        found = {
+            f"train: language and language.lora {both}": {"language", "language.lora"} <= parts,
+            f"train: language.last(N) and language.lora {both}": (
+                "language.lora" in parts and any(p.startswith("language.last") for p in parts)
+            ),
+            "train: language already holds every part of it; remove the narrower one": (
+                "language" in parts and any(p.startswith("language.") for p in parts)
+            ),
+            "train: encoder already holds its last blocks; remove encoder.last(N)": any(
+                inner == "encoder" and any(tower == last or None in (tower, last) for last in lasts)
+                for tower, inner in split
+            ),
+            f"train: {', '.join(twice)} is named twice, with and without its tower; keep one": bool(twice),
+            "lora options are given, but train names no language.lora": (
+                self.lora is not None and "language.lora" not in parts
+            ),
+            "give steps or epochs, not both": self.steps is not None and self.epochs is not None,
+            f"compile fuses what kernels: {self.kernels} brings; keep one of them": bool(self.compile and self.kernels),
+            f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate": (
+                self.batch_size % self.accumulate != 0
+            ),
+        }
+        if reason := next((reason for reason, wrong in found.items() if wrong), self._cannot_stream()):
             raise ValueError(reason)
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate"
-            )
         return self
 
     def _cannot_stream(self) -> str | None:
