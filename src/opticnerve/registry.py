@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from opticnerve.types import OpticNerveError
 
 T = TypeVar("T")
+
+
+def hint_at(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, if something known is spelt almost so."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Registry(Generic[T]):
@@ -52,21 +58,20 @@ class Registry(Generic[T]):
             OpticNerveError: the name is unknown (the message lists the known ones), or a dotted path is not allowed
             here.
         """
-        if name not in self.names() and ":" in name:
-            if not allow_dotted:
+        if name not in self.names():
+            if ":" in name and allow_dotted:
+                return _import(name, self.kind)
+            if ":" in name:
                 raise OpticNerveError(
                     f"{self.kind} {name!r} is code from outside opticnerve; pass trust_remote_code=True to run it"
                 )
-            return _import(name, self.kind)
-        if name not in self.names():
-            near = difflib.get_close_matches(name, self.names(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise OpticNerveError(
-                f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}; "
-                "or a dotted path 'package.module:Class'"
-            )
+            raise OpticNerveError(f"{self.unknown(name)}; or a dotted path 'package.module:Class'")
         target = self._targets[name]
         return _import(target, self.kind) if isinstance(target, str) else target
+
+    def unknown(self, name: str) -> str:
+        """That there is no such part, and which there are."""
+        return f"unknown {self.kind} {name!r}{hint_at(name, self.names())} Known: {', '.join(self.names())}"
 
     def points_to(self, name: str, cls: type) -> bool:
         """Whether `name` stands for `cls`; nothing is imported to find out."""

@@ -5,6 +5,7 @@ Nothing here needs torch at run time, so that the command line can print its hel
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,11 +48,8 @@ class DataError(OpticNerveError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders (data loader workers); keyword-only arguments need help to be pickled.
-        return (_rebuild_data_error, (self.problem, self.where, self.remedy, self.kind))
-
-
-def _rebuild_data_error(problem: str, where: str, remedy: str, kind: str) -> DataError:
-    return DataError(problem, where=where, remedy=remedy, kind=kind)
+        keywords = {"where": self.where, "remedy": self.remedy, "kind": self.kind}
+        return functools.partial(DataError, **keywords), (self.problem,)
 
 
 def has_pip() -> bool:

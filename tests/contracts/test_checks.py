@@ -139,7 +139,7 @@ class CutsTheGradient(Sound):
 class HasAnIdleWeight(Sound):
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes)
-        self.dummy_pass = nn.Parameter(torch.zeros(3))
+        self.idle = nn.Parameter(torch.zeros(3))
 
 
 class StaysInFloat32(Sound):
@@ -374,7 +374,7 @@ class IdlesLoudly(GatedCrossAttention):
         (ForgetsTheCache, "generates with a cache", "word 6, generated with a cache, differs"),
         (LeaksBetweenRows, "sees the picture", "the picture of a row changes other rows"),
         (ScalesTheWords, "leaves text alone", "text alone differs"),
-        (IdlesLoudly, "idles", "idle changed the embeddings"),
+        (IdlesLoudly, "passes a dummy", "dummy_pass changed the embeddings"),
     ],
 )
 def test_a_broken_fusion(broken: type[Any], rule: str, says: str) -> None:

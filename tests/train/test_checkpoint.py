@@ -191,7 +191,7 @@ class TestFullDisk:
 
     def test_told_before_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_500_000})())
-        with pytest.raises(atomic.DiskFull, match=r"4\.0 MB, and 1\.5 MB are free in .*, so 2\.5 MB are missing"):
+        with pytest.raises(atomic.DiskFull, match=r"4 MB, and 1\.5 MB are free in .*, so 2\.5 MB are missing"):
             checkpoint.save(tmp_path, 5, {"x": torch.zeros(1_000_000)})
 
     def test_found_while_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

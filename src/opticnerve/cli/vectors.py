@@ -67,7 +67,7 @@ def embed(
     as_json: JsonFlag = False,
 ) -> None:
     """Turn captioned pictures into vectors: of the pictures and of the captions, in files for a search engine."""
-    from opticnerve.common.waiting import Waiting
+    from opticnerve.common.progress import Waiting
     from opticnerve.data.collators.contrastive import caption_of
     from opticnerve.data.dataset.load import load_data
     from opticnerve.inference.embeddings import save_embeddings

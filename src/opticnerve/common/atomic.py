@@ -20,6 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from opticnerve.common.units import format_bytes
 from opticnerve.types import OpticNerveError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,6 +34,21 @@ class DiskFull(OpticNerveError):
     """There is no room for what was to be written; what stood there before is whole."""
 
 
+@contextmanager
+def _whole(path: Path, size: int) -> Iterator[Path]:
+    """Where `size` bytes are to be written, which take the place of `path` behind the block."""
+    partial = partial_of(path)
+    with room_for(path.name, size, path.parent):
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Put `content` (text as UTF-8) in the place of a file, all of it or nothing.
 
@@ -38,18 +56,8 @@ def write(path: Path, content: str | bytes) -> None:
         DiskFull: it does not fit. OSError: it cannot be written for another reason.
     """
     data = content.encode() if isinstance(content, str) else content
-    partial = partial_of(path)
-    with room_for(path.name, len(data), path.parent):
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-    sync(path.parent)
+    with _whole(path, len(data)) as partial:
+        partial.write_bytes(data)
 
 
 def write_json(path: Path, value: Any, **options: Any) -> None:
@@ -64,23 +72,15 @@ def write_lines(path: Path, rows: Iterable[Any], **options: Any) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """A copy that takes its place once it is whole."""
-    partial = partial_of(target)
-    with room_for(target.name, source.stat().st_size, target.parent):
-        try:
-            shutil.copy2(source, partial)
-            sync(partial)
-            partial.replace(target)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-    sync(target.parent)
+    with _whole(target, source.stat().st_size) as partial:
+        shutil.copy2(source, partial)
 
 
 def sync(path: Path) -> None:
     """Have a file's content, or a folder's list of names, on the disk before going on."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there, nor what is only read be synced
         return
-    opened = os.open(path, os.O_RDONLY)
+    opened = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:
@@ -102,7 +102,7 @@ def clear_left_overs(folder: Path) -> None:
     mine = re.compile(rf"\.writing-.+-{re.escape(platform.node())}-(\d+)")
     for path in folder.glob(".writing-*"):
         ours = mine.fullmatch(path.name)
-        if _is_gone(int(ours[1])) if ours else time.time() - path.stat().st_mtime > _ABANDONED:
+        if not psutil.pid_exists(int(ours[1])) if ours else time.time() - path.stat().st_mtime > _ABANDONED:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -130,23 +130,3 @@ def _full(what: str, needed: int, free: int, folder: Path, remedy: str, said: st
         f"{what} could not be written{f' ({said})' if said else ''}: it takes {format_bytes(needed)}, and "
         f"{format_bytes(free)} are free in {folder}{missing}; {remedy}"
     )
-
-
-def format_bytes(count: int) -> str:
-    """`1.8 GB` (10⁹ bytes)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _is_gone(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # it lives, under another user
-        return False
-    return False

@@ -61,7 +61,5 @@ def sha256_of(file: Path) -> str:
     key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     if key not in known:
         known[key] = atomic.sha256(file)
-        partial = memory.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(known))
-        partial.replace(memory)
+        atomic.write_json(memory, known)
     return known[key]

@@ -184,8 +184,7 @@ def dressed(figure: Figure) -> Iterator[None]:
 
 
 def words() -> dict[str, Any]:
-    # Text from data may hold dollar signs, which are no formulas.
-    return {"parse_math": False}
+    return {"parse_math": False}  # text from data may hold dollar signs, which are no formulas
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -38,11 +39,7 @@ class HubError(OpticNerveError):
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (self.problem, self.remedy, self.kind))
-
-
-def _rebuild(problem: str, remedy: str, kind: str) -> HubError:
-    return HubError(problem, remedy, kind=kind)
+        return functools.partial(HubError, kind=self.kind), (self.problem, self.remedy)
 
 
 def fetch(name: str, *, weights: bool = True) -> str:
@@ -92,19 +89,16 @@ def split_revision(name: str) -> tuple[str, str | None]:
     Raises:
         HubError: it is no name that a hub could have.
     """
-    repository, at, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository, re.ASCII) or (at and not revision):
-        raise HubError(f"there is no folder {name!r}, and no hub has such a name (OWNER/NAME)", "check it", kind="name")
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repository)
-    except HFValidationError:
-        raise HubError(
-            f"there is no folder {name!r}, and no hub has such a name (OWNER/NAME)", "check it", kind="name"
-        ) from None
-    return repository, revision or None
+    repository, at, revision = name.partition("@")
+    possible = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository, re.ASCII) and bool(at) == bool(revision)
+    with contextlib.suppress(HFValidationError):
+        if possible:
+            validate_repo_id(repository)
+            return repository, revision or None
+    raise HubError(f"there is no folder {name!r}, and no hub has such a name (OWNER/NAME)", "check it", kind="name")
 
 
 def download(repository: str, file: str, revision: str | None) -> Path:
@@ -219,9 +213,7 @@ def says_how(name: str, part: str) -> bool:
 
 def unreadable(what: str, error: BaseException, remedy: str) -> OpticNerveError:
     """One sentence about a file that could not be read: what the library says, cut short, and what to do."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = said if len(said) <= 240 else f"{said[:240]}…"
-    return OpticNerveError(f"cannot read {what}: {said.rstrip('.')}; {remedy}")
+    return OpticNerveError(f"cannot read {what}: {brief(error)}; {remedy}")
 
 
 @contextlib.contextmanager
@@ -270,24 +262,20 @@ def explain(error: BaseException, name: str, *, kind: str = "model") -> HubError
         return HubError(f"the hub refuses the token that it was sent for {name!r}", f"{log_in} anew", kind="token")
     if status == 403:
         return HubError(f"the hub refuses {name!r} (403)", f"give the token access to {where}", kind="token")
-    full = next((e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
-    if full is not None:
+    if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain):
         problem = f"there is no room for {name!r} in {constants.HF_HUB_CACHE}"
         return HubError(problem, "make room, or set HF_HOME to a folder on another disk", kind="disk")
     network = next((e for e in chain if type(e).__module__.partition(".")[0] in NETWORK), None)
     torn = next((e for e in chain if "Consistency check failed" in str(e)), None)
     network = network or torn or one(hf.HfHubHTTPError, hf.LocalEntryNotFoundError, ConnectionError, TimeoutError)
     if one(hf.OfflineModeIsEnabled) or (constants.HF_HUB_OFFLINE and network is not None):
-        return HubError(
-            f"{name!r} is not (or not whole) in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it",
-            "unset it once, or name a local folder", kind="offline",
-        )  # fmt: skip
+        problem = f"{name!r} is not (or not whole) in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
+        return HubError(problem, "unset it once, or name a local folder", kind="offline")
     if network is not None:
-        said = f"it answers {status}" if status else (brief(network) or type(network).__name__)
-        return HubError(
-            f"{name!r} cannot be fetched from {constants.ENDPOINT}: {said}",
-            "check the network and run the command again: a download goes on where it stopped", kind="network",
-        )  # fmt: skip
+        problem = f"{name!r} cannot be fetched from {constants.ENDPOINT}: "
+        problem += f"it answers {status}" if status else brief(network)
+        remedy = "check the network and run the command again: a download goes on where it stopped"
+        return HubError(problem, remedy, kind="network")
     return None
 
 
@@ -320,9 +308,9 @@ def quiet() -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what an error says, short enough for a sentence."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(" .;:")
+    """What an error says, short enough for a sentence."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return f"{said[:240]}…" if len(said) > 240 else said.rstrip(" .;:")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -6,6 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from opticnerve.common.units import format_duration
+
+duration = format_duration
+
 
 def table(head: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
     """A Markdown table; `right` are the columns to be set flush right."""
@@ -38,8 +42,3 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     return f"{100 * difference:+.1f} points"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min {rest:02d} s"

@@ -181,9 +181,10 @@ def remove_hooks(module: nn.Module) -> None:
 
 def computed_tables(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """The buffers within a module that no checkpoint holds, with the modules that own them and their names there."""
-    for part in module.modules():
-        for name in part._non_persistent_buffers_set:
-            if (table := part._buffers[name]) is not None:
+    kept = module.state_dict().keys()
+    for path, part in module.named_modules():
+        for name, table in part.named_buffers(recurse=False):
+            if f"{path}.{name}".lstrip(".") not in kept:
                 yield part, name, table
 
 

@@ -1,4 +1,4 @@
-"""A bar with loss, speed and time left on a terminal; a plain line now and then elsewhere."""
+"""A bar with what is done and the time left on a terminal; plain lines, now and then, elsewhere."""
 
 from __future__ import annotations
 
@@ -7,13 +7,58 @@ import time
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 
-class Counting:
-    """Context manager: a bar where the console is a terminal, `self.bar`; else None, and `self.due` tells the time for
-    plain lines.
+class _Bar:
+    """Context manager: `self.bar` where the console is a terminal, else None."""
+
+    def __init__(
+        self, name: str, total: int | None, *columns: ProgressColumn, console: Console | None, transient: bool = False,
+        **fields: Any,
+    ) -> None:  # fmt: skip
+        self.name, self.console, self.began = name, console, time.perf_counter()
+        self.bar: RichProgress | None = None
+        if console is not None and console.is_terminal:
+            columns = (*columns, TimeRemainingColumn())
+            self.bar = RichProgress(*columns, console=console, transient=transient)
+            self.task = self.bar.add_task(name, total=total, **fields)
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class Waiting(_Bar):
+    """While something is measured: `update(done, total)` moves the bar. Silent without a console."""
+
+    def __init__(self, console: Console | None, label: str) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        super().__init__(label, None, *columns, console=console, transient=True)
+
+    def __enter__(self) -> Self:
+        if self.bar is None and self.console is not None:
+            self.console.print(f"{self.name} …", highlight=False)
+        return super().__enter__()
+
+    def update(self, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self.console is not None and error[0] is None:
+            self.console.print(f"{self.name}: done in {time.perf_counter() - self.began:.0f} s", highlight=False)
+
+
+class Counting(_Bar):
+    """Where there is no bar, `due` tells the time for plain lines.
 
     Args:
         told: what stands behind the count, a rich text format; its fields begin as `fields` say.
@@ -23,24 +68,9 @@ class Counting:
         self, name: str, total: int, told: str, *, console: Console | None, every_s: float, start: int = 0,
         **fields: Any,
     ) -> None:  # fmt: skip
-        self.name, self.total, self.console, self.every_s = name, total, console, every_s
-        self.began, self.start, self.last = time.perf_counter(), start, 0.0
-        self.bar: RichProgress | None = None
-        if console is not None and console.is_terminal:
-            self.bar = RichProgress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(told),
-                TimeRemainingColumn(), console=console,
-            )  # fmt: skip
-            self.task = self.bar.add_task(name, total=total, completed=start, **fields)
-
-    def __enter__(self) -> Self:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(told))
+        super().__init__(name, total, *columns, console=console, completed=start, **fields)
+        self.total, self.every_s, self.start, self.last = total, every_s, start, 0.0
 
     def due(self, now: float, done: int) -> bool:
         """Whether a plain line is to be written."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opticnerve.common.waiting import Waiting
+from opticnerve.common.progress import Waiting
 from opticnerve.data.dataset.load import by_picture, fixed_sample, load_data
 from opticnerve.evaluation import tasks
 from opticnerve.evaluation.choice import run_choice, run_multiple_choice

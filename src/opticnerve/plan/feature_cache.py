@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opticnerve.common.units import duration, size
+from opticnerve.common.units import format_bytes, format_duration
 from opticnerve.features.budget import default_budget, features_dir, folder_bytes, free_bytes
 from opticnerve.models.vlm.tower import placed_like
 from opticnerve.plan.data import StageData
@@ -56,14 +56,14 @@ class CachePlan:
 
     def remark(self) -> tuple[bool, str]:
         """Whether it wants a decision, and what to say."""
-        time = f" ({duration(self.seconds)})" if self.seconds else ""
+        time = f" ({format_duration(self.seconds)})" if self.seconds else ""
         wins = f"about {self.saved:.0%} of this stage's time{time}"
-        costs = f"{size(self.disk)} of disk"
+        costs = f"{format_bytes(self.disk)} of disk"
         if not self.fits:
-            allowed = f"{size(self.budget)} are allowed, {size(self.free)} free"
+            allowed = f"{format_bytes(self.budget)} are allowed, {format_bytes(self.free)} free"
             remedy = "raise cache_features.budget"
             if self.halves:
-                remedy += f", store bfloat16 (cache_features: {{dtype: bfloat16}}, {size(self.disk // 2)})"
+                remedy += f", store bfloat16 (cache_features: {{dtype: bfloat16}}, {format_bytes(self.disk // 2)})"
             if self.on:
                 return True, f"cache_features needs {costs}; {allowed}: {remedy}, or leave it out"
             if self.pays:

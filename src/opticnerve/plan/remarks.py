@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from opticnerve.common.units import size
+from opticnerve.common.units import format_bytes
 from opticnerve.data.dataset.dataset import NO_MEDIA
 from opticnerve.plan.model import native_size
 from opticnerve.recipe import DataSpec, Recipe, Stage
@@ -101,4 +101,4 @@ def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> Iterator[str]:
         if stage.batch_size > stage.accumulate:
             remedies.append(f"set accumulate: {stage.batch_size}")
         remedy = ", or ".join(remedies) or "use a smaller model or precision: bf16"
-        yield f"needs about {size(planned.memory.total)}, {size(free)} are free; {remedy}"
+        yield f"needs about {format_bytes(planned.memory.total)}, {format_bytes(free)} are free; {remedy}"

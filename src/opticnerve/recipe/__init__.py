@@ -1,6 +1,5 @@
 """A recipe: everything a run needs, in one YAML file, checked before any weight is read. Nothing here imports torch."""
 
-from opticnerve.recipe.data import DataSpec
 from opticnerve.recipe.loading import dump, load
 from opticnerve.recipe.model import (
     MODALITIES,
@@ -16,28 +15,10 @@ from opticnerve.recipe.model import (
     VisionSpec,
     split_part,
 )
-from opticnerve.recipe.schema import CacheSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
+from opticnerve.recipe.schema import CacheSpec, DataSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
 
 __all__ = [
-    "CacheSpec",
-    "ClassifierSpec",
-    "DataSpec",
-    "DualSpec",
-    "EvaluateSpec",
-    "VisionSpec",
-    "LanguageSpec",
-    "LoraSpec",
-    "MODALITIES",
-    "ModelSpec",
-    "PARTS",
-    "PackSpec",
-    "PartSpec",
-    "Recipe",
-    "Stage",
-    "TextSpec",
-    "TilingSpec",
-    "TowerSpec",
-    "dump",
-    "load",
-    "split_part",
+    "CacheSpec", "ClassifierSpec", "DataSpec", "DualSpec", "EvaluateSpec", "VisionSpec", "LanguageSpec", "LoraSpec",
+    "MODALITIES", "ModelSpec", "PARTS", "PackSpec", "PartSpec", "Recipe", "Stage", "TextSpec", "TilingSpec",
+    "TowerSpec", "dump", "load", "split_part",
 ]  # fmt: skip

@@ -6,24 +6,22 @@ Here it is read, overridden from the command line, and its errors are put into w
 from __future__ import annotations
 
 import copy
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from opticnerve.recipe.data import DataSpec
-from opticnerve.recipe.model import (
-    ClassifierSpec,
-    DualSpec,
-    ModelSpec,
-)
-from opticnerve.recipe.schema import CacheSpec, PackSpec, Recipe
+from opticnerve.recipe.model import ClassifierSpec, DualSpec, ModelSpec
+from opticnerve.recipe.schema import CacheSpec, DataSpec, PackSpec, Recipe
 from opticnerve.recipe.yaml import MAX_CHARACTERS, brief, parse
+from opticnerve.registry import hint_at
 from opticnerve.types import RecipeError
+
+T = TypeVar("T", bound=BaseModel)
+_SHOWN = 20  # findings in one message
 
 
 def load(
@@ -43,7 +41,8 @@ def load(
         path = Path(source)
         origin = str(path)
         try:
-            raw = parse(_text(path))
+            with path.open(encoding="utf-8") as file:  # one that has no end, such as /dev/zero, is not read to its end
+                raw = parse(file.read(MAX_CHARACTERS + 1))
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe {origin}") from None
         except (OSError, UnicodeDecodeError) as e:
@@ -52,16 +51,7 @@ def load(
             raise RecipeError(f"{origin}: {e}") from e
         if not isinstance(raw, dict):
             raise RecipeError(f"{origin} holds no mapping; a recipe starts with `model:` and `stages:`")
-    for override in overrides:
-        _override(raw, override)
-    try:
-        return Recipe.model_validate(raw, context={"without_data": without_data})
-    except UnicodeEncodeError as e:
-        raise RecipeError(f"{origin}: a text holds half a surrogate pair, which is no character: {e}") from e
-    except ValidationError as e:
-        lines = [f"{origin}: {brief(line, 500)}" for line in _explain(e)]
-        more = [f"{origin}: and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        raise RecipeError("\n".join(lines[:_SHOWN] + more)) from None
+    return _validated(Recipe, raw, overrides, origin, without_data=without_data)
 
 
 def data_entry(raw: dict[str, Any], overrides: Sequence[str] = ()) -> DataSpec:
@@ -70,22 +60,20 @@ def data_entry(raw: dict[str, Any], overrides: Sequence[str] = ()) -> DataSpec:
     Raises:
         RecipeError: as `load`.
     """
+    return _validated(DataSpec, raw, overrides, "data")
+
+
+def _validated(kind: type[T], raw: dict[str, Any], overrides: Sequence[str], origin: str, **context: Any) -> T:
     for override in overrides:
         _override(raw, override)
     try:
-        return DataSpec.model_validate(raw)
+        return kind.model_validate(raw, context=context)
+    except UnicodeEncodeError as e:
+        raise RecipeError(f"{origin}: a text holds half a surrogate pair, which is no character: {e}") from e
     except ValidationError as e:
-        found = (f"{'.'.join(map(str, problem['loc'])) or 'data'}: {problem['msg']}" for problem in e.errors())
-        raise RecipeError("; ".join(brief(line, 500) for line in found)) from None
-
-
-_SHOWN = 20  # findings in one message
-
-
-def _text(path: Path) -> str:
-    """A file's characters; one that is far too long (or has no end, such as /dev/zero) is not read to its end."""
-    with path.open(encoding="utf-8") as file:
-        return file.read(MAX_CHARACTERS + 1)
+        lines = [f"{origin}: {brief(line, 500)}" for line in _explain(e, kind)]
+        more = [f"{origin}: and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        raise RecipeError("\n".join(lines[:_SHOWN] + more)) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -113,42 +101,38 @@ def _set(raw: dict[str, Any], key: str, text: str) -> None:
     steps = re.findall(r"[^.()]+(?:\.last\(\d+\))?", key) if ".last(" in key else key.split(".")
     here: Any = raw
     for i, step in enumerate(steps):
-        where = ".".join(steps[: i + 1])
+        index: Any = step
         if isinstance(here, list):
             if not step.isdecimal() or int(step) >= len(here):
-                raise RecipeError(f"{brief(where)} is a list of {len(here)}; use a number from 0 to {len(here) - 1}")
-            index: Any = int(step)
+                where = brief(".".join(steps[: i + 1]))
+                raise RecipeError(f"{where} is a list of {len(here)}; use a number from 0 to {len(here) - 1}")
+            index = int(step)
         elif isinstance(here, dict):
             # `stages.0.train.language.lora`: a part's name holds a dot itself.
             rest = ".".join(steps[i:])
             if rest in here or (i and steps[i - 1] == "train"):
                 here[rest] = value
                 return
-            index = step
         else:
             raise RecipeError(f"{brief('.'.join(steps[:i]))} holds a single value")
-        if i == len(steps) - 1:
-            here[index] = value
-            if isinstance(here, dict) and index in _INSTEAD and value is not None:
-                here.pop(_INSTEAD[index], None)
-            return
-        if isinstance(here, dict) and not isinstance(here.get(index), dict | list):
-            here[index] = {}
-        here = here[index]
+        if i < len(steps) - 1:
+            if isinstance(here, dict) and not isinstance(here.get(index), dict | list):
+                here[index] = {}
+            here = here[index]
+    here[index] = value
+    if isinstance(here, dict) and index in _INSTEAD and value is not None:
+        here.pop(_INSTEAD[index], None)
 
 
-# pydantic names the kind of model that it took `model:` for.
+# pydantic names the kind of model that it took `model:` for; of keys that take a word or a mapping it tries both, and
+# reports on both, under names of its own.
 _KINDS: dict[Any, type[BaseModel]] = {c.KIND: c for c in (ModelSpec, DualSpec, ClassifierSpec)}
-
-
-# Of keys that take a word or a mapping pydantic tries both, and reports on both, under names of its own.
 _MAPPINGS: dict[Any, type[BaseModel]] = {c.__name__: c for c in (PackSpec, CacheSpec)}
 _SCALARS = ("constrained-int", "bool")
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
     """pydantic's findings as sentences with the key and the remedy."""
-    lines = []
     for found in error.errors():
         place = [p for i, p in enumerate(found["loc"]) if not (i == 1 and p in _KINDS)]
         if place and place[-1] in (*_MAPPINGS, *_SCALARS):
@@ -157,43 +141,33 @@ def _explain(error: ValidationError) -> list[str]:
             place.pop()
         key = ".".join(str(p) for p in place if p not in _MAPPINGS) or "recipe"
         if found["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(found["loc"][-1]), _keys_at(found["loc"][:-1]), n=1)
-            known = _keys_at(found["loc"][:-1])
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            lines.append(f"{key}: unknown key; {hint}")
+            known = _keys_at(root, found["loc"][:-1])
+            hint = hint_at(str(found["loc"][-1]), known).lstrip("; ") or f"known here: {', '.join(known)}"
+            yield f"{key}: unknown key; {hint}"
         elif found["type"] == "missing":
-            lines.append(f"{key}: is missing")
+            yield f"{key}: is missing"
         else:
             message = found["msg"].removeprefix("Value error, ")
             given = f", not {found['input']!r}" if isinstance(found.get("input"), str | int | float | bool) else ""
-            lines.append(f"{key}: {message}{given if given not in message else ''}")
-    return lines
+            yield f"{key}: {message}{given if given not in message else ''}"
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+def _keys_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Valid keys of the mapping at a location, by walking the models."""
-    here: Any = Recipe
+    here: Any = root
     for place, step in enumerate(location):
         if isinstance(step, int):
             continue
-        if place == 1 and step in _KINDS:
-            here = _KINDS[step]
-            continue
-        if step in _MAPPINGS:
-            here = _MAPPINGS[step]
+        if (named := (_KINDS if place == 1 else _MAPPINGS).get(step)) is not None:
+            here = named
             continue
         field = getattr(here, "model_fields", {}).get(step)
-        if field is None:
-            return []
-        inner = [a for a in _arguments(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        here = inner[0] if inner else None
+        inside = _arguments(field.annotation) if field is not None else ()
+        here = next((a for a in inside if isinstance(a, type) and issubclass(a, BaseModel)), None)
     return list(getattr(here, "model_fields", {}))
 
 
-def _arguments(annotation: Any) -> list[Any]:
-    from typing import get_args
-
-    found = [annotation]
+def _arguments(annotation: Any) -> Iterator[Any]:
+    yield annotation
     for argument in get_args(annotation):
-        found += _arguments(argument)
-    return found
+        yield from _arguments(argument)

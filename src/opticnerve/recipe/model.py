@@ -6,9 +6,8 @@ Validation only: nothing here imports torch.
 from __future__ import annotations
 
 import datetime
-import difflib
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -17,15 +16,9 @@ from opticnerve.types import Thinking
 
 Positive = Annotated[int, Field(gt=0)]
 PARTS = (
-    "connector",
-    "encoder",
-    "encoder.last(N)",
-    "fusion",
-    "language",
-    "language.last(N)",
-    "language.lora",
+    "connector", "encoder", "encoder.last(N)", "fusion", "language", "language.last(N)", "language.lora",
     "language.embeddings",
-)
+)  # fmt: skip
 MODALITIES = ("image", "audio")
 
 
@@ -60,9 +53,7 @@ class PartSpec(BaseModel):
 
 def check_known(spec: PartSpec, parts: registry.Registry[Any]) -> None:
     if spec.type not in parts.names() and ":" not in spec.type:
-        near = difflib.get_close_matches(spec.type, parts.names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {parts.kind} {spec.type!r}{hint} Known: {', '.join(parts.names())}")
+        raise ValueError(parts.unknown(spec.type))
 
 
 class LanguageSpec(Strict):
@@ -106,10 +97,22 @@ class TilingSpec(Strict):
     thumbnail: bool = True
 
 
-class TowerSpec(Strict):
-    """A vision encoder or an audio encoder with its connector and its way into the language model."""
+class PictureSpec(Strict):
+    """An encoder of pictures (or sounds), and what stands behind it."""
 
     encoder: PartSpec
+
+    @model_validator(mode="after")
+    def _known_parts(self) -> Self:
+        for kind in ("encoder", "connector", "fusion"):
+            if (spec := getattr(self, kind, None)) is not None:
+                check_known(spec, getattr(registry, f"{kind}s"))
+        return self
+
+
+class TowerSpec(PictureSpec):
+    """A vision encoder or an audio encoder with its connector and its way into the language model."""
+
     connector: PartSpec = PartSpec(type="mlp")
     fusion: PartSpec = PartSpec(type="splice")
     tiling: TilingSpec | None = None
@@ -118,16 +121,6 @@ class TowerSpec(Strict):
         """What `opticnerve.models.vlm.tower.join` takes."""
         made = {"connector": self.connector.model_dump(), "fusion": self.fusion.model_dump()}
         return made if self.tiling is None else {**made, "tiling": self.tiling.model_dump(exclude_none=True)}
-
-    @model_validator(mode="after")
-    def _known_parts(self) -> TowerSpec:
-        for spec, parts in (
-            (self.encoder, registry.encoders),
-            (self.connector, registry.connectors),
-            (self.fusion, registry.fusions),
-        ):
-            check_known(spec, parts)
-        return self
 
 
 class ModelSpec(Strict):
@@ -153,11 +146,7 @@ class ModelSpec(Strict):
         return {m: t for m in MODALITIES if (t := getattr(self, m, None)) is not None}
 
     def check_part(self, part: str) -> None:
-        """Raise a ValueError unless the docked model has this part.
-
-        Raises:
-            ValueError: no such part, or it is not clear of which tower.
-        """
+        """Raise a ValueError unless the docked model has this part, and it is clear of which tower."""
         modality, inner = split_part(part)
         if inner.startswith("language"):
             return
@@ -174,27 +163,39 @@ class ReaderSpec(PartSpec):
     type: str = "hf_text"
 
 
-class VisionSpec(Strict):
+class QuestionSpec(Strict):
+    """A text encoder."""
+
+    encoder: ReaderSpec
+
+
+class VisionSpec(PictureSpec):
     """The image tower of a dual encoder; see `opticnerve.models.dual_encoder.modeling`."""
 
-    encoder: PartSpec
     pooling: Literal["mean", "class_token", "pooler"] = "mean"
     projection: bool | dict[str, Any] = True
 
-    @model_validator(mode="after")
-    def _known_parts(self) -> VisionSpec:
-        check_known(self.encoder, registry.encoders)
-        return self
 
-
-class TextSpec(Strict):
+class TextSpec(QuestionSpec):
     """The text tower of a dual encoder."""
 
-    encoder: ReaderSpec
     projection: bool | dict[str, Any] = True
 
 
-class DualSpec(Strict):
+class TwoTowerSpec(Strict):
+    """A model of a vision encoder and a text encoder. `PARTS`: what of it a stage may train."""
+
+    PARTS: ClassVar[tuple[str, ...]]
+    WHAT: ClassVar[str]
+
+    def check_part(self, part: str) -> None:
+        """Raise a ValueError unless the model has this part; `last(N)` stands for any number."""
+        if re.sub(r"\(\d+\)$", "(N)", part) not in self.PARTS or part.endswith("(N)"):
+            hint = registry.hint_at(part, self.PARTS)
+            raise ValueError(f"{self.WHAT} has no part {part!r}{hint} Parts: {', '.join(self.PARTS)}")
+
+
+class DualSpec(TwoTowerSpec):
     """A vision encoder and a text encoder with one space for both: CLIP, SigLIP, LiT."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
@@ -209,28 +210,8 @@ class DualSpec(Strict):
     projection_dim: Positive | None = 512
     loss: Literal["clip", "siglip"] = "clip"
 
-    def check_part(self, part: str) -> None:
-        check_part(part, self.PARTS, self.WHAT)
 
-
-class PictureSpec(Strict):
-    """The vision encoder of a fusion classifier."""
-
-    encoder: PartSpec
-
-    @model_validator(mode="after")
-    def _known_parts(self) -> PictureSpec:
-        check_known(self.encoder, registry.encoders)
-        return self
-
-
-class QuestionSpec(Strict):
-    """The text encoder of a fusion classifier."""
-
-    encoder: ReaderSpec
-
-
-class ClassifierSpec(Strict):
+class ClassifierSpec(TwoTowerSpec):
     """A vision encoder and a text encoder that choose from a closed set of answers; see `models.classifier`."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
@@ -255,9 +236,6 @@ class ClassifierSpec(Strict):
             )
         return self
 
-    def check_part(self, part: str) -> None:
-        check_part(part, self.PARTS, self.WHAT)
-
 
 def _kind(model: Any) -> str:
     given = model if isinstance(model, dict) else {"timing": 0} if isinstance(model, ClassifierSpec) else {}
@@ -275,30 +253,19 @@ AnyModelSpec = Annotated[
 ]
 
 
-def check_part(part: str, known: tuple[str, ...], whose: str) -> None:
-    """Raise a ValueError unless `part` is one of `known`, where `last(N)` stands for any number."""
-    if re.sub(r"\(\d+\)$", "(N)", part) not in known or part.endswith("(N)"):
-        near = difflib.get_close_matches(part, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{whose} has no part {part!r}{hint} Parts: {', '.join(known)}")
-
-
 def split_part(part: str) -> tuple[str | None, str]:
     """`"image.connector"` → `("image", "connector")`, `"language.lora"` → `(None, "language.lora")`.
 
     Raises:
         ValueError: no such part; the message lists them.
     """
-    modality, inner = None, part
-    for m in MODALITIES:
-        if part.startswith(m + "."):
-            modality, inner = m, part[len(m) + 1 :]
+    start, dot, rest = part.partition(".")
+    modality, inner = (start, rest) if dot and start in MODALITIES else (None, part)
     tower_part = r"connector|fusion|encoder(\.last\(\d+\))?"
     language_part = r"language(\.lora|\.embeddings|\.last\(\d+\))?"
     if not re.fullmatch(f"{tower_part}|{language_part}", inner) or (modality and inner.startswith("language")):
-        near = difflib.get_close_matches(inner, PARTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"there is no part {part!r}{hint} Parts: {', '.join(PARTS)}, with image. or audio. before the first four"
+            f"there is no part {part!r}{registry.hint_at(inner, PARTS)} Parts: {', '.join(PARTS)}, with image. or "
+            "audio. before the first four"
         )
     return modality, inner

@@ -3,14 +3,98 @@
 from __future__ import annotations
 
 import datetime
+import os
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
 from opticnerve import registry
-from opticnerve.recipe.data import BadSamples, DataSpec
 from opticnerve.recipe.model import PARTS, AnyModelSpec, ModelSpec, PartSpec, Positive, Strict, check_known
 from opticnerve.types import RecipeError
+
+
+class DataSpec(Strict):
+    """One source of conversations.
+
+    `share_prefix`: questions about one picture are trained side by side behind one copy of it, each blind to the
+    others; `per_image` of them are drawn at a time.
+    """
+
+    path: str
+    format: Literal["auto", "captions", "vqa", "llava", "chat", "completion", "preference", "hf", "webdataset"] = "auto"
+    media: str | None = None
+    prompt: str | list[str] | None = None
+    limit: Positive | None = None
+    repeat: Positive = 1
+    group_by_image: bool = False
+    share_prefix: bool = False
+    per_image: Positive | None = None
+    allow_outside_media: bool = False
+    repair: list[Literal["fold-system"]] = Field(
+        [],
+        description="fold-system: the system's words go to the head of the first user turn, for chat templates that "
+        "know no system turn",
+    )
+    ignore: list[str] = Field([], description="fields of the records to pass over, which would else be an error")
+    frames: Positive = Field(8, description="pictures taken of a video, at equal distances")
+    split: Literal["all", "train", "held_out"] = Field(
+        "all", description="one picture in twenty, chosen by the hash of its file name, is held out"
+    )
+    streaming: bool = Field(
+        False, description="read rows as they come, never the whole: of files here, or of a data set on the hub"
+    )
+    shuffle_window: Positive = Field(1024, description="streaming: rows that are shuffled together; 1: none")
+    subset: str | None = Field(None, description="streaming: a configuration of the hub's data set")
+    hub_split: str | None = Field(None, description="a split of the hub's data set, or of a folder that holds several")
+    revision: str | None = Field(None, description="streaming: a commit, tag or branch of the hub's data set")
+
+    @field_validator("path", "media")
+    @classmethod
+    def _variables(cls, path: str | None, info: ValidationInfo) -> str | None:
+        """`${NAME}` stands for an environment variable: recipes name no machine's folders."""
+        if path is None or "$" not in path or (info.context or {}).get("without_data"):
+            return path
+        if missing := re.findall(r"\$\{?(\w+)", os.path.expandvars(path)):
+            raise ValueError(f"{path}: set the environment variable {missing[0]}, or write the folder")
+        # Kept as it was written: a run folder that travels should name no folder of this machine.
+        return path
+
+    @model_validator(mode="after")
+    def _counts_have_a_use(self) -> DataSpec:
+        if self.per_image is not None and not self.share_prefix:
+            raise ValueError("per_image says how many questions share a picture's prefix; set share_prefix: true, too")
+        own = {"shuffle_window", "subset", "revision"} & self.model_fields_set
+        if not self.streaming:
+            # (a recipe that was written out names every key)
+            given = sorted(k for k in own if getattr(self, k) != type(self).model_fields[k].default)
+            if given:
+                raise ValueError(f"{', '.join(given)}: for streams; set streaming: true, or leave it out")
+            return self
+        for key in ("share_prefix", "group_by_image"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"streaming: {key} brings together what may lie anywhere in the data; leave one of the two out"
+                )
+        if self.split != "all":
+            raise ValueError(
+                "streaming: split needs to see which pictures there are; choose one of the data set's own splits with "
+                "hub_split, or leave streaming out"
+            )
+        return self
+
+
+class BadSamples(Strict):
+    """Bad samples are left out, up to so many or to a share of all; one more is an error."""
+
+    limit: Annotated[int, Field(ge=0)] | None = None
+    share: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> BadSamples:
+        if (self.limit is None) == (self.share is None):
+            raise ValueError("bad_samples takes one of limit (how many) and share (of all samples, such as 0.01)")
+        return self
 
 
 class LoraSpec(Strict):
@@ -106,49 +190,46 @@ class Stage(Strict):
         check_known(objective, registry.objectives)
         return objective
 
-    @field_validator("train")
+    @field_validator("train", "data")
     @classmethod
-    def _something_trains(cls, train: dict[str, float]) -> dict[str, float]:
-        if not train:
+    def _some(cls, given: Any, info: ValidationInfo) -> Any:
+        if not given and info.field_name == "train":
             raise ValueError(f"a stage with nothing to train; name at least one part: {', '.join(PARTS)}")
-        return train
-
-    @field_validator("data")
-    @classmethod
-    def _some_data(cls, data: list[DataSpec]) -> list[DataSpec]:
-        if not data:
+        if not given:
             raise ValueError("no data; add at least one entry such as {path: captions.jsonl}")
-        return data
+        return given
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Stage:
-        parts = {_without_tower(p)[1] for p in self.train}
-        if "language.lora" in parts and "language" in parts:
-            raise ValueError("train: language and language.lora both change the same weights; keep one of them")
-        if "language.lora" in parts and any(p.startswith("language.last") for p in parts):
-            raise ValueError("train: language.last(N) and language.lora both change the same weights; keep one of them")
-        if "language" in parts and any(p.startswith("language.") and p != "language.lora" for p in parts):
-            raise ValueError("train: language already holds every part of it; remove the narrower one")
         split = [_without_tower(p) for p in self.train]
-        for tower in (t for t, inner in split if inner == "encoder"):
-            if any(i.startswith("encoder.last") and (t == tower or None in (t, tower)) for t, i in split):
-                raise ValueError("train: encoder already holds its last blocks; remove encoder.last(N)")
-        unnamed = [inner for m, inner in map(_without_tower, self.train) if m is None]
-        twice = [p for p in self.train if _without_tower(p)[0] and _without_tower(p)[1] in unnamed]
-        if twice:
-            raise ValueError(f"train: {', '.join(twice)} is named twice, with and without its tower; keep one")
-        if self.lora is not None and "language.lora" not in parts:
-            raise ValueError("lora options are given, but train names no language.lora")
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("give steps or epochs, not both")
-        if self.compile and self.kernels:
-            raise ValueError(f"compile fuses what kernels: {self.kernels} brings; keep one of them")
-        if reason := self._cannot_stream():
+        parts, unnamed = {inner for _, inner in split}, {inner for tower, inner in split if tower is None}
+        lasts = [tower for tower, inner in split if inner.startswith("encoder.last")]
+        both = "both change the same weights; keep one of them"
+        twice = [p for p, (tower, inner) in zip(self.train, split, strict=True) if tower and inner in unnamed]
+        found = {
+            f"train: language and language.lora {both}": {"language", "language.lora"} <= parts,
+            f"train: language.last(N) and language.lora {both}": (
+                "language.lora" in parts and any(p.startswith("language.last") for p in parts)
+            ),
+            "train: language already holds every part of it; remove the narrower one": (
+                "language" in parts and any(p.startswith("language.") for p in parts)
+            ),
+            "train: encoder already holds its last blocks; remove encoder.last(N)": any(
+                inner == "encoder" and any(tower == last or None in (tower, last) for last in lasts)
+                for tower, inner in split
+            ),
+            f"train: {', '.join(twice)} is named twice, with and without its tower; keep one": bool(twice),
+            "lora options are given, but train names no language.lora": (
+                self.lora is not None and "language.lora" not in parts
+            ),
+            "give steps or epochs, not both": self.steps is not None and self.epochs is not None,
+            f"compile fuses what kernels: {self.kernels} brings; keep one of them": bool(self.compile and self.kernels),
+            f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate": (
+                self.batch_size % self.accumulate != 0
+            ),
+        }
+        if reason := next((reason for reason, wrong in found.items() if wrong), self._cannot_stream()):
             raise ValueError(reason)
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate"
-            )
         return self
 
     def _cannot_stream(self) -> str | None:

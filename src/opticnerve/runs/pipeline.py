@@ -17,8 +17,8 @@ import torch
 import transformers
 from rich.console import Console
 
+from opticnerve.common.progress import Waiting
 from opticnerve.common.version import __version__
-from opticnerve.common.waiting import Waiting
 from opticnerve.data.dataset.load import load_data
 from opticnerve.distributed.collectives import on_main
 from opticnerve.evaluation.evaluate import evaluate_model

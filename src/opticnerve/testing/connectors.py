@@ -10,18 +10,8 @@ import torch
 from torch import Tensor
 
 from opticnerve.connectors.base import Connector
-from opticnerve.testing.contract import (
-    COMMON,
-    COUNT,
-    SAME,
-    Broken,
-    Subject,
-    apply,
-    difference,
-    expect,
-    stir,
-    through_json,
-)
+from opticnerve.testing import contract
+from opticnerve.testing.contract import COMMON, COUNT, SAME, Broken, Subject, apply, expect, stir, through_json
 from opticnerve.types import Features
 
 WORDS = 5  # tokens of the question, where a connector reads it
@@ -92,7 +82,7 @@ def refuses_another_width(s: Subject) -> None:
     tokens_BND, *rest = s.inputs(COUNT)
     wide = torch.cat([tokens_BND, tokens_BND[..., :1]], dim=-1)
     try:
-        s.run(s.part, wide, *rest)
+        s.out(wide, *rest)
     except ValueError as e:
         both = str(s.part.in_size) in str(e) and str(s.part.in_size + 1) in str(e)
         expect(both, f"the message lacks {s.part.in_size} or {s.part.in_size + 1}: {e}")
@@ -105,11 +95,11 @@ def ignores_masked_tokens(s: Subject) -> None:
     tokens_BND, mask_BN, *rest = s.inputs(COUNT)
     mask_BN[1, -1] = False
     mask_BN[2, ::2] = False
-    one = s.run(s.part, tokens_BND, mask_BN, *rest)
+    one = s.out(tokens_BND, mask_BN, *rest)
     spoiled = torch.where(mask_BN.unsqueeze(-1), tokens_BND, 100 * torch.randn_like(tokens_BND))
-    other = s.run(s.part, spoiled, mask_BN, *rest)
+    other = s.out(spoiled, mask_BN, *rest)
     expect(torch.equal(one.mask_BN, other.mask_BN), "which tokens are real depends on what masked ones hold")
-    gap = difference(other.tokens_BND[other.mask_BN], one.tokens_BND[one.mask_BN])
+    gap = contract.difference(other.tokens_BND[other.mask_BN], one.tokens_BND[one.mask_BN])
     expect(gap <= SAME, f"other numbers in masked tokens change real ones by {gap:.1e}")
 
 

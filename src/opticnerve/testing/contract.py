@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,19 @@ class Subject:
     size: int
     unused: tuple[str, ...] = ()
     fullgraph: bool = True
+    same: float = SAME
+
+    def out(self, *inputs: Tensor) -> Features:
+        """What the part makes of a batch."""
+        return self.run(self.part, *inputs)
+
+    def again(self) -> Subject:
+        """Another of the same options, with other weights."""
+        return replace(self, part=self.rebuild().eval())
+
+    def elsewhere(self, to: Any) -> Subject:
+        """A copy on another device, or in another dtype."""
+        return replace(self, part=copy.deepcopy(self.part).to(to))
 
 
 Rule = Callable[[Any], None]
@@ -120,7 +133,7 @@ def declared_shapes(s: Subject) -> None:
     a bool mask (B, num_tokens), True where a token is real; both on the device and in the dtype of the weights."""
     expect(isinstance(s.part.num_tokens, int), f"num_tokens is {s.part.num_tokens!r}, no whole number")
     for count in (1, COUNT):
-        out = s.run(s.part, *s.inputs(count))
+        out = s.out(*s.inputs(count))
         expect(isinstance(out, Features), f"forward gave {type(out).__name__}, no Features")
         wanted = (count, s.part.num_tokens, s.size)
         expect(tuple(out.tokens_BND.shape) == wanted, f"tokens of {tuple(out.tokens_BND.shape)}, declared are {wanted}")
@@ -148,29 +161,25 @@ def through_json(options: dict[str, Any]) -> dict[str, Any]:
 def saves_and_loads(s: Subject) -> None:
     """`options` build the same module again, and its state dict carries all else that it learned: written to a
     safetensors file and read into a rebuilt module, it gives the same numbers."""
-    again = s.rebuild().eval()
-    expect_options(again, s.part)
+    again = s.again()
+    before, after = through_json(s.part.options), through_json(again.part.options)
+    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    expect(not changed, f"rebuilt from its options, it has others: {', '.join(changed)}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "part.safetensors"
         save_file({k: v.contiguous().clone() for k, v in s.part.state_dict().items()}, file)
-        again.load_state_dict(load_file(file))
+        again.part.load_state_dict(load_file(file))
     inputs = s.inputs(COUNT)
-    gap = difference(s.run(again, *inputs).tokens_BND, s.run(s.part, *inputs).tokens_BND)
+    gap = difference(again.out(*inputs).tokens_BND, s.out(*inputs).tokens_BND)
     # (Where a tensor lies in memory may choose another kernel of a convolution.)
-    expect(gap <= SAME, f"after saving and loading, numbers differ by {gap:.1e}")
-
-
-def expect_options(again: Any, part: Any) -> None:
-    before, after = through_json(part.options), through_json(again.options)
-    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-    expect(not changed, f"rebuilt from its options, it has others: {', '.join(changed)}")
+    expect(gap <= s.same, f"after saving and loading, numbers differ by {gap:.1e}")
 
 
 def is_deterministic(s: Subject) -> None:
     """In `eval()` the same input gives the same output, bit for bit, and leaves the module as it was."""
     before = {k: v.clone() for k, v in s.part.state_dict().items()}
     inputs = s.inputs(COUNT)
-    one, other = s.run(s.part, *inputs).tokens_BND, s.run(s.part, *inputs).tokens_BND
+    one, other = s.out(*inputs).tokens_BND, s.out(*inputs).tokens_BND
     expect(torch.equal(one, other), f"two passes differ by {difference(one, other):.1e}")
     changed = [k for k, v in s.part.state_dict().items() if not torch.equal(v, before[k])]
     expect(not changed, f"a forward pass in eval() changed {', '.join(changed)}")
@@ -179,9 +188,9 @@ def is_deterministic(s: Subject) -> None:
 def does_not_mix_the_batch(s: Subject) -> None:
     """A piece of media alone gives what it gives within a batch (to 1e-5): batches are cut as memory allows."""
     inputs = s.inputs(COUNT)
-    together = s.run(s.part, *inputs).tokens_BND
+    together = s.out(*inputs).tokens_BND
     for i in range(COUNT):
-        alone = s.run(s.part, *(t[i : i + 1] for t in inputs)).tokens_BND
+        alone = s.out(*(t[i : i + 1] for t in inputs)).tokens_BND
         gap = difference(alone[0], together[i])
         expect(gap <= SAME, f"piece {i} alone and in a batch of {COUNT} differ by {gap:.1e}")
 
@@ -192,17 +201,9 @@ def gradients_flow(s: Subject) -> None:
     media, *rest = s.inputs(COUNT)
     media.requires_grad_(True)
     s.part.zero_grad()
-    out = s.run(s.part, media, *rest)
+    out = s.out(media, *rest)
     (out.tokens_BND * torch.randn_like(out.tokens_BND))[out.mask_BN].sum().backward()
-    expect_gradients(s.part, s.unused)
-    s.part.zero_grad()
-    expect(media.grad is not None, "no gradient reaches the input")
-    blind = [i for i, g in enumerate(media.grad) if not g.isfinite().all() or not g.any()]  # type: ignore[arg-type]
-    expect(not blind, f"the gradient of the input is zero or not finite for pieces {blind}")
-
-
-def expect_gradients(part: nn.Module, unused: tuple[str, ...]) -> None:
-    named = {n: p for n, p in part.named_parameters() if not (unused and n.startswith(unused))}
+    named = {n: p for n, p in s.part.named_parameters() if not (s.unused and n.startswith(s.unused))}
     frozen = [n for n, p in named.items() if not p.requires_grad]
     expect(not frozen, f"frozen from the start: {', '.join(frozen[:5])}")
     without = [n for n, p in named.items() if p.grad is None]
@@ -210,15 +211,18 @@ def expect_gradients(part: nn.Module, unused: tuple[str, ...]) -> None:
     wild = [n for n, p in named.items() if not p.grad.isfinite().all()]  # type: ignore[union-attr]
     expect(not wild, f"the gradients of {', '.join(wild[:5])} are not finite")
     expect(not named or any(p.grad.any() for p in named.values()), "all gradients are zero")  # type: ignore[union-attr]
+    s.part.zero_grad()
+    expect(media.grad is not None, "no gradient reaches the input")
+    blind = [i for i, g in enumerate(media.grad) if not g.isfinite().all() or not g.any()]  # type: ignore[arg-type]
+    expect(not blind, f"the gradient of the input is zero or not finite for pieces {blind}")
 
 
 def moves_to_bfloat16(s: Subject) -> None:
     """`.to(torch.bfloat16)` is all it takes: bfloat16 in, bfloat16 out, and the numbers of float32 within the
     rounding."""
     inputs = s.inputs(COUNT)
-    wanted = s.run(s.part, *inputs).tokens_BND.detach()
-    half = copy.deepcopy(s.part).to(torch.bfloat16)
-    out = s.run(half, *moved(inputs, torch.bfloat16)).tokens_BND.detach()
+    wanted = s.out(*inputs).tokens_BND.detach()
+    out = s.elsewhere(torch.bfloat16).out(*moved(inputs, torch.bfloat16)).tokens_BND.detach()
     expect(out.dtype == torch.bfloat16, f"tokens come out as {out.dtype}")
     gap = float((out.float() - wanted).norm() / wanted.norm())
     expect(gap <= 0.1, f"the numbers are {gap:.0%} away from float32's")
@@ -232,14 +236,14 @@ def moves_to_another_device(s: Subject) -> None:
     real = [n for n, t in [*built.named_parameters(), *built.named_buffers()] if not t.is_meta]
     expect(not real, f"built under torch.device('meta'), {', '.join(real[:5])} lie elsewhere")
     inputs = s.inputs(COUNT)
-    wanted = s.run(s.part, *inputs)
+    wanted = s.out(*inputs)
     if s.fullgraph:
         with imagined("cuda") as there:
             out = s.run(there(s.part), *(there(t) for t in inputs))
             places = {out.tokens_BND.device.type, out.mask_BN.device.type}
             expect(places == {"cuda"}, f"from cuda, tokens and mask come on {' and '.join(sorted(places))}")
     if torch.cuda.is_available():
-        out = s.run(copy.deepcopy(s.part).to("cuda"), *moved(inputs, "cuda"))
+        out = s.elsewhere("cuda").out(*moved(inputs, "cuda"))
         expect(torch.equal(out.mask_BN.cpu(), wanted.mask_BN), "on cuda, the mask differs")
         gap = float((out.tokens_BND.cpu() - wanted.tokens_BND).norm() / wanted.tokens_BND.norm())
         expect(gap <= 1e-2, f"on cuda, the numbers are {gap:.1%} away")
@@ -272,10 +276,10 @@ def imagined(device: str) -> Iterator[Callable[[Any], Any]]:
 def compiles(s: Subject) -> None:
     """`torch.compile` gives the same numbers (to 1e-5), in one graph unless the check is told otherwise."""
     inputs = s.inputs(COUNT)
-    wanted = s.run(s.part, *inputs)
+    wanted = s.out(*inputs)
 
     def pass_through(*given: Tensor) -> tuple[Tensor, Tensor]:
-        out = s.run(s.part, *given)
+        out = s.out(*given)
         return out.tokens_BND, out.mask_BN
 
     torch.compiler.reset()

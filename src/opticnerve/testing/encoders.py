@@ -68,7 +68,7 @@ def prepares_its_media(s: Subject) -> None:
         waves = [torch.randn(n).numpy() for n in (extractor.sampling_rate, extractor.sampling_rate // 2)]
         made = extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     expect(tuple(made.shape) == (2, *s.part.media_shape), f"two pieces were made {tuple(made.shape)}")
-    expect(bool(s.run(s.part, made).tokens_BND.isfinite().all()), "of prepared media, tokens are not finite")
+    expect(bool(s.out(made).tokens_BND.isfinite().all()), "of prepared media, tokens are not finite")
 
 
 def _picture(width: int, height: int) -> object:
