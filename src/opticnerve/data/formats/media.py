@@ -12,7 +12,7 @@ from zlib import crc32
 
 from opticnerve.data.formats.fields import Fields, brief, empty
 from opticnerve.data.formats.names import KINDS, Kind, file_names, kind_by_name, kind_of, split, words_of
-from opticnerve.data.media.images import decode_data_url, is_url
+from opticnerve.data.media.files import decode_data_url, errors_at, is_url
 from opticnerve.data.media.video import spaced
 from opticnerve.data.sources.base import Record
 from opticnerve.types import AudioPart, DataError, Frame, ImagePart, Part
@@ -132,7 +132,8 @@ class Context:
                 kind="url",
             )
         if value[:5].lower() == "data:":
-            return decode_data_url(value, where=where)
+            with errors_at(where):
+                return decode_data_url(value)
         if len(value) >= _LONG and value.startswith(_BEGINNINGS) and _BASE64.fullmatch(value):
             raise DataError(
                 f"the {kind} is {len(value):,} characters that look like base64: {value[:16]}…",

@@ -14,7 +14,7 @@ from opticnerve.data.formats.fields import Fields, empty
 from opticnerve.data.formats.media import ends_alike
 from opticnerve.data.formats.names import file_names, kind_by_name, kind_by_value, kind_of, names_by_number
 from opticnerve.data.formats.turns import REFUSED, WEIGHTS
-from opticnerve.data.media.images import is_url
+from opticnerve.data.media.files import is_url
 from opticnerve.types import DataError
 
 QUESTION = ("prompt", "question", "query", "instruction", "context", "hint", "choices", "options", "answer", "answers")
