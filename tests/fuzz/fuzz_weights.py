@@ -23,7 +23,7 @@ from opticnerve.inference.load import kind_of, load_model, load_processor
 from opticnerve.language.chat_template import CHATML
 from opticnerve.models import OpticNerveConfig
 from opticnerve.models.checkpoint import delta
-from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.models.vlm.build import dock
 from opticnerve.train import checkpoint
 
@@ -93,7 +93,7 @@ def run_json(data: bytes, folder: Path) -> None:
     made = put_together(data, folder)
     reference = delta.read(made)
     kind_of(str(made))
-    with told("config.json", made):
+    with wrap_errors("config.json", made):
         config = OpticNerveConfig.from_pretrained(made)
     delta.towers_differ(made, set(config.towers), set(reference["bases"]) - {"language"})
     delta.check_bases(made, reference["bases"], reference["bases"])

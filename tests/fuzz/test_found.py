@@ -23,7 +23,7 @@ from opticnerve.data.media.video import frames
 from opticnerve.inference.load import load_model, load_processor
 from opticnerve.models import OpticNerveConfig
 from opticnerve.models.checkpoint import delta
-from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.models.vlm.build import Dock
 from opticnerve.recipe import load
 from opticnerve.types import DataError, OpticNerveError, RecipeError
@@ -204,7 +204,7 @@ def test_a_parquet_cell_that_is_no_utf8(tmp_path: Path) -> None:
 
 def test_a_panic_of_rust_is_told() -> None:
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(OpticNerveError, match="range end index 11"), told("the processor", "here"):
+    with pytest.raises(OpticNerveError, match="range end index 11"), wrap_errors("the processor", "here"):
         raise panic("range end index 11 out of range")
-    with pytest.raises(KeyboardInterrupt), told("the processor", "here"):
+    with pytest.raises(KeyboardInterrupt), wrap_errors("the processor", "here"):
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.data.dataset.index import Index, picture_key
-from opticnerve.data.formats.vqa import merged
+from opticnerve.data.formats.converters import merged
 from opticnerve.types import Conversation
 
 NO_MEDIA = (

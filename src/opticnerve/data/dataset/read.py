@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 
-from opticnerve.data.formats.captions import CAPTION_FIELDS, VAGUE_FIELDS, captions, company
-from opticnerve.data.formats.chat import chat, completion, llava
+from opticnerve.data.formats.converters import CAPTION_FIELDS, CONVERTERS, VAGUE_FIELDS, company, conversations
+from opticnerve.data.formats.converters import group_by_image as grouped
 from opticnerve.data.formats.fields import Fields
 from opticnerve.data.formats.media import Context
 from opticnerve.data.formats.names import kind_by_name, kind_of
-from opticnerve.data.formats.preference import preference
-from opticnerve.data.formats.repairs import REPAIRS, repaired
-from opticnerve.data.formats.rules import check_conversation
+from opticnerve.data.formats.rules import REPAIRS, check_conversation, repaired
 from opticnerve.data.formats.unread import check_unread
-from opticnerve.data.formats.vqa import group_by_image as grouped
-from opticnerve.data.formats.vqa import vqa
+from opticnerve.data.media.files import errors_at
 from opticnerve.data.media.video import MAX_COUNT
 from opticnerve.data.sources.base import Record, Records, Streaming
 from opticnerve.data.sources.open import open_records
@@ -25,12 +22,8 @@ from opticnerve.data.sources.streaming import Streamed, is_hub_name
 from opticnerve.types import Conversation, DataError
 
 OnError = Callable[[DataError], None]
-Convert = Callable[[Record, Context], Iterator[Conversation]]
 
-_CONVERTERS: dict[str, Convert] = {
-    "captions": captions, "vqa": vqa, "llava": llava, "chat": chat, "completion": completion, "preference": preference,
-}  # fmt: skip
-FORMATS = ("auto", *_CONVERTERS, "hf", "webdataset")
+FORMATS = ("auto", *CONVERTERS, "hf", "webdataset")
 _BY_FIELDS = ("auto", "hf", "webdataset")  # the fields of the records tell which of the converters is meant
 _LOOK_AHEAD = 32  # records in which a recognisable one is looked for
 
@@ -140,12 +133,12 @@ class OpenSource:
     def _made(self, record: Record, *, check: bool = True) -> Iterator[Conversation]:
         """A record's conversations, once it is seen that nothing of it is passed over that must not be."""
         fields = Fields(record.fields, self.ignore)
-        made = _CONVERTERS[self.format](replace(record, fields=fields), self.context)
-        for number, conversation in enumerate(made):
-            if check and number == 0:
-                media = len(conversation.pieces)
-                check_unread(fields, record.where, format=self.format, strict=self.context.strict, media=media)
-            yield repaired(conversation, self.repair)
+        with errors_at(record.where):
+            for number, conversation in enumerate(conversations(record, fields, self.format, self.context)):
+                if check and number == 0:
+                    media, strict = len(conversation.pieces), self.context.strict
+                    check_unread(fields, format=self.format, strict=strict, media=media)
+                yield repaired(conversation, self.repair)
 
 
 def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int] | None = None) -> OpenSource:
@@ -217,7 +210,7 @@ def read(
         frames: how many pictures are taken of a video, at equal distances (chat and llava).
         ignore: fields of the records that are passed over, although they name media or say what is learned.
         split: of a folder with several splits, the one that is meant.
-        repair: repairs to make, by name; see `opticnerve.data.formats.repairs`.
+        repair: repairs to make, by name; see `opticnerve.data.formats.rules`.
         on_error: gets each sample that cannot be used, and reading goes on; without it the first one is raised.
 
     Raises:
@@ -279,7 +272,7 @@ def _recognise(head: list[Record | DataError], path: Path, on_error: OnError) ->
         if isinstance(item, DataError):
             on_error(item)
     seen = ", ".join(str(k) for k in list(known[0].fields)[:12]) if known else "no readable record"
-    raise _format_error(path, f"cannot tell the format from {seen}", f"set format to one of {', '.join(_CONVERTERS)}")
+    raise _format_error(path, f"cannot tell the format from {seen}", f"set format to one of {', '.join(CONVERTERS)}")
 
 
 def _format_error(path: Path, problem: str, remedy: str) -> DataError:

@@ -21,7 +21,7 @@ QUESTION = ("prompt", "question", "query", "instruction", "context", "hint", "ch
 _DEEPEST = 6
 
 
-def check_unread(fields: Fields, where: str, *, format: str, strict: bool, media: int) -> None:
+def check_unread(fields: Fields, *, format: str, strict: bool, media: int) -> None:
     """Raise an error (kind `unused-field`) for the first field that must not be passed over.
 
     Args:
@@ -30,16 +30,16 @@ def check_unread(fields: Fields, where: str, *, format: str, strict: bool, media
     used = set(_files_used(fields, 0))
     for path, key, value in _unread(fields, "", 0):
         if (kind := kind_of(key, value)) and not _is_used(key, value, used, media):
-            raise _unused(path, f"names {kind} files", value, format, where)
+            raise _unused(path, f"names {kind} files", value, format)
         if not media and names_by_number(key) and not empty(value):
-            raise _unused(path, "points at a picture", value, format, where)
+            raise _unused(path, "points at a picture", value, format)
         if key in WEIGHTS or (key in REFUSED and path != key):
             if not empty(value):
-                raise _unused(path, "may change what is learned", value, format, where)
+                raise _unused(path, "may change what is learned", value, format)
         elif strict and path == key and key in QUESTION and format in ("captions", "vqa") and not empty(value):
-            raise _unused(path, "belongs to the question", value, format, where)
+            raise _unused(path, "belongs to the question", value, format)
     if not empty(fields.get("tools")):
-        raise _unused("tools", "changes the prompt", fields["tools"], format, where)
+        raise _unused("tools", "changes the prompt", fields["tools"], format)
 
 
 def _unread(fields: dict[str, Any], before: str, depth: int) -> Iterator[tuple[str, str, Any]]:
@@ -81,11 +81,9 @@ def _is_used(key: str, value: Any, used: set[tuple[str, ...]], media: int) -> bo
     return bool(names) and all(any(ends_alike(name, other) for other in used) for name in names)
 
 
-def _unused(path: str, does: str, value: Any, format: str, where: str) -> DataError:
+def _unused(path: str, does: str, value: Any, format: str) -> DataError:
     shown = value if isinstance(value, str) else type(value).__name__
     return DataError(
-        f"{path} ({shown[:60]}) {does}, and is not read in the format {format}",
-        where=where,
+        f"{path} ({shown[:60]}) {does}, and is not read in the format {format}", kind="unused-field",
         remedy=f"put it where the format has it (docs/data.md), or ignore: [{path.rpartition('.')[2]}]",
-        kind="unused-field",
-    )
+    )  # fmt: skip
