@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import tiny
 from opticnerve.connectors.linear import LinearConnector
 from opticnerve.connectors.qformer import QFormerConnector
-from opticnerve.data.collators.qformer import CaptionBatch, CaptionCollator
+from opticnerve.data.collators.contrastive import CaptionBatch, CaptionCollator
 from opticnerve.objectives.gather import gather_padded
 from opticnerve.objectives.qformer_pretraining import (
     QFormerPretraining,

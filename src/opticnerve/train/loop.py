@@ -18,7 +18,7 @@ from opticnerve.common import atomic
 from opticnerve.common.private_names import keep_activations
 from opticnerve.common.progress import Progress
 from opticnerve.data.dataset.bad_samples import BadSampleCounter
-from opticnerve.data.encode.loader import Waiting, loader
+from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
 from opticnerve.distributed.deepspeed import Zero, ZeroAdamW
 from opticnerve.distributed.fsdp import Sharded
@@ -204,7 +204,7 @@ class Run:
     def go(self) -> StageResult:
         stage, steps, main = self.stage, self.sampler.steps, self.accelerator.is_main_process
         device = self.accelerator.device
-        batches = Waiting(loader(self.sampler, self.step * stage.accumulate, stage.workers, device), device)
+        batches = TimedBatches(loader(self.sampler, self.step * stage.accumulate, stage.workers, device), device)
         barrier(self.accelerator)  # all have read what is in the folder
         with contextlib.ExitStack() as stack:
             stack.enter_context(asked_by_signals(self._ask_to_stop))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opticnerve.data.dataset.dataset import Chosen, Example
+from opticnerve.data.dataset.dataset import Example, ExampleSubset
 from opticnerve.data.encode.packing import shared_prefix
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.data.media.transform import open_for
@@ -80,7 +80,7 @@ def precheck(
     if not none_left and not some_left:
         return examples
     numbers = np.delete(np.arange(len(examples), dtype=np.uint32), sorted(none_left))
-    return Chosen(examples, numbers, {int(np.searchsorted(numbers, n)): kept for n, kept in some_left.items()})
+    return ExampleSubset(examples, numbers, {int(np.searchsorted(numbers, n)): kept for n, kept in some_left.items()})
 
 
 def _open_once(conversation: Conversation, opened: set[Path], image_processor: Any) -> None:

@@ -16,8 +16,7 @@ from torch.utils.data import Dataset
 from opticnerve.data.collators.next_token import Batch, Collator
 from opticnerve.data.dataset.dataset import Example
 from opticnerve.data.dataset.load import draw
-from opticnerve.data.encode.pack_plan import PackPlan, deal
-from opticnerve.data.encode.packing import Row, fit, pack, side_by_side
+from opticnerve.data.encode.packing import PackPlan, Row, deal, fit, pack, side_by_side
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.data.media.audio import RATE, open_audio
 from opticnerve.data.media.transform import open_for

@@ -69,12 +69,12 @@ class StreamingSampler(StageSampler):
                 self._prechecked(index)
         self.leave_out(self.take_left_out())
 
-    def take_marks(self) -> list[Any]:
+    def state_delta(self) -> list[Any]:
         """Where windows begin, for the process that saves; `data.loader` brings them from its workers."""
-        return self.examples.take_marks()
+        return self.examples.state_delta()
 
-    def put_marks(self, found: list[Any]) -> None:
-        self.examples.put_marks(found)
+    def load_state_delta(self, found: list[Any]) -> None:
+        self.examples.load_state_delta(found)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "stream": self.examples.state_dict()}

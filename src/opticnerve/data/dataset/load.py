@@ -60,7 +60,8 @@ def _indexed(spec: DataSpec, on_error: OnError | None) -> Samples:
     source = source_of(spec)
     index = index_of(source, on_error)
     if source.group_by_image:
-        samples = Samples(index, groups=Groups.of(index.rows["picture"]))[: source.limit]
+        groups = Groups.of(index.rows["picture"])
+        samples = Samples(index, np.arange(len(groups), dtype=np.uint32)[: source.limit], groups)
     else:
         samples = Samples(index)
     if spec.split == "all":

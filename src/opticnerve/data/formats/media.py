@@ -141,11 +141,8 @@ class Context:
                 kind="outside-media",
             )
         if not exists:
-            raise DataError(
-                f"the {kind} {path} does not exist",
-                remedy="set media to the folder that the paths start from",
-                kind=f"missing-{kind}",
-            )
+            remedy = "set media to the folder that the paths start from"
+            raise DataError(f"the {kind} {path} does not exist", remedy=remedy, kind=f"missing-{kind}")
         return path
 
     def _leads_out(self, path: Path, kind: str) -> bool:
@@ -181,9 +178,8 @@ def _joined(fields: Fields, keys: list[str]) -> Any:
         if not same_files(value, dict(fields.raw())[key]):
             raise DataError(
                 f"{first} and {key} both name media, and different ones",
-                remedy=f"join them in one list, or pass one over with ignore: [{key}]",
-                kind="unused-field",
-            )
+                remedy=f"join them in one list, or pass one over with ignore: [{key}]", kind="unused-field",
+            )  # fmt: skip
         # With bytes at hand nothing is looked for.
         held = fields[key]
         value = held if isinstance(held, dict) and not isinstance(held.get("bytes"), type(None)) else value

@@ -118,9 +118,8 @@ def _in_order(examples: list[Example], tags: list[Tag], kind: str) -> list[Examp
     if base > 1 or sorted(n if n is not None else -1 for n in numbers) != list(range(base, base + len(examples))):
         raise DataError(
             f"the {kind}s are {len(examples)}, their places {', '.join(t.text[:40] for t in tags[:8])}",
-            remedy="number each once, from 1 on, or leave the numbers out",
-            kind="placeholder-without-image",
-        )
+            remedy="number each once, from 1 on, or leave the numbers out", kind="placeholder-without-image",
+        )  # fmt: skip
     return [examples[cast(int, n) - base] for n in numbers]
 
 
@@ -200,13 +199,7 @@ def _learned(message: Fields, role: Role) -> bool:
     for name in WEIGHTS:
         if (value := message.get(name)) is None or empty(value):
             continue
-        learn = flag(name, value)
-        if role != "assistant" and learn and name not in _READER_WEIGHTS:
-            raise DataError(
-                f"{name} asks for a {role}'s turn to be learned, and an assistant's alone is",
-                remedy=f"take {name} out of it", kind="weight",
-            )  # fmt: skip
-        found = found and learn
+        found = _flag(name, value, role, f"take {name} out of it") and found
     return found
 
 
@@ -226,17 +219,11 @@ def _check_record_flags(fields: Fields, turns: Sequence[Turn]) -> None:
                 remedy="one for each turn, or for each of the assistant's", kind="weight",
             )  # fmt: skip
         for turn, item in zip(over, listed, strict=True):
-            learn = flag(name, item)
-            if learn and turn.role != "assistant" and name not in _READER_WEIGHTS:
-                raise DataError(
-                    f"{name} asks for a {turn.role}'s turn to be learned, and an assistant's alone is",
-                    remedy="write 0 in its place", kind="weight",
-                )  # fmt: skip
-            turn.learn = turn.learn and learn
+            turn.learn = _flag(name, item, turn.role, "write 0 in its place") and turn.learn
 
 
-def flag(name: str, value: Any) -> bool:
-    """Whether a turn is learned, by a flag of this name: 0 or 1, true or false."""
+def _flag(name: str, value: Any, role: Role, remedy: str) -> bool:
+    """Whether a turn is learned, by a flag of this name: 0 or 1, true or false. An assistant's alone may be."""
     known = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
     found = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if found is None:
@@ -244,4 +231,8 @@ def flag(name: str, value: Any) -> bool:
             f"{name} is {brief(value)}: a turn is learned or not",
             remedy=f"write 0 or 1, or take it out; where it means something else: ignore: [{name}]", kind="weight",
         )  # fmt: skip
-    return found != (name == "masked")
+    learn = found != (name == "masked")
+    if learn and role != "assistant" and name not in _READER_WEIGHTS:
+        problem = f"{name} asks for a {role}'s turn to be learned, and an assistant's alone is"
+        raise DataError(problem, remedy=remedy, kind="weight")
+    return learn

@@ -48,13 +48,6 @@ def is_url(source: str) -> bool:
     return re.match(r"https?://", source, re.IGNORECASE) is not None
 
 
-def web_address(name: str, kind: Kind) -> DataError:
-    return DataError(
-        f"{name} is a web address, and opticnerve fetches nothing",
-        remedy=f"download the {_NOUN[kind]} and give the file's path", kind="url",
-    )  # fmt: skip
-
-
 def decode_data_url(url: str, kind: Kind = "image") -> bytes:
     """The bytes in `data:image/png;base64,…`.
 
@@ -89,7 +82,8 @@ def locate(source: Path | str | bytes, kind: Kind) -> Path | bytes:
     name, noun = name_of(source, kind), _NOUN[kind]
     if isinstance(source, str):
         if is_url(source):
-            raise web_address(name, kind)
+            problem = f"{name} is a web address, and opticnerve fetches nothing"
+            raise DataError(problem, remedy=f"download the {noun} and give the file's path", kind="url")
         source = decode_data_url(source, kind) if source[:5].lower() == "data:" else Path(source)
     if isinstance(source, bytes):
         if not source:

@@ -211,8 +211,8 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
             eight_HW = np.where(grey_HW == hole, np.uint8(255), eight_HW)
         return PIL.Image.fromarray(eight_HW).convert("RGB")
     if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        clear = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 

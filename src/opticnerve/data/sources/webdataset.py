@@ -12,20 +12,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import itertools
 import json
-import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from opticnerve.common.cache import cache_dir, new_folder
-from opticnerve.data.sources.base import Location, Record, no_key_twice, not_utf8
-from opticnerve.data.sources.pread import Handles
-from opticnerve.data.sources.splits import one_split
+from opticnerve.data.sources.base import Handles, Location, Record, no_key_twice, not_utf8
+from opticnerve.data.sources.paths import matching, one_split
 from opticnerve.types import DataError
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"}
@@ -130,31 +127,35 @@ class Shards:
 
     def _made(self, members: list[tuple[str, bytes]], key: str, index: int, place: Location) -> Record:
         where = f"{self.files[place.file]}[{key}]"
-        fields: dict[str, Any] = {}
-        media: dict[str, list[dict[str, Any]]] = {"image": [], "audio": []}
-        text = None
         if twice := [n for n, count in Counter(name for name, _ in members).items() if count > 1]:
-            raise DataError(
-                f"{twice[0]} stands in it twice", where=where, remedy="give each member a name of its own", kind="shard"
-            )
-        for name, content in sorted(members, key=lambda m: m[0]):
-            kind = name.rpartition(".")[2].lower()
-            if kind == "json":
+            problem, remedy = f"{twice[0]} stands in it twice", "give each member a name of its own"
+            raise DataError(problem, where=where, remedy=remedy, kind="shard")
+        fields: dict[str, Any] = {}
+        text = None
+        for name, content in sorted(members):
+            if ending(name) == "json":
                 fields = _object(content, where)
-            elif kind == "txt":
+            elif ending(name) == "txt":
                 text = _text(content, where)
-            elif kind in PICTURES:
-                media["image"].append({"bytes": content, "path": name})
-            elif kind in SOUNDS:
-                media["audio"].append({"bytes": content, "path": name})
-        for kind, found in media.items():
-            if found:
-                fields.pop(f"{kind}s", None)
-                fields[kind] = found[0] if len(found) == 1 else found
-        if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
-            fields["caption"] = text
-        fields.setdefault("id", key)
-        return Record(fields, where, index, place)
+        media = ((name, {"bytes": content, "path": name}) for name, content in members)
+        return Record(sample_of(fields, media, text, key), where, index, place)
+
+
+def sample_of(fields: dict[str, Any], members: Iterable[tuple[str, Any]], text: str | None, key: str) -> dict[str, Any]:
+    """The fields of a sample, its members that are pictures or sounds among them, and what its `txt` says."""
+    listed = sorted(((n, m) for n, m in members if m is not None), key=lambda member: member[0])
+    for kind, endings in (("image", PICTURES), ("audio", SOUNDS)):
+        if found := [member for name, member in listed if ending(name) in endings]:
+            fields.pop(f"{kind}s", None)
+            fields[kind] = found[0] if len(found) == 1 else found
+    if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
+        fields["caption"] = text
+    fields.setdefault("id", key)
+    return fields
+
+
+def ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def unpack(shard: Path) -> tuple[Path, str]:
@@ -202,38 +203,6 @@ def _expanded(path: Path, split: str | None) -> list[Path]:
             "no shard fits this pattern", where=str(path), remedy="check it, or write {000..099}", kind="missing-file"
         )
     return files
-
-
-def matching(pattern: str, split: str | None = None) -> list[Path]:
-    """The files of a pattern. What a glob finds is of one split; braces name what they mean."""
-    files = [p for text in braces(pattern) for p in globbed(text)]
-    return one_split(Path(pattern), files, split) if any(sign in pattern for sign in "*?[") else files
-
-
-def globbed(text: str) -> list[Path]:
-    """What a brace names must be there, or be missed when its turn comes; a glob finds what there is."""
-    if not any(sign in text for sign in "*?["):
-        return [Path(text)]
-    path = Path(text)
-    fixed = list(itertools.takewhile(lambda part: not any(s in part for s in "*?["), path.parts))
-    root = Path(*fixed) if fixed else Path()
-    return sorted(root.glob(str(Path(*path.parts[len(fixed) :]))))
-
-
-def braces(text: str) -> list[str]:
-    """`{000..002}` and `{a,b}` written out, as a shell does.
-
-    >>> braces("s-{08..10}.tar")
-    ['s-08.tar', 's-09.tar', 's-10.tar']
-    """
-    if (found := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)) is None:
-        return [text]
-    first, last, listed = found.groups()
-    if listed is not None:
-        choices = listed.split(",")
-    else:
-        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return [t for choice in choices for t in braces(text[: found.start()] + choice + text[found.end() :])]
 
 
 def _key(name: str) -> str:
