@@ -13,8 +13,7 @@ from opticnerve.data.formats.converters import group_by_image as grouped
 from opticnerve.data.formats.fields import Fields
 from opticnerve.data.formats.media import Context
 from opticnerve.data.formats.names import kind_by_name, kind_of
-from opticnerve.data.formats.rules import REPAIRS, check_conversation, repaired
-from opticnerve.data.formats.unread import check_unread
+from opticnerve.data.formats.rules import REPAIRS, check_conversation, check_unread, repaired
 from opticnerve.data.media.files import errors_at
 from opticnerve.data.media.video import MAX_COUNT
 from opticnerve.data.sources.base import Record, Records, Streaming, refused

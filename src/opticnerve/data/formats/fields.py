@@ -1,8 +1,8 @@
 """Taking values out of a record: by one of several names, of the type wanted, and remembering which were taken.
 
 A record is handed to its format's reader as `Fields`, which note each key that is looked up. What was not looked up and
-names a picture, or changes what is learned, is an error (`check_unread`): no format needs to know the fields of the
-others. Errors do not say which record it was; `dataset.read` adds that.
+names a picture, or changes what is learned, is an error (`rules.check_unread`): no format needs to know the fields of
+the others. Errors do not say which record it was; `dataset.read` adds that.
 """
 
 from __future__ import annotations
