@@ -182,10 +182,10 @@ class _Pictures:
     def identify(self, part: ImagePart, where: str) -> str:
         source = part.source
         if not isinstance(source, Path):
-            return self._look(part, where)
+            return self._identified(part, where)
         if source not in self._files:
             try:
-                self._files[source] = self._look(part, where)
+                self._files[source] = self._identified(part, where)
             except DataError as e:
                 self._files[source] = e
         found = self._files[source]
@@ -193,7 +193,7 @@ class _Pictures:
             raise DataError(found.problem, where=where, remedy=found.remedy, kind=found.kind)
         return found
 
-    def _look(self, part: ImagePart, where: str) -> str:
+    def _identified(self, part: ImagePart, where: str) -> str:
         if self.open_media:
             picture = open_image(part.source, where=where)
             identity = image_digest(part.source, where=where)

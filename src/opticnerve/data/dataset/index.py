@@ -1,4 +1,4 @@
-"""Where every good sample of a source lies, found in one pass, so that samples are read when they are visited.
+"""Where every good sample of a source lies, found in one pass, so that samples are read when they are asked for.
 
 A sample takes 36 bytes: its place, and what sorting needs of its pictures. Of a source of some size the index is kept
 in the cache folder, with every bad sample's error, and mapped from there; it is taken again while nothing that it

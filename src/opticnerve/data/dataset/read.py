@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ OnError = Callable[[DataError], None]
 
 FORMATS = ("auto", *CONVERTERS, "hf", "webdataset")
 _BY_FIELDS = ("auto", "hf", "webdataset")  # the fields of the records tell which of the converters is meant
-_LOOK_AHEAD = 32  # records in which a recognisable one is looked for
+_HEAD = 32  # records in which a recognisable one is looked for
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class OpenSource:
     ignore: frozenset[str]
     repair: Sequence[str]
     head: list[Record | DataError]
-    rest: Iterator[Record | DataError]
+    remaining: Iterator[Record | DataError]
 
     def converted(self, on_error: OnError) -> Iterator[tuple[Record, int, Conversation]]:
         """All good conversations, once: the record of each, and which of that record's it is."""
-        for record in chain(self.head, self.rest):
+        for record in chain(self.head, self.remaining):
             if isinstance(record, DataError):
                 on_error(record)
                 continue
@@ -129,7 +129,7 @@ class OpenSource:
 
     def read(self) -> OpenSource:
         """The same without what is still to come: for reading single records."""
-        return OpenSource(self.records, self.format, self.context, self.ignore, self.repair, [], iter(()))
+        return replace(self, head=[], remaining=iter(()))
 
     def one(self, record: Record, part: int) -> Conversation:
         """A conversation that `converted` gave, made again.
@@ -208,7 +208,7 @@ def read(path: str | Path, *, on_error: OnError | None = None, **options: Any) -
 def _head(stream: Iterator[Record | DataError]) -> list[Record | DataError]:
     """Enough of the beginning to tell the format by."""
     head: list[Record | DataError] = []
-    for item in islice(stream, _LOOK_AHEAD):
+    for item in islice(stream, _HEAD):
         head.append(item)
         if isinstance(item, Record) and _matches(item):
             break

@@ -65,7 +65,7 @@ class Context:
         """What a record is about, by kind: its fields that name media by their own name.
 
         Raises:
-            DataError: two fields name different ones (kind `unused-field`); or as `unit`.
+            DataError: two fields name different ones (kind `unused-field`); or as `example`.
         """
         keys: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
         for key, value in fields.raw():

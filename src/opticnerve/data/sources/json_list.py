@@ -182,28 +182,28 @@ class _Text:
 
     def items(self) -> Iterator[tuple[Any, int, int]]:
         """(value, first byte, bytes) of each item. Errors are those of `json.loads` on the whole file."""
-        self._move(self.at + 1)
+        self._advance(self.at + 1)
         if self.next_sign() != "]":
             while True:
                 value, end = self._value()
                 start = self.byte
-                self._move(end)
+                self._advance(end)
                 yield value, start, self.byte - start
                 sign = self.next_sign()
                 if sign == "]":
                     break
                 if sign != ",":
                     raise self._error("Expecting ',' delimiter")
-                self._move(self.at + 1)
+                self._advance(self.at + 1)
                 self.next_sign()
-        self._move(self.at + 1)
+        self._advance(self.at + 1)
         if self.next_sign():
             raise self._error("Extra data")
 
     def next_sign(self) -> str:
         """The next character that is no white space, which is passed over; '' at the end."""
         while True:
-            self._move(_SPACE.match(self.text, self.at).end())  # type: ignore[union-attr]
+            self._advance(_SPACE.match(self.text, self.at).end())  # type: ignore[union-attr]
             if self.at < len(self.text):
                 return self.text[self.at]
             if self.ended:
@@ -217,7 +217,7 @@ class _Text:
             except json.JSONDecodeError as e:
                 cut = e.msg.startswith("Unterminated string") or e.pos > len(self.text) - _NEAR
                 if self.ended or not cut:
-                    self._move(e.pos)
+                    self._advance(e.pos)
                     raise self._error(e.msg) from e
             except Twice as e:
                 # Where it ends is known to who does not mind.
@@ -242,7 +242,7 @@ class _Text:
         self._read += len(raw)
         self.ended = not raw
 
-    def _move(self, to: int) -> None:
+    def _advance(self, to: int) -> None:
         passed = self.text[self.at : to]
         self.byte += len(passed) if passed.isascii() else len(passed.encode())
         if lines := passed.count("\n"):

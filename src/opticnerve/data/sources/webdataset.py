@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.common.cache import cache_dir, new_folder
-from opticnerve.data.sources.base import Handles, Location, Record, no_key_twice, not_utf8
+from opticnerve.data.sources.base import Handles, Location, Record, no_key_twice, not_utf8, refused
 from opticnerve.data.sources.paths import matching, one_split
 from opticnerve.types import DataError
 
@@ -64,10 +64,11 @@ class Shards:
                     break
                 try:
                     if key in seen:
-                        raise DataError(
-                            "an earlier sample of the shard has this name", where=f"{self.files[number]}[{key}]",
-                            remedy="give each sample a name of its own", kind="shard",
-                        )  # fmt: skip
+                        problem, remedy = (
+                            "an earlier sample of the shard has this name",
+                            "give each sample a name of its own",
+                        )
+                        raise refused(f"{self.files[number]}[{key}]", problem, remedy, "shard")
                     seen.add(key)
                     yield self._record(number, key, index, Location(number, start, size))
                 except DataError as e:
@@ -80,17 +81,14 @@ class Shards:
             with tarfile.open(fileobj=io.BytesIO(raw + bytes(2 * _BLOCK)), mode="r:") as tar:
                 members = [(m.name, raw[m.offset_data : m.offset_data + m.size]) for m in tar if m.type in _FILES]
         except _BROKEN as e:
-            raise DataError(f"not a tar file any more: {e}", where=str(self.files[place.file]), kind="shard") from e
+            raise refused(self.files[place.file], f"not a tar file any more: {e}", "", "shard") from e
         key = _key(members[0][0]) if members else ""
         return self._made(members, key, index, place)
 
     def _record(self, number: int, key: str, index: int, place: Location) -> Record:
         if place.size > MAX_SAMPLE:
-            raise DataError(
-                f"the sample has {place.size:,} bytes, {MAX_SAMPLE:,} are read",
-                where=f"{self.files[number]}[{key}]",
-                kind="shard",
-            )
+            problem = f"the sample has {place.size:,} bytes, {MAX_SAMPLE:,} are read"
+            raise refused(f"{self.files[number]}[{key}]", problem, "", "shard")
         return self.at(place, index)
 
     def _samples(self, number: int) -> Iterator[tuple[str, int, int]]:
@@ -121,7 +119,7 @@ class Shards:
         except DataError:
             raise
         except OSError as e:
-            raise DataError(f"the shard cannot be read: {e.strerror or e}", where=str(shard), kind="shard") from e
+            raise refused(shard, f"the shard cannot be read: {e.strerror or e}", "", "shard") from e
         except _BROKEN as e:
             raise _cut(shard, str(e) or type(e).__name__) from e
 
@@ -129,7 +127,7 @@ class Shards:
         where = f"{self.files[place.file]}[{key}]"
         if twice := [n for n, count in Counter(name for name, _ in members).items() if count > 1]:
             problem, remedy = f"{twice[0]} stands in it twice", "give each member a name of its own"
-            raise DataError(problem, where=where, remedy=remedy, kind="shard")
+            raise refused(where, problem, remedy, "shard")
         fields: dict[str, Any] = {}
         text = None
         for name, content in sorted(members):
@@ -199,9 +197,7 @@ def _expanded(path: Path, split: str | None) -> list[Path]:
     else:
         files = matching(str(path), split)
     if not files:
-        raise DataError(
-            "no shard fits this pattern", where=str(path), remedy="check it, or write {000..099}", kind="missing-file"
-        )
+        raise refused(path, "no shard fits this pattern", "check it, or write {000..099}", "missing-file")
     return files
 
 
@@ -229,6 +225,4 @@ def _text(content: bytes, where: str) -> str:
 
 
 def _cut(shard: Path, problem: str) -> DataError:
-    return DataError(
-        f"the shard is damaged or cut off: {problem}", where=str(shard), remedy="get it again", kind="shard"
-    )
+    return refused(shard, f"the shard is damaged or cut off: {problem}", "get it again", "shard")
