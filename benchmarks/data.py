@@ -122,12 +122,12 @@ def clip(kind: str = "CLIPImageProcessor") -> Any:
 def batches(side: str, files: list[Path], samples: int, batch: int, workers: int) -> Iterator[dict[str, Any]]:
     from torch.utils.data import DataLoader
 
-    from opticnerve.data.encode.loader import Waiting, loader
+    from opticnerve.data.encode.loader import TimedBatches, loader
 
     if side in ("opticnerve", "decoding alone"):
         sampler = StageSampler(files, samples, batch, decode_only=side == "decoding alone")
         sampler[0]  # imports what workers shall not each import again, as a training's check of its data does
-        return Waiting(loader(sampler, 0, workers, "cpu"))
+        return TimedBatches(loader(sampler, 0, workers, "cpu"))
     processor = clip("CLIPImageProcessorPil" if side.endswith("PIL") else "CLIPImageProcessor")
     pictures: Any = Files(files, samples, opened=not side.endswith("files"))
     Processed(processor)([pictures[0]])

@@ -85,10 +85,10 @@ def test_the_prompt_is_the_beginning_whatever_the_answer_begins_with(template: s
 
 def test_history_is_cut_in_asking_where_training_cut_it() -> None:
     proc = processor()
-    chat_state = chat("q", "\n\nfirst", "r", "\n\nsecond")
-    whole = encode(chat_state, proc).input_ids
+    conversation = chat("q", "\n\nfirst", "r", "\n\nsecond")
+    whole = encode(conversation, proc).input_ids
     for k in (1, 3):
-        asked = encode(Conversation(chat_state.messages[:k]), proc, learn=False).input_ids
+        asked = encode(Conversation(conversation.messages[:k]), proc, learn=False).input_ids
         assert whole[: len(asked)] == asked
 
 
@@ -207,10 +207,10 @@ def test_a_system_turn_is_folded_where_the_data_entry_asks(tmp_path: Path) -> No
     said = [("system", "Be brief."), ("user", asked), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
     record = {"messages": [{"role": role, "content": content} for role, content in said]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n")
-    [chat_state] = read(tmp_path / "chat.jsonl", repair=["fold-system"])
-    assert [m.role for m in chat_state.messages] == ["user", "assistant", "user", "assistant"]
-    assert chat_state.messages[0].text == "Be brief.\n\nq"
-    assert spelled(encode(chat_state, processor(LAST)), processor(LAST)) == " a</s> b</s>"
+    [conversation] = read(tmp_path / "chat.jsonl", repair=["fold-system"])
+    assert [m.role for m in conversation.messages] == ["user", "assistant", "user", "assistant"]
+    assert conversation.messages[0].text == "Be brief.\n\nq"
+    assert spelled(encode(conversation, processor(LAST)), processor(LAST)) == " a</s> b</s>"
     with pytest.raises(DataError):
         list(read(tmp_path / "chat.jsonl", repair=["no-such-repair"]))
 
@@ -221,11 +221,11 @@ def test_a_template_may_look_into_the_words() -> None:
         "message['role'] + '\n'", "message['role'] + ('!' if 'x' in message['content'] else '') + '\n'"
     )
     parts = (TextPart("an x"), ImagePart(tiny.picture(1)), TextPart("and more"))
-    chat_state = Conversation((Message("user", parts), Message("assistant", (TextPart("a"),))))
-    assert learned(chat_state, processor(curious)) == "a<|im_end|>"
+    conversation = Conversation((Message("user", parts), Message("assistant", (TextPart("a"),))))
+    assert learned(conversation, processor(curious)) == "a<|im_end|>"
     deaf = "{% for m in messages %}{{ m.content if 'x' not in m.content else '<image>' }}{{ eos_token }}{% endfor %}"
     with pytest.raises(DataError):
-        encode(chat_state, processor(deaf))
+        encode(conversation, processor(deaf))
 
 
 class TestClock:

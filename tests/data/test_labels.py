@@ -122,14 +122,14 @@ class TestEveryTemplateAndTokenizer:
         check(turns("what colour is it?", "It's red."), name, kind)
 
     def test_several_turns_with_words_of_the_template(self, name: str, kind: str) -> None:
-        chat_state = turns("user", "assistant", "USER: is it?", "ASSISTANT: user\nmodel", "It's red.", "It's red.")
-        check(chat_state, name, kind)
+        conversation = turns("user", "assistant", "USER: is it?", "ASSISTANT: user\nmodel", "It's red.", "It's red.")
+        check(conversation, name, kind)
 
     def test_pictures_anywhere(self, name: str, kind: str) -> None:
-        chat_state = turns(
+        conversation = turns(
             [ONE, "what is this?"], "a dog", ["compare", TWO, "and", ONE, "please"], "both are dogs\nand cats"
         )
-        encoded = check(chat_state, name, kind)
+        encoded = check(conversation, name, kind)
         assert encoded.images == [ONE, TWO, ONE]
         assert encoded.input_ids.count(processor(name, kind).image_token_id) == 9
 
@@ -149,8 +149,8 @@ class TestEveryTemplateAndTokenizer:
 )
 def test_generation_starts_from_what_training_saw(name: str, kind: str) -> None:
     """(Not tested where a template's cue and its assistant's turn differ, or a tokenizer joins "\n\n" at the end alone.)"""
-    proc, chat_state = processor(name, kind), turns([ONE, "what is this?"], "a dog")
-    whole, prompt = encode(chat_state, proc), encode(chat_state.prompt(), proc, learn=False)
+    proc, conversation = processor(name, kind), turns([ONE, "what is this?"], "a dog")
+    whole, prompt = encode(conversation, proc), encode(conversation.prompt(), proc, learn=False)
     first = next(i for i, label in enumerate(whole.labels) if label != IGNORE)
     assert set(prompt.labels) == {IGNORE}
     assert whole.input_ids[: first - 1] == prompt.input_ids[: first - 1]
@@ -185,37 +185,37 @@ def test_any_words(name: str, kind: str, texts: list[str], system: str | None, s
     if name == "caption only":  # its form is a picture and its caption: no words stand before
         said[::2] = [[ONE]] * len(said[::2])
     assume("<image>" not in "".join([*texts, system or ""]))
-    chat_state = turns(*said, system=system if case.system else None)
-    answers = [m.text for m in chat_state.messages if m.role == "assistant"]
+    conversation = turns(*said, system=system if case.system else None)
+    answers = [m.text for m in conversation.messages if m.role == "assistant"]
     if name == "qwen3" and any(a.startswith("\n") or "</think>" in a for a in answers):
         # The one lawful way out: a template that strips in a way of its own.
         with contextlib.suppress(DataError):
-            encode(chat_state, proc)
+            encode(conversation, proc)
         return
-    encoded = encode(chat_state, proc)
+    encoded = encode(conversation, proc)
     ids = [i for i, label in enumerate(encoded.labels) if label != IGNORE]
     found = proc.tokenizer.decode([encoded.input_ids[i] for i in ids], skip_special_tokens=False)
     said = [(a.strip() if case.trims else a) + case.end for a in answers]
     wanted = "".join([*said[:-1], case.block, said[-1]])
     # White space before an answer may share a token with it, in the template as in the answer.
     assert "".join(found.split()) == "".join(wanted.split())
-    assert encoded.input_ids.count(proc.image_token_id) == 3 * len(chat_state.images)
+    assert encoded.input_ids.count(proc.image_token_id) == 3 * len(conversation.images)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_text_only_prompts_render_to_the_same_letters(name: str) -> None:
     case, proc = CASES[name], processor(name)
-    for chat_state in (
+    for conversation in (
         turns("q"),
         turns("  a\n", "b ", "c"),
         turns("x", "y", system="s") if case.system else turns("x", "y"),
     ):
         for cue in (True, False):
-            strings = [{"role": m.role, "content": m.text} for m in chat_state.messages]
+            strings = [{"role": m.role, "content": m.text} for m in conversation.messages]
             bare = proc.tokenizer.apply_chat_template(
                 strings, chat_template=case.template, tokenize=False, add_generation_prompt=cue
             )
-            for chat in (strings, chat_state.to_chat()):
+            for chat in (strings, conversation.to_chat()):
                 ours = proc.apply_chat_template(
                     chat, chat_template=with_parts(case.template), add_generation_prompt=cue
                 )
@@ -302,18 +302,18 @@ def test_nothing_to_learn_names_the_sample() -> None:
 
 
 def test_too_long_names_both_numbers() -> None:
-    chat_state = turns([ONE, "q"], "a dog")
-    length = len(encode(chat_state, processor()).input_ids)
-    assert len(encode(chat_state, processor(), max_length=length).input_ids) == length
+    conversation = turns([ONE, "q"], "a dog")
+    length = len(encode(conversation, processor()).input_ids)
+    assert len(encode(conversation, processor(), max_length=length).input_ids) == length
     with pytest.raises(DataError, match=rf"{length} tokens are more than max_length {length - 1}") as e:
-        encode(chat_state, processor(), max_length=length - 1)
+        encode(conversation, processor(), max_length=length - 1)
     assert e.value.kind == "too-long"
 
 
-@pytest.mark.parametrize("chat_state", [turns("an <image> here", "a"), turns([ONE, "q"], "an <image> there")])
-def test_a_placeholder_word_in_the_text_is_refused(chat_state: Conversation) -> None:
+@pytest.mark.parametrize("conversation", [turns("an <image> here", "a"), turns([ONE, "q"], "an <image> there")])
+def test_a_placeholder_word_in_the_text_is_refused(conversation: Conversation) -> None:
     with pytest.raises(DataError, match=r"chat.jsonl:7.*<image>"):
-        encode(chat_state, processor())
+        encode(conversation, processor())
 
 
 def test_a_template_that_loses_a_picture_is_refused() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from opticnerve.data.collators.next_token import Batch, Collator
-from opticnerve.data.encode.loader import Sent, Waiting, loader
+from opticnerve.data.encode.loader import Sent, TimedBatches, loader
 from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.data.media.transform import Bytes, open_for, pixels
@@ -55,7 +55,7 @@ def rows(docked: Callable[..., Any], tmp_path: Path) -> Rows:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_change_nothing(rows: Rows, workers: int) -> None:
     wanted = [rows[i] for i in range(2, 6)]
-    got = list(Waiting(loader(rows, 2, workers, "cpu"), "cpu"))
+    got = list(TimedBatches(loader(rows, 2, workers, "cpu"), "cpu"))
     assert [b.ids for b in got] == [b.ids for b in wanted] == [[f"sample {i}"] for i in range(2, 6)]
     for one, other in zip(got, wanted, strict=True):
         assert torch.equal(one.input_ids, other.input_ids)
@@ -73,7 +73,7 @@ def test_pixels_cross_as_bytes(rows: Rows) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_in_a_worker_arrives_as_it_was_raised(rows: Rows, workers: int) -> None:
     rows.conversations[3].images[0].source.unlink()
-    waiting = Waiting(loader(rows, 2, workers, "cpu"))
+    waiting = TimedBatches(loader(rows, 2, workers, "cpu"))
     assert next(waiting).ids == ["sample 2"]
     with pytest.raises(DataError) as caught:
         next(waiting)
@@ -86,7 +86,7 @@ def test_an_error_in_a_worker_arrives_as_it_was_raised(rows: Rows, workers: int)
 def test_the_training_s_random_numbers_are_left_alone(rows: Rows) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    list(Waiting(loader(rows, 0, 1, "cpu")))
+    list(TimedBatches(loader(rows, 0, 1, "cpu")))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -100,7 +100,7 @@ class Slow:
 
 
 def test_it_knows_how_long_it_waited() -> None:
-    waiting = Waiting(loader(Slow(), 0, 0, "cpu"))
+    waiting = TimedBatches(loader(Slow(), 0, 0, "cpu"))
     assert waiting.seconds == 0
     next(waiting)
     assert 0.05 <= waiting.first_seconds == waiting.seconds
@@ -112,7 +112,7 @@ def test_it_knows_how_long_it_waited() -> None:
 
 
 def test_a_worker_has_one_thread() -> None:
-    assert {b["threads"] for b in Waiting(loader(Slow(), 0, 2, "cpu"))} == {1}
+    assert {b["threads"] for b in TimedBatches(loader(Slow(), 0, 2, "cpu"))} == {1}
 
 
 @dataclass
@@ -155,7 +155,7 @@ def resident() -> int:
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
     """As many batches again add less than one in ten of them would take, were they kept."""
-    waiting, seen = Waiting(loader(Cycle(photos(tmp_path, 16), 500), 0, 2, "cpu")), []
+    waiting, seen = TimedBatches(loader(Cycle(photos(tmp_path, 16), 500), 0, 2, "cpu")), []
     for number in range(481):
         batch = next(waiting)
         if number in (240, 480):

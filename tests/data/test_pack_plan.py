@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opticnerve.data.encode.pack_plan import PackPlan, deal, first_fit_decreasing, next_fit
+from opticnerve.data.encode.packing import PackPlan, deal, first_fit_decreasing, next_fit
 
 lengths = st.lists(st.integers(1, 40), max_size=60)
 

@@ -54,12 +54,12 @@ def test_equal_files_under_two_names_are_one_picture(processor: Any, tmp_path: P
 
 
 def test_long_captions_are_cut_where_the_processor_or_the_stage_says(processor: Any) -> None:
-    chat_state = ask("?", tiny.picture(1), answer="the quick brown fox " * 20)
-    assert PairCollator(processor)([[chat_state]]).input_ids.shape[1] == 12
-    assert PairCollator(processor, max_length=5)([[chat_state]]).input_ids.shape[1] == 5
+    conversation = ask("?", tiny.picture(1), answer="the quick brown fox " * 20)
+    assert PairCollator(processor)([[conversation]]).input_ids.shape[1] == 12
+    assert PairCollator(processor, max_length=5)([[conversation]]).input_ids.shape[1] == 5
 
 
-@pytest.mark.parametrize(("chat_state", "message"), [
+@pytest.mark.parametrize(("conversation", "message"), [
     (ask("what?", answer="7"), "0 pictures and 1 answers"),
     (ask("what?", tiny.picture(1), tiny.picture(2), answer="7"), "2 pictures and 1 answers"),
     (ask("what?", tiny.picture(1)), "1 pictures and 0 answers"),
@@ -67,7 +67,7 @@ def test_long_captions_are_cut_where_the_processor_or_the_stage_says(processor: 
     (Conversation((*ask("what?", tiny.picture(1), answer="7").messages, Message("user", (TextPart("and?"),)),
                    Message("assistant", (TextPart("8"),)))), "1 pictures and 2 answers"),
 ])  # fmt: skip
-def test_what_is_no_pair(chat_state: Conversation, message: str) -> None:
+def test_what_is_no_pair(conversation: Conversation, message: str) -> None:
     with pytest.raises(DataError, match=message) as e:
-        caption_of(chat_state)
+        caption_of(conversation)
     assert e.value.kind == "no-pair"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opticnerve.data.dataset.read import DataSource, read, read_all
+from opticnerve.data.dataset.read import read
 from opticnerve.data.formats.names import split
 from opticnerve.data.media.open import open_image
 from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, TextPart
@@ -63,7 +63,7 @@ def error(path: Path, **options: Any) -> DataError:
     return caught.value
 
 
-def chat_state(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
+def conversation(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": r, "content": c} for r, c in turns], **more}
 
 
@@ -178,7 +178,7 @@ def test_chat_messages_with_every_kind_of_part(folder: Path) -> None:
         {"type": "audio", "path": "1.wav"},
         {"type": "text", "text": "What?"},
     ]
-    sample = only(jsonl(folder, chat_state(("system", "S"), ("user", content), ("assistant", "Blue"), id="c")))
+    sample = only(jsonl(folder, conversation(("system", "S"), ("user", content), ("assistant", "Blue"), id="c")))
     said = ("user", ["[1.png]", "[2.png]", "[bytes]", "[1.wav]", "What?"])
     assert outline(sample) == [("system", ["S"]), said, ("assistant", ["Blue"])]
     assert open_image(sample.images[2].source).getpixel((0, 0)) == (0, 0, 255)
@@ -186,7 +186,7 @@ def test_chat_messages_with_every_kind_of_part(folder: Path) -> None:
 
 def test_bare_image_parts_take_the_listed_images_in_order(folder: Path) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
-    path = jsonl(folder, chat_state(("user", parts), ("assistant", "ok"), images=["2.png", "1.png"]))
+    path = jsonl(folder, conversation(("user", parts), ("assistant", "ok"), images=["2.png", "1.png"]))
     assert outline(only(path))[0] == ("user", ["[2.png]", "and", "[1.png]"])
 
 
@@ -245,7 +245,7 @@ def test_damaged_and_empty_folders(tmp_path: Path, name: str) -> None:
 
 # --- bad records
 
-GOOD = chat_state(("user", "Hi"), ("assistant", "Hello"))
+GOOD = conversation(("user", "Hi"), ("assistant", "Hello"))
 
 
 @pytest.mark.parametrize(
@@ -254,43 +254,51 @@ GOOD = chat_state(("user", "Hi"), ("assistant", "Hello"))
         ("{broken", "json", "not valid JSON"),
         ("[1]", "json", "list"),
         ("[" * 100_000, "json", "not valid JSON"),
-        (chat_state(("user", "Hi")), "no-assistant-turn", "nothing to learn"),
-        (chat_state(), "no-assistant-turn", "nothing to learn"),
-        (chat_state(("user", "a"), ("assistant", "b"), ("assistant", "c")), "two-assistant-turns", "turns 2 and 3"),
-        (chat_state(("user", "a"), ("user", "b"), ("assistant", "c")), "two-user-turns", "turns 1 and 2"),
-        (chat_state(("assistant", "a"), ("user", "b")), "assistant-first", "speaks first"),
-        (chat_state(("user", "a"), ("assistant", " \n")), "empty-answer", "turn 2"),
-        (chat_state(("user", ""), ("assistant", "a")), "empty-question", "turn 1"),
-        (chat_state(("user", "a"), ("assistant", "b"), ("user", "c")), "unanswered-question", "no answer"),
-        (chat_state(("user", "a"), ("system", "s"), ("assistant", "b")), "misplaced-system", "system"),
-        (chat_state(("user", "a"), ("robot", "b")), "unknown-role", "'robot'"),
-        (chat_state(("user", "<image>\na"), ("assistant", "b")), "placeholder-without-image", "<image>"),
-        (chat_state(("user", "a"), ("assistant", [{"type": "image", "image": "1.png"}])), "image-in-answer", "turn 2"),
-        (chat_state(("user", [{"type": "image"}]), ("assistant", "b")), "placeholder-without-image", "but 1 place"),
+        (conversation(("user", "Hi")), "no-assistant-turn", "nothing to learn"),
+        (conversation(), "no-assistant-turn", "nothing to learn"),
+        (conversation(("user", "a"), ("assistant", "b"), ("assistant", "c")), "two-assistant-turns", "turns 2 and 3"),
+        (conversation(("user", "a"), ("user", "b"), ("assistant", "c")), "two-user-turns", "turns 1 and 2"),
+        (conversation(("assistant", "a"), ("user", "b")), "assistant-first", "speaks first"),
+        (conversation(("user", "a"), ("assistant", " \n")), "empty-answer", "turn 2"),
+        (conversation(("user", ""), ("assistant", "a")), "empty-question", "turn 1"),
+        (conversation(("user", "a"), ("assistant", "b"), ("user", "c")), "unanswered-question", "no answer"),
+        (conversation(("user", "a"), ("system", "s"), ("assistant", "b")), "misplaced-system", "system"),
+        (conversation(("user", "a"), ("robot", "b")), "unknown-role", "'robot'"),
+        (conversation(("user", "<image>\na"), ("assistant", "b")), "placeholder-without-image", "<image>"),
         (
-            chat_state(("user", [{"type": "image"}]), ("assistant", "b"), images=["1.png", "2.png"]),
+            conversation(("user", "a"), ("assistant", [{"type": "image", "image": "1.png"}])),
+            "image-in-answer",
+            "turn 2",
+        ),
+        (conversation(("user", [{"type": "image"}]), ("assistant", "b")), "placeholder-without-image", "but 1 place"),
+        (
+            conversation(("user", [{"type": "image"}]), ("assistant", "b"), images=["1.png", "2.png"]),
             "image-without-placeholder",
             "2 image(s)",
         ),
-        (chat_state(("user", [{"type": "scent"}]), ("assistant", "b")), "unknown-part", "'scent'"),
-        (chat_state(("user", [{"type": "text"}]), ("assistant", "b")), "missing-field", "text"),
-        (chat_state(("user", [{"type": "image", "image": 5}]), ("assistant", "b")), "wrong-type", "int 5"),
-        (chat_state(("user", [{"type": "image", "image": "no.png"}]), ("assistant", "b")), "missing-image", "no.png"),
-        (chat_state(("user", [{"type": "image", "image": "a\0b"}]), ("assistant", "b")), "missing-image", "usable"),
-        (chat_state(("user", [{"type": "image", "image": "x" * 5000}]), ("assistant", "b")), "missing-image", "usable"),
-        (chat_state(("user", [{"type": "audio", "audio": "no.wav"}]), ("assistant", "b")), "missing-audio", "no.wav"),
+        (conversation(("user", [{"type": "scent"}]), ("assistant", "b")), "unknown-part", "'scent'"),
+        (conversation(("user", [{"type": "text"}]), ("assistant", "b")), "missing-field", "text"),
+        (conversation(("user", [{"type": "image", "image": 5}]), ("assistant", "b")), "wrong-type", "int 5"),
+        (conversation(("user", [{"type": "image", "image": "no.png"}]), ("assistant", "b")), "missing-image", "no.png"),
+        (conversation(("user", [{"type": "image", "image": "a\0b"}]), ("assistant", "b")), "missing-image", "usable"),
         (
-            chat_state(("user", [{"type": "image", "url": "http://x.org/1.png"}]), ("assistant", "b")),
+            conversation(("user", [{"type": "image", "image": "x" * 5000}]), ("assistant", "b")),
+            "missing-image",
+            "usable",
+        ),
+        (conversation(("user", [{"type": "audio", "audio": "no.wav"}]), ("assistant", "b")), "missing-audio", "no.wav"),
+        (
+            conversation(("user", [{"type": "image", "url": "http://x.org/1.png"}]), ("assistant", "b")),
             "url",
             "fetches nothing",
         ),
         (
-            chat_state(("user", [{"type": "image", "image": "../secret.png"}]), ("assistant", "b")),
+            conversation(("user", [{"type": "image", "image": "../secret.png"}]), ("assistant", "b")),
             "outside-media",
             "outside",
         ),
         ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant"}]}', "missing-field", "role"),
-        (chat_state(("user", "\ud800"), ("assistant", "b")), "encoding", "\\ud800"),
+        (conversation(("user", "\ud800"), ("assistant", "b")), "encoding", "\\ud800"),
         ({"messages": "Hi"}, "wrong-type", "str 'Hi'"),
         ({"dialogue": []}, "missing-field", "dialogue"),
     ],
@@ -487,8 +495,3 @@ def test_an_error_of_the_caller_is_not_taken_for_a_bad_sample(folder: Path) -> N
     with pytest.raises(DataError, match="mine"):
         for _ in stream:
             raise DataError("mine")
-
-
-def test_read_all_goes_from_source_to_source(folder: Path) -> None:
-    sources = [DataSource(jsonl(folder, GOOD, GOOD)), DataSource(jsonl(folder, GOOD, name="e.jsonl"), limit=1)]
-    assert [c.id for c in read_all(sources)] == ["d-1", "d-2", "e-1"]

@@ -23,7 +23,7 @@ from opticnerve.data.dataset import index
 from opticnerve.data.dataset.load import by_picture, held_out, load_data, load_examples, stream_data
 from opticnerve.data.dataset.read import read
 from opticnerve.data.sources import json_list
-from opticnerve.data.sources.open import records
+from opticnerve.data.sources.open import open_records
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
@@ -145,7 +145,7 @@ class TestIndexedIsPlain:
         if form == "folder":
             Dataset.from_list(rows).save_to_disk(str(path))
         else:
-            monkeypatch.setattr("opticnerve.data.sources.arrow._SMALL", 0 if form == "shards" else 1 << 20)
+            monkeypatch.setattr("opticnerve.data.sources.tables._SMALL", 0 if form == "shards" else 1 << 20)
             path.mkdir()
             for part in range(2):
                 pq.write_table(pa.Table.from_pylist(rows[part::2]), path / f"{part}.parquet", row_group_size=30)
@@ -199,7 +199,7 @@ class TestJsonList:
             except json.JSONDecodeError as e:
                 if text.strip():
                     with pytest.raises(DataError) as caught:
-                        list(records(path))
+                        list(open_records(path))
                     told = {f"{path}:{e.lineno}:{e.colno}: not valid JSON: {e.msg}"}
                     if e.msg == "Illegal trailing comma before end of array":  # Python 3.13's; before, the value behind
                         end = e.pos + 1 + len(text[e.pos + 1 :]) - len(text[e.pos + 1 :].lstrip())
@@ -208,7 +208,7 @@ class TestJsonList:
                     assert str(caught.value).startswith(tuple(told))
                 return
             if isinstance(entries, list):
-                found = list(records(path))
+                found = list(open_records(path))
                 assert len(found) == len(entries)
                 for item, entry in zip(found, entries, strict=True):
                     if isinstance(entry, dict):
@@ -221,7 +221,7 @@ class TestJsonList:
         path = tmp_path / "d.json"
         path.write_bytes(b'[\n{"a": "\xc3\xa9"},\n{"a": "\xff"}]')
         with pytest.raises(DataError, match=r"d\.json:3: not UTF-8: byte 0xff at byte 22 of the file"):
-            list(records(path))
+            list(open_records(path))
 
 
 class TestKept:
@@ -288,8 +288,8 @@ import resource, sys
 from opticnerve.data.dataset.load import load_examples
 from opticnerve.recipe import DataSpec
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-units = load_examples([DataSpec(path=sys.argv[1])])
-assert len(units) == int(sys.argv[2]) and units[-1][0][0].id == str(len(units) - 1)
+examples = load_examples([DataSpec(path=sys.argv[1])])
+assert len(examples) == int(sys.argv[2]) and examples[-1][0][0].id == str(len(examples) - 1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from opticnerve.data.dataset.load import load_data
 from opticnerve.data.dataset.read import read
 from opticnerve.data.media.open import open_image
-from opticnerve.data.sources import webdataset
+from opticnerve.data.sources import paths, webdataset
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError
 
@@ -167,5 +167,5 @@ def test_a_damaged_byte_breaks_nothing_else(at: int, byte: int, tmp_path_factory
 
 
 def test_braces() -> None:
-    assert webdataset.braces("a{8..10}b{x,y}") == [f"a{n}b{c}" for n in (8, 9, 10) for c in "xy"]
-    assert webdataset.braces("{008..010}") == ["008", "009", "010"] and webdataset.braces("plain") == ["plain"]
+    assert paths.braces("a{8..10}b{x,y}") == [f"a{n}b{c}" for n in (8, 9, 10) for c in "xy"]
+    assert paths.braces("{008..010}") == ["008", "009", "010"] and paths.braces("plain") == ["plain"]

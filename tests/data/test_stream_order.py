@@ -146,7 +146,7 @@ def test_marks_of_other_processes_lead_to_the_same_rows(tmp_path: Path) -> None:
     for batch in range(6):
         worker = workers[batch % 2]
         assert told(worker, range(5 * batch, 5 * batch + 5)) == wanted[5 * batch : 5 * batch + 5]
-        main.put_marks(worker.take_marks())
+        main.load_state_delta(worker.state_delta())
     assert main.length == 21
     assert max(main.marks) == (1, 3)
     after = opened(path, window=3)

@@ -19,8 +19,8 @@ from opticnerve.data.dataset.load import load_data, load_examples, stream_data
 from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.dataset.streaming import Stream
 from opticnerve.data.media.open import open_image
-from opticnerve.data.sources import hub
-from opticnerve.data.sources import parquet as groups
+from opticnerve.data.sources import streaming as hub
+from opticnerve.data.sources import tables as groups
 from opticnerve.data.sources.base import Record, Streaming
 from opticnerve.data.sources.streaming import Streamed
 from opticnerve.recipe import DataSpec

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 
+from opticnerve.data.media.open import open_image
 from opticnerve.data.media.transform import GAP, Bytes, open_for, pixels, steps
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.encoders.patches import PatchesEncoder
@@ -144,3 +145,20 @@ def test_a_picture_hardly_larger_than_the_eye_is_decoded_whole(tmp_path: Path) -
     buffer = io.BytesIO()
     noise(480, 640).save(buffer, "PNG")
     assert np.array_equal(open_for(processor, buffer.getvalue()), noise(480, 640))
+
+
+def test_a_picture_is_opened_once_and_not_copied_again(tmp_path: Path) -> None:
+    """The sampler opens a row's pictures, and the collator is given them."""
+    file = tmp_path / "a.jpg"
+    PIL.Image.effect_noise((64, 48), 50).convert("RGB").save(file, exif=turned())
+    opened = open_for(None, file)
+    assert open_for(None, opened) is opened
+    assert open_image(opened) is not opened  # who may write to it gets one of their own
+    clear = PIL.Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert open_for(None, clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+def turned() -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return exif

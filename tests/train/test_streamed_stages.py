@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import tiny
 from opticnerve.cli.main import app
 from opticnerve.data.dataset.load import load_streams
-from opticnerve.data.encode.loader import Waiting, loader
-from opticnerve.data.sources import hub
+from opticnerve.data.encode.loader import TimedBatches, loader
+from opticnerve.data.sources import streaming as hub
 from opticnerve.plan import plan
 from opticnerve.recipe import DataSpec, Recipe, Stage
 from opticnerve.recipe.schema import EvaluateSpec
@@ -169,12 +169,12 @@ class TestVisits:
         wanted = [sampler(stage, collate=words)[i] for i in range(24)]
         first = sampler(stage, collate=words)
         first.drawn(0)  # a reader is open when the workers are forked
-        batches = Waiting(loader(first, 0, workers, "cpu"), "cpu")
+        batches = TimedBatches(loader(first, 0, workers, "cpu"), "cpu")
         assert [next(batches) for _ in range(15)] == wanted[:15]
         then = sampler(stage, collate=words)
         then.load_state_dict(first.state_dict())
         assert max(then.examples.streams[0].marks) >= (1, 1)
-        assert list(Waiting(loader(then, 15, workers, "cpu"), "cpu")) == wanted[15:]
+        assert list(TimedBatches(loader(then, 15, workers, "cpu"), "cpu")) == wanted[15:]
 
 
 class TestRuns:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tiny
 from opticnerve.data.dataset.bad_samples import BadSampleCounter
-from opticnerve.data.encode.loader import Waiting, loader
+from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.models.vlm.build import Dock
 from opticnerve.recipe import DataSpec, Stage
 from opticnerve.recipe.schema import BadSamples
@@ -226,7 +226,7 @@ class TestBadSamplesRule:
         given = stage(epochs=3, batch_size=1, bad_samples={"limit": 1}, pack=pack)
         sampler = StageSampler(some, given, processor, seed=0, on_error=tally)
         files[2].unlink()
-        batches = list(zip(range(sampler.steps), Waiting(loader(sampler, 0, workers, "cpu"), "cpu"), strict=False))
+        batches = list(zip(range(sampler.steps), TimedBatches(loader(sampler, 0, workers, "cpu"), "cpu"), strict=False))
         assert len(batches) == sampler.steps and len(tally) == 1 and "2.png" in tally[0]
         again = BadSampleCounter(BadSamples(limit=1), "s")
         resumed = StageSampler(some, given, processor, seed=0, on_error=again)
@@ -234,4 +234,4 @@ class TestBadSamplesRule:
         assert list(again) == list(tally)
         files[4].unlink()
         with pytest.raises(OpticNerveError, match="2 samples are bad, bad_samples allows 1"):
-            list(zip(range(sampler.steps), Waiting(loader(resumed, 0, workers, "cpu"), "cpu"), strict=False))
+            list(zip(range(sampler.steps), TimedBatches(loader(resumed, 0, workers, "cpu"), "cpu"), strict=False))

@@ -133,7 +133,7 @@ def _hurt(hurt: str) -> None:
     if rank != os.environ.get("RANK", "0"):
         return
     taken, step = 0, int(at)
-    before = Waiting.__next__
+    before = TimedBatches.__next__
 
     def after(self: Any) -> Any:
         nonlocal taken
@@ -146,7 +146,7 @@ def _hurt(hurt: str) -> None:
         taken += 1
         return before(self)
 
-    Waiting.__next__ = after  # type: ignore[method-assign]
+    TimedBatches.__next__ = after  # type: ignore[method-assign]
 
 
 def curve(out: Path, number: int = 0) -> list[dict[str, Any]]:

@@ -10,8 +10,7 @@ from typing import Any
 
 from opticnerve.data.dataset.dataset import Example
 from opticnerve.data.dataset.load import draw, load_examples, load_streams
-from opticnerve.data.encode.pack_plan import first_fit_decreasing
-from opticnerve.data.encode.packing import Row, pack, side_by_side
+from opticnerve.data.encode.packing import Row, first_fit_decreasing, pack, side_by_side
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.language.chat_template import stage_template
 from opticnerve.recipe import Stage

@@ -111,7 +111,7 @@ class LoraSpec(Strict):
 
 
 class PackSpec(Strict):
-    """Rows packed ahead; see `opticnerve.data.encode.pack_plan`."""
+    """Rows packed ahead; see `opticnerve.data.encode.packing`."""
 
     tokens: Positive = Field(description="a row holds samples of at most so many tokens together")
     window: Positive = Field(1024, description="samples that are arranged at a time")

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import PIL.Image
 
 from opticnerve.data.media.audio import open_audio
-from opticnerve.data.media.images import decode_data_url, is_url
+from opticnerve.data.media.files import decode_data_url, is_url
 from opticnerve.data.media.open import image_size
 from opticnerve.data.media.transform import open_for
 from opticnerve.serve.errors import ApiError

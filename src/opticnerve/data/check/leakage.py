@@ -139,10 +139,10 @@ def leaks(train: Side, test: Side, max_listed: int = 20) -> Leaks:
     _shared(found.answers, train.answers, test.answers, max_listed)
     names, hashes = train.looks_array()
     others, tested_hashes = test.looks_array()
-    told: set[int] = set()
+    counted: set[int] = set()
     for i, j in near_pairs(hashes, tested_hashes):
-        if j not in told and others[j] not in train.pictures:
-            told.add(j)
+        if j not in counted and others[j] not in train.pictures:
+            counted.add(j)
             found.near.add(test.pictures[others[j]], f"looks like a picture of {train.pictures[names[i]]}", max_listed)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Encode = Callable[[Conversation], Encoded]
 
 
 @dataclass
-class Report:
+class DataReport:
     """What `check` found. Lengths are kept as histograms, so that the report stays small."""
 
     good: int = 0
@@ -32,8 +32,8 @@ class Report:
     turns: int = 0  # assistant turns: what is learned from
     images: int = 0  # mentions of pictures
     distinct_images: int = 0  # by content; by path where pictures were not opened
-    audios: int = 0
     images_per_sample: Counter[int] = field(default_factory=Counter)
+    audios: int = 0
     answer_words: Counter[int] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
     duplicates: Listed = field(default_factory=Listed)
@@ -53,25 +53,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            "ok": self.ok,
-            "samples": self.samples,
-            "good": self.good,
-            "bad": self.bad,
-            "kinds": {k: v.to_dict() for k, v in sorted(self.kinds.items(), key=lambda kv: -kv[1].count)},
-            "turns": self.turns,
-            "images": self.images,
-            "distinct_images": self.distinct_images,
+        made = {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "kinds": {k: v.to_dict() for k, v in self._by_count()},
             "images_per_sample": {str(k): v for k, v in sorted(self.images_per_sample.items())},
-            "audios": self.audios,
-            "answer_words": spread(self.answer_words),
-            "tokens": spread(self.tokens),
-            "duplicates": self.duplicates.to_dict(),
-            "near_pictures": self.near_pictures.to_dict(),
-            "repeated_answers": self.repeated_answers.to_dict(),
-            "control_words": self.control_words.to_dict(),
-            "media_opened": self.media_opened,
-        }
+            "answer_words": spread(self.answer_words), "tokens": spread(self.tokens),
+        }  # fmt: skip
+        plain = {k: v.to_dict() if isinstance(v, Listed) else v for k, v in made.items()}
+        return {"ok": self.ok, "samples": self.samples, **plain}
+
+    def _by_count(self) -> list[tuple[str, Listed]]:
+        return sorted(self.kinds.items(), key=lambda kv: -kv[1].count)
 
     def render(self, console: Console) -> None:
         """A table of counts, then what is wrong, worst first, with places."""
@@ -79,7 +70,7 @@ class Report:
         for name, value in self._lines():
             counts.add_row(name, value)
         console.print(counts)
-        for kind, listed in sorted(self.kinds.items(), key=lambda kv: -kv[1].count):
+        for kind, listed in self._by_count():
             print_listed(console, f"[bold red]{escape(kind)}[/]: {listed.count:,}", listed)
         for name, listed in (
             ("exact duplicates", self.duplicates),
@@ -121,7 +112,7 @@ def check(
     max_length: int | None = None,
     on_progress: Callable[[int], None] | None = None,
     side: Side | None = None,
-) -> Report:
+) -> DataReport:
     """Go through everything; bad samples and unreadable files are counted and listed, never raised.
 
     Args:
@@ -135,7 +126,7 @@ def check(
     """
     if max_length is not None and encode is None:
         raise OpticNerveError("max_length without encode: give the function that makes a sample's tokens")
-    report = Report(media_opened=open_media)
+    report = DataReport(media_opened=open_media)
     pictures = _Pictures(open_media)
     own = Side()
     first_seen: dict[bytes, str] = {}
@@ -191,10 +182,10 @@ class _Pictures:
     def identify(self, part: ImagePart, where: str) -> str:
         source = part.source
         if not isinstance(source, Path):
-            return self._look(part, where)
+            return self._identified(part, where)
         if source not in self._files:
             try:
-                self._files[source] = self._look(part, where)
+                self._files[source] = self._identified(part, where)
             except DataError as e:
                 self._files[source] = e
         found = self._files[source]
@@ -202,7 +193,7 @@ class _Pictures:
             raise DataError(found.problem, where=where, remedy=found.remedy, kind=found.kind)
         return found
 
-    def _look(self, part: ImagePart, where: str) -> str:
+    def _identified(self, part: ImagePart, where: str) -> str:
         if self.open_media:
             picture = open_image(part.source, where=where)
             identity = image_digest(part.source, where=where)
@@ -233,24 +224,25 @@ def _all(data: Iterable[DataSource | Conversation | DataError]) -> Iterator[Conv
             yield conversation
 
 
-def _count(item: Conversation, made: Encoded, max_length: int | None, report: Report, max_listed: int) -> None:
+def _count(item: Conversation, made: Encoded, max_length: int | None, report: DataReport, max_listed: int) -> None:
     length = len(made.input_ids)
     if made.control_words:
         spelled = ", ".join(dict.fromkeys(made.control_words))
         report.control_words.add(item.where or item.id, f"the words hold {spelled}", max_listed)
     report.tokens[length] += 1
     if max_length is not None and length > max_length:
-        raise DataError(
-            f"{length:,} tokens, {max_length:,} fit",
-            where=item.where,
-            remedy="shorten it, raise the maximum length, or split it into several samples",
-            kind="too-long",
-        )
+        remedy = "shorten it, raise the maximum length, or split it into several samples"
+        raise DataError(f"{length:,} tokens, {max_length:,} fit", where=item.where, remedy=remedy, kind="too-long")
 
 
 def _add(
-    item: Conversation, identities: list[str], report: Report, first_seen: dict[bytes, str], own: Side, max_listed: int
-) -> None:
+    item: Conversation,
+    identities: list[str],
+    report: DataReport,
+    first_seen: dict[bytes, str],
+    own: Side,
+    max_listed: int,
+) -> None:  # fmt: skip
     answers = [m for m in item.messages if m.role == "assistant"]
     report.good += 1
     report.turns += sum(m.learn for m in answers)
@@ -270,13 +262,13 @@ def _add(
     own.add(item, identities)
 
 
-def _compare_looks(own: Side, report: Report, max_listed: int) -> None:
+def _compare_looks(own: Side, report: DataReport, max_listed: int) -> None:
     """Count the pictures that look like one before them."""
     names, hashes = own.looks_array()
-    told: set[int] = set()
+    counted: set[int] = set()
     for i, j in near_pairs(hashes):
-        if j not in told:
-            told.add(j)
+        if j not in counted:
+            counted.add(j)
             place, other = own.pictures.get(names[j], ""), own.pictures.get(names[i], "")
             report.near_pictures.add(place, f"a picture that looks like one of {other}", max_listed)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opticnerve.data.collators.base import SampleBatch
-from opticnerve.data.media.transform import open_for
+from opticnerve.data.collators.base import SampleBatch, SampleCollator, open_once
 from opticnerve.types import Conversation, DataError, Features, OpticNerveError
 
 
@@ -34,31 +34,22 @@ class AnswerBatch(SampleBatch):
         return int(self.attention_mask.sum())
 
 
-class AnswerCollator:
+class AnswerCollator(SampleCollator):
     """Conversations of one picture, one question and its answer → `AnswerBatch`.
 
     Args:
         processor: a `FusionClassifierProcessor`.
-
-    `features`: a `FeatureStore` that knows what the frozen vision encoder saw; pictures are then not opened.
     """
 
-    features: Any = None
-
     def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self._opened: set[Any] = set()
+        super().__init__(processor)
+        self._opened: set[Path] = set()
 
     def check(self, conversation: Conversation) -> None:
         """Raise a `DataError` for what `__call__` would raise one; each picture file is opened once at most."""
         self._target(conversation)
         question_of(conversation)
-        source = conversation.images[0].source
-        if not isinstance(source, bytes) and source in self._opened:
-            return
-        open_for(self.processor.image_processor, source, where=conversation.where or conversation.id)
-        if not isinstance(source, bytes):
-            self._opened.add(source)
+        open_once(conversation, self.processor.image_processor, self._opened)
 
     def __call__(self, rows: Sequence[Sequence[Conversation]]) -> AnswerBatch:
         """`rows`: the conversations of each sample; all of them are asked.
@@ -69,18 +60,10 @@ class AnswerCollator:
         """
         conversations = [c for row in rows for c in row]
         targets = torch.tensor([self._target(c) for c in conversations])
-        questions = [question_of(c) for c in conversations]
-        sources, places = [c.images[0].source for c in conversations], [c.where or c.id for c in conversations]
-        pictures, seen = None, None
-        if self.features is None:
-            prepare = self.processor.image_processor
-            pictures = [open_for(prepare, s, where=where) for s, where in zip(sources, places, strict=True)]
-        else:
-            seen = self.features.rows(sources, places)
-        batch = self.processor(images=pictures, text=questions, return_tensors="pt")
+        batch, cached = self.inputs(conversations, [question_of(c) for c in conversations])
         return AnswerBatch(
             batch["input_ids"], batch["attention_mask"], batch.get("pixel_values"), targets,
-            [c.id for c in conversations], seen,
+            [c.id for c in conversations], cached,
         )  # fmt: skip
 
     def _target(self, conversation: Conversation) -> int:
@@ -88,12 +71,10 @@ class AnswerCollator:
         if conversation.answer is None:
             raise DataError("this question has no answer to learn", where=where, kind="no-answer")
         try:
-            place: int = self.processor.place_of(conversation.answer)
+            return int(self.processor.place_of(conversation.answer))
         except OpticNerveError as e:
-            raise DataError(
-                str(e), where=where, remedy="name it in model.answers, or leave such samples out", kind="answer"
-            ) from e
-        return place
+            remedy = "name it in model.answers, or leave such samples out"
+            raise DataError(str(e), where=where, remedy=remedy, kind="answer") from e
 
 
 def question_of(conversation: Conversation) -> str:
@@ -108,10 +89,9 @@ def question_of(conversation: Conversation) -> str:
         raise DataError(
             f"a fusion classifier takes one picture and one question; this sample has {len(conversation.images)} "
             f"pictures and {sum(bool(m.text.strip()) for m in asked)} questions",
-            where=conversation.where or conversation.id,
+            where=conversation.where or conversation.id, kind="no-question",
             remedy="give questions one by one, not dialogues",
-            kind="no-question",
-        )
+        )  # fmt: skip
     return words
 
 

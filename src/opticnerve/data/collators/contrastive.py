@@ -1,8 +1,7 @@
-"""Pictures and their captions as a batch for contrastive learning."""
+"""Pictures and their captions as a batch: for contrastive learning, and for the Q-Former's first stage."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opticnerve.data.collators.base import SampleBatch
+from opticnerve.data.collators.base import SampleBatch, SampleCollator, keys_of
 from opticnerve.data.media.open import image_digest
 from opticnerve.data.media.transform import open_for
-from opticnerve.types import Conversation, DataError
+from opticnerve.types import Conversation, DataError, OpticNerveError
 
 
 @dataclass
@@ -39,21 +38,18 @@ class PairBatch(SampleBatch):
         return int(self.attention_mask.sum())
 
 
-class PairCollator:
+class PairCollator(SampleCollator):
     """Conversations of one picture and one caption each → `PairBatch`.
 
     What the user says beside the picture ("Describe this.") is left out: the caption is the assistant's turn.
 
     Args:
         processor: a `DualEncoderProcessor`; it cuts captions at `max_length` tokens (its own by default).
-
-    `features`: a `FeatureStore` that knows what the frozen vision encoder saw; pictures are then not opened.
     """
 
-    features: Any = None
-
     def __init__(self, processor: Any, *, max_length: int | None = None) -> None:
-        self.processor, self.max_length = processor, max_length
+        super().__init__(processor)
+        self.limit = {} if max_length is None else {"max_length": max_length}
 
     def __call__(self, rows: Sequence[Sequence[Conversation]]) -> PairBatch:
         """`rows`: the conversations of each sample; all of them become pairs.
@@ -63,27 +59,18 @@ class PairCollator:
         """
         conversations = [c for row in rows for c in row]
         captions = [caption_of(c) for c in conversations]
-        sources, places = [c.images[0].source for c in conversations], [c.where or c.id for c in conversations]
-        pictures, seen = None, None
+        batch, cached = self.inputs(conversations, captions, **self.limit)
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
         digest = image_digest if self.features is None else self.features.digest
-        if self.features is None:
-            prepare = self.processor.image_processor
-            pictures = [open_for(prepare, s, where=where) for s, where in zip(sources, places, strict=True)]
-        else:
-            seen = self.features.rows(sources, places).tokens_BND[:, 0]
-        limit = {} if self.max_length is None else {"max_length": self.max_length}
-        batch = self.processor(images=pictures, text=captions, return_tensors="pt", **limit)
-        ids = batch["input_ids"]
-        mask = batch.get("attention_mask")
         return PairBatch(
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
             pixel_values=batch.get("pixel_values"),
-            caption_keys=_keys(" ".join(c.lower().split()) for c in captions),
-            image_keys=_keys(digest(s) for s in sources),
+            caption_keys=keys_of(" ".join(c.lower().split()) for c in captions),
+            image_keys=keys_of(digest(c.images[0].source) for c in conversations),
             captions=captions,
             ids=[c.id for c in conversations],
-            image_features=seen,
+            image_features=None if cached is None else cached.tokens_BND[:, 0],
         )
 
 
@@ -98,14 +85,76 @@ def caption_of(conversation: Conversation) -> str:
         raise DataError(
             f"contrastive learning takes one picture and one caption; this sample has {images} pictures and "
             f"{sum(bool(m.text.strip()) for m in said)} answers",
-            where=conversation.where or conversation.id,
+            where=conversation.where or conversation.id, kind="no-pair",
             remedy="give captions (one sample each), not dialogues",
-            kind="no-pair",
-        )
+        )  # fmt: skip
     return said[0].text.strip()
 
 
-def _keys(values: Any) -> Tensor:
-    """64 bits of a hash for each text: what can be gathered across processes and compared."""
-    digests = [hashlib.blake2b(v.encode(), digest_size=8).digest() for v in values]
-    return torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], dtype=torch.int64)
+# -- the Q-Former's first stage: captions in a BERT's tokens ----------------------------------------------------------
+
+
+@dataclass
+class CaptionBatch(SampleBatch):
+    """Image–caption pairs.
+
+    `pixel_values` (B, 3, H, W); `text_ids`, `text_mask` (B, L): the caption between [CLS] and [SEP], padded on the
+    right; `image_keys` (B,) int64: equal where the pictures are.
+    """
+
+    pixel_values: Tensor
+    text_ids: Tensor
+    text_mask: Tensor
+    image_keys: Tensor
+    ids: list[str]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.text_mask.sum())
+
+
+class CaptionCollator:
+    """Conversations → `CaptionBatch`: the last answer's words are the caption, the first picture is the image.
+
+    Captions longer than `max_length` tokens end there, with [SEP], as in BLIP-2 (which ends them at 32).
+    """
+
+    def __init__(self, image_processor: Any, tokenizer: Any, *, max_length: int) -> None:
+        self.image_processor, self.tokenizer, self.max_length = image_processor, tokenizer, max_length
+
+    def __call__(self, rows: Sequence[Sequence[Conversation]]) -> CaptionBatch:
+        """One conversation a row.
+
+        Raises:
+            DataError: a sample without a picture or without a caption; a picture that cannot be opened.
+            OpticNerveError: several conversations in a row.
+        """
+        if any(len(row) != 1 for row in rows):
+            raise OpticNerveError(
+                f"qformer_pretraining takes one caption a sample, not {max(map(len, rows))} about one picture: leave "
+                f"out share_prefix"
+            )
+        pairs = [row[0] for row in rows]
+        captions = [_caption(pair) for pair in pairs]
+        pictures = [open_for(self.image_processor, p.images[0].source, where=p.where or p.id) for p in pairs]
+        pixels = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        words = self.tokenizer(
+            captions, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return CaptionBatch(
+            pixel_values=pixels,
+            text_ids=words["input_ids"],
+            text_mask=words["attention_mask"].bool(),
+            image_keys=keys_of(p.contiguous().numpy().tobytes() for p in pixels),  # whatever files they came from
+            ids=[pair.id or pair.where for pair in pairs],
+        )
+
+
+def _caption(pair: Conversation) -> str:
+    where = pair.where or pair.id
+    if not pair.images:
+        problem = "has no picture; qformer_pretraining learns from image–caption pairs"
+        raise DataError(problem, where=where, kind="no-image")
+    if not (pair.answer or "").strip():
+        raise DataError("has no caption (no assistant's words at the end)", where=where, kind="no-assistant-turn")
+    return str(pair.answer)

@@ -70,7 +70,7 @@ class Collator:
     """Rows → `Batch`, with the processor's image processor, feature extractor and padding token.
 
     `features`: a `FeatureStore` that knows what the frozen vision encoder saw; pictures are then not opened.
-    `compact`: pixels stay 8-bit (`data.transform.Bytes`) until somebody normalises them, where that can be done.
+    `compact`: pixels stay 8-bit (`data.media.transform.Bytes`) until somebody normalises them, where that can be done.
     """
 
     features: Any = None

@@ -1,7 +1,7 @@
 """Pairs of answers to the same question about the same picture, side by side in one row.
 
 The picture and the question stand once, the chosen and the rejected answer behind them as two branches that do not see
-each other (`data.packing`): what both answers have in common is computed once.
+each other (`data.encode.packing`): what both answers have in common is computed once.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opticnerve.data.collators.base import open_once
 from opticnerve.data.collators.next_token import Batch, Collator
 from opticnerve.data.encode.packing import Row, fit, pack
 from opticnerve.data.encode.tokenize import IGNORE, Encoded, encode
-from opticnerve.data.media.transform import open_for
 from opticnerve.types import Conversation, DataError, Message, TextPart
 
 CHOSEN, REJECTED = 1, 2
@@ -52,12 +52,7 @@ class PreferenceCollator(Collator):
     def check(self, conversation: Conversation) -> None:
         """Raise a `DataError` for what `__call__` would raise one; each picture file is opened once at most."""
         pack([self.pair(conversation)])
-        for image in conversation.images:
-            if isinstance(image.source, Path) and image.source in self._opened:
-                continue
-            open_for(self.processor.image_processor, image.source, where=conversation.where or conversation.id)
-            if isinstance(image.source, Path):
-                self._opened.add(image.source)
+        open_once(conversation, self.processor.image_processor, self._opened)
 
     def pair(self, conversation: Conversation) -> list[Encoded]:
         """The chosen and the rejected answer with all that stands before; of the labels only those of the answer."""

@@ -22,7 +22,7 @@ class BadSampleCounter(Sequence[str]):
         rule: a stage's `bad_samples`. stage: its name, for the error.
 
     Raises:
-        OpticNerveError: when called, or told `of` how many: more are bad than the rule allows.
+        OpticNerveError: when called, or given how many there are (`of`): more are bad than the rule allows.
     """
 
     def __init__(self, rule: str | BadSamples, stage: str = "") -> None:
@@ -39,12 +39,12 @@ class BadSampleCounter(Sequence[str]):
         self._seen.add(key)
         if len(self.named) < NAMED:
             self.named.append(text)
-        self._judge()
+        self._check()
 
     def of(self, total: int) -> None:
         """Say how many samples there are, good and bad, so that a share of them is known."""
         self._total = total
-        self._judge()
+        self._check()
 
     @property
     def allowed(self) -> int | None:
@@ -66,7 +66,7 @@ class BadSampleCounter(Sequence[str]):
     def __getitem__(self, number: int | slice) -> str | list[str]:
         return self.named[number]
 
-    def _judge(self) -> None:
+    def _check(self) -> None:
         if self.allowed is None or len(self) <= self.allowed:
             return
         assert isinstance(self.rule, BadSamples)

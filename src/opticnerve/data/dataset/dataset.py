@@ -1,4 +1,4 @@
-"""Sequences of samples and of units of training that are read when they are visited: a few bytes each."""
+"""Sequences of samples and of examples of training that are read when they are asked for: a few bytes each."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.data.dataset.index import Index, picture_key
-from opticnerve.data.formats.vqa import merged
+from opticnerve.data.formats.converters import merged
 from opticnerve.types import Conversation
 
 NO_MEDIA = (
     "none of its samples has a picture or a sound, and the recipe has an encoder: nothing is learned about media; "
     "see with `opticnerve data check` which fields the data have, and docs/data.md which are read"
 )
+_T = TypeVar("_T")
 Example = tuple[Sequence[Conversation], int | None]
 
 
@@ -47,7 +48,31 @@ class Groups:
         return cls(np.argsort(group, kind="stable").astype(np.uint32), starts)
 
 
-class Samples(Sequence[Conversation]):
+class Indexed(Sequence[_T]):
+    """What is found again by its number: items by `item`, some of them by `only`."""
+
+    NOUN = "sample"
+
+    def item(self, number: int) -> _T:
+        raise NotImplementedError
+
+    def only(self, numbers: NDArray[Any]) -> Sequence[_T]:
+        """Some of them, in the order given."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, number: int) -> _T: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[_T]: ...
+    def __getitem__(self, number: int | slice) -> _T | Sequence[_T]:
+        if isinstance(number, slice):
+            return self.only(np.arange(len(self), dtype=np.uint32)[number])
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{self.NOUN} {number} of {len(self)}")
+        return self.item(number % len(self))
+
+
+class Samples(Indexed[Conversation]):
     """The conversations of an index, each read when it is asked for.
 
     Args:
@@ -63,16 +88,7 @@ class Samples(Sequence[Conversation]):
             return len(self.chosen)
         return len(self.found) if self.groups is None else len(self.groups)
 
-    @overload
-    def __getitem__(self, number: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, number: slice) -> Samples: ...
-    def __getitem__(self, number: int | slice) -> Conversation | Samples:
-        if isinstance(number, slice):
-            return self.only(np.arange(len(self), dtype=np.uint32)[number])
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        number %= len(self)
+    def item(self, number: int) -> Conversation:
         item = number if self.chosen is None else int(self.chosen[number])
         if self.groups is None:
             return self.found.sample(item)
@@ -101,30 +117,28 @@ class Samples(Sequence[Conversation]):
         return Groups.of(keys)
 
 
-class Joined(Sequence[Conversation]):
-    """Several sequences of samples, one after the other."""
+class Joined(Indexed[_T]):
+    """Several sequences, one after the other."""
 
-    def __init__(self, parts: Sequence[Sequence[Conversation]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[_T]]) -> None:
         self.parts = parts
         self._ends = list(accumulate(map(len, parts)))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, number: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Conversation]: ...
-    def __getitem__(self, number: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(len(self))[number]]
-        part, own = _place(self._ends, number, "sample")
-        return self.parts[part][own]
+    def item(self, number: int) -> _T:
+        part = bisect_right(self._ends, number)
+        return self.parts[part][number - (self._ends[part - 1] if part else 0)]
+
+    def only(self, numbers: NDArray[Any]) -> Sequence[_T]:
+        return [self[int(n)] for n in numbers]
 
 
 @dataclass
-class Entry:
-    """The units of one data entry. `groups`: samples that share a prefix, of which `per_image` are drawn at a time."""
+class Entry(Indexed[Example]):
+    """The examples of one data entry. `groups`: samples that share a prefix, of which `per_image` are drawn at a
+    time."""
 
     samples: Sequence[Conversation]
     groups: Groups | None = None
@@ -138,7 +152,7 @@ class Entry:
     def __len__(self) -> int:
         return self.once * self.repeat
 
-    def __getitem__(self, number: int) -> Example:
+    def item(self, number: int) -> Example:
         number %= self.once
         if self.groups is None:
             return [self.samples[number]], None
@@ -149,28 +163,20 @@ class Entry:
         return 1 if self.groups is None else len(self.groups[number % self.once])
 
 
-class Examples(Sequence[Example]):
-    """The units of all data entries of a stage, one entry after the other."""
+class Examples(Joined[Example]):
+    """The examples of all data entries of a stage, one entry after the other."""
+
+    NOUN = "example"
 
     def __init__(self, entries: Sequence[Entry]) -> None:
+        super().__init__(entries)
         self.entries = entries
-        self._ends = list(accumulate(map(len, entries)))
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, number: int) -> Example: ...
-    @overload
-    def __getitem__(self, number: slice) -> Chosen: ...
-    def __getitem__(self, number: int | slice) -> Example | Chosen:
-        if isinstance(number, slice):
-            return Chosen(self, np.arange(len(self), dtype=np.uint32)[number])
-        entry, own = _place(self._ends, number, "unit")
-        return self.entries[entry][own]
+    def only(self, numbers: NDArray[Any]) -> ExampleSubset:
+        return ExampleSubset(self, numbers)
 
     def samples(self) -> int:
-        """How many samples all units have."""
+        """How many samples all examples have."""
         return sum(e.repeat * (e.once if e.groups is None else len(e.groups.members)) for e in self.entries)
 
     def with_media(self) -> int:
@@ -198,35 +204,23 @@ class Examples(Sequence[Example]):
 
 
 @dataclass
-class Chosen(Sequence[Example]):
-    """Some of the units; `without`: of a unit (by its place here) only these members."""
+class ExampleSubset(Indexed[Example]):
+    """Some of the examples; `kept`: of an example (by its number here) only these members."""
 
     examples: Sequence[Example]
     numbers: NDArray[Any]
     kept: dict[int, list[int]] = field(default_factory=dict)
 
+    NOUN = "example"
+
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, number: int) -> Example: ...
-    @overload
-    def __getitem__(self, number: slice) -> Chosen: ...
-    def __getitem__(self, number: int | slice) -> Example | Chosen:
-        if isinstance(number, slice):
-            places = range(len(self))[number]
-            kept = {new: self.kept[old] for new, old in enumerate(places) if old in self.kept}
-            return Chosen(self.examples, self.numbers[number], kept)
+    def item(self, number: int) -> Example:
         conversations, count = self.examples[int(self.numbers[number])]
-        members = self.kept.get(number % len(self))
+        members = self.kept.get(number)
         return (conversations if members is None else [conversations[k] for k in members]), count
 
-
-def _place(ends: Sequence[int], number: int, what: str) -> tuple[int, int]:
-    """Of sequences laid end to end, which one holds item `number`, and where; `ends`: behind which item each ends."""
-    total = ends[-1] if ends else 0
-    if not -total <= number < total:
-        raise IndexError(f"{what} {number} of {total}")
-    number %= total
-    part = bisect_right(ends, number)
-    return part, number - (ends[part - 1] if part else 0)
+    def only(self, numbers: NDArray[Any]) -> ExampleSubset:
+        kept = {new: self.kept[old] for new, old in enumerate(numbers.tolist()) if old in self.kept}
+        return ExampleSubset(self.examples, self.numbers[numbers], kept)

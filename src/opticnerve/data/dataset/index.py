@@ -1,4 +1,4 @@
-"""Where every good sample of a source lies, found in one pass, so that samples are read when they are visited.
+"""Where every good sample of a source lies, found in one pass, so that samples are read when they are asked for.
 
 A sample takes 36 bytes: its place, and what sorting needs of its pictures. Of a source of some size the index is kept
 in the cache folder, with every bad sample's error, and mapped from there; it is taken again while nothing that it
@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import shutil
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.data.dataset.read import DataSource, OnError, OpenSource, open_source, raise_error
 from opticnerve.data.formats.media import MOST_FOLDERS, folder_age
-from opticnerve.data.sources.base import Location, Record
+from opticnerve.data.sources.base import Location
 from opticnerve.data.sources.open import open_records
 from opticnerve.types import Conversation, DataError, Frame, OpticNerveError
 
@@ -43,6 +46,7 @@ ROW = np.dtype(
 )  # fmt: skip
 """`part`: which of its record's conversations. `picture`: a hash of which pictures and sounds it shows. `images`: how
 many pictures, `pieces`: sounds, too; 255 for more."""
+_PACKED = struct.Struct("<2Q4I?3B")  # a row
 
 
 @dataclass
@@ -101,7 +105,8 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
                 for line in errors:
                     problem, where, remedy, kind = json.loads(line)
                     tell(DataError(problem, where=where, remedy=remedy, kind=kind))
-        rows = np.load(found / "rows.npy", mmap_mode="r")
+        file = found / "rows"
+        rows: NDArray[Any] = np.memmap(file, ROW, "r") if file.stat().st_size else np.zeros(0, ROW)
     return Index(rows, open_source(source, _pass_over).read())
 
 
@@ -133,86 +138,42 @@ def _named(source: Any) -> str:
     return f"{type(source).__name__} {hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else source}"
 
 
-class _Rows:
-    """Rows as they come, in memory or in a .npy file."""
-
-    def __init__(self, file: Any = None) -> None:
-        self._file, self._count = file, 0
-        self._parts: list[NDArray[Any]] = []
-        self._part, self._filled = np.zeros(1 << 14, ROW), 0
-        if file is not None:
-            self._head(0)
-
-    def add(self, record: Record, part: int, conversation: Conversation) -> None:
-        place, pieces = record.place, conversation.pieces
-        if place.size >= 1 << 32:
-            raise DataError(f"a record of {place.size:,} bytes", where=record.where, kind="too-long")
-        self._part[self._filled] = (
-            place.start, picture_key([p.source for p in pieces]), place.size, place.file, record.index, part,
-            held_out(conversation), min(255, len(conversation.images)), min(255, len(pieces)), 0,
-        )  # fmt: skip
-        self._filled += 1
-        if self._filled == len(self._part):
-            self._flush()
-
-    def end(self) -> NDArray[Any]:
-        self._flush()
-        if self._file is None:
-            return np.concatenate(self._parts) if self._parts else np.zeros(0, ROW)
-        self._head(self._count)
-        return np.zeros(0, ROW)
-
-    def _flush(self) -> None:
-        filled = self._part[: self._filled]
-        self._count += len(filled)
-        if self._file is None:
-            self._parts.append(filled.copy())
-        else:
-            self._file.write(filled.tobytes())
-        self._filled = 0
-
-    def _head(self, count: int) -> None:
-        # The header of .npy has room to grow: the number of rows is written at the end.
-        about = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
-        at = self._file.tell()
-        self._file.seek(0)
-        np.lib.format.write_array_header_1_0(self._file, about)
-        self._file.seek(max(at, self._file.tell()))
-
-
 def _made(source: DataSource, tell: OnError) -> Index:
     """In memory."""
-    opened, rows = open_source(source, tell), _Rows()
-    _collect(opened, rows, _limit(source), tell)
-    return Index(rows.end(), opened.read())
+    opened, file = open_source(source, tell), io.BytesIO()
+    _collect(opened, file, _limit(source), tell)
+    return Index(np.frombuffer(file.getvalue(), ROW), opened.read())
 
 
 def _make(source: DataSource, target: Path, started: int, tell: OnError) -> None:
     """On disk, whole or not at all."""
     folders: dict[str, int] = {}
     with new_folder(target) as made:
-        with (made / "rows.npy").open("w+b") as file, (made / "errors.jsonl").open("w") as errors:
+        with (made / "rows").open("wb") as file, (made / "errors.jsonl").open("w") as errors:
 
             def note(error: DataError) -> None:
                 errors.write(json.dumps([error.problem, error.where, error.remedy, error.kind]) + "\n")
                 tell(error)
 
-            rows = _Rows(file)
-            _collect(open_source(source, note, folders=folders), rows, _limit(source), note)
-            rows.end()
+            _collect(open_source(source, note, folders=folders), file, _limit(source), note)
         # What changed while it was read, or too shortly before to be sure, is not relied on.
         sure = len(folders) <= MOST_FOLDERS and all(age < started - _UNSURE for age in folders.values())
         about = {"folders": folders if sure else None}
         (made / "about.json").write_text(json.dumps(about))
 
 
-def _collect(opened: OpenSource, rows: _Rows, limit: int | None, tell: OnError) -> None:
-    if limit == 0:
-        return
-    for number, (record, part, conversation) in enumerate(opened.converted(tell), start=1):
-        rows.add(record, part, conversation)
-        if number == limit:
-            return
+def _collect(opened: OpenSource, file: BinaryIO, limit: int | None, tell: OnError) -> None:
+    """Write a row for each good sample, as they come."""
+    for record, part, conversation in islice(opened.converted(tell), limit):
+        place, pieces = record.place, conversation.pieces
+        if place.size >= 1 << 32:
+            raise DataError(f"a record of {place.size:,} bytes", where=record.where, kind="too-long")
+        picture = picture_key([p.source for p in pieces])
+        images, shown = (min(255, len(listed)) for listed in (conversation.images, pieces))
+        file.write(
+            _PACKED.pack(place.start, picture, place.size, place.file, record.index, part, held_out(conversation),
+                         images, shown, 0)
+        )  # fmt: skip
 
 
 def _limit(source: DataSource) -> int | None:

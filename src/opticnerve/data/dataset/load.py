@@ -1,4 +1,4 @@
-"""From a recipe's data entries to conversations, the starter kit's names included, and to the units of an epoch."""
+"""From a recipe's data entries to conversations, the starter kit's names included, and to the examples of an epoch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def _indexed(spec: DataSpec, on_error: OnError | None) -> Samples:
     source = source_of(spec)
     index = index_of(source, on_error)
     if source.group_by_image:
-        samples = Samples(index, groups=Groups.of(index.rows["picture"]))[: source.limit]
+        groups = Groups.of(index.rows["picture"])
+        samples = Samples(index, np.arange(len(groups), dtype=np.uint32)[: source.limit], groups)
     else:
         samples = Samples(index)
     if spec.split == "all":
@@ -105,7 +106,7 @@ def load_streams(stage: Stage, *, seed: int) -> Streams:
 
 
 def load_examples(specs: Sequence[DataSpec], *, on_error: OnError | None = None) -> Examples:
-    """Units of training: one conversation, or, with `share_prefix`, all questions about one picture and how many of
+    """Examples: one conversation, or, with `share_prefix`, all questions about one picture and how many of
     them to draw at a time."""
     entries = []
     for spec in specs:
@@ -132,7 +133,7 @@ def by_picture(conversations: Sequence[Conversation]) -> list[list[Conversation]
 
 
 def draw(example: Example, rng: random.Random) -> list[Conversation]:
-    """The conversations of a unit that one sample trains on."""
+    """The conversations of an example that one sample trains on."""
     conversations, count = example
     if count is None or count >= len(conversations):
         return list(conversations)

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
-from opticnerve.data.formats.captions import CAPTION_FIELDS, VAGUE_FIELDS, captions, company
-from opticnerve.data.formats.chat import chat, completion, llava
+from opticnerve.data.formats.converters import CAPTION_FIELDS, CONVERTERS, VAGUE_FIELDS, company, conversations
+from opticnerve.data.formats.converters import group_by_image as grouped
 from opticnerve.data.formats.fields import Fields
 from opticnerve.data.formats.media import Context
 from opticnerve.data.formats.names import kind_by_name, kind_of
-from opticnerve.data.formats.preference import preference
-from opticnerve.data.formats.repairs import REPAIRS, repaired
-from opticnerve.data.formats.rules import check_conversation
-from opticnerve.data.formats.unread import check_unread
-from opticnerve.data.formats.vqa import group_by_image as grouped
-from opticnerve.data.formats.vqa import vqa
+from opticnerve.data.formats.rules import REPAIRS, check_conversation, check_unread, repaired
+from opticnerve.data.media.files import errors_at
 from opticnerve.data.media.video import MAX_COUNT
-from opticnerve.data.sources.base import Record, Records, Streaming
+from opticnerve.data.sources.base import Record, Records, Streaming, refused
 from opticnerve.data.sources.open import open_records
 from opticnerve.data.sources.streaming import Streamed, is_hub_name
 from opticnerve.types import Conversation, DataError
 
 OnError = Callable[[DataError], None]
-Convert = Callable[[Record, Context], Iterator[Conversation]]
 
-_CONVERTERS: dict[str, Convert] = {
-    "captions": captions, "vqa": vqa, "llava": llava, "chat": chat, "completion": completion, "preference": preference,
-}  # fmt: skip
-FORMATS = ("auto", *_CONVERTERS, "hf", "webdataset")
+FORMATS = ("auto", *CONVERTERS, "hf", "webdataset")
 _BY_FIELDS = ("auto", "hf", "webdataset")  # the fields of the records tell which of the converters is meant
-_LOOK_AHEAD = 32  # records in which a recognisable one is looked for
+_HEAD = 32  # records in which a recognisable one is looked for
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """One entry of a recipe's `data:`. The fields are `read`'s arguments."""
+    """One entry of a recipe's `data:`.
+
+    `path`: a .json, .jsonl, .csv, .tsv or .parquet file, a folder saved by `datasets`, a folder of Parquet files, or
+    webdataset shards (`shards/{000..099}.tar`). `format`: `captions`, `vqa`, `llava`, `chat`, `completion` or
+    `preference`; `hf`: a folder or Parquet file whose columns tell which of these; `webdataset`: shards, whose samples
+    tell; `auto`: the fields of the first recognisable record tell. `media`: the folder that pictures' paths start from;
+    default: where the data file lies. `prompt`: captions only: what the user says beside the picture; of a list, one
+    for each sample, fixed by its id. `limit`: stop after so many conversations. `allow_outside_media`: read files
+    outside `media`, too, for data you trust. `group_by_image`: vqa only: all questions on a picture become one
+    conversation. `frames`: how many pictures are taken of a video, at equal distances (chat and llava). `ignore`:
+    fields of the records that are passed over, although they name media or say what is learned. `split`: of a folder
+    with several splits, the one that is meant. `repair`: repairs to make, by name (`formats.rules`).
+    """
 
     path: str | Path
     format: str = "auto"
@@ -65,13 +70,13 @@ class DataSource:
         """Refuse what no file could make right."""
         path = Path(self.path)
         if self.format not in FORMATS:
-            raise _format_error(path, f"unknown format {self.format!r}", f"choose one of {', '.join(FORMATS)}")
+            raise refused(path, f"unknown format {self.format!r}", f"choose one of {', '.join(FORMATS)}")
         if self.limit is not None and self.limit < 0:
-            raise _format_error(path, f"limit is {self.limit}", "give 0 or more")
+            raise refused(path, f"limit is {self.limit}", "give 0 or more")
         if unknown := sorted(set(self.repair) - set(REPAIRS)):
-            raise _format_error(path, f"unknown repair {unknown[0]!r}", f"choose of {', '.join(REPAIRS)}")
+            raise refused(path, f"unknown repair {unknown[0]!r}", f"choose of {', '.join(REPAIRS)}")
         if not 0 < self.frames <= MAX_COUNT:
-            raise _format_error(path, f"frames is {self.frames}", f"give 1 to {MAX_COUNT}")
+            raise refused(path, f"frames is {self.frames}", f"give 1 to {MAX_COUNT}")
 
 
 @dataclass
@@ -84,11 +89,11 @@ class OpenSource:
     ignore: frozenset[str]
     repair: Sequence[str]
     head: list[Record | DataError]
-    rest: Iterator[Record | DataError]
+    remaining: Iterator[Record | DataError]
 
     def converted(self, on_error: OnError) -> Iterator[tuple[Record, int, Conversation]]:
         """All good conversations, once: the record of each, and which of that record's it is."""
-        for record in chain(self.head, self.rest):
+        for record in chain(self.head, self.remaining):
             if isinstance(record, DataError):
                 on_error(record)
                 continue
@@ -124,7 +129,7 @@ class OpenSource:
 
     def read(self) -> OpenSource:
         """The same without what is still to come: for reading single records."""
-        return OpenSource(self.records, self.format, self.context, self.ignore, self.repair, [], iter(()))
+        return replace(self, head=[], remaining=iter(()))
 
     def one(self, record: Record, part: int) -> Conversation:
         """A conversation that `converted` gave, made again.
@@ -140,12 +145,12 @@ class OpenSource:
     def _made(self, record: Record, *, check: bool = True) -> Iterator[Conversation]:
         """A record's conversations, once it is seen that nothing of it is passed over that must not be."""
         fields = Fields(record.fields, self.ignore)
-        made = _CONVERTERS[self.format](replace(record, fields=fields), self.context)
-        for number, conversation in enumerate(made):
-            if check and number == 0:
-                media = len(conversation.pieces)
-                check_unread(fields, record.where, format=self.format, strict=self.context.strict, media=media)
-            yield repaired(conversation, self.repair)
+        with errors_at(record.where):
+            for number, conversation in enumerate(conversations(record, fields, self.format, self.context)):
+                if check and number == 0:
+                    media, strict = len(conversation.pieces), self.context.strict
+                    check_unread(fields, format=self.format, strict=strict, media=media)
+                yield repaired(conversation, self.repair)
 
 
 def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int] | None = None) -> OpenSource:
@@ -163,15 +168,15 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     )
     known = path.is_dir() or path.suffix.lower() == ".parquet" or source.stream is not None
     if format == "hf" and not known:
-        raise _format_error(path, "the hf format is a folder or a .parquet file", "leave format at auto")
+        raise refused(path, "the hf format is a folder or a .parquet file", "leave format at auto")
     rest = iter(found)
     head = _head(rest)
     if format in _BY_FIELDS:
         format = _recognise(head, path, on_error)
     if source.prompt and format != "captions":
-        raise _format_error(path, f"prompt is for captions, and this is {format}", "remove prompt")
+        raise refused(path, f"prompt is for captions, and this is {format}", "remove prompt")
     if source.group_by_image and format != "vqa":
-        raise _format_error(path, f"group_by_image is for vqa, and this is {format}", "remove group_by_image")
+        raise refused(path, f"group_by_image is for vqa, and this is {format}", "remove group_by_image")
     media = Path(source.media) if source.media is not None else path if path.is_dir() else path.parent
     on_hub = source.stream is not None and source.media is None and not path.exists() and is_hub_name(str(source.path))
     if on_hub:
@@ -186,58 +191,24 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     return OpenSource(found, format, context, frozenset(source.ignore), source.repair, head, rest)
 
 
-def read(
-    path: str | Path,
-    *,
-    format: str = "auto",
-    media: str | Path | None = None,
-    prompt: str | list[str] | None = None,
-    limit: int | None = None,
-    allow_outside_media: bool = False,
-    group_by_image: bool = False,
-    frames: int = 8,
-    ignore: Sequence[str] = (),
-    split: str | None = None,
-    repair: Sequence[str] = (),
-    on_error: OnError | None = None,
-) -> Iterator[Conversation]:
+def read(path: str | Path, *, on_error: OnError | None = None, **options: Any) -> Iterator[Conversation]:
     """The conversations of a data file, one after another; pictures are named, not opened.
 
     Args:
-        path: a .json, .jsonl, .csv, .tsv or .parquet file, a folder saved by `datasets`, a folder of Parquet files, or
-            webdataset shards (`shards/{000..099}.tar`).
-        format: `captions`, `vqa`, `llava`, `chat`, `completion` or `preference`; `hf`: a folder or Parquet file whose
-            columns tell which of these; `webdataset`: shards, whose samples tell; `auto`: the fields of the first
-            recognisable record tell.
-        media: the folder that pictures' paths start from; default: where the data file lies.
-        prompt: captions only: what the user says beside the picture; of a list, one for each sample, fixed by its id.
-        limit: stop after so many conversations.
-        allow_outside_media: read files outside `media`, too. For data you trust.
-        group_by_image: vqa only: all questions on a picture become one conversation.
-        frames: how many pictures are taken of a video, at equal distances (chat and llava).
-        ignore: fields of the records that are passed over, although they name media or say what is learned.
-        split: of a folder with several splits, the one that is meant.
-        repair: repairs to make, by name; see `opticnerve.data.formats.repairs`.
+        path, options: the fields of `DataSource`.
         on_error: gets each sample that cannot be used, and reading goes on; without it the first one is raised.
 
     Raises:
         DataError: a bad sample, without `on_error`. With it, still: a file that cannot be read at all, that holds no
             record, whose format cannot be told, or an argument that does not fit the format.
     """
-    source = DataSource(path, format, media, prompt, limit, allow_outside_media, group_by_image, frames,
-                        ignore=ignore, split=split, repair=repair)  # fmt: skip
-    return source.read(on_error)
-
-
-def read_all(sources: Iterable[DataSource], on_error: OnError | None = None) -> Iterator[Conversation]:
-    """The conversations of several sources, one source after the other."""
-    return chain.from_iterable(source.read(on_error) for source in sources)
+    return DataSource(path, **options).read(on_error)
 
 
 def _head(stream: Iterator[Record | DataError]) -> list[Record | DataError]:
     """Enough of the beginning to tell the format by."""
     head: list[Record | DataError] = []
-    for item in islice(stream, _LOOK_AHEAD):
+    for item in islice(stream, _HEAD):
         head.append(item)
         if isinstance(item, Record) and _matches(item):
             break
@@ -272,22 +243,18 @@ def _recognise(head: list[Record | DataError], path: Path, on_error: OnError) ->
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise _format_error(
+        raise refused(
             path, f"the fields of {known[-1].where} fit several formats: {', '.join(matches)}", "set format to one"
         )
     for item in head:
         if isinstance(item, DataError):
             on_error(item)
     seen = ", ".join(str(k) for k in list(known[0].fields)[:12]) if known else "no readable record"
-    raise _format_error(path, f"cannot tell the format from {seen}", f"set format to one of {', '.join(_CONVERTERS)}")
-
-
-def _format_error(path: Path, problem: str, remedy: str) -> DataError:
-    return DataError(problem, where=str(path), remedy=remedy, kind="format")
+    raise refused(path, f"cannot tell the format from {seen}", f"set format to one of {', '.join(CONVERTERS)}")
 
 
 def _empty(path: Path) -> DataError:
-    return DataError("there is no record in it", where=str(path), remedy="name another file", kind="empty-file")
+    return refused(path, "there is no record in it", "name another file", "empty-file")
 
 
 def raise_error(error: DataError) -> None:

@@ -79,12 +79,12 @@ class Stream:
 
     # -- what a checkpoint and other processes get to know --------------------------------------------------------
 
-    def take_marks(self) -> tuple[list[Mark], int | None]:
+    def state_delta(self) -> tuple[list[Mark], int | None]:
         """The marks found since they were last taken, and the length of an epoch, if it is known."""
         taken, self._new = self._new, []
         return taken, self.length
 
-    def put_marks(self, found: tuple[list[Mark], int | None]) -> None:
+    def load_state_delta(self, found: tuple[list[Mark], int | None]) -> None:
         """Marks that this stream had in another process, or before it was stopped."""
         marks, length = found
         for epoch, number, shard, row in marks:
@@ -96,7 +96,7 @@ class Stream:
         return {"marks": [[*at, *place] for at, place in self.marks.items()], "length": self.length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.put_marks(([tuple(m) for m in state["marks"]], state["length"]))
+        self.load_state_delta(([tuple(m) for m in state["marks"]], state["length"]))
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -223,12 +223,12 @@ class Streams:
         for stream in self.streams:
             stream.close()
 
-    def take_marks(self) -> list[Any]:
-        return [stream.take_marks() for stream in self.streams]
+    def state_delta(self) -> list[Any]:
+        return [stream.state_delta() for stream in self.streams]
 
-    def put_marks(self, found: Sequence[Any]) -> None:
+    def load_state_delta(self, found: Sequence[Any]) -> None:
         for stream, marks in zip(self.streams, found, strict=True):
-            stream.put_marks(marks)
+            stream.load_state_delta(marks)
 
     def state_dict(self) -> dict[str, Any]:
         return {"streams": [stream.state_dict() for stream in self.streams]}

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, ref
 
 from jinja2 import TemplateError
 
-from opticnerve.data.encode.chat_skeleton import MARK, Skeleton, Turn, mark, marked, plain, text_part, trimmed
+from opticnerve.data.encode.chat_skeleton import MARK, Skeleton, SkeletonTurn, mark, marked, plain, text_part, trimmed
 from opticnerve.language import thinking
 from opticnerve.language.chat_template import CAPTION_ONLY
 from opticnerve.types import Conversation, DataError, Message, TextPart
@@ -33,7 +33,7 @@ THINKING = "set model.language.thinking to strip, keep or empty, or give model.l
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerSpan:
     """An assistant's turn in a rendered text: `start` is where its generation prompt ends, `stop` where its end of
     turn ends."""
 
@@ -47,7 +47,7 @@ class Layout:
     """A rendered conversation. `words`: the spans of what people said, as opposed to the template, and who said it."""
 
     text: str
-    answers: list[Answer]
+    answers: list[AnswerSpan]
     words: list[tuple[int, int, str]]
 
 
@@ -78,7 +78,7 @@ class ChatForm:
         self.separator = str(plain[0]) if plain else ""
         self.parting = set(self.tokenizer.convert_tokens_to_ids([str(t) for t in plain]))
         self.beginning = _beginning(self.tokenizer)
-        self._skeletons: dict[tuple[tuple[Turn, ...], bool], Skeleton | DataError] = {}
+        self._skeletons: dict[tuple[tuple[SkeletonTurn, ...], bool], Skeleton | DataError] = {}
 
     def lay_out(self, conversation: Conversation, *, cue: bool) -> Layout:
         """Render a conversation (`cue`: with the generation prompt behind it) and find every turn in it.
@@ -106,7 +106,7 @@ class ChatForm:
 
     # -- skeletons ------------------------------------------------------------------------------------------------
 
-    def _skeleton(self, turns: Sequence[Turn], cue: bool) -> Skeleton:
+    def _skeleton(self, turns: Sequence[SkeletonTurn], cue: bool) -> Skeleton:
         key = (tuple(turns), cue)
         if key not in self._skeletons:
             if len(self._skeletons) >= _MOST_SHAPES:
@@ -120,7 +120,7 @@ class ChatForm:
             raise found
         return found
 
-    def _new_skeleton(self, turns: Sequence[Turn], cue: bool) -> Skeleton:
+    def _new_skeleton(self, turns: Sequence[SkeletonTurn], cue: bool) -> Skeleton:
         whole = self._whole([t.chat() for t in turns], cue, turns[-1].said if turns else "")
         pieces, order, at = [], [], 0
         starts: dict[int, int] = {}
@@ -168,7 +168,7 @@ class ChatForm:
         ended = self._render([*chat[:-1], {"role": "assistant", "content": [text_part(last)]}], False)
         return asked + behind + ended.partition(last)[2]
 
-    def _check_marks(self, turn: Turn, order: Sequence[int], cue: bool) -> None:
+    def _check_marks(self, turn: SkeletonTurn, order: Sequence[int], cue: bool) -> None:
         missing = [m for m in turn.marks if m not in order]
         if turn.role == "assistant":
             if cue or not turn.learn:
@@ -180,8 +180,7 @@ class ChatForm:
             if any(order.count(m) > 1 for m in turn.marks):
                 raise DataError("the chat template writes an assistant turn twice", remedy=OTHER_TEMPLATE)
         elif missing and not self.captions:
-            remedy = FOLD if turn.role == "system" else OTHER_TEMPLATE
-            raise DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy)
+            raise _drops(turn)
 
     def _special_at(self, text: str, *, behind_media: bool = False) -> str | None:
         """The special token that a text begins with, behind white space."""
@@ -190,7 +189,7 @@ class ChatForm:
 
     def after_last_answer(self) -> str:
         """What the template writes behind the last words of an assistant."""
-        chat = [Turn("user", (("text", "q"),), ()), Turn("assistant", (("text", mark(0)),), (0,))]
+        chat = [SkeletonTurn("user", (("text", "q"),), ()), SkeletonTurn("assistant", (("text", mark(0)),), (0,))]
         return self._render([t.chat() for t in chat], False).partition(mark(0))[2]
 
     @cached_property
@@ -224,13 +223,19 @@ class ChatForm:
     # -- texts ----------------------------------------------------------------------------------------------------
 
     def _fit(
-        self, skeleton: Skeleton, turns: Sequence[Turn], words: Sequence[str], messages: Sequence[Message], cue: bool
-    ) -> Layout:
+        self,
+        skeleton: Skeleton,
+        turns: Sequence[SkeletonTurn],
+        words: Sequence[str],
+        messages: Sequence[Message],
+        cue: bool,
+    ) -> Layout:  # fmt: skip
         """The words of a conversation in the places of a skeleton's marks."""
         text = self._whole([plain(m) for m in messages], cue, messages[-1].text if messages else "")
         first, *following = [*skeleton.pieces, skeleton.tail]
+        other = DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
         if not text.startswith(first):
-            raise DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
+            raise other
         at, spans = len(first), []
         places: dict[int, tuple[int, int]] = {}
         speaker = {m: t.role for t in turns for m in t.marks}
@@ -242,14 +247,13 @@ class ChatForm:
             spans.append((at, at + len(form), speaker[number]))
             at += len(form) + len(after)
         if at != len(text):
-            raise DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
+            raise other
         for message, turn in zip(messages, turns, strict=True):
             said = (p.text.strip() for p in message.parts if isinstance(p, TextPart))
             if not turn.marks and not self.captions and any(words not in text for words in said):
-                remedy = FOLD if turn.role == "system" else OTHER_TEMPLATE
-                raise DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy)
+                raise _drops(turn)
         answers = [
-            Answer(
+            AnswerSpan(
                 places[turns[k].marks[0]][0] - len(gap),
                 places[turns[k].marks[-1]][1] + skeleton.ends[k],
                 messages[k].learn,
@@ -269,6 +273,11 @@ class ChatForm:
                 f"the chat template refuses this conversation: {' '.join(str(e).split()) or type(e).__name__}",
                 remedy=FOLD if system else OTHER_TEMPLATE, kind="template",
             ) from None  # fmt: skip
+
+
+def _drops(turn: SkeletonTurn) -> DataError:
+    remedy = FOLD if turn.role == "system" else OTHER_TEMPLATE
+    return DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy)
 
 
 _FORMS: WeakKeyDictionary[Any, dict[tuple[str, str | None], ChatForm]] = WeakKeyDictionary()

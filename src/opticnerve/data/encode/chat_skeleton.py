@@ -33,7 +33,7 @@ class Skeleton:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class SkeletonTurn:
     """A message of a skeleton: its `content`, as (type, text with marks), and the numbers of its marks."""
 
     role: str
@@ -71,10 +71,10 @@ def _kind(part: ImagePart | AudioPart) -> str:
 
 def marked(
     messages: Sequence[Message], roles: Sequence[str] = ("system", "user", "assistant")
-) -> tuple[list[Turn], list[str]]:
+) -> tuple[list[SkeletonTurn], list[str]]:
     """The messages with marks for the words of these roles, and the words. Words that are white space alone are left
     as they are, for templates ask whether there are any; an assistant's are marked all the same."""
-    turns: list[Turn] = []
+    turns: list[SkeletonTurn] = []
     words: list[str] = []
     for message in messages:
         content: list[tuple[str, str]] = []
@@ -99,7 +99,7 @@ def marked(
                 content.append(("text", block + put(part.text[thought.end() :])))
             else:
                 content.append(("text", put(part.text)))
-        turns.append(Turn(message.role, tuple(content), tuple(marks), message.learn))
+        turns.append(SkeletonTurn(message.role, tuple(content), tuple(marks), message.learn))
     return turns, words
 
 

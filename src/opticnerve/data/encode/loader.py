@@ -31,7 +31,7 @@ class Sent:
     batch: Any = None
     error: OpticNerveError | None = None
     left_out: list[DataError] = field(default_factory=list)
-    marks: Any = None
+    state: Any = None
 
     def pin_memory(self) -> Sent:
         """torch's pinning thread asks for this: the batch's tensors in page-locked memory."""
@@ -39,7 +39,7 @@ class Sent:
 
 
 class FromStep(Dataset[Sent]):
-    """The items of `samples` from number `first` on.
+    """The items of `sampler` from number `first` on.
 
     Errors for users go as values: torch would rebuild them from a text of its own, the sample's name lost in a
     traceback.
@@ -53,18 +53,18 @@ class FromStep(Dataset[Sent]):
 
     def __getitem__(self, index: int) -> Sent:
         take = getattr(self.sampler, "take_left_out", list)
-        marks = getattr(self.sampler, "take_marks", lambda: None)
+        state = getattr(self.sampler, "state_delta", lambda: None)
         try:
-            return Sent(self.sampler[self.first + index], left_out=take(), marks=marks())
+            return Sent(self.sampler[self.first + index], left_out=take(), state=state())
         except OpticNerveError as e:
-            return Sent(error=e, left_out=take(), marks=marks())
+            return Sent(error=e, left_out=take(), state=state())
 
 
 def loader(sampler: Any, first: int, workers: int, device: Any) -> DataLoader[Sent]:
-    """Micro-batch `first` and all that follow it, in order; go through it with `Waiting`.
+    """Micro-batch `first` and all that follow it, in order; go through it with `TimedBatches`.
 
     Args:
-        sampler: a sequence of batches, such as `StageSampler`.
+        sampler: a sequence of batches, such as `train.sampler.StageSampler`.
         workers: processes beside this one; 0 makes each batch here, when it is asked for.
         device: where the batches will go. For CUDA they are put in page-locked memory, from which copies run beside
             the computation.
@@ -76,7 +76,7 @@ def loader(sampler: Any, first: int, workers: int, device: Any) -> DataLoader[Se
     )  # fmt: skip
 
 
-class Waiting(Iterator[Any]):
+class TimedBatches(Iterator[Any]):
     """The batches of a `loader`, their pixels normalised on `device`.
 
     `seconds`: how long the caller has waited for them in all, the first one and its workers' start included;
@@ -102,8 +102,8 @@ class Waiting(Iterator[Any]):
             self.first_seconds = self.seconds
         if sent.left_out:  # the samples of this process, not a worker's copy, keep count
             self._loader.dataset.sampler.leave_out(sent.left_out)  # type: ignore[attr-defined]
-        if sent.marks is not None:
-            self._loader.dataset.sampler.put_marks(sent.marks)  # type: ignore[attr-defined]
+        if sent.state is not None:
+            self._loader.dataset.sampler.load_state_delta(sent.state)  # type: ignore[attr-defined]
         if sent.error is not None:
             raise sent.error
         return _each(sent.batch, lambda t: t, lambda b: b.normalised(self._device))

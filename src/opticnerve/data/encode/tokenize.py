@@ -14,6 +14,7 @@ from typing import Any
 
 from opticnerve.data.encode.chat_layout import ChatForm, Layout, form_of
 from opticnerve.data.media.audio import open_audio
+from opticnerve.data.media.files import errors_at
 from opticnerve.data.media.open import image_size
 from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError
 
@@ -70,33 +71,34 @@ def encode(
             f"{type(processor.tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)"
         )
     where = conversation.where or conversation.id
-    _check_placeholders(conversation, processor, where)
-    form = form_of(processor, template)
-    layout = form.lay_out(conversation, cue=not learn)
-    if learn:
-        end_of_turn(processor, template)
-    if sanitize_control_tokens is None:
-        sanitize_control_tokens = processor.sanitize_control_tokens
-    spelled = form.control_words(layout)
-    # A cut within its letters keeps a word from being a token.
-    cuts = {start + 1 for start, _ in spelled} if sanitize_control_tokens else set()
-    ids, labels = _tokenise(layout, cuts, form, where)
-    if not learn:
-        labels = [IGNORE] * len(ids)
-    ids, labels, media_end = _expand(ids, labels, media_blocks(conversation, processor), processor, where)
-    if max_length is not None and len(ids) > max_length:
-        raise DataError(
-            f"{len(ids)} tokens are more than max_length {max_length}", where=where, kind="too-long",
-            remedy="raise max_length, use fewer visual tokens, or shorten the text",
+    with errors_at(where):
+        _check_placeholders(conversation, processor)
+        form = form_of(processor, template)
+        layout = form.lay_out(conversation, cue=not learn)
+        if learn:
+            end_of_turn(processor, template)
+        if sanitize_control_tokens is None:
+            sanitize_control_tokens = processor.sanitize_control_tokens
+        spelled = form.control_words(layout)
+        # A cut within its letters keeps a word from being a token.
+        cuts = {start + 1 for start, _ in spelled} if sanitize_control_tokens else set()
+        ids, labels = _tokenise(layout, cuts, form)
+        if not learn:
+            labels = [IGNORE] * len(ids)
+        ids, labels, media_end = _expand(ids, labels, media_blocks(conversation, processor), processor)
+        if max_length is not None and len(ids) > max_length:
+            raise DataError(
+                f"{len(ids)} tokens are more than max_length {max_length}", kind="too-long",
+                remedy="raise max_length, use fewer visual tokens, or shorten the text",
+            )  # fmt: skip
+        if learn and all(label == IGNORE for label in labels):
+            raise DataError("nothing to learn from: no token is an assistant's", kind="no-assistant-turn")
+        questions = picture_questions(conversation) if processor.reads_questions else []
+        control_words = [layout.text[start:stop] for start, stop in spelled]
+        return Encoded(
+            ids, labels, conversation.images, conversation.id, where, media_end, conversation.audios, questions,
+            control_words,
         )  # fmt: skip
-    if learn and all(label == IGNORE for label in labels):
-        raise DataError("nothing to learn from: no token is an assistant's", where=where, kind="no-assistant-turn")
-    questions = picture_questions(conversation) if processor.reads_questions else []
-    control_words = [layout.text[start:stop] for start, stop in spelled]
-    return Encoded(
-        ids, labels, conversation.images, conversation.id, where, media_end, conversation.audios, questions,
-        control_words,
-    )  # fmt: skip
 
 
 def media_blocks(conversation: Conversation, processor: Any) -> dict[str, list[int]]:
@@ -150,7 +152,7 @@ def _placeholder_ids(processor: Any) -> dict[str, int]:
     return {token: number for token, number in pairs if token is not None}
 
 
-def _check_placeholders(conversation: Conversation, processor: Any, where: str) -> None:
+def _check_placeholders(conversation: Conversation, processor: Any) -> None:
     for message in conversation.messages:
         for token in _placeholder_ids(processor):
             if token in message.text:
@@ -158,11 +160,11 @@ def _check_placeholders(conversation: Conversation, processor: Any, where: str) 
                 raise DataError(
                     f"the text of a {message.role} turn holds {token!r} where there is no {kind}",
                     remedy=f"give the {kind} as a part of its own, or change the text",
-                    where=where, kind="placeholder-without-image",
+                    kind="placeholder-without-image",
                 )  # fmt: skip
 
 
-def _tokenise(layout: Layout, cuts: set[int], form: ChatForm, where: str) -> tuple[list[int], list[int]]:
+def _tokenise(layout: Layout, cuts: set[int], form: ChatForm) -> tuple[list[int], list[int]]:
     """Token ids of a rendered text, and their labels."""
     text = layout.text
     ids, offsets = _tokens(text, cuts, form)
@@ -191,7 +193,7 @@ def _tokenise(layout: Layout, cuts: set[int], form: ChatForm, where: str) -> tup
             if outside := text[answer.stop : stop].strip():
                 raise DataError(
                     f"the tokenizer joins {outside!r} of the template to the assistant's words in one token",
-                    where=where, kind="template", remedy="end the template's turns with a special token",
+                    kind="template", remedy="end the template's turns with a special token",
                 )  # fmt: skip
             labels[i] = ids[i]
             if start < stop and stop >= answer.stop:
@@ -221,16 +223,14 @@ def _tokens(
 
 
 def _expand(
-    ids: list[int], labels: list[int], blocks: dict[str, list[int]], processor: Any, where: str
+    ids: list[int], labels: list[int], blocks: dict[str, list[int]], processor: Any
 ) -> tuple[list[int], list[int], int]:
     """Each placeholder becomes as many of it as its picture takes; and where the last one ends."""
     wanted = {number: iter(blocks.get(token, ())) for token, number in _placeholder_ids(processor).items()}
     for token, number in _placeholder_ids(processor).items():
         given, written = len(blocks.get(token, ())), ids.count(number)
         if given != written:
-            raise DataError(
-                f"{given} {token} in the sample, {written} in the rendered chat template", where=where, kind="template"
-            )
+            raise DataError(f"{given} {token} in the sample, {written} in the rendered chat template", kind="template")
     if not blocks:
         return ids, labels, 0
     out_ids: list[int] = []

@@ -1,7 +1,8 @@
 """Taking values out of a record: by one of several names, of the type wanted, and remembering which were taken.
 
 A record is handed to its format's reader as `Fields`, which note each key that is looked up. What was not looked up and
-names a picture, or changes what is learned, is an error (`unread`): no format needs to know the fields of the others.
+names a picture, or changes what is learned, is an error (`rules.check_unread`): no format needs to know the fields of
+the others. Errors do not say which record it was; `dataset.read` adds that.
 """
 
 from __future__ import annotations
@@ -25,12 +26,6 @@ class Fields(dict[str, Any]):
         super().__init__({k: v for k, v in given.items() if k not in ignored} if ignored else given)
         self.read: set[str] = set()
         self.ignored = ignored
-
-    @classmethod
-    def of(cls, record: Any) -> Fields:
-        """A record's."""
-        fields = record.fields
-        return fields if isinstance(fields, cls) else cls(fields)
 
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)
@@ -76,7 +71,7 @@ def find(fields: dict[str, Any], names: Sequence[str]) -> Any:
     return None
 
 
-def take(fields: dict[str, Any], names: Sequence[str], what: str, where: str) -> Any:
+def take(fields: dict[str, Any], names: Sequence[str], what: str) -> Any:
     """As `find`.
 
     Raises:
@@ -84,21 +79,17 @@ def take(fields: dict[str, Any], names: Sequence[str], what: str, where: str) ->
     """
     value = find(fields, names)
     if value is None:
-        raise missing(fields, names, what, where)
+        raise missing(fields, names, what)
     return value
 
 
-def missing(fields: dict[str, Any], names: Sequence[str], what: str, where: str) -> DataError:
-    seen = ", ".join(str(n) for n in list(fields)[:12]) or "none"
-    return DataError(
-        f"no {what}: the fields here are {seen}",
-        where=where,
-        remedy=f"wanted {' or '.join(names)}",
-        kind="missing-field",
-    )
+def missing(fields: dict[str, Any], names: Sequence[str], what: str) -> DataError:
+    there = ", ".join(str(n) for n in list(fields)[:12]) or "none"
+    problem = f"no {what}: the fields here are {there}"
+    return DataError(problem, remedy=f"wanted {' or '.join(names)}", kind="missing-field")
 
 
-def text(value: Any, what: str, where: str) -> str:
+def text(value: Any, what: str) -> str:
     """A string; numbers are written out, whole ones without a point: tables keep a column of whole numbers with holes
     in it as 1.0, 2.0, NaN.
 
@@ -109,17 +100,17 @@ def text(value: Any, what: str, where: str) -> str:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
-    raise DataError(f"the {what} is not text but {brief(value)}", where=where, kind="wrong-type")
+    raise DataError(f"the {what} is not text but {brief(value)}", kind="wrong-type")
 
 
-def objects(value: Any, what: str, where: str) -> list[Fields]:
+def objects(value: Any, what: str) -> list[Fields]:
     """A list of JSON objects.
 
     Raises:
         DataError: anything else (kind `wrong-type`).
     """
     if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-        raise DataError(f"{what} is not a list of objects but {brief(value)}", where=where, kind="wrong-type")
+        raise DataError(f"{what} is not a list of objects but {brief(value)}", kind="wrong-type")
     return [v if isinstance(v, Fields) else Fields(v) for v in value]
 
 

@@ -12,9 +12,8 @@ from zlib import crc32
 
 from opticnerve.data.formats.fields import Fields, brief, empty
 from opticnerve.data.formats.names import KINDS, Kind, file_names, kind_by_name, kind_of, split, words_of
-from opticnerve.data.media.images import decode_data_url, is_url
+from opticnerve.data.media.files import decode_data_url, is_url
 from opticnerve.data.media.video import spaced
-from opticnerve.data.sources.base import Record
 from opticnerve.types import AudioPart, DataError, Frame, ImagePart, Part
 
 MOST_FOLDERS = 20_000
@@ -22,21 +21,8 @@ MOST_FOLDERS = 20_000
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 _LONG = 64
 # PNG, JPEG, GIF, WebP and WAV, BMP, TIFF, ICO, MP4, MP3, Ogg, FLAC
-_BEGINNINGS = (
-    "iVBORw",
-    "/9j/",
-    "R0lGOD",
-    "UklGR",
-    "Qk",
-    "SUkqA",
-    "TU0AK",
-    "AAAB",
-    "AAAA",
-    "SUQz",
-    "//",
-    "T2dnUw",
-    "ZkxhQ",
-)
+_BEGINNINGS = ("iVBORw", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAB", "AAAA", "SUQz", "//", "T2dnUw",
+               "ZkxhQ")  # fmt: skip
 
 Example = list[Part]
 """What stands in one place: a picture, the frames of a video, a sound."""
@@ -66,20 +52,20 @@ class Context:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_root", self.media.resolve())
 
-    def id(self, record: Record) -> str:
+    def id(self, fields: Fields, index: int) -> str:
         """The record's own id, else `<file's name>-<line or position>`."""
-        own = record.fields.get("id")
-        return f"{self.name}-{record.index}" if empty(own) else str(own)
+        own = fields.get("id")
+        return f"{self.name}-{index}" if empty(own) else str(own)
 
     def prompt(self, id: str) -> str | None:
         """One of the prompts, always the same for the same id."""
         return self.prompts[crc32(id.encode(errors="replace")) % len(self.prompts)] if self.prompts else None
 
-    def media_of(self, fields: Fields, where: str) -> dict[Kind, list[Example]]:
+    def media_of(self, fields: Fields) -> dict[Kind, list[Example]]:
         """What a record is about, by kind: its fields that name media by their own name.
 
         Raises:
-            DataError: two fields name different ones (kind `unused-field`); or as `unit`.
+            DataError: two fields name different ones (kind `unused-field`); or as `example`.
         """
         keys: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
         for key, value in fields.raw():
@@ -87,16 +73,16 @@ class Context:
                 keys[kind].append(key)
         found: dict[Kind, list[Example]] = {}
         for kind, names in keys.items():
-            value = _joined(fields, names, where) if names else None
+            value = _joined(fields, names) if names else None
             if isinstance(value, dict) and all(any(not isinstance(p, str) for p in split(k)) for k in value):
                 value = [value[k] for k in list(value)]  # MiniCPM-V's {"<image_00>": "1.jpg", …}
             if kind == "video" and isinstance(value, list) and len(value) > 1 and all(map(_is_still, value)):
                 value = [value]  # the frames of one
             examples = value if isinstance(value, list) else [] if value is None else [value]
-            found[kind] = [self.example(kind, v, where) for v in examples]
+            found[kind] = [self.example(kind, v) for v in examples]
         return found
 
-    def example(self, kind: Kind, value: Any, where: str) -> Example:
+    def example(self, kind: Kind, value: Any) -> Example:
         """One picture, one video's frames (not yet decoded) or one sound: a path, a `data:` URL, bytes, datasets'
         `{"bytes": …, "path": …}`; of a video also a folder of pictures or a list of them.
 
@@ -104,45 +90,40 @@ class Context:
             DataError: no such file, one outside the media folder, a web address, or nothing that names a file.
         """
         if kind == "audio":
-            return [AudioPart(self._medium(value, where, kind))]
+            return [AudioPart(self._medium(value, kind))]
         if kind == "image":
-            return [ImagePart(self._medium(value, where, kind))]
+            return [ImagePart(self._medium(value, kind))]
         if isinstance(value, list):
             if not value:
-                raise DataError("the video is an empty list of pictures", where=where, kind="wrong-type")
-            pictures = [ImagePart(self._medium(v, where, "image")) for v in value]
+                raise DataError("the video is an empty list of pictures", kind="wrong-type")
+            pictures = [ImagePart(self._medium(v, "image")) for v in value]
             return [pictures[index] for index in spaced(len(pictures), self.frames)]
-        source = self._medium(value, where, kind)
+        source = self._medium(value, kind)
         return [ImagePart(Frame(source, index, self.frames)) for index in range(self.frames)]
 
-    def _medium(self, value: Any, where: str, kind: str) -> Path | bytes:
+    def _medium(self, value: Any, kind: str) -> Path | bytes:
         if isinstance(value, dict):
             value = next((value[k] for k in ("bytes", "path", "url", "data") if value.get(k) is not None), value)
         if isinstance(value, bytes):
             return value
         if not isinstance(value, str) or not value:
-            raise DataError(
-                f"the {kind} is given as {brief(value)}", where=where, remedy="give a file's path", kind="wrong-type"
-            )
+            raise DataError(f"the {kind} is given as {brief(value)}", remedy="give a file's path", kind="wrong-type")
         if is_url(value):
             raise DataError(
                 f"the {kind} {value[:200]} is a web address, and opticnerve fetches nothing",
-                where=where,
-                remedy="download it and give the file's path",
-                kind="url",
-            )
+                remedy="download it and give the file's path", kind="url",
+            )  # fmt: skip
         if value[:5].lower() == "data:":
-            return decode_data_url(value, where=where)
+            return decode_data_url(value)
         if len(value) >= _LONG and value.startswith(_BEGINNINGS) and _BASE64.fullmatch(value):
             raise DataError(
                 f"the {kind} is {len(value):,} characters that look like base64: {value[:16]}…",
-                where=where,
                 remedy=f"write data:{kind}/{ {'image': 'png', 'audio': 'wav'}.get(kind, 'mp4') };base64, before it",
                 kind=f"missing-{kind}",
             )
-        return self._file(value.removeprefix("file://"), where, kind)
+        return self._file(value.removeprefix("file://"), kind)
 
-    def _file(self, value: str, where: str, kind: str) -> Path:
+    def _file(self, value: str, kind: str) -> Path:
         path = self.media / value
         if self.folders is not None and len(self.folders) <= MOST_FOLDERS:
             folder = os.path.dirname(path)
@@ -152,23 +133,16 @@ class Context:
             outside = not self.allow_outside_media and self._leads_out(path, kind)
             exists = path.exists()
         except (OSError, ValueError, RuntimeError) as e:  # a name too long, a zero byte, a loop of links
-            raise DataError(
-                f"the {kind} {value[:200]!r} is no usable path: {e}", where=where, kind=f"missing-{kind}"
-            ) from e
+            raise DataError(f"the {kind} {value[:200]!r} is no usable path: {e}", kind=f"missing-{kind}") from e
         if outside:
             raise DataError(
                 f"the {kind} {value} lies outside the media folder {self.media}",
-                where=where,
                 remedy="set media to the folder that holds it, or allow_outside_media: true if you trust this data",
                 kind="outside-media",
             )
         if not exists:
-            raise DataError(
-                f"the {kind} {path} does not exist",
-                where=where,
-                remedy="set media to the folder that the paths start from",
-                kind=f"missing-{kind}",
-            )
+            remedy = "set media to the folder that the paths start from"
+            raise DataError(f"the {kind} {path} does not exist", remedy=remedy, kind=f"missing-{kind}")
         return path
 
     def _leads_out(self, path: Path, kind: str) -> bool:
@@ -191,7 +165,7 @@ def _is_still(value: Any) -> bool:
     return isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
 
 
-def _joined(fields: Fields, keys: list[str], where: str) -> Any:
+def _joined(fields: Fields, keys: list[str]) -> Any:
     """The value of the fields that name media of one kind: of one, of several that name the same, or of numbered ones
     (`image_1`, `image_2`) as a list."""
     numbers = [[w for w in words_of(k) if w.isdigit()] for k in keys]
@@ -204,10 +178,8 @@ def _joined(fields: Fields, keys: list[str], where: str) -> Any:
         if not same_files(value, dict(fields.raw())[key]):
             raise DataError(
                 f"{first} and {key} both name media, and different ones",
-                where=where,
-                remedy=f"join them in one list, or pass one over with ignore: [{key}]",
-                kind="unused-field",
-            )
+                remedy=f"join them in one list, or pass one over with ignore: [{key}]", kind="unused-field",
+            )  # fmt: skip
         # With bytes at hand nothing is looked for.
         held = fields[key]
         value = held if isinstance(held, dict) and not isinstance(held.get("bytes"), type(None)) else value

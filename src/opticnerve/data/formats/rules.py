@@ -1,11 +1,35 @@
-"""What a conversation must be so that something can be learned from it."""
+"""What a conversation must be so that something can be learned from it, what of a record may be passed over, and the
+repairs that a data entry may ask for by name (`repair: [fold-system]`): they make another conversation to learn from,
+and are never done unasked.
+
+One check for all formats, after the conversation has been made: `Fields` knows what was read. An error are fields that
+name media (other media than those that were used), that change what is learned, and, where the format was told by the
+fields alone, words of a question that the format has no use for.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
-from opticnerve.data.formats.names import first_tag
+from opticnerve.data.formats.fields import Fields, empty
+from opticnerve.data.formats.media import ends_alike
+from opticnerve.data.formats.names import (
+    file_names,
+    first_tag,
+    kind_by_name,
+    kind_by_value,
+    kind_of,
+    names_by_number,
+)
+from opticnerve.data.formats.turns import REFUSED, WEIGHTS
+from opticnerve.data.media.files import errors_at, is_url
 from opticnerve.types import Conversation, DataError, ImagePart, Message, TextPart
+
+QUESTION = ("prompt", "question", "query", "instruction", "context", "hint", "choices", "options", "answer", "answers")
+_DEEPEST = 6
 
 
 def check_conversation(conversation: Conversation) -> None:
@@ -19,98 +43,167 @@ def check_conversation(conversation: Conversation) -> None:
     - `placeholder-without-image`: `<image>`, `<video>`, `[IMG]` and the like as plain text: a picture is missing.
     - `encoding`: half of a surrogate pair, which no tokenizer can take.
     """
-    where = conversation.where
-    for place, message in enumerate(conversation.messages):
-        _check_text(message, where)
-        if message.role == "system" and place > 0:
-            raise DataError(
-                "a system message stands after another message",
-                where=where,
-                remedy="there is one system message, and it comes first",
-                kind="misplaced-system",
-            )
-    turns = [m for m in conversation.messages if m.role != "system"]
+    with errors_at(conversation.where):
+        for number, message in enumerate(conversation.messages):
+            _check_text(message)
+            if message.role == "system" and number > 0:
+                raise _refused(
+                    "misplaced-system", "a system message stands after another message",
+                    "there is one system message, and it comes first",
+                )  # fmt: skip
+        _check_turns([m for m in conversation.messages if m.role != "system"])
+
+
+def _check_turns(turns: list[Message]) -> None:
     if not any(m.role == "assistant" for m in turns):
-        raise DataError(
-            "there is no assistant turn, so there is nothing to learn from",
-            where=where,
-            remedy="add the answer or remove the sample",
-            kind="no-assistant-turn",
-        )
+        problem = "there is no assistant turn, so there is nothing to learn from"
+        raise _refused("no-assistant-turn", problem, "add the answer or remove the sample")
     if turns[0].role == "assistant":
-        raise DataError(
-            "the assistant speaks first", where=where, remedy="begin with a user turn", kind="assistant-first"
-        )
+        raise _refused("assistant-first", "the assistant speaks first", "begin with a user turn")
     if not any(m.role == "assistant" and m.learn for m in turns):
-        raise DataError(
-            "no assistant turn is to be learned",
-            where=where,
-            remedy="remove the sample, or the flag (weight, loss, train) that says so",
-            kind="no-assistant-turn",
-        )
+        raise _refused(
+            "no-assistant-turn", "no assistant turn is to be learned",
+            "remove the sample, or the flag (weight, loss, train) that says so",
+        )  # fmt: skip
     for number, (before, after) in enumerate(pairwise(turns), start=1):
         if before.role == after.role:
-            raise DataError(
-                f"two {after.role} turns in a row (turns {number} and {number + 1})",
-                where=where,
-                remedy="join them into one, or put the missing turn between them",
-                kind=f"two-{after.role}-turns",
+            problem = f"two {after.role} turns in a row (turns {number} and {number + 1})"
+            raise _refused(
+                f"two-{after.role}-turns", problem, "join them into one, or put the missing turn between them"
             )
     for number, turn in enumerate(turns, start=1):
-        _check_content(turn, number, where)
+        _check_content(turn, number)
     if turns[-1].role == "user":
-        raise DataError(
-            "the last user turn has no answer",
-            where=where,
-            remedy="add the assistant's answer or remove the turn",
-            kind="unanswered-question",
-        )
+        remedy = "add the assistant's answer or remove the turn"
+        raise _refused("unanswered-question", "the last user turn has no answer", remedy)
 
 
-def _check_text(message: Message, where: str) -> None:
+def _check_text(message: Message) -> None:
     for part in message.parts:
         if not isinstance(part, TextPart):
             continue
         if (tag := first_tag(part.text)) is not None:
-            raise DataError(
+            raise _refused(
+                "placeholder-without-image",
                 f"the {message.role}'s text holds the characters {tag[:80]!r}, which stand for a picture or sound",
-                where=where,
-                remedy='remove them; where a picture belongs, write a part {"type": "image", "image": "file.jpg"}, '
+                'remove them; where a picture belongs, write a part {"type": "image", "image": "file.jpg"}, '
                 "or the tag in the user's words and the file under image",
-                kind="placeholder-without-image",
             )
         try:
             part.text.encode()
         except UnicodeEncodeError as e:
             bad = f"\\u{ord(part.text[e.start]):04x}"
-            raise DataError(
-                f"the {message.role}'s text holds half a surrogate pair ({bad}), which is no character",
-                where=where,
-                remedy="remove the broken character",
-                kind="encoding",
-            ) from e
+            problem = f"the {message.role}'s text holds half a surrogate pair ({bad}), which is no character"
+            raise _refused("encoding", problem, "remove the broken character") from e
 
 
-def _check_content(turn: Message, number: int, where: str) -> None:
+def _check_content(turn: Message, number: int) -> None:
     if turn.role == "assistant":
         if any(isinstance(p, ImagePart) for p in turn.parts):
-            raise DataError(
-                f"the assistant's turn {number} holds a picture; only text can be answered",
-                where=where,
-                remedy="move the picture to the user's turn",
-                kind="image-in-answer",
-            )
+            problem = f"the assistant's turn {number} holds a picture; only text can be answered"
+            raise _refused("image-in-answer", problem, "move the picture to the user's turn")
         if not turn.text.strip():
-            raise DataError(
-                f"the assistant's answer (turn {number}) is empty",
-                where=where,
-                remedy="write the answer or remove the sample",
-                kind="empty-answer",
-            )
+            problem = f"the assistant's answer (turn {number}) is empty"
+            raise _refused("empty-answer", problem, "write the answer or remove the sample")
     elif not turn.text.strip() and all(isinstance(p, TextPart) for p in turn.parts):
-        raise DataError(
-            f"the user's turn {number} is empty",
-            where=where,
-            remedy="write the question or remove the sample",
-            kind="empty-question",
-        )
+        problem = f"the user's turn {number} is empty"
+        raise _refused("empty-question", problem, "write the question or remove the sample")
+
+
+def _refused(kind: str, problem: str, remedy: str) -> DataError:
+    return DataError(problem, remedy=remedy, kind=kind)
+
+
+# -- what a record holds and its reader did not look at ----------------------------------------------------------------
+
+
+def check_unread(fields: Fields, *, format: str, strict: bool, media: int) -> None:
+    """Raise an error (kind `unused-field`) for the first field that must not be passed over.
+
+    Args:
+        strict: words of a question are not passed over either. media: how many the conversation has.
+    """
+    used = set(_files_used(fields, 0))
+    for path, key, value in _unread(fields, "", 0):
+        if (kind := kind_of(key, value)) and not _is_used(key, value, used, media):
+            raise _unused(path, f"names {kind} files", value, format)
+        if not media and names_by_number(key) and not empty(value):
+            raise _unused(path, "points at a picture", value, format)
+        if key in WEIGHTS or (key in REFUSED and path != key):
+            if not empty(value):
+                raise _unused(path, "may change what is learned", value, format)
+        elif strict and path == key and key in QUESTION and format in ("captions", "vqa") and not empty(value):
+            raise _unused(path, "belongs to the question", value, format)
+    if not empty(fields.get("tools")):
+        raise _unused("tools", "changes the prompt", fields["tools"], format)
+
+
+def _unread(fields: dict[str, Any], before: str, depth: int) -> Iterator[tuple[str, str, Any]]:
+    """(path, key, value) of all that was not looked at, objects within objects too."""
+    read = fields.read if isinstance(fields, Fields) else ()
+    for key, value in dict.items(fields):
+        if not isinstance(key, str):
+            continue
+        path = f"{before}{key}"
+        if key not in read:
+            yield path, key, value
+            if kind_by_value(value):  # datasets' {"bytes", "path"} is told already
+                continue
+        if depth < _DEEPEST:
+            inner = [value] if isinstance(value, dict) else value if isinstance(value, list) else ()
+            for number, item in enumerate(inner):
+                if isinstance(item, dict) and (key not in read or isinstance(item, Fields)):
+                    at = f"{path}[{number}]." if isinstance(value, list) else f"{path}."
+                    yield from _unread(item, at, depth + 1)
+
+
+def _files_used(fields: Fields, depth: int) -> Iterator[tuple[str, ...]]:
+    """The files that what was read names."""
+    for key, value in fields.raw():
+        if key not in fields.read:
+            continue
+        if kind_by_name(key) or kind_by_value(value):
+            yield from file_names(value)
+        for item in value if isinstance(value, list) else (value,):
+            if isinstance(item, Fields) and depth < _DEEPEST:
+                yield from _files_used(item, depth + 1)
+
+
+def _is_used(key: str, value: Any, used: set[tuple[str, ...]], media: int) -> bool:
+    """The same file again, or, under another name than one for media, the web address that media at hand came from."""
+    if media and kind_by_name(key) is None and isinstance(value, str) and is_url(value):
+        return True
+    names = list(file_names(value))
+    return bool(names) and all(any(ends_alike(name, other) for other in used) for name in names)
+
+
+def _unused(path: str, does: str, value: Any, format: str) -> DataError:
+    shown = value if isinstance(value, str) else type(value).__name__
+    return DataError(
+        f"{path} ({shown[:60]}) {does}, and is not read in the format {format}", kind="unused-field",
+        remedy=f"put it where the format has it (docs/data.md), or ignore: [{path.rpartition('.')[2]}]",
+    )  # fmt: skip
+
+
+# -- repairs ----------------------------------------------------------------------------------------------------------
+
+
+def fold_system(conversation: Conversation) -> Conversation:
+    """The system's words at the head of the first user turn, for chat templates that know no system turn (Gemma's own
+    way with them: two line breaks between)."""
+    messages = conversation.messages
+    if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
+        return conversation
+    system, user, *rest = messages
+    head = (TextPart(system.text.rstrip() + "\n\n"),) if system.text.strip() else ()
+    return replace(conversation, messages=(replace(user, parts=(*head, *user.parts)), *rest))
+
+
+REPAIRS: dict[str, Callable[[Conversation], Conversation]] = {"fold-system": fold_system}
+
+
+def repaired(conversation: Conversation, names: Iterable[str]) -> Conversation:
+    """A conversation with these repairs, in the order given."""
+    for name in names:
+        conversation = REPAIRS[name](conversation)
+    return conversation

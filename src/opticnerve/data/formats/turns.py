@@ -26,18 +26,8 @@ ROLES: dict[str, Role] = {
     "system": "system", "developer": "system",
 }  # fmt: skip
 ROLE, CONTENT = ("role", "from"), ("content", "value")
-WEIGHTS = (
-    "weight",
-    "loss",
-    "loss_weight",
-    "loss_scale",
-    "loss_mask",
-    "train",
-    "training",
-    "trainable",
-    "learn",
-    "masked",
-)
+WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training", "trainable", "learn",
+           "masked")  # fmt: skip
 """0 or false: not learned; of `masked` (torchtune) the reverse."""
 _READER_WEIGHTS = {"weight", "loss_weight", "loss_scale", "masked"}  # of a user's turn they say nothing
 REFUSED = ("train_detail", "training_detail", "mask", "assistant_masks", "completion_mask", "token_weights",
@@ -63,13 +53,13 @@ def said(role: Role, words: str, *, tags: bool = True) -> Turn:
     return Turn(role, [TextPart(p) if isinstance(p, str) else p for p in pieces])
 
 
-def turns_of(value: Any, what: str, context: Context, where: str) -> list[Turn]:
+def turns_of(value: Any, what: str, context: Context) -> list[Turn]:
     """A list of messages, `{"role", "content"}` or `{"from", "value"}`."""
-    return [_turn(message, context, where) for message in objects(value, what, where)]
+    return [_turn(message, context) for message in objects(value, what)]
 
 
 def conversation(
-    fields: Fields, turns: Sequence[Turn], context: Context, where: str, id: str, meta: dict[str, Any] | None = None
+    fields: Fields, turns: Sequence[Turn], context: Context, where: str, id: str, meta: dict[str, Any]
 ) -> Conversation:
     """The conversation of a record, its media put in their places.
 
@@ -77,9 +67,9 @@ def conversation(
         DataError: other numbers of media than of places for them, or flags that cannot be honoured.
     """
     if (system := find(fields, ("system", "system_prompt"))) is not None and system != "":
-        turns = [said("system", text(system, "system", where)), *turns]
-    media = context.media_of(fields, where)
-    _check_record_flags(fields, turns, where)
+        turns = [said("system", text(system, "system")), *turns]
+    media = context.media_of(fields)
+    _check_record_flags(fields, turns)
     tags = [p for t in turns for p in t.pieces if isinstance(p, Tag) and p.path is None]
     if media.get("video") and not media.get("image") and not any(t.kind == "video" for t in tags):
         # LLaVA-NeXT's data say <image> where a video goes.
@@ -95,7 +85,7 @@ def conversation(
             first += [part for example in examples for part in example]
             queues[kind] = []
         else:
-            queues[kind] = _in_order(examples, own, kind, where)
+            queues[kind] = _in_order(examples, own, kind)
     messages = []
     for turn in turns:
         parts: list[Part] = []
@@ -105,20 +95,19 @@ def conversation(
             if not isinstance(piece, Tag):
                 parts.append(piece)
             elif piece.path is not None:
-                parts += context.example(piece.kind, piece.path, where)
+                parts += context.example(piece.kind, piece.path)
             else:
                 parts += queues[shown_as.get(piece.kind, piece.kind)].pop(0)
         messages.append(Message(turn.role, tuple(parts), turn.learn))
-    return Conversation(tuple(messages), id, where, meta or {})
+    return Conversation(tuple(messages), id, where, meta)
 
 
-def _in_order(examples: list[Example], tags: list[Tag], kind: str, where: str) -> list[Example]:
+def _in_order(examples: list[Example], tags: list[Tag], kind: str) -> list[Example]:
     """The media in the order of their places; numbered places name theirs."""
     if len(examples) != len(tags):
         shown = f" ({tags[0].text[:60]})" if tags else ""
         raise DataError(
             f"{len(examples)} {kind}(s) in the record, but {len(tags)} place(s) for one in its turns{shown}",
-            where=where,
             remedy=f"name as many under {kind}s as there are places, or take the places out of the words",
             kind="placeholder-without-image" if len(tags) > len(examples) else "image-without-placeholder",
         )
@@ -129,38 +118,36 @@ def _in_order(examples: list[Example], tags: list[Tag], kind: str, where: str) -
     if base > 1 or sorted(n if n is not None else -1 for n in numbers) != list(range(base, base + len(examples))):
         raise DataError(
             f"the {kind}s are {len(examples)}, their places {', '.join(t.text[:40] for t in tags[:8])}",
-            where=where,
-            remedy="number each once, from 1 on, or leave the numbers out",
-            kind="placeholder-without-image",
-        )
+            remedy="number each once, from 1 on, or leave the numbers out", kind="placeholder-without-image",
+        )  # fmt: skip
     return [examples[cast(int, n) - base] for n in numbers]
 
 
 # -- one message ------------------------------------------------------------------------------------------------------
 
 
-def _turn(message: Fields, context: Context, where: str) -> Turn:
+def _turn(message: Fields, context: Context) -> Turn:
     name, content = find(message, ROLE), find(message, CONTENT)
     if name is None or content is None:
-        raise missing(message, ("role and content", "from and value"), "speaker and words in a message", where)
+        raise missing(message, ("role and content", "from and value"), "speaker and words in a message")
     if not isinstance(name, str) or name not in ROLES:
         raise DataError(
-            f"unknown role {brief(name) if not isinstance(name, str) else repr(name[:60])}", where=where,
+            f"unknown role {brief(name) if not isinstance(name, str) else repr(name[:60])}",
             remedy=f"wanted one of {', '.join(ROLES)}", kind="unknown-role",
         )  # fmt: skip
     role = ROLES[name]
     if isinstance(content, list) and all(isinstance(p, str) for p in content):
         pieces = [p for words in content for p in said(role, words).pieces]
     elif isinstance(content, list):
-        pieces = [made for part in objects(content, "content", where) for made in _part(part, context, where)]
+        pieces = [made for part in objects(content, "content") for made in _part(part, context)]
     elif isinstance(content, dict):
-        pieces = _part(Fields(content) if not isinstance(content, Fields) else content, context, where)
+        pieces = _part(Fields(content) if not isinstance(content, Fields) else content, context)
     else:
-        pieces = said(role, text(content, "content", where)).pieces
-    return Turn(role, pieces, _learned(message, role, where))
+        pieces = said(role, text(content, "content")).pieces
+    return Turn(role, pieces, _learned(message, role))
 
 
-def _part(part: Fields, context: Context, where: str) -> list[Part | Tag]:
+def _part(part: Fields, context: Context) -> list[Part | Tag]:
     """One part, or as many as a video has frames. What says no type is what it names."""
     given = part.get("type")
     if given is None:
@@ -169,12 +156,12 @@ def _part(part: Fields, context: Context, where: str) -> list[Part | Tag]:
     if given in _TEXT:
         words = part.get("text")
         if words is None:
-            raise missing(part, ("text",), "text in a part of type text", where)
-        return said("user", text(words, "text", where)).pieces
+            raise missing(part, ("text",), "text in a part of type text")
+        return said("user", text(words, "text")).pieces
     kind = _KIND_OF_TYPE.get(given) if isinstance(given, str) else None
     if kind is None:
         raise DataError(
-            f"unknown part type {brief(given) if not isinstance(given, str) else repr(given[:60])}", where=where,
+            f"unknown part type {brief(given) if not isinstance(given, str) else repr(given[:60])}",
             remedy="wanted text, image, video or audio", kind="unknown-part",
         )  # fmt: skip
     names = dict.fromkeys((given, kind, f"{kind}_url", f"input_{kind}", "source", "path", "url", "data", "bytes"))
@@ -182,8 +169,8 @@ def _part(part: Fields, context: Context, where: str) -> list[Part | Tag]:
     if source is None:
         return [Tag(kind, f"a part of type {given}")]
     if kind == "image" and isinstance(source, list):
-        raise DataError("an image part names one picture, not a list", where=where, kind="wrong-type")
-    return list(context.example(kind, _located(source, kind), where))
+        raise DataError("an image part names one picture, not a list", kind="wrong-type")
+    return list(context.example(kind, _located(source, kind)))
 
 
 def _located(source: Any, kind: Kind) -> Any:
@@ -201,28 +188,22 @@ def _located(source: Any, kind: Kind) -> Any:
 # -- what is learned --------------------------------------------------------------------------------------------------
 
 
-def _learned(message: Fields, role: Role, where: str) -> bool:
+def _learned(message: Fields, role: Role) -> bool:
     for name in REFUSED:
         if not empty(message.get(name)):
             raise DataError(
-                f"{name} of a turn is not honoured", where=where,
+                f"{name} of a turn is not honoured",
                 remedy="take it out, or write what is to be learned as turns of their own", kind="weight",
             )  # fmt: skip
     found = True
     for name in WEIGHTS:
         if (value := message.get(name)) is None or empty(value):
             continue
-        learn = flag(name, value, where)
-        if role != "assistant" and learn and name not in _READER_WEIGHTS:
-            raise DataError(
-                f"{name} asks for a {role}'s turn to be learned, and an assistant's alone is", where=where,
-                remedy=f"take {name} out of it", kind="weight",
-            )  # fmt: skip
-        found = found and learn
+        found = _flag(name, value, role, f"take {name} out of it") and found
     return found
 
 
-def _check_record_flags(fields: Fields, turns: Sequence[Turn], where: str) -> None:
+def _check_record_flags(fields: Fields, turns: Sequence[Turn]) -> None:
     """Flags of the whole record, or a list with one for each turn (or each of the assistant's)."""
     for name in WEIGHTS:
         if empty(value := fields.get(name)):
@@ -234,26 +215,24 @@ def _check_record_flags(fields: Fields, turns: Sequence[Turn], where: str) -> No
             listed, over = value, list(turns) if len(value) == len(turns) else answers
         else:
             raise DataError(
-                f"{name} lists {len(value)} for {len(turns)} turns", where=where,
+                f"{name} lists {len(value)} for {len(turns)} turns",
                 remedy="one for each turn, or for each of the assistant's", kind="weight",
             )  # fmt: skip
         for turn, item in zip(over, listed, strict=True):
-            learn = flag(name, item, where)
-            if learn and turn.role != "assistant" and name not in _READER_WEIGHTS:
-                raise DataError(
-                    f"{name} asks for a {turn.role}'s turn to be learned, and an assistant's alone is", where=where,
-                    remedy="write 0 in its place", kind="weight",
-                )  # fmt: skip
-            turn.learn = turn.learn and learn
+            turn.learn = _flag(name, item, turn.role, "write 0 in its place") and turn.learn
 
 
-def flag(name: str, value: Any, where: str) -> bool:
-    """Whether a turn is learned, by a flag of this name: 0 or 1, true or false."""
+def _flag(name: str, value: Any, role: Role, remedy: str) -> bool:
+    """Whether a turn is learned, by a flag of this name: 0 or 1, true or false. An assistant's alone may be."""
     known = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
     found = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if found is None:
         raise DataError(
-            f"{name} is {brief(value)}: a turn is learned or not", where=where,
+            f"{name} is {brief(value)}: a turn is learned or not",
             remedy=f"write 0 or 1, or take it out; where it means something else: ignore: [{name}]", kind="weight",
         )  # fmt: skip
-    return found != (name == "masked")
+    learn = found != (name == "masked")
+    if learn and role != "assistant" and name not in _READER_WEIGHTS:
+        problem = f"{name} asks for a {role}'s turn to be learned, and an assistant's alone is"
+        raise DataError(problem, remedy=remedy, kind="weight")
+    return learn

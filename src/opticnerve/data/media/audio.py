@@ -11,15 +11,15 @@ import importlib
 import io
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.common import atomic
-from opticnerve.data.media.images import decode_data_url, is_url
-from opticnerve.types import DataError, OpticNerveError, to_install
+from opticnerve.data.media.files import digest, errors_at, locate, name_of, unreadable
+from opticnerve.types import OpticNerveError, to_install
 
 Source = Path | str | bytes | NDArray[np.float32]
 Samples = NDArray[np.float32]
@@ -63,22 +63,20 @@ def open_audio(source: Source, *, where: str = "", rate: int = RATE, max_seconds
     if isinstance(source, np.ndarray):
         return source
     soundfile, soxr = _library("soundfile"), _library("soxr")
-    name = _name(source)
-    located = _locate(source, name, where)
-    try:
-        with _opened(located) as file, soundfile.SoundFile(file) as sound:
-            _check_header(sound, name, where, max_seconds)
-            mono_N = _decode(sound, name, where)
-            sound_rate = int(sound.samplerate)
-    except soundfile.LibsndfileError as e:
-        if e.code == _UNRECOGNISED:
-            raise _unreadable(f"{name} is not sound of a known format ({_known()})", where, _CONVERT) from e
-        # For a cut mp3 libsndfile says that the file does not exist, which it does.
-        reason = "" if e.code == _NO_FILE else f": {str(e.error_string).rstrip('.')}"
-        raise _unreadable(f"{name} is damaged or incomplete{reason}", where) from e
-    except OSError as e:
-        raise _unreadable(f"{name} cannot be read: {e.strerror or e}", where) from e
-    _check_samples(mono_N, name, where)
+    name = name_of(source, "audio")
+    with errors_at(where, name, "audio"):
+        try:
+            with _opened(locate(source, "audio")) as file, soundfile.SoundFile(file) as sound:
+                _check_header(sound, name, max_seconds)
+                mono_N = _decode(sound, name)
+                sound_rate = int(sound.samplerate)
+        except soundfile.LibsndfileError as e:
+            if e.code == _UNRECOGNISED:
+                raise _unreadable(f"{name} is not sound of a known format ({_known()})", _CONVERT) from e
+            # For a cut mp3 libsndfile says that the file does not exist, which it does.
+            reason = "" if e.code == _NO_FILE else f": {str(e.error_string).rstrip('.')}"
+            raise _unreadable(f"{name} is damaged or incomplete{reason}") from e
+        _check_samples(mono_N, name)
     if sound_rate != rate:
         mono_N = soxr.resample(mono_N, sound_rate, rate)
     return np.ascontiguousarray(mono_N, dtype=np.float32)
@@ -88,17 +86,11 @@ def audio_digest(source: Source, *, where: str = "") -> str:
     """SHA-256 of the stored bytes, not decoded: equal for equal files. Of opened samples, of their numbers."""
     if isinstance(source, np.ndarray):
         return hashlib.sha256(source.tobytes()).hexdigest()
-    name = _name(source)
-    located = _locate(source, name, where)
-    if isinstance(located, bytes):
-        return hashlib.sha256(located).hexdigest()
-    try:
-        return atomic.sha256(located)
-    except OSError as e:
-        raise _unreadable(f"{name} cannot be read: {e.strerror or e}", where) from e
+    return digest(source, "audio", where=where)
 
 
 _CONVERT = "convert it, for example with `ffmpeg -i FILE out.wav`"
+_unreadable = partial(unreadable, "audio")
 
 
 def _library(name: str) -> Any:
@@ -110,52 +102,6 @@ def _library(name: str) -> Any:
         ) from e
 
 
-def _name(source: Path | str | bytes) -> str:
-    match source:
-        case bytes():
-            return f"the sound of {len(source):,} bytes"
-        case str() if source[:5].lower() == "data:":
-            return "the sound in a data URL"
-        case _:
-            return str(source)
-
-
-def _locate(source: Path | str | bytes, name: str, where: str) -> Path | bytes:
-    """A regular, non-empty file, or bytes that may be sound."""
-    if isinstance(source, str):
-        if is_url(source):
-            raise DataError(
-                f"{name} is a web address, and opticnerve fetches nothing",
-                where=where,
-                remedy="download the sound and give the file's path",
-                kind="url",
-            )
-        source = _data_url(source, where) if source[:5].lower() == "data:" else Path(source)
-    if isinstance(source, bytes):
-        if not source:
-            raise _unreadable(f"{name} is empty", where)
-        return source
-    try:
-        if not source.exists():
-            raise DataError(f"{name} does not exist", where=where, remedy="check the path", kind="missing-audio")
-        if source.is_dir():
-            raise _unreadable(f"{name} is a folder, not a sound", where)
-        if not source.is_file():
-            raise _unreadable(f"{name} is not a regular file", where)
-        if source.stat().st_size == 0:
-            raise _unreadable(f"{name} is an empty file", where)
-    except OSError as e:
-        raise _unreadable(f"{name} cannot be reached: {e.strerror or e}", where) from e
-    return source
-
-
-def _data_url(url: str, where: str) -> bytes:
-    try:
-        return decode_data_url(url, where=where)
-    except DataError as e:
-        raise _unreadable(e.problem, where, "write data:audio/wav;base64,…") from e
-
-
 def _opened(located: Path | bytes) -> BinaryIO:
     """An open file without a name: libsndfile would trust one that ends in .raw."""
     return io.BytesIO(located) if isinstance(located, bytes) else os.fdopen(os.open(located, os.O_RDONLY), "rb")
@@ -165,22 +111,21 @@ def _known() -> str:
     return ", ".join(dict.fromkeys(_FORMATS.values()))
 
 
-def _check_header(sound: Any, name: str, where: str, max_seconds: float) -> None:
+def _check_header(sound: Any, name: str, max_seconds: float) -> None:
     """Refuse by what the file says of itself, before anything is decoded."""
     if sound.format not in _FORMATS:
-        raise _unreadable(f"{name} is {sound.format}, which is none of {_known()}", where, _CONVERT)
+        raise _unreadable(f"{name} is {sound.format}, which is none of {_known()}", _CONVERT)
     if not MIN_RATE <= sound.samplerate <= MAX_RATE:
         raise _unreadable(
-            f"{name} has {sound.samplerate:,} samples a second; {MIN_RATE:,} to {MAX_RATE:,} are read", where, _CONVERT
+            f"{name} has {sound.samplerate:,} samples a second; {MIN_RATE:,} to {MAX_RATE:,} are read", _CONVERT
         )
     if sound.frames >= _UNKNOWN_LENGTH:
-        raise _unreadable(f"{name} does not say how long it is", where, _CONVERT)
+        raise _unreadable(f"{name} does not say how long it is", _CONVERT)
     if sound.frames == 0:
-        raise _unreadable(f"{name} holds no samples", where)
+        raise _unreadable(f"{name} holds no samples")
     if sound.frames > max_seconds * sound.samplerate:
         raise _unreadable(
             f"{name} is {sound.frames / sound.samplerate:,.1f} seconds long, more than the {max_seconds:,g} allowed",
-            where,
             "cut it into pieces",
         )
     # libsndfile reads a wav file that was cut off as if it were whole; its log alone tells.
@@ -188,10 +133,10 @@ def _check_header(sound: Any, name: str, where: str, max_seconds: float) -> None
         declared, there = int(found[1]), int(found[2])
         # A program that writes to a pipe cannot know the length, and declares the largest there is.
         if there < declared < 0x7FFF0000:
-            raise _unreadable(f"{name} is cut off: {there:,} bytes of sound, of {declared:,} declared", where)
+            raise _unreadable(f"{name} is cut off: {there:,} bytes of sound, of {declared:,} declared")
 
 
-def _decode(sound: Any, name: str, where: str) -> Samples:
+def _decode(sound: Any, name: str) -> Samples:
     """Block by block, so that many channels never stand in memory together."""
     declared = int(sound.frames)
     parts: list[Samples] = [np.zeros(0, np.float32)]
@@ -200,22 +145,17 @@ def _decode(sound: Any, name: str, where: str) -> Samples:
         parts.append(block_NC.mean(axis=1))
     mono_N = np.concatenate(parts)
     if len(mono_N) < declared - (_SLACK if sound.format == "MP3" else 0):
-        raise _unreadable(f"{name} is cut off: {len(mono_N):,} samples, of {declared:,} declared", where)
+        raise _unreadable(f"{name} is cut off: {len(mono_N):,} samples, of {declared:,} declared")
     return mono_N
 
 
-def _check_samples(mono_N: Samples, name: str, where: str) -> None:
+def _check_samples(mono_N: Samples, name: str) -> None:
     if not len(mono_N):
-        raise _unreadable(f"{name} holds no samples", where)
+        raise _unreadable(f"{name} holds no samples")
     if bad := int((~np.isfinite(mono_N)).sum()):
-        raise _unreadable(f"{name} holds {bad:,} samples that are NaN or infinite, of {len(mono_N):,}", where)
+        raise _unreadable(f"{name} holds {bad:,} samples that are NaN or infinite, of {len(mono_N):,}")
     if (loudest := float(np.abs(mono_N).max())) > _LOUDEST:
         raise _unreadable(
             f"{name} has samples up to {loudest:,.0f}; floating-point sound lies between -1 and 1",
-            where,
             "divide its samples by the largest number of their kind, such as 32,768",
         )
-
-
-def _unreadable(problem: str, where: str, remedy: str = "replace the sound or remove the sample") -> DataError:
-    return DataError(problem, where=where, remedy=remedy, kind="unreadable-audio")

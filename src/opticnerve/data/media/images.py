@@ -6,12 +6,10 @@ Data readers, chat, server and evaluation open their pictures here and nowhere e
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import re
 import struct
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ import PIL.Image
 from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
+from opticnerve.data.media.files import errors_at, locate, name_of, unreadable
 from opticnerve.types import DataError, Frame
 
 Stored = Path | str | bytes | PIL.Image.Image
@@ -46,8 +45,17 @@ ON_ITS_SIDE = (5, 6, 7, 8)
 _SAYS_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
+_TOO_LONG_NOTES = ("MAX_TEXT", "Decompressed Data Too Large")  # in what Pillow raises
+_unreadable = partial(unreadable, "image")
+
+
 def open_picture(
-    source: Stored, *, where: str = "", max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None
+    source: Stored,
+    *,
+    where: str = "",
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+    copy: bool = True,
 ) -> PIL.Image.Image:
     """A loaded picture of mode RGB, 8 bits a channel, upright.
 
@@ -58,7 +66,8 @@ def open_picture(
         at_least: height and width in pixels, upright, that are enough. A JPEG is then decoded at the smallest of 1/8,
             1/4, 1/2 and 1/1 that has both, which libjpeg does in the cosine transform itself, for a fraction of the
             time and memory. Other formats, and pictures already opened, come as they are.
-            (`data.transform.open_for` knows what an image processor needs.)
+            (`data.media.transform.open_for` knows what an image processor needs.)
+        copy: False: an opened picture of which nothing has to be changed comes back itself, for who only reads it.
 
     How each kind of picture is read:
 
@@ -74,57 +83,41 @@ def open_picture(
             a folder, an empty or truncated file, no image at all, more than `max_pixels`, no pixels,
             floating-point pixels (their range is not known).
     """
-    name = name_of(source)
+    with errors_at(where):
+        return _opened(source, max_pixels, at_least, copy)
+
+
+def _opened(source: Stored, max_pixels: int, at_least: tuple[int, int] | None, copy: bool) -> PIL.Image.Image:
+    given = source if isinstance(source, PIL.Image.Image) else None
+    name = name_of(source, "image") if given is None else f"the opened picture of mode {given.mode}"
     try:
-        image = source if isinstance(source, PIL.Image.Image) else open_lazily(locate(source, name, where))
-        _check_size(image, name, where, max_pixels)
-        if at_least is not None and image is not source and isinstance(image, JpegImageFile):
+        image = open_lazily(locate(source, "image")) if given is None else given  # type: ignore[arg-type]
+        _check_size(image, name, max_pixels)
+        if at_least is not None and given is None and isinstance(image, JpegImageFile):
             height, width = at_least
             image.draft(None, (height, width) if orientation_of(image) in ON_ITS_SIDE else (width, height))
         image.load()
-        _check_size(image, name, where, max_pixels)  # icons declare one size and may carry another
+        _check_size(image, name, max_pixels)  # icons declare one size and may carry another
         upright = _upright(image)
         # What was opened here belongs to nobody else. (Formats with several frames would keep their file open.)
-        own = upright is not source and (upright is not image or type(image) is JpegImageFile)
-        return upright if own and _is_plain(upright) else _to_rgb(upright)
+        closed = upright is not image or type(image) in (PIL.Image.Image, JpegImageFile)
+        own = closed and (upright is not source or not copy)
+        return upright if own and upright.mode == "RGB" and not upright.has_transparency_data else _to_rgb(upright)
     except (DataError, MemoryError):
         raise
     except PIL.UnidentifiedImageError as e:
-        raise unreadable(f"{name} is not an image of a known format ({_known_formats()})", where) from e
+        raise _unreadable(f"{name} is not an image of a known format ({_known_formats()})") from e
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as e:
         # Pillow refuses while it opens, so the size is known from its message alone.
         found = re.search(r"\d+", str(e))
-        raise _too_big(f"{int(found[0]):,}" if found else "too many", name, where, max_pixels) from e
+        raise _too_big(f"{int(found[0]):,}" if found else "too many", name, max_pixels) from e
     except Exception as e:
-        if any(said in str(e) for said in ("MAX_TEXT", "Decompressed Data Too Large")) and not isinstance(
-            source, PIL.Image.Image
-        ):
+        if not isinstance(source, PIL.Image.Image) and any(said in str(e) for said in _TOO_LONG_NOTES):
             # Pillow bounds what a PNG's notes unpack to; the pixels want none of them.
-            bare = _without_notes(locate(source, name, where), name, where)
-            return open_picture(bare, where=where, max_pixels=max_pixels, at_least=at_least)
+            return _opened(_without_notes(locate(source, "image"), name), max_pixels, at_least, copy)
         # Pillow's decoders raise whatever their parsing trips over (OSError, SyntaxError, struct.error, IndexError…);
         # for the user it is one case.
-        raise unreadable(f"{name} is damaged or incomplete: {e or type(e).__name__}", where) from e
-
-
-def is_url(source: str) -> bool:
-    """Whether this is an address on the web, which opticnerve never fetches."""
-    return re.match(r"https?://", source, re.IGNORECASE) is not None
-
-
-def decode_data_url(url: str, *, where: str = "") -> bytes:
-    """The bytes in `data:image/png;base64,…`.
-
-    Raises:
-        DataError: not base64 (kind `unreadable-image`).
-    """
-    head, comma, body = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise unreadable(f"the data URL {head[:60]!r} is not base64", where, "write data:image/png;base64,…")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise unreadable(f"the data URL {head[:60]!r} does not hold valid base64: {e}", where) from e
+        raise _unreadable(f"{name} is damaged or incomplete: {e or type(e).__name__}") from e
 
 
 def described(source: object) -> str:
@@ -143,52 +136,11 @@ def described(source: object) -> str:
             return type(source).__name__
 
 
-def name_of(source: Source) -> str:
-    match source:
-        case PIL.Image.Image():
-            return f"the opened picture of mode {source.mode}"
-        case bytes():
-            return f"the picture of {len(source):,} bytes"
-        case str() if source[:5].lower() == "data:":
-            return "the picture in a data URL"
-        case _:
-            return str(source)
-
-
-def locate(source: Path | str | bytes, name: str, where: str) -> Path | bytes:
-    """A regular, non-empty file or bytes that may be an image."""
-    if isinstance(source, str):
-        if is_url(source):
-            raise DataError(
-                f"{name} is a web address, and opticnerve fetches nothing",
-                where=where,
-                remedy="download the picture and give the file's path",
-                kind="url",
-            )
-        source = decode_data_url(source, where=where) if source[:5].lower() == "data:" else Path(source)
-    if isinstance(source, bytes):
-        if not source:
-            raise unreadable(f"{name} is empty", where)
-        return source
-    try:
-        if not source.exists():
-            raise DataError(f"{name} does not exist", where=where, remedy="check the path", kind="missing-image")
-        if source.is_dir():
-            raise unreadable(f"{name} is a folder, not a picture", where)
-        if not source.is_file():
-            raise unreadable(f"{name} is not a regular file", where)
-        if source.stat().st_size == 0:
-            raise unreadable(f"{name} is an empty file", where)
-    except OSError as e:
-        raise unreadable(f"{name} cannot be reached: {e.strerror or e}", where) from e
-    return source
-
-
 def open_lazily(located: Path | bytes) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(located) if isinstance(located, bytes) else located, formats=_known_list())
 
 
-def _without_notes(located: Path | bytes, name: str, where: str) -> bytes:
+def _without_notes(located: Path | bytes, name: str) -> bytes:
     """A PNG without its texts and its colour profile; what may say its orientation is kept, unless it is packed."""
     raw = located if isinstance(located, bytes) else located.read_bytes()
     kept, at, dropped = [raw[:8]], 8, False
@@ -201,7 +153,7 @@ def _without_notes(located: Path | bytes, name: str, where: str) -> bytes:
             kept.append(raw[at:end])
         at = end
     if not dropped:
-        raise unreadable(f"{name} holds notes that unpack to too much", where)
+        raise _unreadable(f"{name} holds notes that unpack to too much")
     return b"".join(kept)
 
 
@@ -215,12 +167,12 @@ def _known_formats() -> str:
     return ", ".join(f for f in _known_list() if f not in ("DIB", "MPO"))
 
 
-def _check_size(image: PIL.Image.Image, name: str, where: str, max_pixels: int) -> None:
+def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width <= 0 or height <= 0:
-        raise unreadable(f"{name} has no pixels: {width} × {height}", where)
+        raise _unreadable(f"{name} has no pixels: {width} × {height}")
     if width * height > max_pixels:
-        raise _too_big(f"{width} × {height} = {width * height:,}", name, where, max_pixels)
+        raise _too_big(f"{width} × {height} = {width * height:,}", name, max_pixels)
 
 
 def orientation_of(image: PIL.Image.Image) -> int:
@@ -242,10 +194,6 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return upright
 
 
-def _is_plain(image: PIL.Image.Image) -> bool:
-    return image.mode == "RGB" and not image.has_transparency_data
-
-
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
@@ -263,18 +211,13 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
             eight_HW = np.where(grey_HW == hole, np.uint8(255), eight_HW)
         return PIL.Image.fromarray(eight_HW).convert("RGB")
     if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        clear = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
-def unreadable(problem: str, where: str, remedy: str = "replace the picture or remove the sample") -> DataError:
-    return DataError(problem, where=where, remedy=remedy, kind="unreadable-image")
-
-
-def _too_big(pixels: str, name: str, where: str, max_pixels: int) -> DataError:
-    return unreadable(
+def _too_big(pixels: str, name: str, max_pixels: int) -> DataError:
+    return _unreadable(
         f"{name} has {pixels} pixels, more than the {max_pixels:,} allowed",
-        where,
         "make it smaller; a small file that unfolds to so many pixels may be a decompression bomb",
     )

@@ -6,30 +6,32 @@ import hashlib
 
 import PIL.Image
 
-from opticnerve.common.atomic import sha256
+from opticnerve.data.media.files import digest, errors_at, locate
 from opticnerve.data.media.images import (
     MAX_PIXELS,
     ON_ITS_SIDE,
     Source,
-    locate,
-    name_of,
     open_lazily,
     open_picture,
     orientation_of,
-    unreadable,
 )
 from opticnerve.data.media.video import open_frame, picture_of_folder
 from opticnerve.types import DataError, Frame
 
 
 def open_image(
-    source: Source, *, where: str = "", max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None
+    source: Source,
+    *,
+    where: str = "",
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+    copy: bool = True,
 ) -> PIL.Image.Image:
     """A loaded picture of mode RGB, 8 bits a channel, upright: of a picture as `open_picture`, of a video's frame as
     `video.frames`, which also say what the arguments mean and what is raised."""
     if isinstance(source, Frame):
-        return open_frame(source, where=where, max_pixels=max_pixels)
-    return open_picture(source, where=where, max_pixels=max_pixels, at_least=at_least)
+        return open_frame(source, where=where, max_pixels=max_pixels, copy=copy)
+    return open_picture(source, where=where, max_pixels=max_pixels, at_least=at_least, copy=copy)
 
 
 def image_digest(source: Source, *, where: str = "") -> str:
@@ -42,14 +44,7 @@ def image_digest(source: Source, *, where: str = "") -> str:
             return image_digest(picture, where=where)
         video = image_digest(source.source, where=where)
         return hashlib.sha256(f"{video} {source.index} {source.of}".encode()).hexdigest()
-    name = name_of(source)
-    located = locate(source, name, where)
-    if isinstance(located, bytes):
-        return hashlib.sha256(located).hexdigest()
-    try:
-        return sha256(located)
-    except OSError as e:
-        raise unreadable(f"{name} cannot be read: {e.strerror or e}", where) from e
+    return digest(source, "image", where=where)
 
 
 def image_size(source: Source, *, where: str = "") -> tuple[int, int]:
@@ -58,18 +53,14 @@ def image_size(source: Source, *, where: str = "") -> tuple[int, int]:
     Raises:
         DataError: as `open_image`, as far as a header shows it.
     """
-    if isinstance(source, PIL.Image.Image):
-        return source.height, source.width
-    if isinstance(source, Frame):
-        opened = open_image(source, where=where)
-        return opened.height, opened.width
-    name = name_of(source)
-    try:
-        with open_lazily(locate(source, name, where)) as image:
-            turned = orientation_of(image) in ON_ITS_SIDE
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except DataError:
-        raise
-    except Exception:  # whatever is wrong with it, opening it says so in full
-        opened = open_image(source, where=where)
-        return opened.height, opened.width
+    if not isinstance(source, PIL.Image.Image | Frame):
+        try:
+            with errors_at(where), open_lazily(locate(source, "image")) as image:
+                turned = orientation_of(image) in ON_ITS_SIDE
+                return (image.width, image.height) if turned else (image.height, image.width)
+        except DataError:
+            raise
+        except Exception:  # whatever is wrong with it, opening it says so in full
+            return image_size(open_image(source, where=where))
+    opened = source if isinstance(source, PIL.Image.Image) else open_image(source, where=where, copy=False)
+    return opened.height, opened.width

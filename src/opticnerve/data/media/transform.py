@@ -81,15 +81,15 @@ class Bytes:
 
 
 def open_for(image_processor: Any, source: Source, *, where: str = "") -> PIL.Image.Image:
-    """`open_image`, a JPEG decoded no larger than `image_processor` has use for.
+    """`open_image` to be read, not written: a JPEG is decoded no larger than `image_processor` has use for, and what is
+    opened already is not copied.
 
     Training, feature caches, evaluation and inference open their pictures here, so that a picture looks the same
     everywhere. Only where `steps` knows the processor; tiling and others that look at a picture's size get all of it.
     """
     known = steps(image_processor)
-    return open_image(
-        source, where=where, at_least=None if known is None else (GAP * known.size[0], GAP * known.size[1])
-    )
+    at_least = None if known is None else (GAP * known.size[0], GAP * known.size[1])
+    return open_image(source, where=where, at_least=at_least, copy=False)
 
 
 def pixels(image_processor: Any, pictures: Sequence[PIL.Image.Image], *, compact: bool = False) -> dict[str, Any]:

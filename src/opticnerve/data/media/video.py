@@ -11,12 +11,13 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
+from opticnerve.data.media.files import errors_at, name_of, unreadable
 from opticnerve.data.media.images import MAX_PIXELS, open_picture
 from opticnerve.types import DataError, Frame, OpticNerveError, to_install
 
@@ -30,6 +31,7 @@ _PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", "
 # A closed list of FFmpeg's names: it would also follow playlists to other files, and take a text for a video.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf"
 _UPRIGHT = {90: PIL.Image.Transpose.ROTATE_90, 180: PIL.Image.Transpose.ROTATE_180, 270: PIL.Image.Transpose.ROTATE_270}
+_unreadable = partial(unreadable, "video")
 
 
 def frames(source: Path | bytes, count: int, *, where: str = "", max_pixels: int = MAX_PIXELS) -> list[PIL.Image.Image]:
@@ -49,16 +51,17 @@ def frames(source: Path | bytes, count: int, *, where: str = "", max_pixels: int
     return [f.copy() for f in _loaded(source, count, where, max_pixels)]
 
 
-def open_frame(frame: Frame, *, where: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
-    """The picture that a `Frame` names; errors as of `frames`."""
-    return _loaded(frame.source, frame.of, where, max_pixels)[frame.index].copy()
+def open_frame(frame: Frame, *, where: str = "", max_pixels: int = MAX_PIXELS, copy: bool = True) -> PIL.Image.Image:
+    """The picture that a `Frame` names; errors as of `frames`. `copy`: False for who only reads it."""
+    found = _loaded(frame.source, frame.of, where, max_pixels)[frame.index]
+    return found.copy() if copy else found
 
 
 def picture_of_folder(frame: Frame, *, where: str = "") -> Path | None:
     """The file that holds a frame, where the video is a folder of pictures; else None."""
     if not isinstance(frame.source, Path) or not frame.source.is_dir():
         return None
-    with _wrap_errors(frame.source, where):
+    with errors_at(where, name_of(frame.source, "video"), "video"):
         return _pictures(frame.source, frame.of)[frame.index]
 
 
@@ -70,27 +73,15 @@ def spaced(total: int, count: int) -> list[int]:
 def _loaded(source: Path | bytes, count: int, where: str, max_pixels: int) -> tuple[PIL.Image.Image, ...]:
     if not 0 < count <= MAX_COUNT:
         raise OpticNerveError(f"frames is {count}; ask for 1 to {MAX_COUNT} frames of a video")
-    with _wrap_errors(source, where):
+    with errors_at(where, name_of(source, "video"), "video"):
         stamp = source.stat().st_mtime_ns if isinstance(source, Path) and source.exists() else None
         return _recent(source, stamp, count, max_pixels)
-
-
-@contextmanager
-def _wrap_errors(source: Path | bytes, where: str) -> Iterator[None]:
-    """Errors that say where the video was named."""
-    try:
-        yield
-    except DataError as e:
-        raise DataError(e.problem, where=where, remedy=e.remedy, kind=e.kind) from e
-    except OSError as e:
-        problem = f"{_name(source)} cannot be read: {e.strerror or e}"
-        raise DataError(problem, where=where, kind="unreadable-video") from e
 
 
 @lru_cache(maxsize=1)
 def _recent(source: Path | bytes, stamp: int | None, count: int, max_pixels: int) -> tuple[PIL.Image.Image, ...]:
     """The frames of the last video stay in memory: they are opened one by one, and decoded together."""
-    name = _name(source)
+    name = name_of(source, "video")
     if isinstance(source, Path):
         if not source.exists():
             raise DataError(f"{name} does not exist", remedy="check the path", kind="missing-video")
@@ -288,11 +279,3 @@ def _check_kept(name: str, count: int, pixels: int) -> None:
             f"{count} frames of {name} have {pixels:,} pixels, more than the {MAX_KEPT:,} that are kept",
             "ask for fewer frames, or make it smaller",
         )
-
-
-def _unreadable(problem: str, remedy: str = "replace the video or remove the sample") -> DataError:
-    return DataError(problem, remedy=remedy, kind="unreadable-video")
-
-
-def _name(source: Path | bytes) -> str:
-    return f"the video of {len(source):,} bytes" if isinstance(source, bytes) else str(source)

@@ -8,17 +8,18 @@ good ones; a file that cannot be read at all raises.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from opticnerve.data.sources.pread import Handles
 from opticnerve.types import DataError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
+_MOST_OPEN = 32
 
 
 class Location(NamedTuple):
@@ -59,6 +60,57 @@ class Records(Protocol):
             DataError: it is no longer what it was.
         """
         ...
+
+
+class Handles:
+    """Some files, each opened when it is first read; a few dozen stay open.
+
+    `pread` moves no cursor, so that processes which share a handle by fork do not disturb each other; a copy that is
+    pickled opens its own.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self._open: dict[int, int] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __del__(self) -> None:
+        for handle in self._open.values():
+            os.close(handle)
+
+    def read(self, file: int, start: int, size: int) -> bytes:
+        """`size` bytes from byte `start` on.
+
+        Raises:
+            DataError: the file is gone, shorter, or another than when it was first opened.
+        """
+        try:
+            raw = os.pread(self._handle(file), size, start)
+            while len(raw) < size and (more := os.pread(self._handle(file), size - len(raw), start + len(raw))):
+                raw += more
+        except OSError as e:
+            raise self._unreadable(file, e.strerror or str(e)) from e
+        if len(raw) < size:
+            raise self._unreadable(file, f"it ends after {start + len(raw):,} of {start + size:,} bytes")
+        return raw
+
+    def _handle(self, file: int) -> int:
+        if file not in self._open:
+            while len(self._open) >= _MOST_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            handle = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            seen = os.fstat(handle)
+            if self._sizes.setdefault(file, (seen.st_size, seen.st_mtime_ns)) != (seen.st_size, seen.st_mtime_ns):
+                os.close(handle)
+                raise self._unreadable(file, "it has changed since it was first opened; start again")
+            self._open[file] = handle
+        return self._open[file]
+
+    def _unreadable(self, file: int, reason: str) -> DataError:
+        return DataError(f"cannot be read any more: {reason}", where=str(self.files[file]), kind="changed-file")
 
 
 class JsonLines:
@@ -135,10 +187,13 @@ def not_utf8(where: str, offset: int | None, byte: int) -> DataError:
     return DataError(f"not UTF-8: byte 0x{byte:02x}{at}", where=where, remedy="save it as UTF-8", kind="encoding")
 
 
+def refused(path: Path | str, problem: str, remedy: str, kind: str = "format") -> DataError:
+    """A file or folder that cannot be read at all."""
+    return DataError(problem, where=str(path), remedy=remedy, kind=kind)
+
+
 def changed(path: Path) -> DataError:
-    return DataError(
-        "the file has changed since it was indexed", where=str(path), remedy="start again", kind="changed-file"
-    )
+    return refused(path, "the file has changed since it was indexed", "start again", "changed-file")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.formats.names import kind_by_name, kind_by_value
-from opticnerve.data.sources.base import Location, Record, changed, not_utf8
-from opticnerve.data.sources.pread import Handles
+from opticnerve.data.sources.base import Handles, Location, Record, changed, not_utf8
 from opticnerve.types import DataError
 
 _DELIMITERS = ",;\t|"
@@ -108,9 +107,8 @@ class Csv:
     def _named(row: list[str], where: str) -> list[str]:
         names = [name.strip() for name in row]
         if twice := [n for n, count in Counter(names).items() if count > 1 and n]:
-            raise DataError(
-                f"two columns are called {twice[0]}", where=where, remedy="give each a name of its own", kind="csv"
-            )
+            problem = f"two columns are called {twice[0]}"
+            raise DataError(problem, where=where, remedy="give each a name of its own", kind="csv")
         return names
 
     def _checked(self, row: list[str], where: str, header: list[str]) -> dict[str, Any] | DataError | None:
@@ -123,12 +121,9 @@ class Csv:
         if not header:
             return {}
         if len(row) != len(header):
-            return DataError(
-                f"{len(row)} cells under {len(header)} column names ({', '.join(header)})",
-                where=where,
-                remedy="put cells that hold the delimiter or line breaks in double quotes",
-                kind="csv",
-            )
+            problem = f"{len(row)} cells under {len(header)} column names ({', '.join(header)})"
+            remedy = "put cells that hold the delimiter or line breaks in double quotes"
+            return DataError(problem, where=where, remedy=remedy, kind="csv")
         cells = [cell.strip() for cell in row] if self._delimiter == "|" else row
         return {k: v for k, v in zip(header, cells, strict=True) if v not in _MISSING}
 

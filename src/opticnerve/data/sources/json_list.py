@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opticnerve.data.sources.base import (
+    Handles,
     JsonLines,
     Location,
     Record,
@@ -23,8 +24,8 @@ from opticnerve.data.sources.base import (
     not_utf8,
     parse,
     record_of,
+    refused,
 )
-from opticnerve.data.sources.pread import Handles
 from opticnerve.types import DataError
 
 CHUNK = 1 << 20
@@ -90,19 +91,10 @@ class JsonList:
 
     def _refuse(self) -> None:
         """Nothing in it, or something else than a list."""
-        if self.path.stat().st_size > _WHOLE:
-            seen = "something else"
-        else:
-            raw = self.path.read_bytes().removeprefix(_BOM)
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError as e:
-                line = raw.count(b"\n", 0, e.start) + 1
-                raise not_utf8(f"{self.path}:{line}", e.start, raw[e.start]) from e
-            if not text.strip():
-                return
-            seen = type(parse(text, self.path, line=None)).__name__
-        raise _no_records(self.path, seen)
+        large = self.path.stat().st_size > _WHOLE
+        if not large and not (text := _text_of(self.path)).strip():
+            return
+        raise _no_records(self.path, "something else" if large else type(parse(text, self.path, line=None)).__name__)
 
 
 class CocoCaptions:
@@ -134,12 +126,7 @@ class CocoCaptions:
             return self._rows
         if self.path.stat().st_size > _MOST_COCO:
             raise _no_records(self.path, f"an object of more than {_MOST_COCO >> 20:,} MiB")
-        raw = self.path.read_bytes().removeprefix(_BOM)
-        try:
-            found = parse(raw.decode(), self.path, line=None)
-        except UnicodeDecodeError as e:
-            line = raw.count(b"\n", 0, e.start) + 1
-            raise not_utf8(f"{self.path}:{line}", e.start, raw[e.start]) from e
+        found = parse(_text_of(self.path), self.path, line=None)
         images, notes = (found.get(k) for k in ("images", "annotations"))
         listed = all(isinstance(v, list) and all(isinstance(x, dict) for x in v) for v in (images, notes))
         if not listed or not any("caption" in a for a in notes):
@@ -162,13 +149,18 @@ def _annotation(note: dict[str, Any], names: dict[str, Any], where: str) -> dict
     return fields | {"file_name": names[str(own)]} | ({"id": note["id"]} if note.get("id") is not None else {})
 
 
-def _no_records(path: Path, seen: str) -> DataError:
-    return DataError(
-        f"wanted a JSON list of records, found {seen}",
-        where=str(path),
-        remedy="put the records in a list, or one to a line",
-        kind="json",
-    )
+def _text_of(path: Path) -> str:
+    raw = path.read_bytes().removeprefix(_BOM)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise not_utf8(f"{path}:{line}", e.start, raw[e.start]) from e
+
+
+def _no_records(path: Path, found: str) -> DataError:
+    problem = f"wanted a JSON list of records, found {found}"
+    return refused(path, problem, "put the records in a list, or one to a line", "json")
 
 
 class _Text:
@@ -190,28 +182,28 @@ class _Text:
 
     def items(self) -> Iterator[tuple[Any, int, int]]:
         """(value, first byte, bytes) of each item. Errors are those of `json.loads` on the whole file."""
-        self._move(self.at + 1)
+        self._advance(self.at + 1)
         if self.next_sign() != "]":
             while True:
                 value, end = self._value()
                 start = self.byte
-                self._move(end)
+                self._advance(end)
                 yield value, start, self.byte - start
                 sign = self.next_sign()
                 if sign == "]":
                     break
                 if sign != ",":
                     raise self._error("Expecting ',' delimiter")
-                self._move(self.at + 1)
+                self._advance(self.at + 1)
                 self.next_sign()
-        self._move(self.at + 1)
+        self._advance(self.at + 1)
         if self.next_sign():
             raise self._error("Extra data")
 
     def next_sign(self) -> str:
         """The next character that is no white space, which is passed over; '' at the end."""
         while True:
-            self._move(_SPACE.match(self.text, self.at).end())  # type: ignore[union-attr]
+            self._advance(_SPACE.match(self.text, self.at).end())  # type: ignore[union-attr]
             if self.at < len(self.text):
                 return self.text[self.at]
             if self.ended:
@@ -225,7 +217,7 @@ class _Text:
             except json.JSONDecodeError as e:
                 cut = e.msg.startswith("Unterminated string") or e.pos > len(self.text) - _NEAR
                 if self.ended or not cut:
-                    self._move(e.pos)
+                    self._advance(e.pos)
                     raise self._error(e.msg) from e
             except Twice as e:
                 # Where it ends is known to who does not mind.
@@ -250,7 +242,7 @@ class _Text:
         self._read += len(raw)
         self.ended = not raw
 
-    def _move(self, to: int) -> None:
+    def _advance(self, to: int) -> None:
         passed = self.text[self.at : to]
         self.byte += len(passed) if passed.isascii() else len(passed.encode())
         if lines := passed.count("\n"):

@@ -1,18 +1,28 @@
-"""The records of a path, whatever kind of file or folder it is."""
+"""The records of a path, whatever kind of file or folder it is.
+
+A folder was saved by `datasets`, or holds files of Parquet, JSON lines, CSV or JSON, tar shards, or an imagefolder
+(pictures with `metadata.csv`, `.jsonl` or `.parquet`: huggingface.co/docs/datasets/image_dataset). One split of it is
+read.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from opticnerve.data.sources.arrow import ParquetTables
-from opticnerve.data.sources.base import CSV_SUFFIXES, JSONL_SUFFIXES, JsonLines, Record, Records
+from opticnerve.data.sources.base import CSV_SUFFIXES, JSONL_SUFFIXES, JsonLines, Location, Record, Records, refused
 from opticnerve.data.sources.csv_rows import Csv
-from opticnerve.data.sources.folders import open_folder
 from opticnerve.data.sources.json_list import open_json
+from opticnerve.data.sources.paths import one_split
+from opticnerve.data.sources.tables import ParquetTables, SavedTable, saved_by_datasets
 from opticnerve.data.sources.webdataset import Shards, is_shards
 from opticnerve.types import DataError
+
+_KINDS = ((".parquet",), JSONL_SUFFIXES, CSV_SUFFIXES, (".json",))
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 
 
 def open_records(path: Path, format: str = "auto", split: str | None = None) -> Records:
@@ -30,17 +40,15 @@ def open_records(path: Path, format: str = "auto", split: str | None = None) -> 
         remedy = "check the path"
         if format == "hf" and not path.is_absolute():
             remedy += "; a data set on the hub is read with streaming: true, or downloaded first and its folder named"
-        raise DataError("no such data file or folder", where=str(path), remedy=remedy, kind="missing-file")
+        raise refused(path, "no such data file or folder", remedy, "missing-file")
     if not os.access(path, os.R_OK):
-        raise DataError("no permission to read it", where=str(path), remedy="chmod u+r", kind="missing-file")
+        raise refused(path, "no permission to read it", "chmod u+r", "missing-file")
     suffix = path.suffix.lower()
     if path.is_dir():
-        return open_folder(path, split, open_records)
+        return _open_folder(path, split)
     if split not in (None, "train"):  # one file is what is trained on
-        raise DataError(
-            f"hub_split names the split {split!r}, and this is one file", where=str(path), remedy="leave hub_split out",
-            kind="format",
-        )  # fmt: skip
+        problem = f"hub_split names the split {split!r}, and this is one file"
+        raise refused(path, problem, "leave hub_split out")
     if suffix == ".parquet":
         return ParquetTables(path, [path])
     if suffix in JSONL_SUFFIXES:
@@ -49,18 +57,80 @@ def open_records(path: Path, format: str = "auto", split: str | None = None) -> 
         return Csv(path)
     if suffix == ".json":
         return open_json(path)
-    raise DataError(
-        f"cannot tell what kind of data file {suffix or 'a file without a suffix'!r} is",
-        where=str(path),
-        remedy="use .json, .jsonl, .csv, .tsv, .parquet, .tar, or a folder saved by datasets",
-        kind="format",
-    )
+    problem = f"cannot tell what kind of data file {suffix or 'a file without a suffix'!r} is"
+    raise refused(path, problem, "use .json, .jsonl, .csv, .tsv, .parquet, .tar, or a folder saved by datasets")
 
 
-def records(path: Path) -> Iterator[Record | DataError]:
-    """The records of a path in their order.
+def _open_folder(folder: Path, split: str | None) -> Records:
+    """The records of one split of a folder, file by file.
 
     Raises:
-        DataError: as `open_records`; or the file (a JSON list, Parquet) cannot be parsed.
+        DataError: it holds no data files, or several splits of which none is named.
     """
-    return iter(open_records(path))
+    if saved_by_datasets(folder):
+        return SavedTable(folder, split)
+    saved = sorted(f.parent for name in ("dataset_info.json", "state.json") for f in folder.glob(f"*/{name}"))
+    if saved:
+        return SavedTable(one_split(folder, list(dict.fromkeys(saved)), split)[0], None)
+    if (folder / "dataset_dict.json").is_file():
+        return SavedTable(folder, split)
+    found = _data_files(folder)
+    if is_shards(found[0]):
+        return Shards(folder, split)
+    files = one_split(folder, found, split)
+    if all(f.suffix.lower() == ".parquet" and f.stem != "metadata" for f in files):
+        return ParquetTables(folder, files)
+    return Files(folder, files, list(map(open_records, files)))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    found = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in _NO_DATA and _visible(f, folder))
+    listed = [f for f in found if f.stem == "metadata" and f.suffix.lower() in (".csv", ".jsonl", ".parquet")]
+    if listed:
+        return listed
+    for suffixes in _KINDS:
+        if files := [f for f in found if f.suffix.lower() in suffixes]:
+            return files
+    if shards := [f for f in found if is_shards(f)]:
+        return shards
+    remedy = "name the data file itself; pictures alone want a metadata.csv with file_name and caption"
+    raise refused(folder, "the folder holds neither a saved dataset nor files of data", remedy)
+
+
+def _visible(file: Path, folder: Path) -> bool:
+    return not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+
+class Files:
+    """The records of several files, one after the other; each is called by its own file and line."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], parts: Sequence[Records]) -> None:
+        self.folder, self.files, self.parts = folder, list(files), parts
+
+    def __iter__(self) -> Iterator[Record | DataError]:
+        for number, part in enumerate(self.parts):
+            for item in part:
+                yield self._of_file(item, number) if isinstance(item, Record) else item
+
+    def at(self, place: Location, index: int) -> Record:
+        found = self.parts[place.file].at(Location(0, place.start, place.size), index)
+        return self._of_file(found, place.file)
+
+    def _of_file(self, record: Record, number: int) -> Record:
+        file = self.files[number]
+        inner = file.relative_to(self.folder).parent
+        fields = dict(record.fields)
+        if file.stem == "metadata" and inner.parts:
+            fields = {
+                k: _below(inner, v) if k.lower().endswith(("file_name", "file_names")) else v for k, v in fields.items()
+            }
+        if len(self.files) > 1 and fields.get("id") in (None, ""):
+            fields["id"] = f"{file.relative_to(self.folder).with_suffix('').as_posix()}-{record.index}"
+        return replace(record, fields=fields, place=Location(number, record.place.start, record.place.size))
+
+
+def _below(folder: Path, value: Any) -> Any:
+    """imagefolder's names start from where its metadata lie."""
+    if isinstance(value, list):
+        return [_below(folder, v) for v in value]
+    return (folder / value).as_posix() if isinstance(value, str) and value else value

@@ -12,20 +12,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import itertools
 import json
-import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from opticnerve.common.cache import cache_dir, new_folder
-from opticnerve.data.sources.base import Location, Record, no_key_twice, not_utf8
-from opticnerve.data.sources.pread import Handles
-from opticnerve.data.sources.splits import one_split
+from opticnerve.data.sources.base import Handles, Location, Record, no_key_twice, not_utf8, refused
+from opticnerve.data.sources.paths import matching, one_split
 from opticnerve.types import DataError
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"}
@@ -67,10 +64,11 @@ class Shards:
                     break
                 try:
                     if key in seen:
-                        raise DataError(
-                            "an earlier sample of the shard has this name", where=f"{self.files[number]}[{key}]",
-                            remedy="give each sample a name of its own", kind="shard",
-                        )  # fmt: skip
+                        problem, remedy = (
+                            "an earlier sample of the shard has this name",
+                            "give each sample a name of its own",
+                        )
+                        raise refused(f"{self.files[number]}[{key}]", problem, remedy, "shard")
                     seen.add(key)
                     yield self._record(number, key, index, Location(number, start, size))
                 except DataError as e:
@@ -83,17 +81,14 @@ class Shards:
             with tarfile.open(fileobj=io.BytesIO(raw + bytes(2 * _BLOCK)), mode="r:") as tar:
                 members = [(m.name, raw[m.offset_data : m.offset_data + m.size]) for m in tar if m.type in _FILES]
         except _BROKEN as e:
-            raise DataError(f"not a tar file any more: {e}", where=str(self.files[place.file]), kind="shard") from e
+            raise refused(self.files[place.file], f"not a tar file any more: {e}", "", "shard") from e
         key = _key(members[0][0]) if members else ""
         return self._made(members, key, index, place)
 
     def _record(self, number: int, key: str, index: int, place: Location) -> Record:
         if place.size > MAX_SAMPLE:
-            raise DataError(
-                f"the sample has {place.size:,} bytes, {MAX_SAMPLE:,} are read",
-                where=f"{self.files[number]}[{key}]",
-                kind="shard",
-            )
+            problem = f"the sample has {place.size:,} bytes, {MAX_SAMPLE:,} are read"
+            raise refused(f"{self.files[number]}[{key}]", problem, "", "shard")
         return self.at(place, index)
 
     def _samples(self, number: int) -> Iterator[tuple[str, int, int]]:
@@ -124,37 +119,41 @@ class Shards:
         except DataError:
             raise
         except OSError as e:
-            raise DataError(f"the shard cannot be read: {e.strerror or e}", where=str(shard), kind="shard") from e
+            raise refused(shard, f"the shard cannot be read: {e.strerror or e}", "", "shard") from e
         except _BROKEN as e:
             raise _cut(shard, str(e) or type(e).__name__) from e
 
     def _made(self, members: list[tuple[str, bytes]], key: str, index: int, place: Location) -> Record:
         where = f"{self.files[place.file]}[{key}]"
-        fields: dict[str, Any] = {}
-        media: dict[str, list[dict[str, Any]]] = {"image": [], "audio": []}
-        text = None
         if twice := [n for n, count in Counter(name for name, _ in members).items() if count > 1]:
-            raise DataError(
-                f"{twice[0]} stands in it twice", where=where, remedy="give each member a name of its own", kind="shard"
-            )
-        for name, content in sorted(members, key=lambda m: m[0]):
-            kind = name.rpartition(".")[2].lower()
-            if kind == "json":
+            problem, remedy = f"{twice[0]} stands in it twice", "give each member a name of its own"
+            raise refused(where, problem, remedy, "shard")
+        fields: dict[str, Any] = {}
+        text = None
+        for name, content in sorted(members):
+            if ending(name) == "json":
                 fields = _object(content, where)
-            elif kind == "txt":
+            elif ending(name) == "txt":
                 text = _text(content, where)
-            elif kind in PICTURES:
-                media["image"].append({"bytes": content, "path": name})
-            elif kind in SOUNDS:
-                media["audio"].append({"bytes": content, "path": name})
-        for kind, found in media.items():
-            if found:
-                fields.pop(f"{kind}s", None)
-                fields[kind] = found[0] if len(found) == 1 else found
-        if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
-            fields["caption"] = text
-        fields.setdefault("id", key)
-        return Record(fields, where, index, place)
+        media = ((name, {"bytes": content, "path": name}) for name, content in members)
+        return Record(sample_of(fields, media, text, key), where, index, place)
+
+
+def sample_of(fields: dict[str, Any], members: Iterable[tuple[str, Any]], text: str | None, key: str) -> dict[str, Any]:
+    """The fields of a sample, its members that are pictures or sounds among them, and what its `txt` says."""
+    listed = sorted(((n, m) for n, m in members if m is not None), key=lambda member: member[0])
+    for kind, endings in (("image", PICTURES), ("audio", SOUNDS)):
+        if found := [member for name, member in listed if ending(name) in endings]:
+            fields.pop(f"{kind}s", None)
+            fields[kind] = found[0] if len(found) == 1 else found
+    if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
+        fields["caption"] = text
+    fields.setdefault("id", key)
+    return fields
+
+
+def ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def unpack(shard: Path) -> tuple[Path, str]:
@@ -198,42 +197,8 @@ def _expanded(path: Path, split: str | None) -> list[Path]:
     else:
         files = matching(str(path), split)
     if not files:
-        raise DataError(
-            "no shard fits this pattern", where=str(path), remedy="check it, or write {000..099}", kind="missing-file"
-        )
+        raise refused(path, "no shard fits this pattern", "check it, or write {000..099}", "missing-file")
     return files
-
-
-def matching(pattern: str, split: str | None = None) -> list[Path]:
-    """The files of a pattern. What a glob finds is of one split; braces name what they mean."""
-    files = [p for text in braces(pattern) for p in globbed(text)]
-    return one_split(Path(pattern), files, split) if any(sign in pattern for sign in "*?[") else files
-
-
-def globbed(text: str) -> list[Path]:
-    """What a brace names must be there, or be missed when its turn comes; a glob finds what there is."""
-    if not any(sign in text for sign in "*?["):
-        return [Path(text)]
-    path = Path(text)
-    fixed = list(itertools.takewhile(lambda part: not any(s in part for s in "*?["), path.parts))
-    root = Path(*fixed) if fixed else Path()
-    return sorted(root.glob(str(Path(*path.parts[len(fixed) :]))))
-
-
-def braces(text: str) -> list[str]:
-    """`{000..002}` and `{a,b}` written out, as a shell does.
-
-    >>> braces("s-{08..10}.tar")
-    ['s-08.tar', 's-09.tar', 's-10.tar']
-    """
-    if (found := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)) is None:
-        return [text]
-    first, last, listed = found.groups()
-    if listed is not None:
-        choices = listed.split(",")
-    else:
-        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return [t for choice in choices for t in braces(text[: found.start()] + choice + text[found.end() :])]
 
 
 def _key(name: str) -> str:
@@ -260,6 +225,4 @@ def _text(content: bytes, where: str) -> str:
 
 
 def _cut(shard: Path, problem: str) -> DataError:
-    return DataError(
-        f"the shard is damaged or cut off: {problem}", where=str(shard), remedy="get it again", kind="shard"
-    )
+    return refused(shard, f"the shard is damaged or cut off: {problem}", "get it again", "shard")

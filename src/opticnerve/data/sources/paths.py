@@ -1,4 +1,5 @@
-"""Which split a file of a folder belongs to, by its name or its folders', as `datasets` reads them.
+"""Patterns of paths (`shards/{000..099}.tar`, `data/*.parquet`), and which split a file of a folder belongs to, by its
+name or its folders', as `datasets` reads them.
 
 `train-00000-of-00002.parquet`, `data/test.jsonl`, `val2014/metadata.csv`. Training data and test data that lie side by
 side are never read as one.
@@ -6,10 +7,12 @@ side are never read as one.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from opticnerve.data.sources.base import refused
 from opticnerve.types import DataError
 
 _WORDS = {
@@ -21,6 +24,38 @@ _WORDS = {
 _NAMED = {word: split for split, words in _WORDS.items() for word in words}
 _WORD = re.compile(rf"(?<![a-z0-9])({'|'.join(sorted(_NAMED, key=len, reverse=True))})(?![a-z])")
 _SHARD = re.compile(r"(.+?)[-_.]\d+-of-\d+")
+
+
+def matching(pattern: str, split: str | None = None) -> list[Path]:
+    """The files of a pattern. What a glob finds is of one split; braces name what they mean."""
+    files = [p for text in braces(pattern) for p in globbed(text)]
+    return one_split(Path(pattern), files, split) if any(sign in pattern for sign in "*?[") else files
+
+
+def globbed(text: str) -> list[Path]:
+    """What a brace names must be there, or be missed when its turn comes; a glob finds what there is."""
+    if not any(sign in text for sign in "*?["):
+        return [Path(text)]
+    path = Path(text)
+    fixed = list(itertools.takewhile(lambda part: not any(s in part for s in "*?["), path.parts))
+    root = Path(*fixed) if fixed else Path()
+    return sorted(root.glob(str(Path(*path.parts[len(fixed) :]))))
+
+
+def braces(text: str) -> list[str]:
+    """`{000..002}` and `{a,b}` written out, as a shell does.
+
+    >>> braces("s-{08..10}.tar")
+    ['s-08.tar', 's-09.tar', 's-10.tar']
+    """
+    if (found := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)) is None:
+        return [text]
+    first, last, listed = found.groups()
+    if listed is not None:
+        choices = listed.split(",")
+    else:
+        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return [t for choice in choices for t in braces(text[: found.start()] + choice + text[found.end() :])]
 
 
 def split_of(file: Path, folder: Path) -> str:
@@ -72,6 +107,4 @@ def _fixed(root: Path, pattern: Path) -> Path:
 def _refused(folder: Path, names: Sequence[str], problem: str) -> DataError:
     shown = ", ".join(name or "(files of no split)" for name in names[:12])
     first = "train" if "train" in names else next((n for n in names if n), "train")
-    return DataError(
-        f"{problem} {shown}", where=str(folder), remedy=f"name one with hub_split: {first}, or its files", kind="format"
-    )
+    return refused(folder, f"{problem} {shown}", f"name one with hub_split: {first}, or its files")
