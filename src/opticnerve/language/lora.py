@@ -45,13 +45,11 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
                 f"lora targets {targets} name no linear layer of the language model; "
                 f"its layers end in {', '.join(sorted({n.rsplit('.', 1)[-1] for n in names}))}"
             )
+    rank, alpha = chosen["rank"], chosen["alpha"]
     config = LoraConfig(
-        r=chosen["rank"],
-        lora_alpha=chosen["alpha"] if chosen["alpha"] is not None else 2 * chosen["rank"],
-        lora_dropout=chosen["dropout"],
-        target_modules=targets,
+        r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=chosen["dropout"], target_modules=targets,
         fan_in_fan_out=any(isinstance(language_model.get_submodule(n), Conv1D) for n in names),  # GPT-2's layers
-    )
+    )  # fmt: skip
     frozen = {name: p.requires_grad for name, p in language_model.named_parameters()}
     inject_adapter_in_model(config, language_model)
     for name, parameter in language_model.named_parameters():
@@ -107,14 +105,9 @@ def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[Non
 
 def linear_layers(language_model: nn.Module) -> list[str]:
     """Names of the linear layers that LoRA may wrap: those within the decoder's layers. GPT-2's Conv1D is one."""
-    from transformers.pytorch_utils import Conv1D
-
     start = decoder_layers(language_model)[0]
-    return [
-        name
-        for name, m in language_model.named_modules()
-        if isinstance(m, (nn.Linear, Conv1D)) and name.startswith(f"{start}.")
-    ]
+    modules = language_model.named_modules()
+    return [name for name, m in modules if isinstance(m, nn.Linear | Conv1D) and name.startswith(f"{start}.")]
 
 
 def is_lora(name: str) -> bool:
