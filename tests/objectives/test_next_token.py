@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opticnerve.objectives.head import supervised_logits
 
 import tiny
 from opticnerve.data.collators.next_token import Batch, Collator
@@ -18,6 +17,7 @@ from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.next_token import NextToken
+from opticnerve.ops.head import supervised_logits
 from opticnerve.types import Conversation, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

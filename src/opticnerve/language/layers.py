@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opticnerve.encoders.base import inputs_of
 from opticnerve.types import OpticNerveError
 
 
@@ -24,10 +25,6 @@ def decoder_layers(language_model: nn.Module) -> tuple[str, list[nn.Module]]:
     count = getattr(getattr(language_model, "config", None), "num_hidden_layers", None)
     fitting = {n: layers for n, layers in found.items() if len(layers) == count} or found
     return max(fitting.items(), key=lambda item: len(item[1]), default=("", []))
-
-
-class _EnteredError(Exception):
-    """The first layer has been given its inputs; nothing behind it is wanted."""
 
 
 @torch.no_grad()
@@ -60,22 +57,10 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
 
 def _entering(language_model: Any, **inputs: Tensor) -> list[Tensor]:
     """The numbers that the first layer is given; all that the model gives where there is no list of layers."""
-    found: list[Tensor] = []
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.extend(_floats((args, kwargs)))
-        raise _EnteredError
-
-    _, layers = decoder_layers(language_model)
-    hook = layers[0].register_forward_pre_hook(enter, with_kwargs=True) if layers else None
-    try:
-        found.append(language_model(**inputs, use_cache=False).logits)
-    except _EnteredError:
-        pass
-    finally:
-        if hook is not None:
-            hook.remove()
-    return found
+    found: list[Any] = []
+    first = decoder_layers(language_model)[1][:1]
+    given = inputs_of(first, lambda: found.append(language_model(**inputs, use_cache=False).logits))
+    return list(_floats([given, found]))
 
 
 def _floats(value: Any) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opticnerve.common import atomic
-from opticnerve.ops import enabled
+from opticnerve.ops import enabled, tell
 
 
 def offload_encoder(vision_encoder: nn.Module, folder: Path, console: Any = None) -> None:
@@ -41,7 +41,10 @@ def offload(modules: Sequence[nn.Module], folder: Path) -> int:
         OSError: the disk is full, or the folder cannot be written. Then all weights are where they were.
     """
     weights = [p for m in modules for p in m.parameters() if not p.requires_grad and _is_here(p)]
-    if os.name != "posix" or not enabled() or not weights:
+    if not enabled() or not weights:
+        return 0
+    if os.name != "posix":
+        tell(f"nothing is offloaded on {os.name}")
         return 0
     path = atomic.partial_of(folder / "offloaded")
     try:
