@@ -40,7 +40,7 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
     ids_BL = torch.arange(4, device=language_model.device)[None]
     family = language_model.config.model_type
     try:
-        told = _entering(language_model, input_ids=ids_BL)
+        by_ids = _entering(language_model, input_ids=ids_BL)
         embeds_BLD = language_model.get_input_embeddings()(ids_BL)
         given = _entering(language_model, inputs_embeds=embeds_BLD)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
@@ -48,7 +48,7 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
             f"{name!r} ({family}) takes no embeddings in place of words: {str(e)[:200] or type(e).__name__}; choose "
             "another language model"
         ) from e
-    if len(told) != len(given) or any(not torch.equal(a, b) for a, b in zip(told, given, strict=True)):
+    if len(by_ids) != len(given) or any(not torch.equal(a, b) for a, b in zip(by_ids, given, strict=True)):
         raise OpticNerveError(
             f"{name!r} ({family}) makes something else of its words' embeddings than of the words themselves, so that "
             "text beside a picture would be misread; choose another language model"

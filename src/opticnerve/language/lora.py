@@ -76,12 +76,12 @@ class AdapterMask:
 
     @classmethod
     def install(cls, language_model: nn.Module) -> None:
-        """Hook a gate onto the output of every adapter."""
-        gate = cls()
+        """Hook a mask onto the output of every adapter."""
+        mask = cls()
         for name, module in language_model.named_modules():
             if name.rpartition(".")[0].endswith("lora_B"):
-                module.register_forward_hook(gate)
-        language_model.lora_gate = gate  # type: ignore[assignment]
+                module.register_forward_hook(mask)
+        language_model.adapter_mask = mask  # type: ignore[assignment]
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         if self.rows_B is None:
@@ -91,16 +91,16 @@ class AdapterMask:
 
 @contextmanager
 def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[None]:
-    """Within it, the adapter works on the rows where `rows_B` is True; on all of them for None, or without a gate."""
-    gate = getattr(language_model, "lora_gate", None)
-    if gate is None:
+    """Within it, the adapter works on the rows where `rows_B` is True; on all of them for None, or without a mask."""
+    mask = getattr(language_model, "adapter_mask", None)
+    if mask is None:
         yield
         return
-    before, gate.rows_B = gate.rows_B, rows_B
+    before, mask.rows_B = mask.rows_B, rows_B
     try:
         yield
     finally:
-        gate.rows_B = before
+        mask.rows_B = before
 
 
 def linear_layers(language_model: nn.Module) -> list[str]:

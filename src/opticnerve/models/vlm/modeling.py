@@ -245,8 +245,8 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
     def recompute(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` for gradient checkpointing: a layer that is run again sees what it saw the first time."""
         seen = {m: t.fusion.seen for m, t in self.towers.items()}
-        gate = getattr(self.language_model, "lora_gate", None)
-        prompt = Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None)
+        mask = getattr(self.language_model, "adapter_mask", None)
+        prompt = Prompt(seen=seen, rows_B=mask.rows_B if mask is not None else None)
         return nullcontext(), self._again(prompt, varlen.current())
 
     @contextmanager
@@ -341,7 +341,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
 
     def rows_with_media(self, input_ids: Tensor) -> Tensor | None:
         """(B,) bool: the rows that hold media; None where the adapter does not ask (no gate on it)."""
-        if getattr(self.language_model, "lora_gate", None) is None:
+        if getattr(self.language_model, "adapter_mask", None) is None:
             return None
         return self._placeholders(input_ids).any(1)
 
