@@ -121,7 +121,8 @@ def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
             loss, _ = objective(batch.to(device))
             (loss / supervised).backward()
             optimizer.collect()
-        optimizer.step(1.0, 1.0)
+        optimizer.clip(1.0)
+        optimizer.step(1.0)
 
     warm, measured = work.samples()
     with torch.no_grad():
@@ -160,8 +161,10 @@ class _Plain:
     def collect(self) -> None:
         """Gradients stay where autograd left them."""
 
-    def step(self, factor: float, clip: float) -> None:
-        torch.nn.utils.clip_grad_norm_(self.weights, clip)
+    def clip(self, limit: float) -> None:
+        torch.nn.utils.clip_grad_norm_(self.weights, limit)
+
+    def step(self, factor: float) -> None:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
 

@@ -83,7 +83,8 @@ def _steps(shape: Shape, *, pictures: int, text: int, batch: int, live: bool = F
     def step() -> None:
         loss, supervised = objective(given)
         (loss / supervised).backward()
-        optimizer.step(1.0, 1.0)
+        optimizer.clip(1.0)
+        optimizer.step(1.0)
 
     sizes = [(1600, i, o) for i, o in set(shape.language_part.matrices)]
     rate = shapes.matmul_rate(sizes, seconds=0.2)

@@ -116,7 +116,7 @@ def _without(changes: list[str]) -> None:
     import torch
 
     from opticnerve.objectives import next_token
-    from opticnerve.train import loop
+    from opticnerve.train import setup
 
     if "ablate=attention" in changes:
         next_token.supported = lambda language_model: False
@@ -128,9 +128,9 @@ def _without(changes: list[str]) -> None:
 
         next_token.supervised_loss = everywhere
     if "ablate=layers" in changes:
-        loop.fuse_layers = lambda language_model, functions: contextlib.nullcontext(0)
+        setup.fuse_layers = lambda language_model, functions: contextlib.nullcontext(0)
     if "ablate=offload" in changes:
-        loop.offload_encoder = lambda vision_encoder, folder, console: None
+        setup.offload_encoder = lambda vision_encoder, folder, console: None
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------

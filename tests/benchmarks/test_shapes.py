@@ -70,7 +70,7 @@ def test_flops_are_those_that_torch_counts(name: str, trains: Any) -> None:
         shape, lengths=[len(encoded.input_ids)], supervised=encoded.supervised, images=1, trains=trains, rank=rank,
         causal=False,
     )  # fmt: skip
-    # transformers' eye computes the layers behind the one that is used, too.
+    # transformers' vision encoder computes the layers behind the one that is used, too.
     whole = shapes.encoder_flops(replace(shape.vision_encoder, layer=-1), 1) - shapes.encoder_flops(
         shape.vision_encoder, 1
     )

@@ -1,4 +1,4 @@
-"""The eye of a DualEncoder sees the same when it is docked onto a language model."""
+"""The vision encoder of a DualEncoder sees the same when it is docked onto a language model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trained(
     request: pytest.FixtureRequest, bert_folder: str, tmp_path: Path, vision_folder: Callable[..., str],
     timm_folder: Callable[..., str],
 ) -> tuple[Any, Path]:  # fmt: skip
-    """A DualEncoder whose eye has moved, and its folder."""
+    """A DualEncoder whose vision encoder has moved, and its folder."""
     name = vision_folder("siglip_vision_model") if request.param == "hf_vision" else timm_folder()
     made = dual({"type": request.param, "name": name}, bert_folder, projection_dim=8)
     with torch.no_grad():

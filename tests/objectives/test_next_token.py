@@ -45,7 +45,7 @@ def loss_and_gradients(dock: Dock, batches: Sequence[Batch]) -> tuple[float, dic
         loss.backward()
         total, count = total + float(loss.detach()), count + int(supervised)
     assert count
-    # The eye's class-token output and last layer norm go unused: no gradient at all.
+    # The vision encoder's class-token output and last layer norm go unused: no gradient at all.
     gradients = {n: p.grad.clone() for n, p in dock.model.named_parameters() if p.grad is not None}
     assert any("image.encoder" in n for n in gradients) or not any(b.media for b in batches)
     return total, gradients

@@ -50,7 +50,7 @@ def tokenizer() -> Any:
 
 
 class Tower(nn.Module):
-    """An eye of one matrix (a picture of 8 × 8 pixels is four patches) before a Q-Former."""
+    """A vision encoder of one matrix (a picture of 8 × 8 pixels is four patches) before a Q-Former."""
 
     tiling = None
 

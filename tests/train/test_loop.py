@@ -17,7 +17,6 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import is_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.build import Dock, dock_recipe
-from opticnerve.models.vlm.parts import part_parameters
 from opticnerve.ops import enabled
 from opticnerve.recipe import PartSpec, Recipe
 from opticnerve.train import checkpoint
@@ -61,7 +60,7 @@ class TestFrozenStays:
         train(recipe, dock=made)
         changed = same(before, made.model.state_dict())
         assert {n for n in changed if "input_" not in n and "output_scale" not in n and "calibrated" not in n} == set(
-            part_parameters(made.model, "connector")
+            made.model.part_parameters("connector")
         )
         assert all(".connector." in n for n in changed)
         with torch.no_grad():
@@ -77,7 +76,7 @@ class TestFrozenStays:
         before = snapshot(made.model)
         train(recipe, dock=made)
         (part,) = parts
-        opened = set(part_parameters(made.model, part))
+        opened = set(made.model.part_parameters(part))
         # The calibration is measured whatever trains; tied weights stand in the state under both names.
         changed = {n for n in same(before, made.model.state_dict()) if ".connector." not in n and "lm_head" not in n}
         assert changed <= opened

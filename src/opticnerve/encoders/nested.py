@@ -132,7 +132,8 @@ def _parts(options: dict[str, Any], *, may_name: bool = False) -> dict[str, tupl
     """Of each of the two its class and its options without the type; unknown ones are an error that lists the known."""
     found = {}
     for part in ("first", "second"):
-        part_class = _part_class(part, spec := options.get(part))
+        spec: Any = options.get(part)
+        part_class = _part_class(part, spec)
         rest = {k: v for k, v in spec.items() if k != "type"}
         known = inspect.signature(part_class).parameters
         unknown = sorted(set(rest) - set(known) - ({"name"} if may_name else set()))

@@ -12,8 +12,7 @@ from opticnerve.fusion.base import Splice
 from opticnerve.models.import_hf import assemble
 from opticnerve.models.import_hf.source import Source
 from opticnerve.models.vlm.processing import OpticNerveProcessor
-from opticnerve.models.vlm.tiling import Tiling
-from opticnerve.models.vlm.tiling_processor import TilingImageProcessor
+from opticnerve.models.vlm.tiling import Tiling, TilingImageProcessor
 from opticnerve.models.vlm.tower import Tower, language_sizes
 from opticnerve.types import OpticNerveError
 

@@ -23,10 +23,11 @@ from opticnerve.common.private_names import (
     set_layers_not_to_split,
 )
 from opticnerve.language.lora import add_lora
+from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.vlm.configuration import OpticNerveConfig
-from opticnerve.models.vlm.expand_inputs import MEDIA_KEYS, repeat_media
-from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context
+from opticnerve.models.vlm.parts import DockedParts
+from opticnerve.models.vlm.prompt import MEDIA_KEYS, Prompt, keep, kept, multimodal_context, repeat_media
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
 from opticnerve.ops import varlen
 from opticnerve.types import Features
@@ -44,7 +45,7 @@ class OpticNerveOutput(CausalLMOutputWithPast):
     audio_hidden_states: Tensor | None = None
 
 
-class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, GenerationMixin):
+class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedModel, GenerationMixin):
     """A language model with a vision encoder, an audio encoder, or both.
 
     `language_model` is any `AutoModelForCausalLM`, untouched; `image` and `audio` are `Tower`s (encoder, connector,
@@ -128,13 +129,11 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         Every tensor is accounted for: missing, unexpected and mismatched ones are an error that lists them. Parts under
         dotted paths (code from outside opticnerve) are run with `trust_remote_code=True` only.
         """
-        from opticnerve.models.checkpoint import delta
-
         trusted = bool(kwargs.get("trust_remote_code", False))
         folder = delta.find(pretrained_model_name_or_path)
         if folder is not None:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            model: Any = delta.load(folder, dtype=dtype, trust_remote_code=trusted)
+            model: Any = delta.load(cls, folder, dtype=dtype, trust_remote_code=trusted)
             device_map = kwargs.get("device_map")
             if isinstance(device_map, str | int | torch.device) and device_map not in (
                 "auto",
