@@ -43,6 +43,7 @@ ABLATIONS = {
     "logits everywhere": ["ablate=logits"],
     "transformers' and peft's layers": ["ablate=layers"],
     "an idle eye in memory": ["ablate=offload"],
+    "nothing of ops (OPTICNERVE_PLAIN)": ["ablate=ops"],
 }
 
 
@@ -129,6 +130,8 @@ def _without(changes: list[str]) -> None:
         next_token.supervised_loss = everywhere
     if "ablate=layers" in changes:
         setup.fuse_layers = lambda language_model, functions: contextlib.nullcontext(0)
+    if "ablate=ops" in changes:
+        os.environ["OPTICNERVE_PLAIN"] = "1"
     if "ablate=offload" in changes:
         setup.offload_encoder = lambda vision_encoder, folder, console: None
 

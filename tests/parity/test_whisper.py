@@ -235,11 +235,11 @@ class TestOpenAI:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda s: s.pop("encoder.ln_post.bias"), r"missing \['layer_norm.bias'\]"),
-            (lambda s: s.update({"encoder.extra": torch.ones(1)}), r"does not foresee: \['extra'\]"),
+            (lambda s: s.pop("encoder.ln_post.bias"), "missing layer_norm.bias"),
+            (lambda s: s.update({"encoder.extra": torch.ones(1)}), "left over extra"),
             (
                 lambda s: s.update({"encoder.conv1.bias": torch.ones(3)}),
-                r"conv1.bias has shape \(3,\), its configuration says \(16,\)",
+                r"conv1.bias is \(3,\), not \(16,\)",
             ),
         ],
     )

@@ -63,11 +63,14 @@ class Connector(nn.Module, ABC):
             raise ValueError(
                 f"the connector takes width {self.in_size}, the encoder gave {features.tokens_BND.shape[-1]}"
             )
-        if self.calibrate_allowed:
-            tokens_BND = (features.tokens_BND - self.input_mean) / self.input_std
-            out = self.project(Features(tokens_BND, features.mask_BN), *text)
-            return Features(out.tokens_BND * self.output_scale, out.mask_BN)
-        return self.project(features, *text)
+        out = self.project(self.standardise(features), *text)
+        return Features(out.tokens_BND * self.output_scale, out.mask_BN) if self.calibrate_allowed else out
+
+    def standardise(self, features: Features) -> Features:
+        """What `project` is handed: the encoder's tokens through the calibration."""
+        if not self.calibrate_allowed:
+            return features
+        return Features((features.tokens_BND - self.input_mean) / self.input_std, features.mask_BN)
 
     @torch.no_grad()
     def calibrate(self, features: Features, embedding_std: float, *text: Tensor) -> None:

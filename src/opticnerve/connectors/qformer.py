@@ -130,13 +130,6 @@ class QFormerConnector(Connector):
         soft_BQE = self.language_projection(queries_BQD)
         return Features(soft_BQE, torch.ones(soft_BQE.shape[:2], dtype=torch.bool, device=soft_BQE.device))
 
-    def standardise(self, features: Features) -> Features:
-        """What `forward` hands to `project`: the picture's tokens through the calibration, at the connector's dtype."""
-        tokens_BND = features.tokens_BND.to(self.query_tokens.dtype)
-        if self.calibrate_allowed:
-            tokens_BND = (tokens_BND - self.input_mean) / self.input_std
-        return Features(tokens_BND, features.mask_BN)
-
     def attend(
         self, features: Features, text_ids: Tensor | None = None, text_mask: Tensor | None = None,
         sees_BTT: Tensor | None = None,

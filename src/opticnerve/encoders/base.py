@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -138,6 +139,30 @@ def longest_list(model: nn.Module, part: str) -> list[nn.Module]:
     if not lists:
         raise OpticNerveError(f"{type(model).__name__} has no list of layers; train `{part}` whole")
     return list(sorted(lists, key=len)[-1])
+
+
+class _EnoughError(Exception):
+    """All that was asked for has been seen."""
+
+
+def inputs_of(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each of these blocks is given while `run` runs (arguments and keywords), which is stopped at the last."""
+    found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[number] = args, kwargs
+        if len(found) == len(blocks):
+            raise _EnoughError
+
+    handles = [b.register_forward_pre_hook(partial(keep, n), with_kwargs=True) for n, b in enumerate(blocks)]
+    try:
+        run()
+    except _EnoughError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[n] for n in sorted(found)]
 
 
 def config_from_dict(architecture: dict[str, Any], needed_by: str, such_as: str) -> Any:

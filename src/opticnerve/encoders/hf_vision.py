@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from opticnerve.encoders.base import (
     all_real,
     config_from_dict,
     cut_patches,
+    inputs_of,
     load_part,
     longest_list,
     model_class,
@@ -168,7 +168,10 @@ class HFVisionEncoder(Encoder):
         if self._states == len(blocks) + 1 and self._been_through and not torch.compiler.is_compiling():
             places = [i % self._states for i in layers if isinstance(i, int)]
             if max(places) < len(blocks):
-                found = _inputs_of(blocks, places, lambda: model(**inputs))
+                # No further than what is read: behind LLaVA-1.5's last layer but one stands a twelfth of CLIP-ViT-B.
+                wanted = sorted(set(places))
+                given = inputs_of([blocks[i] for i in wanted], lambda: model(**inputs))
+                found = {i: a[0] if a else k["hidden_states"] for i, (a, k) in zip(wanted, given, strict=True)}
                 return torch.cat([found[i] for i in places], dim=-1)
         states = model(**inputs, output_hidden_states=True).hidden_states
         if not all(isinstance(i, int) and -len(states) <= i < len(states) for i in layers):
@@ -210,34 +213,6 @@ class HFVisionEncoder(Encoder):
 
     def blocks(self) -> list[nn.Module]:
         return longest_list(self.model, "encoder")
-
-
-class _EnoughError(Exception):
-    """All that was asked for has been seen."""
-
-
-def _inputs_of(blocks: Sequence[nn.Module], wanted: Sequence[int], run: Callable[[], Any]) -> dict[int, Tensor]:
-    """What the blocks of these numbers are given while `run` runs, which is stopped at the last of them: behind
-    LLaVA-1.5's last layer but one stands work for nothing, a twelfth of CLIP-ViT-B."""
-    found: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[number] = args[0] if args else kwargs["hidden_states"]
-            if len(found) == len(set(wanted)):
-                raise _EnoughError
-
-        return hook
-
-    handles = [blocks[n].register_forward_pre_hook(keep(n), with_kwargs=True) for n in set(wanted)]
-    try:
-        run()
-    except _EnoughError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def _vision_config(name: str) -> PreTrainedConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,6 @@ from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.encoders.base import Encoder, load_exactly
 from opticnerve.types import Features, OpticNerveError
-
-PARTS = ("first", "second")
 
 
 class PairEncoder(Encoder):
@@ -50,10 +47,13 @@ class PairEncoder(Encoder):
         super().__init__()
         if join not in ("channels", "tokens"):
             raise OpticNerveError(f"join is 'channels' or 'tokens', not {join!r}")
-        one, other = _encoders or [
-            _part_class(part, spec)(**_rest(part, spec)) for part, spec in zip(PARTS, (first, second), strict=True)
-        ]
-        _check_sizes(one, other)
+        specs = {"first": first, "second": second}
+        one, other = _encoders or [part_class(**rest) for part_class, rest in _parts(specs).values()]
+        if one.image_size != other.image_size:
+            raise OpticNerveError(
+                f"the two encoders see one picture, but the first takes {one.image_size} px and the second "
+                f"{other.image_size} px; set image_size on one of them"
+            )
         self.first, self.second, self.join = one, other, join
         self.image_size = one.image_size
         if join == "channels":
@@ -77,30 +77,26 @@ class PairEncoder(Encoder):
     @classmethod
     def from_pretrained(cls, name: dict[str, Any], **options: Any) -> PairEncoder:
         """`name`: `{"first": …, "second": …}`, as each encoder's own `from_pretrained` takes it."""
-        encoder = cls._assemble(name, options, lambda part: part.from_pretrained)
-        files = [e.weight_files() for e in (encoder.first, encoder.second)]
-        encoder.files = [f for found in files for f in found]
+        encoder = cls._assemble(name, options, "from_pretrained")
+        encoder.files = [*encoder.first.weight_files(), *encoder.second.weight_files()]
         return encoder
 
     @classmethod
     def planned(cls, name: dict[str, Any], **options: Any) -> PairEncoder:
-        return cls._assemble(name, options, lambda part: part.planned)
+        return cls._assemble(name, options, "planned")
 
     @classmethod
-    def _assemble(
-        cls, name: dict[str, Any], options: dict[str, Any], maker: Callable[[Any], Callable[..., Encoder]]
-    ) -> PairEncoder:
-        classes = {part: _part_class(part, options.get(part)) for part in PARTS}
-        made = [maker(classes[part])(name[part], **_rest(part, options[part])) for part in PARTS]
-        return cls(**options, _encoders=made)
+    def _assemble(cls, name: dict[str, Any], options: dict[str, Any], how: str) -> PairEncoder:
+        parts = _parts(options).items()
+        return cls(
+            **options, _encoders=[getattr(part_class, how)(name[part], **rest) for part, (part_class, rest) in parts]
+        )
 
     @classmethod
     def take_name(cls, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The names of both encoders as `{"first": …, "second": …}`, and the options without them."""
         names, rest = {}, dict(options)
-        for part in PARTS:
-            part_class = _part_class(part, options.get(part))
-            mine = _rest(part, options[part], may_name=True)
+        for part, (part_class, mine) in _parts(options, may_name=True).items():
             try:
                 names[part], left = part_class.take_name(mine)
             except OpticNerveError as e:
@@ -110,12 +106,8 @@ class PairEncoder(Encoder):
 
     @classmethod
     def loading_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        kept = dict(options)
-        for part in PARTS:
-            part_class = _part_class(part, options.get(part))
-            inner = {k: v for k, v in options[part].items() if k != "type"}
-            kept[part] = {"type": options[part]["type"], **part_class.loading_options(inner)}
-        return kept
+        parts = _parts(options, may_name=True).items()
+        return options | {p: {"type": options[p]["type"], **c.loading_options(rest)} for p, (c, rest) in parts}
 
     def forward(self, pixel_values: Tensor) -> Features:
         one = self.first(pixel_values)
@@ -136,6 +128,24 @@ class PairEncoder(Encoder):
         return blocks[::-1]
 
 
+def _parts(options: dict[str, Any], *, may_name: bool = False) -> dict[str, tuple[type[Encoder], dict[str, Any]]]:
+    """Of each of the two its class and its options without the type; unknown ones are an error that lists the known."""
+    found = {}
+    for part in ("first", "second"):
+        spec: Any = options.get(part)
+        part_class = _part_class(part, spec)
+        rest = {k: v for k, v in spec.items() if k != "type"}
+        known = inspect.signature(part_class).parameters
+        unknown = sorted(set(rest) - set(known) - ({"name"} if may_name else set()))
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            takes = ", ".join(k for k in known if not k.startswith("_"))
+            raise OpticNerveError(
+                f"encoder.{part}: {spec['type']!r} takes no {', '.join(unknown)}; it takes {takes or 'no options'}"
+            )
+        found[part] = part_class, rest
+    return found
+
+
 def _part_class(part: str, spec: Any) -> type[Encoder]:
     """The class of one of the two.
 
@@ -153,28 +163,6 @@ def _part_class(part: str, spec: Any) -> type[Encoder]:
     if found.modality != "image":
         raise OpticNerveError(f"encoder.{part}: {spec['type']!r} is for {found.modality}; a pair looks at pictures")
     return found
-
-
-def _rest(part: str, spec: dict[str, Any], *, may_name: bool = False) -> dict[str, Any]:
-    """The options of one of the two without its type; unknown ones are an error that lists the known ones."""
-    options = {k: v for k, v in spec.items() if k != "type"}
-    known = inspect.signature(registry.encoders.get(spec["type"])).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    unknown = sorted(set(options) - set(known) - ({"name"} if may_name else set()))
-    if unknown and not takes_all:
-        takes = ", ".join(k for k in known if not k.startswith("_"))
-        raise OpticNerveError(
-            f"encoder.{part}: {spec['type']!r} takes no {', '.join(unknown)}; it takes {takes or 'no options'}"
-        )
-    return options
-
-
-def _check_sizes(first: Encoder, second: Encoder) -> None:
-    if first.image_size != second.image_size:
-        raise OpticNerveError(
-            f"the two encoders see one picture, but the first takes {first.image_size} px and the second "
-            f"{second.image_size} px; set image_size on one of them"
-        )
 
 
 def _check_same(attribute: str, first: Encoder, second: Encoder, what: str, to_do: str) -> None:

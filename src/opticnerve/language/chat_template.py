@@ -52,30 +52,29 @@ CAPTION_ONLY = (
 NAMED = {"chatml": CHATML, "vicuna": PLAIN_CHAT}
 
 _MARK = "{#- opticnerve: parts to text -#}"
-_PRELUDE = (
-    _MARK
-    + "{%- set opticnerve = namespace(messages=[]) -%}"
-    + "{%- for message in messages -%}"
-    + "{%- if message['content'] is string -%}{%- set opticnerve.messages = opticnerve.messages + [message] -%}"
-    + "{%- else -%}"
-    + "{%- set joined = namespace(text='', gap='') -%}"
-    + "{%- for part in message['content'] -%}"
-    + "{%- if part['type'] == 'image' -%}"
-    + "{%- set joined.text = joined.text + joined.gap + '"
-    + IMAGE_TOKEN
-    + "' -%}{%- set joined.gap = '\n' -%}"
-    + "{%- elif part['type'] == 'audio' -%}"
-    + "{%- set joined.text = joined.text + joined.gap + '"
-    + AUDIO_TOKEN
-    + "' -%}{%- set joined.gap = '\n' -%}"
-    + "{%- elif part['type'] == 'text' -%}"
-    + "{%- set joined.text = joined.text + joined.gap + part['text'] -%}{%- set joined.gap = '' -%}"
-    + "{%- else -%}{{ raise_exception('unknown content part: ' + part['type']) }}{%- endif -%}"
-    + "{%- endfor -%}"
-    + "{%- set opticnerve.messages = opticnerve.messages + [dict(message, content=joined.text)] -%}"
-    + "{%- endif -%}{%- endfor -%}"
-    + "{%- set messages = opticnerve.messages -%}"
-)
+_PRELUDE = _MARK + "".join(
+    line.strip()
+    for line in r"""
+    {%- set opticnerve = namespace(messages=[]) -%}
+    {%- for message in messages -%}
+      {%- if message['content'] is string -%}{%- set opticnerve.messages = opticnerve.messages + [message] -%}
+      {%- else -%}
+        {%- set joined = namespace(text='', gap='') -%}
+        {%- for part in message['content'] -%}
+          {%- if part['type'] == 'image' -%}
+            {%- set joined.text = joined.text + joined.gap + '<image>' -%}{%- set joined.gap = '\n' -%}
+          {%- elif part['type'] == 'audio' -%}
+            {%- set joined.text = joined.text + joined.gap + '<audio>' -%}{%- set joined.gap = '\n' -%}
+          {%- elif part['type'] == 'text' -%}
+            {%- set joined.text = joined.text + joined.gap + part['text'] -%}{%- set joined.gap = '' -%}
+          {%- else -%}{{ raise_exception('unknown content part: ' + part['type']) }}{%- endif -%}
+        {%- endfor -%}
+        {%- set opticnerve.messages = opticnerve.messages + [dict(message, content=joined.text)] -%}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- set messages = opticnerve.messages -%}
+    """.splitlines()
+).replace(r"\n", "\n")
 
 
 def with_parts(template: str | None) -> str:

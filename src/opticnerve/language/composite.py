@@ -150,17 +150,32 @@ def _load_whole(name: str, config: Any, dtype: torch.dtype) -> Any:
     cls: Any = getattr(transformers, written, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if cls is None:
         raise OpticNerveError(f"transformers has no model {written!r} for {name!r}; name a language model alone")
+    return load_weights(cls, name, name, dtype, left_over=True)
+
+
+def load_weights(cls: Any, place: str, name: str, dtype: torch.dtype, *, left_over: bool = False) -> Any:
+    """transformers' `cls` with its weights. `place`: a folder, or a name that `cls` finds. `left_over`: the files may
+    hold more than it has."""
     try:
-        loaded: Any = cls.from_pretrained(name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        # Mismatched tensors are listed with the others, and refused.
+        loaded: Any = cls.from_pretrained(place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     except (*UNREADABLE, SafetensorError) as e:
         raise unreadable(f"the weights of {name!r}", e, "give a folder or hub model that holds them whole") from e
     model, report = loaded
-    lacking = sorted({*map(str, report["missing_keys"]), *map(str, report["mismatched_keys"])})
-    if lacking:
-        raise OpticNerveError(
-            f"the weights of {name!r} are not those of its config.json: missing {', '.join(lacking[:8])}"
-        )
+    check_complete(name, {k: v for k, v in report.items() if not (left_over and k == "unexpected_keys")})
     return model
+
+
+def check_complete(name: str, report: dict[str, Any]) -> None:
+    """Refuse a language model that transformers would fill up with random weights, or leave some of its weights out.
+
+    Raises:
+        OpticNerveError: the message lists the tensors.
+    """
+    problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
+    if problems:
+        listing = "; ".join(f"{k.removesuffix('_keys')} {', '.join(v[:8])}" for k, v in problems.items())
+        raise OpticNerveError(f"the weights of {name!r} are not those of its config.json: {listing}")
 
 
 @torch.no_grad()
@@ -179,8 +194,3 @@ def _check_same(name: str, whole: Any, model: Any) -> None:
             f"the text model of {name!r} ({whole.config.model_type}) does not say by itself what it says inside; name "
             "a language model alone"
         )
-
-
-def takes_text_of(config: Any) -> bool:
-    """Whether a checkpoint's language model is its text model, to be taken out."""
-    return text_config_of(config) is not config

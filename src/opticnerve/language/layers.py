@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opticnerve.encoders.base import inputs_of
 from opticnerve.types import OpticNerveError
 
 
@@ -35,10 +36,6 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-class _EnteredError(Exception):
-    """The first layer has been given its inputs; nothing behind it is wanted."""
-
-
 @torch.no_grad()
 def check_takes_embeddings(language_model: Any, name: str) -> None:
     """Refuse a language model whose layers get something else from words' embeddings than from the words.
@@ -52,7 +49,7 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
     ids_BL = torch.arange(4, device=language_model.device)[None]
     family = language_model.config.model_type
     try:
-        told = _entering(language_model, input_ids=ids_BL)
+        by_ids = _entering(language_model, input_ids=ids_BL)
         embeds_BLD = language_model.get_input_embeddings()(ids_BL)
         given = _entering(language_model, inputs_embeds=embeds_BLD)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
@@ -60,7 +57,7 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
             f"{name!r} ({family}) takes no embeddings in place of words: {str(e)[:200] or type(e).__name__}; choose "
             "another language model"
         ) from e
-    if len(told) != len(given) or any(not torch.equal(a, b) for a, b in zip(told, given, strict=True)):
+    if len(by_ids) != len(given) or any(not torch.equal(a, b) for a, b in zip(by_ids, given, strict=True)):
         raise OpticNerveError(
             f"{name!r} ({family}) makes something else of its words' embeddings than of the words themselves, so that "
             "text beside a picture would be misread; choose another language model"
@@ -69,22 +66,10 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
 
 def _entering(language_model: Any, **inputs: Tensor) -> list[Tensor]:
     """The numbers that the first layer is given; all that the model gives where there is no list of layers."""
-    found: list[Tensor] = []
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.extend(_floats((args, kwargs)))
-        raise _EnteredError
-
-    _, layers = decoder_layers(language_model)
-    hook = layers[0].register_forward_pre_hook(enter, with_kwargs=True) if layers else None
-    try:
-        found.append(language_model(**inputs, use_cache=False).logits)
-    except _EnteredError:
-        pass
-    finally:
-        if hook is not None:
-            hook.remove()
-    return found
+    found: list[Any] = []
+    first = decoder_layers(language_model)[1][:1]
+    given = inputs_of(first, lambda: found.append(language_model(**inputs, use_cache=False).logits))
+    return list(_floats([given, found]))
 
 
 def _floats(value: Any) -> Iterator[Tensor]:

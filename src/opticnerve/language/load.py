@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from opticnerve.common import hub
 from opticnerve.common.cache import cache_dir, fingerprint, new_folder, weight_files
 from opticnerve.common.hub import UNREADABLE, read_config, unreadable
-from opticnerve.language.composite import causal_config, takes_text_of, text_model
+from opticnerve.language.composite import causal_config, check_complete, load_weights, text_config_of, text_model
 from opticnerve.language.layers import check_takes_embeddings
 from opticnerve.starter import weights as starter
 from opticnerve.types import OpticNerveError
@@ -49,27 +49,14 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
     with no_bars():
         tokenizer = load_tokenizer(name, gguf_file=gguf_file)
         whole = read_config(folder, name)
-        if takes_text_of(whole):
+        if text_config_of(whole) is not whole:  # its language model is its text model, to be taken out
             model = text_model(name, whole, config, dtype=dtype)
         else:
-            model = _whole_model(folder, name, dtype=dtype)
+            model = load_weights(AutoModelForCausalLM, folder, name, dtype)
     check_takes_embeddings(model, name)
     # What was asked for, not where it was found: configurations travel, folders do not.
     model.config.name_or_path = name
     return Language(model, tokenizer, name, tuple(files))
-
-
-def _whole_model(folder: str, name: str, *, dtype: torch.dtype) -> Any:
-    try:
-        # Mismatched tensors are listed below with the others, and refused.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (*UNREADABLE, SafetensorError) as e:
-        raise unreadable(f"the weights of {name!r}", e, "give a folder or hub model that holds them whole") from e
-    model, report = loaded
-    check_complete(name, report)
-    return model
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
@@ -96,16 +83,35 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
     return tokenizer
 
 
-def check_complete(name: str, report: dict[str, Any]) -> None:
-    """Refuse a language model that transformers would fill up with random weights, or leave some of its weights out.
+# What tokenizers differ in: first spaces, white space, line breaks, digits, other scripts, beside special tokens.
+_PROBES = ("dog", " dog", "42 犬です", "a\n\n b\t(c)", "🦊 é")
+
+
+def keep_arguments(tokenizer: Any) -> None:
+    """Have a tokenizer write down all arguments of its constructor: Llama's forgets `legacy`, by which it spaces words
+    behind special tokens."""
+    for name in inspect.signature(type(tokenizer).__init__).parameters:
+        value = getattr(tokenizer, name, None)
+        if name not in tokenizer.init_kwargs and isinstance(value, bool | int | float | str):
+            tokenizer.init_kwargs[name] = value
+
+
+def check_saved(tokenizer: Any, folder: Path) -> None:
+    """Refuse a folder from which another tokenizer would come back.
 
     Raises:
-        OpticNerveError: the message lists the tensors.
+        OpticNerveError: it makes other tokens of some words than the one in memory.
     """
-    problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
-    if problems:
-        listing = "; ".join(f"{k.removesuffix('_keys')} {', '.join(v[:8])}" for k, v in problems.items())
-        raise OpticNerveError(f"the weights of {name!r} are not those of its config.json: {listing}")
+    again = AutoTokenizer.from_pretrained(folder)
+    marks = ["", *{t for t in (tokenizer.bos_token, tokenizer.eos_token, *tokenizer.all_special_tokens[-2:]) if t}]
+    for text in [mark + probe for mark in marks for probe in _PROBES]:
+        now, then = tokenizer(text)["input_ids"], again(text)["input_ids"]
+        if now != then:
+            a, b = tokenizer.convert_ids_to_tokens(now), again.convert_ids_to_tokens(then)
+            raise OpticNerveError(
+                f"the tokenizer comes back from {folder} as another: of {text!r} it makes {a}, saved and loaded {b}; "
+                "save it as transformers' PreTrainedTokenizerFast (its tokenizer.json says all), and dock with that"
+            )
 
 
 def load_language_config(name: str, *, gguf_file: str | None = None) -> Any:

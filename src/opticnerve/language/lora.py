@@ -45,13 +45,11 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
                 f"lora targets {targets} name no linear layer of the language model; "
                 f"its layers end in {', '.join(sorted({n.rsplit('.', 1)[-1] for n in names}))}"
             )
+    rank, alpha = chosen["rank"], chosen["alpha"]
     config = LoraConfig(
-        r=chosen["rank"],
-        lora_alpha=chosen["alpha"] if chosen["alpha"] is not None else 2 * chosen["rank"],
-        lora_dropout=chosen["dropout"],
-        target_modules=targets,
+        r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=chosen["dropout"], target_modules=targets,
         fan_in_fan_out=any(isinstance(language_model.get_submodule(n), Conv1D) for n in names),  # GPT-2's layers
-    )
+    )  # fmt: skip
     frozen = {name: p.requires_grad for name, p in language_model.named_parameters()}
     inject_adapter_in_model(config, language_model)
     for name, parameter in language_model.named_parameters():
@@ -78,12 +76,12 @@ class AdapterMask:
 
     @classmethod
     def install(cls, language_model: nn.Module) -> None:
-        """Hook a gate onto the output of every adapter."""
-        gate = cls()
+        """Hook a mask onto the output of every adapter."""
+        mask = cls()
         for name, module in language_model.named_modules():
             if name.rpartition(".")[0].endswith("lora_B"):
-                module.register_forward_hook(gate)
-        language_model.lora_gate = gate  # type: ignore[assignment]
+                module.register_forward_hook(mask)
+        language_model.adapter_mask = mask  # type: ignore[assignment]
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         if self.rows_B is None:
@@ -93,28 +91,23 @@ class AdapterMask:
 
 @contextmanager
 def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[None]:
-    """Within it, the adapter works on the rows where `rows_B` is True; on all of them for None, or without a gate."""
-    gate = getattr(language_model, "lora_gate", None)
-    if gate is None:
+    """Within it, the adapter works on the rows where `rows_B` is True; on all of them for None, or without a mask."""
+    mask = getattr(language_model, "adapter_mask", None)
+    if mask is None:
         yield
         return
-    before, gate.rows_B = gate.rows_B, rows_B
+    before, mask.rows_B = mask.rows_B, rows_B
     try:
         yield
     finally:
-        gate.rows_B = before
+        mask.rows_B = before
 
 
 def linear_layers(language_model: nn.Module) -> list[str]:
     """Names of the linear layers that LoRA may wrap: those within the decoder's layers. GPT-2's Conv1D is one."""
-    from transformers.pytorch_utils import Conv1D
-
     start = decoder_layers(language_model)[0]
-    return [
-        name
-        for name, m in language_model.named_modules()
-        if isinstance(m, (nn.Linear, Conv1D)) and name.startswith(f"{start}.")
-    ]
+    modules = language_model.named_modules()
+    return [name for name, m in modules if isinstance(m, nn.Linear | Conv1D) and name.startswith(f"{start}.")]
 
 
 def is_lora(name: str) -> bool:

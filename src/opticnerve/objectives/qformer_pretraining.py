@@ -132,7 +132,9 @@ class QFormerPretraining(Objective):
 
     def features(self, pixel_values: Tensor) -> Features:
         """Pictures as the Q-Former reads them: (B, N, in_size)."""
-        return self.connector.standardise(self.model.image.encode(pixel_values))
+        features = self.model.image.encode(pixel_values)
+        tokens_BND = features.tokens_BND.to(self.connector.query_tokens.dtype)
+        return self.connector.standardise(Features(tokens_BND, features.mask_BN))
 
     def contrast(self, features: Features, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Unit vectors of each picture's queries (B, Q, E) and of each caption (B, E), blind to each other."""

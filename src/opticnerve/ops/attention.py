@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from opticnerve.common.private_names import attention_of, set_attention, softmax_backward
 from opticnerve.encoders.base import Encoder
-from opticnerve.ops import enabled
+from opticnerve.ops import enabled, tell
 
 LONGEST = {torch.bfloat16: 8192, torch.float32: 768}
 """Positions up to which plain products are faster than torch's kernel on a CPU (`benchmarks/attention.py`); in float32
@@ -199,9 +199,13 @@ def plain_attention(model: Any) -> Iterator[int]:
     configurations say so. For a stage that trains, or sees all pictures for its cache; answers are torch's."""
     wrapped = (m for encoder in model.modules() if isinstance(encoder, Encoder) for m in encoder.modules())
     configs = {id(m.config): m.config for m in wrapped if isinstance(m, PreTrainedModel)}
-    changed = [c for c in configs.values() if attention_of(c) == "sdpa" and enabled()]
-    for config in changed:
-        set_attention(config, ENCODERS)
+    changed = []
+    for config in configs.values() if enabled() else ():
+        if attention_of(config) == "sdpa":
+            changed.append(config)
+            set_attention(config, ENCODERS)
+        else:
+            tell(f"the encoder {config.model_type} keeps its own attention ({attention_of(config)})")
     try:
         yield len(changed)
     finally:

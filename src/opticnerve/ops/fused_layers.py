@@ -64,8 +64,8 @@ def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -
     """
     found: list[tuple[Any, partial[Tensor]]] = []
     if enabled():
-        gate, own = getattr(language_model, "lora_gate", None), Functions(_RMSNorm.apply, _SwiGLU.apply)
-        forwards = ((m, _fused_forward(m, gate, functions or own)) for m in language_model.modules())
+        mask, own = getattr(language_model, "adapter_mask", None), Functions(_RMSNorm.apply, _SwiGLU.apply)
+        forwards = ((m, _fused_forward(m, mask, functions or own)) for m in language_model.modules())
         found = [(module, forward) for module, forward in forwards if forward is not None]
         if functions is not None and not any(f.func in (_norm_forward, _mlp_forward) for _, f in found):
             raise OpticNerveError(
@@ -81,12 +81,12 @@ def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -
             del module.forward
 
 
-def _fused_forward(module: Any, gate: Any, functions: Functions) -> partial[Tensor] | None:
+def _fused_forward(module: Any, mask: Any, functions: Functions) -> partial[Tensor] | None:
     if "forward" in vars(module):
         return None  # somebody else's business already
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, LoraLinear):
-        return partial(_lora_forward, module, gate) if _plain_lora(module) else None
+        return partial(_lora_forward, module, mask) if _plain_lora(module) else None
     if name in NORMS:
         return partial(_norm_forward, module, functions.norm)
     if name in GATED_MLPS and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
@@ -191,10 +191,10 @@ def _plain_lora(layer: Any) -> bool:
     )
 
 
-def _lora_forward(layer: Any, gate: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _lora_forward(layer: Any, mask: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     [name] = layer.active_adapters
     base = layer.base_layer
-    rows_B = None if gate is None else gate.rows_B
+    rows_B = None if mask is None else mask.rows_B
     out: Tensor = _LoRA.apply(  # type: ignore[no-untyped-call]
         x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], rows_B
     )

@@ -1,8 +1,8 @@
 """A frozen vision encoder whose features come from the cache has nothing to do: on a CPU its weights make room.
 
-They are written to a file once and mapped from there: the same numbers at the same places, which the system reads again
-should anybody look, and which count as nobody's memory while nobody does. The mapping is private: whoever trains them
-later changes a copy.
+They are written to a file once and mapped from there: the same numbers, which the system reads again should anybody
+look, and which count as nobody's memory while nobody does. The mapping is private: whoever trains them later changes a
+copy.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from opticnerve.common import atomic
-from opticnerve.ops import enabled
-
-_ALIGNED = 64
+from opticnerve.ops import enabled, tell
 
 
 def offload_encoder(vision_encoder: nn.Module, folder: Path, console: Any = None) -> None:
-    """Park a vision encoder that the stage does not need; where the disk has no room it stays, and the console says
+    """Offload a vision encoder that the stage does not need; where the disk has no room it stays, and the console says
     so."""
     try:
         offload([vision_encoder], folder)
@@ -37,32 +35,27 @@ def offload(modules: Sequence[nn.Module], folder: Path) -> int:
     Weights that train, and weights elsewhere than in this machine's memory, stay where they are.
 
     Returns:
-        Bytes that were parked; 0 also where files cannot be mapped and removed (Windows).
+        Bytes that were offloaded; 0 also where files cannot be mapped and removed (Windows).
 
     Raises:
         OSError: the disk is full, or the folder cannot be written. Then all weights are where they were.
     """
-    if os.name != "posix" or not enabled():
-        return 0
     weights = [p for m in modules for p in m.parameters() if not p.requires_grad and _is_here(p)]
-    places: dict[tuple[int, int], int] = {}  # address and size → place in the file: tied weights stay tied
-    path = atomic.partial_of(folder / "parked")
+    if not enabled() or not weights:
+        return 0
+    if os.name != "posix":
+        tell(f"nothing is offloaded on {os.name}")
+        return 0
+    path = atomic.partial_of(folder / "offloaded")
     try:
         with path.open("wb") as file:
-            for weight in weights:
-                if (weight.data_ptr(), weight.nbytes) not in places:
-                    places[weight.data_ptr(), weight.nbytes] = file.seek(-(-file.tell() // _ALIGNED) * _ALIGNED)
-                    file.write(weight.detach().view(-1).view(torch.uint8).numpy().data)
-            size = file.tell()
-        if not size:
-            return 0
-        mapped: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+            torch.save([p.detach() for p in weights], file)  # tied weights stay tied
+        mapped = torch.load(path, mmap=True, weights_only=True)
     finally:
         path.unlink(missing_ok=True)
-    for weight in weights:
-        at = places[weight.data_ptr(), weight.nbytes] // weight.element_size()
-        weight.data = torch.empty(0, dtype=weight.dtype).set_(mapped, at, weight.shape, weight.stride())
-    return size
+    for weight, tensor in zip(weights, mapped, strict=True):
+        weight.data = tensor
+    return sum({t.data_ptr(): t.nbytes for t in mapped}.values())
 
 
 def _is_here(weight: Tensor) -> bool:

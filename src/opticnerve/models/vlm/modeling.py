@@ -329,7 +329,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
 
     def rows_with_media(self, input_ids: Tensor) -> Tensor | None:
         """(B,) bool: the rows that hold media; None where the adapter does not ask (no gate on it)."""
-        if getattr(self.language_model, "lora_gate", None) is None:
+        if getattr(self.language_model, "adapter_mask", None) is None:
             return None
         return self._placeholders(input_ids).any(1)
 
