@@ -9,8 +9,8 @@ import pytest
 
 from opticnerve.compare import plots
 from opticnerve.compare import report as reports
-from opticnerve.compare.findings import Findings, System, groups_of, read_answers
 from opticnerve.compare.perform import between, optimizer_bytes
+from opticnerve.compare.report import Findings, System, groups_of, read_answers
 from opticnerve.compare.rows import Row, RowResult
 from opticnerve.compare.stats import Estimate
 from opticnerve.types import OpticNerveError

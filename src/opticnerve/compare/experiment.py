@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.compare import report as reports
-from opticnerve.compare.base import Base, scaled
-from opticnerve.compare.findings import Findings, collect
+from opticnerve.compare.base import Base, Budget
 from opticnerve.compare.rows import Row, RowResult, RunOptions, finished, folder_of, run_rows
 from opticnerve.types import OpticNerveError
-
-Budget = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Experiment:
     budget: Budget
     quick: Budget
     rows: Callable[[Base, Budget], list[Row]]
-    report: Callable[[Findings, Path], reports.Report]
+    report: Callable[[reports.Findings, Path], reports.Report]
     isolated: bool = False
 
 
@@ -67,8 +64,8 @@ def run(
     chosen = choose(rows, only)
     if console is not None:
         console.print(f"{len(chosen)} rows × {many} seed(s), in {out}", highlight=False)
-    how = RunOptions(experiment.isolated, budget.get("memory_steps", 0), keep_models, console)
-    ran = {(o.row.name, o.seed): o for o in run_rows(chosen, range(many), out, how)}
+    options = RunOptions(experiment.isolated, budget.get("memory_steps", 0), keep_models, console)
+    ran = {(o.row.name, o.seed): o for o in run_rows(chosen, range(many), out, options)}
     outcomes = []
     for seed in range(many):
         for row in rows:
@@ -78,7 +75,7 @@ def run(
                 outcomes.append(RowResult(row, seed, folder_of(out, row, seed), record, kept=True))
     if not any(o.record for o in outcomes):
         return ExperimentResult(outcomes, None)
-    findings = collect(base, budget, outcomes)
+    findings = reports.collect(base, budget, outcomes)
     folder = report or out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     said = experiment.report(findings, folder)
@@ -94,7 +91,7 @@ def stretched(budget: Budget, scale: float) -> Budget:
     def stretch(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {k: stretch(k, v) for k, v in value.items()}
-        return scaled(value, scale) if key == "steps" else value
+        return max(1, round(value * scale)) if key == "steps" else value
 
     return {k: stretch(k, v) for k, v in budget.items()}
 

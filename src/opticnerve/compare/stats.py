@@ -129,20 +129,16 @@ def _table(scores: Any) -> Array:
 
 def _counts(rng: np.random.Generator, questions: int, draws: int) -> Array:
     """How often each question is in each draw: (draws, questions), as shares of the draw."""
-    chunks = [
-        rng.multinomial(questions, np.full(questions, 1 / questions), size=min(_AT_ONCE, draws - start)).astype(
-            np.float32
-        )
-        for start in range(0, draws, _AT_ONCE)
-    ]
+    equal_Q = np.full(questions, 1 / questions)
+    sizes = [min(_AT_ONCE, draws - start) for start in range(0, draws, _AT_ONCE)]
+    chunks = [rng.multinomial(questions, equal_Q, size=size).astype(np.float32) for size in sizes]
     return np.concatenate(chunks) / questions  # type: ignore[return-value]
 
 
 def _seed_means(scores_SQ: Array, counts_BQ: Array, rng: np.random.Generator) -> Array:
     """(B,): of each draw, the mean over seeds drawn with replacement."""
     by_seed_BS = counts_BQ @ scores_SQ.T
-    seeds = len(scores_SQ)
-    picks_BS = rng.integers(0, seeds, size=(len(counts_BQ), seeds))
+    picks_BS = rng.integers(0, len(scores_SQ), size=by_seed_BS.shape)
     return np.take_along_axis(by_seed_BS, picks_BS, axis=1).mean(1)  # type: ignore[no-any-return]
 
 
