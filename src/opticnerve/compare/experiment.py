@@ -18,9 +18,8 @@ class Experiment:
     """What is compared.
 
     Args:
-        budget: `seeds`, `questions`, and mappings with `steps` and `batch`; quick: the same, for a try. rows: the rows
-            that the budget makes of a base. report: what the findings say; it may draw into the folder. isolated: rows
-            run in processes of their own, for their peaks of memory.
+        budget: `seeds`, `questions`, and mappings with `steps` and `batch`; quick: the same, for a try. rows: what the
+            budget makes of a base. report: what the findings say; it may draw into the folder. isolated: see `rows`.
     """
 
     name: str
@@ -67,16 +66,14 @@ def run(
     options = RunOptions(experiment.isolated, budget.get("memory_steps", 0), keep_models, console)
     ran = {(o.row.name, o.seed): o for o in run_rows(chosen, range(many), out, options)}
     outcomes = []
-    for seed in range(many):
-        for row in rows:
-            if (row.name, seed) in ran:
-                outcomes.append(ran[row.name, seed])
-            elif (record := finished(out, row, seed)) is not None:
-                outcomes.append(RowResult(row, seed, folder_of(out, row, seed), record, kept=True))
+    for row, seed in ((row, seed) for seed in range(many) for row in rows):
+        if (row.name, seed) in ran:
+            outcomes.append(ran[row.name, seed])
+        elif (record := finished(out, row, seed)) is not None:
+            outcomes.append(RowResult(row, seed, folder_of(out, row, seed), record, kept=True))
     if not any(o.record for o in outcomes):
         return ExperimentResult(outcomes, None)
-    findings = reports.collect(base, budget, outcomes)
-    folder = report or out / "report"
+    findings, folder = reports.collect(base, budget, outcomes), report or out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     said = experiment.report(findings, folder)
     path = reports.write(said, findings, folder, command=command, experiment=experiment.name)

@@ -58,12 +58,10 @@ def perform(spec: dict[str, Any]) -> dict[str, Any]:
         return {"systems": {}, "facts": facts, "diverged": str(e)}
     for ask in spec["asks"]:
         for name, generate in ASKS[ask["ask"]](ask, folder, needs).items():
-            asked = EvaluateSpec(**ask["questions"])
-            found = run_vqa(
-                generate, fixed_sample(load_data(asked.data), asked.sample), name=name, keep=0, run_dir=folder
-            )
-            systems[name] = f"answers/{name}.jsonl"
-            facts["accuracy"][name] = found["accuracy"]
+            spec_of_test = EvaluateSpec(**ask["questions"])
+            asked = fixed_sample(load_data(spec_of_test.data), spec_of_test.sample)
+            found = run_vqa(generate, asked, name=name, keep=0, run_dir=folder)
+            systems[name], facts["accuracy"][name] = f"answers/{name}.jsonl", found["accuracy"]
     return {"systems": systems, "facts": facts}
 
 

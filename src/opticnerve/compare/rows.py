@@ -35,10 +35,10 @@ class Row:
     """One line of an experiment.
 
     Args:
-        name: also its folder's. systems: what it answers the questions as, name → title; a training may be asked in
-            several ways. recipe: what is trained, None where nothing is. asks: further ways to ask, `{"ask": …}` as in
-            `opticnerve.compare.perform`. needs: rows of the same seed whose models it asks. keep_weights: such a model
-            is this row's. of: the recipes of those rows, for its result is as old as theirs.
+        name: also its folder's. systems: what it answers the questions as, name → title. recipe: what is trained, None
+            where nothing is. asks: further ways to ask, `{"ask": …}` as in `compare.perform`. needs: rows of the same
+            seed whose models it asks. keep_weights: such a model is this row's. of: the recipes of those rows, for its
+            result is as old as theirs.
     """
 
     name: str
@@ -68,9 +68,8 @@ class RunOptions:
 
     Args:
         isolated: each in a process of its own, so that its peak of memory is its own. memory_steps: the peak of
-            training alone is measured, with the first seed, by so many steps of each stage in a further process; 0 for
-            not at all.
-        keep_models: leave the weights of finished rows on disk.
+            training alone is measured, with the first seed, by so many steps of each stage in a further process; 0: not
+            at all. keep_models: leave the weights of finished rows on disk.
     """
 
     isolated: bool = False

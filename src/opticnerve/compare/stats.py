@@ -40,11 +40,7 @@ class Estimate:
 
 
 def over_seeds(scores_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
-    """The mean score and its interval; None where there is nothing to average.
-
-    Args:
-        scores_SQ: (seeds, questions), scores in [0, 1].
-    """
+    """The mean of scores in [0, 1], of shape (seeds, questions), and its interval; None where there are none."""
     scores_SQ = _table(scores_SQ)
     seeds, questions = scores_SQ.shape
     if not scores_SQ.size:
@@ -60,11 +56,8 @@ def over_seeds(scores_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate
 
 
 def difference(first_SQ: Any, second_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
-    """First minus second on the same questions, paired by question; seeds are drawn for each by itself.
-
-    Args:
-        first_SQ, second_SQ: (seeds, questions) each; numbers of seeds may differ, columns are the same questions.
-    """
+    """First minus second, (seeds, questions) each, paired by question; seeds, of which there may be more of one, are
+    drawn for each by itself."""
     first_SQ, second_SQ = _table(first_SQ), _table(second_SQ)
     if first_SQ.shape[1] != second_SQ.shape[1]:
         raise ValueError(f"{first_SQ.shape[1]} questions against {second_SQ.shape[1]}; give both the same ones")

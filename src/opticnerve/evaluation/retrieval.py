@@ -6,6 +6,7 @@ Image Description as a Ranking Task, section 5). A tie is no win.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,14 +92,9 @@ def run_retrieval(
 
 
 def run_zero_shot(
-    embedder: Embedder,
-    conversations: Sequence[Conversation],
-    *,
-    name: str,
-    classes: Sequence[str] | None = None,
-    templates: Templates = "photo",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+    embedder: Embedder, conversations: Sequence[Conversation], *, name: str, classes: Sequence[str] | None = None,
+    templates: Templates = "photo", progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """An entry of results.json's `tasks`: each picture's answer chosen among all classes by its nearness alone.
 
     Args:
@@ -129,7 +125,4 @@ def run_zero_shot(
 
 def _chance(k: int, right: int, candidates: int) -> float:
     """That k of the candidates, drawn at random, hold a right one."""
-    missed = 1.0
-    for drawn in range(k):
-        missed *= max(0, candidates - right - drawn) / (candidates - drawn)
-    return 1.0 - missed
+    return 1.0 - math.comb(candidates - right, k) / math.comb(candidates, k)

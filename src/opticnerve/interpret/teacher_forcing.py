@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.prompt import Prompt
@@ -39,9 +39,7 @@ class TeacherForced:
     `first + t` foretells answer token t. `pixels_CHW`: the picture as the vision encoder gets it.
 
     Args:
-        model, processor: as from `load_model` or `dock`.
-        conversation: one question about one picture, no sound.
-        max_new_tokens: the longest answer.
+        conversation: one question about one picture, no sound. max_new_tokens: the longest answer.
 
     Raises:
         OpticNerveError: not one picture, no vision encoder, tiles, or an empty answer.
@@ -144,14 +142,12 @@ def check(model: Any, conversation: Conversation) -> None:
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """Within it no weight asks for a gradient: what is differentiated are attention weights and tokens."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
+    asking = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+    asking.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        asking.requires_grad_(True)
 
 
 def split_words(ids: list[int], tokenizer: Any) -> tuple[str, list[Word]]:
