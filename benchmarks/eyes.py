@@ -5,7 +5,7 @@
 
 Random weights of public shapes, bf16, the tokens that a language model would get: the layer before the last of CLIP (as
 LLaVA-1.5 takes), the last one of the others. Both sides hold the same weights, in turn in one process. Ours attends by
-plain products (`train.eye_attention`), stops at the layer that is asked for, and leaves out SigLIP's pooling head.
+plain products (`ops.vision_attention`), stops at the layer that is asked for, and leaves out SigLIP's pooling head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from side_by_side import in_turn, machine
 from torch import Tensor
 
 from opticnerve.encoders.hf_vision import HFVisionEncoder
-from opticnerve.ops.vision_attention import plain_attention
+from opticnerve.ops.attention import plain_attention
 
 
 @dataclass(frozen=True)

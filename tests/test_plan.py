@@ -77,7 +77,7 @@ def test_what_trains_is_what_training_opens(make_recipe: Callable[..., Any]) -> 
     made = plan.make(recipe)
     docked = dock_recipe(recipe)
     for stage, planned in zip(recipe.stages, made.stages, strict=True):
-        plan._adapt(docked.model, stage, torch.device("cpu"))
+        plan._open_parts(docked, stage, "cpu")
         frozen = freeze(docked.model, stage.train)
         rows = {(r.part, r.parameters, r.trained, r.learning_rate) for r in frozen.rows if r.parameters}
         assert {(s.part, s.parameters, s.trained, s.learning_rate) for s in planned.shares} == rows
@@ -108,7 +108,7 @@ def test_bytes_kept_for_the_backward_pass_are_the_real_ones(make_recipe: Callabl
     recipe = make_recipe(STAGES[1])
     made, docked = plan.make(recipe), dock_recipe(recipe)
     stage, planned = recipe.stages[0], made.stages[0]
-    plan._adapt(docked.model, stage, torch.device("cpu"))
+    plan._open_parts(docked, stage, "cpu")
     freeze(docked.model, stage.train)
     batch = Collator(docked.processor)(planned.data.rows[: stage.batch_size])
     own = {t.untyped_storage().data_ptr() for t in [*docked.model.parameters(), *docked.model.buffers()]}
@@ -198,7 +198,7 @@ def test_too_little_memory_is_a_warning_with_remedies(
         plan_cost, "device", lambda: {"type": "cpu", "name": "", "cores": 1, "memory": 1000, "free": 1000}
     )
     made = plan.make(make_recipe({"train": {"connector": 1e-4, "language": 1e-5}}))
-    [text] = [r.text for r in made.remarks if "GB are free" in r.text]
+    [text] = [r.text for r in made.remarks if "kB are free" in r.text]
     assert "language.lora" in text
     assert "gradient_checkpointing" in text
     assert "accumulate" in text

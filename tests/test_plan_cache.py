@@ -63,7 +63,7 @@ def test_disk_and_views_are_the_real_ones(make_recipe: Callable[..., Recipe], tm
         patch.setattr(feature_cache, "_DISK", 1e30)
         free = foreseen(recipe)
     assert free.saved == pytest.approx(free.vision_encoder * (1 - 6 / 300))
-    # The whole step is the eye and the rest; the eye's share is a share.
+    # The whole step is the vision encoder and the rest; the vision encoder's share is a share.
     assert 0 < free.vision_encoder < 1
 
 
@@ -93,7 +93,7 @@ def test_a_short_stage_caches_only_what_it_sees(make_recipe: Callable[..., Recip
 def test_the_words(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     def words(**changes: Any) -> tuple[bool, str]:
         given = {
-            "on": False, "visits": 300, "pictures": 100, "eye": 0.6, "saved": 0.4, "seconds": 720.0,
+            "on": False, "views": 300, "pictures": 100, "vision_encoder": 0.6, "saved": 0.4, "seconds": 720.0,
             "disk": 1_200_000_000, "budget": 20_000_000_000, "free": 10**12, "halves": True,
         }  # fmt: skip
         return CachePlan(**{**given, **changes}).remark()

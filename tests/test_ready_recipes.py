@@ -39,7 +39,9 @@ OURS = {
 READY = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml") if p.stem not in OURS)
 PLAN_ALL = """
 import json, sys, traceback
-from opticnerve import plan, plan_cost, recipe
+from opticnerve import recipe
+from opticnerve.plan import cost as plan_cost
+from opticnerve.plan import plan
 from opticnerve.data.dataset.load import load_data
 
 # Room enough: whether a 7B model fits into this machine is not what is asked.

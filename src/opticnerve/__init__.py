@@ -10,6 +10,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from opticnerve.common import moved
 from opticnerve.common.version import __version__
 
 _LAZY = {
@@ -39,5 +40,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
+moved.install()
 if "opticnerve_launch" not in sys.modules:
     importlib.import_module("opticnerve.models")

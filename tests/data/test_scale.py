@@ -285,10 +285,10 @@ class TestKept:
 
 GROWTH = """
 import resource, sys
-from opticnerve.data.dataset.load import load_units
+from opticnerve.data.dataset.load import load_examples
 from opticnerve.recipe import DataSpec
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-units = load_units([DataSpec(path=sys.argv[1])])
+units = load_examples([DataSpec(path=sys.argv[1])])
 assert len(units) == int(sys.argv[2]) and units[-1][0][0].id == str(len(units) - 1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

@@ -17,7 +17,8 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tiny
-from opticnerve.encoders.hf_vision import _model_class
+from opticnerve.encoders.base import model_class
+from opticnerve.encoders.hf_vision import _UNLISTED
 from opticnerve.export import parity
 from opticnerve.language.chat_template import CHATML
 from opticnerve.models.vlm.build import dock
@@ -94,7 +95,7 @@ def save_vision_encoder(folder: Path, family: str) -> None:
         patch_size=8,
     )  # fmt: skip
     torch.manual_seed(1)
-    model = _model_class(config)(config)
+    model = model_class(config, _UNLISTED)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

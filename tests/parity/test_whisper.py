@@ -1,4 +1,4 @@
-"""Whisper's encoder as an ear: the bare model's numbers, in a shorter window, pooled, and from OpenAI's file."""
+"""Whisper's encoder as an audio encoder: the bare model's numbers, in a shorter window, pooled, and from OpenAI's file."""
 
 from __future__ import annotations
 
@@ -261,7 +261,9 @@ class TestOpenAI:
 
 
 def test_an_unknown_starter_ear() -> None:
-    with pytest.raises(OpticNerveError, match="unknown starter ear 'starter/whisper'; known: starter/whisper-tiny.en"):
+    with pytest.raises(
+        OpticNerveError, match="unknown starter audio encoder 'starter/whisper'; known: starter/whisper-tiny.en"
+    ):
         WhisperEncoder.planned("starter/whisper")
 
 

@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ def write(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """`value` as JSON of one space's indent; `options` go to `json.dumps`."""
     write(path, json.dumps(value, indent=1, **options) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Any], **options: Any) -> None:
+    """Each of `rows` as JSON on a line of its own; `options` go to `json.dumps`."""
+    write(path, "".join(json.dumps(row, **options) + "\n" for row in rows))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -18,10 +18,11 @@ from opticnerve.data.dataset.load import by_picture, fixed_sample, load_data
 from opticnerve.evaluation import tasks
 from opticnerve.evaluation.choice import run_choice, run_multiple_choice
 from opticnerve.evaluation.image_dependence import balanced, image_dependence
-from opticnerve.evaluation.kinds import answers_of, load_any
 from opticnerve.evaluation.retrieval import run_retrieval, run_zero_shot
 from opticnerve.evaluation.scorers import SCORERS
 from opticnerve.inference.embeddings import Embedder
+from opticnerve.inference.load import load_any
+from opticnerve.inference.predictors import answers_of
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.recipe.model import Strict
 from opticnerve.types import Conversation, OpticNerveError

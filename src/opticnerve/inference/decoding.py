@@ -1,8 +1,8 @@
 """One token after another: the prompt is read once, then each step reads the newest token and a cache.
 
 What transformers' `generate` says for the same `generation_config`, greedy or sampled, token for token, with less
-around each step: the cache has room (`kv_cache`), models of Llama's kind decode by their bare arithmetic on a CPU
-(`fused_decode`), and rows of a batch that have ended leave it.
+around each step: the cache has room, models of Llama's kind decode by their bare arithmetic on a CPU
+(`ops.fused_decode`), and rows of a batch that have ended leave it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from transformers import CompileConfig
 from opticnerve.common.private_names import CACHE, compile_on_any_device, generation_config, generation_rules
 from opticnerve.models.vlm.modeling import settled_rows
 from opticnerve.models.vlm.prompt import kept
-from opticnerve.ops.fused_decode import FusedDecoder
-from opticnerve.ops.kv_cache import ReservedLayer, reserve
+from opticnerve.ops.fused_decode import FusedDecoder, ReservedLayer, reserve
 from opticnerve.types import OpticNerveError
 
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opticnerve.data.media.open import open_image
+from opticnerve.fusion.base import Splice
 from opticnerve.fusion.gated_cross_attention import GatedCrossAttention
-from opticnerve.fusion.splice import Splice
 from opticnerve.interpret import attention_maps
 from opticnerve.interpret.teacher_forcing import TeacherForced, Word, check
 from opticnerve.types import Conversation, OpticNerveError

@@ -1,4 +1,4 @@
-"""Where a language model's decoder layers are, and whether it takes embeddings for words."""
+"""Where a language model's decoder layers are, how much it reads, and whether it takes embeddings for words."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ def decoder_layers(language_model: nn.Module) -> tuple[str, list[nn.Module]]:
     count = getattr(getattr(language_model, "config", None), "num_hidden_layers", None)
     fitting = {n: layers for n, layers in found.items() if len(layers) == count} or found
     return max(fitting.items(), key=lambda item: len(item[1]), default=("", []))
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a language model takes, if its configuration says so."""
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        if isinstance(found := getattr(config, key, None), int) and found > 0:
+            return found
+    return None
 
 
 class _EnteredError(Exception):

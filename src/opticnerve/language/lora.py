@@ -24,7 +24,7 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
 
     Args:
         options: `rank`; `alpha` (2 × rank by default); `dropout`; `targets`: "all-linear" (every linear layer of the
-            decoder), or a list of module-name endings such as [q_proj, v_proj]; `when`: see `Gate`.
+            decoder), or a list of module-name endings such as [q_proj, v_proj]; `when`: see `AdapterMask`.
         dtype: of the adapter weights; the language model's own by default. (peft's default, float32 beside bf16
             weights, casts every activation and is a third slower on a CPU.)
     """

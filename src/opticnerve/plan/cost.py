@@ -6,20 +6,21 @@ tensors it would keep for the backward pass, and torch's flop counter how much w
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from opticnerve.language.lora import is_lora
 from opticnerve.models.vlm.prompt import Prompt
-from opticnerve.ops.last_mlp import last_mlp_at
-from opticnerve.types import Features, OpticNerveError
+from opticnerve.types import OpticNerveError
 
 # The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3
 # to 0.5; norms, activations and memory traffic take the rest.
@@ -88,7 +89,7 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
     forward pass for a moment, need more than is counted here.
     """
     if any(p.device.type != "meta" for p in model.parameters()):
-        raise OpticNerveError("trace_step counts on the meta device; give it the model that `shadow` makes")
+        raise OpticNerveError("trace_step counts on the meta device; give it a `meta_model`")
     language = model.language_model
     width = model.get_input_embeddings().embedding_dim
     dtype = model.get_input_embeddings().weight.dtype
@@ -107,8 +108,7 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
             # A mask of its own, for deriving one would ask the meta device for values.
             mask = torch.empty(rows, 1, length, length, dtype=dtype)
             positions = torch.empty(rows, length, dtype=torch.long)
-            places = torch.empty(supervised, dtype=torch.long)
-            with model.multimodal_context(prompt), last_mlp_at(language, places, rows):
+            with model.multimodal_context(prompt):
                 hidden = language.base_model(
                     inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
                 )[0]
@@ -128,12 +128,10 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
     return Trace(saved.bytes + logits, inputs + saved.bytes // layers + logits, flops)
 
 
-def _soft_tokens(tower: Any, pieces: int, dtype: torch.dtype) -> Features:
+def _soft_tokens(tower: Any, pieces: int, dtype: torch.dtype) -> Any:
     """What connector and encoder make of so many pieces; arranging tiles costs nothing."""
     features = tower.encoder(torch.empty(pieces, *tower.encoder.media_shape, dtype=dtype))
-    words = [torch.empty(pieces, 16, dtype=torch.long)] * 2 if tower.wants_text else []
-    soft: Features = tower.connector(features, *words)
-    return soft
+    return tower.connector(features, *[torch.empty(pieces, 16, dtype=torch.long)] * (2 * tower.wants_text))
 
 
 class _Saved:
@@ -155,36 +153,20 @@ class _Saved:
         return tensor
 
 
-def has_lora_weights(model: nn.Module) -> bool:
-    return any(is_lora(name) for name, _ in model.named_parameters())
-
-
 def device() -> dict[str, Any]:
     """Where training would run and what there is: `type`, `name`, `cores`, `memory` and `free` in bytes."""
-    import os
-    import platform
-
-    import psutil
-
-    if torch.accelerator.is_available() and torch.cuda.is_available():
+    if torch.cuda.is_available():
+        kind, name = "cuda", torch.cuda.get_device_name()
         free, total = torch.cuda.mem_get_info()
-        return {
-            "type": "cuda",
-            "name": torch.cuda.get_device_name(),
-            "cores": os.cpu_count(),
-            "memory": total,
-            "free": free,
-        }
-    host = psutil.virtual_memory()
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-    name = platform.processor() or platform.machine()
-    return {"type": kind, "name": name, "cores": os.cpu_count(), "memory": host.total, "free": host.available}
+    else:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        kind, name = accelerator.type if accelerator else "cpu", platform.processor() or platform.machine()
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    return {"type": kind, "name": name, "cores": os.cpu_count(), "memory": total, "free": free}
 
 
 def process_bytes() -> int:
     """What this process holds, with Python and torch loaded and no weights."""
-    import psutil
-
     return int(psutil.Process().memory_info().rss)
 
 

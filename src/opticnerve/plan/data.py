@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,48 +57,40 @@ class StageData:
 
 
 def inspect_data(stage: Stage, processor: Any, *, seed: int) -> StageData:
-    """Read a stage's data as training does, and encode some rows of it. What cannot be read is noted, not raised."""
+    """Read a stage's data as training does, and encode some rows of it. What cannot be read is noted, not raised.
+
+    Of streamed data the first rows, for no more is known: how many samples and pictures there are stays 0.
+    """
     found = StageData(steps=stage.steps)
     bad: list[DataError] = []
-    if stage.data[0].streaming:
-        return _inspect_stream(found, stage, processor, seed, bad)
+    examples: Sequence[Example]
     try:
-        examples = load_examples(stage.data, on_error=bad.append)
+        if stage.data[0].streaming:
+            streams = load_streams(stage, seed=seed)
+            examples = list(_first(streams, bad))
+            found.blind = bool(examples) and not any(c.pieces for conversations, _ in examples for c in conversations)
+        else:
+            examples = loaded = load_examples(stage.data, on_error=bad.append)
+            found.examples, found.samples, found.pictures = len(loaded), loaded.samples(), loaded.pictures()
+            found.blind = not loaded.with_media()
     except OpticNerveError as e:
         found.problem = str(e)
         return found
-    found.examples = len(examples)
-    found.samples = examples.samples()
-    found.pictures = examples.pictures()
-    found.blind = not examples.with_media()
-    if processor is not None and stage.objective.type == "next_token":
-        _encode_some(found, examples, stage, processor, seed, bad)
-    if found.steps is None:
-        found.steps = max(1, math.ceil(len(examples) * (stage.epochs or 1) / found.per_row / stage.batch_size))
-    found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
-    return found
-
-
-def _inspect_stream(found: StageData, stage: Stage, processor: Any, seed: int, bad: list[DataError]) -> StageData:
-    """Of streamed data: the first rows, for no more is known. How many samples and pictures there are stays 0."""
-    examples: list[Example] = []
-    try:
-        streams = load_streams(stage, seed=seed)
-        for index in range(LOOK_AT):
-            try:
-                examples.append(streams.example(index))
-            except DataError as e:
-                bad.append(e)
-    except OpticNerveError as e:
-        found.problem = str(e)
-        return found
-    found.blind = bool(examples) and not any(c.pieces for conversations, _ in examples for c in conversations)
     if processor is not None and stage.objective.type == "next_token" and examples:
         _encode_some(found, examples, stage, processor, seed, bad)
     if found.steps is None:
-        found.steps = max(1, math.ceil(len(streams) * (stage.epochs or 1) / stage.batch_size))
+        count = len(streams) if stage.data[0].streaming else len(examples) / found.per_row
+        found.steps = max(1, math.ceil(count * (stage.epochs or 1) / stage.batch_size))
     found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
     return found
+
+
+def _first(streams: Any, bad: list[DataError]) -> Iterator[Example]:
+    for index in range(LOOK_AT):
+        try:
+            yield streams.example(index)
+        except DataError as e:
+            bad.append(e)
 
 
 def _encode_some(

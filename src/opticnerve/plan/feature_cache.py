@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from opticnerve.common.units import duration, size
 from opticnerve.features.budget import default_budget, features_dir, folder_bytes, free_bytes
 from opticnerve.models.vlm.tower import placed_like
 from opticnerve.plan.data import StageData
@@ -50,18 +51,19 @@ class CachePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**vars(self), "pays": self.pays, "fits": self.fits}
+        found = {**vars(self), "pays": self.pays, "fits": self.fits}
+        return {{"views": "visits", "vision_encoder": "eye"}.get(k, k): v for k, v in found.items()}
 
     def remark(self) -> tuple[bool, str]:
         """Whether it wants a decision, and what to say."""
-        time = f" ({_time(self.seconds)})" if self.seconds else ""
+        time = f" ({duration(self.seconds)})" if self.seconds else ""
         wins = f"about {self.saved:.0%} of this stage's time{time}"
-        costs = f"{_size(self.disk)} of disk"
+        costs = f"{size(self.disk)} of disk"
         if not self.fits:
-            allowed = f"{_size(self.budget)} are allowed, {_size(self.free)} free"
+            allowed = f"{size(self.budget)} are allowed, {size(self.free)} free"
             remedy = "raise cache_features.budget"
             if self.halves:
-                remedy += f", store bfloat16 (cache_features: {{dtype: bfloat16}}, {_size(self.disk // 2)})"
+                remedy += f", store bfloat16 (cache_features: {{dtype: bfloat16}}, {size(self.disk // 2)})"
             if self.on:
                 return True, f"cache_features needs {costs}; {allowed}: {remedy}, or leave it out"
             if self.pays:
@@ -80,11 +82,11 @@ def foresee(stage: Stage, model: Any, data: StageData, *, flops: int, seconds: f
     """What a cache does for a stage; None where there can be none, or where the stage's data are not known.
 
     Args:
-        model: what `plan_model.shadow` made. flops: a step's arithmetic, the vision encoder's included. seconds: the
-            stage's.
+        model: of `meta_model`. flops: a step's arithmetic, the vision encoder's included. seconds: the stage's.
     """
     tower = model.towers.get("image")
-    if tower is None or tower.tiling is not None or _encoder_trains(stage) or not (data.rows and data.steps and flops):
+    trains = any(p.removeprefix("image.").startswith("encoder") for p in stage.train)
+    if tower is None or tower.tiling is not None or trains or not (data.rows and data.steps and flops):
         return None
     if next(tower.encoder.parameters(), None) is None:
         return None  # patches: a vision encoder that computes nothing has nothing to keep
@@ -125,17 +127,3 @@ def _look_once(tower: Any) -> tuple[int, tuple[int, int], torch.dtype]:
         features = tower.encoder(torch.empty(1, *tower.encoder.media_shape, dtype=dtype))
     _, count, width = features.tokens_BND.shape
     return counter.get_total_flops(), (count, width), features.tokens_BND.dtype
-
-
-def _encoder_trains(stage: Stage) -> bool:
-    return any(p.removeprefix("image.").startswith("encoder") for p in stage.train)
-
-
-def _size(count: int) -> str:
-    if count < 1e8:
-        return f"{count / 1e6:.1f} MB"
-    return f"{count / 1e9:,.0f} GB" if count >= 1e10 else f"{count / 1e9:.2g} GB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2f} s"

@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from opticnerve import registry
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
 from opticnerve.models.text_encoder import dtype_of
+from opticnerve.models.vlm.build import load_encoder
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.vlm.parts import TOWER_PARTS, TOWERS, full_name, part_parameters, prefixes
 from opticnerve.models.vlm.processing import OpticNerveProcessor
-from opticnerve.models.vlm.tower import check_options, join, language_sizes
-from opticnerve.recipe import PartSpec, Recipe
-from opticnerve.types import OpticNerveError
+from opticnerve.models.vlm.tower import join, language_sizes
+from opticnerve.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -31,17 +29,7 @@ class Shape:
     parameters: int
 
 
-@dataclass(frozen=True)
-class Share:
-    """One line of what trains and what does not."""
-
-    part: str
-    parameters: int
-    trained: bool
-    learning_rate: float | None
-
-
-def meta_model(recipe: Recipe) -> Any:
+def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
     """The docked model on the meta device: every shape, no memory.
 
     Raises:
@@ -54,7 +42,7 @@ def meta_model(recipe: Recipe) -> Any:
         language_part = AutoModelForCausalLM.from_config(config, dtype=dtype)
         sizes = language_sizes(language_part)
         towers = {
-            m: join(encoder(m, tower.encoder), tower.parts(), sizes).to(dtype)
+            m: join(load_encoder(m, tower.encoder, planned=True)[1], tower.parts(), sizes).to(dtype)
             for m, tower in recipe.docked.towers.items()
         }
     # The real ids are the tokenizer's business; shapes do not depend on them.
@@ -64,22 +52,9 @@ def meta_model(recipe: Recipe) -> Any:
     )
 
 
-def encoder(modality: str, spec: PartSpec) -> Any:
-    """The encoder with its architecture's shapes. Call under `torch.device("meta")`."""
-    cls = registry.encoders.get(spec.type)
-    if cls.modality != modality:
-        raise OpticNerveError(f"model.{modality}.encoder: {spec.type!r} is for {cls.modality}, not for {modality}")
-    name, options = cls.take_name(spec.options)
-    options.pop("architecture", None)
-    check_options("encoder", spec.type, cls, options)
-    try:
-        return cls.planned(name, **options)
-    except OSError as e:
-        raise _unreachable(f"model.{modality}.encoder", name, e) from e
-
-
-def processor_for(recipe: Recipe) -> OpticNerveProcessor:
-    """The processor that training would use; the tokenizer's files are read, no weight is.
+def processor_for(recipe: Recipe, model: OpticNerveForConditionalGeneration | None = None) -> OpticNerveProcessor:
+    """The processor that training would use; the tokenizer's files are read, no weight is. `model`: the recipe's
+    `meta_model`, if it is there already.
 
     Raises:
         OpticNerveError: the tokenizer is not at hand.
@@ -88,81 +63,31 @@ def processor_for(recipe: Recipe) -> OpticNerveProcessor:
     tokenizer = load_tokenizer(language.name, gguf_file=language.gguf_file)
     if language.chat_template:
         set_template(tokenizer, language.chat_template)
-    return OpticNerveProcessor.from_tower(meta_model(recipe).towers, tokenizer, **language.words())
-
-
-def context_of(config: Any) -> int | None:
-    """How many tokens the language model takes, if its configuration says so."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-        if isinstance(found := getattr(config, key, None), int) and found > 0:
-            return found
-    return None
+    return OpticNerveProcessor.from_tower((model or meta_model(recipe)).towers, tokenizer, **language.words())
 
 
 def shapes(recipe: Recipe, model: Any) -> list[Shape]:
     """The picture's way through every part."""
     width = model.get_input_embeddings().embedding_dim
     found = []
-    for name in TOWERS:
-        tower = getattr(model, name, None)
-        spec = recipe.docked.towers.get(name)
-        if tower is None or spec is None:
-            continue
-        vision_encoder = tower.encoder
-        shape = " × ".join(map(str, vision_encoder.media_shape))
-        what = (
-            f"{vision_encoder.image_size} × {vision_encoder.image_size} pixels"
-            if name == "image"
-            else "a window of sound"
-        )
-        tiles = f", up to {tower.tiling.spec.max_tokens} in tiles" if tower.tiling is not None else ""
+    for name, spec in recipe.docked.towers.items():
+        tower = model.towers[name]
+        encoder, count = tower.encoder, tower.num_placeholders
         kind = f"{spec.encoder.type} {spec.encoder.options.get('name', '')}".strip()
-        found += [
-            Shape("picture" if name == "image" else "sound", what, shape, 0),
-            Shape(
-                f"{name}.encoder",
-                kind,
-                f"{vision_encoder.num_tokens} × {vision_encoder.hidden_size}",
-                _count(vision_encoder.parameters()),
-            ),
-            Shape(
-                f"{name}.connector",
-                spec.connector.type,
-                f"{tower.num_tokens} × {width}{tiles}",
-                _count(tower.connector.parameters()),
-            ),
-            Shape(
-                f"{name}.fusion",
-                spec.fusion.type,
-                f"{tower.num_placeholders} placeholder{'s' if tower.num_placeholders > 1 else ''}",
-                _count(tower.fusion.parameters()),
-            ),
-        ]
+        tiles = f", up to {tower.tiling.spec.max_tokens} in tiles" if tower.tiling is not None else ""
+        seen = ("picture", f"{encoder.image_size} × {encoder.image_size} pixels") if name == "image" else (
+            "sound", "a window of sound"
+        )  # fmt: skip
+        stops = (
+            ("encoder", kind, f"{encoder.num_tokens} × {encoder.hidden_size}"),
+            ("connector", spec.connector.type, f"{tower.num_tokens} × {width}{tiles}"),
+            ("fusion", spec.fusion.type, f"{count} placeholder{'s' if count > 1 else ''}"),
+        )
+        found.append(Shape(*seen, " × ".join(map(str, encoder.media_shape)), 0))
+        found += [Shape(f"{name}.{part}", what, out, _count(getattr(tower, part))) for part, what, out in stops]
     language = model.language_model
-    name = recipe.docked.language.name
-    layers = len(decoder_layers(language)[1])
-    kind = f"{language.config.model_type} {name}, {layers} layers"
-    return [*found, Shape("language", kind, f"tokens × {width}", _count(language.parameters()))]
-
-
-def open_parts(model: Any, train: dict[str, float]) -> list[Share]:
-    """Let the named parts, and them alone, have gradients; returns who trains and who does not."""
-    shares, taken = [], set()
-    for part, rate in train.items():
-        mine = [p for p in part_parameters(model, part).values() if id(p) not in taken]
-        taken |= {id(p) for p in mine}
-        shares.append(Share(full_name(model, part), _count(mine), True, rate))
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in taken)
-    whole_parts = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in TOWER_PARTS]
-    for name, start in [*whole_parts, ("language", ("language_model.",))]:
-        mine = [p for n, p in model.named_parameters() if n.startswith(start)]
-        rest = [p for p in mine if id(p) not in taken]
-        if rest:
-            whole = len(rest) == len(mine)
-            shares.append(Share(name if whole else f"{name} (rest)", _count(rest), False, None))
-    return shares
+    kind = f"{language.config.model_type} {recipe.docked.language.name}, {len(decoder_layers(language)[1])} layers"
+    return [*found, Shape("language", kind, f"tokens × {width}", _count(language))]
 
 
 def native_size(vision_encoder: Any) -> int | None:
@@ -170,16 +95,8 @@ def native_size(vision_encoder: Any) -> int | None:
     if isinstance(size := getattr(vision_encoder, "native_size", None), int):
         return size
     settings = getattr(getattr(vision_encoder, "model", None), "pretrained_cfg", None) or {}
-    found = settings.get("input_size")
-    return int(found[-1]) if found else None
+    return int(settings["input_size"][-1]) if settings.get("input_size") else None
 
 
-def _count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
-
-
-def _unreachable(key: str, name: str, error: OSError) -> OpticNerveError:
-    first = str(error).strip().splitlines()[0]
-    return OpticNerveError(
-        f"{key}: cannot read the configuration of {name!r}: {first}; give a local folder or a hub name in reach"
-    )
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

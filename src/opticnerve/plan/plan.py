@@ -13,22 +13,22 @@ import torch
 from opticnerve import registry
 from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.encode.tokenize import Encoded
+from opticnerve.language import layers
 from opticnerve.language.load import load_language_config
-from opticnerve.language.lora import add_lora
 from opticnerve.models.checkpoint.delta import weight_names
+from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.text_encoder import dtype_of
+from opticnerve.models.vlm.build import Dock
 from opticnerve.models.vlm.tower import placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan import cost, feature_cache
-from opticnerve.plan import model as parts
 from opticnerve.plan.data import StageData, inspect_data
-from opticnerve.plan.model import Shape, Share, context_of, processor_for
+from opticnerve.plan.model import Shape, meta_model, processor_for, shapes
 from opticnerve.plan.remarks import Remark, remarks
-from opticnerve.recipe import LoraSpec, Recipe, Stage
+from opticnerve.recipe import Recipe, Stage
 from opticnerve.starter import weights
+from opticnerve.train.setup import give_lora
 from opticnerve.types import OpticNerveError
-
-__all__ = ["Plan", "Remark", "StagePlan", "context_length", "make", "processor_for", "weights_at_hand"]
 
 _CALIBRATION_TOKENS = 768  # a batch of about so many tokens is timed
 
@@ -38,7 +38,7 @@ class StagePlan:
     """One stage: what trains, on how much, at what cost. What could not be found out is None."""
 
     name: str
-    shares: list[Share]
+    frozen: Frozen
     data: StageData
     batch_size: int
     memory: cost.Memory
@@ -48,12 +48,17 @@ class StagePlan:
     cache: feature_cache.CachePlan | None = None
 
     @property
+    def shares(self) -> list[Any]:
+        """The lines of the table of what trains."""
+        return self.frozen.rows
+
+    @property
     def trained(self) -> int:
-        return sum(s.parameters for s in self.shares if s.trained)
+        return self.frozen.trained
 
     @property
     def total(self) -> int:
-        return sum(s.parameters for s in self.shares)
+        return self.frozen.total
 
     @property
     def epochs(self) -> float | None:
@@ -62,10 +67,11 @@ class StagePlan:
         return self.data.steps * self.batch_size * self.data.per_row / self.data.examples
 
     def to_dict(self) -> dict[str, Any]:
-        data = self.data
+        """JSON-ready."""
+        data, parts = self.data, [asdict(row) for row in self.shares]
         return {
             "name": self.name,
-            "parts": [asdict(s) for s in self.shares],
+            "parts": [{k: v for k, v in part.items() if k != "dtype"} for part in parts],
             "trained": self.trained,
             "total": self.total,
             "samples": data.samples,
@@ -100,19 +106,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
+        plain = ("name", "precision", "visual_tokens", "context", "device")
         return {
-            "name": self.name,
-            "precision": self.precision,
+            **{key: getattr(self, key) for key in plain},
             "shapes": [asdict(s) for s in self.shapes],
-            "visual_tokens": self.visual_tokens,
-            "context": self.context,
-            "device": self.device,
             "stages": [s.to_dict() for s in self.stages],
             "remarks": [asdict(r) for r in self.remarks],
         }
 
 
-def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan:
+def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Plan:
     """Foresee a run.
 
     Args:
@@ -123,30 +126,23 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
         OpticNerveError: the recipe's parts do not exist or do not fit each other; unreadable data is a remark.
     """
     process = cost.process_bytes()
-    model = parts.meta_model(recipe)
-    machine = cost.device()
+    model, machine = meta_model(recipe), cost.device()
     visual = max((_most_placeholders(t) for t in model.towers.values()), default=None)
-    plan = Plan(
-        recipe.name,
-        recipe.precision,
-        parts.shapes(recipe, model),
-        visual,
-        context_of(model.language_model.config),
-        machine,
-    )
+    context = layers.context_length(model.language_model.config)
+    plan = Plan(recipe.name, recipe.precision, shapes(recipe, model), visual, context, machine)
     try:
-        plan.processor = processor_for(recipe)
+        plan.processor = processor_for(recipe, model)
     except OpticNerveError as e:
         if Path(recipe.docked.language.name).exists():
             raise  # it will not be there when the run wants it
         plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
+    imagined = Dock(model, plan.processor, bases={})
     docked = dock(recipe) if dock is not None and recipe.stages else None
     rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], dtype_of(recipe))
     for stage in recipe.stages:
         data = inspect_data(stage, plan.processor, seed=recipe.seed)
-        plan.stages.append(_stage(stage, model, data, process, visual or 0))
-        planned = plan.stages[-1]
-        _time(planned, stage, docked, plan.processor, rate, machine["type"])
+        plan.stages.append(planned := _stage(stage, imagined, data, process, visual or 0))
+        _time(planned, stage, docked, rate, machine["type"])
         planned.cache = feature_cache.foresee(stage, model, data, flops=planned.flops, seconds=planned.seconds)
         if planned.cache is not None and planned.cache.on and planned.seconds is not None:
             planned.seconds -= planned.cache.seconds or 0.0
@@ -159,7 +155,7 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Any] | None = None) -> Plan
 def context_length(recipe: Recipe) -> int | None:
     """How many tokens the recipe's language model takes."""
     language = recipe.docked.language
-    return context_of(load_language_config(language.name, gguf_file=language.gguf_file))
+    return layers.context_length(load_language_config(language.name, gguf_file=language.gguf_file))
 
 
 def weights_at_hand(recipe: Recipe) -> bool:
@@ -170,10 +166,17 @@ def weights_at_hand(recipe: Recipe) -> bool:
     return all(weights.is_starter(n) or Path(n.removeprefix("local-dir:")).exists() for n in names)
 
 
-def _stage(stage: Stage, model: Any, data: StageData, process: int, visual: int) -> StagePlan:
-    """Parts, memory and arithmetic of one stage. LoRA that a stage adds stays in the model for the stages after it."""
-    _adapt(model, stage, torch.device("meta"))
-    shares = parts.open_parts(model, stage.train)
+def _open_parts(dock: Dock, stage: Stage, device: str) -> Frozen:
+    """What the stage trains, as training opens it. LoRA that it adds stays in the model for the stages after it."""
+    if "language.lora" in stage.train:
+        with torch.device(device):
+            give_lora(dock, stage)
+    return freeze(dock.model, stage.train)
+
+
+def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int) -> StagePlan:
+    """Parts, memory and arithmetic of one stage."""
+    frozen, model = _open_parts(dock, stage, "meta"), dock.model
     rows = stage.batch_size // stage.accumulate
     length = data.length or visual + 64
     # Batches are padded to their longest row.
@@ -186,7 +189,7 @@ def _stage(stage: Stage, model: Any, data: StageData, process: int, visual: int)
         trace = cost.trace_step(model, rows=rows, length=padded, media=media, supervised=supervised)
     needed = cost.memory(model, trace, checkpointing=stage.gradient_checkpointing, process=process)
     again = 4 / 3 if stage.gradient_checkpointing else 1.0  # the forward pass of the layers is done twice
-    return StagePlan(stage.name, shares, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
+    return StagePlan(stage.name, frozen, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
 
 
 def _most_placeholders(tower: Any) -> int:
@@ -204,20 +207,14 @@ def _pieces(tower: Any) -> int:
     return int(tiles[len(tiles) // 2])
 
 
-def _adapt(model: Any, stage: Stage, where: Any) -> None:
-    if "language.lora" in stage.train and not cost.has_lora_weights(model.language_model):
-        with where:
-            add_lora(model.language_model, (stage.lora or LoraSpec()).model_dump())
-
-
-def _time(planned: StagePlan, stage: Stage, docked: Any, processor: Any, rate: float, kind: str) -> None:
+def _time(planned: StagePlan, stage: Stage, docked: Dock | None, rate: float, kind: str) -> None:
     """Seconds of a stage: one real step on a short batch, or arithmetic over the machine's matmul rate."""
     steps = planned.data.steps
     if not planned.flops:
         planned.timing = f"not estimated for objective {stage.objective.type}"
         return
     if docked is not None and planned.data.rows:
-        per_row = _measure(stage, docked, processor, planned.data, kind)
+        per_row = _measure(stage, docked, planned.data, kind)
         planned.timing = "a short batch was timed with the real weights"
         planned.seconds = per_row * stage.batch_size * steps if steps else None
         return
@@ -229,15 +226,13 @@ def _time(planned: StagePlan, stage: Stage, docked: Any, processor: Any, rate: f
     planned.seconds = planned.flops * steps / (rate * cost.EFFICIENCY) if steps else None
 
 
-def _measure(stage: Stage, docked: Any, processor: Any, data: StageData, kind: str) -> float:
+def _measure(stage: Stage, docked: Dock, data: StageData, kind: str) -> float:
     """Seconds of one training row, forward and backward."""
-    model = docked.model.to(kind)
-    _adapt(model, stage, torch.device(kind))
-    parts.open_parts(model, stage.train)
-    count = max(
-        1, min(stage.batch_size // stage.accumulate, len(data.rows), _CALIBRATION_TOKENS // max(1, data.length))
-    )
-    batch = Collator(processor)(data.rows[:count]).to(kind)
+    model: Any = docked.model.to(kind)  # type: ignore[arg-type]
+    _open_parts(docked, stage, kind)
+    fitting = _CALIBRATION_TOKENS // max(1, data.length)
+    count = max(1, min(stage.batch_size // stage.accumulate, len(data.rows), fitting))
+    batch = Collator(docked.processor)(data.rows[:count]).to(kind)
     objective = NextToken(model)
 
     def step() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from opticnerve.common.units import size
 from opticnerve.data.dataset.dataset import NO_MEDIA
-from opticnerve.plan import model as parts
+from opticnerve.plan.model import native_size
 from opticnerve.recipe import DataSpec, Recipe, Stage
 
 _HIGH = {"language": 1e-4, "language.last": 1e-4, "language.embeddings": 1e-3, "encoder": 1e-4, "encoder.last": 2e-4}
@@ -22,7 +24,7 @@ class Remark:
 
 
 def remarks(recipe: Recipe, plan: Any, model: Any) -> list[Remark]:
-    """All that is remarkable about a `Plan`; `model` is what `plan_model.shadow` made."""
+    """All that is remarkable about a `Plan`; `model` is what `meta_model` made."""
     found: list[Remark] = []
 
     def warn(text: str) -> None:
@@ -31,27 +33,21 @@ def remarks(recipe: Recipe, plan: Any, model: Any) -> list[Remark]:
     def note(text: str) -> None:
         found.append(Remark("note", text))
 
-    context = plan.context
-    if plan.visual_tokens and context and plan.visual_tokens >= context:
-        warn(
-            f"one picture takes {plan.visual_tokens:,} tokens, the language model {context:,}; use fewer visual tokens"
-        )
-    elif plan.visual_tokens and context and plan.visual_tokens > context // 2:
-        warn(f"one picture takes {plan.visual_tokens:,} of the {context:,} tokens that the language model can read")
+    visual, context = plan.visual_tokens, plan.context
+    if visual and context and visual >= context:
+        warn(f"one picture takes {visual:,} tokens, the language model {context:,}; use fewer visual tokens")
+    elif visual and context and visual > context // 2:
+        warn(f"one picture takes {visual:,} of the {context:,} tokens that the language model can read")
     for stage, planned in zip(recipe.stages, plan.stages, strict=True):
         for text in _stage_warnings(stage, planned, plan):
             warn(f"stage {stage.name}: {text}")
         if planned.cache is not None:
             decide, text = planned.cache.remark()
             (warn if decide else note)(f"stage {stage.name}: {text}")
-    vision_encoder = model.image.encoder if "image" in model.towers else None
-    if (
-        vision_encoder is not None
-        and (native := parts.native_size(vision_encoder))
-        and native != vision_encoder.image_size
-    ):
-        note(f"the encoder sees {vision_encoder.image_size} px and was pretrained with {native} px")
-    trains = {parts.full_name(model, part) for stage in recipe.stages for part in stage.train}
+    encoder = model.image.encoder if "image" in model.towers else None
+    if encoder is not None and (native := native_size(encoder)) and native != encoder.image_size:
+        note(f"the encoder sees {encoder.image_size} px and was pretrained with {native} px")
+    trains = {model.full_name(part) for stage in recipe.stages for part in stage.train}
     for modality, tower in model.towers.items() if recipe.stages else ():
         for half, module in (("connector", tower.connector), ("fusion", tower.fusion)):
             if f"{modality}.{half}" not in trains and any(True for _ in module.parameters()):
@@ -74,48 +70,35 @@ def _overlap(asked: DataSpec, learned: DataSpec) -> bool:
     return asked.path == learned.path and {asked.split, learned.split} != {"train", "held_out"}
 
 
-def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> list[str]:
-    data, found = planned.data, []
+def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> Iterator[str]:
+    data = planned.data
     for part, rate in stage.train.items():
         inner = part.removeprefix("image.").partition("(")[0]
         if (usual := _HIGH.get(inner)) and rate > usual:
-            found.append(
-                f"learning rate {rate:g} for {part} is unusually high; such weights rarely bear more than {usual:g}"
-            )
+            yield f"learning rate {rate:g} for {part} is unusually high; such weights rarely bear more than {usual:g}"
     if data.problem:
-        found.append(f"its data cannot be read: {data.problem}")
+        yield f"its data cannot be read: {data.problem}"
     if data.blind:
-        found.append(NO_MEDIA)
+        yield NO_MEDIA
     if data.bad:
         refuses = "training will refuse them" if stage.bad_samples == "refuse" else "training will skip them"
-        found.append(
-            f"{data.bad:,} bad samples, {refuses}; `opticnerve data check` lists them; the first: {data.first_bad}"
-        )
+        yield f"{data.bad:,} bad samples, {refuses}; `opticnerve data check` lists them; the first: {data.first_bad}"
     if plan.context and data.longest > plan.context:
-        found.append(
-            f"a sample has {data.longest:,} tokens, the language model takes {plan.context:,}; shorten or split it"
-        )
+        yield f"a sample has {data.longest:,} tokens, the language model takes {plan.context:,}; shorten or split it"
     if data.examples and data.examples < stage.batch_size:
-        found.append(
-            f"a batch of {stage.batch_size} is larger than the data ({data.examples} rows), which repeats within it"
-        )
+        yield f"a batch of {stage.batch_size} is larger than the data ({data.examples} rows), which repeats within it"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if stage.batch_size % (stage.accumulate * world):
-        found.append(
+        yield (
             f"batch_size {stage.batch_size} does not split over {stage.accumulate} micro-batches and {world} processes"
         )
-    if planned.memory.total > plan.device["free"]:
-        found.append(_too_much(stage, planned, plan.device["free"]))
-    return found
-
-
-def _too_much(stage: Stage, planned: Any, free: int) -> str:
-    remedies = []
-    if any(part == "language" or part.startswith("language.last") for part in stage.train):
-        remedies.append("train language.lora instead of the whole language model")
-    if not stage.gradient_checkpointing:
-        remedies.append("set gradient_checkpointing: true")
-    if stage.batch_size > stage.accumulate:
-        remedies.append(f"set accumulate: {stage.batch_size}")
-    needs = f"needs about {planned.memory.total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-    return f"{needs}; {', or '.join(remedies) or 'use a smaller model or precision: bf16'}"
+    if planned.memory.total > (free := plan.device["free"]):
+        remedies = []
+        if any(part == "language" or part.startswith("language.last") for part in stage.train):
+            remedies.append("train language.lora instead of the whole language model")
+        if not stage.gradient_checkpointing:
+            remedies.append("set gradient_checkpointing: true")
+        if stage.batch_size > stage.accumulate:
+            remedies.append(f"set accumulate: {stage.batch_size}")
+        remedy = ", or ".join(remedies) or "use a smaller model or precision: bf16"
+        yield f"needs about {size(planned.memory.total)}, {size(free)} are free; {remedy}"

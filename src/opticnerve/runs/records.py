@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from opticnerve.common import atomic
 from opticnerve import recipe as recipes
+from opticnerve.common import atomic
 from opticnerve.recipe import ModelSpec, Recipe
 from opticnerve.types import OpticNerveError, RecipeError
 

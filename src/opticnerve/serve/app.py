@@ -47,7 +47,7 @@ def create_app(
 
     Args:
         name: of the model, for clients. reader, scheduler, metrics, keys: what the routes work with. only_host: see
-            `Gate`.
+            `Middleware`.
     """
     app = FastAPI(title="opticnerve", version=__version__, docs_url=None, redoc_url=None)
     secured = [Security(HTTPBearer(auto_error=False))] if keys else []

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from opticnerve.inference.generate import Answerer
+from opticnerve.language.layers import context_length
 from opticnerve.serve import schema
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import Limits
@@ -22,8 +23,7 @@ def context_of(model: Any, wished: int | None) -> int:
     Raises:
         OpticNerveError: more are wished than the model knows positions.
     """
-    config = model.language_model.config.get_text_config(decoder=True)
-    known = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    known = context_length(model.language_model.config)
     if wished is not None and known is not None and wished > known:
         raise OpticNerveError(f"--max-context {wished} is more than the {known} positions that the model knows")
     return int(wished or known or UNKNOWN_CONTEXT)

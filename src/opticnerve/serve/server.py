@@ -36,7 +36,7 @@ class Service:
 
     Args:
         model, processor: as from `load_model`. name: for clients. limits, keys, sources: what it takes, from whom, from
-            where. only_host: see `Gate`.
+            where. only_host: see `Middleware`.
     """
 
     model: Any

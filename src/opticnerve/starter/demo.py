@@ -29,10 +29,10 @@ def recipe_path(name: str = "starter") -> Path:
     if name in known:
         return _RECIPES / f"{name}.yaml"
     path = Path(name)
-    if path.is_file() or (path.exists() and not path.is_dir()):
-        return path
     if path.is_dir():
         raise RecipeError(f"{name} is a folder; name the recipe's file in it, or a packaged recipe: {', '.join(known)}")
+    if path.exists():
+        return path
     plain = {k.casefold(): k for k in known}
     typed = path.name.removesuffix(".yml").removesuffix(".yaml").casefold()
     near = [plain[n] for n in difflib.get_close_matches(typed, plain, n=1, cutoff=0.75)]

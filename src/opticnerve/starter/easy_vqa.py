@@ -8,7 +8,6 @@ looked at.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from collections import defaultdict
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir
 from opticnerve.starter.weights import PackagedFile
 from opticnerve.types import OpticNerveError
@@ -28,7 +28,6 @@ QUESTIONS = PackagedFile(
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 _LAYOUT = 2  # raise when the files written below change
-_MARKER = "prepared.json"
 
 _SHAPE = re.compile(rf"\b({'|'.join(SHAPES)})\b")
 _COLOUR = re.compile(rf"\b({'|'.join(COLOURS)})\b")
@@ -48,11 +47,8 @@ class Facts:
 
     @property
     def contradictory(self) -> bool:
-        return (
-            len(self.shapes) > 1
-            or len(self.colours) > 1
-            or bool(self.shapes & self.not_shapes or self.colours & self.not_colours)
-        )
+        more = len(self.shapes) > 1 or len(self.colours) > 1
+        return more or bool(self.shapes & self.not_shapes or self.colours & self.not_colours)
 
     @property
     def caption(self) -> str | None:
@@ -117,78 +113,61 @@ def prepare(folder: Path | None = None) -> dict[str, Path]:
         (train/preferences.jsonl: each train question with its answer and a wrong one), `test` (test/questions.jsonl),
         and `media`: the package's data folder, from which the pictures' paths start.
     """
-    media = locate()
-    folder = folder or cache_dir() / PACKAGE
+    media, folder = locate(), folder or cache_dir() / PACKAGE
     paths = {
-        "captions": folder / "train" / "captions.jsonl",
-        "questions": folder / "train" / "questions.jsonl",
-        "conversations": folder / "train" / "conversations.jsonl",
-        "preferences": folder / "train" / "preferences.jsonl",
-        "test": folder / "test" / "questions.jsonl",
+        name: folder / "train" / f"{name}.jsonl" for name in ("captions", "questions", "conversations", "preferences")
     }
-    marker = folder / _MARKER
-    version = json.dumps({"layout": _LAYOUT, PACKAGE: QUESTIONS.found_version()})
-    if not _written(marker, version) or not all(p.is_file() for p in paths.values()):
+    paths["test"] = folder / "test" / "questions.jsonl"
+    marker, version = folder / "prepared.json", json.dumps({"layout": _LAYOUT, PACKAGE: QUESTIONS.found_version()})
+    written = marker.is_file() and marker.read_text(encoding="utf-8") == version
+    if not written or not all(p.is_file() for p in paths.values()):
         train, test = _load(media, "train"), _load(media, "test")
-        _write_lines(paths["captions"], _captions(train))
-        _write_lines(paths["questions"], _questions(train, "train"))
-        _write_lines(paths["conversations"], _conversations(train, "train"))
-        _write_lines(paths["preferences"], _preferences(train, "train"))
-        _write_lines(paths["test"], _questions(test, "test"))
-        _write(marker, version)  # last: it vouches for the others
+        made = (_captions(train), _questions(train, "train"), _conversations(train), _preferences(train))
+        for path, rows in zip(paths.values(), (*made, _questions(test, "test")), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_lines(path, rows)
+        atomic.write(marker, version)  # last: it vouches for the others
     return {**paths, "media": media}
+
+
+def _row(kind: str, number: int, image: int, split: str = "train", **keys: Any) -> dict[str, Any]:
+    return {"id": f"{PACKAGE}-{split}-{kind}{number}", "image": f"{split}/images/{image}.png", **keys}
 
 
 def _captions(train: list[Question]) -> Iterable[dict[str, Any]]:
     for image, facts in sorted(gather(train).items()):
         if (caption := facts.caption) is not None:
-            yield {"id": f"{PACKAGE}-train-{image}", "image": _image("train", image), "caption": caption}
+            yield _row("", image, image, caption=caption)
 
 
 def _questions(questions: list[Question], split: str) -> Iterable[dict[str, Any]]:
     for number, (question, answer, image) in enumerate(questions):
-        yield {
-            "id": f"{PACKAGE}-{split}-q{number}",
-            "image": _image(split, image),
-            "question": question,
-            "answer": answer,
-            "type": answer_type(answer),
-        }
+        yield _row("q", number, image, split, question=question, answer=answer, type=answer_type(answer))
 
 
-def _conversations(questions: list[Question], split: str) -> Iterable[dict[str, Any]]:
+def _conversations(train: list[Question]) -> Iterable[dict[str, Any]]:
     by_image: dict[int, list[Question]] = defaultdict(list)
-    for entry in questions:
+    for entry in train:
         by_image[entry[2]].append(entry)
     for image, entries in sorted(by_image.items()):
-        messages: list[dict[str, Any]] = []
-        for question, answer, _ in entries:
-            content: list[dict[str, str]] = [] if messages else [{"type": "image", "path": _image(split, image)}]
-            messages += [
-                {"role": "user", "content": [*content, {"type": "text", "text": question}]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ]
-        yield {"id": f"{PACKAGE}-{split}-{image}", "messages": messages}
+        row = _row("", image, image)
+        turns = [turn for question, answer, _ in entries for turn in (("user", question), ("assistant", answer))]
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
+        ]
+        messages[0]["content"].insert(0, {"type": "image", "path": row["image"]})
+        yield {"id": row["id"], "messages": messages}
 
 
-def _preferences(questions: list[Question], split: str) -> Iterable[dict[str, Any]]:
+def _preferences(train: list[Question]) -> Iterable[dict[str, Any]]:
     """The right answer is chosen over another one of its kind: yes over no, circle over triangle."""
     kinds: dict[str, set[str]] = defaultdict(set)
-    for _, answer, _ in questions:
+    for _, answer, _ in train:
         kinds[answer_type(answer)].add(answer)
-    for number, (question, answer, image) in enumerate(questions):
+    for number, (question, answer, image) in enumerate(train):
         others = sorted(kinds[answer_type(answer)] - {answer})
-        yield {
-            "id": f"{PACKAGE}-{split}-p{number}",
-            "image": _image(split, image),
-            "question": question,
-            "chosen": answer,
-            "rejected": random.Random(number).choice(others),
-        }
-
-
-def _image(split: str, number: int) -> str:
-    return f"{split}/images/{number}.png"
+        rejected = random.Random(number).choice(others)
+        yield _row("p", number, image, question=question, chosen=answer, rejected=rejected)
 
 
 def _load(media: Path, split: str) -> list[Question]:
@@ -197,18 +176,3 @@ def _load(media: Path, split: str) -> list[Question]:
         return [(str(q), str(a), int(i)) for q, a, i in json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as e:
         raise OpticNerveError(f"{file} cannot be read: {e}; reinstall {PACKAGE}") from e
-
-
-def _written(marker: Path, version: str) -> bool:
-    return marker.is_file() and marker.read_text(encoding="utf-8") == version
-
-
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

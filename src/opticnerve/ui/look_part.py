@@ -27,7 +27,7 @@ TOKENS = 24  # of the explained answer: each takes a pass backwards
 
 @dataclass(frozen=True)
 class Shown:
-    """Maps for all words of an answer (`inference.looking.Looked`), with what they are maps of."""
+    """Maps for all words of an answer (`interpret.attribution.Attribution`), with what they are maps of."""
 
     looked: Any
     picture: Path

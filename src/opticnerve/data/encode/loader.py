@@ -64,7 +64,7 @@ def loader(sampler: Any, first: int, workers: int, device: Any) -> DataLoader[Se
     """Micro-batch `first` and all that follow it, in order; go through it with `Waiting`.
 
     Args:
-        visits: a sequence of batches, such as `train.samples.Visits`.
+        sampler: a sequence of batches, such as `StageSampler`.
         workers: processes beside this one; 0 makes each batch here, when it is asked for.
         device: where the batches will go. For CUDA they are put in page-locked memory, from which copies run beside
             the computation.

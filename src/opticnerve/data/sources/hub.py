@@ -78,7 +78,7 @@ Tables = Callable[[str, int, int, int], Iterator[tuple[int, Any]]]
 
 
 def read_rows(name: str, shard: int, start: int, tables: Tables, features: Any) -> Iterator[Record | DataError]:
-    """The rows of a shard from row `start` on, as `stream.Shelf` promises them.
+    """The rows of a shard from row `start` on, as `ShardSource` promises them.
 
     Args:
         tables: (name, shard, first row, rows at a time) → (number of its first row, table) from that row on.

@@ -48,7 +48,7 @@ class Streamed:
             yield from self.rows(shard)
 
     def rows(self, shard: int, start: int = 0) -> Iterator[Record | DataError]:
-        """As `Shelf.rows`; a record without an id is called by its shard and row, for many shards have a row 12."""
+        """As `ShardSource.rows`; a record without an id is called by its shard and row, for many have a row 12."""
         stem = self.shards.names[shard].rpartition("/")[2].partition(".")[0]
         for item in self.shards.rows(shard, start):
             if isinstance(item, Record) and item.fields.get("id") in (None, ""):

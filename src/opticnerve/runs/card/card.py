@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 
 from opticnerve.common import atomic
+from opticnerve.common.markdown import as_typed, duration, percent, plain, points, slug, table
 from opticnerve.runs.card import two_towers
 from opticnerve.runs.card.forgetting import forgetting
+from opticnerve.runs.card.plots import image_dependence_plot, loss_plot, samples_plot
 from opticnerve.runs.card.tasks import tasks
 from opticnerve.runs.card.warnings import boxes
-from opticnerve.common.markdown import as_typed, duration, percent, plain, points, slug, table
-from opticnerve.runs.card.plots import image_dependence_plot, loss_plot, samples_plot
 from opticnerve.runs.folder import RunFolder, StageRecord, finite, read_run
 
 

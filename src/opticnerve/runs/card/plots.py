@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from opticnerve.data.media.open import open_image
 from opticnerve.common.drawing import (
     BLUE,
     FAINT,
@@ -30,6 +29,7 @@ from opticnerve.common.drawing import (
     words,
     wrap,
 )  # fmt: skip
+from opticnerve.data.media.open import open_image
 from opticnerve.evaluation.metrics import wilson_interval
 from opticnerve.runs.folder import finite
 from opticnerve.types import DataError

@@ -1,0 +1,1 @@
+"""The card of a run: results, plots and warnings as a page."""
