@@ -120,13 +120,13 @@ class Base:
         """The base with `change` in its vision tower, through captions and questions; a fusion that is changed trains,
         too, and an encoder that is changed does not."""
         stages = []
-        for stage, told in ((self.captions, budget["align"]), (self.questions, budget["instruct"])):
+        for stage, length in ((self.captions, budget["align"]), (self.questions, budget["instruct"])):
             train = {p: rate for p, rate in stage.train.items() if p.removeprefix("image.") != "fusion"}
             train |= {"fusion": fusion_rate} if "fusion" in change else {}
             if "encoder" in change:
                 train = {p: r for p, r in train.items() if "encoder" not in p}
             cached = self.can_cache and "encoder" not in change and not any("encoder" in p for p in train)
-            stages.append(stage_of(stage, told, train=train, cache_features=cached))
+            stages.append(stage_of(stage, length, train=train, cache_features=cached))
         return self.docked(name, stages, budget["questions"], image={"fusion": {"type": "splice"}, **change})
 
     def classifier(self, name: str, timing: str, stage: Raw, questions: int | None, **options: Any) -> Raw:

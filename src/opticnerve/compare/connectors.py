@@ -10,8 +10,8 @@ from opticnerve.compare.base import Base, Budget, Raw
 from opticnerve.compare.experiment import Experiment
 from opticnerve.compare.report import (
     ALL,
+    ExperimentReport,
     Findings,
-    Report,
     System,
     accuracy_table,
     align_words,
@@ -19,7 +19,7 @@ from opticnerve.compare.report import (
     number,
     points,
 )
-from opticnerve.compare.rows import Row
+from opticnerve.compare.rows import ExperimentRow
 from opticnerve.compare.stats import rank_chance, rank_correlation
 
 BUDGET: Budget = {
@@ -66,15 +66,15 @@ COSTS = {
 }  # fmt: skip
 
 
-def rows(base: Base, budget: Budget) -> list[Row]:
+def rows(base: Base, budget: Budget) -> list[ExperimentRow]:
     """The base with each connector in turn. Patches are pixels, cut: nothing of them trains, or is worth caching."""
     return [
-        Row(name, {name: title}, base.with_image(name, budget, change, FUSION_RATE))
+        ExperimentRow(name, {name: title}, base.with_image(name, budget, change, FUSION_RATE))
         for name, (title, change) in CONNECTORS.items()
     ]
 
 
-def report(findings: Findings, folder: Path) -> Report:
+def report(findings: Findings, folder: Path) -> ExperimentReport:
     """The table, accuracy against each cost, and which differences are real."""
     names = [n for n in CONNECTORS if n in findings]
     more = [
@@ -93,7 +93,7 @@ def report(findings: Findings, folder: Path) -> Report:
         title = f"Accuracy against {words}"
         plots.scatter(shown, folder / file, title=title, note=note, x=words, log=log)
         images.append(f"![{title}]({file})")
-    return Report(
+    return ExperimentReport(
         "Which connector",
         f"{findings.base.name} with one part changed in each row: what stands between the vision encoder and the "
         "language model. Vision encoder, language model, data, steps and learning rates are the same for all; “raw "

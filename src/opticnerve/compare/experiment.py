@@ -9,7 +9,7 @@ from typing import Any
 
 from opticnerve.compare import report as reports
 from opticnerve.compare.base import Base, Budget
-from opticnerve.compare.rows import Row, RowResult, RunOptions, finished, folder_of, run_rows
+from opticnerve.compare.rows import ExperimentRow, RowResult, RunOptions, finished, folder_of, run_rows
 from opticnerve.types import OpticNerveError
 
 
@@ -25,8 +25,8 @@ class Experiment:
     name: str
     budget: Budget
     quick: Budget
-    rows: Callable[[Base, Budget], list[Row]]
-    report: Callable[[reports.Findings, Path], reports.Report]
+    rows: Callable[[Base, Budget], list[ExperimentRow]]
+    report: Callable[[reports.Findings, Path], reports.ExperimentReport]
     isolated: bool = False
 
 
@@ -93,7 +93,7 @@ def stretched(budget: Budget, scale: float) -> Budget:
     return {k: stretch(k, v) for k, v in budget.items()}
 
 
-def choose(rows: Sequence[Row], only: Sequence[str] | None) -> list[Row]:
+def choose(rows: Sequence[ExperimentRow], only: Sequence[str] | None) -> list[ExperimentRow]:
     """The rows of those names, and those that they need, in the experiment's order."""
     names = [r.name for r in rows]
     if unknown := sorted(set(only or ()) - set(names)):

@@ -13,8 +13,8 @@ from opticnerve.compare.base import Base, Budget, Raw, one_by_one, stage_of
 from opticnerve.compare.experiment import Experiment
 from opticnerve.compare.report import (
     ALL,
+    ExperimentReport,
     Findings,
-    Report,
     System,
     accuracy_table,
     align_words,
@@ -22,7 +22,7 @@ from opticnerve.compare.report import (
     number,
     percent,
 )
-from opticnerve.compare.rows import Row
+from opticnerve.compare.rows import ExperimentRow
 from opticnerve.compare.stats import over_seeds
 
 # Steps × rows. The classifiers' steps are such that they train for about as many seconds as the language models do.
@@ -75,7 +75,7 @@ SAME = "same-"
 BOTH, LOOK = "needs both", "words mislead"
 
 
-def rows(base: Base, budget: Budget) -> list[Row]:
+def rows(base: Base, budget: Budget) -> list[ExperimentRow]:
     """The language models, the classifiers under both budgets, the dual encoder, and an ensemble."""
     instruct, batch = budget["instruct"], budget["same_batch"]
     seen = base.questions_in(instruct["steps"], instruct["batch"])
@@ -85,7 +85,7 @@ def rows(base: Base, budget: Budget) -> list[Row]:
     for kind, change in (("splice", {}), ("cross-attention", {"fusion": CROSS_ATTENTION})):
         name = f"vlm-{kind}"
         recipe = base.with_image(name, budget, change, CROSS_ATTENTION_RATE)
-        made.append(Row(name, {name: f"VLM, {kind.replace('-', ' ')}"}, recipe, keep_weights=not change))
+        made.append(ExperimentRow(name, {name: f"VLM, {kind.replace('-', ' ')}"}, recipe, keep_weights=not change))
     made += [_classifier(base, timing, "", budget[timing], budget) for timing in TIMINGS]
     made += [_classifier(base, timing, SAME, same, budget) for timing in TIMINGS]
     stage = stage_of(
@@ -93,19 +93,19 @@ def rows(base: Base, budget: Budget) -> list[Row]:
         train=CONTRASTIVE, lora=None, cache_features=base.can_cache, data=one_by_one(base.captions.data),
     )  # fmt: skip
     made.append(
-        Row("contrastive", {"zero-shot": "contrastive, zero-shot (question not read)"}, base.dual("contrastive", stage),
-            asks=({"ask": "zero_shot", "system": "zero-shot", **shared},))
+        ExperimentRow("contrastive", {"zero-shot": "contrastive, zero-shot (question not read)"},
+                      base.dual("contrastive", stage), asks=({"ask": "zero_shot", "system": "zero-shot", **shared},))
     )  # fmt: skip
     parts = ("intermediate", "vlm-splice")
     made.append(
-        Row("ensemble", {"ensemble": "late: intermediate and VLM splice, mean"},
+        ExperimentRow("ensemble", {"ensemble": "late: intermediate and VLM splice, mean"},
             asks=({"ask": "ensemble", "system": "ensemble", **shared},), needs=parts,
             of=tuple(r.recipe for r in made if r.name in parts and r.recipe is not None))
     )  # fmt: skip
     return made
 
 
-def _classifier(base: Base, timing: str, prefix: str, length: Budget, budget: Budget) -> Row:
+def _classifier(base: Base, timing: str, prefix: str, length: Budget, budget: Budget) -> ExperimentRow:
     stage = stage_of(
         base.questions, length, objective={"type": "classification"}, train=CLASSIFIER, lora=None,
         data=one_by_one(base.questions.data), template="chat",
@@ -113,13 +113,13 @@ def _classifier(base: Base, timing: str, prefix: str, length: Budget, budget: Bu
     name, late, many = prefix + timing, timing == "late", budget["questions"]
     recipe = base.classifier(name, timing, stage, None if late else many, **HEADS.get(timing, {}))
     if not late:
-        return Row(name, {name: f"{timing} fusion"}, recipe, keep_weights=name == "intermediate")
+        return ExperimentRow(name, {name: f"{timing} fusion"}, recipe, keep_weights=name == "intermediate")
     systems = {prefix + system: title for system, title in RULES.values()}
     rules = {rule: prefix + system for rule, (system, _) in RULES.items()}
-    return Row(name, systems, recipe, asks=({"ask": "late", "rules": rules, "questions": base.asked(many)},))
+    return ExperimentRow(name, systems, recipe, asks=({"ask": "late", "rules": rules, "questions": base.asked(many)},))
 
 
-def report(findings: Findings, folder: Path) -> Report:
+def report(findings: Findings, folder: Path) -> ExperimentReport:
     """Two tables, a plot of each, and what can be said of intermediate fusion."""
     base, b = findings.base, findings.budget
     alone = base.question_alone(b["questions"])
@@ -128,7 +128,7 @@ def report(findings: Findings, folder: Path) -> Report:
     usual = ["the words' most frequent answer in training"]
     usual += [f"{100 * baseline[g]:.1f} %" if q else "–" for g, q in findings.groups.items()]
     steps = ", ".join(f"{t} {b[t]['steps']} × {b[t]['batch']}" for t in TIMINGS)
-    said = Report(
+    said = ExperimentReport(
         "When to fuse",
         f"Three timings of fusion, contrastive learning and two vision-language models, all made of the parts of "
         f"{base.name} (text encoder `{base.text}` where there is one) and asked the same "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve import recipe as recipes
+from opticnerve.common import atomic
 from opticnerve.compare.base import TASK
 from opticnerve.data.dataset.load import fixed_sample, load_data
 from opticnerve.evaluation.tasks import Generate, run_vqa
@@ -156,7 +157,7 @@ def main(path: str) -> int:
         traceback.print_exc()
         found = {"error": str(e) if isinstance(e, OpticNerveError) else f"{type(e).__name__}: {e}"}
         code = 1
-    Path(spec["outcome"]).write_text(json.dumps(found, default=str), encoding="utf-8")
+    atomic.write_json(Path(spec["outcome"]), found, default=str)
     return code
 
 

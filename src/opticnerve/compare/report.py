@@ -4,6 +4,7 @@ its plots, and results.csv with a line per system, seed and type."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opticnerve.common import atomic
 from opticnerve.common.markdown import duration, plain, table
 from opticnerve.common.version import __version__
 from opticnerve.compare.base import Base, Budget
@@ -148,7 +150,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 
 @dataclass
-class Report:
+class ExperimentReport:
     """What an experiment has to say. `sections`: heading and Markdown; plots stand in the report's folder already."""
 
     title: str
@@ -159,7 +161,7 @@ class Report:
     does_not: list[str] = field(default_factory=list)
 
 
-def write(report: Report, findings: Findings, folder: Path, *, command: str, experiment: str) -> Path:
+def write(report: ExperimentReport, findings: Findings, folder: Path, *, command: str, experiment: str) -> Path:
     """Write report.md and results.csv; returns the former."""
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(findings, folder / "results.csv", experiment)
@@ -175,7 +177,7 @@ def write(report: Report, findings: Findings, folder: Path, *, command: str, exp
     parts = [f"# {report.title}", report.compared, f"**Budget.** {report.budget}"]
     path = folder / "report.md"
     text = "\n\n".join([*parts, *(f"## {heading}\n\n{text}" for heading, text in sections)])
-    path.write_text(text + "\n", encoding="utf-8")
+    atomic.write(path, text + "\n")
     return path
 
 
@@ -185,17 +187,18 @@ def write_csv(findings: Findings, path: Path, experiment: str) -> None:
     def rounded(*values: Any) -> list[Any]:
         return [round(v, 6) if isinstance(v, float) else v for v in values]
 
-    with path.open("w", encoding="utf-8", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
-        head = ("experiment", "row", "system", "seed", "questions", "n", "accuracy", "low", "high")
-        out.writerow([*head, *CSV_FACTS])
-        for system in findings.systems.values():
-            for seed, scores in sorted(system.scores.items()):
-                facts = rounded(*(system.facts[seed].get(k) for k in CSV_FACTS))
-                for group, chosen in findings.groups.items():
-                    found = summarise([scores[i] for i in chosen])
-                    shown = rounded(found["accuracy"], *found["ci95"])
-                    out.writerow([experiment, system.row, system.name, seed, group, found["n"], *shown, *facts])
+    file = io.StringIO()
+    out = csv.writer(file, lineterminator="\n")
+    head = ("experiment", "row", "system", "seed", "questions", "n", "accuracy", "low", "high")
+    out.writerow([*head, *CSV_FACTS])
+    for system in findings.systems.values():
+        for seed, scores in sorted(system.scores.items()):
+            facts = rounded(*(system.facts[seed].get(k) for k in CSV_FACTS))
+            for group, chosen in findings.groups.items():
+                found = summarise([scores[i] for i in chosen])
+                shown = rounded(found["accuracy"], *found["ci95"])
+                out.writerow([experiment, system.row, system.name, seed, group, found["n"], *shown, *facts])
+    atomic.write(path, file.getvalue())
 
 
 Columns = Sequence[tuple[str, Callable[[System], str]]]

@@ -31,7 +31,7 @@ _write = partial(atomic.write_json, default=str)
 
 
 @dataclass(frozen=True)
-class Row:
+class ExperimentRow:
     """One line of an experiment.
 
     Args:
@@ -54,7 +54,7 @@ class Row:
 class RowResult:
     """A row with one seed: its record if it is finished, what went wrong if it is not."""
 
-    row: Row
+    row: ExperimentRow
     seed: int
     folder: Path
     record: dict[str, Any] | None = None
@@ -78,29 +78,29 @@ class RunOptions:
     console: Any = field(default=None, compare=False)
 
 
-class Broken(Exception):
+class RowFailed(Exception):
     """A row's process came to an end without a result; the message is its last words."""
 
 
-def identity(row: Row, seed: int) -> str:
+def identity(row: ExperimentRow, seed: int) -> str:
     """What a result belongs to: another recipe, way of asking or version of opticnerve makes it void."""
-    told: dict[str, Any] = {
+    parts: dict[str, Any] = {
         "recipe": with_seed(row, seed), "asks": row.asks, "systems": list(row.systems), "needs": row.needs,
     }  # fmt: skip
     if row.of:
-        told["of"] = [recipe | {"seed": seed} for recipe in row.of]
-    return hashlib.sha256(json.dumps([__version__, told], sort_keys=True).encode()).hexdigest()[:16]
+        parts["of"] = [recipe | {"seed": seed} for recipe in row.of]
+    return hashlib.sha256(json.dumps([__version__, parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def with_seed(row: Row, seed: int) -> Raw | None:
+def with_seed(row: ExperimentRow, seed: int) -> Raw | None:
     return None if row.recipe is None else row.recipe | {"seed": seed}
 
 
-def folder_of(out: Path, row: Row, seed: int) -> Path:
+def folder_of(out: Path, row: ExperimentRow, seed: int) -> Path:
     return out / "rows" / row.name / f"seed-{seed}"
 
 
-def finished(out: Path, row: Row, seed: int) -> dict[str, Any] | None:
+def finished(out: Path, row: ExperimentRow, seed: int) -> dict[str, Any] | None:
     """The record of a finished row, if it belongs to this very row."""
     path = folder_of(out, row, seed) / RECORD
     if not path.is_file():
@@ -109,7 +109,7 @@ def finished(out: Path, row: Row, seed: int) -> dict[str, Any] | None:
     return record if record.get("identity") == identity(row, seed) else None
 
 
-def run_rows(rows: Sequence[Row], seeds: Sequence[int], out: Path, options: RunOptions) -> list[RowResult]:
+def run_rows(rows: Sequence[ExperimentRow], seeds: Sequence[int], out: Path, options: RunOptions) -> list[RowResult]:
     """Run what is not finished, all rows of a seed before the next seed; what fails is noted, and the next one runs.
 
     Raises:
@@ -142,7 +142,7 @@ def run_rows(rows: Sequence[Row], seeds: Sequence[int], out: Path, options: RunO
     return list(results.values())
 
 
-def time_left(later: Sequence[Row], seconds: dict[str, list[float]]) -> float | None:
+def time_left(later: Sequence[ExperimentRow], seconds: dict[str, list[float]]) -> float | None:
     """From what the same rows took with other seeds, else from the mean of all that is known."""
     known = [s for each in seconds.values() for s in each]
     if not later or not known:
@@ -168,8 +168,8 @@ def _run_one(result: RowResult, needs: list[Path], options: RunOptions, memory_s
         if memory_steps and spec["recipe"] is not None:
             found["facts"]["peak_training_bytes"] = _peak_of_training(spec, memory_steps)
     except Exception as e:  # whatever it is, the other rows are worth their time
-        result.error = str(e) if isinstance(e, OpticNerveError | Broken) else f"{type(e).__name__}: {e}"
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        result.error = str(e) if isinstance(e, OpticNerveError | RowFailed) else f"{type(e).__name__}: {e}"
+        atomic.write(folder / "error.txt", traceback.format_exc())
         return
     (folder / "error.txt").unlink(missing_ok=True)
     result.record = {
@@ -205,13 +205,13 @@ def in_process(spec: dict[str, Any]) -> dict[str, Any]:
     """
     folder = Path(spec["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    told, outcome = folder / "worker.json", folder / OUTCOME
-    _write(told, spec | {"outcome": str(outcome), "parent": os.getpid()})
+    job, outcome = folder / "worker.json", folder / OUTCOME
+    _write(job, spec | {"outcome": str(outcome), "parent": os.getpid()})
     outcome.unlink(missing_ok=True)
     with (folder / LOG).open("ab") as log:
         # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes on exactly one.
         child = subprocess.Popen(
-            [sys.executable, "-m", "opticnerve.compare.perform", str(told)], stdout=log, stderr=log,
+            [sys.executable, "-m", "opticnerve.compare.perform", str(job)], stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -227,12 +227,14 @@ def in_process(spec: dict[str, Any]) -> dict[str, Any]:
         raise KeyboardInterrupt
     if not outcome.is_file():
         last = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise Broken(f"its process ended with code {code}; {folder / LOG} ends with: {' '.join(last) or '(nothing)'}")
+        raise RowFailed(
+            f"its process ended with code {code}; {folder / LOG} ends with: {' '.join(last) or '(nothing)'}"
+        )
     found: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))
     outcome.unlink()
-    told.unlink()
+    job.unlink()
     if "error" in found:
-        raise Broken(found["error"])
+        raise RowFailed(found["error"])
     return found
 
 

@@ -14,8 +14,16 @@ from opticnerve.common.markdown import duration, plain, table
 from opticnerve.compare import plots
 from opticnerve.compare.base import Base, Budget, Raw, stage_of
 from opticnerve.compare.experiment import Experiment
-from opticnerve.compare.report import Findings, Report, accuracy_table, conclusion, number, size, systems_table
-from opticnerve.compare.rows import Row
+from opticnerve.compare.report import (
+    ExperimentReport,
+    Findings,
+    accuracy_table,
+    conclusion,
+    number,
+    size,
+    systems_table,
+)
+from opticnerve.compare.rows import ExperimentRow
 from opticnerve.compare.stats import failed, running, steps_to
 from opticnerve.plan import data as plan_data
 from opticnerve.plan import model as plan_model
@@ -50,7 +58,7 @@ TITLES = {
 }
 
 
-def rows(base: Base, budget: Budget) -> list[Row]:
+def rows(base: Base, budget: Budget) -> list[ExperimentRow]:
     """Six ways through the same number of tokens."""
     rates = RATES | {p.removeprefix("image."): rate for p, rate in base.questions.train.items()}
     connector = {"connector": rates["connector"]}
@@ -78,7 +86,9 @@ def rows(base: Base, budget: Budget) -> list[Row]:
         if aligned:
             first = stage_of(base.captions, align, train=connector, lora=None, cache_features=base.can_cache)
             stages.insert(0, first)
-        made.append(Row(name, {name: TITLES[name]}, base.docked(name, stages, budget["questions"], **measured)))
+        made.append(
+            ExperimentRow(name, {name: TITLES[name]}, base.docked(name, stages, budget["questions"], **measured))
+        )
     return made
 
 
@@ -99,7 +109,7 @@ Curve = tuple[list[float], list[float], int]
 """Tokens read so far, losses, and the steps of earlier stages."""
 
 
-def report(findings: Findings, folder: Path) -> Report:
+def report(findings: Findings, folder: Path) -> ExperimentReport:
     """Accuracy, forgetting, cost, convergence; and what can be said of staging."""
     base, b = findings.base, findings.budget
     names = [n for n in TITLES if n in findings]
@@ -108,7 +118,7 @@ def report(findings: Findings, folder: Path) -> Report:
     rates = {part: rate for r in recipes for stage in r["stages"] for part, rate in stage["train"].items()}
     curves = {n: c for n in TITLES if (c := _curves(findings, n))}
     threshold = REACHED * min((_end(c) for c in curves.values()), default=np.nan)
-    return Report(
+    return ExperimentReport(
         "Why stages",
         f"The same vision encoder, connector and language model ({base.name}), trained in {len(names)} ways. “Align” "
         "trains the connector on captions, “instruct” on questions; “everything at once” opens vision encoder, "

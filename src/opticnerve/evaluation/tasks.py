@@ -6,13 +6,13 @@ batching.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from opticnerve.common import atomic
 from opticnerve.data.media.open import open_image
 from opticnerve.evaluation.metrics import accuracy_by_type, bleu4, cider, normalise_answer, rouge_l, summarise
 from opticnerve.evaluation.scorers import SCORERS, Scorer
@@ -174,9 +174,9 @@ def _keep_answers(
     lines = []
     for c, s, score in zip(conversations, samples, scores, strict=True):
         said = {key: s[key] for key in ("question", "answer", "prediction")}
-        lines.append(json.dumps({"id": c.id, "type": c.meta.get("type"), **said, "right": score}, ensure_ascii=False))
+        lines.append({"id": c.id, "type": c.meta.get("type"), **said, "right": score})
     (run_dir / "answers").mkdir(parents=True, exist_ok=True)
-    (run_dir / "answers" / f"{slug(name)}.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    atomic.write_lines(run_dir / "answers" / f"{slug(name)}.jsonl", lines, ensure_ascii=False)
 
 
 def slug(name: str) -> str:

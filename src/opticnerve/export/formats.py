@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opticnerve.export import parity
 from opticnerve.export.parity import Reference
-from opticnerve.export.samples import Sample
+from opticnerve.export.samples import ExportSample
 from opticnerve.models.vlm.merge import is_gated, merge_adapter
 from opticnerve.registry import Registry
 
@@ -49,7 +49,7 @@ class Trial:
 
     model: Any
     processor: Any
-    samples: Sequence[Sample]
+    samples: Sequence[ExportSample]
     wanted: Sequence[Reference]
     scratch: Path
 
@@ -107,7 +107,7 @@ class Format(ABC):
         """Widths and heights of the samples' pictures."""
         return [(320, 240), (97, 333), (224, 224)]
 
-    def choose(self, samples: Sequence[Sample]) -> list[Sample]:
+    def choose(self, samples: Sequence[ExportSample]) -> list[ExportSample]:
         """Those of the samples that the engine can answer."""
         return list(samples)
 

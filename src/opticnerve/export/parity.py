@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opticnerve.export.samples import Sample
+from opticnerve.common import atomic
+from opticnerve.export.samples import ExportSample
 from opticnerve.inference.generate import Answerer
 from opticnerve.types import OpticNerveError
 
@@ -46,7 +47,7 @@ class Reference:
 
 
 @torch.no_grad()
-def record(model: Any, processor: Any, samples: Sequence[Sample]) -> list[Reference]:
+def record(model: Any, processor: Any, samples: Sequence[ExportSample]) -> list[Reference]:
     """Our model, in float32 on the CPU, on every sample."""
     dtype = model.language_model.dtype
     cast(model.to("cpu").eval(), torch.float32)
@@ -110,7 +111,7 @@ def run(check: str, job: dict[str, Any], scratch: Path, *, python: str | Path = 
         OpticNerveError: the check failed; the message ends with its last lines.
     """
     asked, answer = scratch / "job.json", scratch / "answer.json"
-    asked.write_text(json.dumps(job), encoding="utf-8")
+    atomic.write_json(asked, job)
     answer.unlink(missing_ok=True)
     # -P: the folder of the checks is not searched for modules. Threads as many as here, so that sums agree.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
@@ -199,7 +200,7 @@ def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]],
 def compare_logprobs(
     model: Any,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Sequence[ExportSample],
     wanted: Sequence[Reference],
     said: dict[str, Any],
     banned: Sequence[int],

@@ -30,7 +30,7 @@ RATE = 16_000
 
 
 @dataclass(frozen=True)
-class Sample:
+class ExportSample:
     """One conversation up to the answer, and the files of its pictures in order."""
 
     conversation: Conversation
@@ -48,7 +48,7 @@ class Sample:
         return [{"role": m.role, "content": [part(p) for p in m.parts]} for m in self.conversation.messages]
 
 
-def make(folder: Path, *, picture_sizes: Sequence[tuple[int, int]], sees: bool, hears: bool) -> list[Sample]:
+def make(folder: Path, *, picture_sizes: Sequence[tuple[int, int]], sees: bool, hears: bool) -> list[ExportSample]:
     """The samples that a model takes; their pictures are written into `folder`.
 
     Args:
@@ -72,7 +72,7 @@ def make(folder: Path, *, picture_sizes: Sequence[tuple[int, int]], sees: bool, 
             messages.append(Message("user", (*parts, TextPart(words))))
             if answer is not None:
                 messages.append(Message("assistant", (TextPart(answer),)))
-        made.append(Sample(Conversation(tuple(messages)), tuple(files)))
+        made.append(ExportSample(Conversation(tuple(messages)), tuple(files)))
     return made
 
 

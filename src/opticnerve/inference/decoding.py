@@ -147,11 +147,11 @@ class _State:
             position_ids=position_BL[:, past:], **{CACHE: cache}, **media,
         )  # fmt: skip
         self.cache = out[CACHE]
-        roomy = room and reserve(self.cache, self.new)
+        reserved = room and reserve(self.cache, self.new)
         self.beside = any(seen is not None for seen in kept(self.cache).values())
-        if not roomy or self.beside or self.media_B is not None:
+        if not reserved or self.beside or self.media_B is not None:
             self.fused = None
-        self.roomy = roomy
+        self.reserved = reserved
         if self.fused is not None:
             first_B = self.next_B if self.padded else self.next_B[:1]
             self.tables = self.fused.tables(first_B, self.new)
@@ -189,7 +189,7 @@ class _State:
 
     def can_narrow(self) -> bool:
         """Whether every piece of the state is one that rows can leave."""
-        return self.roomy and not self.beside and all(type(x) is ReservedLayer for x in self.cache.layers)
+        return self.reserved and not self.beside and all(type(x) is ReservedLayer for x in self.cache.layers)
 
     def narrow(self, chosen: Tensor) -> None:
         """Only these rows go on. `chosen`: (rows,) indices."""

@@ -31,7 +31,7 @@ from opticnerve.types import AudioPart, Conversation, ImagePart
 
 
 @dataclass(frozen=True)
-class Row:
+class SharedRow:
     """A question of a group: `number` in the caller's list, its `group`, its tokens, how many of them all rows of the
     group begin with, and the group's first prompt, which shows the media."""
 
@@ -42,7 +42,7 @@ class Row:
     first: Conversation
 
 
-def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_tokens: int) -> list[Row]:
+def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_tokens: int) -> list[SharedRow]:
     """The prompts that share their beginning with another, groups together, like lengths beside each other."""
     by_media: dict[Hashable, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -51,7 +51,7 @@ def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_t
     candidates = [numbers for numbers in by_media.values() if len(numbers) > 1]
     if not candidates or not _in_cache(model, processor) or not processor.tokenizer.is_fast:
         return []
-    groups: list[list[Row]] = []
+    groups: list[list[SharedRow]] = []
     for numbers in candidates:
         encoded = {i: encode(prompts[i], processor, learn=False) for i in numbers}
         alike: dict[tuple[int, ...], list[int]] = {}
@@ -62,13 +62,13 @@ def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_t
             rows = {i: encoded[i].input_ids for i in members}
             if len(rows) > 1 and _plain_cache(model, max(map(len, rows.values())) + max_new_tokens):
                 shared, first = _common(list(rows.values())), prompts[members[0]]
-                groups.append([Row(i, len(groups), ids, shared, first) for i, ids in rows.items()])
+                groups.append([SharedRow(i, len(groups), ids, shared, first) for i, ids in rows.items()])
     groups.sort(key=lambda rows: max(len(r.ids) for r in rows))
     return [row for rows in groups for row in sorted(rows, key=lambda r: len(r.ids))]
 
 
 def read_shared(
-    model: Any, pad: int, rows: Sequence[Row], inputs_of: Callable[[list[Conversation]], dict[str, Any]]
+    model: Any, pad: int, rows: Sequence[SharedRow], inputs_of: Callable[[list[Conversation]], dict[str, Any]]
 ) -> tuple[dict[str, Tensor], Any]:
     """The batch of these rows as `decode` takes it, and the cache with each group's beginning read."""
     firsts = list({row.group: row for row in rows}.values())

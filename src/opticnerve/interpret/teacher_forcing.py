@@ -89,7 +89,7 @@ class TeacherForced:
         return self._pick(logits_NTV)
 
     @contextmanager
-    def traced(self) -> Iterator[Trace]:
+    def traced(self) -> Iterator[ForcedTrace]:
         """A pass with gradients: nothing of the model's own requires one afterwards that did not before."""
         with torch.enable_grad(), frozen(self.model):
             seen = self.tower.encode(self.pixels_CHW[None])
@@ -97,7 +97,7 @@ class TeacherForced:
             prompt = self.model.read(
                 self.ids_1L, image_features=Features(tokens_1ND, seen.mask_BN), **self.question
             )  # fmt: skip
-            yield Trace(self, tokens_1ND, prompt)
+            yield ForcedTrace(self, tokens_1ND, prompt)
 
     def _pick(self, logits_NTV: Tensor) -> Tensor:
         log_p_NTV = logits_NTV[:, -len(self.answer_T) :].float().log_softmax(-1)
@@ -106,7 +106,7 @@ class TeacherForced:
 
 
 @dataclass
-class Trace:
+class ForcedTrace:
     """What a pass with gradients starts from: the encoder's tokens (1, N, D), and the prompt that was made of them."""
 
     forced: TeacherForced
