@@ -6,19 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from opticnerve.compare import plots
+from opticnerve.compare import report as reports
 from opticnerve.compare.base import Base, Budget, Raw
-from opticnerve.compare.experiment import Experiment
-from opticnerve.compare.report import (
-    ALL,
-    ExperimentReport,
-    Findings,
-    System,
-    accuracy_table,
-    align_words,
-    conclusion,
-    number,
-    points,
-)
+from opticnerve.compare.experiment import Experiment, quick
+from opticnerve.compare.report import ALL, Findings, System, align_words, conclusion, number, points
 from opticnerve.compare.rows import ExperimentRow
 from opticnerve.compare.stats import rank_chance, rank_correlation
 
@@ -28,12 +19,7 @@ BUDGET: Budget = {
     "align": {"steps": 30, "batch": 8},
     "instruct": {"steps": 70, "batch": 2},
 }
-QUICK: Budget = {
-    "seeds": 1,
-    "questions": 12,
-    "align": {"steps": 1, "batch": 2},
-    "instruct": {"steps": 2, "batch": 2},
-}
+QUICK = quick(BUDGET)
 FUSION_RATE = 2.0e-3
 # Square pictures of 64 px, 16 patches: what a vision encoder of 128 px with a 4 × 4 map gives, in number.
 PATCHES: Raw = {"type": "patches", "image_size": 64, "patch_size": 16}
@@ -74,7 +60,7 @@ def rows(base: Base, budget: Budget) -> list[ExperimentRow]:
     ]
 
 
-def report(findings: Findings, folder: Path) -> ExperimentReport:
+def report(findings: Findings, folder: Path) -> reports.ExperimentReport:
     """The table, accuracy against each cost, and which differences are real."""
     names = [n for n in CONNECTORS if n in findings]
     more = [
@@ -93,7 +79,7 @@ def report(findings: Findings, folder: Path) -> ExperimentReport:
         title = f"Accuracy against {words}"
         plots.scatter(shown, folder / file, title=title, note=note, x=words, log=log)
         images.append(f"![{title}]({file})")
-    return ExperimentReport(
+    return reports.ExperimentReport(
         "Which connector",
         f"{findings.base.name} with one part changed in each row: what stands between the vision encoder and the "
         "language model. Vision encoder, language model, data, steps and learning rates are the same for all; “raw "
@@ -101,7 +87,7 @@ def report(findings: Findings, folder: Path) -> ExperimentReport:
         "questions.",
         f"{align_words(findings.budget)}; frozen vision encoders saw each picture once, in one feature cache for all "
         "rows (not counted in the seconds).",
-        [("Accuracy and cost", accuracy_table(findings, names, more=more)),
+        [("Accuracy and cost", reports.accuracy_table(findings, names, more=more)),
          ("Accuracy against cost", "\n\n".join(images))],
         _shows(findings, names),
         [

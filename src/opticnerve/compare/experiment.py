@@ -80,6 +80,12 @@ def run(
     return ExperimentResult(outcomes, path)
 
 
+def quick(budget: Budget, **changes: int) -> Budget:
+    """The same for a try: one seed, few questions, a step of each stage."""
+    lengths = {k: {"steps": 1, "batch": min(4, v["batch"])} for k, v in budget.items() if isinstance(v, dict)}
+    return budget | {"seeds": 1, "questions": 12} | lengths | changes
+
+
 def stretched(budget: Budget, scale: float) -> Budget:
     """The budget with `scale` times the steps everywhere."""
     if scale <= 0:

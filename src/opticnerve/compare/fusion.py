@@ -9,19 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from opticnerve.compare import plots
+from opticnerve.compare import report as reports
 from opticnerve.compare.base import Base, Budget, Raw, one_by_one, stage_of
-from opticnerve.compare.experiment import Experiment
-from opticnerve.compare.report import (
-    ALL,
-    ExperimentReport,
-    Findings,
-    System,
-    accuracy_table,
-    align_words,
-    conclusion,
-    number,
-    percent,
-)
+from opticnerve.compare.experiment import Experiment, quick
+from opticnerve.compare.report import ALL, Findings, System, align_words, conclusion, number, percent
 from opticnerve.compare.rows import ExperimentRow
 from opticnerve.compare.stats import over_seeds
 
@@ -37,17 +28,7 @@ BUDGET: Budget = {
     "late": {"steps": 500, "batch": 64},
     "same_batch": 16,  # of the classifiers that see as many questions as the language models
 }
-QUICK: Budget = {
-    "seeds": 1,
-    "questions": 12,
-    "align": {"steps": 1, "batch": 2},
-    "instruct": {"steps": 1, "batch": 2},
-    "contrastive": {"steps": 1, "batch": 4},
-    "early": {"steps": 2, "batch": 4},
-    "intermediate": {"steps": 2, "batch": 4},
-    "late": {"steps": 2, "batch": 4},
-    "same_batch": 2,
-}
+QUICK = quick(BUDGET, same_batch=2)
 CLASSIFIER = {"classifier": 1.0e-3}
 CONTRASTIVE = {"image.projection": 1.0e-3, "text.projection": 1.0e-3, "text.encoder": 1.0e-4, "temperature": 1.0e-3}
 CROSS_ATTENTION: Raw = {"type": "cross_attention", "every": 5}
@@ -119,7 +100,7 @@ def _classifier(base: Base, timing: str, prefix: str, length: Budget, budget: Bu
     return ExperimentRow(name, systems, recipe, asks=({"ask": "late", "rules": rules, "questions": base.asked(many)},))
 
 
-def report(findings: Findings, folder: Path) -> ExperimentReport:
+def report(findings: Findings, folder: Path) -> reports.ExperimentReport:
     """Two tables, a plot of each, and what can be said of intermediate fusion."""
     base, b = findings.base, findings.budget
     alone = base.question_alone(b["questions"])
@@ -128,7 +109,7 @@ def report(findings: Findings, folder: Path) -> ExperimentReport:
     usual = ["the words' most frequent answer in training"]
     usual += [f"{100 * baseline[g]:.1f} %" if q else "–" for g, q in findings.groups.items()]
     steps = ", ".join(f"{t} {b[t]['steps']} × {b[t]['batch']}" for t in TIMINGS)
-    said = ExperimentReport(
+    said = reports.ExperimentReport(
         "When to fuse",
         f"Three timings of fusion, contrastive learning and two vision-language models, all made of the parts of "
         f"{base.name} (text encoder `{base.text}` where there is one) and asked the same "
@@ -140,7 +121,10 @@ def report(findings: Findings, folder: Path) -> ExperimentReport:
         f"language models saw, {b['same_batch']} to a step. Contrastive: {b['contrastive']['steps']} steps of "
         f"{b['contrastive']['batch']} captions. Encoders of pictures are frozen throughout.",
     )
-    more = [("training seconds", lambda s: number(s.mean("train_seconds"))), ("questions trained on", _questions)]
+    more = [
+        ("training seconds", lambda s: number(s.mean("train_seconds"))),
+        ("questions trained on", _questions),
+    ]
     for prefix, file, heading, note in (
         ("", "seconds.png", "About equal seconds of training",
          "classifiers trained for about as long as the language models"),
@@ -155,7 +139,7 @@ def report(findings: Findings, folder: Path) -> ExperimentReport:
             g: {findings[n].title: findings.estimate(n, g) for n in names} for g, q in findings.groups.items() if q
         }
         plots.dots(shown, folder / file, title=heading, note=note, lines=baseline, line_label=usual[0])
-        text = accuracy_table(findings, names, more=more, first=[usual])
+        text = reports.accuracy_table(findings, names, more=more, first=[usual])
         said.sections.append((heading, f"{text}\n\n![{heading}]({file})"))
     said.shows = _shows(findings, baseline[ALL])
     said.does_not = [

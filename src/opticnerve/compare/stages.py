@@ -13,7 +13,7 @@ import numpy as np
 from opticnerve.common.markdown import duration, plain, table
 from opticnerve.compare import plots
 from opticnerve.compare.base import Base, Budget, Raw, stage_of
-from opticnerve.compare.experiment import Experiment
+from opticnerve.compare.experiment import Experiment, quick
 from opticnerve.compare.report import (
     ExperimentReport,
     Findings,
@@ -36,14 +36,7 @@ BUDGET: Budget = {
     "forgetting_tokens": 1024,
     "memory_steps": 2,
 }
-QUICK: Budget = {
-    "seeds": 1,
-    "questions": 12,
-    "align": {"steps": 1, "batch": 2},
-    "instruct": {"steps": 1, "batch": 2},
-    "forgetting_tokens": 64,
-    "memory_steps": 1,
-}
+QUICK = quick(BUDGET, forgetting_tokens=64, memory_steps=1)
 # Learning rates of parts that the base does not train itself.
 RATES = {"encoder": 1.0e-4, "language": 1.0e-4, "language.lora": 2.0e-4, "connector": 1.0e-3}
 REACHED = 1.25  # a training has converged where its loss is within this factor of the best row's final loss

@@ -26,10 +26,8 @@ _BLOCK = 1024  # queries whose similarities are held at a time
 
 
 def ranks(query_QD: Vectors, found_MD: Vectors, right: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
-    """For each query the rank (from 1) of the best of its right candidates; wrong ones as near count as nearer.
-
-    `right[q]`: the rows of `found_MD` that are right for query q, one or more.
-    """
+    """For each query the rank (from 1) of the best of its right candidates, `right[q]`, one or more rows of `found_MD`;
+    wrong ones as near count as nearer."""
     if len(query_QD) != len(right) or not all(right):
         raise OpticNerveError(f"{len(query_QD)} queries, {sum(map(bool, right))} of them with something right to find")
     out = []

@@ -11,7 +11,7 @@ equations 5 and 6 (relevance); Shrikumar et al. 2016, Not Just a Black Box (grad
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -136,13 +136,11 @@ def cross_weights(forced: TeacherForced) -> Tensor:
     def catch(module: Any, args: tuple[Any, ...], _: Any) -> None:
         caught.append(weights_of(module, *args)[0])
 
-    handles = [layer.cross_attn.register_forward_hook(catch) for layer in forced.tower.fusion.layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in forced.tower.fusion.layers:
+            hooks.callback(layer.cross_attn.register_forward_hook(catch).remove)
         with forced.traced() as trace, torch.no_grad():
             trace.run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack(caught)
 
 

@@ -33,11 +33,8 @@ def is_sentencepiece(state: dict[str, Any]) -> bool:
 
 def rule(state: dict[str, Any]) -> Rule | None:
     """Where a space is put before text; None where no known rule does the same."""
-    normalizer, cut = state.get("normalizer"), state.get("pre_tokenizer")
-    if normalizer is not None and normalizer.get("type") == "Sequence":
-        steps = normalizer["normalizers"]
-    else:
-        steps = [] if normalizer is None else [normalizer]
+    normalizer, cut = state.get("normalizer") or {}, state.get("pre_tokenizer")
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] if normalizer else []
     if cut is None and steps == [_PREPEND, _REPLACE]:
         return "always"
     if cut is None and steps == [_REPLACE]:

@@ -94,8 +94,7 @@ def _state(tokenizer: Any) -> dict[str, Any]:
 def first_space(tokenizer: Any) -> str:
     """The space that a tokenizer puts at the beginning of a text, and there alone, which llama.cpp must be given."""
     state = _state(tokenizer)
-    first = sentencepiece.is_sentencepiece(state) and sentencepiece.rule(state) == "first"
-    return " " if first else ""
+    return " " if sentencepiece.is_sentencepiece(state) and sentencepiece.rule(state) == "first" else ""
 
 
 def beginning(processor: Any) -> str:
@@ -141,15 +140,11 @@ def write(
     state = _state(tokenizer)
     words = {i: w for w, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    tokens, kinds = [], []
-    for i in range(rows):
-        if i not in words:
-            tokens.append(f"[PAD{i}]")
-            kinds.append(TokenType.UNUSED)
-        else:
-            tokens.append(words[i])
-            special = TokenType.CONTROL if i in added and added[i].special else TokenType.USER_DEFINED
-            kinds.append(special if i in added else TokenType.NORMAL)
+    tokens = [words.get(i, f"[PAD{i}]") for i in range(rows)]
+    kinds = [TokenType.NORMAL if i in words else TokenType.UNUSED for i in range(rows)]
+    for i, token in added.items():
+        if i in words and i < rows:
+            kinds[i] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
     if sentencepiece.is_sentencepiece(state):
         sentencepiece.write(writer, state, tokens, kinds)
     else:
