@@ -13,7 +13,7 @@ from torch import Tensor
 from opticnerve.export import parity
 from opticnerve.export.parity import Reference
 from opticnerve.export.samples import ExportSample
-from opticnerve.models.vlm.merge import is_gated, merge_adapter
+from opticnerve.models.vlm.build import is_gated, merge_adapter
 from opticnerve.registry import Registry
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opticnerve.models.vlm.merge import is_gated
+from opticnerve.models.vlm.build import is_gated
 from opticnerve.types import OpticNerveError
 
 VISION_ENCODERS = ("clip_vision_model", "siglip_vision_model")

@@ -22,7 +22,7 @@ from opticnerve.data.encode.loader import Waiting, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
 from opticnerve.distributed.heartbeat import LostProcess
 from opticnerve.models.vlm.tower import MEDIA_INPUT
-from opticnerve.ops.vision_attention import plain_attention
+from opticnerve.ops.attention import plain_attention
 from opticnerve.recipe import Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.divergence import Diverged, Divergence
