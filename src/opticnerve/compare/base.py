@@ -87,11 +87,7 @@ class Base:
 
     @cached_property
     def answers(self) -> list[str]:
-        """The closed set: every answer in the questions that are trained on.
-
-        Raises:
-            OpticNerveError: they are no closed set.
-        """
+        """The closed set: every answer in the questions that are trained on; an error where they are none."""
         try:
             return answer_set((c for spec in self.questions.data for c in load_data(spec)), most=MOST_ANSWERS)
         except OpticNerveError as e:
@@ -182,9 +178,5 @@ def one_by_one(data: Sequence[Any]) -> list[Raw]:
 
 
 def checked(raw: Raw) -> Raw:
-    """The recipe with its defaults written out.
-
-    Raises:
-        RecipeError: what a row makes of the base is no valid recipe.
-    """
+    """The recipe with its defaults written out; a RecipeError where a row makes no valid one of the base."""
     return recipes.load(raw).model_dump(mode="json")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from opticnerve.compare import report as reports
 from opticnerve.compare.base import Base, Budget
 from opticnerve.compare.rows import ExperimentRow, RowResult, RunOptions, finished, folder_of, run_rows
@@ -45,7 +47,7 @@ class ExperimentResult:
 def run(
     experiment: Experiment, base: Base, out: Path, *, report: Path | None = None, seeds: int | None = None,
     scale: float = 1.0, only: Sequence[str] | None = None, quick: bool = False, keep_models: bool = False,
-    command: str = "", console: Any = None,
+    command: str = "", console: Console | None = None,
 ) -> ExperimentResult:  # fmt: skip
     """Run the rows that are not finished, and write the report of all that are.
 

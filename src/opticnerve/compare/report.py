@@ -97,11 +97,7 @@ class Findings:
 
 
 def collect(base: Base, budget: Budget, outcomes: Sequence[RowResult]) -> Findings:
-    """Read the answers of all finished rows.
-
-    Raises:
-        OpticNerveError: two rows were asked different questions.
-    """
+    """Read the answers of all finished rows, which were asked the same questions, or it is an error."""
     found = Findings(base, budget, {}, {}, list(outcomes), {}, {})
     asked: list[tuple[Any, Any]] = []
     for outcome in outcomes:

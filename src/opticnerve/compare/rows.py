@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 
 from opticnerve.common import atomic
@@ -75,7 +76,7 @@ class RunOptions:
     isolated: bool = False
     memory_steps: int = 0
     keep_models: bool = False
-    console: Any = field(default=None, compare=False)
+    console: Console | None = field(default=None, compare=False)
 
 
 class RowFailed(Exception):
@@ -111,10 +112,7 @@ def finished(out: Path, row: ExperimentRow, seed: int) -> dict[str, Any] | None:
 
 def run_rows(rows: Sequence[ExperimentRow], seeds: Sequence[int], out: Path, options: RunOptions) -> list[RowResult]:
     """Run what is not finished, all rows of a seed before the next seed; what fails is noted, and the next one runs.
-
-    Raises:
-        KeyboardInterrupt: stopped; finished rows are kept, a begun one has been saved.
-    """
+    Stopped by Ctrl-C, finished rows are kept, and a begun one has been saved."""
     results: dict[tuple[str, int], RowResult] = {}
     wanted = [(row, seed) for seed in seeds for row in rows]
     seconds: dict[str, list[float]] = {}
@@ -179,7 +177,7 @@ def _run_one(result: RowResult, needs: list[Path], options: RunOptions, memory_s
     _write(folder / RECORD, result.record)
 
 
-def _claim_folder(folder: Path, mine: str, console: Any) -> None:
+def _claim_folder(folder: Path, mine: str, console: Console | None) -> None:
     """A run of another recipe is set aside, not deleted: it may have taken hours."""
     spec = folder / SPEC
     if spec.is_file() and json.loads(spec.read_text(encoding="utf-8")).get("identity") != mine:
@@ -200,7 +198,7 @@ def in_process(spec: dict[str, Any]) -> dict[str, Any]:
     """Run a row in a process of its own; what it prints stands in its folder's log.txt.
 
     Raises:
-        OpticNerveError: what the row raised. Broken: it died without a word.
+        RowFailed: what the row raised, or that it died without a word.
         KeyboardInterrupt: this process or that one was stopped; the row has been saved.
     """
     folder = Path(spec["folder"])

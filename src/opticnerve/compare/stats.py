@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from opticnerve.evaluation.metrics import wilson_interval
 
@@ -39,7 +38,7 @@ class Estimate:
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
-def over_seeds(scores_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
+def over_seeds(scores_SQ: ArrayLike, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
     """The mean of scores in [0, 1], of shape (seeds, questions), and its interval; None where there are none."""
     scores_SQ = _table(scores_SQ)
     seeds, questions = scores_SQ.shape
@@ -55,7 +54,7 @@ def over_seeds(scores_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate
     return Estimate(mean, *ends, seeds, questions)
 
 
-def difference(first_SQ: Any, second_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
+def difference(first_SQ: ArrayLike, second_SQ: ArrayLike, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
     """First minus second, (seeds, questions) each, paired by question; seeds, of which there may be more of one, are
     drawn for each by itself."""
     first_SQ, second_SQ = _table(first_SQ), _table(second_SQ)
@@ -113,7 +112,7 @@ def failed(loss: Sequence[float]) -> str | None:
     return None
 
 
-def _table(scores: Any) -> Array:
+def _table(scores: ArrayLike) -> Array:
     table = np.asarray(scores, dtype=float)
     if table.ndim != 2:
         raise ValueError(f"scores want the shape (seeds, questions), not {table.shape}")

@@ -47,10 +47,7 @@ def run_multiple_choice(
 
     `meta["choices"]` holds them. `accuracy` goes by the mean log-probability of an answer's tokens, as in `run_choice`;
     `accuracy_by_sum` by the probability of the whole answer, which favours short ones. A tie is no win. `chance` is
-    the mean of 1 / number of choices.
-
-    Raises:
-        DataError: a question without choices, or whose answer is not one of them.
+    the mean of 1 / number of choices. A question whose answer is none of its choices is a DataError.
     """
     by: dict[Literal["mean", "sum"], list[float]] = {"mean": [], "sum": []}
     chances: list[float] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
+from rich.console import Console
 
 from opticnerve.common import atomic
 from opticnerve.common.markdown import table
@@ -29,8 +30,9 @@ from opticnerve.types import Conversation, OpticNerveError
 
 
 def evaluate_model(
-    model: Any, processor: Any, specs: Sequence[EvaluateSpec], *, console: Any = None, run_dir: Path | None = None
-) -> dict[str, Any]:
+    model: Any, processor: Any, specs: Sequence[EvaluateSpec], *, console: Console | None = None,
+    run_dir: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The `tasks` and `image_dependence` entries of results.json, from the recipe's `evaluate` list."""
     found: dict[str, Any] = {"tasks": []}
     for spec in specs:
@@ -76,7 +78,7 @@ def _captions(generate: tasks.Generate, conversations: Sequence[Conversation], *
 
 
 def _dependence(
-    generate: tasks.Generate, conversations: list[Conversation], count: int, console: Any
+    generate: tasks.Generate, conversations: list[Conversation], count: int, console: Console | None
 ) -> dict[str, Any] | None:
     """Image dependence on a balanced sample and on questions as they come; the latter alone if none can be balanced."""
     measured = {}
@@ -120,7 +122,7 @@ def read_suite(path: Path) -> Suite:
 
 
 def run_suite(
-    suite: Suite, models: list[str], out: Path, *, trust_remote_code: bool = False, console: Any = None,
+    suite: Suite, models: list[str], out: Path, *, trust_remote_code: bool = False, console: Console | None = None,
     load: Callable[..., tuple[Any, Any]] = load_any,
 ) -> dict[str, Any]:  # fmt: skip
     """Ask all models all tasks; write `out` (JSON) and the table beside it (`.md`) after each.

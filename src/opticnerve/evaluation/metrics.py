@@ -97,11 +97,8 @@ def caption_tokens(text: str) -> str:
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D as COCO computes it (pycocoevalcap; 1.0 here is "100" in papers), document frequencies from `references`.
-
-    Raises:
-        OpticNerveError: pycocoevalcap is missing, or fewer than two pictures (document frequencies would be empty).
-    """
+    """CIDEr-D as COCO computes it (pycocoevalcap; 1.0 here is "100" in papers), document frequencies from `references`,
+    which must be of two pictures or more."""
     _check_captions(predictions, references)
     if len(predictions) < 2:
         raise OpticNerveError("CIDEr weighs words by how many pictures they occur with: give at least two pictures")
@@ -113,11 +110,7 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4 in [0, 1] (sacrebleu, unsmoothed, words of `caption_tokens`); numbers of references may differ.
-
-    Raises:
-        OpticNerveError: sacrebleu is missing, or a picture has no reference.
-    """
+    """Corpus BLEU-4 in [0, 1] (sacrebleu, unsmoothed, words of `caption_tokens`); numbers of references may differ."""
     _check_captions(predictions, references)
     metric = _extra("sacrebleu.metrics").BLEU(tokenize="none", smooth_method="none", force=True)
     most = max(len(r) for r in references)
@@ -127,7 +120,7 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """ROUGE-L (Lin 2004) in [0, 1] as COCO computes it (pycocoevalcap, beta 1.2, words of `caption_tokens`), the mean
-    over pictures. Raises as `bleu4`."""
+    over pictures."""
     _check_captions(predictions, references)
     scorer = _extra("pycocoevalcap.rouge.rouge").Rouge()
     pairs = zip(predictions, references, strict=True)

@@ -95,11 +95,7 @@ def run_zero_shot(
 ) -> dict[str, Any]:  # fmt: skip
     """An entry of results.json's `tasks`: each picture's answer chosen among all classes by its nearness alone.
 
-    Args:
-        classes: the closed set; by default all answers that occur.
-
-    Raises:
-        OpticNerveError: fewer than two classes, or an answer outside the closed set.
+    `classes`: the closed set, by default all answers that occur; an answer outside it is an error.
     """
     answers = [caption_of(c) for c in conversations]
     classes = sorted(set(answers)) if classes is None else list(classes)

@@ -85,11 +85,8 @@ class Format(ABC):
         """What `program` is told; plain JSON."""
 
     def check(self, folder: Path, trial: Trial) -> Proof:
-        """The engine's answers to the samples, in a process of its own, against ours.
-
-        Raises:
-            OpticNerveError: it does not run, or differs.
-        """
+        """The engine's answers to the samples, in a process of its own, against ours; an error where it does not run,
+        or differs."""
         said = parity.run(self.program, self.job(folder, trial), trial.scratch)
         parity.check_loaded(said)
         found = parity.samples_of(said)

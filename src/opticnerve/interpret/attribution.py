@@ -90,8 +90,7 @@ def attribute(
         model, processor: as from `load_model` or `dock`; float32 weights give the steadiest differences.
         conversation: one question about one picture.
         methods: from METHODS; by default `default_method`. Occlusion is added as the last if it is not among them.
-        layer, head: one of the attention's, from 0; for `attention` and `cross_attention`. By default the mean over
-            all heads of all layers.
+        layer, head: from 0, for `attention` and `cross_attention`; by default the mean over all heads of all layers.
         grid, patch: of the occlusion, see there.
 
     Raises:

@@ -90,11 +90,7 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Every tensor of the folder to its place; the towers' must all be there, and no other.
-
-        Raises:
-            OpticNerveError: a tower's tensor is missing, superfluous or of another shape.
-        """
+        """Every tensor of the folder to its place; the towers' must all be there, in their shapes, and no other."""
         # A modality whose limit is 0 has no tower: vLLM was told to leave it out.
         here = {m for m in self.config.towers if isinstance(getattr(self, m), Tower)}
         state: dict[str, Tensor] = {}

@@ -19,15 +19,9 @@ from opticnerve.models.vlm.tower import Tower, build_tower
 from opticnerve.types import OpticNerveError
 
 
-def check(config: Any, folder: str | Path) -> None:
-    """Refuse what vLLM would run otherwise than opticnerve does.
-
-    Args:
-        config: the `OpticNerveConfig`. folder: where it came from.
-
-    Raises:
-        OpticNerveError: each reason, with the remedy.
-    """
+def check(config: OpticNerveConfig, folder: str | Path) -> None:
+    """Refuse what vLLM would run otherwise than opticnerve does, each reason with the remedy. `folder`: where the
+    configuration came from."""
     reasons = []
     if delta.find(folder) is not None:
         reasons.append("the folder names its bases instead of holding them: opticnerve export FOLDER OUT --to merged")
@@ -51,7 +45,7 @@ def check(config: Any, folder: str | Path) -> None:
         raise OpticNerveError(f"vLLM cannot run {folder}: {'; '.join(reasons)}")
 
 
-def check_tower(modality: str, tower: Any) -> None:
+def check_tower(modality: str, tower: Tower) -> None:
     """What only the built parts tell: a connector that reads the question (InstructBLIP's Q-Former) is refused."""
     if tower.wants_text:
         raise OpticNerveError(

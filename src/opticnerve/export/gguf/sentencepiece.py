@@ -66,11 +66,8 @@ def refusals(state: dict[str, Any]) -> list[str]:
 
 
 def places(state: dict[str, Any]) -> dict[str, int]:
-    """Each joined word's place in the order of joining.
-
-    Raises:
-        OpticNerveError: the merges are not SentencePiece's, so that no score per word does the same.
-    """
+    """Each joined word's place in the order of joining; an error where the merges are not SentencePiece's, so that no
+    score per word does the same."""
     model = state["model"]
     words = set(model["vocab"])
     reserved = {t["content"] for t in state["added_tokens"]} | set(map(byte_word, range(256)))

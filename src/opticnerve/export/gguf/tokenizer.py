@@ -98,11 +98,8 @@ def first_space(tokenizer: Any) -> str:
 
 
 def beginning(processor: Any) -> str:
-    """What the chat template must write first in llama.cpp: `first_space`, unless it begins with a special word.
-
-    Raises:
-        OpticNerveError: the template begins with a special word in one conversation and not in another.
-    """
+    """What the chat template must write first in llama.cpp: `first_space`, unless it begins with a special word. An
+    error where it does so in one conversation and not in another."""
     space = first_space(processor.tokenizer)
     if not space:
         return ""
@@ -128,12 +125,9 @@ def write(
     """Words, kinds, merges or scores, special ids and chat template.
 
     Args:
-        begins: see `beginning`.
         rows: of the embedding table; ids beyond it (the picture's placeholder) are left out, rows without a word get
             names of their own. turn_end: the id that ends an answer, where it is not the tokenizer's end token.
-
-    Raises:
-        OpticNerveError: see `refusals`.
+        begins: see `beginning`.
     """
     if reasons := refusals(tokenizer):
         raise OpticNerveError("; ".join(reasons))
