@@ -264,11 +264,9 @@ def _generate(side: str, work: Generation, device: str) -> Trial:
 
 
 def _answers_ours(shape: Shape, asked: list[Any], work: Generation, device: str) -> Callable[[int], list[str]]:
-    from opticnerve.inference.generate import Answerer, answer_about
+    from opticnerve.inference.generate import Answerer
 
     answerer = Answerer(shapes.ours(shape, device=device), made_data.processor(shape))
-    if work.one_picture:
-        return lambda tokens: answer_about(answerer, asked, max_new_tokens=tokens, batch_size=len(asked))
     return lambda tokens: answerer.answer(asked, max_new_tokens=tokens, batch_size=len(asked))
 
 

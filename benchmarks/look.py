@@ -22,13 +22,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import localization
 import numpy as np
 import torch
 
 from opticnerve.data.media.open import open_image
 from opticnerve.inference.load import load_model
-from opticnerve.interpret import attribution, localization
-from opticnerve.interpret.plot import shares_plot
+from opticnerve.interpret import attribution
 from opticnerve.starter import easy_vqa
 from opticnerve.types import OpticNerveError, ask
 
@@ -77,7 +77,7 @@ def measure(name: str, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, question in enumerate(asked, 1):
         picture = open_image(question["path"])
         mask_HW = localization.object_mask(picture)
-        looked = attribution.look(model, processor, ask(question["question"], picture), methods=methods)
+        looked = attribution.attribute(model, processor, ask(question["question"], picture), methods=methods)
         for found in looked.maps:
             known = {"model": name, **{k: question[k] for k in ("image", "question", "answer")}, "said": looked.answer}
             best = localization.best_mass(mask_HW, *found.grid_WHH.shape[1:])
@@ -182,7 +182,7 @@ def main() -> None:
         "Does the map fall on the object?",
         f"{len(asked)} test pictures of easy-VQA; bars with 95 % intervals",
     )
-    shares_plot(table, chosen.out / "where.png", title=title, note=note)
+    localization.shares_plot(table, chosen.out / "where.png", title=title, note=note)
     command = " ".join(["python benchmarks/look.py", *sys.argv[1:]])
     page = report(table, rows, command, time.perf_counter() - started)
     (chosen.out / "report.md").write_text(page, encoding="utf-8")

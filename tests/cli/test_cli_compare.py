@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from opticnerve.cli.compare import app
 from opticnerve.compare import experiment as experiments
 from opticnerve.compare.experiment import ExperimentResult
-from opticnerve.compare.rows import Row, RowResult
+from opticnerve.compare.rows import ExperimentRow, RowResult
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_ctrl_c_says_how_to_go_on(compare: Callable[..., Any], asked: dict[str, 
 def test_failed_rows_are_listed_and_the_code_is_not_zero(
     compare: Callable[..., Any], asked: dict[str, Any], tmp_path: Path
 ) -> None:
-    failed = RowResult(Row("qformer", {}), 1, tmp_path / "rows/qformer/seed-1", error="no memory")
+    failed = RowResult(ExperimentRow("qformer", {}), 1, tmp_path / "rows/qformer/seed-1", error="no memory")
     asked["answer"] = ExperimentResult([failed], None)
     ran = compare("connectors")
     assert ran.exit_code == 1

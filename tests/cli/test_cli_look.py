@@ -14,7 +14,7 @@ import pytest
 import tiny
 from cli.conftest import Ran
 from opticnerve.interpret.attribution import Attribution, Map
-from opticnerve.interpret.plot import attribution_plot, shares_plot
+from opticnerve.interpret.plot import attribution_plot
 from opticnerve.interpret.teacher_forcing import Word
 from opticnerve.models.vlm.build import dock
 
@@ -120,8 +120,3 @@ def test_long_answers_and_dollars_are_drawn(tmp_path: Path) -> None:
     path = attribution_plot(looked, tiny.picture(0).resize((60, 40)), "why $x$?", tmp_path / "long.png")
     width, height = PIL.Image.open(path).size
     assert height > 1500 > 500 < width
-
-
-def test_the_plot_of_shares(tmp_path: Path) -> None:
-    row = {"model": "m", "method": "rollout", "mass": 0.2, "low": 0.1, "high": 0.3, "area": 0.1, "best": 0.5}
-    assert shares_plot([row, {**row, "method": "occlusion"}], tmp_path / "s.png", title="t", note="n").stat().st_size

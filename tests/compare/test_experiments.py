@@ -16,7 +16,7 @@ from pretended import pretend
 import tiny
 from opticnerve import recipe as recipes
 from opticnerve.compare import base as bases
-from opticnerve.compare import connectors, fusion, rows, stages, stages_report
+from opticnerve.compare import connectors, fusion, rows, stages
 from opticnerve.compare.base import Base
 from opticnerve.compare.experiment import choose, run, stretched
 from opticnerve.starter.demo import recipe_path
@@ -323,10 +323,10 @@ def test_where_nothing_is_forgotten_no_saying_is_proved(
 
 
 def test_a_saying_holds_only_where_all_seeds_agree() -> None:
-    assert stages_report.holds([1.0] * 4, [1.2] * 4) == "holds"
-    assert stages_report.holds([1.2] * 4, [1.0] * 4) == "does not hold"
-    assert stages_report.holds([1.0, 1.25], [1.2, 1.3]) == "is not decided"
-    assert stages_report.holds([1.0, 1.1], [1.2, 1.3]).startswith("holds in all 2 × 2 pairs of trainings, too few")
+    assert stages.holds([1.0] * 4, [1.2] * 4) == "holds"
+    assert stages.holds([1.2] * 4, [1.0] * 4) == "does not hold"
+    assert stages.holds([1.0, 1.25], [1.2, 1.3]) == "is not decided"
+    assert stages.holds([1.0, 1.1], [1.2, 1.3]).startswith("holds in all 2 × 2 pairs of trainings, too few")
 
 
 def test_a_row_that_asks_others_is_void_with_their_recipes(starter: Base) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from opticnerve.compare import plots
 from opticnerve.compare import report as reports
-from opticnerve.compare.findings import Findings, System, groups_of, read_answers
 from opticnerve.compare.perform import between, optimizer_bytes
-from opticnerve.compare.rows import Row, RowResult
+from opticnerve.compare.report import Findings, System, groups_of, read_answers
+from opticnerve.compare.rows import ExperimentRow, RowResult
 from opticnerve.compare.stats import Estimate
 from opticnerve.types import OpticNerveError
 
@@ -23,7 +23,9 @@ def findings() -> Findings:
         "poor": System("poor", "the poor", "row", {0: [0, 0, 0, 0]}, {0: {}}),
     }  # fmt: skip
     outcomes = [
-        RowResult(Row("row", {"good": "the good"}), s, Path("x"), {"wall_seconds": 3.0, "facts": {"machine": {}}})
+        RowResult(
+            ExperimentRow("row", {"good": "the good"}), s, Path("x"), {"wall_seconds": 3.0, "facts": {"machine": {}}}
+        )
         for s in (0, 1)
     ]
     return Findings(None, {}, systems, groups_of(["a", "a", "a", "b"]), outcomes, {}, {})  # type: ignore[arg-type]
@@ -69,13 +71,13 @@ def test_csv_has_a_line_per_system_seed_and_type(findings: Findings, tmp_path: P
 
 
 def test_the_report_says_how_many_seeds_and_how_to_make_it_again(findings: Findings, tmp_path: Path) -> None:
-    said = reports.Report("Title", "What.", "How much.", shows=["Something."], does_not=["Everything."])
+    said = reports.ExperimentReport("Title", "What.", "How much.", shows=["Something."], does_not=["Everything."])
     path = reports.write(said, findings, tmp_path, command="opticnerve compare fusion --seeds 2", experiment="fusion")
     text = path.read_text()
     assert "4 test questions and 2 seeds" in text
     assert "`opticnerve compare fusion --seeds 2`" in text
     assert "Rows that failed" not in text
-    findings.outcomes.append(RowResult(Row("other", {}), 0, Path("x"), error="no <memory>"))
+    findings.outcomes.append(RowResult(ExperimentRow("other", {}), 0, Path("x"), error="no <memory>"))
     assert (
         "`other`, seed 0: no \\<memory\\>"
         in reports.write(said, findings, tmp_path, command="", experiment="f").read_text()

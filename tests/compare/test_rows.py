@@ -18,12 +18,12 @@ from rich.console import Console
 
 from opticnerve.compare import perform as performing
 from opticnerve.compare import rows
-from opticnerve.compare.rows import Row, RunOptions, run_rows
+from opticnerve.compare.rows import ExperimentRow, RunOptions, run_rows
 from opticnerve.types import OpticNerveError
 
 RECIPE = {"name": "r", "seed": 0, "stages": [{"name": "instruct", "steps": 3}]}
-FIRST = Row("first", {"first": "the first"}, RECIPE)
-SECOND = Row("second", {"second": "the second"}, RECIPE | {"name": "s"})
+FIRST = ExperimentRow("first", {"first": "the first"}, RECIPE)
+SECOND = ExperimentRow("second", {"second": "the second"}, RECIPE | {"name": "s"})
 
 
 def test_finished_rows_are_kept(performed: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_finished_rows_are_kept(performed: list[dict[str, Any]], tmp_path: Path)
 
 def test_another_recipe_sets_the_old_run_aside(performed: list[dict[str, Any]], tmp_path: Path) -> None:
     run_rows([FIRST], [0], tmp_path, RunOptions())
-    longer = Row("first", FIRST.systems, RECIPE | {"stages": [{"name": "instruct", "steps": 4}]})
+    longer = ExperimentRow("first", FIRST.systems, RECIPE | {"stages": [{"name": "instruct", "steps": 4}]})
     console = Console(record=True, width=200)
     [outcome] = run_rows([longer], [0], tmp_path, RunOptions(console=console))
     assert len(performed) == 2
@@ -65,7 +65,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monke
         return pretend(spec)
 
     monkeypatch.setattr(rows, "_here", perform)
-    both = Row("both", {"both": "both"}, None, needs=("first", "second"))
+    both = ExperimentRow("both", {"both": "both"}, None, needs=("first", "second"))
     first, second, third = run_rows([FIRST, SECOND, both], [0], tmp_path, RunOptions())
     assert first.error == "the learning rate is a banana"
     assert first.record is None
@@ -117,7 +117,7 @@ def test_the_pipeline_resumes_where_a_recipe_was_begun(monkeypatch: pytest.Monke
 
 
 def test_weights_of_finished_rows_go_unless_wanted(performed: list[dict[str, Any]], tmp_path: Path) -> None:
-    kept = Row("kept", {"kept": "kept"}, RECIPE, keep_weights=True)
+    kept = ExperimentRow("kept", {"kept": "kept"}, RECIPE, keep_weights=True)
     run_rows([FIRST, kept], [0], tmp_path / "a", RunOptions())
     assert not list((tmp_path / "a/rows/first").rglob("*.safetensors"))
     assert list((tmp_path / "a/rows/kept").rglob("*.safetensors"))
@@ -162,7 +162,7 @@ def spec_of(folder: Path, **changes: Any) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_worker_hands_its_outcome_back(tmp_path: Path) -> None:
     assert rows.in_process(spec_of(tmp_path / "row"))["systems"] == {}
-    with pytest.raises(rows.Broken, match="model: is missing"):
+    with pytest.raises(rows.RowFailed, match="model: is missing"):
         rows.in_process(spec_of(tmp_path / "bad", recipe={"name": "no model"}))
     assert "RecipeError" in (tmp_path / "bad" / "log.txt").read_text()
 
@@ -176,7 +176,7 @@ def as_worker(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 
 def test_a_worker_that_dies_is_a_failure_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     as_worker(monkeypatch, "import sys; print('out of memory', file=sys.stderr); sys.exit(9)")
-    with pytest.raises(rows.Broken, match=r"ended with code 9.*out of memory"):
+    with pytest.raises(rows.RowFailed, match=r"ended with code 9.*out of memory"):
         rows.in_process(spec_of(tmp_path))
 
 

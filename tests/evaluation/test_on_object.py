@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import pytest
 
-from opticnerve.interpret import localization
 from opticnerve.starter import easy_vqa
 from opticnerve.types import OpticNerveError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import localization
 
 COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128), "green": (0, 128, 0),
@@ -98,3 +103,12 @@ def test_the_bootstrap_covers_the_mean() -> None:
     assert localization.bootstrap_interval([0.2] * 5) == pytest.approx((0.2, 0.2))
     with pytest.raises(OpticNerveError, match="no values"):
         localization.bootstrap_interval([])
+
+
+def test_the_plot_of_shares(tmp_path: Path) -> None:
+    row = {"model": "m", "method": "rollout", "mass": 0.2, "low": 0.1, "high": 0.3, "area": 0.1, "best": 0.5}
+    assert (
+        localization.shares_plot([row, {**row, "method": "occlusion"}], tmp_path / "s.png", title="t", note="n")
+        .stat()
+        .st_size
+    )

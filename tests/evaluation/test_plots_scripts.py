@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from opticnerve.interpret import plot as attribution_plot
 from opticnerve.interpret.attribution import Attribution, Map, Word
 from opticnerve.runs.card import plots
 from opticnerve.ui.look_part import _draw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import localization
 
 WORDS = "写真の色は何ですか"
 ESTIMATE = Estimate(0.5, 0.4, 0.6, 1, 10)
@@ -51,7 +55,7 @@ PLOTS: dict[Callable[..., Any], Callable[[Path], Any]] = {
         p, folder=p.parent, title=WORDS,
     ),
     attribution_plot.attribution_plot: lambda p: attribution_plot.attribution_plot(looked(), picture(), WORDS, p),
-    attribution_plot.shares_plot: lambda p: attribution_plot.shares_plot(
+    localization.shares_plot: lambda p: localization.shares_plot(
         [{"model": WORDS, "method": "relevance", "mass": 0.3, "low": 0.2, "high": 0.4, "area": 0.1, "best": 0.9}], p,
         title=WORDS, note=WORDS,
     ),
@@ -71,7 +75,7 @@ PLOTS: dict[Callable[..., Any], Callable[[Path], Any]] = {
 
 def test_every_plot_is_tried() -> None:
     known = {
-        f for module in (plots, attribution_plot, compare_plots) for name, f in vars(module).items()
+        f for module in (plots, attribution_plot, compare_plots, localization) for name, f in vars(module).items()
         if inspect.isfunction(f) and f.__module__ == module.__name__ and "path" in inspect.signature(f).parameters
     }  # fmt: skip
     assert known == set(PLOTS) - {_draw}

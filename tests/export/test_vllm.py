@@ -23,7 +23,7 @@ from opticnerve import vllm_plugin
 from opticnerve.export.export import export
 from opticnerve.inference.load import load_model
 from opticnerve.types import OpticNerveError
-from opticnerve.vllm_plugin import takes, towers
+from opticnerve.vllm_plugin import towers
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 Make = Callable[..., Path]
@@ -49,20 +49,20 @@ def test_what_vllm_would_run_otherwise_is_refused_with_a_way_out(
 ) -> None:
     config = SimpleNamespace(**{"lora": None, **given})
     with pytest.raises(OpticNerveError, match=reason):
-        takes.check(config, tmp_path)
+        towers.check(config, tmp_path)
 
 
 def test_a_plain_splice_is_taken_and_a_folder_without_its_bases_is_not(saved: Make, tmp_path: Path) -> None:
     plain = SimpleNamespace(lora=None, towers={"image": spec()})
-    takes.check(plain, tmp_path)
+    towers.check(plain, tmp_path)
     with pytest.raises(OpticNerveError, match="names its bases instead of holding them: opticnerve export"):
-        takes.check(plain, saved("llama", "siglip_vision_model"))
+        towers.check(plain, saved("llama", "siglip_vision_model"))
 
 
 def test_a_connector_that_reads_the_question_is_refused() -> None:
-    takes.check_towers({"image": SimpleNamespace(wants_text=False)})
+    towers.check_tower("image", SimpleNamespace(wants_text=False))
     with pytest.raises(OpticNerveError, match="reads the question"):
-        takes.check_towers({"image": SimpleNamespace(wants_text=True)})
+        towers.check_tower("image", SimpleNamespace(wants_text=True))
 
 
 def test_it_registers_once_and_names_a_class_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import transformers as tf
 
 import tiny
 from opticnerve.interpret import attention_maps, attribution
-from opticnerve.interpret.occlusion import edges, occlusion
+from opticnerve.interpret.attribution import cell_edges, occlusion
 from opticnerve.interpret.teacher_forcing import TeacherForced, Word, split_words
 from opticnerve.models.vlm.build import Dock
 from opticnerve.types import OpticNerveError, ask
@@ -109,7 +109,7 @@ class TestOcclusion:
         assert torch.equal(picture, before)
 
     def test_cells_cover_every_pixel(self) -> None:
-        assert edges(10, 3) == [0, 3, 7, 10]
+        assert cell_edges(10, 3) == [0, 3, 7, 10]
 
     @pytest.mark.parametrize(("grid", "patch"), [(1, 1), (17, 2), (4, 0), (4, 4)])
     def test_bad_grids(self, grid: int, patch: int) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import tiny
-from opticnerve.inference.generate import Answerer, answer_about
+from opticnerve.inference.generate import Answerer
 from opticnerve.inference.shared_prefix import share
 from opticnerve.models.vlm.build import Dock
-from opticnerve.types import Conversation, Message, OpticNerveError, TextPart, ask
+from opticnerve.types import Conversation, Message, TextPart, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 QUESTIONS = ["is it red?", "what is the colour of the big circle on the left?", "how many?", "why?"]
@@ -33,7 +33,7 @@ def test_the_answers_are_those_of_each_by_itself(
     seen: list[int] = []
     handle = dock.model.image.encoder.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
     try:
-        assert answer_about(answerer, questions, max_new_tokens=12, batch_size=batch_size) == alone
+        assert answerer.answer(questions, max_new_tokens=12, batch_size=batch_size) == alone
     finally:
         handle.remove()
     assert sum(seen) == -(-len(questions) // batch_size), "the picture is seen once for each batch"
@@ -49,32 +49,7 @@ def test_an_adapter_that_steps_aside_on_text_still_works_on_the_picture(docked: 
                 parameter.normal_(std=0.5)
     answerer, questions = Answerer(dock.model, dock.processor), asked(tiny.picture(3))
     alone = [answerer.answer([q], max_new_tokens=12)[0] for q in questions]
-    assert answer_about(answerer, questions, max_new_tokens=12) == alone
-
-
-def test_what_cannot_be_shared(docked: Callable[..., Dock]) -> None:
-    dock = docked()
-    answerer = Answerer(dock.model, dock.processor)
-    with pytest.raises(OpticNerveError, match="different pictures"):
-        answer_about(answerer, [ask("a?", tiny.picture(0)), ask("b?", tiny.picture(1))])
-    picture = ask("", tiny.picture(0)).images[0]
-    late = [Conversation((Message("user", (TextPart(words), picture)),)) for words in ("one", "another")]
-    with pytest.raises(OpticNerveError, match="before the end of their pictures"):
-        answer_about(answerer, late)
-    assert answer_about(answerer, []) == []
-    beside = docked(fusion="cross_attention")
-    with pytest.raises(OpticNerveError, match="beside the text; use Answerer.answer"):
-        answer_about(Answerer(beside.model, beside.processor), asked(tiny.picture(0)))
-
-
-def test_a_connector_that_reads_the_question_sees_each_picture_anew(
-    docked: Callable[..., Dock], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its soft tokens differ with the question: there is no prefix to share."""
-    dock = docked()
-    monkeypatch.setattr(type(dock.processor), "reads_questions", True)
-    with pytest.raises(OpticNerveError, match="reads the question with the picture"):
-        answer_about(Answerer(dock.model, dock.processor), asked(tiny.picture(0)))
+    assert answerer.answer(questions, max_new_tokens=12) == alone
 
 
 class TestAnswerShares:
@@ -112,7 +87,7 @@ class TestAnswerShares:
 
         def groups(*asked: Conversation) -> list[list[int]]:
             found: dict[int, list[int]] = {}
-            for row in share(answerer, asked, 8):
+            for row in share(answerer.model, answerer.processor, asked, 8):
                 found.setdefault(row.group, []).append(row.number)
             return sorted(sorted(numbers) for numbers in found.values())
 
@@ -134,9 +109,9 @@ class TestAnswerShares:
         if what == "reads_questions":
             monkeypatch.setattr(type(dock.processor), "reads_questions", True)
             monkeypatch.setattr(Answerer, "inputs", lambda self, asked: {"asked": asked})
-            monkeypatch.setattr(Answerer, "say", lambda self, inputs, cache, **_: ["x"] * len(inputs["asked"]))
+            monkeypatch.setattr(Answerer, "answer_batch", lambda self, inputs, cache, **_: ["x"] * len(inputs["asked"]))
             assert answerer.answer(questions) == ["x"] * len(questions)
         else:
             apart = answerer.answer(questions, max_new_tokens=6, share_prefix=False)
             assert answerer.answer(questions, max_new_tokens=6) == apart
-        assert share(answerer, questions, 6) == []
+        assert share(answerer.model, answerer.processor, questions, 6) == []

@@ -85,7 +85,7 @@ def evaluate(
 
 
 def _suite(path: Path, model: str | None, out: Path | None, trust_remote_code: bool, as_json: bool) -> None:
-    from opticnerve.evaluation.suite import read_suite, run_suite, suite_table
+    from opticnerve.evaluation.evaluate import read_suite, run_suite, suite_table
 
     suite = read_suite(path)
     quiet_libraries()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +12,7 @@ from opticnerve.data.collators.classification import answer_set
 from opticnerve.data.dataset.load import fixed_sample, load_data, load_examples
 from opticnerve.evaluation.tasks import score_answers, usual_answers
 from opticnerve.recipe import EvaluateSpec, ModelSpec, Recipe, Stage
+from opticnerve.recipe.model import TowerSpec
 from opticnerve.starter import minilm
 from opticnerve.types import Conversation, OpticNerveError
 
@@ -22,6 +21,7 @@ TASK = "questions"
 MOST_ANSWERS = 1000
 
 Raw = dict[str, Any]
+Budget = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,28 @@ class Base:
 
     recipe: Recipe
     text: str = minilm.NAME
-    name: str = field(default="the recipe")
+    name: str = "the recipe"
 
     def __post_init__(self) -> None:
-        recipe, where = self.recipe, self.name
-        if not isinstance(recipe.model, ModelSpec):
+        model, stages = self.recipe.model, self.recipe.stages
+        if not isinstance(model, ModelSpec):
             raise OpticNerveError(
-                f"{where} describes {recipe.model.WHAT}; compare varies the recipe of a docked language model "
+                f"{self.name} describes {model.WHAT}; compare varies the recipe of a docked language model "
                 f"(`model: {{language: …, image: …}}`)"
             )
-        if recipe.model.image is None or recipe.model.audio is not None:
-            have = ", ".join(recipe.model.towers)
+        if model.image is None or model.audio is not None:
             raise OpticNerveError(
-                f"{where} has the towers {have}; compare wants one that sees (`model.image`) and no other"
+                f"{self.name} has the towers {', '.join(model.towers)}; compare wants one that sees (`model.image`) "
+                "and no other"
             )
-        if len(recipe.stages) < 2:
+        if len(stages) < 2:
             raise OpticNerveError(
-                f"{where} has {len(recipe.stages)} stage(s); compare wants at least two: captions in the first, "
-                f"questions in the last"
+                f"{self.name} has {len(stages)} stage(s); compare wants at least two: captions in the first, questions "
+                "in the last"
             )
-        if not any(e.metric == "vqa" for e in recipe.evaluate):
+        if not any(e.metric == "vqa" for e in self.recipe.evaluate):
             raise OpticNerveError(
-                f"{where} asks no test questions; add an entry with `metric: vqa` and data under `evaluate:`"
+                f"{self.name} asks no test questions; add an entry with `metric: vqa` and data under `evaluate:`"
             )
 
     @property
@@ -75,26 +75,19 @@ class Base:
         return next(e for e in self.recipe.evaluate if e.metric == "vqa")
 
     @property
-    def encoder(self) -> Raw:
-        """The vision encoder, as under `model.image.encoder`."""
+    def image(self) -> TowerSpec:
         assert isinstance(self.recipe.model, ModelSpec)
         assert self.recipe.model.image is not None
-        return self.recipe.model.image.encoder.model_dump(mode="json")
+        return self.recipe.model.image
 
     @property
     def can_cache(self) -> bool:
         """Whether a frozen vision encoder sees a picture once and for all: not where pictures are cut into tiles."""
-        assert isinstance(self.recipe.model, ModelSpec)
-        assert self.recipe.model.image is not None
-        return self.recipe.model.image.tiling is None
+        return self.image.tiling is None
 
     @cached_property
     def answers(self) -> list[str]:
-        """The closed set: every answer in the questions that are trained on.
-
-        Raises:
-            OpticNerveError: they are no closed set.
-        """
+        """The closed set: every answer in the questions that are trained on; an error where they are none."""
         try:
             return answer_set((c for spec in self.questions.data for c in load_data(spec)), most=MOST_ANSWERS)
         except OpticNerveError as e:
@@ -107,8 +100,7 @@ class Base:
 
     def asked(self, questions: int | None) -> Raw:
         """The test questions, the same for every row."""
-        told = self.tests.model_dump(mode="json")
-        return told | {"name": TASK, "sample": questions, "image_dependence": 0}
+        return self.tests.model_dump(mode="json") | {"name": TASK, "sample": questions, "image_dependence": 0}
 
     def docked(
         self, name: str, stages: Sequence[Raw], questions: int | None, *, image: Mapping[str, Any] | None = None,
@@ -116,32 +108,47 @@ class Base:
     ) -> Raw:  # fmt: skip
         """The base's model, with `image`'s entries in place of its own, trained by these stages."""
         raw = self.recipe.model_dump(mode="json")
-        raw["model"]["image"] |= copy.deepcopy(dict(image or {}))
+        raw["model"]["image"] |= image or {}
         plain = {"name": name, "trackers": [], "forgetting": False, "stages": list(stages)}
         return checked(raw | plain | {"evaluate": [self.asked(questions)]} | more)
 
+    def with_image(self, name: str, budget: Budget, change: Mapping[str, Any], fusion_rate: float) -> Raw:
+        """The base with `change` in its vision tower, through captions and questions; a fusion that is changed trains,
+        too, and an encoder that is changed does not."""
+        stages = []
+        for stage, length in ((self.captions, budget["align"]), (self.questions, budget["instruct"])):
+            train = {p: rate for p, rate in stage.train.items() if p.removeprefix("image.") != "fusion"}
+            train |= {"fusion": fusion_rate} if "fusion" in change else {}
+            if "encoder" in change:
+                train = {p: r for p, r in train.items() if "encoder" not in p}
+            cached = self.can_cache and "encoder" not in change and not any("encoder" in p for p in train)
+            stages.append(stage_of(stage, length, train=train, cache_features=cached))
+        return self.docked(name, stages, budget["questions"], image={"fusion": {"type": "splice"}, **change})
+
     def classifier(self, name: str, timing: str, stage: Raw, questions: int | None, **options: Any) -> Raw:
         """A fusion classifier of the base's vision encoder and the text encoder."""
-        vision_encoder = None if timing == "early" else {"encoder": self.encoder}
-        model = {"timing": timing, "image": vision_encoder, "text": {"encoder": {"type": "hf_text", "name": self.text}}}
-        stage = stage | {"cache_features": timing != "early"}
+        early = timing == "early"
+        model = {
+            "timing": timing, "image": None if early else {"encoder": self.image.encoder.model_dump(mode="json")},
+            "text": {"encoder": {"type": "hf_text", "name": self.text}}, "options": options,
+        }  # fmt: skip
         evaluate = [] if questions is None else [self.asked(questions)]
-        return self._two_towers(name, model | {"options": options}, stage, evaluate)
+        return self._two_towers(name, model, stage | {"cache_features": not early}, evaluate)
 
     def dual(self, name: str, stage: Raw, dim: int = 256) -> Raw:
         """A dual encoder of the same two, trained on the captions; asked afterwards, as a zero-shot classifier."""
+        encoder = self.image.encoder.model_dump(mode="json")
         model = {
-            "image": {"encoder": self.encoder, "pooling": "mean", "projection": True},
+            "image": {"encoder": encoder, "pooling": "mean", "projection": True},
             "text": {"encoder": {"type": "hf_text", "name": self.text}, "projection": True},
             "projection_dim": dim, "loss": "clip",
         }  # fmt: skip
         return self._two_towers(name, model, stage, [])
 
     def _two_towers(self, name: str, model: Raw, stage: Raw, evaluate: list[Raw]) -> Raw:
-        base = self.recipe
         return checked({
-            "name": name, "seed": base.seed, "precision": base.precision, "model": model, "stages": [stage],
-            "evaluate": evaluate, "forgetting": False,
+            "name": name, "seed": self.recipe.seed, "precision": self.recipe.precision, "model": model,
+            "stages": [stage], "evaluate": evaluate, "forgetting": False,
         })  # fmt: skip
 
     def questions_in(self, steps: int, batch_size: int) -> int:
@@ -152,40 +159,24 @@ class Base:
 
     # -- what the words alone give away ---------------------------------------------------------------------------
 
-    def test_questions(self, questions: int | None) -> list[Conversation]:
-        return fixed_sample(load_data(self.tests.data), questions)
-
     def question_alone(self, questions: int | None) -> list[float]:
         """The scores of a reader who gives each question its most frequent answer in training, and never looks."""
-        asked = self.test_questions(questions)
+        asked: list[Conversation] = fixed_sample(load_data(self.tests.data), questions)
         return score_answers(asked, usual_answers((c for spec in self.questions.data for c in load_data(spec)), asked))
 
 
-def stage_of(stage: Stage, *, steps: int, batch_size: int, **changes: Any) -> Raw:
-    """A stage of the base with another length, and `changes`."""
-    raw = stage.model_dump(mode="json")
-    return raw | {"steps": steps, "epochs": None, "batch_size": batch_size, "accumulate": 1} | changes
+def stage_of(stage: Stage, length: Budget, **changes: Any) -> Raw:
+    """A stage of the base with another length (`steps` of `batch`), and `changes`."""
+    sizes = {"steps": length["steps"], "epochs": None, "batch_size": length["batch"], "accumulate": 1}
+    return stage.model_dump(mode="json") | sizes | changes
 
 
 def one_by_one(data: Sequence[Any]) -> list[Raw]:
     """The data with every question as a sample of its own."""
-    return [
-        d.model_dump(mode="json") | {"share_prefix": False, "per_image": None, "group_by_image": False} for d in data
-    ]
-
-
-def scaled(steps: int, scale: float) -> int:
-    return max(1, round(steps * scale))
+    apart = {"share_prefix": False, "per_image": None, "group_by_image": False}
+    return [d.model_dump(mode="json") | apart for d in data]
 
 
 def checked(raw: Raw) -> Raw:
-    """The recipe with its defaults written out.
-
-    Raises:
-        RecipeError: what a row makes of the base is no valid recipe.
-    """
+    """The recipe with its defaults written out; a RecipeError where a row makes no valid one of the base."""
     return recipes.load(raw).model_dump(mode="json")
-
-
-def steps_for(questions: int, batch_size: int) -> int:
-    return max(1, math.ceil(questions / batch_size))

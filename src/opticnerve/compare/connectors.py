@@ -6,12 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from opticnerve.compare import plots
-from opticnerve.compare.base import Base, Raw, stage_of
-from opticnerve.compare.experiment import Budget, Experiment
-from opticnerve.compare.findings import ALL, Findings, System
-from opticnerve.compare.report import Report, accuracy_table, conclusion, number, points
-from opticnerve.compare.rows import Row
-from opticnerve.compare.stats import Estimate, rank_chance, rank_correlation
+from opticnerve.compare import report as reports
+from opticnerve.compare.base import Base, Budget, Raw
+from opticnerve.compare.experiment import Experiment, quick
+from opticnerve.compare.report import ALL, Findings, System, align_words, conclusion, number, points
+from opticnerve.compare.rows import ExperimentRow
+from opticnerve.compare.stats import rank_chance, rank_correlation
 
 BUDGET: Budget = {
     "seeds": 1,
@@ -19,12 +19,7 @@ BUDGET: Budget = {
     "align": {"steps": 30, "batch": 8},
     "instruct": {"steps": 70, "batch": 2},
 }
-QUICK: Budget = {
-    "seeds": 1,
-    "questions": 12,
-    "align": {"steps": 1, "batch": 2},
-    "instruct": {"steps": 2, "batch": 2},
-}
+QUICK = quick(BUDGET)
 FUSION_RATE = 2.0e-3
 # Square pictures of 64 px, 16 patches: what a vision encoder of 128 px with a 4 × 4 map gives, in number.
 PATCHES: Raw = {"type": "patches", "image_size": 64, "patch_size": 16}
@@ -48,32 +43,25 @@ CONNECTORS: dict[str, tuple[str, Raw]] = {
 }
 
 
-def rows(base: Base, budget: Budget) -> list[Row]:
-    """The base with each connector in turn."""
-    return [_row(base, budget, name) for name in CONNECTORS]
+# Fact → what it is called, and whether its axis is logarithmic.
+COSTS = {
+    "visual_tokens": ("visual tokens", "visual tokens of a picture", "tokens.png", False),
+    "between_parameters": ("parameters between vision encoder and language model",
+                           "parameters of connector and fusion", "parameters.png", True),
+    "train_seconds": ("seconds of training", "seconds of training", "seconds.png", False),
+}  # fmt: skip
 
 
-def _row(base: Base, budget: Budget, name: str) -> Row:
-    title, change = CONNECTORS[name]
-    stages = []
-    for stage, told in ((base.captions, budget["align"]), (base.questions, budget["instruct"])):
-        train = {p: rate for p, rate in stage.train.items() if p.removeprefix("image.") != "fusion"}
-        train |= {"fusion": FUSION_RATE} if "fusion" in change else {}
-        if (
-            "encoder" in change
-        ):  # patches are pixels, cut: nothing of a vision encoder trains, and nothing is worth caching
-            train = {p: r for p, r in train.items() if "encoder" not in p}
-        cached = base.can_cache and "encoder" not in change and not any("encoder" in p for p in train)
-        stages.append(
-            stage_of(stage, steps=told["steps"], batch_size=told["batch"], train=train, cache_features=cached)
-        )
-    recipe = base.docked(name, stages, budget["questions"], image={"fusion": {"type": "splice"}} | change)
-    return Row(name, {name: title}, recipe)
+def rows(base: Base, budget: Budget) -> list[ExperimentRow]:
+    """The base with each connector in turn. Patches are pixels, cut: nothing of them trains, or is worth caching."""
+    return [
+        ExperimentRow(name, {name: title}, base.with_image(name, budget, change, FUSION_RATE))
+        for name, (title, change) in CONNECTORS.items()
+    ]
 
 
-def report(findings: Findings, folder: Path) -> Report:
+def report(findings: Findings, folder: Path) -> reports.ExperimentReport:
     """The table, accuracy against each cost, and which differences are real."""
-    base, b = findings.base, findings.budget
     names = [n for n in CONNECTORS if n in findings]
     more = [
         ("visual tokens", _tokens),
@@ -81,53 +69,43 @@ def report(findings: Findings, folder: Path) -> Report:
         ("all that trains", lambda s: number(s.mean("trained"))),
         ("training seconds", lambda s: number(s.mean("train_seconds"))),
     ]
-    text = accuracy_table(findings, names, more=more)
-    costs = {
-        "tokens": ("visual_tokens", "visual tokens of a picture", False),
-        "parameters": ("between_parameters", "parameters of connector and fusion", True),
-        "seconds": ("train_seconds", "seconds of training", False),
-    }
+    note = f"{len(findings.groups[ALL]):,} questions, {len(findings.seeds)} seed(s); whiskers are 95 % intervals"
     images = []
-    for file, (fact, words, log) in costs.items():
+    for fact, (_, words, file, log) in COSTS.items():
         shown = {
             findings[n].title: (cost, found) for n in names
             if (cost := findings[n].mean(fact)) is not None and (found := findings.estimate(n)) is not None
         }  # fmt: skip
-        note = f"{len(findings.groups[ALL]):,} questions, {len(findings.seeds)} seed(s); whiskers are 95 % intervals"
-        plots.scatter(shown, folder / f"{file}.png", title=f"Accuracy against {words}", note=note, x=words, log=log)
-        images.append(f"![Accuracy against {words}]({file}.png)")
-    align, instruct = b["align"], b["instruct"]
-    said = Report(
+        title = f"Accuracy against {words}"
+        plots.scatter(shown, folder / file, title=title, note=note, x=words, log=log)
+        images.append(f"![{title}]({file})")
+    return reports.ExperimentReport(
         "Which connector",
-        f"{base.name} with one part changed in each row: what stands between the vision encoder and the language "
-        f"model. Vision encoder, "
-        f"language model, data, steps and learning rates are the same for all; “raw patches” has no vision encoder, "
-        f"and the mlp "
-        f"reads pixels. In brackets: 95 % intervals over seeds and questions.",
-        f"{align['steps']} steps of {align['batch']} captions, then {instruct['steps']} steps of {instruct['batch']} "
-        f"rows of questions; frozen vision encoders saw each picture once, in one feature cache for all rows (not "
-        f"counted in the "
-        f"seconds).",
-        [("Accuracy and cost", text), ("Accuracy against cost", "\n\n".join(images))],
-    )
-    said.shows = _shows(findings, names)
-    said.does_not = [
-        "So few steps show which connector learns fastest from little, not which is best after long training. All of "
-        "them start from random weights; so do the layers of cross-attention.",
-        "Where several rows have equal numbers of visual tokens, the tokens explain nothing between them.",
-    ]  # fmt: skip
-    return said
+        f"{findings.base.name} with one part changed in each row: what stands between the vision encoder and the "
+        "language model. Vision encoder, language model, data, steps and learning rates are the same for all; “raw "
+        "patches” has no vision encoder, and the mlp reads pixels. In brackets: 95 % intervals over seeds and "
+        "questions.",
+        f"{align_words(findings.budget)}; frozen vision encoders saw each picture once, in one feature cache for all "
+        "rows (not counted in the seconds).",
+        [("Accuracy and cost", reports.accuracy_table(findings, names, more=more)),
+         ("Accuracy against cost", "\n\n".join(images))],
+        _shows(findings, names),
+        [
+            "So few steps show which connector learns fastest from little, not which is best after long training. All "
+            "of them start from random weights; so do the layers of cross-attention.",
+            "Where several rows have equal numbers of visual tokens, the tokens explain nothing between them.",
+        ],
+    )  # fmt: skip
 
 
 def _shows(findings: Findings, names: list[str]) -> list[str]:
     if len(names) < 2:
         return []
     means = {n: float(findings[n].table_SQ.mean()) for n in names}
-    ranked = sorted(names, key=lambda n: -means[n])
-    best, last = ranked[0], ranked[-1]
-    gaps: dict[str, Estimate] = {n: g for n in ranked[1:] if (g := findings.versus(best, n)) is not None}
-    level = [findings[n].title for n, g in gaps.items() if not g.sure]
-    title = findings[best].title
+    best, *others = sorted(names, key=lambda n: -means[n])
+    last, title = others[-1], findings[best].title
+    gaps = {n: gap for n in others if (gap := findings.versus(best, n)) is not None}
+    level = [findings[n].title for n, gap in gaps.items() if not gap.sure]
     said = [
         f"Highest: {title}, {100 * means[best]:.1f} %; lowest: {findings[last].title}, {100 * means[last]:.1f} %. "
         f"Between them: {points(gaps[last])} (the two were picked on these questions, so this interval is too narrow).",
@@ -135,15 +113,12 @@ def _shows(findings: Findings, names: list[str]) -> list[str]:
         if level
         else f"{title} is ahead of every other row, each with an interval above zero.",
     ]
-    for fact, words in (
-        ("visual_tokens", "visual tokens"),
-        ("between_parameters", "parameters between vision encoder and language model"),
-        ("train_seconds", "seconds of training"),
-    ):
+    for fact, (words, *_) in COSTS.items():
         pairs = [(c, means[n]) for n in names if (c := findings[n].mean(fact)) is not None]
-        rho = rank_correlation([c for c, _ in pairs], [a for _, a in pairs])
+        costs, accuracies = [c for c, _ in pairs], [a for _, a in pairs]
+        rho = rank_correlation(costs, accuracies)
         if rho == rho:  # not NaN
-            p = rank_chance([c for c, _ in pairs], [a for _, a in pairs])
+            p = rank_chance(costs, accuracies)
             strength = "no clear" if p > 0.05 else "a positive" if rho > 0 else "a negative"
             said.append(
                 f"More {words}: {strength} rank correlation with accuracy ({rho:+.2f} over {len(pairs)} rows, "

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opticnerve.compare import report as reports
-from opticnerve.compare.base import Base, scaled
-from opticnerve.compare.findings import Findings, collect
-from opticnerve.compare.rows import Row, RowResult, RunOptions, finished, folder_of, run_rows
-from opticnerve.types import OpticNerveError
+from rich.console import Console
 
-Budget = dict[str, Any]
+from opticnerve.compare import report as reports
+from opticnerve.compare.base import Base, Budget
+from opticnerve.compare.rows import ExperimentRow, RowResult, RunOptions, finished, folder_of, run_rows
+from opticnerve.types import OpticNerveError
 
 
 @dataclass(frozen=True)
@@ -21,16 +20,15 @@ class Experiment:
     """What is compared.
 
     Args:
-        budget: `seeds`, `questions`, and mappings with `steps` and `batch`; quick: the same, for a try. rows: the rows
-            that the budget makes of a base. report: what the findings say; it may draw into the folder. isolated: rows
-            run in processes of their own, for their peaks of memory.
+        budget: `seeds`, `questions`, and mappings with `steps` and `batch`; quick: the same, for a try. rows: what the
+            budget makes of a base. report: what the findings say; it may draw into the folder. isolated: see `rows`.
     """
 
     name: str
     budget: Budget
     quick: Budget
-    rows: Callable[[Base, Budget], list[Row]]
-    report: Callable[[Findings, Path], reports.Report]
+    rows: Callable[[Base, Budget], list[ExperimentRow]]
+    report: Callable[[reports.Findings, Path], reports.ExperimentReport]
     isolated: bool = False
 
 
@@ -49,7 +47,7 @@ class ExperimentResult:
 def run(
     experiment: Experiment, base: Base, out: Path, *, report: Path | None = None, seeds: int | None = None,
     scale: float = 1.0, only: Sequence[str] | None = None, quick: bool = False, keep_models: bool = False,
-    command: str = "", console: Any = None,
+    command: str = "", console: Console | None = None,
 ) -> ExperimentResult:  # fmt: skip
     """Run the rows that are not finished, and write the report of all that are.
 
@@ -67,23 +65,27 @@ def run(
     chosen = choose(rows, only)
     if console is not None:
         console.print(f"{len(chosen)} rows × {many} seed(s), in {out}", highlight=False)
-    how = RunOptions(experiment.isolated, budget.get("memory_steps", 0), keep_models, console)
-    ran = {(o.row.name, o.seed): o for o in run_rows(chosen, range(many), out, how)}
+    options = RunOptions(experiment.isolated, budget.get("memory_steps", 0), keep_models, console)
+    ran = {(o.row.name, o.seed): o for o in run_rows(chosen, range(many), out, options)}
     outcomes = []
-    for seed in range(many):
-        for row in rows:
-            if (row.name, seed) in ran:
-                outcomes.append(ran[row.name, seed])
-            elif (record := finished(out, row, seed)) is not None:
-                outcomes.append(RowResult(row, seed, folder_of(out, row, seed), record, kept=True))
+    for row, seed in ((row, seed) for seed in range(many) for row in rows):
+        if (row.name, seed) in ran:
+            outcomes.append(ran[row.name, seed])
+        elif (record := finished(out, row, seed)) is not None:
+            outcomes.append(RowResult(row, seed, folder_of(out, row, seed), record, kept=True))
     if not any(o.record for o in outcomes):
         return ExperimentResult(outcomes, None)
-    findings = collect(base, budget, outcomes)
-    folder = report or out / "report"
+    findings, folder = reports.collect(base, budget, outcomes), report or out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     said = experiment.report(findings, folder)
     path = reports.write(said, findings, folder, command=command, experiment=experiment.name)
     return ExperimentResult(outcomes, path)
+
+
+def quick(budget: Budget, **changes: int) -> Budget:
+    """The same for a try: one seed, few questions, a step of each stage."""
+    lengths = {k: {"steps": 1, "batch": min(4, v["batch"])} for k, v in budget.items() if isinstance(v, dict)}
+    return budget | {"seeds": 1, "questions": 12} | lengths | changes
 
 
 def stretched(budget: Budget, scale: float) -> Budget:
@@ -94,12 +96,12 @@ def stretched(budget: Budget, scale: float) -> Budget:
     def stretch(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {k: stretch(k, v) for k, v in value.items()}
-        return scaled(value, scale) if key == "steps" else value
+        return max(1, round(value * scale)) if key == "steps" else value
 
     return {k: stretch(k, v) for k, v in budget.items()}
 
 
-def choose(rows: Sequence[Row], only: Sequence[str] | None) -> list[Row]:
+def choose(rows: Sequence[ExperimentRow], only: Sequence[str] | None) -> list[ExperimentRow]:
     """The rows of those names, and those that they need, in the experiment's order."""
     names = [r.name for r in rows]
     if unknown := sorted(set(only or ()) - set(names)):

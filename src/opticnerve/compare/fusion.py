@@ -3,16 +3,17 @@ questions; with the two modalities alone, so that one sees which questions need 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from opticnerve.compare import plots
-from opticnerve.compare.base import Base, Raw, one_by_one, stage_of, steps_for
-from opticnerve.compare.experiment import Budget, Experiment
-from opticnerve.compare.findings import ALL, Findings, System
-from opticnerve.compare.report import Report, accuracy_table, conclusion, number, percent
-from opticnerve.compare.rows import Row
+from opticnerve.compare import report as reports
+from opticnerve.compare.base import Base, Budget, Raw, one_by_one, stage_of
+from opticnerve.compare.experiment import Experiment, quick
+from opticnerve.compare.report import ALL, Findings, System, align_words, conclusion, number, percent
+from opticnerve.compare.rows import ExperimentRow
 from opticnerve.compare.stats import over_seeds
 
 # Steps × rows. The classifiers' steps are such that they train for about as many seconds as the language models do.
@@ -27,17 +28,7 @@ BUDGET: Budget = {
     "late": {"steps": 500, "batch": 64},
     "same_batch": 16,  # of the classifiers that see as many questions as the language models
 }
-QUICK: Budget = {
-    "seeds": 1,
-    "questions": 12,
-    "align": {"steps": 1, "batch": 2},
-    "instruct": {"steps": 1, "batch": 2},
-    "contrastive": {"steps": 1, "batch": 4},
-    "early": {"steps": 2, "batch": 4},
-    "intermediate": {"steps": 2, "batch": 4},
-    "late": {"steps": 2, "batch": 4},
-    "same_batch": 2,
-}
+QUICK = quick(BUDGET, same_batch=2)
 CLASSIFIER = {"classifier": 1.0e-3}
 CONTRASTIVE = {"image.projection": 1.0e-3, "text.projection": 1.0e-3, "text.encoder": 1.0e-4, "temperature": 1.0e-3}
 CROSS_ATTENTION: Raw = {"type": "cross_attention", "every": 5}
@@ -65,115 +56,97 @@ SAME = "same-"
 BOTH, LOOK = "needs both", "words mislead"
 
 
-def rows(base: Base, budget: Budget) -> list[Row]:
+def rows(base: Base, budget: Budget) -> list[ExperimentRow]:
     """The language models, the classifiers under both budgets, the dual encoder, and an ensemble."""
-    answers = base.answers
-    asked, many = base.asked(budget["questions"]), budget["questions"]
-    instruct = budget["instruct"]
+    instruct, batch = budget["instruct"], budget["same_batch"]
     seen = base.questions_in(instruct["steps"], instruct["batch"])
-    made = [_vlm(base, budget, "splice"), _vlm(base, budget, "cross-attention")]
-    for prefix in ("", SAME):
-        for timing in TIMINGS:
-            told = budget[timing] if not prefix else {
-                "steps": steps_for(seen, budget["same_batch"]), "batch": budget["same_batch"],
-            }  # fmt: skip
-            made.append(_classifier(base, timing, prefix, told, many, asked))
-    told = budget["contrastive"]
+    same = {"steps": max(1, math.ceil(seen / batch)), "batch": batch}
+    shared = {"choices": base.answers, "questions": base.asked(budget["questions"])}
+    made = []
+    for kind, change in (("splice", {}), ("cross-attention", {"fusion": CROSS_ATTENTION})):
+        name = f"vlm-{kind}"
+        recipe = base.with_image(name, budget, change, CROSS_ATTENTION_RATE)
+        made.append(ExperimentRow(name, {name: f"VLM, {kind.replace('-', ' ')}"}, recipe, keep_weights=not change))
+    made += [_classifier(base, timing, "", budget[timing], budget) for timing in TIMINGS]
+    made += [_classifier(base, timing, SAME, same, budget) for timing in TIMINGS]
     stage = stage_of(
-        base.captions,
-        steps=told["steps"],
-        batch_size=told["batch"],
-        objective={"type": "contrastive", "duplicates": "mask"},
-        train=CONTRASTIVE,
-        lora=None,
-        cache_features=base.can_cache,
-        data=one_by_one(base.captions.data),
-    )
-    shared = {"choices": answers, "questions": asked}
+        base.captions, budget["contrastive"], objective={"type": "contrastive", "duplicates": "mask"},
+        train=CONTRASTIVE, lora=None, cache_features=base.can_cache, data=one_by_one(base.captions.data),
+    )  # fmt: skip
     made.append(
-        Row("contrastive", {"zero-shot": "contrastive, zero-shot (question not read)"}, base.dual("contrastive", stage),
-            asks=({"ask": "zero_shot", "system": "zero-shot", **shared},))
+        ExperimentRow("contrastive", {"zero-shot": "contrastive, zero-shot (question not read)"},
+                      base.dual("contrastive", stage), asks=({"ask": "zero_shot", "system": "zero-shot", **shared},))
     )  # fmt: skip
     parts = ("intermediate", "vlm-splice")
     made.append(
-        Row("ensemble", {"ensemble": "late: intermediate and VLM splice, mean"},
+        ExperimentRow("ensemble", {"ensemble": "late: intermediate and VLM splice, mean"},
             asks=({"ask": "ensemble", "system": "ensemble", **shared},), needs=parts,
             of=tuple(r.recipe for r in made if r.name in parts and r.recipe is not None))
     )  # fmt: skip
     return made
 
 
-def _vlm(base: Base, budget: Budget, kind: str) -> Row:
-    name = f"vlm-{kind}"
-    cross = kind == "cross-attention"
-    stages = []
-    for stage, told in ((base.captions, budget["align"]), (base.questions, budget["instruct"])):
-        train = {p: rate for p, rate in stage.train.items() if p.removeprefix("image.") != "fusion"}
-        train |= {"fusion": CROSS_ATTENTION_RATE} if cross else {}
-        cached = base.can_cache and not any("encoder" in p for p in train)
-        stages.append(
-            stage_of(stage, steps=told["steps"], batch_size=told["batch"], train=train, cache_features=cached)
-        )
-    fusion = CROSS_ATTENTION if cross else {"type": "splice"}
-    recipe = base.docked(name, stages, budget["questions"], image={"fusion": fusion})
-    return Row(name, {name: f"VLM, {kind.replace('-', ' ')}"}, recipe, keep_weights=not cross)
-
-
-def _classifier(base: Base, timing: str, prefix: str, told: Raw, many: int, asked: Raw) -> Row:
+def _classifier(base: Base, timing: str, prefix: str, length: Budget, budget: Budget) -> ExperimentRow:
     stage = stage_of(
-        base.questions, steps=told["steps"], batch_size=told["batch"], objective={"type": "classification"},
-        train=CLASSIFIER, lora=None, data=one_by_one(base.questions.data), template="chat",
+        base.questions, length, objective={"type": "classification"}, train=CLASSIFIER, lora=None,
+        data=one_by_one(base.questions.data), template="chat",
     )  # fmt: skip
-    name = prefix + timing
-    late = timing == "late"
+    name, late, many = prefix + timing, timing == "late", budget["questions"]
     recipe = base.classifier(name, timing, stage, None if late else many, **HEADS.get(timing, {}))
     if not late:
-        return Row(name, {name: f"{timing} fusion"}, recipe, keep_weights=name == "intermediate")
+        return ExperimentRow(name, {name: f"{timing} fusion"}, recipe, keep_weights=name == "intermediate")
     systems = {prefix + system: title for system, title in RULES.values()}
     rules = {rule: prefix + system for rule, (system, _) in RULES.items()}
-    return Row(name, systems, recipe, asks=({"ask": "late", "rules": rules, "questions": asked},))
+    return ExperimentRow(name, systems, recipe, asks=({"ask": "late", "rules": rules, "questions": base.asked(many)},))
 
 
-def report(findings: Findings, folder: Path) -> Report:
+def report(findings: Findings, folder: Path) -> reports.ExperimentReport:
     """Two tables, a plot of each, and what can be said of intermediate fusion."""
-    base, budget = findings.base, findings.budget
-    alone = base.question_alone(budget["questions"])
+    base, b = findings.base, findings.budget
+    alone = base.question_alone(b["questions"])
     mark_groups(findings, alone)
     baseline = {g: float(np.mean([alone[i] for i in q])) if q else 0.0 for g, q in findings.groups.items()}
     usual = ["the words' most frequent answer in training"]
     usual += [f"{100 * baseline[g]:.1f} %" if q else "–" for g, q in findings.groups.items()]
-
-    more = [("training seconds", _seconds), ("questions trained on", _questions)]
-    said = Report(
+    steps = ", ".join(f"{t} {b[t]['steps']} × {b[t]['batch']}" for t in TIMINGS)
+    said = reports.ExperimentReport(
         "When to fuse",
         f"Three timings of fusion, contrastive learning and two vision-language models, all made of the parts of "
         f"{base.name} (text encoder `{base.text}` where there is one) and asked the same "
         f"{len(findings.groups[ALL]):,} questions. “{BOTH}” are the questions that neither modality alone answers "
         f"(averaged over seeds, by the two branches of late fusion); “{LOOK}” are those to which the words' most "
         f"frequent answer in training is wrong. In brackets: 95 % intervals over seeds and questions.",
-        _budget_words(findings),
+        f"Language models: {align_words(b)}. Classifiers, in steps × questions: {steps}, chosen so that they train "
+        f"for about as many seconds (those that it took are in the table); and once more with as many questions as the "
+        f"language models saw, {b['same_batch']} to a step. Contrastive: {b['contrastive']['steps']} steps of "
+        f"{b['contrastive']['batch']} captions. Encoders of pictures are frozen throughout.",
     )
-    for prefix, heading, note in (
-        ("", "About equal seconds of training", "classifiers trained for about as long as the language models"),
-        (SAME, "Equal numbers of questions", "classifiers saw as many questions as the language models"),
-    ):
-        names = [n for o in ORDER if (n := _under(o, prefix)) in findings]
+    more = [
+        ("training seconds", lambda s: number(s.mean("train_seconds"))),
+        ("questions trained on", _questions),
+    ]
+    for prefix, file, heading, note in (
+        ("", "seconds.png", "About equal seconds of training",
+         "classifiers trained for about as long as the language models"),
+        (SAME, "questions.png", "Equal numbers of questions",
+         "classifiers saw as many questions as the language models"),
+    ):  # fmt: skip
+        # The language models are those that the equal numbers are equal to.
+        names = [n for o in ORDER if (n := o if o.startswith("vlm-") else prefix + o) in findings]
         if not names:
             continue
-        picture = folder / ("seconds.png" if not prefix else "questions.png")
         shown = {
             g: {findings[n].title: findings.estimate(n, g) for n in names} for g, q in findings.groups.items() if q
         }
-        plots.dots(shown, picture, title=heading, note=note, lines=baseline, line_label=usual[0])
-        text = accuracy_table(findings, names, more=more, first=[usual])
-        said.sections.append((heading, f"{text}\n\n![{heading}]({picture.name})"))
+        plots.dots(shown, folder / file, title=heading, note=note, lines=baseline, line_label=usual[0])
+        text = reports.accuracy_table(findings, names, more=more, first=[usual])
+        said.sections.append((heading, f"{text}\n\n![{heading}]({file})"))
     said.shows = _shows(findings, baseline[ALL])
     said.does_not = [
         f"On questions that need both, each branch alone is wrong by the choice of questions, which is hard on late "
         f"fusion: it can be right there only where two wrong guesses add up to a right one. “{LOOK}” is chosen without "
         f"a look at any of the models.",
-        "Training seconds leave out what the frozen vision encoder's pictures cost once, when they enter the "
-        "feature cache.",
+        "Training seconds leave out what the frozen vision encoder's pictures cost once, when they enter the cache.",
         f"The classifiers can answer nothing outside {len(base.answers)} answers; that the language models can is "
         f"worth nothing on these questions.",
     ]  # fmt: skip
@@ -189,39 +162,30 @@ def mark_groups(findings: Findings, alone: list[float]) -> None:
 
 
 def _shows(findings: Findings, baseline: float) -> list[str]:
-    said = []
-    if findings.groups.get(BOTH):
-        many, everything = len(findings.groups[BOTH]), len(findings.groups[ALL])
+    said, groups = [], findings.groups
+    if groups.get(BOTH):
+        many, everything = len(groups[BOTH]), len(groups[ALL])
         said.append(f"{many} of {everything} questions ({many / everything:.0%}) are answered by neither branch alone.")
     for prefix, under in (("", "about equal seconds"), (SAME, "equal numbers of questions")):
         mine = prefix + "intermediate"
-        for group in (BOTH, LOOK, ALL):
-            if mine not in findings or not findings.groups.get(group):
-                continue
-            rivals = [n for n in (prefix + x for x in LATE) if n in findings]
-            best = max(
-                rivals, key=lambda n: float(findings[n].table_SQ[:, findings.groups[group]].mean()), default=None
-            )
-            where = f", at {under}, {'all questions' if group == ALL else group}"
-            for other in [prefix + "early", *([best] if best else [])]:
-                if other in findings:
-                    gap = findings.versus(mine, other, group)
-                    label = findings[other].title + (" (the best of the late ones)" if other == best else "")
-                    said.append(conclusion("Intermediate fusion", label, gap, where))
-    if "vlm-splice" in findings:
-        for other in ("vlm-cross-attention", "intermediate", "same-intermediate"):
-            if other in findings:
-                budget = " (equal questions)" if other.startswith(SAME) else ""
-                gap = findings.versus("vlm-splice", other)
-                said.append(conclusion("The VLM by splice", findings[other].title + budget, gap, ", all questions"))
-    if "ensemble" in findings:
-        for other in ("vlm-splice", "intermediate"):
-            gap = findings.versus("ensemble", other)
-            said.append(conclusion("Their ensemble", findings[other].title, gap, ", all questions"))
+        for group in (g for g in (BOTH, LOOK, ALL) if mine in findings and groups.get(g)):
+            chosen, where = groups[group], f", at {under}, {'all questions' if group == ALL else group}"
+            rivals = {n: float(findings[n].table_SQ[:, chosen].mean()) for x in LATE if (n := prefix + x) in findings}
+            best = [max(rivals, key=rivals.__getitem__)] if rivals else []
+            for other in (n for n in [prefix + "early", *best] if n in findings):
+                label = findings[other].title + (" (the best of the late ones)" if other in best else "")
+                said.append(conclusion("Intermediate fusion", label, findings.versus(mine, other, group), where))
+    for mine, words, others in (
+        ("vlm-splice", "The VLM by splice", ("vlm-cross-attention", "intermediate", SAME + "intermediate")),
+        ("ensemble", "Their ensemble", ("vlm-splice", "intermediate")),
+    ):
+        for other in (n for n in others if mine in findings and n in findings):
+            label = findings[other].title + (" (equal questions)" if other.startswith(SAME) else "")
+            said.append(conclusion(words, label, findings.versus(mine, other), ", all questions"))
     blind = [
-        findings[n].title for n in findings.systems
-        if n not in ("question-alone", "picture-alone") and not n.startswith(SAME)
-        and (e := over_seeds(findings[n].table_SQ)) is not None and e.low <= baseline
+        system.title for name, system in findings.systems.items()
+        if name not in ("question-alone", "picture-alone") and not name.startswith(SAME)
+        and (e := over_seeds(system.table_SQ)) is not None and e.low <= baseline
     ]  # fmt: skip
     if blind:
         said.append(
@@ -229,20 +193,11 @@ def _shows(findings: Findings, baseline: float) -> list[str]:
             f"{'; '.join(blind)}."
         )
     if "zero-shot" in findings:
-        shares = [f"{g} {percent(findings.estimate('zero-shot', g))}" for g, q in findings.groups.items() if q]
+        shares = [f"{g} {percent(findings.estimate('zero-shot', g))}" for g, q in groups.items() if q]
         said.append(
             f"The contrastive model never reads the question and gives one answer to each picture: {'; '.join(shares)}."
         )
     return said
-
-
-def _under(name: str, prefix: str) -> str:
-    """A system's name under a budget; the language models are those that the equal numbers are equal to."""
-    return name if name.startswith("vlm-") else prefix + name
-
-
-def _seconds(system: System) -> str:
-    return number(system.mean("train_seconds"))
 
 
 def _questions(system: System) -> str:
@@ -251,19 +206,6 @@ def _questions(system: System) -> str:
         return "0 (captions)"
     counts = [list(f["samples"].values())[-1] for f in system.facts.values() if f.get("samples")]
     return number(sum(counts) / len(counts)) if counts else "–"
-
-
-def _budget_words(findings: Findings) -> str:
-    b = findings.budget
-    align, instruct = b["align"], b["instruct"]
-    steps = ", ".join(f"{t} {b[t]['steps']} × {b[t]['batch']}" for t in TIMINGS)
-    return (
-        f"Language models: {align['steps']} steps of {align['batch']} captions, then {instruct['steps']} steps of "
-        f"{instruct['batch']} rows of questions. Classifiers, in steps × questions: {steps}, chosen so that they train "
-        f"for about as many seconds (those that it took are in the table); and once more with as many questions as the "
-        f"language models saw, {b['same_batch']} to a step. Contrastive: {b['contrastive']['steps']} steps of "
-        f"{b['contrastive']['batch']} captions. Encoders of pictures are frozen throughout."
-    )
 
 
 EXPERIMENT = Experiment("fusion", BUDGET, QUICK, rows, report)

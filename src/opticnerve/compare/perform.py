@@ -1,16 +1,34 @@
-"""What one row does: train its recipe, ask it in every way it is asked, and note what it cost."""
+"""What one row does: train its recipe, ask it in every way it is asked, and note what it cost.
+
+`python -m opticnerve.compare.perform SPEC.json` does so in a process of its own.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from opticnerve import recipe as recipes
-from opticnerve.compare.asking import ASKS
+from opticnerve.common import atomic
 from opticnerve.compare.base import TASK
+from opticnerve.data.dataset.load import fixed_sample, load_data
+from opticnerve.evaluation.tasks import Generate, run_vqa
+from opticnerve.inference.embeddings import Embedder, load_dual_encoder
+from opticnerve.inference.load import load_model
+from opticnerve.inference.predictors import LateFusion, VLMPredictor, load_classifier
+from opticnerve.inference.zero_shot import ZeroShotPredictor
+from opticnerve.recipe import EvaluateSpec
 from opticnerve.runs.pipeline import machine, run_recipe
 from opticnerve.train.loop import Diverged
+from opticnerve.types import Conversation, OpticNerveError
 
 
 def perform(spec: dict[str, Any]) -> dict[str, Any]:
@@ -39,10 +57,58 @@ def perform(spec: dict[str, Any]) -> dict[str, Any]:
     except Diverged as e:
         return {"systems": {}, "facts": facts, "diverged": str(e)}
     for ask in spec["asks"]:
-        for name, found in ASKS[ask["ask"]](ask, folder, needs).items():
-            systems[name] = f"answers/{name}.jsonl"
-            facts["accuracy"][name] = found["accuracy"]
+        for name, generate in ASKS[ask["ask"]](ask, folder, needs).items():
+            spec_of_test = EvaluateSpec(**ask["questions"])
+            asked = fixed_sample(load_data(spec_of_test.data), spec_of_test.sample)
+            found = run_vqa(generate, asked, name=name, keep=0, run_dir=folder)
+            systems[name], facts["accuracy"][name] = f"answers/{name}.jsonl", found["accuracy"]
     return {"systems": systems, "facts": facts}
+
+
+# -- ways to ask that a recipe's own `evaluate` does not know: each gives systems, and how they answer ----------------
+
+
+def late(ask: dict[str, Any], folder: Path, needs: Sequence[Path]) -> dict[str, Generate]:
+    """A late-fusion classifier by each rule of `ask["rules"]` (rule → system): one training, asked several times."""
+    predictor = load_classifier(folder)
+
+    def by(rule: str) -> Generate:
+        def generate(asked: list[Conversation]) -> list[str]:
+            predictor.model.combine = rule
+            return predictor.answers(asked)
+
+        return generate
+
+    return {system: by(rule) for rule, system in ask["rules"].items()}
+
+
+def zero_shot(ask: dict[str, Any], folder: Path, needs: Sequence[Path]) -> dict[str, Generate]:
+    """A dual encoder: the answer that lies nearest to the picture; the question is not read."""
+    return _choosing(ask, ZeroShotPredictor(Embedder(*load_dual_encoder(str(folder)))))
+
+
+def ensemble(ask: dict[str, Any], folder: Path, needs: Sequence[Path]) -> dict[str, Generate]:
+    """Late fusion of a classifier and a vision-language model that other rows trained."""
+    classifier, vlm = needs
+    return _choosing(ask, LateFusion([load_classifier(classifier), VLMPredictor(*load_model(vlm))], combine="mean"))
+
+
+ASKS: dict[str, Callable[[dict[str, Any], Path, Sequence[Path]], dict[str, Generate]]] = {
+    "late": late, "zero_shot": zero_shot, "ensemble": ensemble,
+}  # fmt: skip
+
+
+def _choosing(ask: dict[str, Any], predictor: Any) -> dict[str, Generate]:
+    choices: list[str] = ask["choices"]
+
+    def generate(asked: list[Conversation]) -> list[str]:
+        scores = [predictor.scores(c, choices) for c in asked]
+        return [choices[row.index(max(row))] for row in scores]
+
+    return {ask["system"]: generate}
+
+
+# -- what it cost -----------------------------------------------------------------------------------------------------
 
 
 def _facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
@@ -73,3 +139,34 @@ def between(table: dict[str, Any]) -> int:
 def optimizer_bytes(table: dict[str, Any]) -> int:
     """What AdamW keeps of what trains: two float32 moments each, and a float32 master where the weight is none."""
     return sum(r["parameters"] * (8 if r["dtype"] == "float32" else 12) for r in table["rows"] if r["trained"])
+
+
+# -- a process of its own ---------------------------------------------------------------------------------------------
+
+
+def main(path: str) -> int:
+    """Perform the row and write its outcome; 130 if it was stopped (and saved), 1 if it failed."""
+    spec: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    threading.Thread(target=_stop_with, args=(spec["parent"],), daemon=True).start()
+    code = 0
+    try:
+        found = perform(spec)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as e:  # it is told to the parent, which goes on with other rows
+        traceback.print_exc()
+        found = {"error": str(e) if isinstance(e, OpticNerveError) else f"{type(e).__name__}: {e}"}
+        code = 1
+    atomic.write_json(Path(spec["outcome"]), found, default=str)
+    return code
+
+
+def _stop_with(parent: int) -> None:
+    """Stop, and save, when the process that waits for this one is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

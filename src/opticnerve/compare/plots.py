@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from opticnerve.common.drawing import (
-    BLUE,
-    FAINT,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PURPLE,
-    RED,
-    figure_of,
-    save,
-    smooth,
-    tidy,
-    title_of,
-    words,
-)  # fmt: skip
+from opticnerve.common import drawing
+from opticnerve.common.drawing import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, RED, figure_of, save, words
 from opticnerve.compare.stats import Estimate
 
 _STYLES = tuple(
@@ -36,14 +24,9 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def dots(
-    panels: Mapping[str, Mapping[str, Estimate | None]],
-    path: Path,
-    *,
-    title: str,
-    note: str,
-    lines: Mapping[str, float] | None = None,
-    line_label: str = "",
-) -> Path:
+    panels: Mapping[str, Mapping[str, Estimate | None]], path: Path, *, title: str, note: str,
+    lines: Mapping[str, float] | None = None, line_label: str = "",
+) -> Path:  # fmt: skip
     """Accuracies with whiskers, a row per system and a panel per group of questions.
 
     Args:
@@ -56,8 +39,9 @@ def dots(
         for y, name in enumerate(names):
             found = panel.get(name)
             if found is not None:
-                ends = [[found.mean - found.low], [found.high - found.mean]]
-                axes.errorbar([found.mean], [y], xerr=ends, fmt="o", color=BLUE, ecolor=INK, elinewidth=1.2, capsize=3)
+                axes.errorbar(
+                    [found.mean], [y], xerr=_ends(found), fmt="o", color=BLUE, ecolor=INK, elinewidth=1.2, capsize=3
+                )
         if lines and group in lines:
             axes.axvline(lines[group], color=ORANGE, linestyle="--", linewidth=1.4, label=line_label)
         axes.set_xlim(-0.03, 1.03)
@@ -65,13 +49,14 @@ def dots(
         axes.set_xticks([0, 0.5, 1])
         axes.set_title(group, fontsize=10.5, color=INK, **words())
         axes.set_ylim(len(names) - 0.4, -0.6)
-        tidy(axes)
+        drawing.tidy(axes)
         axes.grid(axis="x", color=FAINT, linewidth=0.9)
     grid[0].set_yticks(range(len(names)), names, fontsize=9.5)
     if lines:
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(handles[:1], labels[:1], loc="outside lower center", frameon=False, fontsize=9)
-    _heading(figure, title, note)
+    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, **words())
+    figure.text(0.01, 1 - 0.42 / figure.get_figheight(), note, fontsize=9.5, color="#5A6069", va="top")
     return save(figure, path)
 
 
@@ -85,38 +70,29 @@ def scatter(
     drawn: Counter[float] = Counter()
     for i, (name, (cost, found)) in enumerate(points.items()):
         colour = _STYLES[i % len(_STYLES)][0]
-        ends = [[found.mean - found.low], [found.high - found.mean]]
         # Rows of one and the same cost stand side by side, 9 pt apart, and not on top of each other.
         aside = 9 * (drawn[cost] - (many[cost] - 1) / 2) / 72
         drawn[cost] += 1
         axes.errorbar(
-            [cost], [found.mean], yerr=ends, fmt=_MARKS[i % len(_MARKS)], color=colour, ecolor=colour, elinewidth=1.2,
-            capsize=3, markersize=7, label=name,
+            [cost], [found.mean], yerr=_ends(found), fmt=_MARKS[i % len(_MARKS)], color=colour, ecolor=colour,
+            elinewidth=1.2, capsize=3, markersize=7, label=name,
             transform=axes.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans),
         )  # fmt: skip
-    _room(axes, list(points.values()), log)
+    if points:  # limits by hand: matplotlib does not see marks that were moved aside
+        costs, ends = [c for c, _ in points.values()], [e for _, e in points.values()]
+        low, high = min(costs), max(costs)
+        if log and low > 0:
+            axes.set_xscale("log")
+            axes.set_xlim(low / 1.6, high * 1.6)
+        else:
+            pad = 0.15 * (high - low) or max(1.0, 0.15 * high)
+            axes.set_xlim(low - pad, high + pad)
+        axes.set_ylim(max(-0.02, min(e.low for e in ends) - 0.04), min(1.02, max(e.high for e in ends) + 0.04))
     axes.set_xlabel(x)
     axes.set_ylabel("accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    title_of(axes, title, note)
-    tidy(axes)
-    return save(figure, path)
-
-
-def _room(axes: Axes, points: Sequence[tuple[float, Estimate]], log: bool) -> None:
-    """Limits by hand: matplotlib does not see marks that were moved aside."""
-    if not points:
-        return
-    costs = [c for c, _ in points]
-    low, high = min(costs), max(costs)
-    if log and low > 0:
-        axes.set_xscale("log")
-        axes.set_xlim(low / 1.6, high * 1.6)
-    else:
-        pad = 0.15 * (high - low) or max(1.0, 0.15 * high)
-        axes.set_xlim(low - pad, high + pad)
-    axes.set_ylim(max(-0.02, min(e.low for _, e in points) - 0.04), min(1.02, max(e.high for _, e in points) + 0.04))
+    return save(_finished(figure, axes, title, note), path)
 
 
 def bands(
@@ -130,10 +106,8 @@ def bands(
     """
     figure = figure_of(8.6, 4.8)
     axes = figure.subplots()
-    for (name, seeds), (colour, style) in zip(
-        curves.items(), _STYLES * (1 + len(curves) // len(_STYLES)), strict=False
-    ):
-        drawable = [(np.asarray(p, float), smooth(np.asarray(v, float))) for p, v in seeds if len(v)]
+    for (name, seeds), (colour, style) in zip(curves.items(), cycle(_STYLES), strict=False):
+        drawable = [(np.asarray(p, float), drawing.smooth(np.asarray(v, float))) for p, v in seeds if len(v)]
         if not drawable:
             continue
         start, end = max(p[0] for p, _ in drawable), min(p[-1] for p, _ in drawable)
@@ -147,9 +121,7 @@ def bands(
     axes.set_xlabel(x)
     axes.set_ylabel("loss (nats per trained token)")
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    title_of(axes, title, note)
-    tidy(axes)
-    return save(figure, path)
+    return save(_finished(figure, axes, title, note), path)
 
 
 def bars(values: Mapping[str, float], path: Path, *, title: str, note: str, x: str) -> Path:
@@ -163,11 +135,14 @@ def bars(values: Mapping[str, float], path: Path, *, title: str, note: str, x: s
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlim(0, max([*values.values(), 1e-9]) * 1.15)
     axes.set_xlabel(x)
-    title_of(axes, title, note)
-    tidy(axes)
-    return save(figure, path)
+    return save(_finished(figure, axes, title, note), path)
 
 
-def _heading(figure: object, title: str, note: str) -> None:
-    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, **words())  # type: ignore[attr-defined]
-    figure.text(0.01, 1 - 0.42 / figure.get_figheight(), note, fontsize=9.5, color="#5A6069", va="top")  # type: ignore[attr-defined]
+def _ends(found: Estimate) -> list[list[float]]:
+    return [[found.mean - found.low], [found.high - found.mean]]
+
+
+def _finished(figure: Figure, axes: Axes, title: str, note: str) -> Figure:
+    drawing.title_of(axes, title, note)
+    drawing.tidy(axes)
+    return figure

@@ -12,27 +12,34 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+
+from opticnerve.common import atomic
 from opticnerve.common.markdown import duration
 from opticnerve.common.version import __version__
 from opticnerve.compare.base import Raw
 from opticnerve.types import OpticNerveError
 
 SPEC, OUTCOME, RECORD, LOG = "spec.json", "outcome.json", "row.json", "log.txt"
+_write = partial(atomic.write_json, default=str)
 
 
 @dataclass(frozen=True)
-class Row:
+class ExperimentRow:
     """One line of an experiment.
 
     Args:
-        name: also its folder's. systems: what it answers the questions as, name → title; a training may be asked in
-            several ways. recipe: what is trained, None where nothing is. asks: further ways to ask, `{"ask": …}` as in
-            `opticnerve.compare.asking`. needs: rows of the same seed whose models it asks. keep_weights: such a model
-            is this row's. of: the recipes of those rows, for its result is as old as theirs.
+        name: also its folder's. systems: what it answers the questions as, name → title. recipe: what is trained, None
+            where nothing is. asks: further ways to ask, `{"ask": …}` as in `compare.perform`. needs: rows of the same
+            seed whose models it asks. keep_weights: such a model is this row's. of: the recipes of those rows, for its
+            result is as old as theirs.
     """
 
     name: str
@@ -48,7 +55,7 @@ class Row:
 class RowResult:
     """A row with one seed: its record if it is finished, what went wrong if it is not."""
 
-    row: Row
+    row: ExperimentRow
     seed: int
     folder: Path
     record: dict[str, Any] | None = None
@@ -62,44 +69,39 @@ class RunOptions:
 
     Args:
         isolated: each in a process of its own, so that its peak of memory is its own. memory_steps: the peak of
-            training alone is measured, with the first seed, by so many steps of each stage in a further process; 0 for
-            not at all.
-        keep_models: leave the weights of finished rows on disk.
+            training alone is measured, with the first seed, by so many steps of each stage in a further process; 0: not
+            at all. keep_models: leave the weights of finished rows on disk.
     """
 
     isolated: bool = False
     memory_steps: int = 0
     keep_models: bool = False
-    console: Any = field(default=None, compare=False)
+    console: Console | None = field(default=None, compare=False)
 
 
-class Broken(Exception):
+class RowFailed(Exception):
     """A row's process came to an end without a result; the message is its last words."""
 
 
-def identity(row: Row, seed: int) -> str:
+def identity(row: ExperimentRow, seed: int) -> str:
     """What a result belongs to: another recipe, way of asking or version of opticnerve makes it void."""
-    told: dict[str, Any] = {
-        "recipe": with_seed(row, seed),
-        "asks": row.asks,
-        "systems": list(row.systems),
-        "needs": row.needs,
-    }
+    parts: dict[str, Any] = {
+        "recipe": with_seed(row, seed), "asks": row.asks, "systems": list(row.systems), "needs": row.needs,
+    }  # fmt: skip
     if row.of:
-        told["of"] = [recipe | {"seed": seed} for recipe in row.of]
-    text = json.dumps([__version__, told], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        parts["of"] = [recipe | {"seed": seed} for recipe in row.of]
+    return hashlib.sha256(json.dumps([__version__, parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def with_seed(row: Row, seed: int) -> Raw | None:
+def with_seed(row: ExperimentRow, seed: int) -> Raw | None:
     return None if row.recipe is None else row.recipe | {"seed": seed}
 
 
-def folder_of(out: Path, row: Row, seed: int) -> Path:
+def folder_of(out: Path, row: ExperimentRow, seed: int) -> Path:
     return out / "rows" / row.name / f"seed-{seed}"
 
 
-def finished(out: Path, row: Row, seed: int) -> dict[str, Any] | None:
+def finished(out: Path, row: ExperimentRow, seed: int) -> dict[str, Any] | None:
     """The record of a finished row, if it belongs to this very row."""
     path = folder_of(out, row, seed) / RECORD
     if not path.is_file():
@@ -108,40 +110,37 @@ def finished(out: Path, row: Row, seed: int) -> dict[str, Any] | None:
     return record if record.get("identity") == identity(row, seed) else None
 
 
-def run_rows(rows: Sequence[Row], seeds: Sequence[int], out: Path, how: RunOptions) -> list[RowResult]:
+def run_rows(rows: Sequence[ExperimentRow], seeds: Sequence[int], out: Path, options: RunOptions) -> list[RowResult]:
     """Run what is not finished, all rows of a seed before the next seed; what fails is noted, and the next one runs.
-
-    Raises:
-        KeyboardInterrupt: stopped; finished rows are kept, a begun one has been saved.
-    """
-    outcomes: dict[tuple[str, int], RowResult] = {}
+    Stopped by Ctrl-C, finished rows are kept, and a begun one has been saved."""
+    results: dict[tuple[str, int], RowResult] = {}
     wanted = [(row, seed) for seed in seeds for row in rows]
     seconds: dict[str, list[float]] = {}
     for number, (row, seed) in enumerate(wanted, 1):
-        outcome = outcomes[row.name, seed] = RowResult(row, seed, folder_of(out, row, seed))
-        outcome.record = finished(out, row, seed)
-        outcome.kept = outcome.record is not None
-        missing = [n for n in row.needs if (n, seed) not in outcomes or outcomes[n, seed].record is None]
-        if outcome.record is None and missing:
-            outcome.error = f"needs {', '.join(missing)}, which did not finish"
-        elif outcome.record is None:
-            probe = how.memory_steps if seed == seeds[0] else 0
-            _run_one(outcome, [folder_of(out, r, seed) for n in row.needs for r in rows if r.name == n], how, probe)
-        if outcome.record is not None:
-            seconds.setdefault(row.name, []).append(outcome.record["wall_seconds"])
-        if how.console is not None:
+        result = results[row.name, seed] = RowResult(row, seed, folder_of(out, row, seed), finished(out, row, seed))
+        result.kept = result.record is not None
+        needs = [results.get((n, seed)) for n in row.needs]
+        missing = [n for n, r in zip(row.needs, needs, strict=True) if r is None or r.record is None]
+        if result.record is None and missing:
+            result.error = f"needs {', '.join(missing)}, which did not finish"
+        elif result.record is None:
+            memory_steps = options.memory_steps if seed == seeds[0] else 0
+            _run_one(result, [r.folder for r in needs if r is not None], options, memory_steps)
+        if result.record is not None:
+            seconds.setdefault(row.name, []).append(result.record["wall_seconds"])
+        if options.console is not None:
             later = [r for r, s in wanted[number:] if finished(out, r, s) is None]
-            how.console.print(
-                _line(outcome, number, len(wanted), time_left(later, seconds)), highlight=False, soft_wrap=True
-            )
-    if not how.keep_models:
-        for outcome in outcomes.values():
-            if outcome.record is not None and not outcome.row.keep_weights:
-                _drop_weights(outcome.folder)
-    return list(outcomes.values())
+            line = _line(result, number, len(wanted), time_left(later, seconds))
+            options.console.print(line, highlight=False, soft_wrap=True)
+    if not options.keep_models:
+        for result in results.values():
+            if result.record is not None and not result.row.keep_weights:
+                for file in result.folder.rglob("*.safetensors"):
+                    file.unlink()
+    return list(results.values())
 
 
-def time_left(later: Sequence[Row], seconds: dict[str, list[float]]) -> float | None:
+def time_left(later: Sequence[ExperimentRow], seconds: dict[str, list[float]]) -> float | None:
     """From what the same rows took with other seeds, else from the mean of all that is known."""
     known = [s for each in seconds.values() for s in each]
     if not later or not known:
@@ -150,39 +149,35 @@ def time_left(later: Sequence[Row], seconds: dict[str, list[float]]) -> float | 
     return sum(sum(s) / len(s) if (s := seconds.get(row.name)) else usual for row in later)
 
 
-def _run_one(outcome: RowResult, needs: list[Path], how: RunOptions, probe: int) -> None:
-    row, seed, folder = outcome.row, outcome.seed, outcome.folder
+def _run_one(result: RowResult, needs: list[Path], options: RunOptions, memory_steps: int) -> None:
+    row, seed, folder = result.row, result.seed, result.folder
     mine = identity(row, seed)
-    _claim_folder(folder, mine, how.console)
+    _claim_folder(folder, mine, options.console)
     spec = {
         "recipe": with_seed(row, seed), "folder": str(folder), "asks": list(row.asks), "systems": list(row.systems),
         "needs": [str(n) for n in needs],
     }  # fmt: skip
     _write(folder / SPEC, {"identity": mine, **spec})
     begun = time.perf_counter()
-    perform = in_process if how.isolated else _here
     try:
-        if how.console is None:
-            found = perform(spec)
-        else:
-            with how.console.status(f"{row.name}, seed {seed} …"):
-                found = perform(spec)
+        with nullcontext() if options.console is None else options.console.status(f"{row.name}, seed {seed} …"):
+            found = in_process(spec) if options.isolated else _here(spec)
         took = time.perf_counter() - begun
-        if probe and spec["recipe"] is not None:
-            found["facts"]["peak_training_bytes"] = _peak_of_training(spec, probe)
+        if memory_steps and spec["recipe"] is not None:
+            found["facts"]["peak_training_bytes"] = _peak_of_training(spec, memory_steps)
     except Exception as e:  # whatever it is, the other rows are worth their time
-        outcome.error = str(e) if isinstance(e, OpticNerveError | Broken) else f"{type(e).__name__}: {e}"
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        result.error = str(e) if isinstance(e, OpticNerveError | RowFailed) else f"{type(e).__name__}: {e}"
+        atomic.write(folder / "error.txt", traceback.format_exc())
         return
     (folder / "error.txt").unlink(missing_ok=True)
-    outcome.record = {
+    result.record = {
         "identity": mine, "row": row.name, "seed": seed, "opticnerve": __version__,
         "wall_seconds": round(took, 3), **found,
     }  # fmt: skip
-    _write(folder / RECORD, outcome.record)
+    _write(folder / RECORD, result.record)
 
 
-def _claim_folder(folder: Path, mine: str, console: Any) -> None:
+def _claim_folder(folder: Path, mine: str, console: Console | None) -> None:
     """A run of another recipe is set aside, not deleted: it may have taken hours."""
     spec = folder / SPEC
     if spec.is_file() and json.loads(spec.read_text(encoding="utf-8")).get("identity") != mine:
@@ -203,18 +198,18 @@ def in_process(spec: dict[str, Any]) -> dict[str, Any]:
     """Run a row in a process of its own; what it prints stands in its folder's log.txt.
 
     Raises:
-        OpticNerveError: what the row raised. Broken: it died without a word.
+        RowFailed: what the row raised, or that it died without a word.
         KeyboardInterrupt: this process or that one was stopped; the row has been saved.
     """
     folder = Path(spec["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    told, outcome = folder / "worker.json", folder / OUTCOME
-    _write(told, spec | {"outcome": str(outcome), "parent": os.getpid()})
+    job, outcome = folder / "worker.json", folder / OUTCOME
+    _write(job, spec | {"outcome": str(outcome), "parent": os.getpid()})
     outcome.unlink(missing_ok=True)
     with (folder / LOG).open("ab") as log:
         # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes on exactly one.
         child = subprocess.Popen(
-            [sys.executable, "-m", "opticnerve.compare.worker", str(told)], stdout=log, stderr=log,
+            [sys.executable, "-m", "opticnerve.compare.perform", str(job)], stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -230,12 +225,14 @@ def in_process(spec: dict[str, Any]) -> dict[str, Any]:
         raise KeyboardInterrupt
     if not outcome.is_file():
         last = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise Broken(f"its process ended with code {code}; {folder / LOG} ends with: {' '.join(last) or '(nothing)'}")
+        raise RowFailed(
+            f"its process ended with code {code}; {folder / LOG} ends with: {' '.join(last) or '(nothing)'}"
+        )
     found: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))
     outcome.unlink()
-    told.unlink()
+    job.unlink()
     if "error" in found:
-        raise Broken(found["error"])
+        raise RowFailed(found["error"])
     return found
 
 
@@ -252,29 +249,12 @@ def _peak_of_training(spec: dict[str, Any], steps: int) -> int | None:
     return None if "diverged" in found else int(found["facts"]["peak_memory_bytes"])
 
 
-def _drop_weights(folder: Path) -> None:
-    for file in folder.rglob("*.safetensors"):
-        file.unlink()
-
-
-def _line(outcome: RowResult, number: int, count: int, left: float | None) -> str:
-    head = f"{number:>3}/{count}  {outcome.row.name:<28} seed {outcome.seed}  "
-    if outcome.record is None:
-        return f"{head}[red]failed[/]: {_escaped(str(outcome.error))}"
-    shown = [f"{outcome.record['facts']['accuracy'][s]:.1%}" for s in outcome.row.systems
-             if s in outcome.record["facts"].get("accuracy", {})]  # fmt: skip
-    took = "kept" if outcome.kept else duration(outcome.record["wall_seconds"])
+def _line(result: RowResult, number: int, count: int, left: float | None) -> str:
+    head = f"{number:>3}/{count}  {result.row.name:<28} seed {result.seed}  "
+    if result.record is None:
+        return f"{head}[red]failed[/]: {escape(str(result.error))}"
+    accuracy = result.record["facts"].get("accuracy", {})
+    shown = [f"{accuracy[s]:.1%}" for s in result.row.systems if s in accuracy]
+    took = "kept" if result.kept else duration(result.record["wall_seconds"])
     wait = "" if left is None else f"; about {duration(left)} left"
-    return f"{head}{', '.join(shown) or outcome.record.get('diverged', '')}  ({took}{wait})"
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _write(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    return f"{head}{', '.join(shown) or result.record.get('diverged', '')}  ({took}{wait})"

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from opticnerve.evaluation.metrics import wilson_interval
 
@@ -39,12 +38,8 @@ class Estimate:
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
-def over_seeds(scores_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
-    """The mean score and its interval; None where there is nothing to average.
-
-    Args:
-        scores_SQ: (seeds, questions), scores in [0, 1].
-    """
+def over_seeds(scores_SQ: ArrayLike, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
+    """The mean of scores in [0, 1], of shape (seeds, questions), and its interval; None where there are none."""
     scores_SQ = _table(scores_SQ)
     seeds, questions = scores_SQ.shape
     if not scores_SQ.size:
@@ -59,12 +54,9 @@ def over_seeds(scores_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate
     return Estimate(mean, *ends, seeds, questions)
 
 
-def difference(first_SQ: Any, second_SQ: Any, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
-    """First minus second on the same questions, paired by question; seeds are drawn for each by itself.
-
-    Args:
-        first_SQ, second_SQ: (seeds, questions) each; numbers of seeds may differ, columns are the same questions.
-    """
+def difference(first_SQ: ArrayLike, second_SQ: ArrayLike, *, seed: int = 0, draws: int = DRAWS) -> Estimate | None:
+    """First minus second, (seeds, questions) each, paired by question; seeds, of which there may be more of one, are
+    drawn for each by itself."""
     first_SQ, second_SQ = _table(first_SQ), _table(second_SQ)
     if first_SQ.shape[1] != second_SQ.shape[1]:
         raise ValueError(f"{first_SQ.shape[1]} questions against {second_SQ.shape[1]}; give both the same ones")
@@ -120,7 +112,7 @@ def failed(loss: Sequence[float]) -> str | None:
     return None
 
 
-def _table(scores: Any) -> Array:
+def _table(scores: ArrayLike) -> Array:
     table = np.asarray(scores, dtype=float)
     if table.ndim != 2:
         raise ValueError(f"scores want the shape (seeds, questions), not {table.shape}")
@@ -129,20 +121,16 @@ def _table(scores: Any) -> Array:
 
 def _counts(rng: np.random.Generator, questions: int, draws: int) -> Array:
     """How often each question is in each draw: (draws, questions), as shares of the draw."""
-    chunks = [
-        rng.multinomial(questions, np.full(questions, 1 / questions), size=min(_AT_ONCE, draws - start)).astype(
-            np.float32
-        )
-        for start in range(0, draws, _AT_ONCE)
-    ]
+    equal_Q = np.full(questions, 1 / questions)
+    sizes = [min(_AT_ONCE, draws - start) for start in range(0, draws, _AT_ONCE)]
+    chunks = [rng.multinomial(questions, equal_Q, size=size).astype(np.float32) for size in sizes]
     return np.concatenate(chunks) / questions  # type: ignore[return-value]
 
 
 def _seed_means(scores_SQ: Array, counts_BQ: Array, rng: np.random.Generator) -> Array:
     """(B,): of each draw, the mean over seeds drawn with replacement."""
     by_seed_BS = counts_BQ @ scores_SQ.T
-    seeds = len(scores_SQ)
-    picks_BS = rng.integers(0, seeds, size=(len(counts_BQ), seeds))
+    picks_BS = rng.integers(0, len(scores_SQ), size=by_seed_BS.shape)
     return np.take_along_axis(by_seed_BS, picks_BS, axis=1).mean(1)  # type: ignore[no-any-return]
 
 

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from opticnerve.evaluation.metrics import choice_rank, summarise
-from opticnerve.evaluation.tasks import harness_version
+from opticnerve.evaluation.tasks import Progress, harness_version
 from opticnerve.inference.likelihood import answer_scores
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 
 def run_choice(
-    model: Any,
-    processor: Any,
-    conversations: Sequence[Conversation],
-    *,
-    name: str,
-    others: int = 9,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+    model: Any, processor: Any, conversations: Sequence[Conversation], *, name: str, others: int = 9, seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """An entry of results.json's `tasks`: how often the true answer is likelier than `others` answers of other
     pictures.
 
@@ -34,8 +28,9 @@ def run_choice(
     rng = random.Random(seed)
     rows = []
     for done, conversation in enumerate(conversations, start=1):
-        mine = {a for c, a in zip(conversations, answers, strict=True) if _same_picture(c, conversation)}
-        pool = sorted({str(a) for a in answers} - {str(a) for a in mine})
+        shown = [p.source for p in conversation.pieces]
+        mine = {str(c.answer) for c in conversations if [p.source for p in c.pieces] == shown}
+        pool = sorted({str(a) for a in answers} - mine)
         if len(pool) < others:
             raise OpticNerveError(f"only {len(pool)} other captions to choose from; {others} are needed")
         candidates = [str(conversation.answer), *rng.sample(pool, others)]
@@ -46,24 +41,15 @@ def run_choice(
 
 
 def run_multiple_choice(
-    model: Any,
-    processor: Any,
-    conversations: Sequence[Conversation],
-    *,
-    name: str,
-    progress: Callable[[int, int], None] | None = None,
+    model: Any, processor: Any, conversations: Sequence[Conversation], *, name: str, progress: Progress | None = None
 ) -> dict[str, Any]:
     """An entry of results.json's `tasks`: how often the right one of a question's own choices is the likeliest answer.
 
     `meta["choices"]` holds them. `accuracy` goes by the mean log-probability of an answer's tokens, as in `run_choice`;
     `accuracy_by_sum` by the probability of the whole answer, which favours short ones. A tie is no win. `chance` is
-    the mean of 1 / number of choices.
-
-    Raises:
-        DataError: a question without choices, or whose answer is not one of them.
+    the mean of 1 / number of choices. A question whose answer is none of its choices is a DataError.
     """
-    by_mean: list[float] = []
-    by_sum: list[float] = []
+    by: dict[Literal["mean", "sum"], list[float]] = {"mean": [], "sum": []}
     chances: list[float] = []
     for done, conversation in enumerate(conversations, start=1):
         choices = [str(c) for c in conversation.meta.get("choices") or ()]
@@ -73,18 +59,15 @@ def run_multiple_choice(
                 f"the answer {conversation.answer!r} stands against {len(choices)} choices", where=where,
                 remedy="give choices, a list of two or more, and answer, one of them", kind="choices",
             )  # fmt: skip
-        others = [c for c in choices if c != conversation.answer]
-        for found, over in ((by_mean, "mean"), (by_sum, "sum")):
-            best, *rest = answer_scores(model, processor, conversation, [str(conversation.answer), *others], over=over)  # type: ignore[arg-type]
+        candidates = [str(conversation.answer), *(c for c in choices if c != conversation.answer)]
+        for over, found in by.items():
+            best, *rest = answer_scores(model, processor, conversation, candidates, over=over)
             found.append(float(all(best > other for other in rest)))
         chances.append(1 / len(choices))
         if progress is not None:
             progress(done, len(conversations))
+    harness = f"opticnerve multiple choice by likelihood {harness_version()}"
     return {
-        "name": name, "harness": f"opticnerve multiple choice by likelihood {harness_version()}", **summarise(by_mean),
-        "accuracy_by_sum": summarise(by_sum)["accuracy"], "chance": sum(chances) / len(chances),
+        "name": name, "harness": harness, **summarise(by["mean"]),
+        "accuracy_by_sum": summarise(by["sum"])["accuracy"], "chance": sum(chances) / len(chances),
     }  # fmt: skip
-
-
-def _same_picture(a: Conversation, b: Conversation) -> bool:
-    return [p.source for p in a.pieces] == [p.source for p in b.pieces]

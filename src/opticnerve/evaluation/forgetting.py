@@ -2,9 +2,7 @@
 
 Three looks at the language model alone, before any training and after each stage: perplexity on a fixed English text,
 answers to fixed text-only questions, and a fingerprint of its logits, which must not change while only the connector
-trains.
-
-The text and the questions were written for this project, so that no language model has been trained on them.
+trains. Text and questions were written for this project, so that no language model has been trained on them.
 """
 
 from __future__ import annotations
@@ -34,14 +32,9 @@ _POSITIONS = 256  # positions whose log-probabilities are taken at a time
 
 
 def perplexity(
-    language_model: nn.Module,
-    tokenizer: Any,
-    *,
-    text: str | None = None,
-    tokens: int | None = 20_480,
-    window: int = 1024,
-    batch_size: int = 4,
-) -> dict[str, Any]:
+    language_model: nn.Module, tokenizer: Any, *, text: str | None = None, tokens: int | None = 20_480,
+    window: int = 1024, batch_size: int = 4,
+) -> dict[str, Any]:  # fmt: skip
     """Perplexity of a causal language model on a text, read in windows that do not overlap.
 
     Every token but the text's first is predicted exactly once, from the tokens before it in its window; the mean is
@@ -49,10 +42,7 @@ def perplexity(
 
     Args:
         language_model: its `forward(input_ids=…)` returns `.logits` of shape (batch, tokens, vocabulary).
-        tokenizer: a transformers tokenizer.
-        text: the text; opticnerve's held-out text if None.
-        tokens: how many tokens to predict, from the start of the text; None for all of it. A shorter text gives fewer
-            (another tokenizer may need fewer for our text): the result's `tokens` says how many it were.
+        text: opticnerve's held-out text if None. tokens: how many to predict, from its start; None for all of it.
         window: tokens that the model sees at once; cut to the model's `max_position_embeddings` if that is smaller.
         batch_size: windows in a forward pass; fewer if their logits would exceed half a gigabyte.
 
@@ -83,13 +73,9 @@ def perplexity(
             "the language model's logits are not finite: its weights are broken, or overflow in this dtype"
         )
     return {
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
-        "nll": nll,
-        "tokens": len(ids) - 1,
-        "window": window,
-        "seconds": time.perf_counter() - start,
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
+        "perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll, "tokens": len(ids) - 1, "window": window,
+        "seconds": time.perf_counter() - start, "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }  # fmt: skip
 
 
 def text_answers(generate: Generate) -> list[dict[str, Any]]:
@@ -114,37 +100,26 @@ def text_probe(language_model: nn.Module, tokenizer: Any) -> str:
 
 
 def forgetting_entry(
-    after: str,
-    language_model: nn.Module,
-    tokenizer: Any,
-    generate: Generate,
-    *,
-    untouched: dict[str, Any] | None = None,
-    reuse_identical: bool = False,
-    tokens: int | None = 20_480,
-) -> dict[str, Any]:
+    after: str, language_model: nn.Module, tokenizer: Any, generate: Generate, *,
+    untouched: dict[str, Any] | None = None, reuse_identical: bool = False, tokens: int | None = 20_480,
+) -> dict[str, Any]:  # fmt: skip
     """One entry of "forgetting" in results.json: all three looks after a stage (or "untouched").
 
     Args:
         after: the stage's name, or "untouched".
-        language_model, tokenizer, generate, tokens: as for `perplexity` and `text_answers`.
         untouched: the entry from before training; with it, `logits_identical` is true or false, otherwise None.
-        reuse_identical: if the logits are bit-identical to the untouched ones, copy perplexity and (greedy) answers
-            instead of computing the same again; the entry then says so under `same_as`. For stages in which no weight
-            of the language model is open.
+        reuse_identical: if the logits are bit-identical to the untouched ones, copy its numbers and say so under
+            `same_as`. For stages in which no weight of the language model is open.
     """
     probe = text_probe(language_model, tokenizer)
     if reuse_identical and untouched is not None and probe == untouched["probe"]:
         return {**untouched, "after": after, "logits_identical": True, "same_as": untouched["after"], "seconds": 0.0}
     answers = text_answers(generate)
     return {
-        "after": after,
-        **perplexity(language_model, tokenizer, tokens=tokens),
-        "answers": answers,
-        "answers_hold": sum(bool(a["holds"]) for a in answers),
-        "probe": probe,
+        "after": after, **perplexity(language_model, tokenizer, tokens=tokens), "answers": answers,
+        "answers_hold": sum(bool(a["holds"]) for a in answers), "probe": probe,
         "logits_identical": None if untouched is None else probe == untouched["probe"],
-    }
+    }  # fmt: skip
 
 
 def holds_expected(answer: str, expected: Sequence[str]) -> bool:
@@ -160,10 +135,8 @@ def held_out_text() -> str:
 
 def questions() -> list[dict[str, Any]]:
     """The fixed text-only questions, each with the words of which a right answer holds one."""
-    loaded: list[dict[str, Any]] = json.loads(
-        (files("opticnerve.evaluation") / "texts" / "questions.json").read_text(encoding="utf-8")
-    )
-    return loaded
+    text = (files("opticnerve.evaluation") / "texts" / "questions.json").read_text(encoding="utf-8")
+    return list(json.loads(text))
 
 
 @contextmanager
@@ -189,16 +162,15 @@ def _batches(ids: list[int], window: int, batch_size: int) -> Iterator[tuple[Ten
     """Inputs and targets (one token later), in full windows batch by batch, then the rest on its own."""
     inputs, targets = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
     full = len(inputs) // window * window
-    rows = zip(
-        inputs[:full].view(-1, window).split(batch_size), targets[:full].view(-1, window).split(batch_size), strict=True
-    )
-    yield from (pair for pair in rows if len(pair[0]))
+    for start in range(0, full, batch_size * window):
+        part = slice(start, min(full, start + batch_size * window))
+        yield inputs[part].view(-1, window), targets[part].view(-1, window)
     if full < len(inputs):
         yield inputs[None, full:], targets[None, full:]
 
 
 def _summed_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    logits_NV, targets_N = (logits_BTV.flatten(0, 1), targets_BT.flatten().to(logits_BTV.device))
+    logits_NV, targets_N = logits_BTV.flatten(0, 1), targets_BT.flatten().to(logits_BTV.device)
     pairs = zip(logits_NV.split(_POSITIONS), targets_N.split(_POSITIONS), strict=True)
     # Sums of thousands of terms lose digits in float32.
     return torch.stack([F.cross_entropy(x.float(), y, reduction="none").double().sum().cpu() for x, y in pairs]).sum()

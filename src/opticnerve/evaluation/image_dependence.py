@@ -31,10 +31,8 @@ def image_dependence(
     """Accuracy on the same questions with the real, a blank and a shuffled picture.
 
     Args:
-        generate: answers prompt conversations, in order.
         conversations: questions with pictures and references (as for `tasks.run_vqa`), from at least two pictures.
-        seed: fixes which picture takes the place of which.
-        progress: called with (done, total) over all three passes.
+        seed: fixes which picture takes the place of which. progress: over all three passes.
 
     Returns: `n`, the accuracies `real`, `blank`, `shuffled`, their `ci95` by the same names, and `real_minus_blank`.
 
@@ -56,7 +54,11 @@ def image_dependence(
     intervals: dict[str, list[float]] = {}
     for done, (name, change) in enumerate(changes.items()):
         seen = [with_pictures(c, change) for c in conversations]
-        report = _part_of_all(progress, done, len(changes))
+
+        def report(k: int, n: int, done: int = done) -> None:
+            if progress is not None:
+                progress(done * n + k, len(changes) * n)
+
         scored = summarise(score_answers(seen, answer_all(generate, seen, report)))
         result[name], intervals[name] = scored["accuracy"], scored["ci95"]
     return {**result, "ci95": intervals, "real_minus_blank": result["real"] - result["blank"], "seed": seed}
@@ -64,11 +66,8 @@ def image_dependence(
 
 def balanced(conversations: Sequence[Conversation], count: int, *, seed: int = 0) -> list[Conversation]:
     """Up to about `count` questions in which the words alone give no clue: each question comes with each of its answers
-    equally often, about different pictures (the balancing of VQA v2, Goyal et al. 2017, section 3).
-
-    Without it, a model that sees nothing may still be right most of the time: nine in ten of easy-VQA's "is there a red
-    shape?" are a no. Questions that have one answer only are left out.
-    """
+    equally often, about different pictures (the balancing of VQA v2, Goyal et al. 2017, section 3). Questions that have
+    one answer only are left out."""
     rng = random.Random(seed)
     by_question: dict[str, dict[str, list[Conversation]]] = {}
     for c in conversations:
@@ -105,9 +104,7 @@ def blank_picture(part: ImagePart, where: str = "") -> ImagePart:
 
 def deranged_pictures(conversations: Sequence[Conversation], seed: int = 0) -> dict[str, ImagePart]:
     """For each distinct picture (by its source) another one: a derangement, the same for the same pictures and seed.
-
-    Pictures are swapped, not questions, so that ten questions about one picture all meet the same wrong one.
-    """
+    Ten questions about one picture all meet the same wrong one."""
     pictures = {_key(p): p for c in conversations for p in c.images}
     if len(pictures) < 2:
         raise OpticNerveError(f"image dependence needs questions about at least two pictures, got {len(pictures)}")
@@ -125,9 +122,3 @@ def _key(part: ImagePart) -> str:
         return f"frame {source.index}/{source.of} {image_digest(source)}"
     data = source if isinstance(source, bytes) else f"{source.mode} {source.size}".encode() + source.tobytes()
     return f"bytes {hashlib.sha256(data).hexdigest()}"
-
-
-def _part_of_all(progress: Progress | None, done: int, passes: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda k, n: progress(done * n + k, passes * n)

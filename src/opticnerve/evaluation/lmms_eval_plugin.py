@@ -72,10 +72,9 @@ class _Model(lmms):  # type: ignore[misc]
         rules = [generation(o) for o in options]
         answers = [""] * len(asked)
         for length in dict.fromkeys(length for length, _ in rules):
-            numbers = [n for n, (mine, _) in enumerate(rules) if mine == length]
-            said = self.answerer.answer(
-                [asked[n] for n in numbers], max_new_tokens=length, batch_size=self.batch_size
-            )  # fmt: skip
+            numbers = [n for n, (most, _) in enumerate(rules) if most == length]
+            mine = [asked[n] for n in numbers]
+            said = self.answerer.answer(mine, max_new_tokens=length, batch_size=self.batch_size)
             for n, text in zip(numbers, said, strict=True):
                 answers[n] = cut(text, rules[n][1])
         return answers
@@ -87,11 +86,8 @@ class OpticNerve(_Model):
     is_simple = False
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The greedy answer to each request, in order.
-
-        Raises:
-            OpticNerveError: a request that asks for sampling or beams, or shows a video.
-        """
+        """The greedy answer to each request, in order; one that asks for sampling or beams, or shows a video, is an
+        error."""
         asked, options = [], []
         for request in requests:
             _, to_messages, how, number, task, split = request.args
@@ -116,9 +112,9 @@ class SimpleOpticNerve(_Model):
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """For each request the *loss* of its continuation, and whether that is the greedy answer.
 
-        lmms-eval 0.7 wants the loss, whatever the name says: its multiple choice takes the smallest, and its own models
-        return the mean negative log-probability of the continuation's tokens. Here its end-of-turn token counts too, as
-        in `opticnerve eval --metric multiple_choice`, and white space around it does not.
+        lmms-eval 0.7 wants the loss, whatever the name says: its multiple choice takes the smallest mean negative
+        log-probability. The end-of-turn token counts too, as in `opticnerve eval --metric multiple_choice`, and white
+        space around the continuation does not.
 
         Raises:
             OpticNerveError: a request without a document (metric `acc_mutual_info`), or one that shows a video.
@@ -185,11 +181,8 @@ def placed(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def generation(options: dict[str, Any]) -> tuple[int, list[str]]:
-    """How many tokens at most, and what ends an answer.
-
-    Raises:
-        OpticNerveError: sampling or beams: a score would not be that of the greedy answer that is given.
-    """
+    """How many tokens at most, and what ends an answer. Sampling and beams are refused: a score would not be that of
+    the greedy answer that is given."""
     # Tasks that say do_sample without a temperature mean greedy: 0 is what lmms-eval's own models take then.
     sampled = options.get("do_sample") and float(options.get("temperature") or 0) > 0
     if sampled or int(options.get("num_beams") or 1) > 1:

@@ -1,8 +1,7 @@
 """Scores for answers and captions, each with the rule that it follows.
 
-Answers are compared after the normalisation of VQAv2's evaluation
-(https://github.com/GT-Vision-Lab/VQA, `vqaEval.py`); captions by CIDEr (Vedantam et al. 2015, arXiv:1411.5726) and
-BLEU-4 (Papineni et al. 2002) from the libraries that the field uses.
+Answers are compared as by VQAv2's evaluation (https://github.com/GT-Vision-Lab/VQA, `vqaEval.py`); captions by CIDEr
+(Vedantam et al. 2015, arXiv:1411.5726) and BLEU-4 (Papineni et al. 2002) from the libraries that the field uses.
 """
 
 from __future__ import annotations
@@ -18,13 +17,8 @@ from opticnerve.types import OpticNerveError, to_install
 Interval = tuple[float, float]
 
 _ARTICLES = {"a", "an", "the"}
-_NUMBERS = dict(
-    zip(
-        ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
-        ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"],
-        strict=True,
-    )
-)
+_COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED)}
 _Z95 = 1.959963984540054
 
 
@@ -32,9 +26,8 @@ def normalise_answer(text: str) -> str:
     """An answer in the form in which answers are compared.
 
     The rule is VQAv2's: lower case; apostrophes dropped; commas within numbers and full stops outside numbers dropped;
-    other punctuation becomes a space; number words up to ten (and "none") become digits; articles are dropped; white
-    space is squeezed. Two departures, both towards fewer surprises: the rule is always applied (VQAv2 skips it when all
-    ten people agree), and apostrophes are dropped where VQAv2 has a table of contractions ("dont" is "don't").
+    other punctuation becomes a space; number words up to ten (and "none") become digits; articles are dropped. It is
+    applied always (VQAv2 skips it when all ten people agree), and knows no table of contractions ("dont" is "don't").
     An answer that the rule would empty ("a", "the", "?") is only lower-cased and stripped.
     """
     text = " ".join(text.lower().split())
@@ -66,8 +59,7 @@ def vqa_soft_accuracy(prediction: str, references: Sequence[str]) -> float:
 def wilson_interval(successes: float, n: int) -> Interval:
     """Wilson's 95 % interval of a share (Wilson 1927), as `(low, high)` within [0, 1]; `(0, 1)` for no observations.
 
-    Sums of partial scores in [0, 1] may be given as `successes`: the interval is then on the wide side, for no such
-    score varies more than a yes-or-no one of the same mean.
+    `successes` may be a sum of partial scores in [0, 1]: the interval is then on the wide side.
     """
     if n < 0 or not -1e-9 <= successes <= n + 1e-9:
         raise ValueError(f"{successes} successes out of {n}")
@@ -98,19 +90,15 @@ def accuracy_by_type(scores: Sequence[float], types: Sequence[str]) -> dict[str,
 def caption_tokens(text: str) -> str:
     """A caption as lower-case words with single spaces between them, punctuation left out.
 
-    It stands in for COCO's PTB tokenizer, which wants Java: on plain captions the two agree but for contractions
-    ("man's" stays one word here, PTB makes "man 's" of it). Scores are therefore comparable among opticnerve's runs and
-    close to, not the same as, those of the COCO server.
+    It stands in for COCO's PTB tokenizer, which wants Java and makes "man 's" of "man's": scores are comparable among
+    opticnerve's runs and close to, not the same as, those of the COCO server.
     """
     return " ".join(re.findall(r"\w+(?:['’-]\w+)*", text.lower()))
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D as COCO computes it (pycocoevalcap; 1.0 here is "100" in papers), document frequencies from `references`.
-
-    Raises:
-        OpticNerveError: pycocoevalcap is missing, or fewer than two pictures (document frequencies would be empty).
-    """
+    """CIDEr-D as COCO computes it (pycocoevalcap; 1.0 here is "100" in papers), document frequencies from `references`,
+    which must be of two pictures or more."""
     _check_captions(predictions, references)
     if len(predictions) < 2:
         raise OpticNerveError("CIDEr weighs words by how many pictures they occur with: give at least two pictures")
@@ -122,11 +110,7 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4 in [0, 1] (sacrebleu, unsmoothed, words of `caption_tokens`); numbers of references may differ.
-
-    Raises:
-        OpticNerveError: sacrebleu is missing, or a picture has no reference.
-    """
+    """Corpus BLEU-4 in [0, 1] (sacrebleu, unsmoothed, words of `caption_tokens`); numbers of references may differ."""
     _check_captions(predictions, references)
     metric = _extra("sacrebleu.metrics").BLEU(tokenize="none", smooth_method="none", force=True)
     most = max(len(r) for r in references)
@@ -136,11 +120,7 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """ROUGE-L (Lin 2004) in [0, 1] as COCO computes it (pycocoevalcap, beta 1.2, words of `caption_tokens`), the mean
-    over pictures.
-
-    Raises:
-        OpticNerveError: pycocoevalcap is missing, or a picture has no reference.
-    """
+    over pictures."""
     _check_captions(predictions, references)
     scorer = _extra("pycocoevalcap.rouge.rouge").Rouge()
     pairs = zip(predictions, references, strict=True)
@@ -152,9 +132,7 @@ def choice_rank(log_likelihoods: Sequence[Sequence[float]], true: int = 0) -> di
     """How often the true caption beats the others by likelihood.
 
     Args:
-        log_likelihoods: for each picture, one number for each caption (say, the true one and nine others). Whether
-            these are sums or means over tokens is the caller's choice and belongs in the report.
-        true: where the true caption stands in each row.
+        log_likelihoods: for each picture, one number for each caption. true: where the true one stands in each row.
 
     Returns: `n`, `accuracy` (share where the true one is best: a tie is no win), `ci95`, `mean_rank` (1 is best),
         `choices`, and `chance`.
@@ -183,6 +161,5 @@ def _extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise OpticNerveError(
-            f"caption scores need {module.split('.')[0]}: {to_install('opticnerve[captions]')} ({e})"
-        ) from e
+        how = to_install("opticnerve[captions]")
+        raise OpticNerveError(f"caption scores need {module.split('.')[0]}: {how} ({e})") from e

@@ -6,6 +6,7 @@ Image Description as a Ranking Task, section 5). A tie is no win.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,10 +26,8 @@ _BLOCK = 1024  # queries whose similarities are held at a time
 
 
 def ranks(query_QD: Vectors, found_MD: Vectors, right: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
-    """For each query the rank (from 1) of the best of its right candidates; wrong ones as near count as nearer.
-
-    `right[q]`: the rows of `found_MD` that are right for query q, one or more.
-    """
+    """For each query the rank (from 1) of the best of its right candidates, `right[q]`, one or more rows of `found_MD`;
+    wrong ones as near count as nearer."""
     if len(query_QD) != len(right) or not all(right):
         raise OpticNerveError(f"{len(query_QD)} queries, {sum(map(bool, right))} of them with something right to find")
     out = []
@@ -91,21 +90,12 @@ def run_retrieval(
 
 
 def run_zero_shot(
-    embedder: Embedder,
-    conversations: Sequence[Conversation],
-    *,
-    name: str,
-    classes: Sequence[str] | None = None,
-    templates: Templates = "photo",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+    embedder: Embedder, conversations: Sequence[Conversation], *, name: str, classes: Sequence[str] | None = None,
+    templates: Templates = "photo", progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """An entry of results.json's `tasks`: each picture's answer chosen among all classes by its nearness alone.
 
-    Args:
-        classes: the closed set; by default all answers that occur.
-
-    Raises:
-        OpticNerveError: fewer than two classes, or an answer outside the closed set.
+    `classes`: the closed set, by default all answers that occur; an answer outside it is an error.
     """
     answers = [caption_of(c) for c in conversations]
     classes = sorted(set(answers)) if classes is None else list(classes)
@@ -129,7 +119,4 @@ def run_zero_shot(
 
 def _chance(k: int, right: int, candidates: int) -> float:
     """That k of the candidates, drawn at random, hold a right one."""
-    missed = 1.0
-    for drawn in range(k):
-        missed *= max(0, candidates - right - drawn) / (candidates - drawn)
-    return 1.0 - missed
+    return 1.0 - math.comb(candidates - right, k) / math.comb(candidates, k)

@@ -6,16 +6,16 @@ batching.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from opticnerve.common import atomic
 from opticnerve.data.media.open import open_image
-from opticnerve.evaluation.judges import SCORERS, Scorer
 from opticnerve.evaluation.metrics import accuracy_by_type, bleu4, cider, normalise_answer, rouge_l, summarise
+from opticnerve.evaluation.scorers import SCORERS, Scorer
 from opticnerve.types import Conversation, DataError, OpticNerveError, TextPart
 
 Generate = Callable[[list[Conversation]], list[str]]
@@ -27,25 +27,16 @@ _THUMBNAIL = 384  # longest side of the pictures kept beside the results
 
 
 def run_vqa(
-    generate: Generate,
-    conversations: Sequence[Conversation],
-    *,
-    name: str,
-    scorer: Scorer = SCORERS["vqa"],
-    keep: int = 24,
-    progress: Progress | None = None,
-    run_dir: Path | None = None,
-) -> dict[str, Any]:
+    generate: Generate, conversations: Sequence[Conversation], *, name: str, scorer: Scorer = SCORERS["vqa"],
+    keep: int = 24, progress: Progress | None = None, run_dir: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Ask every question and compare with the references.
 
     Args:
-        generate: answers prompt conversations, in order.
         conversations: questions with references: `meta["answers"]` (alternatives; ten or more count as the answers of
             as many people and are scored by VQAv2's rule), else the last assistant turn. `meta["type"]` sorts.
-        name: what the data is called in reports ("easy-vqa test").
-        judge: the rule that answers are scored by.
+        name: what the data is called in reports ("easy-vqa test"). scorer: the rule that answers are scored by.
         keep: how many samples to keep for the card, about half of them wrong ones if there are so many.
-        progress: called with (done, total).
         run_dir: if given, the kept samples' pictures are saved small under `run_dir/samples`, so that the run folder
             can be moved, and all answers under `run_dir/answers`; otherwise the pictures' own paths are noted.
 
@@ -68,23 +59,17 @@ def run_vqa(
         **summarise(scores),
         **scorer.report(predictions, references),
         "by_type": accuracy_by_type(scores, [str(c.meta.get("type") or "all") for c in conversations]),
-        "samples": [_with_picture(samples[i], conversations[i], run_dir, f"{name}-{i}") for i in kept],
+        "samples": _with_pictures(kept, samples, conversations, run_dir, name),
     }
 
 
 def run_captions(
-    generate: Generate,
-    conversations: Sequence[Conversation],
-    *,
-    name: str,
-    keep: int = 24,
-    progress: Progress | None = None,
-    run_dir: Path | None = None,
-) -> dict[str, Any]:
-    """Have every picture described and compare with the references: CIDEr, BLEU-4, ROUGE-L.
+    generate: Generate, conversations: Sequence[Conversation], *, name: str, keep: int = 24,
+    progress: Progress | None = None, run_dir: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Have every picture described and compare with the references: CIDEr, BLEU-4, ROUGE-L (`opticnerve[captions]`).
 
-    References are `meta["captions"]` (several), else the last assistant turn; the rest as in `run_vqa`. Needs the extra
-    `opticnerve[captions]`.
+    References are `meta["captions"]` (several), else the last assistant turn; the rest as in `run_vqa`.
     """
     references = [list(c.meta.get("captions") or ()) or _references(c) for c in conversations]
     predictions = answer_all(generate, conversations, progress)
@@ -100,9 +85,7 @@ def run_captions(
         "cider": cider(predictions, references),
         "bleu4": bleu4(predictions, references),
         "rouge_l": rouge_l(predictions, references),
-        "samples": [
-            _with_picture(samples[i], conversations[i], run_dir, f"{name}-{i}") for i in _spread(len(samples), keep)
-        ],
+        "samples": _with_pictures(_spread(len(samples), keep), samples, conversations, run_dir, name),
     }
 
 
@@ -175,11 +158,8 @@ def harness_version() -> str:
 def _references(c: Conversation) -> list[str]:
     references = [str(a) for a in c.meta.get("answers") or ()] or ([c.answer] if c.answer is not None else [])
     if not references:
-        raise DataError(
-            f"question {c.id or '(no id)'} has no reference answer",
-            where=c.where,
-            remedy="give an assistant turn at the end, or meta['answers']",
-        )
+        remedy = "give an assistant turn at the end, or meta['answers']"
+        raise DataError(f"question {c.id or '(no id)'} has no reference answer", where=c.where, remedy=remedy)
     return references
 
 
@@ -191,17 +171,12 @@ def _keep_answers(
     run_dir: Path, name: str, conversations: Sequence[Conversation], samples: list[dict[str, Any]], scores: list[float]
 ) -> None:
     """Every question with its answer, a line each, in `run_dir/answers/NAME.jsonl`."""
-    folder = run_dir / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {
-            "id": c.id, "type": c.meta.get("type"), "question": s["question"], "answer": s["answer"],
-            "prediction": s["prediction"], "right": score,
-        }
-        for c, s, score in zip(conversations, samples, scores, strict=True)
-    ]  # fmt: skip
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / f"{slug(name)}.jsonl").write_text(text, encoding="utf-8")
+    lines = []
+    for c, s, score in zip(conversations, samples, scores, strict=True):
+        said = {key: s[key] for key in ("question", "answer", "prediction")}
+        lines.append({"id": c.id, "type": c.meta.get("type"), **said, "right": score})
+    (run_dir / "answers").mkdir(parents=True, exist_ok=True)
+    atomic.write_lines(run_dir / "answers" / f"{slug(name)}.jsonl", lines, ensure_ascii=False)
 
 
 def slug(name: str) -> str:
@@ -214,34 +189,36 @@ def _describe(c: Conversation) -> dict[str, Any]:
     texts = [p.text.strip() for p in prompt.messages[-1].parts if isinstance(p, TextPart)] if prompt.messages else []
     image = prompt.images[0].source if prompt.images else None
     return {
-        "id": c.id,
-        "image": str(image) if isinstance(image, Path) else None,
+        "id": c.id, "image": str(image) if isinstance(image, Path) else None,
         "question": " ".join(t for t in texts if t),
-    }
+    }  # fmt: skip
 
 
-def _with_picture(sample: dict[str, Any], c: Conversation, run_dir: Path | None, stem: str) -> dict[str, Any]:
-    images = c.prompt().images
-    if run_dir is None or not images:
-        return sample
-    folder = run_dir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / (slug(stem) + ".png")
-    picture = open_image(images[0].source, where=c.where or c.id)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    picture.save(target)
-    return {**sample, "image": target.relative_to(run_dir).as_posix()}
+def _with_pictures(
+    kept: Sequence[int], samples: Sequence[dict[str, Any]], conversations: Sequence[Conversation], run_dir: Path | None,
+    name: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The kept samples; their pictures small beside them, where there is a run folder."""
+    found = []
+    for i in kept:
+        sample, c = samples[i], conversations[i]
+        if run_dir is not None and (images := c.prompt().images):
+            target = run_dir / "samples" / (slug(f"{name}-{i}") + ".png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture = open_image(images[0].source, where=c.where or c.id)
+            picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            picture.save(target)
+            sample = {**sample, "image": target.relative_to(run_dir).as_posix()}
+        found.append(sample)
+    return found
 
 
 def _mixed(right: Sequence[bool], keep: int) -> list[int]:
     """Up to `keep` positions, half of them wrong ones where there are so many, spread over the whole list."""
-    wrongs = [i for i, r in enumerate(right) if not r]
-    rights = [i for i, r in enumerate(right) if r]
+    wrongs, rights = ([i for i, r in enumerate(right) if r == wanted] for wanted in (False, True))
     n_wrong = min(len(wrongs), max(keep // 2, keep - len(rights)))
-    n_right = min(len(rights), keep - n_wrong)
-    return sorted(
-        [wrongs[i] for i in _spread(len(wrongs), n_wrong)] + [rights[i] for i in _spread(len(rights), n_right)]
-    )
+    shown = [wrongs[i] for i in _spread(len(wrongs), n_wrong)]
+    return sorted(shown + [rights[i] for i in _spread(len(rights), keep - n_wrong)])
 
 
 def _spread(n: int, keep: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from opticnerve.common import atomic
 from opticnerve.common.cache import new_folder
 from opticnerve.export import parity, samples
 from opticnerve.export.formats import PLAIN, Format, Options, Proof, Trial, formats
@@ -96,11 +96,11 @@ def _export(
             note = f"no engine has loaded these {to} files, and nobody knows whether they answer as the model does"
             made.notes.append(f"UNCHECKED: {note}")
             again = "Export again without `--unchecked` for proof."
-            (new / "README.md").write_text(f"# UNCHECKED: {note}\n\n{again}\n", encoding="utf-8")
+            atomic.write(new / "README.md", f"# UNCHECKED: {note}\n\n{again}\n")
         else:
             emit("comparing, in a process of its own")
             made.proof = maker.check(new, Trial(model, processor, chosen, wanted, scratch))
             made.notes += made.proof.notes
         record = {k: v for k, v in asdict(made).items() if k != "folder"}
-        (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        atomic.write_json(new / RECORD, record)
     return made

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opticnerve.export import parity
 from opticnerve.export.parity import Reference
-from opticnerve.export.samples import Sample
+from opticnerve.export.samples import ExportSample
 from opticnerve.models.vlm.build import is_gated, merge_adapter
 from opticnerve.registry import Registry
 
@@ -49,7 +49,7 @@ class Trial:
 
     model: Any
     processor: Any
-    samples: Sequence[Sample]
+    samples: Sequence[ExportSample]
     wanted: Sequence[Reference]
     scratch: Path
 
@@ -85,11 +85,8 @@ class Format(ABC):
         """What `program` is told; plain JSON."""
 
     def check(self, folder: Path, trial: Trial) -> Proof:
-        """The engine's answers to the samples, in a process of its own, against ours.
-
-        Raises:
-            OpticNerveError: it does not run, or differs.
-        """
+        """The engine's answers to the samples, in a process of its own, against ours; an error where it does not run,
+        or differs."""
         said = parity.run(self.program, self.job(folder, trial), trial.scratch)
         parity.check_loaded(said)
         found = parity.samples_of(said)
@@ -107,7 +104,7 @@ class Format(ABC):
         """Widths and heights of the samples' pictures."""
         return [(320, 240), (97, 333), (224, 224)]
 
-    def choose(self, samples: Sequence[Sample]) -> list[Sample]:
+    def choose(self, samples: Sequence[ExportSample]) -> list[ExportSample]:
         """Those of the samples that the engine can answer."""
         return list(samples)
 

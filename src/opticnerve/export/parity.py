@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opticnerve.export.samples import Sample
+from opticnerve.common import atomic
+from opticnerve.export.samples import ExportSample
 from opticnerve.inference.generate import Answerer
 from opticnerve.types import OpticNerveError
 
@@ -46,7 +47,7 @@ class Reference:
 
 
 @torch.no_grad()
-def record(model: Any, processor: Any, samples: Sequence[Sample]) -> list[Reference]:
+def record(model: Any, processor: Any, samples: Sequence[ExportSample]) -> list[Reference]:
     """Our model, in float32 on the CPU, on every sample."""
     dtype = model.language_model.dtype
     cast(model.to("cpu").eval(), torch.float32)
@@ -80,11 +81,7 @@ def distance(found_KV: Tensor, wanted_KV: Tensor) -> float:
 
 
 def check_rounding(before: Sequence[Reference], after: Sequence[Reference], dtype: torch.dtype) -> float:
-    """How far merging and folding moved the logits, by the digits that `dtype` has.
-
-    Raises:
-        OpticNerveError: further than rounding explains.
-    """
+    """How far merging and folding moved the logits; an error where it is further than the digits of `dtype` explain."""
     moved = max(distance(a.logits_KV, b.logits_KV) for a, b in zip(after, before, strict=True))
     if not moved <= ROUNDING[dtype]:
         raise OpticNerveError(
@@ -103,14 +100,10 @@ def run(check: str, job: dict[str, Any], scratch: Path, *, python: str | Path = 
     Args:
         job: plain JSON. scratch: a folder for job and answer. python: the interpreter that has the engine.
 
-    Returns:
-        The check's JSON; arrays that it left in `arrays.npz` beside it are under "arrays".
-
-    Raises:
-        OpticNerveError: the check failed; the message ends with its last lines.
+    Returns: the check's JSON; arrays that it left in `arrays.npz` beside it are under "arrays".
     """
     asked, answer = scratch / "job.json", scratch / "answer.json"
-    asked.write_text(json.dumps(job), encoding="utf-8")
+    atomic.write_json(asked, job)
     answer.unlink(missing_ok=True)
     # -P: the folder of the checks is not searched for modules. Threads as many as here, so that sums agree.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
@@ -150,23 +143,17 @@ def samples_of(said: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_loaded(said: dict[str, Any]) -> None:
-    """Every tensor of the folder found its place, and every place its tensor.
-
-    Raises:
-        OpticNerveError: the message lists those that did not.
-    """
+    """Every tensor of the folder found its place, and every place its tensor; an error lists those that did not."""
     if problems := said.get("problems"):
         listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
         raise OpticNerveError(f"{said['engine']} does not find every tensor in its place: {listing}")
 
 
 def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]], engine: str) -> float:
-    """The largest distance of an engine's logits from ours, all samples considered.
+    """The largest distance of an engine's logits from ours, all samples considered. Another prompt, other tokens, other
+    pixels, logits beyond `TOLERANCE` and other greedy tokens are errors.
 
     `found`, for each sample: `text`, `ids`, `logits_KV` (its vocabulary may be longer), `greedy`, perhaps `pixels`.
-
-    Raises:
-        OpticNerveError: another prompt, other tokens, other pixels, logits beyond `TOLERANCE`, or other greedy tokens.
     """
     worst = 0.0
     for number, (ours, theirs) in enumerate(zip(wanted, found, strict=True), start=1):
@@ -199,7 +186,7 @@ def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]],
 def compare_logprobs(
     model: Any,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Sequence[ExportSample],
     wanted: Sequence[Reference],
     said: dict[str, Any],
     banned: Sequence[int],
@@ -209,9 +196,6 @@ def compare_logprobs(
 
     Our model is shown the engine's own words, so that a near tie that falls the other way ends nothing. What the engine
     chose must be our choice, too, or as good as that within twice the tolerance. `banned`: what it was told not to say.
-
-    Raises:
-        OpticNerveError: prompts of other lengths, log-probabilities beyond `tolerance`, or other words.
     """
     dtype = model.language_model.dtype
     cast(model, torch.float32)

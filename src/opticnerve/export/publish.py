@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from opticnerve.common import hub
+from opticnerve.common import atomic, hub
 from opticnerve.export.export import Exported, export
 from opticnerve.export.formats import PLAIN, Options
 from opticnerve.inference.load import resolve
@@ -109,7 +109,7 @@ def write_readme(
     if datasets:
         front["datasets"] = list(datasets)
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    (folder / "README.md").write_text(f"---\n{head}---\n\n{body.strip()}\n\n{_proof(made)}\n", encoding="utf-8")
+    atomic.write(folder / "README.md", f"---\n{head}---\n\n{body.strip()}\n\n{_proof(made)}\n")
 
 
 def run_of(folder: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ RATE = 16_000
 
 
 @dataclass(frozen=True)
-class Sample:
+class ExportSample:
     """One conversation up to the answer, and the files of its pictures in order."""
 
     conversation: Conversation
@@ -40,21 +39,16 @@ class Sample:
     def messages(self) -> list[dict[str, Any]]:
         """In transformers' chat format, pictures by path."""
         shown = iter(self.pictures)
-        return [
-            {
-                "role": m.role,
-                "content": [
-                    {"type": "text", "text": p.text}
-                    if isinstance(p, TextPart)
-                    else {"type": "image", "path": str(next(shown))}
-                    for p in m.parts
-                ],
-            }
-            for m in self.conversation.messages
-        ]
+
+        def part(p: Part) -> dict[str, str]:
+            if isinstance(p, TextPart):
+                return {"type": "text", "text": p.text}
+            return {"type": "image", "path": str(next(shown))}
+
+        return [{"role": m.role, "content": [part(p) for p in m.parts]} for m in self.conversation.messages]
 
 
-def make(folder: Path, *, picture_sizes: Sequence[tuple[int, int]], sees: bool, hears: bool) -> list[Sample]:
+def make(folder: Path, *, picture_sizes: Sequence[tuple[int, int]], sees: bool, hears: bool) -> list[ExportSample]:
     """The samples that a model takes; their pictures are written into `folder`.
 
     Args:
@@ -78,7 +72,7 @@ def make(folder: Path, *, picture_sizes: Sequence[tuple[int, int]], sees: bool, 
             messages.append(Message("user", (*parts, TextPart(words))))
             if answer is not None:
                 messages.append(Message("assistant", (TextPart(answer),)))
-        made.append(Sample(Conversation(tuple(messages)), tuple(files)))
+        made.append(ExportSample(Conversation(tuple(messages)), tuple(files)))
     return made
 
 
@@ -97,9 +91,3 @@ def tone() -> Any:
     """A second of two tones, mono, 16 kHz."""
     time = np.arange(RATE) / RATE
     return (0.3 * np.sin(2 * math.pi * 440 * time) + 0.1 * np.sin(2 * math.pi * 1000 * time)).astype(np.float32)
-
-
-def as_job(samples: Sequence[Sample]) -> list[list[dict[str, Any]]]:
-    """What a check is told of them; plain JSON."""
-    found: list[list[dict[str, Any]]] = json.loads(json.dumps([s.messages() for s in samples]))
-    return found

@@ -1,0 +1,1 @@
+"""Models in use: loaded, asked, and their answers, likelihoods and vectors."""

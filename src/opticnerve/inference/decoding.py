@@ -12,36 +12,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CompileConfig
 
-from opticnerve.common.private_names import CACHE, generation_config, generation_rules
+from opticnerve.common.private_names import CACHE, compile_on_any_device, generation_config, generation_rules
 from opticnerve.models.vlm.modeling import settled_rows
 from opticnerve.models.vlm.prompt import kept
 from opticnerve.ops.fused_decode import FusedDecoder, ReservedLayer, reserve
+from opticnerve.types import OpticNerveError
 
 
 @torch.inference_mode()
 def decode(
-    model: Any,
-    inputs: dict[str, Any],
-    *,
-    max_new_tokens: int,
-    cache: Any = None,
-    fused: FusedDecoder | None = None,
-    drop_finished: bool = True,
-    room: bool = True,
-    seed: int | None = None,
-    **options: Any,
-) -> Iterator[Tensor]:
+    model: Any, inputs: dict[str, Any], *, max_new_tokens: int, cache: Any = None, fused: FusedDecoder | None = None,
+    drop_finished: bool = True, room: bool = True, seed: int | None = None, **options: Any,
+) -> Iterator[Tensor]:  # fmt: skip
     """The next token of each row, (B,), until all rows have ended; a row that has ended goes on with padding.
 
     Args:
-        model: an `OpticNerveForConditionalGeneration`. inputs: as its `forward` takes them, padded on the left.
-        cache: keys and values of the first tokens of `input_ids`, read earlier; it is written to.
-        fused: the language model's fused form, where it has one.
-        drop_finished: rows that have ended leave the batch once half of it has.
-        room: let the cache grow in place. (These two are off only to be measured.)
-        seed: of the draws, with `do_sample=True`.
-        options: as for transformers' `generate`: `eos_token_id`, `pad_token_id`, `do_sample`, `temperature`, `top_p`.
+        inputs: as the model's `forward` takes them, padded on the left. cache: keys and values of the first tokens of
+            `input_ids`, read earlier; it is written to. fused: the language model's fused form, where it has one.
+        drop_finished: rows that have ended leave the batch once half of it has. room: let the cache grow in place.
+            (These two are off only to be measured.)
+        seed: of the draws, with `do_sample=True`. options: as for transformers' `generate`.
 
     A `generation_config` that asks for more than a step per token (`plain`) is transformers' business: all tokens come
     at the end of its `generate`.
@@ -52,7 +44,8 @@ def decode(
         yield from out_BL[:, inputs["input_ids"].shape[1] :].unbind(1)
         return
     ids_BL, media = inputs["input_ids"], {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-    device, ends = ids_BL.device, _ends(config)
+    device = ids_BL.device
+    ends = None if config.eos_token_id is None else torch.tensor(config.eos_token_id, device=device)
     mask_BL = inputs.get("attention_mask")
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
     change = generation_rules(model, config, ids_BL)
@@ -63,9 +56,7 @@ def decode(
     rows_B = torch.arange(len(ids_BL), device=device)  # who the rows of the batch are, as ended ones leave
     live_B = torch.ones_like(rows_B, dtype=torch.bool)
     for number in range(max_new_tokens):
-        scores_BV = logits_BV
-        if change:
-            scores_BV = change(state.ids(), logits_BV.float())
+        scores_BV = change(state.ids(), logits_BV.float()) if change else logits_BV
         if config.do_sample:
             chance_BV = scores_BV.float().softmax(-1)
             chosen_B = torch.multinomial(chance_BV, 1, generator=generator).squeeze(1)
@@ -76,7 +67,7 @@ def decode(
         if len(rows_B) < len(ids_BL):
             said_B = chosen_B.new_full((len(ids_BL),), config.pad_token_id or 0).index_copy_(0, rows_B, chosen_B)
         if ends is not None:
-            live_B = live_B & ~torch.isin(chosen_B, ends.to(device))
+            live_B = live_B & ~torch.isin(chosen_B, ends)
         yield said_B
         count = int(live_B.sum())
         if count == 0 or number + 1 == max_new_tokens:
@@ -103,9 +94,29 @@ def plain(config: Any) -> bool:
     )
 
 
-def _ends(config: Any) -> Tensor | None:
-    ends = config.eos_token_id
-    return None if ends is None else torch.tensor(ends if isinstance(ends, list) else [ends])
+@torch.inference_mode()
+def decode_compiled(
+    model: Any, inputs: dict[str, Any], *, max_new_tokens: int, cache: None = None, fused: Any = None, **options: Any
+) -> Iterator[Tensor]:
+    """As `decode`, by transformers' compiled step over a static cache, for devices where launching costs more than
+    computing; all tokens come at its end. The prompt is read by `model`, the steps are its language model's.
+
+    Raises:
+        OpticNerveError: with cross-attention, or an adapter that steps aside on text: the compiled step knows neither.
+    """
+    language, ids_BL = model.language_model, inputs.pop("input_ids")
+    mask_BL = inputs.pop("attention_mask", None)
+    prompt = model.read(ids_BL, **inputs)
+    if any(seen is not None for seen in prompt.seen.values()) or prompt.rows_B is not None:
+        raise OpticNerveError("compile=True knows neither cross-attention nor lora `when: media`; leave it out")
+    # Else transformers compiles on accelerators alone; who asks on a CPU gets it.
+    config: Any = CompileConfig(mode="reduce-overhead" if model.device.type == "cuda" else "default")
+    compile_on_any_device(config)
+    tokens_BT = language.generate(
+        inputs_embeds=prompt.embeds_BLD, attention_mask=mask_BL, max_new_tokens=max_new_tokens,
+        cache_implementation="static", compile_config=config, **options,
+    )  # fmt: skip
+    yield from tokens_BT.unbind(1)
 
 
 class _State:
@@ -136,11 +147,11 @@ class _State:
             position_ids=position_BL[:, past:], **{CACHE: cache}, **media,
         )  # fmt: skip
         self.cache = out[CACHE]
-        roomy = room and reserve(self.cache, self.new)
+        reserved = room and reserve(self.cache, self.new)
         self.beside = any(seen is not None for seen in kept(self.cache).values())
-        if not roomy or self.beside or self.media_B is not None:
+        if not reserved or self.beside or self.media_B is not None:
             self.fused = None
-        self.roomy = roomy
+        self.reserved = reserved
         if self.fused is not None:
             first_B = self.next_B if self.padded else self.next_B[:1]
             self.tables = self.fused.tables(first_B, self.new)
@@ -178,7 +189,7 @@ class _State:
 
     def can_narrow(self) -> bool:
         """Whether every piece of the state is one that rows can leave."""
-        return self.roomy and not self.beside and all(type(x) is ReservedLayer for x in self.cache.layers)
+        return self.reserved and not self.beside and all(type(x) is ReservedLayer for x in self.cache.layers)
 
     def narrow(self, chosen: Tensor) -> None:
         """Only these rows go on. `chosen`: (rows,) indices."""

@@ -13,13 +13,12 @@ from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.encode.chat_layout import form_of
 from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import encode
-from opticnerve.inference.compiled import decode_compiled
-from opticnerve.inference.decoding import decode
-from opticnerve.inference.shared_prefix import Row, group_rows, layout, media_key, read_shared, refusal, share
+from opticnerve.inference.decoding import decode, decode_compiled
+from opticnerve.inference.shared_prefix import layout, read_shared, share
 from opticnerve.language.thinking import AnswerText, shown
 from opticnerve.models.vlm.processing import stops
 from opticnerve.ops.fused_decode import FusedDecoder
-from opticnerve.types import Conversation, OpticNerveError
+from opticnerve.types import Conversation
 
 
 class Answerer:
@@ -36,14 +35,9 @@ class Answerer:
         self._fused: FusedDecoder | None = None
 
     def answer(
-        self,
-        conversations: Sequence[Conversation],
-        *,
-        max_new_tokens: int = 64,
-        batch_size: int = 16,
-        share_prefix: bool = True,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[str]:
+        self, conversations: Sequence[Conversation], *, max_new_tokens: int = 64, batch_size: int = 16,
+        share_prefix: bool = True, progress: Callable[[int], None] | None = None,
+    ) -> list[str]:  # fmt: skip
         """Greedy answers, one per conversation, in order. Prompts of like length share a batch, padded on the left.
 
         Conversations that show the same media first read them, and all that stands before their first different word,
@@ -54,9 +48,8 @@ class Answerer:
         answers, done = [""] * len(prompts), 0
         try:
             for numbers, inputs, cache in self._batches(prompts, max_new_tokens, batch_size, share_prefix):
-                for i, text in zip(
-                    numbers, self.answer_batch(inputs, cache, max_new_tokens=max_new_tokens), strict=True
-                ):
+                texts = self.answer_batch(inputs, cache, max_new_tokens=max_new_tokens)
+                for i, text in zip(numbers, texts, strict=True):
                     answers[i] = text
                 done += len(numbers)
                 if progress is not None:
@@ -78,16 +71,14 @@ class Answerer:
         sharing = share(self.model, self.processor, prompts, max_new_tokens) if shares else []
         for start in range(0, len(sharing), batch_size):
             rows = sharing[start : start + batch_size]
-            yield [row.number for row in rows], *self.read_shared(rows)
+            pad = self.processor.tokenizer.pad_token_id
+            yield [row.number for row in rows], *read_shared(self.model, pad, rows, self.inputs)
         together = {row.number for row in sharing}
         lengths = [sum(len(m.text) for m in c.messages) for c in prompts]
         alone = sorted((i for i in range(len(prompts)) if i not in together), key=lengths.__getitem__)
         for start in range(0, len(alone), batch_size):
             chosen = alone[start : start + batch_size]
             yield chosen, self.inputs([prompts[i] for i in chosen]), None
-
-    def read_shared(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Any]:
-        return read_shared(self.model, self.processor.tokenizer.pad_token_id, rows, self.inputs)
 
     def answer_batch(self, inputs: Any, cache: Any = None, *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to a batch; `cache` holds what was read of it already."""
@@ -100,18 +91,13 @@ class Answerer:
         return [shown(t) for t in self.processor.batch_decode(tokens_BT, skip_special_tokens=True)]
 
     def stream(
-        self,
-        conversation: Conversation,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        self, conversation: Conversation, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
         seed: int | None = None,
-    ) -> Iterator[str]:
+    ) -> Iterator[str]:  # fmt: skip
         """The answer in pieces as they come. Closing the iterator stops the model after its current token."""
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-        )
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            sampling |= {"temperature": temperature, "top_p": top_p}
         words, answer = _PieceStreamer(self.processor.tokenizer), AnswerText()
         tokens = decode(
             self.model, dict(self.inputs([conversation])), max_new_tokens=max_new_tokens, fused=self.fused(), seed=seed,
@@ -135,7 +121,7 @@ class Answerer:
         that training saw before the answer.
 
         Args:
-            sanitize_control_tokens: as for `data.labels.encode`.
+            sanitize_control_tokens: as for `tokenize.encode`.
         """
         prompts = [
             encode(c.prompt(), self.processor, learn=False, sanitize_control_tokens=sanitize_control_tokens)
@@ -172,38 +158,3 @@ class _PieceStreamer(TextStreamer):
     def take(self) -> list[str]:
         ready, self._ready = [t for t in self._ready if t], []
         return ready
-
-
-def answer_about(
-    answerer: Answerer, conversations: Sequence[Conversation], *, max_new_tokens: int = 64, batch_size: int = 16
-) -> list[str]:
-    """Greedy answers to questions that show the same pictures and sounds, in order: what `Answerer.answer` says, or an
-    error where they cannot share.
-
-    Raises:
-        OpticNerveError: the questions show different media, or differ before these end; or the model's picture is not
-            in the cache.
-    """
-    prompts = [c.prompt() for c in conversations]
-    if not prompts:
-        return []
-    first = [media_key(p) for p in prompts[0].pieces]
-    if any([media_key(p) for p in c.pieces] != first for c in prompts[1:]):
-        raise OpticNerveError("these questions show different pictures; ask them with Answerer.answer")
-    if (why := refusal(answerer.model, answerer.processor)) is not None:
-        raise OpticNerveError(f"{why}; use Answerer.answer")
-    encoded = [encode(p, answerer.processor, learn=False) for p in prompts]
-    rows = group_rows({i: e.input_ids for i, e in enumerate(encoded)}, 0, prompts)
-    if rows[0].shared < encoded[0].media_end:
-        raise OpticNerveError(
-            f"the questions differ at token {rows[0].shared}, before the end of their pictures at "
-            f"{encoded[0].media_end}; put the picture first in each"
-        )
-    answers: list[str] = []
-    try:
-        for start in range(0, len(rows), batch_size):
-            inputs, cache = answerer.read_shared(rows[start : start + batch_size])
-            answers += answerer.answer_batch(inputs, cache, max_new_tokens=max_new_tokens)
-    finally:
-        answerer.release()
-    return answers

@@ -31,7 +31,7 @@ from opticnerve.types import AudioPart, Conversation, ImagePart
 
 
 @dataclass(frozen=True)
-class Row:
+class SharedRow:
     """A question of a group: `number` in the caller's list, its `group`, its tokens, how many of them all rows of the
     group begin with, and the group's first prompt, which shows the media."""
 
@@ -42,16 +42,16 @@ class Row:
     first: Conversation
 
 
-def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_tokens: int) -> list[Row]:
+def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_tokens: int) -> list[SharedRow]:
     """The prompts that share their beginning with another, groups together, like lengths beside each other."""
     by_media: dict[Hashable, list[int]] = {}
     for number, prompt in enumerate(prompts):
         if prompt.pieces:
-            by_media.setdefault(tuple(media_key(p) for p in prompt.pieces), []).append(number)
+            by_media.setdefault(tuple(_media_key(p) for p in prompt.pieces), []).append(number)
     candidates = [numbers for numbers in by_media.values() if len(numbers) > 1]
-    if not candidates or refusal(model, processor) is not None or not processor.tokenizer.is_fast:
+    if not candidates or not _in_cache(model, processor) or not processor.tokenizer.is_fast:
         return []
-    groups: list[list[Row]] = []
+    groups: list[list[SharedRow]] = []
     for numbers in candidates:
         encoded = {i: encode(prompts[i], processor, learn=False) for i in numbers}
         alike: dict[tuple[int, ...], list[int]] = {}
@@ -61,13 +61,14 @@ def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_t
         for members in alike.values():
             rows = {i: encoded[i].input_ids for i in members}
             if len(rows) > 1 and _plain_cache(model, max(map(len, rows.values())) + max_new_tokens):
-                groups.append(group_rows(rows, len(groups), prompts))
+                shared, first = _common(list(rows.values())), prompts[members[0]]
+                groups.append([SharedRow(i, len(groups), ids, shared, first) for i, ids in rows.items()])
     groups.sort(key=lambda rows: max(len(r.ids) for r in rows))
     return [row for rows in groups for row in sorted(rows, key=lambda r: len(r.ids))]
 
 
 def read_shared(
-    model: Any, pad: int, rows: Sequence[Row], inputs_of: Callable[[list[Conversation]], dict[str, Any]]
+    model: Any, pad: int, rows: Sequence[SharedRow], inputs_of: Callable[[list[Conversation]], dict[str, Any]]
 ) -> tuple[dict[str, Tensor], Any]:
     """The batch of these rows as `decode` takes it, and the cache with each group's beginning read."""
     firsts = list({row.group: row for row in rows}.values())
@@ -103,13 +104,10 @@ def layout(heads: Sequence[list[int]], tails: Sequence[list[int]], *, pad: int) 
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def refusal(model: Any, processor: Any) -> str | None:
-    """Why this model's pictures cannot be shared; None if they can."""
-    if processor.reads_questions:
-        return "this connector reads the question with the picture"
-    if any(type(t.fusion).see is not Fusion.see for t in model.towers.values()):
-        return "with cross-attention the pictures stand beside the text"
-    return None
+def _in_cache(model: Any, processor: Any) -> bool:
+    """Whether all that a picture tells is keys and values of the text, the same for every question."""
+    beside = any(type(t.fusion).see is not Fusion.see for t in model.towers.values())
+    return not (beside or processor.reads_questions)
 
 
 def _plain_cache(model: Any, length: int) -> bool:
@@ -123,16 +121,11 @@ def _plain_cache(model: Any, length: int) -> bool:
     )
 
 
-def media_key(piece: ImagePart | AudioPart) -> Hashable:
+def _media_key(piece: ImagePart | AudioPart) -> Hashable:
     """Equal for the same file, the same bytes, or the same object."""
     source = piece.source
     known = source if isinstance(source, Path | bytes) else id(source)
     return type(piece), type(source), known
-
-
-def group_rows(rows: dict[int, list[int]], group: int, prompts: Sequence[Conversation]) -> list[Row]:
-    shared = _common(list(rows.values()))
-    return [Row(i, group, ids, shared, prompts[next(iter(rows))]) for i, ids in rows.items()]
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

@@ -72,9 +72,7 @@ class ZeroShotClassifier:
 
 class ZeroShotPredictor:
     """Answers a question about a picture with the choice that lies nearest to the picture; the question is not read.
-
-    Args: templates: see `TEMPLATES`; "plain" suits answers that are captions already.
-    """
+    "plain" `templates` suit answers that are captions already."""
 
     def __init__(self, embedder: Embedder, templates: Templates = "plain") -> None:
         self.embedder, self.templates = embedder, templates
@@ -91,11 +89,9 @@ class ZeroShotPredictor:
                 f"{conversation.where or conversation.id or 'the question'}: zero-shot classification looks at one "
                 f"picture; there are {len(conversation.images)}"
             )
-        key = tuple(choices)
-        if key not in self._known:
+        if (key := tuple(choices)) not in self._known:
             self._known[key] = ZeroShotClassifier(self.embedder, choices, self.templates)
-        found: list[float] = self._known[key].probabilities([conversation.images[0].source])[0].tolist()
-        return found
+        return list(map(float, self._known[key].probabilities([conversation.images[0].source])[0]))
 
 
 def check_classes(classes: Sequence[str]) -> None:
@@ -113,12 +109,10 @@ def check_classes(classes: Sequence[str]) -> None:
 
 def _templates(templates: Templates) -> Sequence[str]:
     if isinstance(templates, str):
-        if templates in TEMPLATES:
-            return TEMPLATES[templates]
-        if "{}" not in templates:
+        if templates not in TEMPLATES and "{}" not in templates:
             known = ", ".join(TEMPLATES)
             raise OpticNerveError(f"unknown templates {templates!r}; known: {known}; one of your own needs a {{}}")
-        return (templates,)
+        return TEMPLATES.get(templates, (templates,))
     if not templates:
         raise OpticNerveError("the list of templates is empty")
     if bad := [t for t in templates if "{}" not in t]:

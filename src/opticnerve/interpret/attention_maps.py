@@ -11,7 +11,7 @@ equations 5 and 6 (relevance); Shrikumar et al. 2016, Not Just a Black Box (grad
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -54,10 +54,8 @@ def rollout(attention_NHLL: Tensor) -> Tensor:
 
 
 def relevance_row(attention_NHLL: Tensor, gradient_NHLL: Tensor, position: int) -> Tensor:
-    """One row of R, where R = 1 and then R ← R + Ā R layer by layer, Ā the heads' mean of (∇A ⊙ A)⁺.
-
-    Row by row from the last layer down, r ← r + r Ā, which is the same and needs no product of matrices.
-    """
+    """One row of R, where R = 1 and then R ← R + Ā R layer by layer, Ā the heads' mean of (∇A ⊙ A)⁺: from the last
+    layer down, r ← r + r Ā, which is the same and needs no product of matrices."""
     weighted_NLL = (attention_NHLL * gradient_NHLL).clamp_min(0).mean(1)
     row_L = weighted_NLL.new_zeros(weighted_NLL.shape[-1])
     row_L[position] = 1
@@ -67,11 +65,7 @@ def relevance_row(attention_NHLL: Tensor, gradient_NHLL: Tensor, position: int) 
 
 
 def pick(weights_NHQK: Tensor, layer: int | None, head: int | None) -> Tensor:
-    """One layer and head, or the mean over those that are not named: (Q, K).
-
-    Raises:
-        OpticNerveError: there is no such layer or head; the message says how many there are.
-    """
+    """One layer and head, or the mean over those that are not named: (Q, K). Raises where there is no such one."""
     for name, number, dim in (("layer", layer, 0), ("head", head, 1)):
         if number is not None and not 0 <= number < weights_NHQK.shape[dim]:
             raise OpticNerveError(
@@ -112,11 +106,8 @@ def relevance(forced: TeacherForced) -> Tensor:
 
 
 def gradient(forced: TeacherForced) -> Tensor:
-    """|gradient · token| on the encoder's tokens, for each answer token's log-probability: (T, N).
-
-    The encoder's tokens have a place in the picture whatever the connector makes of them. The gradient passes through
-    connector, fusion and language model, so this serves for all of them.
-    """
+    """|gradient · token| on the encoder's tokens, for each answer token's log-probability: (T, N). They have a place in
+    the picture whatever the connector makes of them."""
     with forced.traced() as trace:
         log_p_T, _ = trace.run()
         rows = []
@@ -145,13 +136,11 @@ def cross_weights(forced: TeacherForced) -> Tensor:
     def catch(module: Any, args: tuple[Any, ...], _: Any) -> None:
         caught.append(weights_of(module, *args)[0])
 
-    handles = [layer.cross_attn.register_forward_hook(catch) for layer in forced.tower.fusion.layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in forced.tower.fusion.layers:
+            hooks.callback(layer.cross_attn.register_forward_hook(catch).remove)
         with forced.traced() as trace, torch.no_grad():
             trace.run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack(caught)
 
 

@@ -1,7 +1,9 @@
 """Where a model looks while it answers: for each word of its answer a map over the picture, by one or more methods.
 
 Attention says where information may have come from, not what the answer hangs on (Jain & Wallace 2019, Attention is not
-Explanation). So an occlusion map, which asks the model itself, always stands beside the method that was chosen.
+Explanation). So an occlusion map, which asks the model itself, always stands beside the method that was chosen: a piece
+of the picture is covered, and the answer becomes less likely (Zeiler & Fergus 2014, Visualizing and Understanding
+Convolutional Networks, section 4.2).
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opticnerve.data.media.open import open_image
 from opticnerve.fusion.base import Splice
 from opticnerve.fusion.gated_cross_attention import GatedCrossAttention
 from opticnerve.interpret import attention_maps
-from opticnerve.interpret.occlusion import occlusion
 from opticnerve.interpret.teacher_forcing import TeacherForced, Word, check
 from opticnerve.types import Conversation, OpticNerveError
 
@@ -33,6 +35,10 @@ METHODS = {
     "occlusion": "any",
 }
 _BY_LAYER = ("attention", "cross_attention")
+_HOW = {
+    "rollout": "all layers multiplied, mean of heads", "relevance": "all layers, heads weighted by gradient",
+    "gradient": "|gradient · token| of the encoder's tokens",
+}  # fmt: skip
 Box = tuple[float, float, float, float]
 
 
@@ -75,25 +81,16 @@ def default_method(model: Any) -> str:
 
 
 def attribute(
-    model: Any,
-    processor: Any,
-    conversation: Conversation,
-    *,
-    methods: Sequence[str] | None = None,
-    layer: int | None = None,
-    head: int | None = None,
-    grid: int = 6,
-    patch: int = 2,
-    max_new_tokens: int = 24,
-) -> Attribution:
+    model: Any, processor: Any, conversation: Conversation, *, methods: Sequence[str] | None = None,
+    layer: int | None = None, head: int | None = None, grid: int = 6, patch: int = 2, max_new_tokens: int = 24,
+) -> Attribution:  # fmt: skip
     """Ask, and explain the greedy answer.
 
     Args:
         model, processor: as from `load_model` or `dock`; float32 weights give the steadiest differences.
         conversation: one question about one picture.
         methods: from METHODS; by default `default_method`. Occlusion is added as the last if it is not among them.
-        layer, head: one of the attention's, from 0; for `attention` and `cross_attention`. By default the mean over
-            all heads of all layers.
+        layer, head: from 0, for `attention` and `cross_attention`; by default the mean over all heads of all layers.
         grid, patch: of the occlusion, see there.
 
     Raises:
@@ -112,8 +109,8 @@ def attribute(
     maps = [_map(forced, m, layer, head, grid, patch) for m in [*(c for c in chosen if c != "occlusion"), "occlusion"]]
     log_p_T = forced.log_p(forced.pixels_CHW[None])[0]
     sums = [float(log_p_T[list(w.tokens)].sum()) for w in forced.words]
-    size = picture_size(conversation)
-    return Attribution(forced.text, forced.words, sums, maps, seen_box(processor.image_processor, *size))
+    width, height = open_image(conversation.images[0].source).size
+    return Attribution(forced.text, forced.words, sums, maps, seen_box(processor.image_processor, width, height))
 
 
 def _map(forced: TeacherForced, method: str, layer: int | None, head: int | None, grid: int, patch: int) -> Map:
@@ -121,34 +118,25 @@ def _map(forced: TeacherForced, method: str, layer: int | None, head: int | None
         drop_THW = occlusion(forced.log_p, forced.pixels_CHW, grid=grid, patch=patch)
         note = f"drop in log-probability (nats); squares of {patch} × {patch} on a grid of {grid} × {grid}"
         return Map(method, _words(drop_THW, forced.words, torch.sum), note)
-    run: dict[str, Callable[[], Tensor]] = {
-        "attention": lambda: attention_maps.attention(forced, layer, head),
-        "rollout": lambda: attention_maps.attention_rollout(forced),
-        "relevance": lambda: attention_maps.relevance(forced),
-        "cross_attention": lambda: attention_maps.cross_attention(forced, layer, head),
-        "gradient": lambda: attention_maps.gradient(forced),
-    }
-    weight_TV = run[method]().cpu()
+    if method in _BY_LAYER:
+        by_layer = attention_maps.attention if method == "attention" else attention_maps.cross_attention
+        weight_TV = by_layer(forced, layer, head).cpu()
+    else:
+        run: dict[str, Callable[[TeacherForced], Tensor]] = {
+            "rollout": attention_maps.attention_rollout, "relevance": attention_maps.relevance,
+            "gradient": attention_maps.gradient,
+        }  # fmt: skip
+        weight_TV = run[method](forced).cpu()
     side = isqrt(weight_TV.shape[1])
     by_word_WHH = _words(weight_TV.unflatten(1, (side, side)), forced.words, torch.mean)
     total_W11 = by_word_WHH.sum((1, 2), keepdims=True)
     # Only of the rows of attention is the rest of the row known to be about something else: the text.
     shares = total_W11.ravel().tolist() if method in ("attention", "rollout") else None
-    how = _CHOICE.get(method) or f"{_which('layer', layer)}, {_which('head', head)}"
-    note = f"{how}; {side} × {side} tokens"
+    chosen = (("layer", layer), ("head", head))
+    which = [f"mean of all {name}s" if number is None else f"{name} {number}" for name, number in chosen]
+    note = f"{_HOW.get(method) or ', '.join(which)}; {side} × {side} tokens"
     flat_WHH = np.full_like(by_word_WHH, 1 / side**2)  # nothing on the picture at all: nowhere more than elsewhere
     return Map(method, np.divide(by_word_WHH, total_W11, out=flat_WHH, where=total_W11 > 0), note, shares)
-
-
-_CHOICE = {
-    "rollout": "all layers multiplied, mean of heads",
-    "relevance": "all layers, heads weighted by gradient",
-    "gradient": "|gradient · token| of the encoder's tokens",
-}
-
-
-def _which(name: str, number: int | None) -> str:
-    return f"mean of all {name}s" if number is None else f"{name} {number}"
 
 
 def _words(weight_THW: Tensor, words: Sequence[Word], merge: Callable[..., Tensor]) -> NDArray[np.float32]:
@@ -193,32 +181,18 @@ def check_method(model: Any, method: str) -> None:
             "take --method relevance, attention, rollout, gradient or occlusion"
         )
     if soft_side(model) is None:
-        connector = tower.connector
-        why = (
-            f"its {connector.num_tokens} soft tokens make no square"
-            if connector.keeps_grid
-            else "each of its soft tokens gathers from the whole picture"
-        )
+        connector, why = tower.connector, "each of its soft tokens gathers from the whole picture"
+        if connector.keeps_grid:
+            why = f"its {connector.num_tokens} soft tokens make no square"
         raise OpticNerveError(
             f"{method} gives a weight to each soft token, and those of {type(connector).__name__} have no place in the "
             f"picture: {why}; take --method occlusion, or gradient (on the encoder's tokens)"
         )
 
 
-def picture_size(conversation: Conversation) -> tuple[int, int]:
-    """Width and height of the one picture."""
-    from opticnerve.data.media.open import open_image
-
-    size: tuple[int, int] = open_image(conversation.images[0].source).size
-    return size
-
-
 def seen_box(image_processor: Any, width: int, height: int) -> Box:
-    """Left, top, right, bottom of the part of a picture that the vision encoder's square input shows, in the picture's
-    pixels.
-
-    The middle where the processor crops, more than the picture where it pads, the picture itself where it squashes.
-    """
+    """Left, top, right, bottom (in pixels) of the part of a picture that the vision encoder's square input shows: the
+    middle where the processor crops, more than the picture where it pads, the picture itself where it squashes."""
     if getattr(image_processor, "do_pad", False):
         side = float(max(width, height))
     elif getattr(image_processor, "do_center_crop", False):
@@ -233,3 +207,50 @@ def seen_box(image_processor: Any, width: int, height: int) -> Box:
 def _entry(size: Any, name: str) -> float | None:
     found = size.get(name) if isinstance(size, dict) else getattr(size, name, None)
     return None if found is None else float(found)
+
+
+# -- occlusion --------------------------------------------------------------------------------------------------------
+
+
+def occlusion(
+    log_p: Callable[[Tensor], Tensor], pixels_CHW: Tensor, *, grid: int = 6, patch: int = 2, batch_size: int = 16
+) -> Tensor:
+    """How much log-probability each place of a picture is worth to each token of an answer.
+
+    A square of `patch` × `patch` cells, in the picture's mean colour, slides over a map of `grid` × `grid` cells, one
+    cell at a time and over the rim, so that every cell is covered equally often. What a cell is worth is the mean drop
+    over all squares that cover it.
+
+    Args:
+        log_p: pictures (N, C, H, W) → log-probability of each token (N, T).
+        pixels_CHW: the picture as the vision encoder gets it.
+
+    Returns: (T, grid, grid), in nats; negative where covering helps the answer.
+    """
+    height, width = pixels_CHW.shape[1:]
+    if not 1 < grid <= min(height, width):
+        raise OpticNerveError(
+            f"an occlusion grid of {grid} × {grid} does not fit a picture of {height} × {width} pixels: "
+            f"2 to {min(height, width)}"
+        )
+    if not 0 < patch < grid:
+        raise OpticNerveError(f"an occlusion patch is 1 to {grid - 1} cells of the grid of {grid}, not {patch}")
+    rows, columns = cell_edges(height, grid), cell_edges(width, grid)
+    spans = [slice(max(i, 0), min(i + patch, grid)) for i in range(1 - patch, grid)]
+    squares = [(i, j) for i in spans for j in spans]
+    colour_C11 = pixels_CHW.mean((1, 2), keepdim=True)
+    before_T = log_p(pixels_CHW[None])[0]
+    sum_THW = before_T.new_zeros(len(before_T), grid, grid)
+    for start in range(0, len(squares), batch_size):
+        chosen = squares[start : start + batch_size]
+        covered_NCHW = pixels_CHW.repeat(len(chosen), 1, 1, 1)
+        for picture_CHW, (i, j) in zip(covered_NCHW, chosen, strict=True):
+            picture_CHW[:, rows[i.start] : rows[i.stop], columns[j.start] : columns[j.stop]] = colour_C11
+        for (i, j), drop_T in zip(chosen, before_T - log_p(covered_NCHW), strict=True):
+            sum_THW[:, i, j] += drop_T[:, None, None]
+    return sum_THW / patch**2
+
+
+def cell_edges(length: int, cells: int) -> list[int]:
+    """Where `cells` cells of nearly equal size begin and end: `cells` + 1 pixel numbers."""
+    return [round(x) for x in torch.linspace(0, length, cells + 1).tolist()]

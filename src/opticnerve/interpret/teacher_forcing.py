@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.prompt import Prompt
@@ -39,9 +39,7 @@ class TeacherForced:
     `first + t` foretells answer token t. `pixels_CHW`: the picture as the vision encoder gets it.
 
     Args:
-        model, processor: as from `load_model` or `dock`.
-        conversation: one question about one picture, no sound.
-        max_new_tokens: the longest answer.
+        conversation: one question about one picture, no sound. max_new_tokens: the longest answer.
 
     Raises:
         OpticNerveError: not one picture, no vision encoder, tiles, or an empty answer.
@@ -91,7 +89,7 @@ class TeacherForced:
         return self._pick(logits_NTV)
 
     @contextmanager
-    def traced(self) -> Iterator[Trace]:
+    def traced(self) -> Iterator[ForcedTrace]:
         """A pass with gradients: nothing of the model's own requires one afterwards that did not before."""
         with torch.enable_grad(), frozen(self.model):
             seen = self.tower.encode(self.pixels_CHW[None])
@@ -99,7 +97,7 @@ class TeacherForced:
             prompt = self.model.read(
                 self.ids_1L, image_features=Features(tokens_1ND, seen.mask_BN), **self.question
             )  # fmt: skip
-            yield Trace(self, tokens_1ND, prompt)
+            yield ForcedTrace(self, tokens_1ND, prompt)
 
     def _pick(self, logits_NTV: Tensor) -> Tensor:
         log_p_NTV = logits_NTV[:, -len(self.answer_T) :].float().log_softmax(-1)
@@ -108,7 +106,7 @@ class TeacherForced:
 
 
 @dataclass
-class Trace:
+class ForcedTrace:
     """What a pass with gradients starts from: the encoder's tokens (1, N, D), and the prompt that was made of them."""
 
     forced: TeacherForced
@@ -144,14 +142,12 @@ def check(model: Any, conversation: Conversation) -> None:
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """Within it no weight asks for a gradient: what is differentiated are attention weights and tokens."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
+    asking = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+    asking.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        asking.requires_grad_(True)
 
 
 def split_words(ids: list[int], tokenizer: Any) -> tuple[str, list[Word]]:

@@ -15,9 +15,8 @@ from vllm.sequence import IntermediateTensors
 
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN
 from opticnerve.models.vlm.tower import Tower, build_tower
-from opticnerve.vllm_plugin import takes
 from opticnerve.vllm_plugin.processing import DummyInputs, Info, Processor
-from opticnerve.vllm_plugin.towers import language_sizes, load_towers
+from opticnerve.vllm_plugin.towers import check, check_tower, language_sizes, load_towers
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)
@@ -35,7 +34,7 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
         super().__init__()
         model_config = vllm_config.model_config
         self.config = model_config.hf_config
-        takes.check(self.config, model_config.model)
+        check(self.config, model_config.model)
         text = self.config.text_config
         trusted = model_config.trust_remote_code
         self._how = {"dtype": model_config.dtype, "trust_remote_code": trusted}
@@ -47,7 +46,7 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
         for modality in modalities:
             with self._mark_tower_model(vllm_config, modality):
                 tower = build_tower(self.config.towers[modality], sizes, trust_remote_code=trusted)
-                takes.check_towers({modality: tower})
+                check_tower(modality, tower)
                 setattr(self, modality, tower.requires_grad_(False))
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
@@ -80,13 +79,9 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
         return [tokens_ND[mask_N] for tokens_ND, mask_N in zip(soft.tokens_BND, soft.mask_BN, strict=True)]
 
     def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: object,
-    ) -> Tensor | IntermediateTensors:
+        self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None, **kwargs: object,
+    ) -> Tensor | IntermediateTensors:  # fmt: skip
         if intermediate_tensors is not None:
             inputs_embeds = None
         return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
@@ -95,11 +90,7 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Every tensor of the folder to its place; the towers' must all be there, and no other.
-
-        Raises:
-            OpticNerveError: a tower's tensor is missing, superfluous or of another shape.
-        """
+        """Every tensor of the folder to its place; the towers' must all be there, in their shapes, and no other."""
         # A modality whose limit is 0 has no tower: vLLM was told to leave it out.
         here = {m for m in self.config.towers if isinstance(getattr(self, m), Tower)}
         state: dict[str, Tensor] = {}

@@ -45,39 +45,31 @@ class Info(BaseProcessingInfo):
         rate = None if extractor is None else extractor.sampling_rate
         return MultiModalDataParser(target_sr=rate, target_channels=None if rate is None else 1)
 
-    def largest_picture(self) -> tuple[int, int]:
-        """Height and width of a picture that takes the most tokens."""
-        processor = self.get_hf_processor()
-        pinpoints = (processor.tiling or {}).get("pinpoints") or [(ANY_SIDE, ANY_SIDE)]
-        height, width = max(pinpoints, key=lambda size: processor.image_placeholders(*size))
-        return int(height), int(width)
-
-    def longest_sound(self) -> int:
-        """Samples of one window: a longer sound is several of them, and only the context bounds how many."""
-        return int(self.get_hf_processor().feature_extractor.n_samples)
-
 
 class DummyInputs(BaseDummyInputsBuilder[Info]):
     """The largest inputs of a kind, with which vLLM measures memory before it serves."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        processor = self.info.get_hf_processor()
-        return str(processor.image_token) * mm_counts.get("image", 0) + str(processor.audio_token) * mm_counts.get(
-            "audio", 0
-        )
+        return _placeholders(self.info.get_hf_processor(), mm_counts.get("image", 0), mm_counts.get("audio", 0))
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
+        """Of pictures that which takes the most tokens; of sounds one window, for only the context bounds how many."""
         data: dict[str, Any] = {}
+        processor = self.info.get_hf_processor()
         if pictures := mm_counts.get("image", 0):
-            height, width = self.info.largest_picture()
+            pinpoints = (processor.tiling or {}).get("pinpoints") or [(ANY_SIDE, ANY_SIDE)]
+            height, width = map(int, max(pinpoints, key=lambda size: processor.image_placeholders(*size)))
             data["image"] = self._get_dummy_images(
                 width=width, height=height, num_images=pictures, overrides=mm_options.get("image")
             )
         if sounds := mm_counts.get("audio", 0):
-            data["audio"] = self._get_dummy_audios(
-                length=self.info.longest_sound(), num_audios=sounds, overrides=mm_options.get("audio")
-            )
+            length = int(processor.feature_extractor.n_samples)
+            data["audio"] = self._get_dummy_audios(length=length, num_audios=sounds, overrides=mm_options.get("audio"))
         return data
+
+
+def _placeholders(processor: Any, pictures: int, sounds: int) -> str:
+    return str(processor.image_token) * pictures + str(processor.audio_token) * sounds
 
 
 class Processor(BaseMultiModalProcessor[Info]):
@@ -90,7 +82,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         sounds: Any = hf_data.get("audio")
         data = {k: v for k, v in hf_data.items() if k in ("images", "audio")}
         pictures: Any = data.get("images")
-        text = str(processor.image_token) * len(pictures or ()) + str(processor.audio_token) * len(sounds or ())
+        text = _placeholders(processor, len(pictures or ()), len(sounds or ()))
         made = self.info.ctx.call_hf_processor(processor, {"text": text, **data}, hf_kwargs)
         kept = {k: v for k, v in made.items() if k in ("pixel_values", "image_sizes", "input_features")}
         if sounds is not None:

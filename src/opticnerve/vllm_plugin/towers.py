@@ -1,19 +1,57 @@
-"""A folder's vision encoders and audio encoders without its language model, which vLLM loads by itself."""
+"""Which docked models vLLM can run, and their vision and audio encoders without the language model, which vLLM loads by
+itself. All of this is without vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import restore_buffers
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.tower import Tower, build_tower
 from opticnerve.types import OpticNerveError
+
+
+def check(config: OpticNerveConfig, folder: str | Path) -> None:
+    """Refuse what vLLM would run otherwise than opticnerve does, each reason with the remedy. `folder`: where the
+    configuration came from."""
+    reasons = []
+    if delta.find(folder) is not None:
+        reasons.append("the folder names its bases instead of holding them: opticnerve export FOLDER OUT --to merged")
+    if config.lora and config.lora.get("when") == "media":
+        reasons.append(
+            "its adapter works beside pictures alone (lora.when: media), and vLLM's layers know no such gate; "
+            "nearest: lora {when: always}"
+        )
+    elif config.lora:
+        reasons.append("its adapter is not added into the weights: opticnerve export FOLDER OUT --to merged")
+    if not config.towers:
+        reasons.append("it has neither vision encoder nor audio encoder")
+    for modality, spec in config.towers.items():
+        fusion = spec["fusion"]["type"]
+        if fusion != "splice":
+            reasons.append(
+                f"its {modality} fusion is {fusion}: layers within the language model, which vLLM's own class of it "
+                "does not have; nearest: fusion splice"
+            )
+    if reasons:
+        raise OpticNerveError(f"vLLM cannot run {folder}: {'; '.join(reasons)}")
+
+
+def check_tower(modality: str, tower: Tower) -> None:
+    """What only the built parts tell: a connector that reads the question (InstructBLIP's Q-Former) is refused."""
+    if tower.wants_text:
+        raise OpticNerveError(
+            f"its {modality} connector reads the question beside the picture, and vLLM's multimodal inputs carry no "
+            "question; nearest: connector {type: qformer} without text"
+        )
 
 
 class Towers(PreTrainedModel):

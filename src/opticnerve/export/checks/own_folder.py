@@ -19,6 +19,7 @@ def main(job: dict[str, Any], answer: Path) -> None:
     import torch
 
     import opticnerve
+    from opticnerve.common import atomic
     from opticnerve.export import parity, samples
     from opticnerve.inference.load import load_model
 
@@ -36,7 +37,7 @@ def main(job: dict[str, Any], answer: Path) -> None:
             arrays[f"pixels_{number}"] = found.pixels.numpy()
         said["samples"].append({"text": found.text, "ids": found.ids, "greedy": found.greedy})
     np.savez(answer.parent / "arrays.npz", **arrays)
-    answer.write_text(json.dumps(said), encoding="utf-8")
+    atomic.write_json(answer, said)
 
 
 if __name__ == "__main__":

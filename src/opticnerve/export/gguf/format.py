@@ -17,7 +17,6 @@ from opticnerve.export.formats import Format, Options, Proof, Trial
 from opticnerve.export.gguf import language as gguf_language
 from opticnerve.export.gguf import tokenizer as gguf_tokens
 from opticnerve.export.gguf import vision as gguf_vision
-from opticnerve.export.samples import as_job
 from opticnerve.export.simplify import adapter_refusals, connector_matrices, fix_picture_size, fold_calibration
 from opticnerve.types import OpticNerveError
 
@@ -96,8 +95,8 @@ class Gguf(Format):
         tokenizer, begins = trial.processor.tokenizer, gguf_tokens.beginning(trial.processor)
         first = gguf_tokens.first_space(tokenizer)
         return {
-            "model": str(language), "mmproj": str(vision_encoder), "samples": as_job(trial.samples),
-            "greedy": parity.GREEDY, "threads": torch.get_num_threads(),
+            "model": str(language), "mmproj": str(vision_encoder), "greedy": parity.GREEDY,
+            "samples": [s.messages() for s in trial.samples], "threads": torch.get_num_threads(),
             "texts": [*(begins + _unbegun(tokenizer, t) for t in _texts(trial)), *(first + t for t in PROBES)],
             "banned": gguf_tokens.half_letters(tokenizer, trial.model.language_model.config.vocab_size),
         }  # fmt: skip

@@ -84,8 +84,8 @@ def write(writer: GGUFWriter, language_model: Any, dtype: str) -> None:
 
 def _neighbours(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     """Rows of a query or key matrix for rotation of neighbours (llama.cpp's Llama), from that of halves (ours)."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
+    pairs = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _add_frequencies(writer: GGUFWriter, language_model: Any, theta: float, head: int) -> None:

@@ -33,11 +33,8 @@ def is_sentencepiece(state: dict[str, Any]) -> bool:
 
 def rule(state: dict[str, Any]) -> Rule | None:
     """Where a space is put before text; None where no known rule does the same."""
-    normalizer, cut = state.get("normalizer"), state.get("pre_tokenizer")
-    if normalizer is not None and normalizer.get("type") == "Sequence":
-        steps = normalizer["normalizers"]
-    else:
-        steps = [] if normalizer is None else [normalizer]
+    normalizer, cut = state.get("normalizer") or {}, state.get("pre_tokenizer")
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] if normalizer else []
     if cut is None and steps == [_PREPEND, _REPLACE]:
         return "always"
     if cut is None and steps == [_REPLACE]:
@@ -69,11 +66,8 @@ def refusals(state: dict[str, Any]) -> list[str]:
 
 
 def places(state: dict[str, Any]) -> dict[str, int]:
-    """Each joined word's place in the order of joining.
-
-    Raises:
-        OpticNerveError: the merges are not SentencePiece's, so that no score per word does the same.
-    """
+    """Each joined word's place in the order of joining; an error where the merges are not SentencePiece's, so that no
+    score per word does the same."""
     model = state["model"]
     words = set(model["vocab"])
     reserved = {t["content"] for t in state["added_tokens"]} | set(map(byte_word, range(256)))

@@ -94,16 +94,12 @@ def _state(tokenizer: Any) -> dict[str, Any]:
 def first_space(tokenizer: Any) -> str:
     """The space that a tokenizer puts at the beginning of a text, and there alone, which llama.cpp must be given."""
     state = _state(tokenizer)
-    first = sentencepiece.is_sentencepiece(state) and sentencepiece.rule(state) == "first"
-    return " " if first else ""
+    return " " if sentencepiece.is_sentencepiece(state) and sentencepiece.rule(state) == "first" else ""
 
 
 def beginning(processor: Any) -> str:
-    """What the chat template must write first in llama.cpp: `first_space`, unless it begins with a special word.
-
-    Raises:
-        OpticNerveError: the template begins with a special word in one conversation and not in another.
-    """
+    """What the chat template must write first in llama.cpp: `first_space`, unless it begins with a special word. An
+    error where it does so in one conversation and not in another."""
     space = first_space(processor.tokenizer)
     if not space:
         return ""
@@ -129,27 +125,20 @@ def write(
     """Words, kinds, merges or scores, special ids and chat template.
 
     Args:
-        begins: see `beginning`.
         rows: of the embedding table; ids beyond it (the picture's placeholder) are left out, rows without a word get
             names of their own. turn_end: the id that ends an answer, where it is not the tokenizer's end token.
-
-    Raises:
-        OpticNerveError: see `refusals`.
+        begins: see `beginning`.
     """
     if reasons := refusals(tokenizer):
         raise OpticNerveError("; ".join(reasons))
     state = _state(tokenizer)
     words = {i: w for w, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    tokens, kinds = [], []
-    for i in range(rows):
-        if i not in words:
-            tokens.append(f"[PAD{i}]")
-            kinds.append(TokenType.UNUSED)
-        else:
-            tokens.append(words[i])
-            special = TokenType.CONTROL if i in added and added[i].special else TokenType.USER_DEFINED
-            kinds.append(special if i in added else TokenType.NORMAL)
+    tokens = [words.get(i, f"[PAD{i}]") for i in range(rows)]
+    kinds = [TokenType.NORMAL if i in words else TokenType.UNUSED for i in range(rows)]
+    for i, token in added.items():
+        if i in words and i < rows:
+            kinds[i] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
     if sentencepiece.is_sentencepiece(state):
         sentencepiece.write(writer, state, tokens, kinds)
     else:

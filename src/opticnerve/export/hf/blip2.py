@@ -21,7 +21,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from opticnerve.export.hf import common
-from opticnerve.export.samples import Sample
+from opticnerve.export.samples import ExportSample
 from opticnerve.export.simplify import adapter_refusals, encoder_refusals, fix_picture_size, fold_into_norm
 from opticnerve.inference.generate import Answerer
 
@@ -62,7 +62,7 @@ class HFBlip2(common.HFFormat):
         fold_scales(tower.encoder.model)
         fix_picture_size(tower.encoder)
 
-    def choose(self, samples: Sequence[Sample]) -> list[Sample]:
+    def choose(self, samples: Sequence[ExportSample]) -> list[ExportSample]:
         """BLIP-2's class answers nothing without a picture."""
         return [s for s in samples if s.pictures]
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from opticnerve.common.private_names import forget_where_from
 from opticnerve.export import parity
 from opticnerve.export.formats import Format, Trial
-from opticnerve.export.samples import as_job
 from opticnerve.export.simplify import adapter_refusals
 from opticnerve.inference.generate import Answerer
 
@@ -66,7 +65,7 @@ class HFFormat(Format):
 
     def job(self, folder: Path, trial: Trial) -> dict[str, Any]:
         return {
-            "folder": str(folder), "model_class": self.model_class, "samples": as_job(trial.samples),
+            "folder": str(folder), "model_class": self.model_class, "samples": [s.messages() for s in trial.samples],
             "last": parity.LAST, "greedy": parity.GREEDY,
         }  # fmt: skip
 

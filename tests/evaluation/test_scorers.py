@@ -17,9 +17,9 @@ import tiny
 from opticnerve.cli.main import app
 from opticnerve.data.dataset.read import read
 from opticnerve.evaluation.choice import run_multiple_choice
-from opticnerve.evaluation.judges import SCORERS, anls, levenshtein, says_yes, yes_no_report
+from opticnerve.evaluation.evaluate import read_suite, run_suite
 from opticnerve.evaluation.metrics import rouge_l
-from opticnerve.evaluation.suite import read_suite, run_suite
+from opticnerve.evaluation.scorers import SCORERS, anls, levenshtein, says_yes, yes_no_report
 from opticnerve.evaluation.tasks import run_vqa
 from opticnerve.inference.likelihood import answer_scores
 from opticnerve.models.vlm.build import Dock

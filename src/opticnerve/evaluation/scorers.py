@@ -20,7 +20,7 @@ class Scorer:
 
     score: Callable[[str, Sequence[str]], float]
     harness: Callable[[Sequence[Sequence[str]]], str]
-    report: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, Any]]
+    report: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, Any]] = lambda predictions, references: {}
 
 
 def vqa(prediction: str, references: Sequence[str]) -> float:
@@ -33,13 +33,9 @@ def vqa(prediction: str, references: Sequence[str]) -> float:
 def anls(prediction: str, references: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity, for answers that are read off a picture (Biten et al. 2019, "Scene
     text visual question answering", equations 1 and 2): 0 where half of the letters or more are wrong."""
-    mine = " ".join(prediction.lower().split())
-    best = 0.0
-    for reference in references:
-        theirs = " ".join(reference.lower().split())
-        distance = levenshtein(mine, theirs) / max(len(mine), len(theirs), 1)
-        best = max(best, 1 - distance if distance < _ANLS_LEAST else 0.0)
-    return best
+    mine, *others = (" ".join(text.lower().split()) for text in (prediction, *references))
+    distance = min((levenshtein(mine, theirs) / max(len(mine), len(theirs), 1) for theirs in others), default=1.0)
+    return 1 - distance if distance < _ANLS_LEAST else 0.0
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -88,12 +84,8 @@ def _vqa_harness(references: Sequence[Sequence[str]]) -> str:
     return "VQA soft accuracy" if any(len(r) >= PEOPLE for r in references) else "exact match"
 
 
-def _nothing(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    return {}
-
-
 SCORERS = {
-    "vqa": Scorer(vqa, _vqa_harness, _nothing),
+    "vqa": Scorer(vqa, _vqa_harness),
     "yes_no": Scorer(yes_no, lambda _: "yes or no by POPE's rule", yes_no_report),
-    "ocr": Scorer(anls, lambda _: "ANLS", _nothing),
+    "ocr": Scorer(anls, lambda _: "ANLS"),
 }

@@ -5,12 +5,15 @@ easy-VQA shows one shape of one saturated colour on one pale ground, so its plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from opticnerve.common.drawing import GREY, INK, figure_of, save, words
 from opticnerve.types import OpticNerveError
 
 Mask = NDArray[np.bool_]
@@ -93,3 +96,28 @@ def bootstrap_interval(values: Any, *, seed: int = 0, draws: int = 10_000) -> tu
     means = sample[rng.integers(0, sample.size, (draws, sample.size))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def shares_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str, note: str) -> Path:
+    """Mean share of mass on the object with its interval, by method and model, and what chance would give.
+
+    `rows`: `model`, `method`, `mass`, `low`, `high`, `area`, `best`.
+    """
+    figure = figure_of(8.4, 1.5 + 0.42 * len(rows))
+    axes = figure.subplots()
+    places = np.arange(len(rows))[::-1]
+    axes.barh(places, [r["mass"] for r in rows], height=0.62, color="#0072B2", zorder=2)
+    for y, r in zip(places, rows, strict=True):
+        axes.plot([r["low"], r["high"]], [y, y], color=INK, linewidth=1.6, zorder=3)
+        axes.text(r["high"] + 0.012, y, f"{r['mass']:.1%}", va="center", fontsize=9, color=INK)
+        axes.plot([r["best"]] * 2, [y - 0.36, y + 0.36], color=GREY, linewidth=1.6, linestyle=":", zorder=3)
+    axes.axvline(rows[0]["area"], color="#D55E00", linestyle="--", linewidth=1.6, zorder=3)
+    axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **words())
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(
+        "share of the map on the object\n(dashed: its share of the area; dotted: the most that this grid allows)"
+    )
+    axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **words())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, axis="y", length=0)
+    return save(figure, path)
