@@ -22,7 +22,7 @@ from opticnerve.compare.stats import Estimate
 from opticnerve.interpret import plot as attribution_plot
 from opticnerve.interpret.attribution import Attribution, Map, Word
 from opticnerve.runs.card import plots
-from opticnerve.ui.look_part import _draw
+from opticnerve.ui.look import _draw
 
 WORDS = "写真の色は何ですか"
 ESTIMATE = Estimate(0.5, 0.4, 0.6, 1, 10)

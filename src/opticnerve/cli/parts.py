@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import typer
+from typer import Argument
 
 from opticnerve.cli.output import JsonFlag, console_for, examples, print_json
 from opticnerve.types import OpticNerveError
@@ -19,7 +19,7 @@ EPILOG = examples(
 
 
 def parts(
-    name: Annotated[str | None, typer.Argument(help="A part, or its dotted path package.module:Class.")] = None,
+    name: Annotated[str | None, Argument(help="A part, or its dotted path package.module:Class.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List every part with one line each; of one part, its options with their defaults, and its paper."""

@@ -16,16 +16,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opticnerve.inference.generate import Answerer
 from opticnerve.serve.app import create_app
-from opticnerve.serve.auth import Keys
 from opticnerve.serve.batch import why_alone
-from opticnerve.serve.limits import Limits
-from opticnerve.serve.media import Sources
-from opticnerve.serve.metrics import Metrics
+from opticnerve.serve.limits import Metrics, ServerLimits
+from opticnerve.serve.media import MediaSources
 from opticnerve.serve.middleware import Middleware
-from opticnerve.serve.prompts import Reader
-from opticnerve.serve.sampling import check_plain
+from opticnerve.serve.prompts import PromptReader
 from opticnerve.serve.scheduler import Scheduler
+from opticnerve.serve.sequence import check_plain
 from opticnerve.web import listen as listening
+from opticnerve.web.guard import Keys
 
 log = logging.getLogger("opticnerve.serve")
 
@@ -36,25 +35,25 @@ class Service:
 
     Args:
         model, processor: as from `load_model`. name: for clients. limits, keys, sources: what it takes, from whom, from
-            where. only_host: see `Gate`.
+            where. hosts: as from `check_address`.
     """
 
     model: Any
     processor: Any
     name: str
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
     keys: Sequence[str] = ()
-    sources: Sources = field(default_factory=Sources)
-    only_host: str | None = None
+    sources: MediaSources = field(default_factory=MediaSources)
+    hosts: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         check_plain(self.model)
         answerer, self.metrics = Answerer(self.model, self.processor), Metrics()
-        self.reader = Reader(answerer, self.sources, self.limits)
+        self.reader = PromptReader(answerer, self.sources, self.limits)
         self.scheduler = Scheduler(answerer, slots=self.limits.slots, metrics=self.metrics)
         self.middleware: Middleware = create_app(
             name=self.name, reader=self.reader, scheduler=self.scheduler, metrics=self.metrics, keys=Keys(self.keys),
-            only_host=self.only_host,
+            hosts=self.hosts,
         )  # fmt: skip
         if (why := why_alone(self.model)) is not None:
             log.warning("requests are answered one after another: %s", why)

@@ -1,62 +1,35 @@
-"""Pieces of the tabs for runs and training as HTML. Every text from a run is escaped."""
+"""Pieces of the tabs for runs and training as HTML, the drawing (SVG) of a stage's loss among them.
+
+Every text from a run is escaped; drawings follow the page's colours.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from opticnerve.common.drawing import smooth
 from opticnerve.common.markdown import percent
 from opticnerve.runs.card.warnings import warnings_of
 from opticnerve.runs.folder import finite
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.curve import curve_of, curve_svg, pace
 from opticnerve.ui.runs import Run, Stage, dicts
-from opticnerve.ui.runs_answers import Answer, thumbnail
+from opticnerve.ui.runs_content import Answer, thumbnail
 
-Translations = Callable[..., str]
+Words = Callable[..., str]  # a text of the page, by its key: `Translations`
 MOST_ROWS = 200
-
-STYLE = """
-p, li, dd, dt, td, th, figcaption { color: var(--body-text-color); overflow-wrap: anywhere; }
-h1 { font-size: 1.4em; margin: 0.6em 0; } h2 { font-size: 1.2em; margin: 1em 0 0.4em; } h3 { margin: 0.8em 0 0.3em; }
-ul { list-style: disc; padding-left: 1.4em; } blockquote { border-left: 4px solid #D55E00; padding-left: 0.8em; }
-pre { overflow-x: auto; padding: 0.6em; background: var(--background-fill-secondary); font-size: 0.85em; }
-pre.log { white-space: pre; overflow-wrap: normal; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; border: 0; } tr { border: 0; }
-td, th { padding: 0.25em 0.9em 0.25em 0; text-align: left; vertical-align: top; border: 0;
-  border-bottom: 1px solid var(--border-color-primary); }
-img.plot { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-svg.curve { width: 100%; height: auto; max-width: 56em; }
-svg.curve text { fill: var(--body-text-color); font-size: 13px; } svg.curve polyline { fill: none; }
-svg.curve .grid { stroke: var(--border-color-primary); }
-svg.curve .raw { stroke: #0072B2; stroke-width: 1; opacity: 0.4; }
-svg.curve .smooth { stroke: #0072B2; stroke-width: 2.5; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(10em, 1fr)); gap: 0.6em; margin: 0.6em 0; }
-.figures div, .answer { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 0.5em 0.7em; }
-.figures dt { font-size: 0.85em; } .figures dd { margin: 0; font-weight: 600; font-size: 1.1em; }
-.figures dd small { display: block; font-weight: 400; font-size: 0.75em; }
-.state { font-weight: 600; border: 1px solid currentColor; border-radius: 1em; padding: 0.05em 0.7em; }
-.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(13em, 1fr)); gap: 0.7em; padding: 0;
-  list-style: none; }
-.answer { border-left-width: 5px; margin: 0; } .answer.right { border-left-color: #009E73; }
-.answer.wrong { border-left-color: #D55E00; }
-.answer img { display: block; max-width: 100%; height: 9em; object-fit: contain; margin: 0 auto 0.4em; }
-.answer .mark { font-weight: 600; } .answer .gone { text-align: center; opacity: 0.75; }
-.warning { border-left: 4px solid #D55E00; padding: 0.3em 0.8em; margin: 0.5em 0; }
-progress { width: 100%; max-width: 56em; height: 0.8em; accent-color: #0072B2; }
-@media (max-width: 600px) {
-  svg.curve text { font-size: 22px; }
-  .answer { display: grid; grid-template-columns: 6.5em 1fr; gap: 0.7em; }
-  .answer img { height: auto; max-height: 6.5em; margin: 0; }
-}
-"""
+STYLE = Path(__file__).with_name("runs.css").read_text(encoding="utf-8")
 
 
-def summary(run: Run, words: Translations) -> str:
+def summary(run: Run, words: Words) -> str:
     """A run's state, stages, headline figures, warnings, and what could not be read."""
     figures = "".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in _figures(run, words))
     return (
@@ -66,12 +39,12 @@ def summary(run: Run, words: Translations) -> str:
     )
 
 
-def stages_table(run: Run, words: Translations) -> str:
+def stages_table(run: Run, words: Words) -> str:
     rows = [[escape(s.name), progress(s, words), escape(_stage_state(run, s, words))] for s in run.stages]
     return _table([words("runs_stage"), words("runs_progress"), words("runs_state")], rows)
 
 
-def progress(stage: Stage, words: Translations) -> str:
+def progress(stage: Stage, words: Words) -> str:
     """`120 of 420`."""
     done = stage.planned if stage.finished and stage.planned is not None else stage.steps
     if stage.planned is None:
@@ -79,7 +52,7 @@ def progress(stage: Stage, words: Translations) -> str:
     return words("runs_steps", done=f"{done:,}", planned=f"{stage.planned:,}")
 
 
-def runs_table(runs: Sequence[Run], words: Translations) -> str:
+def runs_table(runs: Sequence[Run], words: Words) -> str:
     """One row a run."""
     rows = []
     for run in runs[:MOST_ROWS]:
@@ -98,13 +71,13 @@ def headline(run: Run) -> str:
     return percent(scores[0]) if scores else ""
 
 
-def curves(run: Run, words: Translations) -> str:
+def curves(run: Run, words: Words) -> str:
     """The loss of every stage that has begun."""
     drawn = [curve_figure(s, words) for s in run.stages if s.metrics]
     return "".join(drawn) or f"<p>{escape(words('runs_no_curves'))}</p>"
 
 
-def curve_figure(stage: Stage, words: Translations, planned: int | None = None) -> str:
+def curve_figure(stage: Stage, words: Words, planned: int | None = None) -> str:
     """A stage's loss with a line of words that says the same; `planned`: its steps, if more is known than it says."""
     curve = curve_of(stage.metrics)
     known = [v for v in curve.smooth if math.isfinite(v)]
@@ -123,14 +96,14 @@ def curve_figure(stage: Stage, words: Translations, planned: int | None = None) 
     )
 
 
-def answers_grid(run: Run, shown: Sequence[Answer], words: Translations) -> str:
+def answers_grid(run: Run, shown: Sequence[Answer], words: Words) -> str:
     """Answers as cards, each with its picture, if it has one."""
     if not shown:
         return f"<p>{escape(words('runs_none_shown'))}</p>"
     return f'<ul class="answers">{"".join(_card(run, a, words) for a in shown)}</ul>'
 
 
-def _card(run: Run, answer: Answer, words: Translations) -> str:
+def _card(run: Run, answer: Answer, words: Words) -> str:
     mark, kind = ("✗", "wrong") if answer.wrong else ("✓", "right")
     if answer.right is None:
         mark, kind = "", "unjudged"
@@ -151,14 +124,14 @@ def _card(run: Run, answer: Answer, words: Translations) -> str:
     )
 
 
-def notes(told: Sequence[str], words: Translations) -> str:
+def notes(told: Sequence[str], words: Words) -> str:
     if not told:
         return ""
     items = "".join(f"<li>{escape(n[:500])}</li>" for n in told)
     return f'<div class="warning"><strong>{escape(words("runs_notes"))}</strong><ul>{items}</ul></div>'
 
 
-def span(seconds: float, words: Translations) -> str:
+def span(seconds: float, words: Words) -> str:
     """`42 s`, `6 min 10 s`, `3 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
@@ -172,7 +145,7 @@ def when(written: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
 
 
-def _figures(run: Run, words: Translations) -> list[tuple[str, str]]:
+def _figures(run: Run, words: Words) -> list[tuple[str, str]]:
     found = []
     for task in run.tasks:
         if math.isfinite(score := finite(task.get("accuracy"))):
@@ -204,7 +177,7 @@ def _gap(run: Run) -> float:
     return finite(found.get("real")) - finite(found.get("blank")) if isinstance(found, dict) else math.nan
 
 
-def _warnings(run: Run, words: Translations) -> str:
+def _warnings(run: Run, words: Words) -> str:
     try:
         told = warnings_of(run.results)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -214,7 +187,7 @@ def _warnings(run: Run, words: Translations) -> str:
     )
 
 
-def _stage_state(run: Run, stage: Stage, words: Translations) -> str:
+def _stage_state(run: Run, stage: Stage, words: Words) -> str:
     if stage.finished:
         return words("runs_finished")
     return words("runs_running") if run.state == "running" and stage.steps else "–"
@@ -226,3 +199,96 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
     inner = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="wide" role="group" tabindex="0"><table>{inner}</table></div>'
+
+
+# -- the curve ------------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 640, 270
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 12, 56
+MOST_POINTS = 400
+LAST = 50
+"""Steps over which the present speed is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Thinned to at most `MOST_POINTS` steps; a step without a number holds NaN. `smooth` is taken over all steps."""
+
+    steps: list[int]
+    loss: list[float]
+    smooth: list[float]
+
+
+def curve_of(metrics: Sequence[dict[str, Any]]) -> Curve:
+    """The curve of the lines of metrics.jsonl."""
+    loss = np.array([finite(m.get("loss")) for m in metrics])
+    even = smooth(loss)
+    # The last step is always among them: it is what the words beside the curve tell.
+    count = min(len(metrics), MOST_POINTS)
+    kept = [int(i) for i in np.linspace(0, len(metrics) - 1, count)] if metrics else []
+    return Curve(
+        [int(metrics[i]["step"]) for i in kept], [float(loss[i]) for i in kept], [float(even[i]) for i in kept]
+    )
+
+
+def pace(metrics: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds a step and tokens a second, over the last steps; NaN where two steps with times are not there."""
+    last = [m for m in metrics[-LAST:] if np.isfinite(finite(m.get("elapsed_s")))]
+    if len(last) < 2:
+        return np.nan, np.nan
+    seconds = finite(last[-1]["elapsed_s"]) - finite(last[0]["elapsed_s"])
+    if seconds <= 0:
+        return np.nan, np.nan
+    tokens = sum(t for m in last[1:] if np.isfinite(t := finite(m.get("tokens"))))
+    return seconds / (int(last[-1]["step"]) - int(last[0]["step"])), tokens / seconds
+
+
+def curve_svg(curve: Curve, *, title: str, x_label: str, planned: int | None = None) -> str:
+    """The drawing; `title` is what a screen reader says of it. The axis runs to the `planned` steps, if they are known.
+
+    Values far above the usual ones, as first steps have, leave the drawing at its top.
+    """
+    told = [v for v in (*curve.loss, *curve.smooth) if np.isfinite(v)]
+    if not told:
+        return ""
+    top = max(float(np.percentile(told, 99)) * 1.08, 1e-9)
+    end = max(planned or 0, curve.steps[-1], 2)
+
+    def place(step: float, value: float) -> str:
+        x = LEFT + (step - 1) / (end - 1) * (WIDTH - LEFT - RIGHT)
+        y = HEIGHT - BOTTOM - min(max(value / top, 0.0), 1.0) * (HEIGHT - TOP - BOTTOM)
+        return f"{x:.1f},{y:.1f}"
+
+    lines = []
+    for value in _ticks(0, top):
+        x, y = place(1, value).split(",")
+        lines.append(f'<line class="grid" x1="{x}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        lines.append(f'<text x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for step in _ticks(1, end):
+        if step >= 1 and step == round(step):
+            x = place(step, 0).split(",")[0]
+            lines.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 21}" text-anchor="middle">{step:,.0f}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    lines.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    for kind, values in (("raw", curve.loss), ("smooth", curve.smooth)):
+        for piece in _pieces(curve.steps, values):
+            lines.append(f'<polyline class="{kind}" points="{" ".join(place(*point) for point in piece)}"/>')
+    return (
+        f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(lines)}</svg>"
+    )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    return [float(v) for v in MaxNLocator(5).tick_values(low, high) if low <= v <= high]
+
+
+def _pieces(steps: list[int], values: list[float]) -> list[list[tuple[float, float]]]:
+    """Runs of steps that have a number: a line does not bridge those that have none."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for step, value in zip(steps, values, strict=True):
+        if np.isfinite(value):
+            pieces[-1].append((step, value))
+        elif pieces[-1]:
+            pieces.append([])
+    return [p for p in pieces if p]

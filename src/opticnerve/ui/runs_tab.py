@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any, cast
-
-from runs_html import escape
 
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import runs_html
 from opticnerve.ui.runs import Run, dicts, list_runs, open_run
-from opticnerve.ui.runs_answers import PAGE, Which, chosen, read_answers
-from opticnerve.ui.runs_card import card_html
+from opticnerve.ui.runs_content import PAGE, Which, card_html, chosen, read_answers
 
 WHICH: tuple[Which, ...] = ("all", "wrong", "right")
 
 
-def runs_tab(words: runs_html.Translations, root: Path) -> None:
+def runs_tab(words: runs_html.Words, root: Path) -> None:
     """Build the tab's contents within an open `gr.Blocks`; `root` is the folder of runs.
 
     Nothing is kept between two events: each reads the run's folder anew, by the name that the browser sends.
@@ -93,7 +91,7 @@ def runs_tab(words: runs_html.Translations, root: Path) -> None:
         event(partial(turn, by), [run, task, which, page], found, **private)
 
 
-def _label(run: Run, words: runs_html.Translations) -> str:
+def _label(run: Run, words: runs_html.Words) -> str:
     score = runs_html.headline(run)
     return " · ".join([run.name, words(f"runs_{run.state}"), *([score] if score else [])])
 
@@ -102,7 +100,7 @@ def _said(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def _card(run: Run, words: runs_html.Translations) -> str:
+def _card(run: Run, words: runs_html.Words) -> str:
     try:
         return card_html(run)
     except FileNotFoundError:
@@ -111,7 +109,7 @@ def _card(run: Run, words: runs_html.Translations) -> str:
         return runs_html.notes([str(e)], words)
 
 
-def _page(run: Run | None, task: str | None, page: int, which: str, words: runs_html.Translations) -> list[Any]:
+def _page(run: Run | None, task: str | None, page: int, which: str, words: runs_html.Words) -> list[Any]:
     """The page's number, which answers are on it, and these."""
     if run is None or task is None:
         return [1, "", _said(words("runs_no_answers"))]

@@ -1,7 +1,7 @@
 """Start a training from the page, watch it, stop it, go on with it: each the command that one would type.
 
 A training is a process of its own in a session of its own, so that it outlives the page and the server. It writes its
-run folder as any training does; what it prints goes to a file (see `jobs`). Only recipes that ship with opticnerve or
+run folder as any training does; what it prints goes to a file (see `runs`). Only recipes that ship with opticnerve or
 lie below the folder of runs are trained, and only a few of their keys can be changed from here: a recipe can name any
 file and any Python class, and who reaches the page need not be the one who wrote it.
 """
@@ -24,9 +24,20 @@ from typing import Any, Literal
 from opticnerve import recipe as recipes
 from opticnerve.starter.demo import packaged, recipe_path
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import jobs
-from opticnerve.ui.jobs import PROGRAM, Job, lives, log_of, read_job, trained_by, write_job
-from opticnerve.ui.runs import DEPTH, MOST_FOLDERS, Stage, is_run, open_run, run_folder
+from opticnerve.ui import runs
+from opticnerve.ui.runs import (
+    Job,
+    Stage,
+    is_run,
+    lives,
+    log_of,
+    open_run,
+    read_job,
+    run_folder,
+    trained_by,
+    walk_folders,
+    write_job,
+)
 
 READY, FILE = "ready:", "file:"
 MOST_RECIPES = 200
@@ -66,14 +77,12 @@ def list_recipes(root: Path) -> list[str]:
     """`ready:NAME` for those that ship with opticnerve, those of the starter first, and `file:PLACE` for those below
     the folder of runs."""
     ready = sorted(packaged(), key=lambda name: not name.startswith("starter"))
-    own: list[str] = []
-    for seen, (here, inner, names) in enumerate(os.walk(root)):
-        folder = Path(here)
-        if is_run(folder) or len(folder.relative_to(root).parts) >= DEPTH or seen > MOST_FOLDERS:
-            inner.clear()
-        if not is_run(folder):
-            own += [(folder / n).relative_to(root).as_posix() for n in names if n.endswith((".yaml", ".yml"))]
-        inner[:] = [name for name in inner if not name.startswith(".")]
+    own = [
+        (folder / name).relative_to(root).as_posix()
+        for folder, is_one, names in walk_folders(root)
+        for name in names
+        if not is_one and name.endswith((".yaml", ".yml"))
+    ]
     return [READY + name for name in ready] + [FILE + name for name in sorted(own)[:MOST_RECIPES]]
 
 
@@ -238,7 +247,7 @@ def _launch(root: Path, name: str, words: list[str]) -> Job:
         log = log_of(root, name)
         with log.open("wb") as printed:
             process = subprocess.Popen(
-                [sys.executable, "-m", PROGRAM, "train", *words],
+                [sys.executable, "-m", runs.PROGRAM, "train", *words],
                 stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
                 env=_environment(),
             )  # fmt: skip
@@ -259,7 +268,7 @@ def _await(root: Path, process: subprocess.Popen[bytes]) -> None:
     """Its exit code, noted when it ends; without this its process would stay as a zombie."""
     code = process.wait()
     with contextlib.suppress(OSError, OpticNerveError), _lock(root):  # the folder may be gone with it
-        jobs.ended(root, process.pid, code)
+        runs.ended(root, process.pid, code)
 
 
 @contextlib.contextmanager
@@ -267,7 +276,7 @@ def _lock(root: Path) -> Iterator[None]:
     """One at a time, among all servers on this folder; the system lets go of it when a server dies."""
     import fcntl
 
-    folder = root / jobs.FOLDER
+    folder = root / runs.FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from runs_html import escape
-
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import runs_html
-from opticnerve.ui.curve import curve_of, pace
-from opticnerve.ui.jobs import Job
-from opticnerve.ui.runs import list_runs
+from opticnerve.ui.runs import Job, list_runs
 from opticnerve.ui.train_process import Watched, free_name, list_recipes, resume, start, stop, watch
 
 EVERY = 2.0
 """Seconds between two looks at the training."""
 
 
-def train_tab(words: runs_html.Translations, root: Path) -> None:
+def train_tab(words: runs_html.Words, root: Path) -> None:
     """Build the tab's contents within an open `gr.Blocks`; `root` is the folder of runs.
 
     What is shown comes from the run's folder at each look, so that a page that is loaded again, or a second one, shows
@@ -129,7 +126,7 @@ def _mark(seen: Watched) -> str:
     return f"{seen.doing} {run!r} {seen.number} {steps} {seen.total} {hash(tuple(seen.log))}"
 
 
-def _state(seen: Watched, words: runs_html.Translations) -> str:
+def _state(seen: Watched, words: runs_html.Words) -> str:
     head = f'<strong class="state">{escape(words(f"train_{seen.doing}"))}</strong>'
     if seen.job is None:
         return f"<p>{escape(words('train_idle'))}</p>"
@@ -146,10 +143,10 @@ def _state(seen: Watched, words: runs_html.Translations) -> str:
         done = words("train_step", done=f"{stage.steps:,}", total=f"{total:,}")
         bar = f'<progress max="{total}" value="{stage.steps}" aria-label="{escape(done)}"></progress>'
     figures = []
-    known = [v for v in curve_of(stage.metrics).smooth if math.isfinite(v)]
+    known = [v for v in runs_html.curve_of(stage.metrics).smooth if math.isfinite(v)]
     if known:
         figures.append((words("train_loss"), f"{known[-1]:.4g}"))
-    step_s, tokens_s = pace(stage.metrics)
+    step_s, tokens_s = runs_html.pace(stage.metrics)
     if math.isfinite(tokens_s):
         figures.append((words("train_speed"), words("runs_curve_pace", tokens=f"{tokens_s:,.0f}")))
     if live and total and math.isfinite(step_s) and stage.steps < total:
@@ -159,13 +156,13 @@ def _state(seen: Watched, words: runs_html.Translations) -> str:
     return f'{head}<p>{escape(place)} · {escape(done)}</p>{bar}{after}<dl class="figures">{cells}</dl>{typed}'
 
 
-def _curve(seen: Watched, words: runs_html.Translations) -> str:
+def _curve(seen: Watched, words: runs_html.Words) -> str:
     if seen.stage is None:
         return ""
     return runs_html.curve_figure(seen.stage, words, planned=seen.total)
 
 
-def _log(seen: Watched, words: runs_html.Translations) -> str:
+def _log(seen: Watched, words: runs_html.Words) -> str:
     if seen.job is None:
         return ""
     text = "\n".join(line[:300] for line in seen.log) or words("train_no_log")
