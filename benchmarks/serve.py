@@ -31,7 +31,8 @@ from side_by_side import machine
 
 from opticnerve.inference.load import load_model
 from opticnerve.serve.limits import ServerLimits
-from opticnerve.serve.server import Server, Service, listen
+from opticnerve.serve.server import Server, Service
+from opticnerve.web.listen import listen
 
 # Every second one is about a picture, where the model has an eye; its answers are short.
 QUESTIONS = [

@@ -20,7 +20,8 @@ import soundfile
 import tiny
 from opticnerve.models.vlm.build import Dock
 from opticnerve.serve.limits import ServerLimits
-from opticnerve.serve.server import Server, Service, listen
+from opticnerve.serve.server import Server, Service
+from opticnerve.web.listen import listen
 
 NAME = "tiny"
 LIMITS = ServerLimits(

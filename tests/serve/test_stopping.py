@@ -123,7 +123,7 @@ class TestTheCommand:
         assert message in refused(*words)
 
     def test_a_port_that_is_taken(self, refused: Callable[..., str]) -> None:
-        from opticnerve.serve.server import listen
+        from opticnerve.web.listen import listen
 
         with listen("127.0.0.1", 0) as taken:
             assert "another --port" in refused("--port", str(taken.getsockname()[1]))

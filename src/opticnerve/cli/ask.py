@@ -13,16 +13,8 @@ import typer
 from typer import Argument, Option
 
 from opticnerve.cli.guard import fail
-from opticnerve.cli.output import (
-    AnswerTokens,
-    JsonFlag,
-    ModelArgument,
-    TrustFlag,
-    console_for,
-    examples,
-    load_answerer,
-    print_json,
-)
+from opticnerve.cli.options import AnswerTokens, JsonFlag, ModelArgument, TrustFlag
+from opticnerve.cli.output import console_for, examples, load_answerer, print_json
 from opticnerve.types import Conversation, ImagePart, Message, OpticNerveError, Part, TextPart
 
 ASK_EPILOG = examples(

@@ -11,7 +11,8 @@ import typer
 from typer import Option
 
 from opticnerve.cli.guard import ERROR, Stopped, fail, guarded, terminate_like_ctrl_c
-from opticnerve.cli.output import RECIPE_HELP, Overrides, console_for, examples, quiet_libraries, read_recipe
+from opticnerve.cli.options import RECIPE_HELP, Overrides
+from opticnerve.cli.output import console_for, examples, quiet_libraries, read_recipe
 
 NOTE = (
     "Minutes on two cores. Finished rows are kept: type the same command again to go on after Ctrl-C, to add seeds, or "

@@ -13,16 +13,8 @@ from typer import Argument, Option
 
 from opticnerve.cli import tokens
 from opticnerve.cli.guard import BAD_SAMPLES, guarded
-from opticnerve.cli.output import (
-    OVERRIDES_HELP,
-    JsonFlag,
-    MediaOption,
-    console_for,
-    examples,
-    is_recipe,
-    print_json,
-    read_recipe,
-)
+from opticnerve.cli.options import OVERRIDES_HELP, JsonFlag, MediaOption
+from opticnerve.cli.output import console_for, examples, is_recipe, print_json, read_recipe
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 if TYPE_CHECKING:

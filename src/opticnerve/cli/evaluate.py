@@ -8,18 +8,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from opticnerve.cli.output import (
-    MODEL_HELP,
-    JsonFlag,
-    MediaOption,
-    TrustFlag,
-    console_for,
-    examples,
-    print_json,
-    quiet_libraries,
-    read_recipe,
-    table_of,
-)
+from opticnerve.cli.options import MODEL_HELP, JsonFlag, MediaOption, TrustFlag
+from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries, read_recipe, table_of
 from opticnerve.common.units import format_duration
 from opticnerve.types import OpticNerveError
 

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from opticnerve.cli.guard import emit
-from opticnerve.cli.output import (
-    JsonFlag,
-    ModelArgument,
-    TrustFlag,
-    console_for,
-    examples,
-    print_json,
-    quiet_libraries,
-)
+from opticnerve.cli.options import JsonFlag, ModelArgument, TrustFlag
+from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries
 from opticnerve.common.units import format_bytes
 
 if TYPE_CHECKING:

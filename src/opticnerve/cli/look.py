@@ -8,16 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from opticnerve.cli.output import (
-    AnswerTokens,
-    JsonFlag,
-    ModelArgument,
-    TrustFlag,
-    console_for,
-    examples,
-    print_json,
-    quiet_libraries,
-)
+from opticnerve.cli.options import AnswerTokens, JsonFlag, ModelArgument, TrustFlag
+from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries
 from opticnerve.types import OpticNerveError
 
 EPILOG = examples(

@@ -1,4 +1,4 @@
-"""What commands share: the words of their help, where things are printed, and JSON alone on stdout."""
+"""What commands share: where things are printed, JSON alone on stdout, models and recipes by their names."""
 
 from __future__ import annotations
 
@@ -6,19 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-from typer import Argument, Option
-
-JsonFlag = Annotated[bool, Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
-TrustFlag = Annotated[bool, Option("--trust-remote-code", help="Run parts that the model names by dotted path.")]
-MODEL_HELP = "A run's folder, a stage's folder, a merged folder, a hub name, or `starter`."
-RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-contrastive, llava-1.5-7b, …"
-OVERRIDES_HELP = "Changes to the recipe, such as [cyan]stages.0.steps=50[/] or [cyan]precision=fp32[/]."
-ModelArgument = Annotated[str, Argument(help=MODEL_HELP)]
-Overrides = Annotated[list[str] | None, Argument(help=OVERRIDES_HELP, metavar="[KEY=VALUE]...")]
-AnswerTokens = Annotated[int, Option(min=1, help="The longest answer, in tokens.")]
-MediaOption = Annotated[Path | None, Option(help="The folder that pictures' paths start from.")]
+from typing import Any
 
 
 def examples(*commands: str, note: str = "") -> str:

@@ -7,17 +7,8 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from opticnerve.cli import tokens
-from opticnerve.cli.output import (
-    RECIPE_HELP,
-    JsonFlag,
-    Overrides,
-    console_for,
-    examples,
-    print_json,
-    quiet_libraries,
-    read_recipe,
-    table_of,
-)
+from opticnerve.cli.options import RECIPE_HELP, JsonFlag, Overrides
+from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries, read_recipe, table_of
 from opticnerve.common.units import format_bytes, format_duration
 
 EPILOG = examples(

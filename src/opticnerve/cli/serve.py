@@ -9,7 +9,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from opticnerve.cli.guard import emit, terminate_like_ctrl_c
-from opticnerve.cli.output import MODEL_HELP, TrustFlag, examples, quiet_libraries
+from opticnerve.cli.options import MODEL_HELP, TrustFlag
+from opticnerve.cli.output import examples, quiet_libraries
 from opticnerve.types import OpticNerveError, to_install
 
 SERVE_EPILOG = examples(
@@ -69,12 +70,12 @@ def serve(
     try:
         from opticnerve.serve.limits import ServerLimits
         from opticnerve.serve.media import MediaSources
-        from opticnerve.serve.server import Server, Service, listen
+        from opticnerve.serve.server import Server, Service
     except ModuleNotFoundError as e:
         raise OpticNerveError(f"{e.name} is not installed: {to_install('opticnerve[serve]')}") from e
     from opticnerve.inference.load import load_model
     from opticnerve.web.guard import Keys, check_address, read_secrets
-    from opticnerve.web.listen import url_of
+    from opticnerve.web.listen import listen, url_of
 
     keys = [*(api_key or ()), *read_secrets(api_key_file), *_of_environment("OPTICNERVE_API_KEY")]
     # All that can be wrong is found before the model is loaded.
@@ -85,7 +86,7 @@ def serve(
         request_seconds=request_timeout, grace_seconds=grace,
     )  # fmt: skip
     sources = MediaSources(tuple(allow_url_host or ()), tuple(allow_media or ()))
-    socket = listen(host, port)
+    socket = listen(host, port, stalled_seconds=60.0)
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     log = logging.getLogger("opticnerve.serve")

@@ -107,11 +107,8 @@ def to_dict(encoded: Any, found: list[TokenPiece]) -> dict[str, Any]:
 
 
 def choose(conversations: Sequence[Any], *, index: int | None, sample_id: str | None) -> Any:
-    """One conversation by its place (from 0; negative from the end) or its id.
-
-    Raises:
-        OpticNerveError: no such sample; the message says which there are.
-    """
+    """One conversation by its place (from 0; negative from the end) or its id. Raises OpticNerveError: no such sample;
+    the message says which there are."""
     if sample_id is not None:
         for conversation in conversations:
             if conversation.id == sample_id:

@@ -15,10 +15,8 @@ from typer import Argument, Option
 from opticnerve.cli.ask import show_picture
 from opticnerve.cli.evaluate import show_results, without_samples
 from opticnerve.cli.guard import Stopped, terminate_like_ctrl_c
+from opticnerve.cli.options import RECIPE_HELP, JsonFlag, Overrides
 from opticnerve.cli.output import (
-    RECIPE_HELP,
-    JsonFlag,
-    Overrides,
     console_for,
     examples,
     is_recipe,
@@ -67,11 +65,8 @@ def train(
 
 
 def _of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Path | None]:
-    """The recipe's file and the run's folder, where a folder is named in the recipe's place.
-
-    Raises:
-        OpticNerveError: it is no run's folder, or resuming was not asked for.
-    """
+    """The recipe's file and the run's folder, where a folder is named in the recipe's place. Raises OpticNerveError: it
+    is no run's folder, or resuming was not asked for."""
     folder = Path(recipe)
     if not folder.is_dir() or (is_recipe(recipe) and not resume):
         return recipe, out
@@ -120,11 +115,8 @@ def _finish(results: dict[str, Any], folder: Path, as_json: bool) -> None:
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
-    """Finished work is never written over.
-
-    Raises:
-        OpticNerveError: the folder holds something and `resume` was not asked for, or the reverse.
-    """
+    """Finished work is never written over. Raises OpticNerveError: the folder holds something and `resume` was not
+    asked for, or the reverse."""
     if int(os.environ.get("RANK", "0")):  # the first of several processes has looked, and may have begun to write
         return
     if folder.exists() and not folder.is_dir():

@@ -48,7 +48,7 @@ _STREAMED = {"text/event-stream": {"schema": ChatCompletionChunk.model_json_sche
 
 
 def create_app(
-    *, name: str, reader: PromptReader, scheduler: Scheduler, metrics: Metrics, keys: Keys, hosts: frozenset[str] | None
+    name: str, reader: PromptReader, scheduler: Scheduler, metrics: Metrics, keys: Keys, hosts: frozenset[str] | None
 ) -> Middleware:
     """The ASGI app behind its middleware.
 

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -34,6 +35,11 @@ from opticnerve.data.media.transform import open_for
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import ServerLimits
 from opticnerve.types import DataError, OpticNerveError
+
+
+def _refuse(param: str, why: str, code: str | None = "invalid_image_url") -> ApiError:
+    return ApiError(400, f"{param}: {why}", param=param, code=code)
+
 
 # is_global calls these global; behind them are addresses of another kind that may be private (RFC 6052, 3056, 4380).
 _WRAPPED = [ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
@@ -61,10 +67,7 @@ def fetch(url: str, *, hosts: Sequence[str], max_bytes: int, seconds: float, par
         ApiError: 400, whatever the reason: a host that is not allowed or not public, a redirect, an answer that is no
             200, too big or too slow.
     """
-
-    def refuse(why: str) -> ApiError:
-        return ApiError(400, f"{param}: {why}", param=param, code="invalid_image_url")
-
+    refuse = partial(_refuse, param)
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").rstrip("."), parts.port or (443 if parts.scheme == "https" else 80)
@@ -153,28 +156,21 @@ class MediaSources:
                 raise OpticNerveError(f"--allow-url-host takes HOST or HOST:PORT, not {host!r}")
 
     def read(self, url: str, limits: ServerLimits, param: str) -> bytes:
-        """The bytes that a URL stands for.
-
-        Raises:
-            ApiError: 400: not base64, not allowed, not there, too big.
-        """
+        """The bytes that a URL stands for. Raises ApiError: 400: not base64, not allowed, not there, too big."""
         if url[:5].lower() == "data:":
             try:
                 return decode_data_url(url)
             except DataError as e:
-                raise ApiError(400, f"{param}: {e}", param=param, code="invalid_image_url") from None
+                raise _refuse(param, str(e)) from None
         if is_url(url):
             return fetch(url, hosts=self.hosts, max_bytes=limits.body_bytes, seconds=limits.fetch_seconds, param=param)
         if url[:5].lower() == "file:":
             return self._file(url, limits.body_bytes, param)
-        raise ApiError(400, f"{param}: give a data URL, data:image/png;base64,…", param=param, code="invalid_image_url")
+        raise _refuse(param, "give a data URL, data:image/png;base64,…")
 
     def _file(self, url: str, most: int, param: str) -> bytes:
         # One answer for all that is not to be read: whether a file exists elsewhere is nobody's business.
-        no = ApiError(
-            400, f"{param}: this server does not read that file; send the picture as a data URL", param=param,
-            code="invalid_image_url",
-        )  # fmt: skip
+        no = _refuse(param, "this server does not read that file; send the picture as a data URL")
         try:
             parts = urlsplit(url)
             path = Path(unquote(parts.path)).resolve(strict=True)
@@ -194,9 +190,7 @@ class MediaSources:
             raise no
         with os.fdopen(number, "rb") as file:
             if about.st_size > most:
-                raise ApiError(
-                    400, f"{param}: the file has {about.st_size:,} bytes, more than the {most:,} allowed", param=param
-                )
+                raise _refuse(param, f"the file has {about.st_size:,} bytes, more than the {most:,} allowed", None)
             return file.read(most)
 
 
@@ -209,38 +203,34 @@ class MediaOpener:
 
     def image(self, url: str, param: str) -> PIL.Image.Image:
         if self.processor.image_processor is None:
-            raise ApiError(400, f"{param}: this model takes no pictures", param=param)
+            raise _refuse(param, "this model takes no pictures", None)
         self._count(param)
         data = self.sources.read(url, self.limits, param)
         try:
             height, width = image_size(data)
             self.pixels += height * width
             if self.pixels > self.limits.pixels:
-                raise ApiError(
-                    400, f"{param}: the pictures so far have {self.pixels:,} pixels, more than the "
-                    f"{self.limits.pixels:,} allowed; send smaller ones", param=param,
+                raise _refuse(
+                    param, f"the pictures so far have {self.pixels:,} pixels, more than the {self.limits.pixels:,} "
+                    "allowed; send smaller ones", None,
                 )  # fmt: skip
             return open_for(self.processor.image_processor, data)
         except DataError as e:
-            raise ApiError(400, f"{param}: {e}", param=param, code="invalid_image") from None
+            raise _refuse(param, str(e), "invalid_image") from None
 
     def audio(self, data: str, param: str) -> Any:
         if self.processor.feature_extractor is None:
-            raise ApiError(400, f"{param}: this model takes no sound", param=param)
+            raise _refuse(param, "this model takes no sound", None)
         self._count(param)
         try:
-            sound = base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as e:
-            raise ApiError(400, f"{param}: not valid base64: {e}", param=param) from None
-        try:
-            rate = self.processor.feature_extractor.sampling_rate
+            rate, sound = self.processor.feature_extractor.sampling_rate, base64.b64decode(data, validate=True)
             return open_audio(sound, rate=rate, max_seconds=self.limits.audio_seconds)
+        except binascii.Error as e:
+            raise _refuse(param, f"not valid base64: {e}", None) from None
         except DataError as e:
-            raise ApiError(400, f"{param}: {e}", param=param, code="invalid_audio") from None
+            raise _refuse(param, str(e), "invalid_audio") from None
 
     def _count(self, param: str) -> None:
         self.media += 1
         if self.media > self.limits.media:
-            raise ApiError(
-                400, f"{param}: more than the {self.limits.media} pictures and sounds allowed in a request", param=param
-            )
+            raise _refuse(param, f"more than the {self.limits.media} pictures and sounds allowed in a request", None)

@@ -17,11 +17,7 @@ UNKNOWN_CONTEXT = 2048  # for language models whose configuration names no bound
 
 
 def check_context(model: Any, wished: int | None) -> int:
-    """Tokens of prompt and answer together.
-
-    Raises:
-        OpticNerveError: more are wished than the model knows positions.
-    """
+    """Tokens of prompt and answer together. Raises OpticNerveError: more are wished than the model knows positions."""
     config = model.language_model.config.get_text_config(decoder=True)
     known = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if wished is not None and known is not None and wished > known:
@@ -46,11 +42,8 @@ class PromptReader:
         self._alone = threading.Lock()
 
     def read(self, asked: schema.ChatRequest) -> PromptInputs:
-        """The prompt as the model takes it.
-
-        Raises:
-            ApiError: 400: media that cannot be had, a conversation that the chat template does not know, too long.
-        """
+        """The prompt as the model takes it. Raises ApiError: 400: media that cannot be had, a conversation that the
+        chat template does not know, too long."""
         self._check_turns(asked)
         conversation = self.conversation(asked)
         try:

@@ -162,11 +162,8 @@ class TokenSampler:
 
 
 def check_plain(model: Any) -> None:
-    """Refuse a model whose generation_config wants more than a step per token.
-
-    Raises:
-        OpticNerveError: beams, contrastive search, and the like.
-    """
+    """Refuse a model whose generation_config wants more than a step per token. Raises OpticNerveError: beams,
+    contrastive search, and the like."""
     config = generation_config(model, max_new_tokens=1)
     if not plain(config):
         raise OpticNerveError(

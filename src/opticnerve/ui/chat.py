@@ -20,11 +20,8 @@ class Refused(OpticNerveError):
 
 
 def check_picture(path: str | None, words: Translations, limits: PageLimits) -> None:
-    """Open a picture as training and `opticnerve ask` do; None (no picture) is fine.
-
-    Raises:
-        Refused: the file is too large, has too many pixels, or is no picture that can be read.
-    """
+    """Open a picture as training and `opticnerve ask` do; None (no picture) is fine. Raises Refused: the file is too
+    large, has too many pixels, or is no picture that can be read."""
     if path is None:
         return
     if (size := Path(path).stat().st_size) > limits.upload_bytes:
@@ -155,11 +152,8 @@ class Asker:
     limits: PageLimits
 
     def check(self, question: str, picture: str | None) -> str:
-        """The question without spaces around.
-
-        Raises:
-            Refused: it is empty or too long, or the picture cannot be used.
-        """
+        """The question without spaces around. Raises Refused: it is empty or too long, or the picture cannot be
+        used."""
         question = question.strip()
         if not question:
             raise Refused(self.words("no_question"))
@@ -171,11 +165,8 @@ class Asker:
     def emit(
         self, model: str, chat_state: ChatState, question: str, picture: str | None, tokens: int, temperature: float
     ) -> Iterator[tuple[ChatState, str]]:
-        """The conversation as it grows, and HTML of what is going on.
-
-        Raises:
-            OpticNerveError: in the page's language where the page found it, else in the package's own words.
-        """
+        """The conversation as it grows, and HTML of what is going on. Raises OpticNerveError: in the page's language
+        where the page found it, else in the package's own words."""
         asked = chat_state.asked(self.check(question, picture), picture)
         yield asked, note(self.words("thinking" if self.models.is_loaded(model) else "loading", model=model))
         answer = ""

@@ -18,11 +18,8 @@ def compare(
     asker: Asker, models: tuple[str, str], question: str, picture: str | None, tokens: int
 ) -> Iterator[tuple[Side, Side]]:
     """Both answers as they grow: the first model's, then the second's, since one works at a time. Greedy, so that the
-    models differ and not the dice.
-
-    Raises:
-        Refused: the question or the picture cannot be used. What goes wrong with one model stands on its side.
-    """
+    models differ and not the dice. Raises Refused: the question or the picture cannot be used. What goes wrong with one
+    model stands on its side."""
     question = asker.check(question, picture)
     sides: list[Side] = [("", ""), ("", note(asker.words("waits")))]
     for number, model in enumerate(models):

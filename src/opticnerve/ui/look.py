@@ -77,11 +77,8 @@ def title_of(method: str) -> str:
 
 
 def see(models: Models, model: str, conversation: Conversation, method: str) -> AttributionMaps:
-    """Maps of the model's greedy answer to a conversation.
-
-    Raises:
-        OpticNerveError: the model's parts do not allow the method, or no map at all.
-    """
+    """Maps of the model's greedy answer to a conversation. Raises OpticNerveError: the model's parts do not allow the
+    method, or no map at all."""
     from opticnerve.interpret.attribution import attribute
 
     with models.turn(model, exact=True) as answerer:

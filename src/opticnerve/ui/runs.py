@@ -51,11 +51,8 @@ class Job:
 
 
 def read_job(root: Path) -> Job | None:
-    """The newest training started below `root`; None if there was none.
-
-    Raises:
-        OpticNerveError: the file that tells of it is damaged.
-    """
+    """The newest training started below `root`; None if there was none. Raises OpticNerveError: the file that tells of
+    it is damaged."""
     path = _file(root)
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -170,20 +167,14 @@ def list_runs(root: Path) -> list[Run]:
 
 
 def open_run(root: Path, name: str) -> Run:
-    """The run in a folder below `root`, with the lines of its stages.
-
-    Raises:
-        OpticNerveError: it is no run's folder, or lies elsewhere.
-    """
+    """The run in a folder below `root`, with the lines of its stages. Raises OpticNerveError: it is no run's folder, or
+    lies elsewhere."""
     return _read(root, run_folder(root, name), _job(root), lines=True)
 
 
 def run_folder(root: Path, name: str) -> Path:
-    """The folder of a run that a browser has named.
-
-    Raises:
-        OpticNerveError: it is no run's folder, or lies elsewhere.
-    """
+    """The folder of a run that a browser has named. Raises OpticNerveError: it is no run's folder, or lies
+    elsewhere."""
     folder = root / name
     try:
         if not _within(root, folder) or not is_run(folder):

@@ -88,11 +88,8 @@ def chosen(answers: Sequence[Answer], which: Which) -> list[Answer]:
 
 
 def thumbnail(run: Run, image: str, side: int = 240) -> str:
-    """A picture of the run as a `data:` URL, at most `side` pixels long: nothing else need be served.
-
-    Raises:
-        OpticNerveError: it is not within the run's folder, not there, too large, or no picture.
-    """
+    """A picture of the run as a `data:` URL, at most `side` pixels long: nothing else need be served. Raises
+    OpticNerveError: it is not within the run's folder, not there, too large, or no picture."""
     try:
         picture = open_image(read_file(run.path, image, 16 * MEGABYTE), where=image, max_pixels=MAX_PIXELS)
     except (OSError, ValueError) as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,7 +46,7 @@ def runs_tab(words: runs_html.Words, root: Path) -> None:
     with gr.Accordion(words("runs_all"), open=False):
         table = shown(elem_id="runs-table")
 
-    def attribute(name: str | None, kind: str) -> list[Any]:
+    def refresh(name: str | None, kind: str) -> list[Any]:
         """The list of runs, and the chosen one if it is still there, else the newest."""
         found = list_runs(root)
         names = [r.name for r in found]
@@ -83,12 +82,11 @@ def runs_tab(words: runs_html.Words, root: Path) -> None:
 
     found = [page, counted, answers]
     everything = [summary, card, curves, task, *found]
-    private: Any = {"api_visibility": "private"}
-    gr.on(None, lambda: attribute(None, "all"), None, [run, table, *everything], show_progress="hidden", **private)
-    again.click(attribute, [run, which], [run, table, *everything], **private)
-    run.input(show, [run, which], everything, **private)
+    gr.on(None, lambda: refresh(None, "all"), None, [run, table, *everything], show_progress="hidden")
+    again.click(refresh, [run, which], [run, table, *everything])
+    run.input(show, [run, which], everything)
     for event, by in ((task.input, 0), (which.input, 0), (back.click, -1), (on.click, 1)):
-        event(partial(turn, by), [run, task, which, page], found, **private)
+        event(partial(turn, by), [run, task, which, page], found)
 
 
 def _label(run: Run, words: runs_html.Words) -> str:
@@ -97,7 +95,7 @@ def _label(run: Run, words: runs_html.Words) -> str:
 
 
 def _said(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+    return str(runs_html.HTML.paragraph(text))
 
 
 def _card(run: Run, words: runs_html.Words) -> str:
@@ -106,7 +104,7 @@ def _card(run: Run, words: runs_html.Words) -> str:
     except FileNotFoundError:
         return _said(words("runs_no_card"))
     except (OSError, OpticNerveError) as e:
-        return runs_html.notes([str(e)], words)
+        return str(runs_html.HTML.notes([str(e)], words))
 
 
 def _page(run: Run | None, task: str | None, page: int, which: str, words: runs_html.Words) -> list[Any]:
@@ -119,5 +117,5 @@ def _page(run: Run | None, task: str | None, page: int, which: str, words: runs_
     part = kept[PAGE * (page - 1) : PAGE * page]
     first = PAGE * (page - 1) + 1
     told = words("runs_shown", first=f"{first:,}", last=f"{first + len(part) - 1:,}", n=f"{len(kept):,}")
-    counted = f'<p role="status">{escape(told) if part else ""}</p>{runs_html.notes([note] if note else [], words)}'
+    counted = str(runs_html.HTML.status(told if part else "") + runs_html.HTML.notes([note] if note else [], words))
     return [page, counted, runs_html.answers_grid(run, part, words)]

@@ -87,11 +87,7 @@ def list_recipes(root: Path) -> list[str]:
 
 
 def recipe_file(root: Path, choice: str) -> Path:
-    """The file of a recipe that a browser has named.
-
-    Raises:
-        OpticNerveError: it is none of `list_recipes`.
-    """
+    """The file of a recipe that a browser has named. Raises OpticNerveError: it is none of `list_recipes`."""
     if choice not in list_recipes(root):
         raise OpticNerveError(f"there is no recipe {choice!r}: choose a ready one, or one that lies in {root}")
     if choice.startswith(READY):
@@ -113,11 +109,8 @@ def free_name(root: Path, choice: str) -> str:
 
 
 def changes_of(text: str) -> list[str]:
-    """`stages.0.steps=50 seed=1` as a list.
-
-    Raises:
-        OpticNerveError: one of them is none, or changes what cannot be changed from the page.
-    """
+    """`stages.0.steps=50 seed=1` as a list. Raises OpticNerveError: one of them is none, or changes what cannot be
+    changed from the page."""
     words = text.split()
     for word in words:
         if not MAY_CHANGE.fullmatch(word):
@@ -130,11 +123,8 @@ def changes_of(text: str) -> list[str]:
 
 
 def start(root: Path, choice: str, name: str, changes: str = "") -> Job:
-    """Begin a run of a recipe in a new folder.
-
-    Raises:
-        OpticNerveError: another training runs; the recipe, the name or a change is not one that can be.
-    """
+    """Begin a run of a recipe in a new folder. Raises OpticNerveError: another training runs; the recipe, the name or a
+    change is not one that can be."""
     file, more = recipe_file(root, choice), changes_of(changes)
     recipe = recipes.load(file, more)
     if not recipe.stages:
@@ -151,12 +141,8 @@ def start(root: Path, choice: str, name: str, changes: str = "") -> Job:
 
 
 def resume(root: Path, name: str) -> Job:
-    """Go on with a run that was stopped.
-
-    Raises:
-        OpticNerveError: there is no such run, it is finished or runs already (in a terminal, perhaps), or another
-            training does.
-    """
+    """Go on with a run that was stopped. Raises OpticNerveError: there is no such run, it is finished or runs already
+    (in a terminal, perhaps), or another training does."""
     folder = run_folder(root, name)
     if (state := open_run(root, name).state) != "stopped":
         raise OpticNerveError(f"{name} is {state}; there is nothing to go on with")
@@ -189,11 +175,8 @@ def stop(root: Path) -> Job:
 
 
 def watch(root: Path) -> Watched:
-    """What the newest training does, from its run folder and what it has printed.
-
-    Raises:
-        OpticNerveError: the file that tells of it is damaged.
-    """
+    """What the newest training does, from its run folder and what it has printed. Raises OpticNerveError: the file that
+    tells of it is damaged."""
     job = read_job(root)
     if job is None:
         return Watched("idle")

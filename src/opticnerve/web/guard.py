@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import MutableHeaders
+from starlette.responses import PlainTextResponse
+
 from opticnerve.types import OpticNerveError
 from opticnerve.web.listen import is_loopback
 
@@ -31,11 +34,7 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
-HEADERS = [
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-]
+HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 WRONG_SECONDS = 1.0  # what a wrong password costs whoever tries many
 
 
@@ -56,11 +55,7 @@ class Secrets:
         return bool(self._digests)
 
     def checked(self, secret: str) -> str:
-        """The secret, if it is one.
-
-        Raises:
-            OpticNerveError: it has another form, or is too short.
-        """
+        """The secret, if it is one. Raises OpticNerveError: it has another form, or is too short."""
         raise NotImplementedError
 
     def decoded(self, given: bytes) -> bytes:
@@ -118,11 +113,8 @@ def read_secrets(path: Path | None) -> list[str]:
 
 
 def check_address(host: str, secrets: Secrets, *, no_auth: bool) -> frozenset[str] | None:
-    """The names that a server which listens on `host` shall answer to; None for all of them.
-
-    Raises:
-        OpticNerveError: no such address; or others reach it, and neither a secret nor `no_auth` is given.
-    """
+    """The names that a server which listens on `host` shall answer to; None for all of them. Raises OpticNerveError: no
+    such address; or others reach it, and neither a secret nor `no_auth` is given."""
     local = is_loopback(host)
     if not local and not secrets and not no_auth:
         raise OpticNerveError(
@@ -164,33 +156,31 @@ class Guard:
             raise OpticNerveError(f"no {scope['type']} here")
         headers = dict(scope["headers"])
         if (refusal := self._refusal(scope["method"], headers)) is not None:
-            status, message, more = refusal
-            if status == 401 and b"authorization" in headers:
+            if refusal.status_code == 401 and b"authorization" in headers:
                 await asyncio.sleep(WRONG_SECONDS)
-            body = message.encode()
-            start = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": status, "headers": [*start, *more, *HEADERS]})
-            await send({"type": "http.response.body", "body": body})
+            refusal.headers.update(HEADERS)
+            await refusal(scope, receive, send)
             return
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         await self.app(scope, self._counted(receive), with_headers)
 
-    def _refusal(self, method: str, headers: dict[bytes, bytes]) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
+    def _refusal(self, method: str, headers: dict[bytes, bytes]) -> PlainTextResponse | None:
         if not answers_to(headers, self.hosts):
-            return 403, "this page answers to localhost alone; give it a login to use another name", []
+            return PlainTextResponse("this page answers to localhost alone; give it a login to use another name", 403)
         if self.logins and not self.logins.admits(headers.get(b"authorization", b"")):
-            return 401, "a user and password are wanted", [(b"www-authenticate", b'Basic realm="opticnerve"')]
+            asks = {"www-authenticate": 'Basic realm="opticnerve"'}
+            return PlainTextResponse("a user and password are wanted", 401, asks)
         origin, host = (headers.get(name, b"").decode("latin-1").lower() for name in (b"origin", b"host"))
         # A browser sends a login along whichever site a request comes from (cross-site request forgery).
         if method not in ("GET", "HEAD") and b"origin" in headers and urlsplit(origin).netloc != host:
-            return 403, "this request comes from another site", []
+            return PlainTextResponse("this request comes from another site", 403)
         if int(headers.get(b"content-length") or 0) > self.body_bytes:
-            return 413, f"a request may hold {self.body_bytes:,} bytes", []
+            return PlainTextResponse(f"a request may hold {self.body_bytes:,} bytes", 413)
         return None
 
     def _counted(self, receive: Receive) -> Receive:
