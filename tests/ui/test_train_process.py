@@ -178,7 +178,7 @@ def test_a_process_that_only_has_the_number_is_left_alone(root: Path) -> None:
 
         created = psutil.Process(bystander.pid).create_time()
         for wrong in (created, created - 100):  # another program; another process of an earlier time
-            write_job(root, runs.Job("first", bystander.pid, wrong, "opticnerve train", 0.0))
+            write_job(root, runs.TrainingJob("first", bystander.pid, wrong, "opticnerve train", 0.0))
             assert not lives(read_job(root))
             with pytest.raises(OpticNerveError, match="no training runs"):
                 stop(root)

@@ -82,7 +82,7 @@ def create_app(
         """Answer a conversation. `stream: true` sends chunks as server-sent events, ended by `[DONE]`."""
         check_name(asked.model)
         prompt = await asyncio.get_running_loop().run_in_executor(pool, reader.read, asked)
-        answer = Answer(asked, prompt, request, metrics, request.state.started + reader.limits.request_seconds)
+        answer = ChatAnswer(asked, prompt, request, metrics, request.state.started + reader.limits.request_seconds)
         scheduler.submit(answer.job)
         answer.watch()
         try:
@@ -143,7 +143,7 @@ class Gone(Exception):
     """The client went away."""
 
 
-class Answer:
+class ChatAnswer:
     """One request's answer, heard in the event loop from the model's thread."""
 
     def __init__(
@@ -236,7 +236,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: ChatAnswer) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.answer, options = answer, answer.asked.stream_options

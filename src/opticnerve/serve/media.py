@@ -9,7 +9,6 @@ used.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import http.client
 import ipaddress
@@ -223,10 +222,12 @@ class MediaOpener:
             raise _refuse(param, "this model takes no sound", None)
         self._count(param)
         try:
-            rate, sound = self.processor.feature_extractor.sampling_rate, base64.b64decode(data, validate=True)
-            return open_audio(sound, rate=rate, max_seconds=self.limits.audio_seconds)
-        except binascii.Error as e:
+            sound = base64.b64decode(data, validate=True)
+        except ValueError as e:  # binascii.Error among them
             raise _refuse(param, f"not valid base64: {e}", None) from None
+        try:
+            rate = self.processor.feature_extractor.sampling_rate
+            return open_audio(sound, rate=rate, max_seconds=self.limits.audio_seconds)
         except DataError as e:
             raise _refuse(param, str(e), "invalid_audio") from None
 

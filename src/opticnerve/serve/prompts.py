@@ -103,11 +103,13 @@ class PromptReader:
         return wished or min(left, self.limits.answer_tokens)
 
 
-def _part(part: schema.TextPart | schema.ImagePart | schema.AudioPart, opener: MediaOpener, where: str) -> Part:
+def _part(
+    part: schema.TextContent | schema.ImageContent | schema.AudioContent, opener: MediaOpener, where: str
+) -> Part:
     match part:
-        case schema.TextPart():
+        case schema.TextContent():
             return TextPart(part.text)
-        case schema.ImagePart():
+        case schema.ImageContent():
             return ImagePart(opener.image(part.image_url.url, f"{where}.image_url.url"))
-        case schema.AudioPart():
+        case schema.AudioContent():
             return AudioPart(opener.audio(part.input_audio.data, f"{where}.input_audio.data"))

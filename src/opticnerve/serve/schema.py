@@ -29,7 +29,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Asked):
+class TextContent(Asked):
     type: Literal["text"]
     text: Text
 
@@ -39,7 +39,7 @@ class ImageUrl(Asked):
     detail: Literal["auto"] | None = None
 
 
-class ImagePart(Asked):
+class ImageContent(Asked):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -49,27 +49,27 @@ class InputAudio(Asked):
     format: Literal["wav", "mp3", "flac", "ogg"]
 
 
-class AudioPart(Asked):
+class AudioContent(Asked):
     type: Literal["input_audio"]
     input_audio: InputAudio
 
 
-AnyPart = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
+AnyContent = TextContent | ImageContent | AudioContent
 
 
 class SystemMessage(Asked):
     role: Literal["system", "developer"]
-    content: Text | list[TextPart]
+    content: Text | list[TextContent]
 
 
 class UserMessage(Asked):
     role: Literal["user"]
-    content: Text | list[AnyPart]
+    content: Text | list[Annotated[AnyContent, Field(discriminator="type")]]
 
 
 class AssistantMessage(Asked):
     role: Literal["assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[TextContent]
     refusal: None = None
 
 

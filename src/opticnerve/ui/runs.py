@@ -31,7 +31,7 @@ PROGRAM = "opticnerve_launch"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrainingJob:
     """A training as a process.
 
     Args:
@@ -50,25 +50,27 @@ class Job:
     code: int | None = None
 
 
-def read_job(root: Path) -> Job | None:
+def read_job(root: Path) -> TrainingJob | None:
     """The newest training started below `root`; None if there was none. Raises OpticNerveError: the file that tells of
     it is damaged."""
     path = _file(root)
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        return Job(**{**told, "run": str(told["run"]), "pid": int(told["pid"]), "created": float(told["created"])})
+        return TrainingJob(
+            **{**told, "run": str(told["run"]), "pid": int(told["pid"]), "created": float(told["created"])}
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise OpticNerveError(f"{path} is damaged ({e}); see that no training runs, and delete it") from e
 
 
-def write_job(root: Path, job: Job) -> None:
+def write_job(root: Path, job: TrainingJob) -> None:
     _file(root).parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(_file(root), asdict(job))
 
 
-def lives(job: Job | None) -> bool:
+def lives(job: TrainingJob | None) -> bool:
     """Whether the process is there, is the same one, and has not ended."""
     import psutil
 
@@ -128,7 +130,7 @@ RECENT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class ShownStage:
     """A stage of a run: how many steps are done, how many are planned (None where the data decide), its lines."""
 
     name: str
@@ -143,7 +145,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ShownRun:
     """A run as it lies on disk. `name`: its folder below the folder of runs. `written`: seconds since the epoch."""
 
     name: str
@@ -151,7 +153,7 @@ class Run:
     state: State
     written: float
     results: dict[str, Any]
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[ShownStage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -159,14 +161,14 @@ class Run:
         return dicts(self.results.get("tasks"))
 
 
-def list_runs(root: Path) -> list[Run]:
+def list_runs(root: Path) -> list[ShownRun]:
     """All runs below `root`, the newest first, without the lines of their stages."""
     job = _job(root)
     found = [_read(root, folder, job, lines=False) for folder, is_one, _ in walk_folders(root) if is_one]
     return sorted(found, key=lambda run: (-run.written, run.name))
 
 
-def open_run(root: Path, name: str) -> Run:
+def open_run(root: Path, name: str) -> ShownRun:
     """The run in a folder below `root`, with the lines of its stages. Raises OpticNerveError: it is no run's folder, or
     lies elsewhere."""
     return _read(root, run_folder(root, name), _job(root), lines=True)
@@ -224,7 +226,7 @@ def walk_folders(root: Path) -> Iterator[tuple[Path, bool, list[str]]]:
         yield folder, run, names
 
 
-def _read(root: Path, folder: Path, job: Job | None, *, lines: bool) -> Run:
+def _read(root: Path, folder: Path, job: TrainingJob | None, *, lines: bool) -> ShownRun:
     notes: list[str] = []
     name = folder.relative_to(root).as_posix()
     results = _json(folder, "results.json", notes)
@@ -237,10 +239,10 @@ def _read(root: Path, folder: Path, job: Job | None, *, lines: bool) -> Run:
         state = "finished"
     elif time.time() - written < RECENT and (job is None or job.run != name):
         state = "running"
-    return Run(name, folder, state, written, results, stages, notes)
+    return ShownRun(name, folder, state, written, results, stages, notes)
 
 
-def _stages(folder: Path, notes: list[str], *, lines: bool) -> list[Stage]:
+def _stages(folder: Path, notes: list[str], *, lines: bool) -> list[ShownStage]:
     """The recipe's stages; where the recipe cannot be read, those that have a folder."""
     planned: dict[str, int | None] = {}
     try:
@@ -254,7 +256,7 @@ def _stages(folder: Path, notes: list[str], *, lines: bool) -> list[Stage]:
     return [_stage(folder, place, steps, notes, lines=lines) for place, steps in planned.items()]
 
 
-def _stage(folder: Path, place: str, planned: int | None, notes: list[str], *, lines: bool) -> Stage:
+def _stage(folder: Path, place: str, planned: int | None, notes: list[str], *, lines: bool) -> ShownStage:
     here = folder / "stages" / place
     result = _json(folder, f"stages/{place}/result.json", notes)
     metrics: list[dict[str, Any]] = []
@@ -267,7 +269,7 @@ def _stage(folder: Path, place: str, planned: int | None, notes: list[str], *, l
         except (OSError, ValueError, RecursionError) as e:
             notes.append(f"stages/{place}/metrics.jsonl: {e}")
     steps = result.get("steps", planned)
-    return Stage(place.partition("-")[2], here, bool(result), steps if isinstance(steps, int) else None, metrics)
+    return ShownStage(place.partition("-")[2], here, bool(result), steps if isinstance(steps, int) else None, metrics)
 
 
 def _json(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
@@ -283,7 +285,7 @@ def _json(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
     return loaded
 
 
-def _written(folder: Path, stages: list[Stage]) -> float:
+def _written(folder: Path, stages: list[ShownStage]) -> float:
     files = [folder / "recipe.yaml", folder / "results.json", *(s.folder / "metrics.jsonl" for s in stages)]
     return max((f.stat().st_mtime for f in files if f.is_file()), default=0.0)
 
@@ -292,7 +294,7 @@ def _within(folder: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def _job(root: Path) -> Job | None:
+def _job(root: Path) -> TrainingJob | None:
     try:
         return read_job(root)
     except OpticNerveError:  # the tab for training tells it; what others have trained can be read all the same

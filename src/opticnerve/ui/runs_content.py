@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from opticnerve.data.media.open import open_image
 from opticnerve.evaluation.tasks import slug
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.runs import MEGABYTE, Run, dicts, read_file
+from opticnerve.ui.runs import MEGABYTE, ShownRun, dicts, read_file
 
 Which = Literal["all", "wrong", "right"]
 PAGE = 12
@@ -30,7 +30,7 @@ MAX_PIXELS = 16_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class RunAnswer:
     """One question. `right`: None where nothing tells (a caption); a part of 1 where people disagree about it.
 
     `image`: the picture's place within the run's folder.
@@ -48,7 +48,7 @@ class Answer:
         return self.right is not None and self.right < 0.5
 
 
-def read_answers(run: Run, task: str) -> tuple[list[Answer], str]:
+def read_answers(run: ShownRun, task: str) -> tuple[list[RunAnswer], str]:
     """All answers to a task, those with a picture first; and why some are missing, or nothing.
 
     results.json holds some samples with small pictures, `answers/TASK.jsonl` (if the task has one) every answer.
@@ -78,7 +78,7 @@ def read_answers(run: Run, task: str) -> tuple[list[Answer], str]:
     return shown, note
 
 
-def chosen(answers: Sequence[Answer], which: Which) -> list[Answer]:
+def chosen(answers: Sequence[RunAnswer], which: Which) -> list[RunAnswer]:
     """The wrong ones, the right ones, or all."""
     if which == "wrong":
         return [a for a in answers if a.wrong]
@@ -87,7 +87,7 @@ def chosen(answers: Sequence[Answer], which: Which) -> list[Answer]:
     return list(answers)
 
 
-def thumbnail(run: Run, image: str, side: int = 240) -> str:
+def thumbnail(run: ShownRun, image: str, side: int = 240) -> str:
     """A picture of the run as a `data:` URL, at most `side` pixels long: nothing else need be served. Raises
     OpticNerveError: it is not within the run's folder, not there, too large, or no picture."""
     try:
@@ -100,10 +100,10 @@ def thumbnail(run: Run, image: str, side: int = 240) -> str:
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def _answer(found: dict[str, Any]) -> Answer:
+def _answer(found: dict[str, Any]) -> RunAnswer:
     right = found.get("right")
     image = found.get("image")
-    return Answer(
+    return RunAnswer(
         _text(found.get("question")), _text(found.get("prediction")), _text(found.get("answer")),
         float(right) if isinstance(right, int | float) else None, _text(found.get("type") or ""),
         image if isinstance(image, str) else None,
@@ -121,7 +121,7 @@ _SUMMARY = re.compile(r"^<details><summary>([^<>]*)</summary>$", re.MULTILINE)
 _ALERT = re.compile(r"^> \[!(?:WARNING|IMPORTANT|NOTE)\]$", re.MULTILINE)
 
 
-def card_html(run: Run) -> str:
+def card_html(run: ShownRun) -> str:
     """The card of a run.
 
     Raises:
@@ -134,7 +134,7 @@ def card_html(run: Run) -> str:
     return render(run, text)
 
 
-def render(run: Run, text: str) -> str:
+def render(run: ShownRun, text: str) -> str:
     """Markdown as HTML; `run` is where its pictures lie."""
     from markdown_it import MarkdownIt
 
@@ -156,30 +156,20 @@ def render(run: Run, text: str) -> str:
         except (OpticNerveError, ValueError) as e:
             return f'<em class="gone">[{said}: {escape(str(e))}]</em>'
 
+    closers: list[str] = []
+
     def link_open(tokens: Sequence[Any], index: int, *_: Any) -> str:
         target = str(tokens[index].attrs.get("href", ""))
-        if urlsplit(target).scheme not in ("http", "https"):
+        web = urlsplit(target).scheme in ("http", "https")
+        closers.append("</a>" if web else "</span>")
+        if not web:
             return "<span>"  # a file beside the card: the page does not serve it
         return f'<a href="{escape(target)}" rel="noopener noreferrer nofollow" target="_blank">'
 
-    def link_close(tokens: Sequence[Any], index: int, *_: Any) -> str:
-        depth = 0
-        for token in reversed(tokens[:index]):
-            depth += {"link_close": 1, "link_open": -1}.get(token.type, 0)
-            if depth < 0:
-                scheme = urlsplit(str(token.attrs.get("href", ""))).scheme
-                return "</a>" if scheme in ("http", "https") else "</span>"
-        return "</span>"
-
-    def table_open(*_: Any) -> str:
-        return '<div class="wide" role="group" tabindex="0"><table>'
-
-    def table_close(*_: Any) -> str:
-        return "</table></div>"
-
     reader.renderer.rules |= {
-        "image": image, "link_open": link_open, "link_close": link_close,
-        "table_open": table_open, "table_close": table_close,
+        "image": image, "link_open": link_open, "link_close": lambda *_: closers.pop(),
+        "table_open": lambda *_: '<div class="wide" role="group" tabindex="0"><table>',
+        "table_close": lambda *_: "</table></div>",
     }  # fmt: skip
     return str(reader.render(_plain(text)))
 

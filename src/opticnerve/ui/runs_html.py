@@ -21,8 +21,8 @@ from opticnerve.common.markdown import percent
 from opticnerve.runs.card.warnings import warnings_of
 from opticnerve.runs.folder import finite
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.runs import Run, Stage, dicts
-from opticnerve.ui.runs_content import Answer, thumbnail
+from opticnerve.ui.runs import ShownRun, ShownStage, dicts
+from opticnerve.ui.runs_content import RunAnswer, thumbnail
 
 Words = Callable[..., str]  # a text of the page, by its key: `Translations`
 MOST_ROWS = 200
@@ -32,7 +32,7 @@ HTML: Any = (
 )
 
 
-def summary(run: Run, words: Words) -> str:
+def summary(run: ShownRun, words: Words) -> str:
     """A run's state, stages, headline figures, warnings, and what could not be read."""
     stages = [(s.name, progress(s, words), _stage_state(run, s, words)) for s in run.stages]
     warnings, unread = [], run.notes
@@ -43,13 +43,13 @@ def summary(run: Run, words: Words) -> str:
     return str(HTML.summary(run, stages, _figures(run, words), warnings, unread, words))
 
 
-def _stage_state(run: Run, stage: Stage, words: Words) -> str:
+def _stage_state(run: ShownRun, stage: ShownStage, words: Words) -> str:
     if stage.finished:
         return words("runs_finished")
     return words("runs_running") if run.state == "running" and stage.steps else "–"
 
 
-def progress(stage: Stage, words: Words) -> str:
+def progress(stage: ShownStage, words: Words) -> str:
     """`120 of 420`."""
     done = stage.planned if stage.finished and stage.planned is not None else stage.steps
     if stage.planned is None:
@@ -57,7 +57,7 @@ def progress(stage: Stage, words: Words) -> str:
     return words("runs_steps", done=f"{done:,}", planned=f"{stage.planned:,}")
 
 
-def runs_table(runs: Sequence[Run], words: Words) -> str:
+def runs_table(runs: Sequence[ShownRun], words: Words) -> str:
     """One row a run."""
     rows = [
         (
@@ -69,19 +69,19 @@ def runs_table(runs: Sequence[Run], words: Words) -> str:
     return str(HTML.table([words(f"runs_{k}") for k in ("run", "state", "score", "gap", "written")], rows))
 
 
-def headline(run: Run) -> str:
+def headline(run: ShownRun) -> str:
     """The first task's score: `95.1%`; empty where there is none."""
     scores = [s for t in run.tasks if math.isfinite(s := finite(t.get("accuracy")))]
     return percent(scores[0]) if scores else ""
 
 
-def curves(run: Run, words: Words) -> str:
+def curves(run: ShownRun, words: Words) -> str:
     """The loss of every stage that has begun."""
     drawn = [curve_figure(s, words) for s in run.stages if s.metrics]
     return "".join(drawn) or str(HTML.paragraph(words("runs_no_curves")))
 
 
-def curve_figure(stage: Stage, words: Words, planned: int | None = None) -> str:
+def curve_figure(stage: ShownStage, words: Words, planned: int | None = None) -> str:
     """A stage's loss with a line of words that says the same; `planned`: its steps, if more is known than it says."""
     curve, said = curve_of(stage.metrics), ""
     if known := curve.known:
@@ -91,12 +91,12 @@ def curve_figure(stage: Stage, words: Words, planned: int | None = None) -> str:
     return str(HTML.curve(stage.name, drawn, f"{said} {speed(stage, words)}", words))
 
 
-def speed(stage: Stage, words: Words) -> str:
+def speed(stage: ShownStage, words: Words) -> str:
     tokens = pace(stage.metrics)[1]
     return words("runs_curve_pace", tokens=f"{tokens:,.0f}") if math.isfinite(tokens) else ""
 
 
-def answers_grid(run: Run, shown: Sequence[Answer], words: Words) -> str:
+def answers_grid(run: ShownRun, shown: Sequence[RunAnswer], words: Words) -> str:
     """Answers as cards, each with its picture, if it has one."""
     cards = []
     for answer in shown:
@@ -124,7 +124,7 @@ def when(written: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
 
 
-def _figures(run: Run, words: Words) -> list[tuple[str, str, str]]:
+def _figures(run: ShownRun, words: Words) -> list[tuple[str, str, str]]:
     """(label, figure, a smaller remark) of each."""
     found = []
     for task in run.tasks:
@@ -152,7 +152,7 @@ def _figures(run: Run, words: Words) -> list[tuple[str, str, str]]:
     return [*found, (words("runs_written"), "", when(run.written))]
 
 
-def _gap(run: Run) -> float:
+def _gap(run: ShownRun) -> float:
     found = run.results.get("image_dependence")
     return finite(found.get("real")) - finite(found.get("blank")) if isinstance(found, dict) else math.nan
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import runs_html
-from opticnerve.ui.runs import Run, dicts, list_runs, open_run
+from opticnerve.ui.runs import ShownRun, dicts, list_runs, open_run
 from opticnerve.ui.runs_content import PAGE, Which, card_html, chosen, read_answers
 
 WHICH: tuple[Which, ...] = ("all", "wrong", "right")
@@ -89,7 +89,7 @@ def runs_tab(words: runs_html.Words, root: Path) -> None:
         event(partial(turn, by), [run, task, which, page], found)
 
 
-def _label(run: Run, words: runs_html.Words) -> str:
+def _label(run: ShownRun, words: runs_html.Words) -> str:
     score = runs_html.headline(run)
     return " · ".join([run.name, words(f"runs_{run.state}"), *([score] if score else [])])
 
@@ -98,7 +98,7 @@ def _said(text: str) -> str:
     return str(runs_html.HTML.paragraph(text))
 
 
-def _card(run: Run, words: runs_html.Words) -> str:
+def _card(run: ShownRun, words: runs_html.Words) -> str:
     try:
         return card_html(run)
     except FileNotFoundError:
@@ -107,7 +107,7 @@ def _card(run: Run, words: runs_html.Words) -> str:
         return str(runs_html.HTML.notes([str(e)], words))
 
 
-def _page(run: Run | None, task: str | None, page: int, which: str, words: runs_html.Words) -> list[Any]:
+def _page(run: ShownRun | None, task: str | None, page: int, which: str, words: runs_html.Words) -> list[Any]:
     """The page's number, which answers are on it, and these."""
     if run is None or task is None:
         return [1, "", _said(words("runs_no_answers"))]

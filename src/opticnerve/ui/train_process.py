@@ -26,8 +26,8 @@ from opticnerve.starter.demo import packaged, recipe_path
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import runs
 from opticnerve.ui.runs import (
-    Job,
-    Stage,
+    ShownStage,
+    TrainingJob,
     is_run,
     lives,
     log_of,
@@ -65,8 +65,8 @@ class Watched:
     """
 
     doing: Doing
-    job: Job | None = None
-    stage: Stage | None = None
+    job: TrainingJob | None = None
+    stage: ShownStage | None = None
     number: int = 0
     count: int = 0
     total: int | None = None
@@ -122,7 +122,7 @@ def changes_of(text: str) -> list[str]:
     return words
 
 
-def start(root: Path, choice: str, name: str, changes: str = "") -> Job:
+def start(root: Path, choice: str, name: str, changes: str = "") -> TrainingJob:
     """Begin a run of a recipe in a new folder. Raises OpticNerveError: another training runs; the recipe, the name or a
     change is not one that can be."""
     file, more = recipe_file(root, choice), changes_of(changes)
@@ -140,7 +140,7 @@ def start(root: Path, choice: str, name: str, changes: str = "") -> Job:
     return _launch(root, name, [shown, *more, "--out", _typed(folder)])
 
 
-def resume(root: Path, name: str) -> Job:
+def resume(root: Path, name: str) -> TrainingJob:
     """Go on with a run that was stopped. Raises OpticNerveError: there is no such run, it is finished or runs already
     (in a terminal, perhaps), or another training does."""
     folder = run_folder(root, name)
@@ -151,7 +151,7 @@ def resume(root: Path, name: str) -> Job:
     return _launch(root, name, ["--resume", _typed(folder)])
 
 
-def stop(root: Path) -> Job:
+def stop(root: Path) -> TrainingJob:
     """Ask the training to finish its step, save and leave; a second time does nothing.
 
     SIGTERM, for which the command listens from its first moments: Ctrl-C's SIGINT is ignored by whatever was started
@@ -181,7 +181,7 @@ def watch(root: Path) -> Watched:
     if job is None:
         return Watched("idle")
     log = tail(log_of(root, job.run))
-    stages: list[Stage] = []
+    stages: list[ShownStage] = []
     results: dict[str, Any] = {}
     if is_run(root / job.run):
         run = open_run(root, job.run)
@@ -208,7 +208,7 @@ def tail(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _doing(job: Job, results: dict[str, Any], log: list[str]) -> Doing:
+def _doing(job: TrainingJob, results: dict[str, Any], log: list[str]) -> Doing:
     if lives(job):
         return "running" if job.asked is None else "stopping"
     if "tasks" in results:
@@ -218,7 +218,7 @@ def _doing(job: Job, results: dict[str, Any], log: list[str]) -> Doing:
     return "failed" if failed and job.asked is None else "stopped"
 
 
-def _launch(root: Path, name: str, words: list[str]) -> Job:
+def _launch(root: Path, name: str, words: list[str]) -> TrainingJob:
     import psutil
 
     if os.name != "posix":
@@ -235,7 +235,7 @@ def _launch(root: Path, name: str, words: list[str]) -> Job:
                 env=_environment(),
             )  # fmt: skip
         created = psutil.Process(process.pid).create_time()
-        job = Job(name, process.pid, created, shlex.join(["opticnerve", "train", *words]), time.time())
+        job = TrainingJob(name, process.pid, created, shlex.join(["opticnerve", "train", *words]), time.time())
         write_job(root, job)
     threading.Thread(target=_await, args=(root, process), name=f"training-{process.pid}", daemon=True).start()
     return job

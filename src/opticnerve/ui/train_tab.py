@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.runs import Job, list_runs
+from opticnerve.ui.runs import TrainingJob, list_runs
 from opticnerve.ui.runs_html import HTML, STYLE, Words, curve_figure, curve_of, pace, span, speed
 from opticnerve.ui.train_process import Watched, free_name, list_recipes, resume, start, stop, watch
 
@@ -71,7 +71,7 @@ def train_tab(words: Words, root: Path) -> None:
             free_name(root, first) if first else "", *refresh("", fresh=True),
         ]  # fmt: skip
 
-    def act(what: Callable[[], Job], told: str) -> tuple[bool, list[Any]]:
+    def act(what: Callable[[], TrainingJob], told: str) -> tuple[bool, list[Any]]:
         """Do it, say what was done or why not, and look."""
         try:
             said, done = words(told, run=what().run), True
