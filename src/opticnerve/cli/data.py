@@ -170,14 +170,14 @@ def _entries(
 
 
 def _of_recipe(source: str, overrides: list[str], quick: bool) -> Iterator[Entry]:
-    from opticnerve.data.encode.tokenize import encode
-    from opticnerve.language.chat_template import stage_template
-    from opticnerve.plan.plan import context_length, processor_for
-
-    recipe = read_recipe(source, overrides)
+    recipe, processor, context = read_recipe(source, overrides), None, None
     # Dual encoders and classifiers cut long texts instead of refusing them.
-    encodes = not quick and recipe.model.KIND == "docked"
-    processor, context = (processor_for(recipe), context_length(recipe)) if encodes else (None, None)
+    if not quick and recipe.model.KIND == "docked":
+        from opticnerve.data.encode.tokenize import encode
+        from opticnerve.language.chat_template import stage_template
+        from opticnerve.plan.plan import context_length, processor_for
+
+        processor, context = processor_for(recipe), context_length(recipe)
     for i, stage in enumerate(recipe.stages):
         made = None
         if processor is not None:  # makes tokens of a sample, and refuses what the stage would refuse
