@@ -30,8 +30,9 @@ from PIL import Image, ImageDraw
 from side_by_side import machine
 
 from opticnerve.inference.load import load_model
-from opticnerve.serve.limits import Limits
-from opticnerve.serve.server import Server, Service, listen
+from opticnerve.serve.limits import ServerLimits
+from opticnerve.serve.server import Server, Service
+from opticnerve.web.listen import listen
 
 # Every second one is about a picture, where the model has an eye; its answers are short.
 QUESTIONS = [
@@ -106,7 +107,7 @@ async def crowd(url: str, bodies: list[dict[str, Any]], clients: int) -> Side:
 @contextmanager
 def served(model: Any, processor: Any, slots: int, clients: int) -> Iterator[str]:
     """A server with so many slots, at the address that this gives."""
-    limits = Limits(slots=slots, queue=clients + 1, grace_seconds=0)
+    limits = ServerLimits(slots=slots, queue=clients + 1, grace_seconds=0)
     socket = listen("127.0.0.1", 0)
     server = Server(Service(model=model, processor=processor, name="bench", limits=limits))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})

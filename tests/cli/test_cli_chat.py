@@ -10,7 +10,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from opticnerve.cli.chat import Session
+from opticnerve.cli.ask import Session
 from opticnerve.data.dataset.read import read
 from opticnerve.types import Conversation, ImagePart
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opticnerve.cli import tokens
-from opticnerve.cli.picture import draw
+from opticnerve.cli.ask import draw
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.types import ask
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from opticnerve import recipe as recipes
-from opticnerve.cli.demo import _clear
-from opticnerve.cli.train import check_folder
+from opticnerve.cli.train import _clear, check_folder
 from opticnerve.types import OpticNerveError
 
 RESULTS = {

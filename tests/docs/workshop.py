@@ -108,7 +108,8 @@ def pictures(folder: Path) -> None:
 def served(model: str, name: str) -> Iterator[str]:
     """A live server with `model` under `name`; its address."""
     from opticnerve.inference.load import load_model
-    from opticnerve.serve.server import Server, Service, listen
+    from opticnerve.serve.server import Server, Service
+    from opticnerve.web.listen import listen
 
     socket = listen("127.0.0.1", 0)
     loaded: tuple[Any, Any] = load_model(model)

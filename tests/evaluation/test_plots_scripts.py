@@ -23,7 +23,7 @@ from opticnerve.compare.stats import Estimate
 from opticnerve.interpret import plot as attribution_plot
 from opticnerve.interpret.attribution import Attribution, Map, Word
 from opticnerve.runs.card import plots
-from opticnerve.ui.look_part import _draw
+from opticnerve.ui.look import _draw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import localization

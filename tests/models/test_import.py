@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import checkpoints
 import tiny
+from opticnerve.cli.export import import_
 from opticnerve.cli.guard import guarded
-from opticnerve.cli.import_ import import_
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model

@@ -19,11 +19,14 @@ import soundfile
 
 import tiny
 from opticnerve.models.vlm.build import Dock
-from opticnerve.serve.limits import Limits
-from opticnerve.serve.server import Server, Service, listen
+from opticnerve.serve.limits import ServerLimits
+from opticnerve.serve.server import Server, Service
+from opticnerve.web.listen import listen
 
 NAME = "tiny"
-LIMITS = Limits(slots=4, queue=200, body_bytes=200_000, pixels=40_000, media=3, audio_seconds=3.0, answer_tokens=16)
+LIMITS = ServerLimits(
+    slots=4, queue=200, body_bytes=200_000, pixels=40_000, media=3, audio_seconds=3.0, answer_tokens=16
+)
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Live:
 
 
 @contextmanager
-def serving(model: Any, processor: Any, *, limits: Limits = LIMITS, **options: Any) -> Iterator[Live]:
+def serving(model: Any, processor: Any, *, limits: ServerLimits = LIMITS, **options: Any) -> Iterator[Live]:
     """A server in a thread; it is stopped and has stopped at the end."""
     service = Service(model=model, processor=processor, name=NAME, limits=limits, **options)
     socket = listen("127.0.0.1", 0)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 import tiny
-from opticnerve.serve.detokenizer import GrowingText, token_text
+from opticnerve.serve.sequence import IncrementalDetokenizer, token_text
 
 TEXTS = ["what colour is the circle?", "naïve — 円は赤い 🙂🙂 ok", " spaces  and\nlines ", "e", ""]
 
 
-def pieces(tokenizer: Any, ids: list[int], *stops: str) -> tuple[list[str], GrowingText]:
-    growing = GrowingText(tokenizer, stops)
+def pieces(tokenizer: Any, ids: list[int], *stops: str) -> tuple[list[str], IncrementalDetokenizer]:
+    growing = IncrementalDetokenizer(tokenizer, stops)
     found = []
     for token in ids:
         found.append(growing.put(token))

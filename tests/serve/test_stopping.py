@@ -123,22 +123,22 @@ class TestTheCommand:
         assert message in refused(*words)
 
     def test_a_port_that_is_taken(self, refused: Callable[..., str]) -> None:
-        from opticnerve.serve.server import listen
+        from opticnerve.web.listen import listen
 
         with listen("127.0.0.1", 0) as taken:
             assert "another --port" in refused("--port", str(taken.getsockname()[1]))
 
     def test_more_context_than_the_model_has(self, both: Dock) -> None:
-        from opticnerve.serve.prompts import context_of
+        from opticnerve.serve.prompts import check_context
         from opticnerve.types import OpticNerveError
 
-        assert context_of(both.model, None) == 512
-        assert context_of(both.model, 100) == 100
+        assert check_context(both.model, None) == 512
+        assert check_context(both.model, 100) == 100
         with pytest.raises(OpticNerveError, match="513 is more than the 512"):
-            context_of(both.model, 513)
+            check_context(both.model, 513)
 
     def test_a_key_file(self, tmp_path: Path) -> None:
-        from opticnerve.web.listen import read_secrets
+        from opticnerve.web.guard import read_secrets
 
         (tmp_path / "keys").write_text("# of the team\nfirst-key\n\n second-key \n")
         assert read_secrets(tmp_path / "keys") == ["first-key", "second-key"]

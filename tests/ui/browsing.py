@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from opticnerve.ui.app import private_folder, site
-from opticnerve.ui.limits import Limits
-from opticnerve.ui.models import Models
+from opticnerve.ui.models import Models, PageLimits
+from opticnerve.web.guard import LOCAL_NAMES
 from opticnerve.web.listen import listen
-from opticnerve.web.place import LOCAL_NAMES
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = [
@@ -26,7 +25,7 @@ QUIET = [
 
 
 @contextmanager
-def page_at(models: Models, runs: Path, limits: Limits) -> Iterator[str]:
+def page_at(models: Models, runs: Path, limits: PageLimits) -> Iterator[str]:
     """The address of a page that is served until the block is left."""
     import uvicorn
 

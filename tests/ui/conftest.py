@@ -12,10 +12,9 @@ from browsing import chromium, page_at
 
 import tiny
 from opticnerve.models.vlm.build import dock
-from opticnerve.ui.limits import Limits
-from opticnerve.ui.models import Models
+from opticnerve.ui.models import Models, PageLimits
 
-LIMITS = Limits(upload_bytes=300_000, pixels=90_000, question_characters=200, answer_tokens=60)
+LIMITS = PageLimits(upload_bytes=300_000, pixels=90_000, question_characters=200, answer_tokens=60)
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,14 @@ import pytest
 import yaml
 
 from opticnerve.runs.card.card import write_card
-from opticnerve.ui.i18n_runs import TEXTS
+from opticnerve.ui.i18n import RUN_TEXTS
 
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>${window.hit=1} {{window.hit}}'
 
 
 def words(language: str = "en") -> Callable[..., str]:
     def emit(key: str, **values: object) -> str:
-        text = TEXTS[language][key]
+        text = RUN_TEXTS[language][key]
         return text.format(**values) if values else text
 
     return emit

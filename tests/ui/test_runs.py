@@ -13,9 +13,9 @@ from run_folders import EVIL, line, make_run, words
 
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import runs_html
-from opticnerve.ui.i18n_runs import TEXTS
+from opticnerve.ui.i18n import RUN_TEXTS
 from opticnerve.ui.runs import list_runs, open_run, read_file
-from opticnerve.ui.runs_answers import chosen, read_answers, thumbnail
+from opticnerve.ui.runs_content import chosen, read_answers, thumbnail
 
 
 def age(run: Path, seconds: float) -> None:
@@ -167,8 +167,8 @@ def test_every_text_of_a_run_is_escaped(tmp_path: Path) -> None:
 def test_both_languages_have_the_same_texts_with_the_same_places() -> None:
     import string
 
-    assert TEXTS["en"].keys() == TEXTS["ja"].keys()
-    for key, text in TEXTS["en"].items():
-        fields = [{f for _, f, _, _ in string.Formatter().parse(t) if f} for t in (text, TEXTS["ja"][key])]
+    assert RUN_TEXTS["en"].keys() == RUN_TEXTS["ja"].keys()
+    for key, text in RUN_TEXTS["en"].items():
+        fields = [{f for _, f, _, _ in string.Formatter().parse(t) if f} for t in (text, RUN_TEXTS["ja"][key])]
         assert fields[0] == fields[1], key
-        assert TEXTS["ja"][key] != text or key == "runs_steps_open", key
+        assert RUN_TEXTS["ja"][key] != text or key == "runs_steps_open", key

@@ -10,9 +10,9 @@ import pytest
 from run_folders import EVIL, line, make_run
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.curve import MOST_POINTS, curve_of, curve_svg, pace
 from opticnerve.ui.runs import open_run
-from opticnerve.ui.runs_card import card_html, render
+from opticnerve.ui.runs_content import card_html, render
+from opticnerve.ui.runs_html import MOST_POINTS, curve_of, curve_svg, pace
 
 
 def test_a_card_is_shown_whole_with_its_pictures(tmp_path: Path) -> None:

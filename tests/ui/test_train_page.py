@@ -13,8 +13,7 @@ from browsing import chromium
 from run_folders import apart, served, words
 
 import tiny
-from opticnerve.ui.jobs import lives, read_job
-from opticnerve.ui.runs import open_run
+from opticnerve.ui.runs import lives, open_run, read_job
 from opticnerve.ui.train_tab import train_tab
 
 pytestmark = pytest.mark.slow

@@ -19,8 +19,8 @@ import yaml
 from run_folders import make_run
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import jobs, train_process
-from opticnerve.ui.jobs import lives, log_of, read_job, write_job
+from opticnerve.ui import runs
+from opticnerve.ui.runs import lives, log_of, read_job, write_job
 from opticnerve.ui.train_process import (
     changes_of,
     free_name,
@@ -76,9 +76,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of runs with a recipe in it; what is trained below it is the stand-in, ended at last."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "stand_in_for_training.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
-    for module in (jobs, train_process):
-        monkeypatch.setattr(module, "PROGRAM", "stand_in_for_training")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"), prepend=os.pathsep)
+    monkeypatch.setattr(runs, "PROGRAM", "stand_in_for_training")
     folder = tmp_path / "runs"
     folder.mkdir()
     recipe = {
@@ -152,8 +151,8 @@ def test_another_server_finds_the_training_and_can_stop_it(root: Path) -> None:
     start(root, "file:mine.yaml", "first")
     until(lambda: steps(root) > 0)
     code = (
-        "import opticnerve_launch, sys; from pathlib import Path; from opticnerve.ui import jobs, training\n"
-        "jobs.PROGRAM = 'stand_in_for_training'\n"
+        "import opticnerve_launch, sys; from pathlib import Path; from opticnerve.ui import runs, train_process as training\n"
+        "runs.PROGRAM = 'stand_in_for_training'\n"
         "root = Path(sys.argv[1]); print(training.watch(root).doing); training.stop(root)"
     )
     told = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=True)
@@ -179,7 +178,7 @@ def test_a_process_that_only_has_the_number_is_left_alone(root: Path) -> None:
 
         created = psutil.Process(bystander.pid).create_time()
         for wrong in (created, created - 100):  # another program; another process of an earlier time
-            write_job(root, jobs.Job("first", bystander.pid, wrong, "opticnerve train", 0.0))
+            write_job(root, runs.TrainingJob("first", bystander.pid, wrong, "opticnerve train", 0.0))
             assert not lives(read_job(root))
             with pytest.raises(OpticNerveError, match="no training runs"):
                 stop(root)
@@ -206,8 +205,8 @@ def test_a_run_that_a_terminal_trains_is_not_gone_on_with(root: Path, words: lis
 
 
 def test_a_damaged_record_is_an_error_and_no_second_training(root: Path) -> None:
-    (root / jobs.FOLDER).mkdir()
-    (root / jobs.FOLDER / "training.json").write_text('{"run": ')
+    (root / runs.FOLDER).mkdir()
+    (root / runs.FOLDER / "training.json").write_text('{"run": ')
     for act in (lambda: watch(root), lambda: start(root, "file:mine.yaml", "first")):
         with pytest.raises(OpticNerveError, match="damaged"):
             act()

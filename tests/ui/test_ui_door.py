@@ -12,9 +12,8 @@ import pytest
 
 from opticnerve.types import OpticNerveError
 from opticnerve.web import guard
-from opticnerve.web.guard import Guard, Logins
-from opticnerve.web.listen import listen, read_secrets
-from opticnerve.web.place import LOCAL_NAMES, address
+from opticnerve.web.guard import LOCAL_NAMES, Guard, Logins, check_address, read_secrets
+from opticnerve.web.listen import listen
 
 
 async def _pages(scope: Any, receive: Any, send: Any) -> None:
@@ -109,10 +108,10 @@ def test_too_long_a_body_is_refused_by_its_length_and_as_it_comes() -> None:
 
 def test_another_address_wants_a_login() -> None:
     with pytest.raises(OpticNerveError, match="OPTICNERVE_UI_LOGIN"):
-        address("0.0.0.0", Logins(()), no_auth=False)
-    assert address("0.0.0.0", Logins(()), no_auth=True) is None
-    assert address("0.0.0.0", Logins(["me:password"]), no_auth=False) is None
-    assert address("localhost", Logins(()), no_auth=False) == LOCAL_NAMES
+        check_address("0.0.0.0", Logins(()), no_auth=False)
+    assert check_address("0.0.0.0", Logins(()), no_auth=True) is None
+    assert check_address("0.0.0.0", Logins(["me:password"]), no_auth=False) is None
+    assert check_address("localhost", Logins(()), no_auth=False) == LOCAL_NAMES
 
 
 def test_a_taken_port_is_an_error_that_names_the_option() -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from opticnerve import ui
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.i18n import LANGUAGES, TEXTS, Translations, preferred
-from opticnerve.ui.i18n_runs import TEXTS as RUN_TEXTS
+from opticnerve.ui.i18n import LANGUAGES, RUN_TEXTS, TEXTS, Translations, preferred
 
 
 def _fields(text: str) -> set[str | None]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from opticnerve.cli.guard import ERROR, Stopped, fail, guarded, terminate_like_ctrl_c
-from opticnerve.cli.output import OVERRIDES_HELP, RECIPE_HELP, console_for, examples, quiet_libraries, read_recipe
+from opticnerve.cli.options import RECIPE_HELP, Overrides
+from opticnerve.cli.output import console_for, examples, quiet_libraries, read_recipe
 
 NOTE = (
     "Minutes on two cores. Finished rows are kept: type the same command again to go on after Ctrl-C, to add seeds, or "
@@ -24,16 +26,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(help=OVERRIDES_HELP, metavar="[KEY=VALUE]...")]
-RecipeName = Annotated[str, typer.Option("--recipe", help=f"What is varied. {RECIPE_HELP}")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the rows.", show_default="runs/compare-<experiment>")]
-Folder = Annotated[Path | None, typer.Option(help="Folder of the report.", show_default="<out>/report")]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Trainings of each row.", show_default="the budget's")]
-Scale = Annotated[float, typer.Option(help="Multiplies the number of steps of every stage.")]
-Rows = Annotated[str | None, typer.Option(help="Names of rows, with commas: run these alone.", show_default="all")]
-Quick = Annotated[bool, typer.Option("--quick", help="One or two steps each, to see that it runs.")]
-Keep = Annotated[bool, typer.Option("--keep-models", help="Keep the weights of finished rows on disk.")]
-Text = Annotated[str, typer.Option(help="The text encoder of the classifiers and the dual encoder.")]
+RecipeName = Annotated[str, Option("--recipe", help=f"What is varied. {RECIPE_HELP}")]
+Out = Annotated[Path | None, Option(help="Folder of the rows.", show_default="runs/compare-<experiment>")]
+Folder = Annotated[Path | None, Option(help="Folder of the report.", show_default="<out>/report")]
+Seeds = Annotated[int | None, Option(min=1, help="Trainings of each row.", show_default="the budget's")]
+Scale = Annotated[float, Option(help="Multiplies the number of steps of every stage.")]
+Rows = Annotated[str | None, Option(help="Names of rows, with commas: run these alone.", show_default="all")]
+Quick = Annotated[bool, Option("--quick", help="One or two steps each, to see that it runs.")]
+Keep = Annotated[bool, Option("--keep-models", help="Keep the weights of finished rows on disk.")]
+Text = Annotated[str, Option(help="The text encoder of the classifiers and the dual encoder.")]
+
+
+TEXT = "starter/minilm"
 
 
 @app.command("fusion", epilog=examples("opticnerve compare fusion", "opticnerve compare fusion --scale 3", note=NOTE))
@@ -41,11 +45,10 @@ Text = Annotated[str, typer.Option(help="The text encoder of the classifiers and
 def fusion(
     overrides: Overrides = None, recipe: RecipeName = "starter", out: Out = None, report: Folder = None,
     seeds: Seeds = None, scale: Scale = 1.0, rows: Rows = None, quick: Quick = False, keep_models: Keep = False,
-    text: Text = "starter/minilm",
+    text: Text = TEXT,
 ) -> None:  # fmt: skip
     """When to fuse: early, intermediate and late classifiers, contrastive zero-shot, two kinds of VLM."""
-    given = {"--text": text if text != "starter/minilm" else None}
-    _run("fusion", overrides, recipe, out, report, seeds, scale, rows, quick, keep_models, given)
+    _run("fusion", **locals())
 
 
 @app.command("connectors", epilog=examples("opticnerve compare connectors --rows mlp,qformer", note=NOTE))
@@ -55,7 +58,7 @@ def connectors(
     seeds: Seeds = None, scale: Scale = 1.0, rows: Rows = None, quick: Quick = False, keep_models: Keep = False,
 ) -> None:  # fmt: skip
     """Which connector: accuracy against visual tokens, parameters and seconds."""
-    _run("connectors", overrides, recipe, out, report, seeds, scale, rows, quick, keep_models, {})
+    _run("connectors", **locals())
 
 
 @app.command("stages", epilog=examples("opticnerve compare stages --seeds 3", note=NOTE))
@@ -65,12 +68,12 @@ def stages(
     seeds: Seeds = None, scale: Scale = 1.0, rows: Rows = None, quick: Quick = False, keep_models: Keep = False,
 ) -> None:  # fmt: skip
     """Why stages: forgetting, cost and convergence of six ways to train the same model."""
-    _run("stages", overrides, recipe, out, report, seeds, scale, rows, quick, keep_models, {})
+    _run("stages", **locals())
 
 
 def _run(
     name: str, overrides: list[str] | None, recipe: str, out: Path | None, report: Path | None, seeds: int | None,
-    scale: float, rows: str | None, quick: bool, keep_models: bool, more: dict[str, str | None],
+    scale: float, rows: str | None, quick: bool, keep_models: bool, text: str = TEXT,
 ) -> None:  # fmt: skip
     read = read_recipe(recipe, overrides)
     from opticnerve.compare.base import Base
@@ -79,7 +82,8 @@ def _run(
     experiment = importlib.import_module(f"opticnerve.compare.{name}").EXPERIMENT
     options: dict[str, Any] = {
         "--recipe": recipe if recipe != "starter" else None, "--out": out, "--report": report, "--seeds": seeds,
-        "--scale": f"{scale:g}" if scale != 1 else None, "--rows": rows, **more,
+        "--scale": f"{scale:g}" if scale != 1 else None, "--rows": rows,
+        "--text": text if text != TEXT else None,
     }  # fmt: skip
     command = shlex.join([
         "opticnerve", "compare", name, *(overrides or []),
@@ -89,7 +93,7 @@ def _run(
     from opticnerve.starter.demo import packaged
 
     where = "packaged recipe" if recipe in packaged() else "recipe"
-    base = Base(read, text=more.get("--text") or "starter/minilm", name=f"the {where} {Path(recipe).name}")
+    base = Base(read, text=text, name=f"the {where} {Path(recipe).name}")
     console = console_for(False)
     quiet_libraries()
     terminate_like_ctrl_c()

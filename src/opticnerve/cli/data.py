@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from opticnerve.cli import tokens
 from opticnerve.cli.guard import BAD_SAMPLES, guarded
-from opticnerve.cli.output import OVERRIDES_HELP, JsonFlag, console_for, examples, is_recipe, print_json, read_recipe
+from opticnerve.cli.options import OVERRIDES_HELP, JsonFlag, MediaOption
+from opticnerve.cli.output import console_for, examples, is_recipe, print_json, read_recipe
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 if TYPE_CHECKING:
     from opticnerve.data.encode.tokenize import Encoded
+
+    Entry = tuple[str, Any, Callable[[Conversation], Encoded] | None, str]  # name, data entry, encoder, train or test
 
 app = typer.Typer(
     help="Look at data before a model does: what is wrong with it, and what is learned.", no_args_is_help=True
@@ -32,32 +38,31 @@ SHOW_EPILOG = examples(
     "opticnerve data show conversations.json --model runs/demo --id sample-12",
     note="With a recipe the tokenizer alone is loaded, no weights.",
 )
-SourceArgument = Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe.")]
-Overrides = Annotated[
+SourceArgument = Annotated[str, Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe.")]
+DataOverrides = Annotated[
     list[str] | None,
-    typer.Argument(help=f"{OVERRIDES_HELP} For a data file: keys of a data entry, such as [cyan]limit=100[/].",
+    Argument(help=f"{OVERRIDES_HELP} For a data file: keys of a data entry, such as [cyan]limit=100[/].",
                    metavar="[KEY=VALUE]..."),
 ]  # fmt: skip
 FormatOption = Annotated[
-    str, typer.Option("--format", help="auto, captions, vqa, llava, chat, completion, preference, hf or webdataset.")
+    str, Option("--format", help="auto, captions, vqa, llava, chat, completion, preference, hf or webdataset.")
 ]
-MediaOption = Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")]
 
 
 @app.command("check", epilog=CHECK_EPILOG)
 @guarded
 def check(
     source: SourceArgument,
-    overrides: Overrides = None,
+    overrides: DataOverrides = None,
     data_format: FormatOption = "auto",
     media: MediaOption = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="Test data: what of it is in PATH, too? May be given several times.")
+        list[str] | None, Option(help="Test data: what of it is in PATH, too? May be given several times.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Open no picture and count no token.")] = False,
-    max_listed: Annotated[int, typer.Option(min=0, help="Examples listed for each kind of trouble.")] = 20,
+    quick: Annotated[bool, Option("--quick", help="Open no picture and count no token.")] = False,
+    max_listed: Annotated[int, Option(min=0, help="Examples listed for each kind of trouble.")] = 20,
     fail_on_leaks: Annotated[
-        bool, typer.Option("--fail-on-leaks", help="Exit code 3, too, if test data are trained on.")
+        bool, Option("--fail-on-leaks", help="Exit code 3, too, if test data are trained on.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -71,7 +76,7 @@ def check(
     from opticnerve.data.check.report import print_listed
     from opticnerve.data.dataset.dataset import NO_MEDIA
 
-    console = console_for(as_json)
+    console, several = console_for(as_json), bool(is_recipe(source) or against)
     reports: dict[str, Any] = {}
     sides = {"train": Side(), "test": Side()}
     for name, spec, encoder, side in _entries(source, overrides or [], data_format, media, against or [], quick):
@@ -81,31 +86,23 @@ def check(
                 on_progress=seen, side=sides[side],
             )  # fmt: skip
         if not as_json:
-            if is_recipe(source) or against:
+            if several:
                 console.rule(name, align="left")
             reports[name].render(console)
-    blind = (
-        is_recipe(source)
-        and not any(r.images or r.audios for r in reports.values())
-        and any(r.good for r in reports.values())
-    )
-    if blind and not as_json:
-        console.print(f"[bold red]warning:[/] {source}: {NO_MEDIA}", soft_wrap=True, highlight=False)
-    found = leaks(sides["train"], sides["test"], max_listed)
-    if not as_json:
+    found, every = leaks(sides["train"], sides["test"], max_listed), reports.values()
+    good = all(r.ok for r in every)
+    blind = is_recipe(source) and any(r.good for r in every) and not any(r.images or r.audios for r in every)
+    if as_json:
+        warning = {"warning": NO_MEDIA} if blind else {}
+        data = {name: r.to_dict() for name, r in reports.items()}
+        whole = {"ok": good, **warning, "data": data, "leaks": found.to_dict()}
+        print_json(whole if several else data[source])
+    else:
+        if blind:
+            console.print(f"[bold red]warning:[/] {source}: {NO_MEDIA}", soft_wrap=True, highlight=False)
         for kind, title in found.NAMES:
             if (listed := getattr(found, kind)).count:
                 print_listed(console, f"[bold red]{title}[/]: {listed.count:,}", listed)
-    good = all(r.ok for r in reports.values())
-    if as_json:
-        several = is_recipe(source) or against
-        whole = {
-            "ok": good,
-            **({"warning": NO_MEDIA} if blind else {}),
-            "data": {name: r.to_dict() for name, r in reports.items()},
-            "leaks": found.to_dict(),
-        }
-        print_json(whole if several else next(iter(reports.values())).to_dict())
     if not good or (fail_on_leaks and not found.ok):
         raise typer.Exit(BAD_SAMPLES)
 
@@ -114,13 +111,11 @@ def check(
 @guarded
 def show(
     source: SourceArgument,
-    overrides: Overrides = None,
-    model: Annotated[
-        str | None, typer.Option(help="A model or recipe, for its tokenizer; default: the recipe.")
-    ] = None,
-    index: Annotated[int | None, typer.Option(help="The sample's place, from 0; -1 is the last.")] = None,
-    sample_id: Annotated[str | None, typer.Option("--id", help="The sample's id.")] = None,
-    stage: Annotated[int, typer.Option(min=0, help="Which stage's data and template, for a recipe.")] = 0,
+    overrides: DataOverrides = None,
+    model: Annotated[str | None, Option(help="A model or recipe, for its tokenizer; default: the recipe.")] = None,
+    index: Annotated[int | None, Option(help="The sample's place, from 0; -1 is the last.")] = None,
+    sample_id: Annotated[str | None, Option("--id", help="The sample's id.")] = None,
+    stage: Annotated[int, Option(min=0, help="Which stage's data and template, for a recipe.")] = 0,
     data_format: FormatOption = "auto",
     media: MediaOption = None,
     as_json: JsonFlag = False,
@@ -131,8 +126,6 @@ def show(
     if model is None and not is_recipe(source):
         raise OpticNerveError("whose tokens? Give --model with a run's folder, a hub name, or a recipe")
 
-    from opticnerve.cli import tokens
-    from opticnerve.cli.places import processor_of
     from opticnerve.data.dataset.dataset import Joined
     from opticnerve.data.dataset.load import load_data
     from opticnerve.data.encode.tokenize import encode
@@ -149,23 +142,22 @@ def show(
         specs = [_spec(source, data_format, media, overrides)]
     everything = Joined([load_data(spec) for spec in specs])
     conversation = tokens.choose(everything, index=index, sample_id=sample_id)
-    processor = processor_of(model) if model else processor_of(source, overrides)
+    processor = _processor_of(model) if model else _processor_of(source, overrides)
     template = stage_template(recipe.stages[stage].template, processor.tokenizer) if recipe else None
     encoded = encode(conversation, processor, template=template)
-    found = tokens.pieces(encoded, processor)
     if as_json:
-        print_json(tokens.to_dict(encoded, found))
+        print_json(tokens.to_dict(encoded, tokens.pieces(encoded, processor)))
         return
     console = console_for(False)
     for line in (conversation.where, *(described(i.source) for i in conversation.images)):
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
-    console.print(tokens.show(found), "", tokens.legend(), tokens.counts(encoded, processor), sep="\n", highlight=False)
+    tokens.show(encoded, processor, console)
 
 
 def _entries(
     source: str, overrides: list[str], data_format: str, media: Path | None, against: list[str], quick: bool
-) -> Iterator[tuple[str, Any, Callable[[Conversation], Encoded] | None, str]]:
-    """(name, data entry, encoder, train or test) of everything to check."""
+) -> Iterator[Entry]:
+    """Everything to check."""
     for path in against if is_recipe(source) else [source, *against]:
         if not path.startswith("starter/") and not any(sign in path for sign in "{*?[") and not Path(path).exists():
             raise OpticNerveError(f"there is no file or folder {path!r}")
@@ -177,19 +169,23 @@ def _entries(
         yield path, _spec(path, data_format, media), None, "test"
 
 
-def _of_recipe(
-    source: str, overrides: list[str], quick: bool
-) -> Iterator[tuple[str, Any, Callable[[Conversation], Encoded] | None, str]]:
-    recipe = read_recipe(source, overrides)
-    encoder = None
+def _of_recipe(source: str, overrides: list[str], quick: bool) -> Iterator[Entry]:
+    recipe, processor, context = read_recipe(source, overrides), None, None
     # Dual encoders and classifiers cut long texts instead of refusing them.
     if not quick and recipe.model.KIND == "docked":
-        from opticnerve.plan.plan import processor_for
+        from opticnerve.data.encode.tokenize import encode
+        from opticnerve.language.chat_template import stage_template
+        from opticnerve.plan.plan import context_length, processor_for
 
-        encoder = _encoder(processor_for(recipe), _context(recipe))
+        processor, context = processor_for(recipe), context_length(recipe)
     for i, stage in enumerate(recipe.stages):
+        made = None
+        if processor is not None:  # makes tokens of a sample, and refuses what the stage would refuse
+            made = partial(
+                encode, processor=processor, template=stage_template(stage.template, processor.tokenizer),
+                max_length=stage.max_length or context,
+            )  # fmt: skip
         for k, spec in enumerate(stage.data):
-            made = encoder(stage) if encoder else None
             yield f"stages.{i}.data.{k} ({stage.name}): {spec.path}", spec, made, "train"
     for i, task in enumerate(recipe.evaluate):
         yield f"evaluate.{i} ({task.name}): {task.data.path}", task.data, None, "test"
@@ -201,18 +197,18 @@ def _samples(spec: Any) -> Iterator[Conversation | DataError]:
 
     waiting: list[DataError] = []
     found = stream_data(spec, on_error=waiting.append)
-    ended = False
-    while not ended:
-        conversation = None
+    conversation: Conversation | None
+    while True:
         try:
             conversation = next(found, None)
         except DataError as e:
+            conversation = None
             waiting.append(e)
-        ended = conversation is None
         yield from waiting
         waiting.clear()
-        if conversation is not None:
-            yield conversation
+        if conversation is None:
+            return
+        yield conversation
 
 
 def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] | None = None) -> Any:
@@ -224,22 +220,15 @@ def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] 
     return data_entry({"path": path, "format": data_format, "media": str(media) if media else None}, overrides or [])
 
 
-def _context(recipe: Any) -> int | None:
-    from opticnerve.plan.plan import context_length
+def _processor_of(name: str, overrides: list[str] | None = None) -> Any:
+    """The processor of a model or of a recipe's model; no weight is read."""
+    if is_recipe(name):
+        from opticnerve.plan.plan import processor_for
 
-    return context_length(recipe)
+        return processor_for(read_recipe(name, overrides))
+    from opticnerve.inference.load import load_processor, resolve
 
-
-def _encoder(processor: Any, context: int | None) -> Callable[[Any], Callable[[Conversation], Encoded]]:
-    """For a stage: the function that makes tokens of a sample, and refuses what the stage would refuse."""
-    from opticnerve.data.encode.tokenize import encode
-    from opticnerve.language.chat_template import stage_template
-
-    def of_stage(stage: Any) -> Callable[[Conversation], Encoded]:
-        limit, template = stage.max_length or context, stage_template(stage.template, processor.tokenizer)
-        return lambda c: encode(c, processor, template=template, max_length=limit)
-
-    return of_stage
+    return load_processor(resolve(name, weights=False))
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
-"""`opticnerve eval`: questions with known answers."""
+"""`opticnerve eval`: questions with known answers; and the results of a run or an evaluation as tables."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from opticnerve.cli.ask import MODEL_HELP
-from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, print_json, quiet_libraries, read_recipe
+from opticnerve.cli.options import MODEL_HELP, JsonFlag, MediaOption, TrustFlag
+from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries, read_recipe, table_of
+from opticnerve.common.units import format_duration
 from opticnerve.types import OpticNerveError
 
 EPILOG = examples(
@@ -20,27 +22,27 @@ EPILOG = examples(
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP + " A suite may name models itself.")] = None,
-    data: Annotated[str | None, typer.Option(help="Questions with their answers, or captions.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Use the `evaluate:` list of this recipe instead.")] = None,
+    model: Annotated[str | None, Argument(help=MODEL_HELP + " A suite may name models itself.")] = None,
+    data: Annotated[str | None, Option(help="Questions with their answers, or captions.")] = None,
+    recipe: Annotated[str | None, Option(help="Use the `evaluate:` list of this recipe instead.")] = None,
     suite: Annotated[
         Path | None,
-        typer.Option(help="A file with `evaluate:` and perhaps `models:`; all are asked, one table is made."),
+        Option(help="A file with `evaluate:` and perhaps `models:`; all are asked, one table is made."),
     ] = None,
-    data_format: Annotated[str, typer.Option("--format", help="auto, vqa, captions, llava, chat or hf.")] = "auto",
+    data_format: Annotated[str, Option("--format", help="auto, vqa, captions, llava, chat or hf.")] = "auto",
     metric: Annotated[
         str,
-        typer.Option(
+        Option(
             help="vqa (right answers), yes_no (POPE: precision and recall), ocr (ANLS), captions (CIDEr, BLEU-4, "
             "ROUGE-L), choice (the true caption among ten) or multiple_choice (the likeliest of a question's choices)."
         ),
     ] = "vqa",
-    media: Annotated[Path | None, typer.Option(help="The folder that pictures' paths start from.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="A fixed random sample of so many questions.")] = None,
+    media: MediaOption = None,
+    sample: Annotated[int | None, Option(min=1, help="A fixed random sample of so many questions.")] = None,
     image_dependence: Annotated[
-        int, typer.Option(min=0, help="Ask so many questions again, with blank and with exchanged pictures.")
+        int, Option(min=0, help="Ask so many questions again, with blank and with exchanged pictures.")
     ] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the results, with sample questions, to this file.")] = None,
+    out: Annotated[Path | None, Option(help="Write the results, with sample questions, to this file.")] = None,
     trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -66,19 +68,14 @@ def evaluate(
 
     quiet_libraries()
     console = console_for(as_json)
-    results: dict[str, Any] = evaluate_model(
-        *load_any(model, trust_remote_code=trust_remote_code), specs, console=console
-    )
+    model_and_processor = load_any(model, trust_remote_code=trust_remote_code)
+    results: dict[str, Any] = evaluate_model(*model_and_processor, specs, console=console)
     if out is not None:
-        import json
-
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     if as_json:
         print_json({"evaluated": model, **results})
         return
-    from opticnerve.cli.results import show_results
-
     show_results(results, console)
     if out is not None:
         console.print(f"wrote {out}", soft_wrap=True)
@@ -109,14 +106,88 @@ def _spec(
     from opticnerve.recipe import EvaluateSpec
 
     entry = {
-        "name": Path(path).name,
-        "data": {"path": path, "format": data_format, "media": str(media) if media else None},
-        "metric": metric,
-        "sample": sample,
-        "image_dependence": image_dependence,
-    }
+        "name": Path(path).name, "data": {"path": path, "format": data_format, "media": str(media) if media else None},
+        "metric": metric, "sample": sample, "image_dependence": image_dependence,
+    }  # fmt: skip
     try:
         return EvaluateSpec.model_validate(entry)
     except ValidationError as e:
         wrong = "; ".join(f"--{found['loc'][-1]}: {found['msg'].removeprefix('Value error, ')}" for found in e.errors())
         raise OpticNerveError(wrong) from None
+
+
+def show_results(results: dict[str, Any], console: Any) -> None:
+    """Whatever `results` holds of tasks, image dependence, forgetting and stages, one table each."""
+    if stages := results.get("stages"):
+        table = table_of("Trained", "stage", ">steps", ">samples", ">loss at the end", ">time")
+        for s in stages:
+            loss, time = _number(s.get("final_loss"), 4), format_duration(s["seconds"])
+            table.add_row(s["name"], f"{s['steps']:,}", f"{s['samples']:,}", loss, time)
+        console.print(table)
+    tasks = results.get("tasks") or []
+    if ranked := [t for t in tasks if "image_to_text" in t]:
+        from opticnerve.runs.card.two_towers import RETRIEVAL_HEAD, retrieval_rows
+
+        table = table_of("Retrieval (in brackets: chance)", RETRIEVAL_HEAD[0], *(f">{h}" for h in RETRIEVAL_HEAD[1:]))
+        for row in retrieval_rows(ranked, results.get("untrained")):
+            table.add_row(*row)
+        console.print(table)
+    if answered := [t for t in tasks if "image_to_text" not in t]:
+        console.print(_tasks(answered))
+    for title, found in _dependences(results):
+        table = table_of(
+            title, "questions", ">real picture", ">blank picture", ">another's picture", ">real minus blank"
+        )
+        for sampling, one in {found.get("sampling", ""): found, **(found.get("other_samples") or {})}.items():
+            shares = (f"{one[k]:.1%}" for k in ("real", "blank", "shuffled"))
+            table.add_row(sampling, *shares, f"{100 * (one['real'] - one['blank']):+.1f} points")
+        console.print(table)
+    if forgetting := results.get("forgetting"):
+        table = table_of("What the language model kept", "after", ">perplexity", ">text-only logits unchanged")
+        for row in forgetting:
+            same = {None: "", True: "yes", False: "no"}[row.get("logits_identical")]
+            table.add_row(row["after"], _number(row.get("perplexity"), 2), same)
+        console.print(table)
+
+
+def without_samples(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without the single questions: what a script compares."""
+    tasks = [{k: v for k, v in t.items() if k != "samples"} for t in results.get("tasks", [])]
+    forgetting = [{k: v for k, v in f.items() if k != "answers"} for f in results.get("forgetting", []) or []]
+    return {**results, **({"tasks": tasks} if tasks else {}), **({"forgetting": forgetting} if forgetting else {})}
+
+
+def _tasks(tasks: list[dict[str, Any]]) -> Any:
+    table = table_of("Evaluation", "data", ">questions", ">right", ">95 % interval")
+    for task in tasks:
+        low, high = task.get("ci95") or (None, None)
+        interval = f"{low:.1%} to {high:.1%}" if low is not None and high is not None else ""
+        if task.get("accuracy") is not None:
+            name = task["name"] + (f" ({task['classes']:,} classes)" if "classes" in task else "")
+            table.add_row(name, f"{task['n']:,}", f"{task['accuracy']:.1%}", interval, style="bold")
+            if "chance" in task:
+                table.add_row("  chance", "", f"{task['chance']:.2%}", "")
+        else:
+            scores = ", ".join(f"{k} {v:.3f}" for k, v in task.items() if isinstance(v, float))
+            table.add_row(task["name"], f"{task['n']:,}", scores, "", style="bold")
+        for kind, part in (task.get("by_type") or {}).items():
+            table.add_row(f"  {kind}", f"{part['n']:,}", f"{part['accuracy']:.1%}", "")
+    return table
+
+
+def _dependences(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Image dependence of the run, or of each task."""
+    found = results.get("image_dependence")
+    title = "Does it look at the picture?"
+    both = [(title, found)] if isinstance(found, dict) and "real" in found else []
+    if isinstance(found, list):
+        both += [(title, f) for f in found]
+    for task in results.get("tasks", []):
+        inner = task.get("image_dependence")
+        if isinstance(inner, dict) and "real" in inner and not both:
+            both.append((f"{title} ({task['name']})", inner))
+    return both
+
+
+def _number(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -43,27 +42,26 @@ def guarded(command: _F) -> _F:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
+        except BrokenPipeError:  # `… | head`: nobody reads on, which is no error
+            raise
         except (OpticNerveError, OSError) as e:
-            if isinstance(e, BrokenPipeError):  # `… | head`: nobody reads on, which is no error
-                raise
-            if _settings["debug"]:
-                import traceback
-
-                traceback.print_exc()
+            _traceback()
             fail(str(e) or type(e).__name__)
             raise typer.Exit(ERROR) from e
-        except Stopped as e:
-            emit(str(e), style="bold yellow")
-            raise typer.Exit(INTERRUPTED) from e
-        except KeyboardInterrupt as e:
-            if _settings["debug"]:
-                import traceback
-
-                traceback.print_exc()
-            emit("stopped", style="bold yellow")
+        except (Stopped, KeyboardInterrupt) as e:
+            if isinstance(e, KeyboardInterrupt):
+                _traceback()
+            emit(str(e) if isinstance(e, Stopped) else "stopped", style="bold yellow")
             raise typer.Exit(INTERRUPTED) from e
 
     return run  # type: ignore[return-value]
+
+
+def _traceback() -> None:
+    if _settings["debug"]:
+        import traceback
+
+        traceback.print_exc()
 
 
 def fail(message: str) -> None:
@@ -89,7 +87,3 @@ def terminate_like_ctrl_c() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def stdin_is_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from opticnerve.cli.ask import MODEL_HELP
-from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, print_json, quiet_libraries
+from opticnerve.cli.options import AnswerTokens, JsonFlag, ModelArgument, TrustFlag
+from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries
+from opticnerve.types import OpticNerveError
 
 EPILOG = examples(
     'opticnerve look starter "what shape is in the image?" --image picture.png -o where.png',
@@ -18,38 +20,35 @@ EPILOG = examples(
     "them.",
 )
 ImageOption = Annotated[
-    list[Path] | None, typer.Option("--image", "-i", help="The picture, exactly one.", show_default=False)
+    list[Path] | None, Option("--image", "-i", help="The picture, exactly one.", show_default=False)
 ]
 MethodOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--method",
-        "-m",
+    Option(
+        "--method", "-m", show_default=False,
         help="attention, rollout, relevance, cross_attention, gradient or occlusion; may be given several times. "
         "By default relevance; cross_attention for models that have it; gradient where soft tokens have no place.",
-        show_default=False,
     ),
-]
+]  # fmt: skip
 _ONE = "for attention and cross_attention: one {}, from 0; the mean over all by default."
 
 
 def look(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    model: ModelArgument,
+    question: Annotated[str, Argument(help="What you want to know.")],
     image: ImageOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("where.png"),
+    output: Annotated[Path, Option("--output", "-o", help="The PNG to write.")] = Path("where.png"),
     method: MethodOption = None,
-    layer: Annotated[int | None, typer.Option(help=_ONE.format("layer"), show_default=False)] = None,
-    head: Annotated[int | None, typer.Option(help=_ONE.format("head"), show_default=False)] = None,
-    grid: Annotated[int, typer.Option(help="Cells on each side of the occlusion map.")] = 6,
-    patch: Annotated[int, typer.Option(help="Side of the square that covers, in cells.")] = 2,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 24,
+    layer: Annotated[int | None, Option(help=_ONE.format("layer"), show_default=False)] = None,
+    head: Annotated[int | None, Option(help=_ONE.format("head"), show_default=False)] = None,
+    grid: Annotated[int, Option(help="Cells on each side of the occlusion map.")] = 6,
+    patch: Annotated[int, Option(help="Side of the square that covers, in cells.")] = 2,
+    max_new_tokens: AnswerTokens = 24,
     trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Draw where in the picture a model looks for each word of its answer. Weights are taken as float32."""
     from opticnerve.data.media.open import open_image
-    from opticnerve.types import OpticNerveError
     from opticnerve.types import ask as conversation
 
     # Before the model is loaded: a wrong path should not take seconds to be found.
@@ -82,13 +81,13 @@ def look(
     console = console_for(as_json)
     typer.echo(looked.answer)
     for found in looked.maps:
-        places = (f"{w.text} at {_percent(found.peak(i))}" for i, w in enumerate(looked.words))
+        peaks = (found.peak(i) for i in range(len(looked.words)))
+        places = (
+            f"{w.text} at {x:.0%} from the left, {y:.0%} from the top"
+            for w, (x, y) in zip(looked.words, peaks, strict=True)
+        )
         console.print(f"{found.method}: {', '.join(places)}", markup=False, highlight=False)
     console.print(f"written: {output}", markup=False, highlight=False)
-
-
-def _percent(place: tuple[float, float]) -> str:
-    return f"{place[0]:.0%} from the left, {place[1]:.0%} from the top"
 
 
 def _plain(looked: Any) -> dict[str, Any]:
@@ -98,12 +97,10 @@ def _plain(looked: Any) -> dict[str, Any]:
     ]
     maps = [
         {
-            "method": m.method,
-            "note": m.note,
-            "grids": m.grid_WHH.astype(float).tolist(),
+            "method": m.method, "note": m.note, "grids": m.grid_WHH.astype(float).tolist(),
             "peaks": [dict(zip(("x", "y"), m.peak(i), strict=True)) for i in range(len(looked.words))],
             "on_picture": m.on_picture,
         }
         for m in looked.maps
-    ]
+    ]  # fmt: skip
     return {"answer": looked.answer, "words": words, "maps": maps, "box": list(looked.box)}

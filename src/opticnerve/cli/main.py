@@ -7,26 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from typer import Option
 
-from opticnerve.cli import (
-    ask,
-    chat,
-    compare,
-    data,
-    demo,
-    evaluate,
-    export,
-    import_,
-    look,
-    merge,
-    parts,
-    plan,
-    push,
-    serve,
-    train,
-    ui,
-    vectors,
-)
+from opticnerve.cli import ask, compare, data, evaluate, export, look, parts, plan, serve, train, vectors
 from opticnerve.cli.guard import MEANING, guarded, show_tracebacks
 from opticnerve.common.version import __version__
 
@@ -68,30 +51,33 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
 ) -> None:
     if debug:
         show_tracebacks(True)
 
 
-app.command("demo", epilog=demo.EPILOG)(guarded(demo.demo))
-app.command("plan", epilog=plan.EPILOG)(guarded(plan.plan))
-app.command("train", epilog=train.EPILOG)(guarded(train.train))
-app.command("ask", epilog=ask.EPILOG)(guarded(ask.ask))
-app.command("chat", epilog=chat.EPILOG)(guarded(chat.chat))
-app.command("eval", epilog=evaluate.EPILOG)(guarded(evaluate.evaluate))
-app.command("merge", epilog=merge.EPILOG)(guarded(merge.merge))
-app.command("export", epilog=export.EPILOG)(guarded(export.export))
-app.command("push", epilog=push.EPILOG)(guarded(push.push))
-app.command("import", epilog=import_.EPILOG)(guarded(import_.import_))
-app.command("parts", epilog=parts.EPILOG)(guarded(parts.parts))
-app.command("classify", epilog=vectors.CLASSIFY_EPILOG)(guarded(vectors.classify))
-app.command("embed", epilog=vectors.EMBED_EPILOG)(guarded(vectors.embed))
-app.command("look", epilog=look.EPILOG)(guarded(look.look))
-app.command("serve", epilog=serve.EPILOG)(guarded(serve.serve))
-app.command("ui", epilog=ui.EPILOG)(guarded(ui.ui))
+for _name, _function, _epilog in (
+    ("demo", train.demo, train.DEMO_EPILOG),
+    ("plan", plan.plan, plan.EPILOG),
+    ("train", train.train, train.TRAIN_EPILOG),
+    ("ask", ask.ask, ask.ASK_EPILOG),
+    ("chat", ask.chat, ask.CHAT_EPILOG),
+    ("eval", evaluate.evaluate, evaluate.EPILOG),
+    ("merge", export.merge, export.MERGE_EPILOG),
+    ("export", export.export, export.EXPORT_EPILOG),
+    ("push", export.push, export.PUSH_EPILOG),
+    ("import", export.import_, export.IMPORT_EPILOG),
+    ("parts", parts.parts, parts.EPILOG),
+    ("classify", vectors.classify, vectors.CLASSIFY_EPILOG),
+    ("embed", vectors.embed, vectors.EMBED_EPILOG),
+    ("look", look.look, look.EPILOG),
+    ("serve", serve.serve, serve.SERVE_EPILOG),
+    ("ui", serve.ui, serve.UI_EPILOG),
+):
+    app.command(_name, epilog=_epilog)(guarded(_function))
 app.add_typer(compare.app, name="compare")
 app.add_typer(data.app, name="data")
 

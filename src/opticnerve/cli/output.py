@@ -1,4 +1,4 @@
-"""What commands share: the words of their help, where things are printed, and JSON alone on stdout."""
+"""What commands share: where things are printed, JSON alone on stdout, models and recipes by their names."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
-TrustFlag = Annotated[bool, typer.Option("--trust-remote-code", help="Run parts that the model names by dotted path.")]
-RECIPE_HELP = "A recipe (YAML), or the name of a packaged one: starter, starter-contrastive, llava-1.5-7b, …"
-OVERRIDES_HELP = "Changes to the recipe, such as [cyan]stages.0.steps=50[/] or [cyan]precision=fp32[/]."
+from typing import Any
 
 
 def examples(*commands: str, note: str = "") -> str:
@@ -27,6 +20,17 @@ def console_for(as_json: bool) -> Any:
     from rich.console import Console
 
     return Console(stderr=as_json)
+
+
+def table_of(title: str, *columns: str, **more: Any) -> Any:
+    """A rich table; columns whose names begin with `>` stand on the right."""
+    from rich.table import Table
+
+    heading = {"title": title, "title_justify": "left", "title_style": "bold"} if title else {}
+    table = Table(**{**heading, **more})
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
 
 
 def print_json(value: Any) -> None:
@@ -58,6 +62,15 @@ def quiet_libraries() -> None:
         enable_progress_bars()
 
 
+def load_answerer(model: str, trust_remote_code: bool = False) -> Any:
+    """The `Answerer` of a model by any of the names that `MODEL_HELP` lists."""
+    from opticnerve.inference.generate import Answerer
+    from opticnerve.inference.load import load_model
+
+    quiet_libraries()
+    return Answerer(*load_model(model, trust_remote_code=trust_remote_code))
+
+
 def is_recipe(name: str) -> bool:
     """Whether an argument that may be data, a model or a recipe is a recipe: a packaged one's name, or a YAML file."""
     from opticnerve.starter.demo import packaged
@@ -74,21 +87,3 @@ def read_recipe(name: str, overrides: list[str] | None = None, *, without_data: 
     if name in packaged() and Path(name).exists():
         emit(f"{name} is the packaged recipe here; what is called so in this folder is ./{name}", style="dim")
     return recipe.load(recipe_path(name), overrides or [], without_data=without_data)
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `6 min 10 s`, `3 h 5 min`."""
-    whole = round(seconds)
-    if whole < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2f} s"
-    if whole < 5400:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.8 GB` (10⁹ bytes)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1e12 else f"{count / 1e9:,.0f} GB"
-    return f"{count:.0f} bytes"

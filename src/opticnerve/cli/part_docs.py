@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ REQUIRED, FROM_THE_NAME = "required", "from the name"
 
 
 @dataclass
-class Option:
+class PartOption:
     """A keyword of a recipe: `default` as it is written in the source, or that there is none."""
 
     name: str
@@ -34,9 +34,9 @@ class PartDoc:
 
     target: str
     summary: str
-    text: str = ""
-    options: list[Option] = field(default_factory=list)
-    source: str = ""
+    text: str
+    options: list[PartOption]
+    source: str
 
 
 @dataclass
@@ -66,20 +66,12 @@ class _Class:
 
 
 def read(target: str) -> PartDoc:
-    """The page of the part at `module:Class`.
-
-    Raises:
-        OpticNerveError: there is no such module, no source, or no such class in it.
-    """
+    """The page of the part at `module:Class`. Raises OpticNerveError: there is no such module, no source, or no such
+    class in it."""
     line = lineage(target)
     own = line[0]
-    return PartDoc(
-        target=target,
-        summary=summary(own.doc),
-        text=_without_sections(own.doc),
-        options=_options(line),
-        source=_source(ast.get_docstring(own.tree) or "", own.doc),
-    )
+    source = _source(ast.get_docstring(own.tree) or "", own.doc)
+    return PartDoc(target, summary(own.doc), _without_sections(own.doc), _options(line), source)
 
 
 def lineage(target: str) -> list[_Class]:
@@ -128,7 +120,7 @@ def _base(of: _Class) -> _Class | None:
     return None
 
 
-def _options(line: list[_Class]) -> list[Option]:
+def _options(line: list[_Class]) -> list[PartOption]:
     """The constructor's keywords, with what the docstrings under `Args:` say of them."""
     init = next((m for c in line if (m := c.method("__init__")) is not None), None)
     if init is None:
@@ -147,18 +139,16 @@ def _options(line: list[_Class]) -> list[Option]:
     weights = _name_of_weights(line, names)
     options = [] if weights is None else [weights]
     for argument, default in wanted:
-        options.append(
-            Option(
-                name=argument.arg,
-                type=ast.unparse(argument.annotation) if argument.annotation else "",
-                default=ast.unparse(default) if default else FROM_THE_NAME if weights else REQUIRED,
-                meaning=meanings.get(argument.arg, ""),
-            )
-        )
+        written = ast.unparse(default) if default else FROM_THE_NAME if weights else REQUIRED
+        options.append(PartOption(argument.arg, _type(argument.annotation), written, meanings.get(argument.arg, "")))
     return options
 
 
-def _name_of_weights(line: list[_Class], keywords: set[str]) -> Option | None:
+def _type(annotation: ast.expr | None) -> str:
+    return ast.unparse(annotation) if annotation else ""
+
+
+def _name_of_weights(line: list[_Class], keywords: set[str]) -> PartOption | None:
     """An encoder's `name` is `from_pretrained`'s, where the constructor has none and no class takes names its own
     way."""
     needs = next((v for c in line if (v := c.value("needs_name")) is not None), None)
@@ -168,12 +158,7 @@ def _name_of_weights(line: list[_Class], keywords: set[str]) -> Option | None:
         return None
     said = " ".join((ast.get_docstring(loader) or "").partition("\n\n")[0].split())
     annotation = next((a.annotation for a in loader.args.args if a.arg == "name"), None)
-    return Option(
-        name="name",
-        type=ast.unparse(annotation) if annotation else "",
-        default=REQUIRED,
-        meaning=said.removeprefix("`name`: "),
-    )
+    return PartOption("name", _type(annotation), REQUIRED, said.removeprefix("`name`: "))
 
 
 def _arguments(doc: str, names: set[str]) -> dict[str, str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import typer
+from typer import Argument
 
-from opticnerve.cli.output import JsonFlag, console_for, examples, print_json
+from opticnerve.cli import part_docs
+from opticnerve.cli.options import JsonFlag
+from opticnerve.cli.output import console_for, examples, print_json, table_of
 from opticnerve.types import OpticNerveError
 
 EPILOG = examples(
@@ -19,7 +21,7 @@ EPILOG = examples(
 
 
 def parts(
-    name: Annotated[str | None, typer.Argument(help="A part, or its dotted path package.module:Class.")] = None,
+    name: Annotated[str | None, Argument(help="A part, or its dotted path package.module:Class.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List every part with one line each; of one part, its options with their defaults, and its paper."""
@@ -42,8 +44,6 @@ def _target(parts_of_a_kind: Any, name: str) -> str:
 
 
 def _list(as_json: bool) -> None:
-    from opticnerve.cli import part_docs
-
     rows: list[dict[str, str]] = []
     for kind in _registries():
         for name in kind.names():
@@ -56,11 +56,10 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("kind", "name", ""):
-        table.add_column(column, style="bold" if column == "name" else None, no_wrap=bool(column))
+    table = table_of("", "kind", "name", "", box=None, padding=(0, 2, 0, 0))
+    table.columns[1].style = "bold"
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for before, row in zip([None, *rows], rows, strict=False):
         first = before is None or before["kind"] != row["kind"]
         if first and before is not None:
@@ -70,8 +69,6 @@ def _list(as_json: bool) -> None:
 
 
 def _page(name: str, as_json: bool) -> None:
-    from opticnerve.cli import part_docs
-
     found = [(k.kind, _target(k, name)) for k in _registries() if name in k.names()]
     if not found and ":" in name:
         found = [(_kind(name), name)]
@@ -88,8 +85,6 @@ def _page(name: str, as_json: bool) -> None:
 
 def _kind(path: str) -> str:
     """The kind of a part that is named by dotted path, from the class that it builds on."""
-    from opticnerve.cli import part_docs
-
     bases = [c.node.name for c in part_docs.lineage(path)]
     for kind in _registries():
         if kind.kind.capitalize() in bases:
@@ -108,15 +103,13 @@ def _unknown(name: str) -> str:
 
 
 def _show(kind: str, name: str, page: Any, console: Any) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     console.print(Text.assemble((name, "bold"), f"  {kind}, ", (page.target, "dim")), soft_wrap=True)
     console.print(Text(f"\n{page.text}\n"))
     if page.options:
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in ("option", "default", "meaning"):
-            table.add_column(column, style="bold" if column == "option" else None)
+        table = table_of("", "option", "default", "meaning", box=None, padding=(0, 2, 0, 0))
+        table.columns[0].style = "bold"
         for before, option in zip([None, *page.options], page.options, strict=False):
             same = before is not None and option.meaning and option.meaning == before.meaning
             table.add_row(Text(option.name), Text(option.default), Text("as above" if same else option.meaning))

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from opticnerve.cli.output import (
-    OVERRIDES_HELP,
-    RECIPE_HELP,
-    JsonFlag,
-    console_for,
-    duration,
-    examples,
-    print_json,
-    quiet_libraries,
-    read_recipe,
-    size,
-)  # fmt: skip
+from opticnerve.cli import tokens
+from opticnerve.cli.options import RECIPE_HELP, JsonFlag, Overrides
+from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries, read_recipe, table_of
+from opticnerve.common.units import format_bytes, format_duration
 
 EPILOG = examples(
     "opticnerve plan recipe.yaml",
@@ -28,11 +20,11 @@ EPILOG = examples(
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP)],
-    overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES_HELP, metavar="[KEY=VALUE]...")] = None,
+    recipe: Annotated[str, Argument(help=RECIPE_HELP)],
+    overrides: Overrides = None,
     calibrate: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--calibrate/--no-calibrate",
             help="Load the weights and time one short batch of each stage.",
             show_default="where the weights are at hand",
@@ -55,19 +47,23 @@ def plan(
             dock = build.dock_recipe
         made = planning.make(read, dock=dock)
     if as_json:
-        result = made.to_dict()
+        sample = {}
         if made.sample is not None:
-            from opticnerve.cli import tokens
-
-            result["sample"] = tokens.to_dict(made.sample, tokens.pieces(made.sample, made.processor))
-        print_json(result)
-        return
-    render(made, console)
+            sample["sample"] = tokens.to_dict(made.sample, tokens.pieces(made.sample, made.processor))
+        print_json({**made.to_dict(), **sample})
+    else:
+        _render(made, console)
 
 
-def render(made: Any, console: Any) -> None:
+def _render(made: Any, console: Any) -> None:
     """The plan for people."""
-    console.print(_shapes(made))
+    from rich.text import Text
+
+    title = f"{made.name} ({made.precision})"
+    table = table_of(title, "part", "what", "gives", ">parameters")
+    for row in made.shapes:
+        table.add_row(row.part, row.kind, row.output, f"{row.parameters:,}" if row.parameters else "")
+    console.print(table)
     if made.visual_tokens:
         of = f" of the {made.context:,} that the language model takes" if made.context else ""
         console.print(f"[bold]{made.visual_tokens:,}[/] {_per_piece(made)}{of}\n")
@@ -77,22 +73,15 @@ def render(made: Any, console: Any) -> None:
         console.print(_memory(made))
         device = made.device
         console.print(
-            f"[dim]This device: {device['type']}, {device['cores']} cores, {size(device['free'])} free of "
-            f"{size(device['memory'])}. Activations are an estimate.[/]\n",
+            f"[dim]This device: {device['type']}, {device['cores']} cores, {format_bytes(device['free'])} free of "
+            f"{format_bytes(device['memory'])}. Activations are an estimate.[/]\n",
             highlight=False,
         )
     if made.sample is not None:
-        from opticnerve.cli import tokens
-
         console.print("[bold]The first sample as the model gets it[/]")
-        found = tokens.pieces(made.sample, made.processor)
-        console.print(
-            tokens.show(found), tokens.legend(), tokens.counts(made.sample, made.processor), sep="\n", highlight=False
-        )
+        tokens.show(made.sample, made.processor, console)
         console.print()
     for remark in made.remarks:
-        from rich.text import Text
-
         style = "bold yellow" if remark.level == "warning" else "dim"
         console.print(Text.assemble((f"{remark.level}:", style), " ", remark.text), soft_wrap=True)
 
@@ -108,26 +97,11 @@ def _per_piece(made: Any) -> str:
     return f"{'visual ' if vision_encoder else ''}tokens per {piece}{most}"
 
 
-def _shapes(made: Any) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{made.name} ({made.precision})", title_justify="left", title_style="bold")
-    for column, side in (("part", "left"), ("what", "left"), ("gives", "left"), ("parameters", "right")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
-    for row in made.shapes:
-        table.add_row(row.part, row.kind, row.output, f"{row.parameters:,}" if row.parameters else "")
-    return table
-
-
 def _stage(stage: Any, console: Any) -> None:
-    from rich.table import Table
-
     title = (
         f"Stage {stage.name}: {stage.trained:,} of {stage.total:,} parameters train ({stage.trained / stage.total:.2%})"
     )
-    table = Table()
-    for column, side in (("part", "left"), ("parameters", "right"), ("", "left"), ("learning rate", "right")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    table = table_of("", "part", ">parameters", "", ">learning rate")
     for share in stage.shares:
         rate = f"{share.learning_rate:g}" if share.learning_rate is not None else ""
         word = "trained" if share.trained else "frozen"
@@ -145,25 +119,23 @@ def _stage(stage: Any, console: Any) -> None:
             facts.append(f"{data.length} tokens a row on average, {round(data.supervised)} of them learned")
         console.print("; ".join(facts), highlight=False)
     if stage.seconds is not None:
-        console.print(f"time: about [bold]{duration(stage.seconds)}[/] [dim]({stage.timing})[/]", highlight=False)
+        console.print(
+            f"time: about [bold]{format_duration(stage.seconds)}[/] [dim]({stage.timing})[/]", highlight=False
+        )
     console.print()
 
 
 def _memory(made: Any) -> Any:
-    from rich.table import Table
-
-    table = Table(title="Memory of a step", title_justify="left", title_style="bold")
-    table.add_column("")
-    for stage in made.stages:
-        table.add_column(stage.name, justify="right")
+    table = table_of("Memory of a step", "", *(f">{stage.name}" for stage in made.stages))
     rows = {
         "Python and torch": "process", "weights": "weights", "gradients": "gradients", "optimizer": "optimizer",
         "activations": "activations", "  with gradient checkpointing": "activations_checkpointed",
     }  # fmt: skip
     for label, key in rows.items():
-        table.add_row(label, *(size(getattr(s.memory, key)) for s in made.stages))
+        table.add_row(label, *(format_bytes(getattr(s.memory, key)) for s in made.stages))
     totals = [
-        (size(s.memory.total), "bold" if s.memory.total <= made.device["free"] else "bold red") for s in made.stages
+        (format_bytes(s.memory.total), "bold" if s.memory.total <= made.device["free"] else "bold red")
+        for s in made.stages
     ]
     table.add_row("together", *(f"[{style}]{text}[/]" for text, style in totals))
     return table

@@ -16,7 +16,7 @@ _STYLES = {"image": "bold blue", "special": "magenta", "text": ""}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenPiece:
     """What is shown as one: a token's text, or a picture's block of placeholders."""
 
     text: str
@@ -25,7 +25,7 @@ class Piece:
     count: int = 1
 
 
-def pieces(encoded: Any, processor: Any) -> list[Piece]:
+def pieces(encoded: Any, processor: Any) -> list[TokenPiece]:
     """Split an `Encoded` into what is shown; a character spread over several tokens is one piece of several tokens."""
     tokenizer = processor.tokenizer
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
@@ -35,7 +35,7 @@ def pieces(encoded: Any, processor: Any) -> list[Piece]:
     }
     media.pop(None, None)
     ids, labels = encoded.input_ids, encoded.labels
-    found: list[Piece] = []
+    found: list[TokenPiece] = []
     at = 0
     while at < len(ids):
         trained = labels[at] != IGNORE
@@ -45,9 +45,9 @@ def pieces(encoded: Any, processor: Any) -> list[Piece]:
             name, most = media[ids[at]]
             while end < len(ids) and ids[end] == ids[at] and end - at < most:
                 end += 1
-            found.append(Piece(name, "image", trained, end - at))
+            found.append(TokenPiece(name, "image", trained, end - at))
         elif ids[at] in special:
-            found.append(Piece(_decode(tokenizer, [ids[at]]), "special", trained))
+            found.append(TokenPiece(_decode(tokenizer, [ids[at]]), "special", trained))
         else:
             # What a token spells may depend on its left neighbour (SentencePiece's leading space).
             before = [i for i in ids[max(at - 1, 0) : at] if i not in special and i not in media]
@@ -57,12 +57,29 @@ def pieces(encoded: Any, processor: Any) -> list[Piece]:
             while text.endswith("\ufffd") and end < min(len(ids), at + 4) and (labels[end] != IGNORE) == trained:
                 end += 1
                 text = _decode(tokenizer, [*before, *ids[at:end]])[prefix:]
-            found.append(Piece(text, "text", trained, end - at))
+            found.append(TokenPiece(text, "text", trained, end - at))
         at = end
     return found
 
 
-def show(found: list[Piece]) -> Any:
+def show(encoded: Any, processor: Any, console: Any) -> None:
+    """Print the pieces of an `Encoded`, what their looks mean, and how many tokens there are of which kind."""
+    from rich.text import Text
+
+    legend = Text.assemble(
+        ("trained", _TRAINED), "  read only  ", ("special token", "magenta"), "  ", (f"{MARK} image", "bold blue"),
+        "  ", ("|", "dim"), " between tokens  ↵ a new line",
+    )  # fmt: skip
+    total, image = len(encoded.input_ids), encoded.input_ids.count(processor.image_token_id)
+    pictures = f"{len(encoded.images)} picture{'' if len(encoded.images) == 1 else 's'}"
+    counts = (
+        f"{total} tokens: {encoded.supervised} trained, {total - encoded.supervised} read only, {image} of them from "
+        f"{pictures}"
+    )
+    console.print(as_text(pieces(encoded, processor)), "", legend, counts, sep="\n", highlight=False)
+
+
+def as_text(found: list[TokenPiece]) -> Any:
     """The pieces as rich text: trained ones green and underlined, so that colour is not the only sign."""
     from rich.text import Text
 
@@ -81,41 +98,17 @@ def show(found: list[Piece]) -> Any:
     return text
 
 
-def legend() -> Any:
-    from rich.text import Text
-
-    return Text.assemble(
-        ("trained", "underline bold green"), "  read only  ", ("special token", "magenta"), "  ",
-        (f"{MARK} image", "bold blue"), "  ", ("|", "dim"), " between tokens  ↵ a new line",
-    )  # fmt: skip
-
-
-def counts(encoded: Any, processor: Any) -> str:
-    """One line: how many tokens of which kind."""
-    total, image = len(encoded.input_ids), encoded.input_ids.count(processor.image_token_id)
-    pictures = f"{len(encoded.images)} picture{'' if len(encoded.images) == 1 else 's'}"
-    read = total - encoded.supervised
-    return f"{total} tokens: {encoded.supervised} trained, {read} read only, {image} of them from {pictures}"
-
-
-def to_dict(encoded: Any, found: list[Piece]) -> dict[str, Any]:
+def to_dict(encoded: Any, found: list[TokenPiece]) -> dict[str, Any]:
     """JSON-ready."""
     return {
-        "id": encoded.id,
-        "where": encoded.where,
-        "tokens": len(encoded.input_ids),
-        "trained": encoded.supervised,
-        "images": len(encoded.images),
-        "pieces": [asdict(p) for p in found],
-    }
+        "id": encoded.id, "where": encoded.where, "tokens": len(encoded.input_ids), "trained": encoded.supervised,
+        "images": len(encoded.images), "pieces": [asdict(p) for p in found],
+    }  # fmt: skip
 
 
 def choose(conversations: Sequence[Any], *, index: int | None, sample_id: str | None) -> Any:
-    """One conversation by its place (from 0; negative from the end) or its id.
-
-    Raises:
-        OpticNerveError: no such sample; the message says which there are.
-    """
+    """One conversation by its place (from 0; negative from the end) or its id. Raises OpticNerveError: no such sample;
+    the message says which there are."""
     if sample_id is not None:
         for conversation in conversations:
             if conversation.id == sample_id:

@@ -1,47 +1,57 @@
-"""`opticnerve train`: run a recipe."""
+"""`opticnerve train` and `opticnerve demo`: run a recipe; dock, align, instruct, evaluate and ask, from one command."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
+from opticnerve.cli.ask import show_picture
+from opticnerve.cli.evaluate import show_results, without_samples
 from opticnerve.cli.guard import Stopped, terminate_like_ctrl_c
+from opticnerve.cli.options import RECIPE_HELP, JsonFlag, Overrides
 from opticnerve.cli.output import (
-    OVERRIDES_HELP,
-    RECIPE_HELP,
-    JsonFlag,
     console_for,
     examples,
     is_recipe,
+    load_answerer,
     print_json,
     quiet_libraries,
     read_recipe,
 )
-from opticnerve.types import OpticNerveError
+from opticnerve.types import Conversation, OpticNerveError
 
-EPILOG = examples(
+TRAIN_EPILOG = examples(
     "opticnerve train recipe.yaml",
     "opticnerve train recipe.yaml stages.0.steps=50 precision=fp32 --out runs/short",
     "opticnerve train --resume runs/short",
     note="Ctrl-C finishes the step, saves, and says how to go on; `--resume` then draws the curve of an unbroken run.",
 )
+DEMO_EPILOG = examples(
+    "opticnerve demo",
+    "opticnerve demo --out runs/second",
+    "opticnerve demo --full --out runs/full",
+    note="Needs no GPU and no model hub: weights and pictures come from packages on the Python package index.",
+)
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help=f"{RECIPE_HELP} With --resume a run's folder.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES_HELP, metavar="[KEY=VALUE]...")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/<recipe's name>")] = None,
+    recipe: Annotated[str, Argument(help=f"{RECIPE_HELP} With --resume a run's folder.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, Option(help="The run's folder.", show_default="runs/<recipe's name>")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run in the folder stopped, with the recipe that is in it.")
+        bool, Option("--resume", help="Go on where the run in the folder stopped, with the recipe that is in it.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train every stage of a recipe, evaluate, and write a run folder with its card."""
-    recipe, out = of_folder(recipe, out, resume=resume)
+    recipe, out = _of_folder(recipe, out, resume=resume)
     read = read_recipe(recipe, overrides)
     if not read.stages:
         raise OpticNerveError(
@@ -50,16 +60,13 @@ def train(
     folder = out or Path("runs") / read.name
     check_folder(folder, resume=resume)
     words = ["opticnerve", "train", recipe, *(overrides or []), *(["--out", str(out)] if out else [])]
-    results = run(read, folder, words, resume=resume, as_json=as_json)
-    finish(results, folder, as_json)
+    results = _run(read, folder, words, resume=resume, as_json=as_json)
+    _finish(results, folder, as_json)
 
 
-def of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Path | None]:
-    """The recipe's file and the run's folder, where a folder is named in the recipe's place.
-
-    Raises:
-        OpticNerveError: it is no run's folder, or resuming was not asked for.
-    """
+def _of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Path | None]:
+    """The recipe's file and the run's folder, where a folder is named in the recipe's place. Raises OpticNerveError: it
+    is no run's folder, or resuming was not asked for."""
     folder = Path(recipe)
     if not folder.is_dir() or (is_recipe(recipe) and not resume):
         return recipe, out
@@ -73,7 +80,7 @@ def of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Path
     return str(kept), folder
 
 
-def run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json: bool) -> dict[str, Any]:
+def _run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json: bool) -> dict[str, Any]:
     """Run the recipe; an interruption says what was saved and how to go on."""
     from opticnerve.runs.pipeline import run_recipe
 
@@ -91,10 +98,8 @@ def run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json:
     return results
 
 
-def finish(results: dict[str, Any], folder: Path, as_json: bool) -> None:
+def _finish(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     """The end summary."""
-    from opticnerve.cli.results import show_results, without_samples
-
     if as_json:
         print_json({"run": str(folder), "card": str(folder / "card.md"), **without_samples(results)})
         return
@@ -110,11 +115,8 @@ def finish(results: dict[str, Any], folder: Path, as_json: bool) -> None:
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
-    """Finished work is never written over.
-
-    Raises:
-        OpticNerveError: the folder holds something and `resume` was not asked for, or the reverse.
-    """
+    """Finished work is never written over. Raises OpticNerveError: the folder holds something and `resume` was not
+    asked for, or the reverse."""
     if int(os.environ.get("RANK", "0")):  # the first of several processes has looked, and may have begun to write
         return
     if folder.exists() and not folder.is_dir():
@@ -128,3 +130,82 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise OpticNerveError(
             f"there is no run in {folder} to resume; leave out --resume, or name its folder with --out"
         )
+
+
+def demo(
+    out: Annotated[Path, Option(help="The run's folder.")] = Path("runs/demo"),
+    full: Annotated[bool, Option("--full", help="The longer recipe, whose result ships as `starter`.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on where an interrupted demo stopped.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete the run in the folder first.")] = False,
+) -> None:
+    """Make a model that sees, in minutes: EfficientNet-Lite0 docked onto SmolLM2-135M, trained on easy-VQA."""
+    from opticnerve import recipe
+    from opticnerve.starter.demo import recipe_path
+
+    name = "starter-full" if full else "starter"
+    _clear(out, resume=resume, overwrite=overwrite)
+    read = recipe.load(recipe_path(name))
+    if importlib.util.find_spec("tensorboard") is None:
+        read = read.model_copy(update={"trackers": []})  # its curves stand on the card as well
+    command = ["opticnerve", "demo", *(["--full"] if full else [])]
+    command += ["--out", str(out)] if str(out) != "runs/demo" else []
+    results = _run(read, out, command, resume=resume, as_json=False)
+
+    console = console_for(False)
+    show_results(results, console)
+    picture = _three_questions(read, out, console)
+    console.print(f"\nThe run card, with curves and sample answers: [bold]{out / 'card.md'}[/]", soft_wrap=True)
+    console.print("What to type next:")
+    own = "own-recipe.yaml"
+    for line in (
+        f'opticnerve ask {out} "what shape is in the image?" --image {picture}',
+        f"opticnerve chat {out} --image {picture}",
+        f"cp {recipe_path(name)} {own}   # then name your own data in it, and:",
+        f"opticnerve data check {own} && opticnerve plan {own} && opticnerve train {own}",
+    ):
+        console.print(f"  [green]{line}[/]", soft_wrap=True, highlight=False)
+
+
+def _clear(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make room for the run; nothing that is no run folder is ever deleted."""
+    if resume and overwrite:
+        raise OpticNerveError("--resume goes on with a run, --overwrite deletes it; give one of the two")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if resume:
+            raise OpticNerveError(f"there is no run in {out} to resume; leave out --resume")
+        return
+    if not (out / "recipe.yaml").is_file() and not (out / "stages").is_dir():
+        raise OpticNerveError(f"{out} exists and is no run folder; name another one with --out")
+    if overwrite:
+        shutil.rmtree(out)
+    elif not resume:
+        state = "a finished run" if (out / "results.json").is_file() else "an unfinished run (--resume goes on with it)"
+        raise OpticNerveError(f"{out} holds {state}; give --overwrite to delete it, or another folder with --out")
+
+
+def _three_questions(recipe: Any, out: Path, console: Any) -> Path:
+    """Three questions about one picture that training has not seen, answered on screen; returns the picture's path."""
+    from opticnerve.data.dataset.load import by_picture, load_data
+
+    group = next(g for g in by_picture(load_data(recipe.evaluate[0].data)) if len(_varied(g)) == 3)
+    picture = group[0].images[0].source
+    assert isinstance(picture, Path)
+    console.print(
+        f"\n[bold]Three questions about a picture it has never seen[/]\n{picture}", soft_wrap=True, highlight=False
+    )
+    show_picture(picture, console)
+    answerer = load_answerer(str(out))
+    for conversation in _varied(group):
+        console.print(f"\n[cyan]{conversation.prompt().messages[-1].text}[/]", highlight=False)
+        for piece in answerer.stream(conversation, max_new_tokens=16):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        console.print(f"   [dim](right: {conversation.answer})[/]", highlight=False)
+    return picture
+
+
+def _varied(conversations: list[Conversation]) -> list[Conversation]:
+    """Up to three questions of different types where there are such."""
+    by_type = {c.meta.get("type"): c for c in reversed(conversations)}
+    chosen = list(by_type.values())[:3]
+    return chosen + [c for c in conversations if c not in chosen][: 3 - len(chosen)]

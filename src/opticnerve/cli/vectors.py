@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from opticnerve.cli.output import JsonFlag, TrustFlag, console_for, examples, print_json, quiet_libraries
+from opticnerve.cli.options import JsonFlag, TrustFlag
+from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries
 from opticnerve.types import OpticNerveError
 
 CLASSIFY_EPILOG = examples(
@@ -25,13 +27,13 @@ MODEL_HELP = "A run's folder of a dual encoder, or its hub name."
 
 
 def classify(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    image: Annotated[list[Path], typer.Option("--image", "-i", help="A picture; may be given several times.")],
-    classes: Annotated[str, typer.Option(help="Names with commas between them, or a text file with one in each line.")],
+    model: Annotated[str, Argument(help=MODEL_HELP)],
+    image: Annotated[list[Path], Option("--image", "-i", help="A picture; may be given several times.")],
+    classes: Annotated[str, Option(help="Names with commas between them, or a text file with one in each line.")],
     templates: Annotated[
-        str, typer.Option(help="plain, photo, clip, or a sentence of your own with {} for the name.")
+        str, Option(help="plain, photo, clip, or a sentence of your own with {} for the name.")
     ] = "photo",
-    top: Annotated[int, typer.Option(min=1, help="So many of the likeliest classes are shown.")] = 3,
+    top: Annotated[int, Option(min=1, help="So many of the likeliest classes are shown.")] = 3,
     trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -58,11 +60,11 @@ def classify(
 
 
 def embed(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    data: Annotated[str, typer.Option(help="Captioned pictures: a file of any format that training reads.")],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
-    media: Annotated[Path | None, typer.Option(help="Where the pictures' paths start.")] = None,
-    faiss: Annotated[bool, typer.Option("--faiss", help="Write a Faiss index, too (needs faiss).")] = False,
+    model: Annotated[str, Argument(help=MODEL_HELP)],
+    data: Annotated[str, Option(help="Captioned pictures: a file of any format that training reads.")],
+    out: Annotated[Path, Option(help="The folder to write to.")],
+    media: Annotated[Path | None, Option(help="Where the pictures' paths start.")] = None,
+    faiss: Annotated[bool, Option("--faiss", help="Write a Faiss index, too (needs faiss).")] = False,
     trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:

@@ -1,10 +1,12 @@
-"""The HTTP side: routes, and every refusal in OpenAI's shape."""
+"""The HTTP side: routes, every refusal in OpenAI's shape, and an answer on its way out, whole or in pieces."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,93 +14,89 @@ from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from opticnerve.common.version import __version__
-from opticnerve.serve.auth import Keys
 from opticnerve.serve.errors import ApiError, from_validation
-from opticnerve.serve.metrics import Metrics
+from opticnerve.serve.limits import Metrics
 from opticnerve.serve.middleware import CHAT, Middleware
-from opticnerve.serve.prompts import Reader
-from opticnerve.serve.sampling import Wishes
+from opticnerve.serve.prompts import PromptReader
 from opticnerve.serve.scheduler import Scheduler
 from opticnerve.serve.schema import (
+    AnswerMessage,
     ChatCompletion,
     ChatCompletionChunk,
     ChatRequest,
+    Choice,
     ErrorResponse,
     Health,
+    Logprobs,
     Model,
     ModelList,
+    TokenLogprob,
+    Usage,
 )
-from opticnerve.serve.sequence import Job
-from opticnerve.serve.stream import Answer, EventStream, Gone, Listener
+from opticnerve.serve.sequence import AnswerPiece, GenerationJob, PromptInputs
 from opticnerve.types import OpticNerveError
+from opticnerve.web.guard import Keys, Receive, Scope, Send
 
 READERS = 2  # threads that open pictures
+PATIENCE = 15.0  # seconds past a deadline after which the model's thread is taken for stuck
 _REFUSED: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 _STREAMED = {"text/event-stream": {"schema": ChatCompletionChunk.model_json_schema()}}
 
 
 def create_app(
-    *, name: str, reader: Reader, scheduler: Scheduler, metrics: Metrics, keys: Keys, only_host: str | None = None
+    name: str, reader: PromptReader, scheduler: Scheduler, metrics: Metrics, keys: Keys, hosts: frozenset[str] | None
 ) -> Middleware:
-    """The ASGI app, behind its gate.
+    """The ASGI app behind its middleware.
 
     Args:
-        name: of the model, for clients. reader, scheduler, metrics, keys: what the routes work with. only_host: see
-            `Middleware`.
+        name: of the model, for clients. reader, scheduler, metrics, keys: what the routes work with. hosts: as from
+            `check_address`.
     """
     app = FastAPI(title="opticnerve", version=__version__, docs_url=None, redoc_url=None)
     secured = [Security(HTTPBearer(auto_error=False))] if keys else []
-    middleware = Middleware(app, limits=reader.limits, keys=keys, metrics=metrics, only_host=only_host)
+    middleware = Middleware(app, limits=reader.limits, keys=keys, metrics=metrics, hosts=hosts)
     pool = ThreadPoolExecutor(READERS, "reader")
-    _refusals(app)
-    processor = reader.processor
-    kinds = {"image": processor.image_processor, "audio": processor.feature_extractor}
+    for kind in (OpticNerveError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _refuse)
+    kinds = {"image": reader.processor.image_processor, "audio": reader.processor.feature_extractor}
     about = Model(
         id=name, created=int(time.time()), max_model_len=reader.context,
         modalities=["text", *(k for k, part in kinds.items() if part is not None)],  # type: ignore[list-item]
     )  # fmt: skip
+
+    def check_name(model: str) -> None:
+        if model != name:
+            raise ApiError(
+                404, f"there is no model {model!r} here; this server has {name!r}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
 
     @app.post(
         CHAT, response_model=ChatCompletion, dependencies=secured, responses=_REFUSED | {200: {"content": _STREAMED}}
     )
     async def chat(asked: ChatRequest, request: Request) -> Any:
         """Answer a conversation. `stream: true` sends chunks as server-sent events, ended by `[DONE]`."""
-        if asked.model != name:
-            raise ApiError(
-                404, f"there is no model {asked.model!r} here; this server has {name!r}", param="model",
-                code="model_not_found",
-            )  # fmt: skip
-        started, told = request.state.started, request.state.told
-        prompt, most = await asyncio.get_running_loop().run_in_executor(pool, reader.read, asked)
-        listener = Listener()
-        wishes = Wishes(
-            asked.temperature, asked.top_p, asked.seed, (asked.top_logprobs or 0) if asked.logprobs else None
-        )
-        job = Job(
-            prompt=prompt, wishes=wishes, choices=asked.n or 1, max_tokens=most, stops=asked.stops, tell=listener.tell,
-            deadline=started + reader.limits.request_seconds,
-        )  # fmt: skip
-        scheduler.submit(job)
-        answer = Answer(job, listener, request, model=name, logprobs=bool(asked.logprobs))
-        done = _once(answer, told, metrics)
+        check_name(asked.model)
+        prompt = await asyncio.get_running_loop().run_in_executor(pool, reader.read, asked)
+        answer = ChatAnswer(asked, prompt, request, metrics, request.state.started + reader.limits.request_seconds)
+        scheduler.submit(answer.job)
+        answer.watch()
         try:
             await answer.begin()
-            metrics.first_token.observe(time.monotonic() - started)
             if asked.stream:
-                usage = asked.stream_options is not None and asked.stream_options.include_usage
-                return EventStream(answer, include_usage=usage, done=done)
-            whole = await answer.whole()
+                return EventStream(answer)
+            whole: Response = JSONResponse((await answer.whole()).model_dump(mode="json"))
         except Gone:
-            done()
-            return Response(status_code=499)
+            whole = Response(status_code=499)
         except BaseException:
-            done()
+            answer.end()
             raise
-        done()
-        return JSONResponse(whole.model_dump(mode="json"))
+        answer.end()
+        return whole
 
     @app.get("/v1/models", dependencies=secured, responses=_REFUSED)
     async def models() -> ModelList:
@@ -108,8 +106,7 @@ def create_app(
     @app.get("/v1/models/{model:path}", dependencies=secured, responses=_REFUSED)
     async def one_model(model: str) -> Model:
         """The same, by its name."""
-        if model != name:
-            raise ApiError(404, f"there is no model {model!r} here", param="model", code="model_not_found")
+        check_name(model)
         return about
 
     @app.get("/health", responses={503: {"model": Health}})
@@ -122,40 +119,167 @@ def create_app(
     @app.get("/metrics", dependencies=secured, response_class=Response, responses=_REFUSED)
     async def page() -> Response:
         """For Prometheus."""
-        return Response(metrics.page(), media_type=Metrics.CONTENT_TYPE)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return middleware
 
 
-def _once(answer: Answer, told: dict[str, Any], metrics: Metrics) -> Callable[[], None]:
-    def done() -> None:
-        answer.end()
-        usage = answer.usage()
-        metrics.completion_tokens.inc(usage.completion_tokens)
-        finish = ",".join(str(answer.finished.get(i, "gone")) for i in range(answer.job.choices))
-        told.update(id=answer.id, prompt=usage.prompt_tokens, completion=usage.completion_tokens, finish=finish)
+async def _refuse(_: Request, e: Exception) -> JSONResponse:
+    match e:
+        case ApiError():
+            return e.response()
+        case OpticNerveError():
+            return ApiError(400, str(e)).response()
+        case RequestValidationError():
+            return from_validation(e.errors()).response()
+        case HTTPException():
+            made = ApiError(e.status_code, str(e.detail)).response()
+            made.headers.update(e.headers or {})
+            return made
+    return ApiError(500, "the server failed on this request; its log says more").response()
 
-    return done
+
+class Gone(Exception):
+    """The client went away."""
 
 
-def _refusals(app: FastAPI) -> None:
-    def respond(e: ApiError) -> JSONResponse:
-        return JSONResponse(e.body, e.status, e.headers)
+class ChatAnswer:
+    """One request's answer, heard in the event loop from the model's thread."""
 
-    @app.exception_handler(OpticNerveError)
-    async def ours(_: Request, e: OpticNerveError) -> JSONResponse:
-        return respond(e if isinstance(e, ApiError) else ApiError(400, str(e)))
+    def __init__(
+        self, asked: ChatRequest, prompt: PromptInputs, request: Request, metrics: Metrics, deadline: float
+    ) -> None:
+        self.asked, self.request, self.metrics = asked, request, metrics
+        self.job = GenerationJob(asked, prompt, deadline, self._tell)
+        self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue[AnswerPiece | ApiError | None]()
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+        self.counts, self.finished = [0] * asked.choices, dict[int, Any]()
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, e: RequestValidationError) -> JSONResponse:
-        return respond(from_validation(e.errors()))
+    def _tell(self, event: AnswerPiece | ApiError | None) -> None:
+        """Called from any thread. None: the client went away."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    @app.exception_handler(HTTPException)
-    async def routing(_: Request, e: HTTPException) -> JSONResponse:
-        made = respond(ApiError(e.status_code, str(e.detail)))
-        made.headers.update(e.headers or {})
-        return made
+    def watch(self) -> None:
+        """Cancel the job when the client goes away."""
 
-    @app.exception_handler(Exception)
-    async def broken(_: Request, e: Exception) -> JSONResponse:
-        return respond(ApiError(500, "the server failed on this request; its log says more"))
+        async def watched() -> None:
+            while (await self.request.receive())["type"] != "http.disconnect":
+                pass
+            self.job.gone.set()
+            self._tell(None)
+
+        self._watch = asyncio.create_task(watched())
+
+    async def begin(self) -> None:
+        """Wait for the first token: what fails before it fails with a status of its own."""
+        self._first = await self._next()
+        self.metrics.first_token.observe(time.monotonic() - self.request.state.started)
+
+    async def pieces(self) -> AsyncIterator[AnswerPiece]:
+        """All of them, the first included."""
+        piece = self._first
+        while True:
+            yield piece
+            if len(self.finished) == self.asked.choices:
+                return
+            piece = await self._next()
+
+    async def whole(self) -> ChatCompletion:
+        texts = [""] * self.asked.choices
+        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        async for piece in self.pieces():
+            texts[piece.number] += piece.text
+            logprobs[piece.number] += piece.logprobs
+        choices = [
+            Choice(
+                index=i, message=AnswerMessage(content=text), finish_reason=self.finished[i],
+                logprobs=Logprobs(content=logprobs[i]) if self.asked.logprobs else None,
+            )
+            for i, text in enumerate(texts)
+        ]  # fmt: skip
+        return ChatCompletion(**self.head, choices=choices, usage=self.usage())
+
+    def usage(self) -> Usage:
+        prompt, said = len(self.job.prompt.ids), sum(self.counts)
+        return Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said)
+
+    def end(self) -> None:
+        """Whatever happened: the job's rows are free, and the log line has its numbers."""
+        self.job.gone.set()
+        self._watch.cancel()
+        usage = self.usage()
+        self.metrics.completion_tokens.inc(usage.completion_tokens)
+        self.request.state.told.update(
+            id=self.head["id"], prompt=usage.prompt_tokens, completion=usage.completion_tokens,
+            finish=",".join(str(self.finished.get(i, "gone")) for i in range(self.asked.choices)),
+        )  # fmt: skip
+
+    async def _next(self) -> AnswerPiece:
+        try:
+            async with asyncio.timeout(max(0.0, self.job.deadline - time.monotonic()) + PATIENCE):
+                event = await self.events.get()
+        except TimeoutError:
+            raise ApiError(504, "the model did not answer in time") from None
+        if event is None:
+            raise Gone
+        if isinstance(event, ApiError):
+            raise event
+        self.counts[event.number] = event.tokens
+        if event.finish is not None:
+            self.finished[event.number] = event.finish
+        return event
+
+
+class EventStream(Response):
+    """An answer that has begun as server-sent events (`ChatCompletionChunk`), ended by `[DONE]`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: ChatAnswer) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self.answer, options = answer, answer.asked.stream_options
+        self.include_usage = options is not None and options.include_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def event(data: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for chunk in self._chunks():
+                await event(_json(chunk))
+            await event("[DONE]", more=False)
+        except ApiError as e:  # too late for a status
+            await event(_json(e.body), more=False)
+        except (Gone, OSError):
+            return
+        finally:
+            self.answer.end()
+
+    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
+        for i in range(self.answer.asked.choices):
+            yield self._chunk(i, {"role": "assistant", "content": ""})
+        async for piece in self.answer.pieces():
+            if piece.text or piece.logprobs:
+                logprobs = Logprobs(content=piece.logprobs) if self.answer.asked.logprobs else None
+                yield self._chunk(piece.number, {"content": piece.text}, logprobs)
+            if piece.finish is not None:
+                yield self._chunk(piece.number, {}, finish=piece.finish)
+        if self.include_usage:
+            yield self._made([], self.answer.usage().model_dump())
+
+    def _chunk(
+        self, number: int, delta: dict[str, str], logprobs: Logprobs | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        content = logprobs.model_dump() if logprobs is not None else None
+        return self._made([{"index": number, "delta": delta, "logprobs": content, "finish_reason": finish}])
+
+    def _made(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+        made = {**self.answer.head, "object": "chat.completion.chunk", "choices": choices}
+        return made | {"usage": usage} if self.include_usage else made
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

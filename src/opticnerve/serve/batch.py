@@ -9,7 +9,7 @@ not know of the others, so its logits are those it has alone, up to the rounding
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,11 +164,13 @@ class RunningBatch:
             settled_rows.reset(token)
 
 
-class _Read:
+class _Read(NamedTuple):
     """A prompt that has been read and not yet joined: its cache, tokens, rows, and which of these hold media."""
 
-    def __init__(self, cache: Any, length: int, rows: int, media_B: Tensor | None) -> None:
-        self.cache, self.length, self.rows, self.media_B = cache, length, rows, media_B
+    cache: Any
+    length: int
+    rows: int
+    media_B: Tensor | None
 
 
 def _wider(x: Tensor, width: int) -> Tensor:

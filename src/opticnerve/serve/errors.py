@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from opticnerve.types import OpticNerveError
 
 KINDS = {
@@ -38,10 +40,11 @@ class ApiError(OpticNerveError):
         # What repeats a client's words may hold half a character, which no JSON can carry.
         return {"error": {k: v and v.encode(errors="replace").decode() for k, v in found.items()}}
 
-    @property
-    def headers(self) -> dict[str, str]:
-        more = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        return more | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status, headers)
 
 
 def from_validation(problems: Sequence[Any]) -> ApiError:

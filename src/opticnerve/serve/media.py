@@ -1,13 +1,26 @@
-"""Pictures and sounds of a request, from where the server may take them, opened and within bounds."""
+"""Pictures and sounds of a request, from where the server may take them, opened and within bounds.
+
+Those on other hosts are fetched only from allow-listed ones, and never from within this network: a name is resolved
+once, all its addresses are checked, and the connection goes to a checked address, so that no second answer of the name
+service (DNS rebinding) leads elsewhere. Redirects are refused, for they would. Proxies from the environment are not
+used.
+"""
 
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
+import http.client
+import ipaddress
 import os
+import socket
+import ssl
 import stat
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,13 +32,115 @@ from opticnerve.data.media.files import decode_data_url, is_url
 from opticnerve.data.media.open import image_size
 from opticnerve.data.media.transform import open_for
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.fetch import fetch
-from opticnerve.serve.limits import Limits
+from opticnerve.serve.limits import ServerLimits
 from opticnerve.types import DataError, OpticNerveError
 
 
+def _refuse(param: str, why: str, code: str | None = "invalid_image_url") -> ApiError:
+    return ApiError(400, f"{param}: {why}", param=param, code=code)
+
+
+# is_global calls these global; behind them are addresses of another kind that may be private (RFC 6052, 3056, 4380).
+_WRAPPED = [ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
+
+
+def is_public(address: str) -> bool:
+    """Whether this is a host of the open internet: not private, loopback, link-local, multicast, reserved."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        elif any(ip in network for network in _WRAPPED):
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+def fetch(url: str, *, hosts: Sequence[str], max_bytes: int, seconds: float, param: str) -> bytes:
+    """What is at an address on the web.
+
+    Args:
+        url: http or https. hosts: allowed ones, as `name` (ports 80 and 443) or `name:port`.
+        max_bytes, seconds: bounds of the answer. param: the field that an error names.
+
+    Raises:
+        ApiError: 400, whatever the reason: a host that is not allowed or not public, a redirect, an answer that is no
+            200, too big or too slow.
+    """
+    refuse = partial(_refuse, param)
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").rstrip("."), parts.port or (443 if parts.scheme == "https" else 80)
+        host.encode("idna")
+    except ValueError as e:
+        raise refuse(f"this is no address: {e}") from None
+    if parts.username is not None or parts.password is not None:
+        raise refuse("an address with a user's name in it is not fetched")
+    allowed = {h.lower() for h in hosts}
+    if f"{host}:{port}" not in allowed and not (host in allowed and port in (80, 443)):
+        raise refuse("this server does not fetch from that host; send the picture as a data URL")
+    deadline = time.monotonic() + seconds
+    try:
+        address = _resolve(host, port)
+    except OSError as e:
+        raise refuse(f"{host} is not found: {e.strerror or e}") from None
+    if address is None:
+        raise refuse(f"{host} leads to an address that is not public")
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    connection = _Checked(host, port, address, secure=parts.scheme == "https", timeout=seconds)
+    # Socket timeouts are for each read; this one is for all of them.
+    watch = threading.Timer(seconds, connection.break_off)
+    watch.start()
+    try:
+        connection.request("GET", path, headers={"User-Agent": "opticnerve", "Accept": "image/*, audio/*"})
+        answer = connection.getresponse()
+        if 300 <= answer.status < 400:
+            raise refuse(f"{host} redirects elsewhere, which is not followed")
+        if answer.status != 200:
+            raise refuse(f"{host} answered {answer.status}")
+        body = answer.read(max_bytes + 1)
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        if isinstance(e, ApiError):
+            raise
+        why = f"{host} did not answer within {seconds:g} s" if time.monotonic() >= deadline else f"{host} failed: {e}"
+        raise refuse(why) from None
+    finally:
+        watch.cancel()
+        connection.close()
+    if time.monotonic() >= deadline:
+        raise refuse(f"{host} did not answer within {seconds:g} s")
+    if len(body) > max_bytes:
+        raise refuse(f"what {host} sends has more than the {max_bytes:,} bytes allowed")
+    return body
+
+
+def _resolve(host: str, port: int) -> str | None:
+    """An address of the host, None unless all that it has are public."""
+    found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    return found[0] if found and all(is_public(a) for a in found) else None
+
+
+class _Checked(http.client.HTTPConnection):
+    """HTTP to an address that has been checked, under the host's name."""
+
+    def __init__(self, host: str, port: int, address: str, *, secure: bool, timeout: float) -> None:
+        super().__init__(host, port, timeout=timeout)
+        self.address, self.secure = address, secure
+        self.raw: socket.socket | None = None
+
+    def connect(self) -> None:
+        # Of one's own: the connection forgets its socket as soon as an answer without a length begins.
+        self.raw = self.sock = socket.create_connection((self.address, self.port), self.timeout)
+        if self.secure:
+            self.raw = self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+    def break_off(self) -> None:
+        if self.raw is not None:
+            with contextlib.suppress(OSError):  # it may have ended by itself
+                self.raw.shutdown(socket.SHUT_RDWR)
+
+
 @dataclass(frozen=True, slots=True)
-class Sources:
+class MediaSources:
     """Where media may come from beside the request itself: `hosts` on the web, `folders` on this machine."""
 
     hosts: Sequence[str] = ()
@@ -39,29 +154,22 @@ class Sources:
             if "/" in host or not host:
                 raise OpticNerveError(f"--allow-url-host takes HOST or HOST:PORT, not {host!r}")
 
-    def read(self, url: str, limits: Limits, param: str) -> bytes:
-        """The bytes that a URL stands for.
-
-        Raises:
-            ApiError: 400: not base64, not allowed, not there, too big.
-        """
+    def read(self, url: str, limits: ServerLimits, param: str) -> bytes:
+        """The bytes that a URL stands for. Raises ApiError: 400: not base64, not allowed, not there, too big."""
         if url[:5].lower() == "data:":
             try:
                 return decode_data_url(url)
             except DataError as e:
-                raise ApiError(400, f"{param}: {e}", param=param, code="invalid_image_url") from None
+                raise _refuse(param, str(e)) from None
         if is_url(url):
             return fetch(url, hosts=self.hosts, max_bytes=limits.body_bytes, seconds=limits.fetch_seconds, param=param)
         if url[:5].lower() == "file:":
             return self._file(url, limits.body_bytes, param)
-        raise ApiError(400, f"{param}: give a data URL, data:image/png;base64,…", param=param, code="invalid_image_url")
+        raise _refuse(param, "give a data URL, data:image/png;base64,…")
 
     def _file(self, url: str, most: int, param: str) -> bytes:
         # One answer for all that is not to be read: whether a file exists elsewhere is nobody's business.
-        no = ApiError(
-            400, f"{param}: this server does not read that file; send the picture as a data URL", param=param,
-            code="invalid_image_url",
-        )  # fmt: skip
+        no = _refuse(param, "this server does not read that file; send the picture as a data URL")
         try:
             parts = urlsplit(url)
             path = Path(unquote(parts.path)).resolve(strict=True)
@@ -81,53 +189,49 @@ class Sources:
             raise no
         with os.fdopen(number, "rb") as file:
             if about.st_size > most:
-                raise ApiError(
-                    400, f"{param}: the file has {about.st_size:,} bytes, more than the {most:,} allowed", param=param
-                )
+                raise _refuse(param, f"the file has {about.st_size:,} bytes, more than the {most:,} allowed", None)
             return file.read(most)
 
 
-class Opener:
+class MediaOpener:
     """Opens what one request shows, and counts it: `pixels` and `media` are for all of it together."""
 
-    def __init__(self, processor: Any, sources: Sources, limits: Limits) -> None:
+    def __init__(self, processor: Any, sources: MediaSources, limits: ServerLimits) -> None:
         self.processor, self.sources, self.limits = processor, sources, limits
         self.pixels, self.media = 0, 0
 
     def image(self, url: str, param: str) -> PIL.Image.Image:
         if self.processor.image_processor is None:
-            raise ApiError(400, f"{param}: this model takes no pictures", param=param)
+            raise _refuse(param, "this model takes no pictures", None)
         self._count(param)
         data = self.sources.read(url, self.limits, param)
         try:
             height, width = image_size(data)
             self.pixels += height * width
             if self.pixels > self.limits.pixels:
-                raise ApiError(
-                    400, f"{param}: the pictures so far have {self.pixels:,} pixels, more than the "
-                    f"{self.limits.pixels:,} allowed; send smaller ones", param=param,
+                raise _refuse(
+                    param, f"the pictures so far have {self.pixels:,} pixels, more than the {self.limits.pixels:,} "
+                    "allowed; send smaller ones", None,
                 )  # fmt: skip
             return open_for(self.processor.image_processor, data)
         except DataError as e:
-            raise ApiError(400, f"{param}: {e}", param=param, code="invalid_image") from None
+            raise _refuse(param, str(e), "invalid_image") from None
 
     def audio(self, data: str, param: str) -> Any:
         if self.processor.feature_extractor is None:
-            raise ApiError(400, f"{param}: this model takes no sound", param=param)
+            raise _refuse(param, "this model takes no sound", None)
         self._count(param)
         try:
             sound = base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as e:
-            raise ApiError(400, f"{param}: not valid base64: {e}", param=param) from None
+        except ValueError as e:  # binascii.Error among them
+            raise _refuse(param, f"not valid base64: {e}", None) from None
         try:
             rate = self.processor.feature_extractor.sampling_rate
             return open_audio(sound, rate=rate, max_seconds=self.limits.audio_seconds)
         except DataError as e:
-            raise ApiError(400, f"{param}: {e}", param=param, code="invalid_audio") from None
+            raise _refuse(param, str(e), "invalid_audio") from None
 
     def _count(self, param: str) -> None:
         self.media += 1
         if self.media > self.limits.media:
-            raise ApiError(
-                400, f"{param}: more than the {self.limits.media} pictures and sounds allowed in a request", param=param
-            )
+            raise _refuse(param, f"more than the {self.limits.media} pictures and sounds allowed in a request", None)

@@ -11,10 +11,9 @@ import logging
 import time
 from typing import Any
 
-from opticnerve.serve.auth import Keys, check_host
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.limits import Limits
-from opticnerve.serve.metrics import Metrics
+from opticnerve.serve.limits import Metrics, ServerLimits
+from opticnerve.web.guard import Keys, Receive, Scope, Send, answers_to
 
 log = logging.getLogger("opticnerve.serve")
 OPEN = ("/health",)  # no key, and answered to the last
@@ -25,18 +24,19 @@ class Middleware:
     """ASGI middleware.
 
     Args:
-        app: the ASGI app behind it. limits, keys, metrics: of the server.
-        only_host: the loopback name that it listens on without a key; None where names do not matter.
+        app: the ASGI app behind it. limits, keys, metrics: of the server. hosts: as from `check_address`.
 
     It puts `started` (of `time.monotonic`) and `told` (a dict for the log line) into the request's state.
     """
 
-    def __init__(self, app: Any, *, limits: Limits, keys: Keys, metrics: Metrics, only_host: str | None) -> None:
-        self.app, self.limits, self.keys, self.metrics, self.only_host = app, limits, keys, metrics, only_host
+    def __init__(
+        self, app: Any, *, limits: ServerLimits, keys: Keys, metrics: Metrics, hosts: frozenset[str] | None
+    ) -> None:
+        self.app, self.limits, self.keys, self.metrics, self.hosts = app, limits, keys, metrics, hosts
         self.admitted, self.stopping = 0, False
         self._mean = 1.0  # seconds of a request, lately
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -55,42 +55,46 @@ class Middleware:
         try:
             self._may_enter(scope)
             if chat:
-                taken = self._acquire()
+                self._acquire()
+                taken = True
             body = await self._body(scope, receive)
             await self.app(scope, _again(body, receive), counting)
         except ApiError as e:
-            from fastapi.responses import JSONResponse
-
-            await JSONResponse(e.body, e.status, e.headers)(scope, receive, counting)
+            await e.response()(scope, receive, counting)
         finally:
             if taken:
-                self.admitted -= 1
-                self.metrics.admitted.set(self.admitted)
+                self._count(-1)
             if chat:
                 self._note(status, time.monotonic() - started, told)
 
-    def _may_enter(self, scope: Any) -> None:
+    def _may_enter(self, scope: Scope) -> None:
         if scope["path"] in OPEN:
             return
         headers = dict(scope["headers"])
-        if self.only_host is not None:
-            check_host(headers, self.only_host)
-        self.keys.check(headers.get(b"authorization"))
+        if not answers_to(headers, self.hosts):
+            raise ApiError(403, "this server answers to localhost alone; give it an API key to use another name")
+        given = headers.get(b"authorization", b"")
+        if self.keys and not self.keys.admits(given):
+            if given[:7].lower() != b"bearer " or not given[7:]:
+                raise ApiError(401, "send an API key as the header Authorization: Bearer KEY", code="missing_api_key")
+            raise ApiError(401, "this API key is not known here", code="invalid_api_key")
         if self.stopping and scope["path"] != "/metrics":
             raise ApiError(503, "the server is stopping", retry_after=5)
 
-    def _acquire(self) -> bool:
+    def _acquire(self) -> None:
         if self.admitted >= self.limits.admitted:
             turns = self.limits.queue / self.limits.slots
             raise ApiError(
                 429, f"{self.admitted} requests are being answered or wait, as many as this server takes; try later",
                 code="queue_full", retry_after=max(1, min(60, round(turns * self._mean))),
             )  # fmt: skip
-        self.admitted += 1
-        self.metrics.admitted.set(self.admitted)
-        return True
+        self._count(1)
 
-    async def _body(self, scope: Any, receive: Any) -> bytes:
+    def _count(self, change: int) -> None:
+        self.admitted += change
+        self.metrics.admitted.set(self.admitted)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
         most = self.limits.body_bytes
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
@@ -123,7 +127,7 @@ class Middleware:
         log.info("%s status=%s seconds=%.3f", words or "refused", status or 499, seconds)
 
 
-def _again(body: bytes, receive: Any) -> Any:
+def _again(body: bytes, receive: Receive) -> Receive:
     """An ASGI `receive` that gives the body once more, and then what else comes: the client's going away."""
     given = False
 

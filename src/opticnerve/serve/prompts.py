@@ -9,48 +9,42 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.language.layers import context_length
 from opticnerve.serve import schema
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.limits import Limits
-from opticnerve.serve.media import Opener, Sources
-from opticnerve.serve.sequence import Prompt
+from opticnerve.serve.limits import ServerLimits
+from opticnerve.serve.media import MediaOpener, MediaSources
+from opticnerve.serve.sequence import PromptInputs
 from opticnerve.types import AudioPart, Conversation, ImagePart, Message, OpticNerveError, Part, TextPart
 
 UNKNOWN_CONTEXT = 2048  # for language models whose configuration names no bound
 
 
-def context_of(model: Any, wished: int | None) -> int:
-    """Tokens of prompt and answer together.
-
-    Raises:
-        OpticNerveError: more are wished than the model knows positions.
-    """
-    known = context_length(model.language_model.config)
+def check_context(model: Any, wished: int | None) -> int:
+    """Tokens of prompt and answer together. Raises OpticNerveError: more are wished than the model knows positions."""
+    config = model.language_model.config.get_text_config(decoder=True)
+    known = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if wished is not None and known is not None and wished > known:
         raise OpticNerveError(f"--max-context {wished} is more than the {known} positions that the model knows")
     return int(wished or known or UNKNOWN_CONTEXT)
 
 
-class Reader:
+class PromptReader:
     """Makes prompts of requests; may be called from several threads.
 
     Args:
         answerer: the model and its processor. sources: where media may come from. limits: of the server.
     """
 
-    def __init__(self, answerer: Answerer, sources: Sources, limits: Limits) -> None:
+    def __init__(self, answerer: Answerer, sources: MediaSources, limits: ServerLimits) -> None:
         self.answerer, self.processor = answerer, answerer.processor
         self.sources, self.limits = sources, limits
-        self.context = context_of(answerer.model, limits.context)
+        self.context = check_context(answerer.model, limits.context)
         # No text of more characters can be so few tokens: it need not be taken apart to be refused.
         self.most_letters = self.context * max(map(len, self.processor.tokenizer.get_vocab()))
         # A Rust tokenizer refuses two threads that both set its padding.
         self._alone = threading.Lock()
 
-    def read(self, asked: schema.ChatRequest) -> tuple[Prompt, int]:
-        """The prompt, and how many tokens its answer may have.
-
-        Raises:
-            ApiError: 400: media that cannot be had, a conversation that the chat template does not know, too long.
-        """
+    def read(self, asked: schema.ChatRequest) -> PromptInputs:
+        """The prompt as the model takes it. Raises ApiError: 400: media that cannot be had, a conversation that the
+        chat template does not know, too long."""
         self._check_turns(asked)
         conversation = self.conversation(asked)
         try:
@@ -60,11 +54,11 @@ class Reader:
         except OpticNerveError as e:
             raise ApiError(400, str(e), param="messages") from None
         ids = inputs["input_ids"][0].tolist()
-        return Prompt(inputs, ids), self._answer_tokens(asked, len(ids))
+        return PromptInputs(inputs, ids, self._answer_tokens(asked, len(ids)))
 
     def conversation(self, asked: schema.ChatRequest) -> Conversation:
         """The messages, their media opened."""
-        opener = Opener(self.processor, self.sources, self.limits)
+        opener = MediaOpener(self.processor, self.sources, self.limits)
         messages = []
         for i, message in enumerate(asked.messages):
             role = "system" if message.role == "developer" else message.role
@@ -110,11 +104,13 @@ class Reader:
         return wished or min(left, self.limits.answer_tokens)
 
 
-def _part(part: schema.TextPart | schema.ImagePart | schema.AudioPart, opener: Opener, where: str) -> Part:
+def _part(
+    part: schema.TextContent | schema.ImageContent | schema.AudioContent, opener: MediaOpener, where: str
+) -> Part:
     match part:
-        case schema.TextPart():
+        case schema.TextContent():
             return TextPart(part.text)
-        case schema.ImagePart():
+        case schema.ImageContent():
             return ImagePart(opener.image(part.image_url.url, f"{where}.image_url.url"))
-        case schema.AudioPart():
+        case schema.AudioContent():
             return AudioPart(opener.audio(part.input_audio.data, f"{where}.input_audio.data"))

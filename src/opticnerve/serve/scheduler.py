@@ -15,8 +15,8 @@ from torch import Tensor
 from opticnerve.inference.generate import Answerer
 from opticnerve.serve.batch import RunningBatch
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.metrics import Metrics
-from opticnerve.serve.sequence import Job, Row
+from opticnerve.serve.limits import Metrics
+from opticnerve.serve.sequence import GenerationJob, RunningSequence
 
 log = logging.getLogger("opticnerve.serve")
 
@@ -39,8 +39,8 @@ class Scheduler:
         # The reading thread pads with the other tokenizer: a Rust tokenizer refuses two threads at a time.
         self.tokenizer: Any = copy.deepcopy(answerer.processor.tokenizer)
         self.ends = answerer.stops()["eos_token_id"]
-        self.rows: list[Row] = []  # as they stand in the batch
-        self.waiting: deque[Job] = deque()
+        self.rows: list[RunningSequence] = []  # as they stand in the batch
+        self.waiting: deque[GenerationJob] = deque()
         self.stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -48,10 +48,12 @@ class Scheduler:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: GenerationJob) -> None:
         """Queue a job; how many may wait is for the caller to bound."""
-        if job.choices > self.slots:
-            raise ApiError(400, f"n is {job.choices}, more than the {self.slots} answers made at a time", param="n")
+        if job.asked.choices > self.slots:
+            raise ApiError(
+                400, f"n is {job.asked.choices}, more than the {self.slots} answers made at a time", param="n"
+            )
         with self._changed:
             if self.stopping:
                 raise ApiError(503, "the server is stopping", retry_after=5)
@@ -117,7 +119,7 @@ class Scheduler:
                 self._emit(row, logits_V)
         self.metrics.step.observe(time.monotonic() - started)
 
-    def _emit(self, row: Row, logits_V: Tensor) -> None:
+    def _emit(self, row: RunningSequence, logits_V: Tensor) -> None:
         try:
             row.emit(logits_V)
         except Exception:  # logits that are no numbers, for one: the others' are
@@ -145,14 +147,14 @@ class Scheduler:
             if self.batch.joins or not live:
                 self.rows = [self.rows[i] for i in live]
 
-    def _next(self) -> Job | None:
+    def _next(self) -> GenerationJob | None:
         """The first job in line, if it can be taken now."""
         now = time.monotonic()
         with self._changed:
             over = {job for job in self.waiting if now >= job.deadline and not job.gone.is_set()}
             self.waiting = deque(job for job in self.waiting if job not in over and not job.gone.is_set())
             job = self.waiting[0] if self.waiting else None
-            fits = job is not None and job.choices <= self.slots - self.running
+            fits = job is not None and job.asked.choices <= self.slots - self.running
             if job is None or not fits or (self.running and not self.batch.joins):
                 job = None
             else:
@@ -160,12 +162,12 @@ class Scheduler:
         self._fail(over, 504, "the time for this request was over before its turn came")
         return job
 
-    def _admit(self, job: Job) -> None:
+    def _admit(self, job: GenerationJob) -> None:
         """Read a prompt; its answers begin. A prompt that breaks the model breaks for its own request alone."""
         started = time.monotonic()
         try:
-            logits_NV, read = self.batch.read(job.prompt.inputs, job.choices)
-            new = [Row(job, i, self.model, self.tokenizer, self.ends) for i in range(job.choices)]
+            logits_NV, read = self.batch.read(job.prompt.inputs, job.asked.choices)
+            new = [RunningSequence(job, i, self.model, self.tokenizer, self.ends) for i in range(job.asked.choices)]
             for row, logits_V in zip(new, logits_NV, strict=True):
                 row.emit(logits_V)
             chosen = [row.number for row in new if row.live] if self.batch.joins else list(range(len(new)))
@@ -184,7 +186,7 @@ class Scheduler:
         self.metrics.prompt_seconds.observe(time.monotonic() - started)
         self.metrics.prompt_tokens.inc(len(job.prompt.ids))
 
-    def _fail(self, jobs: set[Job], status: int, message: str) -> None:
+    def _fail(self, jobs: set[GenerationJob], status: int, message: str) -> None:
         for job in jobs:
             job.tell(ApiError(status, message, retry_after=1 if status == 503 else None))
 

@@ -5,7 +5,7 @@ A field that this server does not act on is refused, unless it has the value tha
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -29,7 +29,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Asked):
+class TextContent(Asked):
     type: Literal["text"]
     text: Text
 
@@ -39,7 +39,7 @@ class ImageUrl(Asked):
     detail: Literal["auto"] | None = None
 
 
-class ImagePart(Asked):
+class ImageContent(Asked):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -49,27 +49,27 @@ class InputAudio(Asked):
     format: Literal["wav", "mp3", "flac", "ogg"]
 
 
-class AudioPart(Asked):
+class AudioContent(Asked):
     type: Literal["input_audio"]
     input_audio: InputAudio
 
 
-AnyPart = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
+AnyContent = TextContent | ImageContent | AudioContent
 
 
 class SystemMessage(Asked):
     role: Literal["system", "developer"]
-    content: Text | list[TextPart]
+    content: Text | list[TextContent]
 
 
 class UserMessage(Asked):
     role: Literal["user"]
-    content: Text | list[AnyPart]
+    content: Text | list[Annotated[AnyContent, Field(discriminator="type")]]
 
 
 class AssistantMessage(Asked):
     role: Literal["assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[TextContent]
     refusal: None = None
 
 
@@ -120,6 +120,10 @@ class ChatRequest(Asked):
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
             raise ValueError(f"stop holds {len(self.stop)} words, more than the {MAX_STOPS} allowed")
         return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
 
     @property
     def stops(self) -> list[str]:
@@ -229,8 +233,3 @@ class ErrorBody(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorBody
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
-}

@@ -1,113 +1,263 @@
-"""One answer as it is written: its tokens, its text, its end."""
+"""One answer as it is written: which token comes next, its text so far, and what is told of it."""
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from opticnerve.common.private_names import generation_config, generation_rules
+from opticnerve.inference.decoding import plain
 from opticnerve.language.thinking import AnswerText
-from opticnerve.serve.detokenizer import GrowingText, token_text
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.sampling import Chosen, TokenSampler, Wishes
-from opticnerve.serve.schema import Finish, TokenLogprob, TopLogprob
+from opticnerve.serve.schema import ChatRequest, Finish, TokenLogprob, TopLogprob
+from opticnerve.types import OpticNerveError
+
+# -- tokens to text: whole characters only, nothing behind a stop word ------------------------------------------------
+
+_HALF = "\ufffd"  # what a tokenizer writes for a character whose last bytes are still to come
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt as the model takes it: `inputs` of one row, and its token ids."""
+class IncrementalDetokenizer:
+    """The text of one answer.
+
+    A piece is handed out when no later token can change it: it ends in no half character, and it cannot be the
+    beginning of a stop word. (The decoding window of Hugging Face's text-generation-inference: tokenizers that write a
+    space before a word need the token before it.)
+
+    Args:
+        tokenizer: of transformers. stops: words at which the answer ends; they are left out.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, list(stops)
+        self.ids: list[int] = []
+        self._from, self._read = 0, 0  # the window begins at one token, and is decoded up to the other
+        self.text, self.given = "", 0  # decoded for certain; how much of it has been handed out
+        self.cut: int | None = None  # where a stop word begins
+
+    def put(self, token: int) -> str:
+        """One more token; the text that is now certain. `cut` is set if a stop word came."""
+        self.ids.append(token)
+        known, now = self._decode(self._from, self._read), self._decode(self._from, len(self.ids))
+        if len(now) > len(known) and not now.endswith(_HALF):
+            self._from, self._read = self._read, len(self.ids)
+            return self._more(now[len(known) :])
+        return ""
+
+    def end(self) -> str:
+        """The rest, when no token comes any more."""
+        if self.cut is None:
+            known, now = self._decode(self._from, self._read), self._decode(self._from, len(self.ids))
+            self._search(now[len(known) :])
+        return self._give(len(self.text) if self.cut is None else self.cut)
+
+    def _more(self, piece: str) -> str:
+        self._search(piece)
+        if self.cut is not None:
+            return self._give(self.cut)
+        held = max((_overlap(self.text, stop) for stop in self.stops), default=0)
+        return self._give(len(self.text) - held)
+
+    def _search(self, piece: str) -> None:
+        old = len(self.text)
+        self.text += piece
+        found = [self.text.find(stop, max(0, old - len(stop) + 1)) for stop in self.stops]
+        self.cut = min((at for at in found if at >= 0), default=None)
+
+    def _give(self, until: int) -> str:
+        piece = self.text[self.given : until]
+        self.given = max(self.given, until)
+        return piece
+
+    def _decode(self, start: int, end: int) -> str:
+        return str(self.tokenizer.decode(self.ids[start:end], skip_special_tokens=True))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How much of the end of `text` is the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
+    """A token alone, as text and as UTF-8 bytes (None where the tokenizer does not tell)."""
+    raw = tokenizer.convert_ids_to_tokens(token)
+    text = str(tokenizer.decode([token]))
+    if raw is not None and raw.startswith("▁") and not text.startswith(" "):
+        text = " " + text  # SentencePiece's decoders strip the first space
+    if _HALF not in text:
+        return text, list(text.encode())
+    if raw is not None and raw.startswith("<0x") and len(raw) == 6:
+        return text, [int(raw[3:5], 16)]
+    letters = _bytes_of_letters()
+    return text, [letters[c] for c in raw] if raw and all(c in letters for c in raw) else None
+
+
+@cache
+def _bytes_of_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
+# -- which token comes next -------------------------------------------------------------------------------------------
+
+GREEDY = 1e-4  # below this temperature only the likeliest token is drawn anyway, and scores divided by it overflow
+
+
+class TokenSampler:
+    """Chooses one row's tokens, with a generator of its own.
+
+    With neither temperature nor top_p the model's generation_config decides (greedy, unless it samples); temperature 0
+    (or next to it) is greedy; top_p alone counts as temperature 1. `seed` is of the first choice; the next ones take
+    the numbers behind it.
+
+    Args:
+        model: whose generation_config says what the request leaves open. prompt: token ids. number: which choice of the
+            request this row is.
+    """
+
+    def __init__(self, model: Any, asked: ChatRequest, prompt: list[int], number: int) -> None:
+        config = generation_config(model, max_new_tokens=1, **self._options(model, asked))
+        device = model.device
+        self.ids: list[int] = list(prompt)
+        self.change = generation_rules(model, config, torch.tensor([prompt], device=device))
+        seed = secrets.randbits(62) if asked.seed is None else asked.seed + number
+        self.generator = torch.Generator(device).manual_seed(seed) if config.do_sample else None
+
+    @staticmethod
+    def _options(model: Any, asked: ChatRequest) -> dict[str, Any]:
+        """As transformers' `generate` is told."""
+        temperature, top_p = asked.temperature, asked.top_p
+        open_ = temperature is None and top_p is None
+        if (open_ and not model.generation_config.do_sample) or (temperature is not None and temperature < GREEDY):
+            return {"do_sample": False}
+        # transformers' own default, the 50 likeliest tokens, is nobody's wish here.
+        top_k = model.generation_config.top_k or 0
+        if open_:
+            return {"top_k": top_k}
+        one = 1.0
+        return {
+            "do_sample": True, "temperature": one if temperature is None else temperature,
+            "top_p": one if top_p is None else top_p, "top_k": top_k,
+        }  # fmt: skip
+
+    def choose(self, logits_V: Tensor) -> int:
+        scores_1V = logits_V[None]
+        if self.change:
+            scores_1V = self.change(torch.tensor([self.ids], device=logits_V.device), scores_1V.float())
+        if self.generator is not None:
+            token = int(torch.multinomial(scores_1V.float().softmax(-1), 1, generator=self.generator))
+        else:
+            token = int(scores_1V.argmax(-1))
+        self.ids.append(token)
+        return token
+
+
+def check_plain(model: Any) -> None:
+    """Refuse a model whose generation_config wants more than a step per token. Raises OpticNerveError: beams,
+    contrastive search, and the like."""
+    config = generation_config(model, max_new_tokens=1)
+    if not plain(config):
+        raise OpticNerveError(
+            "this model's generation_config asks for more than one step per token (beams, guidance, …), which the "
+            "server does not do; edit generation_config.json, or serve it with transformers"
+        )
+
+
+# -- an answer while it is written ------------------------------------------------------------------------------------
+
+
+class PromptInputs(NamedTuple):
+    """A prompt as the model takes it: `inputs` of one row, its token ids, and how many tokens its answer may have."""
 
     inputs: dict[str, Any]
     ids: list[int]
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AnswerPiece:
     """Something new of choice `number`: text, its tokens' log-probabilities, its end; `tokens` counts all so far."""
 
     number: int
     text: str
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: Finish | None = None
-    tokens: int = 0
-
-
-Event = Piece | ApiError
+    logprobs: list[TokenLogprob]
+    finish: Finish | None
+    tokens: int
 
 
 @dataclass(eq=False)
-class Job:
+class GenerationJob:
     """A request as the scheduler sees it.
 
     Args:
-        prompt, wishes: what is read, and how tokens are chosen. choices: answers wanted. max_tokens: of each.
-        stops: words that end an answer. deadline: in seconds of `time.monotonic`.
+        asked: how tokens are chosen, how many answers, and the words that end one. prompt: what is read.
+        deadline: in seconds of `time.monotonic`.
         tell: called from the model's thread with what is new; the last event is an error, or a piece with an end for
             each choice.
     """
 
-    prompt: Prompt
-    wishes: Wishes
-    choices: int
-    max_tokens: int
-    stops: Sequence[str]
+    asked: ChatRequest
+    prompt: PromptInputs
     deadline: float
-    tell: Callable[[Event], None]
-    gone: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more: its rows leave the batch before the next token."""
-        self.gone.set()
+    tell: Callable[[AnswerPiece | ApiError], None]
+    gone: threading.Event = field(default_factory=threading.Event)  # nobody waits any more: its rows leave the batch
 
 
-class Row:
+class RunningSequence:
     """A choice of a job while it is written."""
 
-    def __init__(self, job: Job, number: int, model: Any, tokenizer: Any, ends: Sequence[int]) -> None:
+    def __init__(self, job: GenerationJob, number: int, model: Any, tokenizer: Any, ends: Sequence[int]) -> None:
         self.job, self.number, self.tokenizer, self.ends = job, number, tokenizer, ends
-        self.token_sampler = TokenSampler(model, job.wishes, job.prompt.ids, number)
-        self.text, self.answer = GrowingText(tokenizer, job.stops), AnswerText()
+        self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number)
+        self.text, self.answer = IncrementalDetokenizer(tokenizer, job.asked.stops), AnswerText()
         self.count, self.token, self.live = 0, 0, True
-        self._waiting: list[tuple[int, Chosen]] = []  # tokens with log-probabilities, and where their text begins
+        self._logprobs: list[tuple[int, TokenLogprob]] = []  # not yet told, and where their text begins
 
     def emit(self, logits_V: Tensor) -> None:
         """Choose the next token and tell what is new; `live` is False after the last."""
-        chosen = self.token_sampler.choose(logits_V)
-        self.token, self.count = chosen.token, self.count + 1
-        if chosen.token in self.ends:
+        self.token, self.count = self.sampler.choose(logits_V), self.count + 1
+        if self.token in self.ends:
             self.end("stop")
             return
         at = len(self.text.text)
-        text = self.text.put(chosen.token)
-        if chosen.logprob is not None:
-            self._waiting.append((at, chosen))
+        text = self.text.put(self.token)
+        if self.job.asked.logprobs:
+            self._logprobs.append((at, self._logprob(logits_V)))
         if self.text.cut is not None:
             self._tell(text, "stop")
-        elif self.count >= self.job.max_tokens:
-            self._tell(text + self.text.end(), "stop" if self.text.cut is not None else "length")
+        elif self.count >= self.job.prompt.max_tokens:
+            self.end("length", text)
         elif text:
             self._tell(text, None)
 
-    def end(self, finish: Finish) -> None:
+    def end(self, finish: Finish, text: str = "") -> None:
         """The last piece: nothing is chosen any more."""
-        text = self.text.end()
+        text += self.text.end()
         self._tell(text, "stop" if self.text.cut is not None else finish)
 
     def _tell(self, text: str, finish: Finish | None) -> None:
         cut = self.text.cut
-        spoken = [chosen for at, chosen in self._waiting if cut is None or at < cut]
-        self._waiting = []
+        logprobs = [found for at, found in self._logprobs if cut is None or at < cut]
+        self._logprobs = []
         self.live = finish is None
         text = self.answer.put(text) + (self.answer.end() if finish else "")
-        self.job.tell(Piece(self.number, text, [self._logprob(c) for c in spoken], finish, self.count))
+        self.job.tell(AnswerPiece(self.number, text, logprobs, finish, self.count))
 
-    def _logprob(self, chosen: Chosen) -> TokenLogprob:
-        top = [self._named(token, log_p) for token, log_p in chosen.top]
-        assert chosen.logprob is not None
-        return TokenLogprob(**self._named(chosen.token, chosen.logprob).model_dump(), top_logprobs=top)
+    def _logprob(self, logits_V: Tensor) -> TokenLogprob:
+        """The model's own, before temperature and top_p."""
+        log_p_V = logits_V.float().log_softmax(-1)
+        best = log_p_V.topk(min(self.job.asked.top_logprobs or 0, len(log_p_V)))
+        top = [self._named(*both) for both in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return TokenLogprob(**self._named(self.token, float(log_p_V[self.token])).model_dump(), top_logprobs=top)
 
     def _named(self, token: int, log_p: float) -> TopLogprob:
         text, raw = token_text(self.tokenizer, token)

@@ -16,16 +16,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opticnerve.inference.generate import Answerer
 from opticnerve.serve.app import create_app
-from opticnerve.serve.auth import Keys
 from opticnerve.serve.batch import why_alone
-from opticnerve.serve.limits import Limits
-from opticnerve.serve.media import Sources
-from opticnerve.serve.metrics import Metrics
-from opticnerve.serve.middleware import Middleware
-from opticnerve.serve.prompts import Reader
-from opticnerve.serve.sampling import check_plain
+from opticnerve.serve.limits import Metrics, ServerLimits
+from opticnerve.serve.media import MediaSources
+from opticnerve.serve.prompts import PromptReader
 from opticnerve.serve.scheduler import Scheduler
-from opticnerve.web import listen as listening
+from opticnerve.serve.sequence import check_plain
+from opticnerve.web.guard import Keys
 
 log = logging.getLogger("opticnerve.serve")
 
@@ -36,26 +33,24 @@ class Service:
 
     Args:
         model, processor: as from `load_model`. name: for clients. limits, keys, sources: what it takes, from whom, from
-            where. only_host: see `Middleware`.
+            where. hosts: as from `check_address`.
     """
 
     model: Any
     processor: Any
     name: str
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
     keys: Sequence[str] = ()
-    sources: Sources = field(default_factory=Sources)
-    only_host: str | None = None
+    sources: MediaSources = field(default_factory=MediaSources)
+    hosts: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         check_plain(self.model)
         answerer, self.metrics = Answerer(self.model, self.processor), Metrics()
-        self.reader = Reader(answerer, self.sources, self.limits)
+        self.reader = PromptReader(answerer, self.sources, self.limits)
         self.scheduler = Scheduler(answerer, slots=self.limits.slots, metrics=self.metrics)
-        self.middleware: Middleware = create_app(
-            name=self.name, reader=self.reader, scheduler=self.scheduler, metrics=self.metrics, keys=Keys(self.keys),
-            only_host=self.only_host,
-        )  # fmt: skip
+        keys = Keys(self.keys)
+        self.middleware = create_app(self.name, self.reader, self.scheduler, self.metrics, keys, self.hosts)
         if (why := why_alone(self.model)) is not None:
             log.warning("requests are answered one after another: %s", why)
         self.scheduler.start()
@@ -99,21 +94,6 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         await asyncio.to_thread(self.service.scheduler.stop)
-
-
-def listen(host: str, port: int, *, stalled_seconds: float = 60.0) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
-
-    A client that reads nothing for `stalled_seconds` while its answer waits is cut off by the system, where it can
-    (Linux's TCP_USER_TIMEOUT).
-
-    Raises:
-        OpticNerveError: the address or port is not to be had.
-    """
-    made = listening.listen(host, port, backlog=512)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stalled_seconds))
-    return made
 
 
 def _timed(seconds: float) -> type[H11Protocol]:

@@ -11,34 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.ui.i18n import LANGUAGES, Translations, preferred
-from opticnerve.ui.limits import Limits
-from opticnerve.ui.models import Models
+from opticnerve.ui.models import Models, PageLimits
 from opticnerve.web.guard import App, Guard, Logins
 
-# The system's fonts; readable in the sun and with the keyboard; wide enough for a thumb.
-CSS = """
-:root, .gradio-container { --font: system-ui, -apple-system, "Segoe UI", Roboto, "Hiragino Sans", "Noto Sans CJK JP",
-  "Noto Sans", sans-serif; --font-mono: ui-monospace, Menlo, Consolas, monospace; }
-.gradio-container { max-width: 1180px !important; width: 100% !important; margin: 0 auto !important; }
-.gradio-container, .gradio-container.dark { --body-text-color-subdued: #52525b; --block-label-text-color: #3f3f46;
-  --block-title-text-color: #3f3f46; --block-info-text-color: #52525b; --input-placeholder-color: #6b7280; }
-.dark.gradio-container, .dark .gradio-container { --body-text-color-subdued: #c4c4cc; --block-label-text-color: #d4d4d8;
-  --block-title-text-color: #d4d4d8; --block-info-text-color: #c4c4cc; --input-placeholder-color: #a1a1aa; }
-main { width: 100% !important; max-width: 100% !important; }
-.top { display: flex; align-items: baseline; gap: .2rem 1rem; flex-wrap: wrap; }
-.top h1 { font-size: 1.4rem; font-weight: 700; margin: 0; }
-.top p { margin: 0; flex: 1 1 12rem; color: var(--body-text-color-subdued); }
-.top a { padding: .5rem; text-decoration: underline; color: inherit; }
-.alert { border-left: 4px solid #b3261e; background: #fdeceb; color: #5c1512; padding: .6rem .8rem; margin: .3rem 0; }
-.dark .alert { background: #4a1512; color: #ffdad6; }
-.note { color: var(--body-text-color-subdued); padding: .2rem .4rem; margin: 0; }
-button:focus-visible, a:focus-visible, input:focus-visible, textarea:focus-visible, [role=tab]:focus-visible
-  { outline: 3px solid #0f766e !important; outline-offset: 2px; }
-.buttons button.lg { min-height: 44px; font-size: 1rem; font-weight: 600; padding: .4rem .3rem; }
-.look { align-items: end; }
-footer, button[aria-label="Share"], button[title="Share"] { display: none !important; }
-@media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
-"""
 ICON = (
     b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">'
     b'<ellipse cx="16" cy="16" rx="15" ry="9" fill="#0f766e"/>'
@@ -46,7 +21,7 @@ ICON = (
 )
 
 
-def theme() -> Any:
+def _theme() -> Any:
     """Gradio's own, without fonts to fetch and with buttons dark enough to read white on (WCAG 1.4.3)."""
     import gradio as gr
 
@@ -57,12 +32,12 @@ def theme() -> Any:
     )  # fmt: skip
 
 
-def page(words: Translations, models: Models, runs: Path, limits: Limits) -> Any:
-    """A `gr.Blocks` in one language. No function of it can be called as an API."""
+def page(words: Translations, models: Models, runs: Path, limits: PageLimits) -> Any:
+    """A `gr.Blocks` in one language. No function of it can be called as an API, whatever its tab says."""
     import gradio as gr
 
-    from opticnerve.ui.chat_tab import chat_tab
-    from opticnerve.ui.compare_tab import compare_tab
+    from opticnerve.ui.chat import chat_tab
+    from opticnerve.ui.compare import compare_tab
     from opticnerve.ui.runs_tab import runs_tab
     from opticnerve.ui.train_tab import train_tab
 
@@ -83,7 +58,7 @@ def page(words: Translations, models: Models, runs: Path, limits: Limits) -> Any
             return [gr.update(choices=choices) for _ in dropdowns]
 
         for event in (blocks.load, chat.select, compared.select):
-            event(refresh, None, dropdowns, show_progress="hidden", api_visibility="private")
+            event(refresh, None, dropdowns, show_progress="hidden")
     for function in blocks.fns.values():
         function.api_visibility = "private"
     blocks.queue(max_size=limits.waiting, api_open=False)
@@ -103,15 +78,10 @@ def _top(words: Translations) -> str:
 
 
 def site(
-    models: Models,
-    runs: Path,
-    limits: Limits,
-    *,
-    language: str | None = None,
-    logins: Logins | None = None,
+    models: Models, runs: Path, limits: PageLimits, *, language: str | None = None, logins: Logins | None = None,
     hosts: frozenset[str] | None = None,
-) -> App:
-    """All pages behind their door, as an ASGI application. `/` leads to the browser's language, or to `language`."""
+) -> App:  # fmt: skip
+    """All pages behind their guard, as an ASGI application. `/` leads to the browser's language, or to `language`."""
     import gradio as gr
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -130,7 +100,7 @@ def site(
         gr.mount_gradio_app(
             pages, page(Translations(spoken), models, runs, limits), f"/{spoken}", footer_links=[], run_history=False,
             allowed_paths=[], max_file_size=limits.upload_bytes, show_error=True, ssr_mode=False, pwa=False,
-            mcp_server=False, enable_monitoring=False, theme=theme(), css=CSS,
+            mcp_server=False, enable_monitoring=False, theme=_theme(), css_paths=Path(__file__).with_name("page.css"),
             js=f"() => {{ document.documentElement.lang = '{spoken}'; }}",
         )  # fmt: skip
     # A form adds its own lines around a file.
@@ -142,7 +112,6 @@ def private_folder() -> Iterator[Path]:
     """Where uploads and drawings lie while the page is served: a folder that others cannot read, gone afterwards.
 
     To be entered before gradio is imported, which reads these names then.
-
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="opticnerve-ui-", ignore_cleanup_errors=True) as folder:

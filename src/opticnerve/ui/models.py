@@ -5,11 +5,31 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opticnerve.data.media.images import MAX_PIXELS
 from opticnerve.types import OpticNerveError
+
+
+@dataclass(frozen=True)
+class PageLimits:
+    """`upload_bytes`: of a picture's file. `pixels`: of a picture, by its header. `waiting`: questions in the queue.
+    `question_characters`: of one question. `answer_tokens`: of the longest answer. `models`: kept in memory."""
+
+    upload_bytes: int = 20_000_000
+    pixels: int = min(64_000_000, MAX_PIXELS)
+    waiting: int = 16
+    question_characters: int = 4_000
+    answer_tokens: int = 512
+    models: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise OpticNerveError(f"{name.replace('_', '-')} must be 1 or more, not {value}")
 
 
 class Models:
@@ -29,16 +49,10 @@ class Models:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        runs: Path | None = None,
-        keep: int = 2,
-        device: str | None = None,
+        self, names: Sequence[str], *, runs: Path | None = None, keep: int = 2, device: str | None = None,
         trust_remote_code: bool = False,
-    ) -> None:
-        from opticnerve.inference.load import resolve
-        from opticnerve.models.family import family_of
+    ) -> None:  # fmt: skip
+        from opticnerve.inference.load import kind_of, resolve
 
         self.names, self.runs, self.keep = list(dict.fromkeys(names)), runs, keep
         self.device, self.trust_remote_code = device, trust_remote_code
@@ -61,15 +75,9 @@ class Models:
                 found += [str(folder), *stages] if stages else []
         return list(dict.fromkeys(found))
 
-    def is_loaded(self, name: str, *, exact: bool = False) -> bool:
+    def is_loaded(self, name: str) -> bool:
         """Whether a turn with this model begins at once; else it is read from disk first."""
-        return (name, exact) in self._loaded or (exact and self._is_exact(name))
-
-    def _is_exact(self, name: str) -> bool:
-        import torch
-
-        loaded = self._loaded.get((name, False))
-        return loaded is not None and loaded.model.dtype == torch.float32
+        return (name, False) in self._loaded
 
     @contextmanager
     def turn(self, name: str, *, exact: bool = False) -> Iterator[Any]:
@@ -84,37 +92,32 @@ class Models:
             yield self._get(name, exact)
 
     def _get(self, name: str, exact: bool) -> Any:
-        key = (name, exact)
-        if exact and key not in self._loaded and self._is_exact(name):
+        import torch
+
+        from opticnerve.inference.generate import Answerer
+        from opticnerve.inference.load import load_model
+
+        key, usual = (name, exact), self._loaded.get((name, False))
+        if exact and usual is not None and usual.model.dtype == torch.float32:
             key = (name, False)
         if key not in self._loaded:
             if name not in self.choices():
                 raise OpticNerveError(f"there is no model {name!r} on this page")
             while len(self._loaded) >= self.keep:  # before the next one: both at once may be too much
                 self._loaded.popitem(last=False)
-            self._loaded[key] = self._load(name, exact)
+            dtype = torch.float32 if exact else None
+            both = load_model(name, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code)
+            self._loaded[key] = Answerer(*both)
         self._loaded.move_to_end(key)
         return self._loaded[key]
-
-    def _load(self, name: str, exact: bool) -> Any:
-        import torch
-
-        from opticnerve.inference.generate import Answerer
-        from opticnerve.inference.load import load_model
-
-        dtype = torch.float32 if exact else None
-        return Answerer(*load_model(name, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code))
 
 
 def _stages(folder: Path) -> list[str]:
     """The finished stages of a run, as `opticnerve ask` takes them; those that hold no conversation are left out."""
-    return [str(p.parent) for p in sorted(folder.glob("stages/*/dock.json")) if _talks(p.parent)]
+    from opticnerve.inference.load import kind_of
 
-
-def _talks(folder: Path) -> bool:
-    from opticnerve.models.family import family_of
-
-    try:
-        return bool(family_of(str(folder)).MODEL.can_generate())
-    except OpticNerveError:  # being written, or damaged: it is not on offer
-        return False
+    found = []
+    for stage in sorted(p.parent for p in folder.glob("stages/*/dock.json")):
+        with suppress(OpticNerveError):  # being written, or damaged: it is not on offer
+            found += [str(stage)] if kind_of(str(stage)) == "docked" else []
+    return found

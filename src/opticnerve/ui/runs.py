@@ -1,23 +1,126 @@
-"""The run folders below a folder, read for people: which there are, how far they came, what they found.
+"""What lies in the folder of runs, read for people: the runs, and the training that the page has started.
 
 A run may have been copied from anywhere, so nothing in it is believed: no file outside of it is read, whatever its
 names and links say, and none that is too large. What cannot be read is left out, and the reason is told in `notes`.
+What is known of a training lies in a file, too, not in memory: a page that is loaded again, or another server on the
+same folder, finds the same training.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from opticnerve import recipe as recipes
+from opticnerve.common import atomic
 from opticnerve.runs.folder import read_metrics
 from opticnerve.types import OpticNerveError, RecipeError
-from opticnerve.ui.jobs import Job, lives, read_job
+
+FOLDER = ".opticnerve-ui"
+"""Below the folder of runs: the file of the training, a lock, and what each training has printed."""
+
+PROGRAM = "opticnerve_launch"
+"""The module that is run; a process whose command line lacks it is none of ours, whatever its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """A training as a process.
+
+    Args:
+        run: the run's folder, below the folder of runs.
+        pid, created: the process, and when it was made (seconds since the epoch): numbers of processes are given again.
+        command: as one would type it.
+        asked: when it was asked to stop. code: how it ended, if the server that started it saw that.
+    """
+
+    run: str
+    pid: int
+    created: float
+    command: str
+    started: float
+    asked: float | None = None
+    code: int | None = None
+
+
+def read_job(root: Path) -> TrainingJob | None:
+    """The newest training started below `root`; None if there was none. Raises OpticNerveError: the file that tells of
+    it is damaged."""
+    path = _file(root)
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return TrainingJob(
+            **{**told, "run": str(told["run"]), "pid": int(told["pid"]), "created": float(told["created"])}
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        raise OpticNerveError(f"{path} is damaged ({e}); see that no training runs, and delete it") from e
+
+
+def write_job(root: Path, job: TrainingJob) -> None:
+    _file(root).parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(_file(root), asdict(job))
+
+
+def lives(job: TrainingJob | None) -> bool:
+    """Whether the process is there, is the same one, and has not ended."""
+    import psutil
+
+    if job is None or job.code is not None:
+        return False
+    try:
+        process = psutil.Process(job.pid)
+        same = abs(process.create_time() - job.created) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE and PROGRAM in process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, ValueError, OverflowError):
+        return False
+
+
+def trained_by(folder: Path) -> int | None:
+    """The number of a process that, by its command line, trains in this folder, or in some folder beside it."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError, ValueError):
+            words = process.cmdline()
+            command = next((i for i, w in enumerate(words) if w in ("train", "demo")), 0)
+            if not command or not any("opticnerve" in w for w in words[:command]):
+                continue
+            here, given = Path(process.cwd()), words[command + 1 :]
+            named = [w.removeprefix("--out=") for w in given]
+            unnamed = not any(w == "--resume" or w.startswith("--out") for w in given)
+            if unnamed and folder.parent.resolve() == (here / "runs").resolve():
+                return int(process.pid)
+            if any((here / w).resolve() == folder.resolve() for w in named):
+                return int(process.pid)
+    return None
+
+
+def ended(root: Path, pid: int, code: int) -> None:
+    """Note how a training ended, unless another one has begun since."""
+    job = read_job(root)
+    if job is not None and job.pid == pid and job.code is None:
+        write_job(root, replace(job, code=code))
+
+
+def log_of(root: Path, run: str) -> Path:
+    """Where a run's training prints to."""
+    return root / FOLDER / f"{run.replace('/', '--')}.log"
+
+
+def _file(root: Path) -> Path:
+    return root / FOLDER / "training.json"
+
+
+# -- the runs -------------------------------------------------------------------------------------------------------
 
 State = Literal["finished", "running", "stopped"]
 MEGABYTE = 10**6
@@ -27,7 +130,7 @@ RECENT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class ShownStage:
     """A stage of a run: how many steps are done, how many are planned (None where the data decide), its lines."""
 
     name: str
@@ -42,7 +145,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ShownRun:
     """A run as it lies on disk. `name`: its folder below the folder of runs. `written`: seconds since the epoch."""
 
     name: str
@@ -50,7 +153,7 @@ class Run:
     state: State
     written: float
     results: dict[str, Any]
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[ShownStage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -58,28 +161,22 @@ class Run:
         return dicts(self.results.get("tasks"))
 
 
-def list_runs(root: Path) -> list[Run]:
+def list_runs(root: Path) -> list[ShownRun]:
     """All runs below `root`, the newest first, without the lines of their stages."""
     job = _job(root)
-    found = [_read(root, folder, job, lines=False) for folder in _run_folders(root)]
+    found = [_read(root, folder, job, lines=False) for folder, is_one, _ in walk_folders(root) if is_one]
     return sorted(found, key=lambda run: (-run.written, run.name))
 
 
-def open_run(root: Path, name: str) -> Run:
-    """The run in a folder below `root`, with the lines of its stages.
-
-    Raises:
-        OpticNerveError: it is no run's folder, or lies elsewhere.
-    """
+def open_run(root: Path, name: str) -> ShownRun:
+    """The run in a folder below `root`, with the lines of its stages. Raises OpticNerveError: it is no run's folder, or
+    lies elsewhere."""
     return _read(root, run_folder(root, name), _job(root), lines=True)
 
 
 def run_folder(root: Path, name: str) -> Path:
-    """The folder of a run that a browser has named.
-
-    Raises:
-        OpticNerveError: it is no run's folder, or lies elsewhere.
-    """
+    """The folder of a run that a browser has named. Raises OpticNerveError: it is no run's folder, or lies
+    elsewhere."""
     folder = root / name
     try:
         if not _within(root, folder) or not is_run(folder):
@@ -119,21 +216,17 @@ def dicts(value: Any) -> list[dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
-    """Folders of runs, at most `DEPTH` below; runs hold no runs, and links and hidden folders are not entered."""
-    for seen, (here, inner, _) in enumerate(os.walk(root)):
+def walk_folders(root: Path) -> Iterator[tuple[Path, bool, list[str]]]:
+    """(folder, whether it is a run's, its files), at most `DEPTH` below `root`; runs hold no runs, and links and hidden
+    folders are not entered."""
+    for here, inner, names in itertools.islice(os.walk(root), MOST_FOLDERS):
         folder = Path(here)
-        if is_run(folder):
-            inner.clear()
-            yield folder
-        elif seen > MOST_FOLDERS:
-            return
-        elif len(folder.relative_to(root).parts) >= DEPTH:
-            inner.clear()
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        run, deep = is_run(folder), len(folder.relative_to(root).parts) >= DEPTH
+        inner[:] = [] if run or deep else sorted(name for name in inner if not name.startswith("."))
+        yield folder, run, names
 
 
-def _read(root: Path, folder: Path, job: Job | None, *, lines: bool) -> Run:
+def _read(root: Path, folder: Path, job: TrainingJob | None, *, lines: bool) -> ShownRun:
     notes: list[str] = []
     name = folder.relative_to(root).as_posix()
     results = _json(folder, "results.json", notes)
@@ -146,10 +239,10 @@ def _read(root: Path, folder: Path, job: Job | None, *, lines: bool) -> Run:
         state = "finished"
     elif time.time() - written < RECENT and (job is None or job.run != name):
         state = "running"
-    return Run(name, folder, state, written, results, stages, notes)
+    return ShownRun(name, folder, state, written, results, stages, notes)
 
 
-def _stages(folder: Path, notes: list[str], *, lines: bool) -> list[Stage]:
+def _stages(folder: Path, notes: list[str], *, lines: bool) -> list[ShownStage]:
     """The recipe's stages; where the recipe cannot be read, those that have a folder."""
     planned: dict[str, int | None] = {}
     try:
@@ -163,7 +256,7 @@ def _stages(folder: Path, notes: list[str], *, lines: bool) -> list[Stage]:
     return [_stage(folder, place, steps, notes, lines=lines) for place, steps in planned.items()]
 
 
-def _stage(folder: Path, place: str, planned: int | None, notes: list[str], *, lines: bool) -> Stage:
+def _stage(folder: Path, place: str, planned: int | None, notes: list[str], *, lines: bool) -> ShownStage:
     here = folder / "stages" / place
     result = _json(folder, f"stages/{place}/result.json", notes)
     metrics: list[dict[str, Any]] = []
@@ -176,7 +269,7 @@ def _stage(folder: Path, place: str, planned: int | None, notes: list[str], *, l
         except (OSError, ValueError, RecursionError) as e:
             notes.append(f"stages/{place}/metrics.jsonl: {e}")
     steps = result.get("steps", planned)
-    return Stage(place.partition("-")[2], here, bool(result), steps if isinstance(steps, int) else None, metrics)
+    return ShownStage(place.partition("-")[2], here, bool(result), steps if isinstance(steps, int) else None, metrics)
 
 
 def _json(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
@@ -192,7 +285,7 @@ def _json(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
     return loaded
 
 
-def _written(folder: Path, stages: list[Stage]) -> float:
+def _written(folder: Path, stages: list[ShownStage]) -> float:
     files = [folder / "recipe.yaml", folder / "results.json", *(s.folder / "metrics.jsonl" for s in stages)]
     return max((f.stat().st_mtime for f in files if f.is_file()), default=0.0)
 
@@ -201,7 +294,7 @@ def _within(folder: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def _job(root: Path) -> Job | None:
+def _job(root: Path) -> TrainingJob | None:
     try:
         return read_job(root)
     except OpticNerveError:  # the tab for training tells it; what others have trained can be read all the same

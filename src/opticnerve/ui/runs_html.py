@@ -1,77 +1,55 @@
-"""Pieces of the tabs for runs and training as HTML. Every text from a run is escaped."""
+"""Pieces of the tabs for runs and training as HTML (`runs.html`), the drawing (SVG) of a stage's loss among them.
+
+Every text from a run is escaped; drawings follow the page's colours.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from html import escape
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jinja2
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from opticnerve.common.drawing import smooth
 from opticnerve.common.markdown import percent
 from opticnerve.runs.card.warnings import warnings_of
 from opticnerve.runs.folder import finite
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.curve import curve_of, curve_svg, pace
-from opticnerve.ui.runs import Run, Stage, dicts
-from opticnerve.ui.runs_answers import Answer, thumbnail
+from opticnerve.ui.runs import ShownRun, ShownStage, dicts
+from opticnerve.ui.runs_content import RunAnswer, thumbnail
 
-Translations = Callable[..., str]
+Words = Callable[..., str]  # a text of the page, by its key: `Translations`
 MOST_ROWS = 200
-
-STYLE = """
-p, li, dd, dt, td, th, figcaption { color: var(--body-text-color); overflow-wrap: anywhere; }
-h1 { font-size: 1.4em; margin: 0.6em 0; } h2 { font-size: 1.2em; margin: 1em 0 0.4em; } h3 { margin: 0.8em 0 0.3em; }
-ul { list-style: disc; padding-left: 1.4em; } blockquote { border-left: 4px solid #D55E00; padding-left: 0.8em; }
-pre { overflow-x: auto; padding: 0.6em; background: var(--background-fill-secondary); font-size: 0.85em; }
-pre.log { white-space: pre; overflow-wrap: normal; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; border: 0; } tr { border: 0; }
-td, th { padding: 0.25em 0.9em 0.25em 0; text-align: left; vertical-align: top; border: 0;
-  border-bottom: 1px solid var(--border-color-primary); }
-img.plot { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-svg.curve { width: 100%; height: auto; max-width: 56em; }
-svg.curve text { fill: var(--body-text-color); font-size: 13px; } svg.curve polyline { fill: none; }
-svg.curve .grid { stroke: var(--border-color-primary); }
-svg.curve .raw { stroke: #0072B2; stroke-width: 1; opacity: 0.4; }
-svg.curve .smooth { stroke: #0072B2; stroke-width: 2.5; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(10em, 1fr)); gap: 0.6em; margin: 0.6em 0; }
-.figures div, .answer { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 0.5em 0.7em; }
-.figures dt { font-size: 0.85em; } .figures dd { margin: 0; font-weight: 600; font-size: 1.1em; }
-.figures dd small { display: block; font-weight: 400; font-size: 0.75em; }
-.state { font-weight: 600; border: 1px solid currentColor; border-radius: 1em; padding: 0.05em 0.7em; }
-.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(13em, 1fr)); gap: 0.7em; padding: 0;
-  list-style: none; }
-.answer { border-left-width: 5px; margin: 0; } .answer.right { border-left-color: #009E73; }
-.answer.wrong { border-left-color: #D55E00; }
-.answer img { display: block; max-width: 100%; height: 9em; object-fit: contain; margin: 0 auto 0.4em; }
-.answer .mark { font-weight: 600; } .answer .gone { text-align: center; opacity: 0.75; }
-.warning { border-left: 4px solid #D55E00; padding: 0.3em 0.8em; margin: 0.5em 0; }
-progress { width: 100%; max-width: 56em; height: 0.8em; accent-color: #0072B2; }
-@media (max-width: 600px) {
-  svg.curve text { font-size: 22px; }
-  .answer { display: grid; grid-template-columns: 6.5em 1fr; gap: 0.7em; }
-  .answer img { height: auto; max-height: 6.5em; margin: 0; }
-}
-"""
+STYLE = Path(__file__).with_name("runs.css").read_text(encoding="utf-8")
+HTML: Any = (
+    jinja2.Environment(autoescape=True).from_string(Path(__file__).with_name("runs.html").read_text("utf-8")).module
+)
 
 
-def summary(run: Run, words: Translations) -> str:
+def summary(run: ShownRun, words: Words) -> str:
     """A run's state, stages, headline figures, warnings, and what could not be read."""
-    figures = "".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in _figures(run, words))
-    return (
-        f'<h2>{escape(run.name)} <span class="state">{escape(words(f"runs_{run.state}"))}</span></h2>'
-        f"{stages_table(run, words)}"
-        f'<dl class="figures">{figures}</dl>{_warnings(run, words)}{notes(run.notes, words)}'
-    )
+    stages = [(s.name, progress(s, words), _stage_state(run, s, words)) for s in run.stages]
+    warnings, unread = [], run.notes
+    try:
+        warnings = list(warnings_of(run.results))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        unread = [f"results.json: its warnings cannot be told, for an entry has an unknown form ({e!r})", *unread]
+    return str(HTML.summary(run, stages, _figures(run, words), warnings, unread, words))
 
 
-def stages_table(run: Run, words: Translations) -> str:
-    rows = [[escape(s.name), progress(s, words), escape(_stage_state(run, s, words))] for s in run.stages]
-    return _table([words("runs_stage"), words("runs_progress"), words("runs_state")], rows)
+def _stage_state(run: ShownRun, stage: ShownStage, words: Words) -> str:
+    if stage.finished:
+        return words("runs_finished")
+    return words("runs_running") if run.state == "running" and stage.steps else "–"
 
 
-def progress(stage: Stage, words: Translations) -> str:
+def progress(stage: ShownStage, words: Words) -> str:
     """`120 of 420`."""
     done = stage.planned if stage.finished and stage.planned is not None else stage.steps
     if stage.planned is None:
@@ -79,87 +57,61 @@ def progress(stage: Stage, words: Translations) -> str:
     return words("runs_steps", done=f"{done:,}", planned=f"{stage.planned:,}")
 
 
-def runs_table(runs: Sequence[Run], words: Translations) -> str:
+def runs_table(runs: Sequence[ShownRun], words: Words) -> str:
     """One row a run."""
-    rows = []
-    for run in runs[:MOST_ROWS]:
-        gap = _gap(run)
-        rows.append([
-            escape(run.name), escape(words(f"runs_{run.state}")), headline(run) or "–",
-            f"{100 * gap:+.1f}" if math.isfinite(gap) else "–", when(run.written),
-        ])  # fmt: skip
-    head = ["run", "state", "score", "gap", "written"]
-    return _table([words(f"runs_{k}") for k in head], rows)
+    rows = [
+        (
+            run.name, words(f"runs_{run.state}"), headline(run) or "–",
+            f"{100 * gap:+.1f}" if math.isfinite(gap := _gap(run)) else "–", when(run.written),
+        )
+        for run in runs[:MOST_ROWS]
+    ]  # fmt: skip
+    return str(HTML.table([words(f"runs_{k}") for k in ("run", "state", "score", "gap", "written")], rows))
 
 
-def headline(run: Run) -> str:
+def headline(run: ShownRun) -> str:
     """The first task's score: `95.1%`; empty where there is none."""
     scores = [s for t in run.tasks if math.isfinite(s := finite(t.get("accuracy")))]
     return percent(scores[0]) if scores else ""
 
 
-def curves(run: Run, words: Translations) -> str:
+def curves(run: ShownRun, words: Words) -> str:
     """The loss of every stage that has begun."""
     drawn = [curve_figure(s, words) for s in run.stages if s.metrics]
-    return "".join(drawn) or f"<p>{escape(words('runs_no_curves'))}</p>"
+    return "".join(drawn) or str(HTML.paragraph(words("runs_no_curves")))
 
 
-def curve_figure(stage: Stage, words: Translations, planned: int | None = None) -> str:
+def curve_figure(stage: ShownStage, words: Words, planned: int | None = None) -> str:
     """A stage's loss with a line of words that says the same; `planned`: its steps, if more is known than it says."""
-    curve = curve_of(stage.metrics)
-    known = [v for v in curve.smooth if math.isfinite(v)]
-    said = ""
-    if known:
-        said = words(
-            "runs_curve_said", stage=stage.name, first=f"{known[0]:.3g}", last=f"{known[-1]:.3g}",
-            steps=f"{stage.steps:,}",
-        )  # fmt: skip
+    curve, said = curve_of(stage.metrics), ""
+    if known := curve.known:
+        first, last = f"{known[0]:.3g}", f"{known[-1]:.3g}"
+        said = words("runs_curve_said", stage=stage.name, first=first, last=last, steps=f"{stage.steps:,}")
+    drawn = curve_svg(curve, title=said, x_label=words("runs_step"), planned=planned or stage.planned)
+    return str(HTML.curve(stage.name, drawn, f"{said} {speed(stage, words)}", words))
+
+
+def speed(stage: ShownStage, words: Words) -> str:
     tokens = pace(stage.metrics)[1]
-    speed = f" {words('runs_curve_pace', tokens=f'{tokens:,.0f}')}" if math.isfinite(tokens) else ""
-    drawing = curve_svg(curve, title=said, x_label=words("runs_step"), planned=planned or stage.planned)
-    return (
-        f"<figure><figcaption><strong>{escape(stage.name)}</strong> · {escape(words('runs_loss'))}</figcaption>"
-        f"{drawing}<p>{escape(said + speed)}</p></figure>"
-    )
+    return words("runs_curve_pace", tokens=f"{tokens:,.0f}") if math.isfinite(tokens) else ""
 
 
-def answers_grid(run: Run, shown: Sequence[Answer], words: Translations) -> str:
+def answers_grid(run: ShownRun, shown: Sequence[RunAnswer], words: Words) -> str:
     """Answers as cards, each with its picture, if it has one."""
-    if not shown:
-        return f"<p>{escape(words('runs_none_shown'))}</p>"
-    return f'<ul class="answers">{"".join(_card(run, a, words) for a in shown)}</ul>'
+    cards = []
+    for answer in shown:
+        picture, why = "", words("runs_no_picture")
+        if answer.image:
+            try:
+                picture = thumbnail(run, answer.image)
+            except OpticNerveError as e:
+                why = str(e)
+        cards.append((answer, picture, why))
+    return str(HTML.answers(cards, words) if cards else HTML.paragraph(words("runs_none_shown")))
 
 
-def _card(run: Run, answer: Answer, words: Translations) -> str:
-    mark, kind = ("✗", "wrong") if answer.wrong else ("✓", "right")
-    if answer.right is None:
-        mark, kind = "", "unjudged"
-    picture = f'<div class="gone">{escape(words("runs_no_picture"))}</div>'
-    if answer.image:
-        try:
-            said = words("runs_picture_of", question=answer.question)
-            picture = f'<img src="{thumbnail(run, answer.image)}" alt="{escape(said)}">'
-        except OpticNerveError as e:
-            picture = f'<div class="gone">{escape(str(e))}</div>'
-    lines = "".join(
-        f"<div>{escape(words(key))}: <strong>{escape(text or '–')}</strong></div>"
-        for key, text in (("runs_said", answer.answer), ("runs_truth", answer.truth))
-    )
-    return (
-        f'<li class="answer {kind}">{picture}<div><div>{escape(answer.question)}</div>{lines}'
-        f'<div class="mark">{mark} {escape(words(f"runs_{kind}"))}</div></div></li>'
-    )
-
-
-def notes(told: Sequence[str], words: Translations) -> str:
-    if not told:
-        return ""
-    items = "".join(f"<li>{escape(n[:500])}</li>" for n in told)
-    return f'<div class="warning"><strong>{escape(words("runs_notes"))}</strong><ul>{items}</ul></div>'
-
-
-def span(seconds: float, words: Translations) -> str:
-    """`42 s`, `6 min 10 s`, `3 h 5 min`."""
+def span(seconds: float, words: Words) -> str:
+    """`42 s`, `6 min 10 s`, `3 h 5 min`, in the page's language."""
     whole = round(seconds)
     if whole < 60:
         return words("runs_seconds", s=whole)
@@ -172,57 +124,122 @@ def when(written: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
 
 
-def _figures(run: Run, words: Translations) -> list[tuple[str, str]]:
+def _figures(run: ShownRun, words: Words) -> list[tuple[str, str, str]]:
+    """(label, figure, a smaller remark) of each."""
     found = []
     for task in run.tasks:
         if math.isfinite(score := finite(task.get("accuracy"))):
-            low, high = (percent(finite(v)) for v in _pair(task.get("ci95")))
+            ends = task.get("ci95")
+            low, high = (
+                percent(finite(v)) for v in (ends if isinstance(ends, list) and len(ends) == 2 else (None, None))
+            )
             told = words("runs_score_n", n=f"{finite(task.get('n')):,.0f}", low=low, high=high)
-            found.append((f"{words('runs_score')}: {task.get('name')}", f"{percent(score)}<small>{told}</small>"))
+            found.append((f"{words('runs_score')}: {task.get('name')}", percent(score), told))
     dependence = run.results.get("image_dependence")
     if isinstance(dependence, dict) and math.isfinite(gap := _gap(run)):
         shares = {k: percent(finite(dependence.get(k))) for k in ("real", "blank")}
         told = words("runs_gap_n", n=f"{finite(dependence.get('n')):,.0f}", **shares)
-        found.append((words("runs_gap"), f"{100 * gap:+.1f}<small>{told}</small>"))
+        found.append((words("runs_gap"), f"{100 * gap:+.1f}", told))
     kept = [p for f in dicts(run.results.get("forgetting")) if math.isfinite(p := finite(f.get("perplexity")))]
     if kept:
-        found.append((words("runs_perplexity"), " → ".join(f"{p:.2f}" for p in dict.fromkeys((kept[0], kept[-1])))))
+        both = " → ".join(f"{p:.2f}" for p in dict.fromkeys((kept[0], kept[-1])))
+        found.append((words("runs_perplexity"), both, ""))
     seconds = run.results.get("seconds")
     if isinstance(seconds, dict) and math.isfinite(total := finite(seconds.get("total"))):
-        found.append((words("runs_time"), escape(span(total, words))))
+        found.append((words("runs_time"), span(total, words), ""))
     if math.isfinite(peak := finite(run.results.get("peak_memory_bytes"))):
-        found.append((words("runs_memory"), f"{peak / 2**30:.2f} GiB"))
-    return [*found, (words("runs_written"), f"<small>{when(run.written)}</small>")]
+        found.append((words("runs_memory"), f"{peak / 2**30:.2f} GiB", ""))
+    return [*found, (words("runs_written"), "", when(run.written))]
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
-    return (value[0], value[1]) if isinstance(value, list) and len(value) == 2 else (None, None)
-
-
-def _gap(run: Run) -> float:
+def _gap(run: ShownRun) -> float:
     found = run.results.get("image_dependence")
     return finite(found.get("real")) - finite(found.get("blank")) if isinstance(found, dict) else math.nan
 
 
-def _warnings(run: Run, words: Translations) -> str:
-    try:
-        told = warnings_of(run.results)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        return notes([f"results.json: its warnings cannot be told, for an entry has an unknown form ({e!r})"], words)
-    return "".join(
-        f'<div class="warning"><strong>⚠ {escape(title)}</strong><p>{escape(text)}</p></div>' for title, text in told
+# -- the curve ------------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 640, 270
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 12, 56
+MOST_POINTS = 400
+LAST = 50
+"""Steps over which the present speed is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Thinned to at most `MOST_POINTS` steps; a step without a number holds NaN. `smooth` is taken over all steps."""
+
+    steps: list[int]
+    loss: list[float]
+    smooth: list[float]
+
+    @property
+    def known(self) -> list[float]:
+        return [v for v in self.smooth if math.isfinite(v)]
+
+
+def curve_of(metrics: Sequence[dict[str, Any]]) -> Curve:
+    """The curve of the lines of metrics.jsonl."""
+    loss = np.array([finite(m.get("loss")) for m in metrics])
+    even = smooth(loss)
+    # The last step is always among them: it is what the words beside the curve tell.
+    count = min(len(metrics), MOST_POINTS)
+    kept = [int(i) for i in np.linspace(0, len(metrics) - 1, count)] if metrics else []
+    return Curve(
+        [int(metrics[i]["step"]) for i in kept], [float(loss[i]) for i in kept], [float(even[i]) for i in kept]
     )
 
 
-def _stage_state(run: Run, stage: Stage, words: Translations) -> str:
-    if stage.finished:
-        return words("runs_finished")
-    return words("runs_running") if run.state == "running" and stage.steps else "–"
+def pace(metrics: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds a step and tokens a second, over the last steps; NaN where two steps with times are not there."""
+    last = [m for m in metrics[-LAST:] if np.isfinite(finite(m.get("elapsed_s")))]
+    if len(last) < 2:
+        return np.nan, np.nan
+    seconds = finite(last[-1]["elapsed_s"]) - finite(last[0]["elapsed_s"])
+    if seconds <= 0:
+        return np.nan, np.nan
+    tokens = sum(t for m in last[1:] if np.isfinite(t := finite(m.get("tokens"))))
+    return seconds / (int(last[-1]["step"]) - int(last[0]["step"])), tokens / seconds
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
-    inner = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="wide" role="group" tabindex="0"><table>{inner}</table></div>'
+def curve_svg(curve: Curve, *, title: str, x_label: str, planned: int | None = None) -> Any:
+    """The drawing; `title` is what a screen reader says of it. The axis runs to the `planned` steps, if they are known.
+
+    Values far above the usual ones, as first steps have, leave the drawing at its top.
+    """
+    told = [v for v in (*curve.loss, *curve.smooth) if np.isfinite(v)]
+    if not told:
+        return ""
+    top = max(float(np.percentile(told, 99)) * 1.08, 1e-9)
+    end = max(planned or 0, curve.steps[-1], 2)
+
+    def x(step: float) -> float:
+        return round(LEFT + (step - 1) / (end - 1) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(value: float) -> float:
+        return round(HEIGHT - BOTTOM - min(max(value / top, 0.0), 1.0) * (HEIGHT - TOP - BOTTOM), 1)
+
+    grid = [(y(value), f"{value:g}") for value in _ticks(0, top)]
+    ticks = [(x(step), f"{step:,.0f}") for step in _ticks(1, end) if step == round(step)]
+    lines = [
+        (kind, " ".join(f"{x(step)},{y(value)}" for step, value in piece))
+        for kind, values in (("raw", curve.loss), ("smooth", curve.smooth))
+        for piece in _pieces(curve.steps, values)
+    ]
+    return HTML.drawing(WIDTH, HEIGHT, title, x_label, LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, grid, ticks, lines)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    return [float(v) for v in MaxNLocator(5).tick_values(low, high) if low <= v <= high]
+
+
+def _pieces(steps: list[int], values: list[float]) -> list[list[tuple[float, float]]]:
+    """Runs of steps that have a number: a line does not bridge those that have none."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for step, value in zip(steps, values, strict=True):
+        if np.isfinite(value):
+            pieces[-1].append((step, value))
+        elif pieces[-1]:
+            pieces.append([])
+    return [p for p in pieces if p]

@@ -6,18 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from runs_html import escape
-
 from opticnerve.types import OpticNerveError
 from opticnerve.ui import runs_html
-from opticnerve.ui.runs import Run, dicts, list_runs, open_run
-from opticnerve.ui.runs_answers import PAGE, Which, chosen, read_answers
-from opticnerve.ui.runs_card import card_html
+from opticnerve.ui.runs import ShownRun, dicts, list_runs, open_run
+from opticnerve.ui.runs_content import PAGE, Which, card_html, chosen, read_answers
 
 WHICH: tuple[Which, ...] = ("all", "wrong", "right")
 
 
-def runs_tab(words: runs_html.Translations, root: Path) -> None:
+def runs_tab(words: runs_html.Words, root: Path) -> None:
     """Build the tab's contents within an open `gr.Blocks`; `root` is the folder of runs.
 
     Nothing is kept between two events: each reads the run's folder anew, by the name that the browser sends.
@@ -49,7 +46,7 @@ def runs_tab(words: runs_html.Translations, root: Path) -> None:
     with gr.Accordion(words("runs_all"), open=False):
         table = shown(elem_id="runs-table")
 
-    def attribute(name: str | None, kind: str) -> list[Any]:
+    def refresh(name: str | None, kind: str) -> list[Any]:
         """The list of runs, and the chosen one if it is still there, else the newest."""
         found = list_runs(root)
         names = [r.name for r in found]
@@ -85,33 +82,32 @@ def runs_tab(words: runs_html.Translations, root: Path) -> None:
 
     found = [page, counted, answers]
     everything = [summary, card, curves, task, *found]
-    private: Any = {"api_visibility": "private"}
-    gr.on(None, lambda: attribute(None, "all"), None, [run, table, *everything], show_progress="hidden", **private)
-    again.click(attribute, [run, which], [run, table, *everything], **private)
-    run.input(show, [run, which], everything, **private)
+    gr.on(None, lambda: refresh(None, "all"), None, [run, table, *everything], show_progress="hidden")
+    again.click(refresh, [run, which], [run, table, *everything])
+    run.input(show, [run, which], everything)
     for event, by in ((task.input, 0), (which.input, 0), (back.click, -1), (on.click, 1)):
-        event(partial(turn, by), [run, task, which, page], found, **private)
+        event(partial(turn, by), [run, task, which, page], found)
 
 
-def _label(run: Run, words: runs_html.Translations) -> str:
+def _label(run: ShownRun, words: runs_html.Words) -> str:
     score = runs_html.headline(run)
     return " · ".join([run.name, words(f"runs_{run.state}"), *([score] if score else [])])
 
 
 def _said(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+    return str(runs_html.HTML.paragraph(text))
 
 
-def _card(run: Run, words: runs_html.Translations) -> str:
+def _card(run: ShownRun, words: runs_html.Words) -> str:
     try:
         return card_html(run)
     except FileNotFoundError:
         return _said(words("runs_no_card"))
     except (OSError, OpticNerveError) as e:
-        return runs_html.notes([str(e)], words)
+        return str(runs_html.HTML.notes([str(e)], words))
 
 
-def _page(run: Run | None, task: str | None, page: int, which: str, words: runs_html.Translations) -> list[Any]:
+def _page(run: ShownRun | None, task: str | None, page: int, which: str, words: runs_html.Words) -> list[Any]:
     """The page's number, which answers are on it, and these."""
     if run is None or task is None:
         return [1, "", _said(words("runs_no_answers"))]
@@ -121,5 +117,5 @@ def _page(run: Run | None, task: str | None, page: int, which: str, words: runs_
     part = kept[PAGE * (page - 1) : PAGE * page]
     first = PAGE * (page - 1) + 1
     told = words("runs_shown", first=f"{first:,}", last=f"{first + len(part) - 1:,}", n=f"{len(kept):,}")
-    counted = f'<p role="status">{escape(told) if part else ""}</p>{runs_html.notes([note] if note else [], words)}'
+    counted = str(runs_html.HTML.status(told if part else "") + runs_html.HTML.notes([note] if note else [], words))
     return [page, counted, runs_html.answers_grid(run, part, words)]

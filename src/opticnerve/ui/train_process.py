@@ -1,7 +1,7 @@
 """Start a training from the page, watch it, stop it, go on with it: each the command that one would type.
 
 A training is a process of its own in a session of its own, so that it outlives the page and the server. It writes its
-run folder as any training does; what it prints goes to a file (see `jobs`). Only recipes that ship with opticnerve or
+run folder as any training does; what it prints goes to a file (see `runs`). Only recipes that ship with opticnerve or
 lie below the folder of runs are trained, and only a few of their keys can be changed from here: a recipe can name any
 file and any Python class, and who reaches the page need not be the one who wrote it.
 """
@@ -24,9 +24,20 @@ from typing import Any, Literal
 from opticnerve import recipe as recipes
 from opticnerve.starter.demo import packaged, recipe_path
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import jobs
-from opticnerve.ui.jobs import PROGRAM, Job, lives, log_of, read_job, trained_by, write_job
-from opticnerve.ui.runs import DEPTH, MOST_FOLDERS, Stage, is_run, open_run, run_folder
+from opticnerve.ui import runs
+from opticnerve.ui.runs import (
+    ShownStage,
+    TrainingJob,
+    is_run,
+    lives,
+    log_of,
+    open_run,
+    read_job,
+    run_folder,
+    trained_by,
+    walk_folders,
+    write_job,
+)
 
 READY, FILE = "ready:", "file:"
 MOST_RECIPES = 200
@@ -54,8 +65,8 @@ class Watched:
     """
 
     doing: Doing
-    job: Job | None = None
-    stage: Stage | None = None
+    job: TrainingJob | None = None
+    stage: ShownStage | None = None
     number: int = 0
     count: int = 0
     total: int | None = None
@@ -66,23 +77,17 @@ def list_recipes(root: Path) -> list[str]:
     """`ready:NAME` for those that ship with opticnerve, those of the starter first, and `file:PLACE` for those below
     the folder of runs."""
     ready = sorted(packaged(), key=lambda name: not name.startswith("starter"))
-    own: list[str] = []
-    for seen, (here, inner, names) in enumerate(os.walk(root)):
-        folder = Path(here)
-        if is_run(folder) or len(folder.relative_to(root).parts) >= DEPTH or seen > MOST_FOLDERS:
-            inner.clear()
-        if not is_run(folder):
-            own += [(folder / n).relative_to(root).as_posix() for n in names if n.endswith((".yaml", ".yml"))]
-        inner[:] = [name for name in inner if not name.startswith(".")]
+    own = [
+        (folder / name).relative_to(root).as_posix()
+        for folder, is_one, names in walk_folders(root)
+        for name in names
+        if not is_one and name.endswith((".yaml", ".yml"))
+    ]
     return [READY + name for name in ready] + [FILE + name for name in sorted(own)[:MOST_RECIPES]]
 
 
 def recipe_file(root: Path, choice: str) -> Path:
-    """The file of a recipe that a browser has named.
-
-    Raises:
-        OpticNerveError: it is none of `list_recipes`.
-    """
+    """The file of a recipe that a browser has named. Raises OpticNerveError: it is none of `list_recipes`."""
     if choice not in list_recipes(root):
         raise OpticNerveError(f"there is no recipe {choice!r}: choose a ready one, or one that lies in {root}")
     if choice.startswith(READY):
@@ -104,11 +109,8 @@ def free_name(root: Path, choice: str) -> str:
 
 
 def changes_of(text: str) -> list[str]:
-    """`stages.0.steps=50 seed=1` as a list.
-
-    Raises:
-        OpticNerveError: one of them is none, or changes what cannot be changed from the page.
-    """
+    """`stages.0.steps=50 seed=1` as a list. Raises OpticNerveError: one of them is none, or changes what cannot be
+    changed from the page."""
     words = text.split()
     for word in words:
         if not MAY_CHANGE.fullmatch(word):
@@ -120,12 +122,9 @@ def changes_of(text: str) -> list[str]:
     return words
 
 
-def start(root: Path, choice: str, name: str, changes: str = "") -> Job:
-    """Begin a run of a recipe in a new folder.
-
-    Raises:
-        OpticNerveError: another training runs; the recipe, the name or a change is not one that can be.
-    """
+def start(root: Path, choice: str, name: str, changes: str = "") -> TrainingJob:
+    """Begin a run of a recipe in a new folder. Raises OpticNerveError: another training runs; the recipe, the name or a
+    change is not one that can be."""
     file, more = recipe_file(root, choice), changes_of(changes)
     recipe = recipes.load(file, more)
     if not recipe.stages:
@@ -141,13 +140,9 @@ def start(root: Path, choice: str, name: str, changes: str = "") -> Job:
     return _launch(root, name, [shown, *more, "--out", _typed(folder)])
 
 
-def resume(root: Path, name: str) -> Job:
-    """Go on with a run that was stopped.
-
-    Raises:
-        OpticNerveError: there is no such run, it is finished or runs already (in a terminal, perhaps), or another
-            training does.
-    """
+def resume(root: Path, name: str) -> TrainingJob:
+    """Go on with a run that was stopped. Raises OpticNerveError: there is no such run, it is finished or runs already
+    (in a terminal, perhaps), or another training does."""
     folder = run_folder(root, name)
     if (state := open_run(root, name).state) != "stopped":
         raise OpticNerveError(f"{name} is {state}; there is nothing to go on with")
@@ -156,7 +151,7 @@ def resume(root: Path, name: str) -> Job:
     return _launch(root, name, ["--resume", _typed(folder)])
 
 
-def stop(root: Path) -> Job:
+def stop(root: Path) -> TrainingJob:
     """Ask the training to finish its step, save and leave; a second time does nothing.
 
     SIGTERM, for which the command listens from its first moments: Ctrl-C's SIGINT is ignored by whatever was started
@@ -180,16 +175,13 @@ def stop(root: Path) -> Job:
 
 
 def watch(root: Path) -> Watched:
-    """What the newest training does, from its run folder and what it has printed.
-
-    Raises:
-        OpticNerveError: the file that tells of it is damaged.
-    """
+    """What the newest training does, from its run folder and what it has printed. Raises OpticNerveError: the file that
+    tells of it is damaged."""
     job = read_job(root)
     if job is None:
         return Watched("idle")
     log = tail(log_of(root, job.run))
-    stages: list[Stage] = []
+    stages: list[ShownStage] = []
     results: dict[str, Any] = {}
     if is_run(root / job.run):
         run = open_run(root, job.run)
@@ -216,7 +208,7 @@ def tail(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _doing(job: Job, results: dict[str, Any], log: list[str]) -> Doing:
+def _doing(job: TrainingJob, results: dict[str, Any], log: list[str]) -> Doing:
     if lives(job):
         return "running" if job.asked is None else "stopping"
     if "tasks" in results:
@@ -226,7 +218,7 @@ def _doing(job: Job, results: dict[str, Any], log: list[str]) -> Doing:
     return "failed" if failed and job.asked is None else "stopped"
 
 
-def _launch(root: Path, name: str, words: list[str]) -> Job:
+def _launch(root: Path, name: str, words: list[str]) -> TrainingJob:
     import psutil
 
     if os.name != "posix":
@@ -238,12 +230,12 @@ def _launch(root: Path, name: str, words: list[str]) -> Job:
         log = log_of(root, name)
         with log.open("wb") as printed:
             process = subprocess.Popen(
-                [sys.executable, "-m", PROGRAM, "train", *words],
+                [sys.executable, "-m", runs.PROGRAM, "train", *words],
                 stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
                 env=_environment(),
             )  # fmt: skip
         created = psutil.Process(process.pid).create_time()
-        job = Job(name, process.pid, created, shlex.join(["opticnerve", "train", *words]), time.time())
+        job = TrainingJob(name, process.pid, created, shlex.join(["opticnerve", "train", *words]), time.time())
         write_job(root, job)
     threading.Thread(target=_await, args=(root, process), name=f"training-{process.pid}", daemon=True).start()
     return job
@@ -259,7 +251,7 @@ def _await(root: Path, process: subprocess.Popen[bytes]) -> None:
     """Its exit code, noted when it ends; without this its process would stay as a zombie."""
     code = process.wait()
     with contextlib.suppress(OSError, OpticNerveError), _lock(root):  # the folder may be gone with it
-        jobs.ended(root, process.pid, code)
+        runs.ended(root, process.pid, code)
 
 
 @contextlib.contextmanager
@@ -267,7 +259,7 @@ def _lock(root: Path) -> Iterator[None]:
     """One at a time, among all servers on this folder; the system lets go of it when a server dies."""
     import fcntl
 
-    folder = root / jobs.FOLDER
+    folder = root / runs.FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

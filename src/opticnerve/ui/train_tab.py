@@ -8,20 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runs_html import escape
-
 from opticnerve.types import OpticNerveError
-from opticnerve.ui import runs_html
-from opticnerve.ui.curve import curve_of, pace
-from opticnerve.ui.jobs import Job
-from opticnerve.ui.runs import list_runs
+from opticnerve.ui.runs import TrainingJob, list_runs
+from opticnerve.ui.runs_html import HTML, STYLE, Words, curve_figure, curve_of, pace, span, speed
 from opticnerve.ui.train_process import Watched, free_name, list_recipes, resume, start, stop, watch
 
 EVERY = 2.0
 """Seconds between two looks at the training."""
 
 
-def train_tab(words: runs_html.Translations, root: Path) -> None:
+def train_tab(words: Words, root: Path) -> None:
     """Build the tab's contents within an open `gr.Blocks`; `root` is the folder of runs.
 
     What is shown comes from the run's folder at each look, so that a page that is loaded again, or a second one, shows
@@ -29,21 +25,16 @@ def train_tab(words: runs_html.Translations, root: Path) -> None:
     """
     import gradio as gr
 
-    shown = partial(gr.HTML, css_template=runs_html.STYLE, container=False)
-    shown(f"<p>{escape(words('train_intro'))}</p>")
+    shown = partial(gr.HTML, css_template=STYLE, container=False)
+    shown(str(HTML.paragraph(words("train_intro"))))
     with gr.Row():
-        recipe = gr.Dropdown(
-            [], label=words("train_recipe"), info=words("train_recipe_info", root=root), elem_id="train-recipe",
-            min_width=220,
-        )  # fmt: skip
-        name = gr.Textbox(
-            label=words("train_name"), info=words("train_name_info", root=root), max_lines=1, elem_id="train-name",
-            min_width=220,
-        )  # fmt: skip
-        changes = gr.Textbox(
-            label=words("train_changes"), info=words("train_changes_info"), max_lines=1, elem_id="train-changes",
-            min_width=220,
-        )  # fmt: skip
+
+        def field(kind: Any, key: str, **more: Any) -> Any:
+            info = words(f"train_{key}_info", root=root)
+            return kind(label=words(f"train_{key}"), info=info, elem_id=f"train-{key}", min_width=220, **more)
+
+        recipe = field(gr.Dropdown, "recipe", choices=[])
+        name, changes = (field(gr.Textbox, key, max_lines=1) for key in ("name", "changes"))
     begin = gr.Button(words("train_start"), variant="primary", elem_id="train-start")
     with gr.Row(equal_height=True):
         unfinished = gr.Dropdown([], label=words("train_unfinished"), elem_id="train-unfinished", min_width=220)
@@ -56,11 +47,11 @@ def train_tab(words: runs_html.Translations, root: Path) -> None:
         log = shown(elem_id="train-log")
     last = gr.State("")  # what this page shows, so that it is drawn anew only when something has changed
 
-    def attribute(before: str, *, fresh: bool = False) -> list[Any]:
+    def refresh(before: str, *, fresh: bool = False) -> list[Any]:
         try:
             seen = watch(root)
         except (OSError, OpticNerveError) as e:  # a folder that is taken away meanwhile, too
-            told = runs_html.notes([str(e)], words)
+            told = str(HTML.notes([str(e)], words))
             return [told, *([gr.skip()] * 5), told] if told != before else [gr.skip()] * 7
         mark = _mark(seen)
         if mark == before and not fresh:
@@ -77,45 +68,44 @@ def train_tab(words: runs_html.Translations, root: Path) -> None:
         first = known[0] if known else None
         return [
             gr.Dropdown([(c.partition(":")[2], c) for c in known], value=first),
-            free_name(root, first) if first else "", *attribute("", fresh=True),
+            free_name(root, first) if first else "", *refresh("", fresh=True),
         ]  # fmt: skip
 
-    def act(what: Callable[[], Job], told: str) -> tuple[bool, list[Any]]:
+    def act(what: Callable[[], TrainingJob], told: str) -> tuple[bool, list[Any]]:
         """Do it, say what was done or why not, and look."""
         try:
             said, done = words(told, run=what().run), True
         except (OpticNerveError, OSError) as e:
             said, done = words("train_refused", why=e), False
-        return done, [_status_text(said), *attribute("", fresh=True)]
+        return done, [_status(said), *refresh("", fresh=True)]
 
     def begin_one(choice: str | None, named: str | None, changed: str | None) -> list[Any]:
         if not choice:
-            return [_status_text(words("train_refused", why=words("train_pick_recipe"))), *([gr.skip()] * 8)]
+            return [_status(words("train_refused", why=words("train_pick_recipe"))), *([gr.skip()] * 8)]
         done, shows = act(partial(start, root, choice, (named or "").strip(), changed or ""), "train_started")
         return [*shows, free_name(root, choice) if done else gr.skip()]
 
     def resume_one(chosen: str | None) -> list[Any]:
         if not chosen:
-            return [_status_text(words("train_refused", why=words("train_pick_run"))), *([gr.skip()] * 7)]
+            return [_status(words("train_refused", why=words("train_pick_run"))), *([gr.skip()] * 7)]
         return act(partial(resume, root, chosen), "train_resumed")[1]
 
     def stop_it() -> list[Any]:
         return act(partial(stop, root), "train_asked")[1]
 
     seen = [state, curve, log, end, begin, unfinished, last]
-    private: Any = {"api_visibility": "private", "show_progress": "hidden"}
-    gr.on(None, load, None, [recipe, name, *seen], **private)
+    quiet: Any = {"show_progress": "hidden"}
+    gr.on(None, load, None, [recipe, name, *seen], **quiet)
     # Beside the queue: where questions wait for an answer, a look at the training does not wait with them.
-    gr.Timer(EVERY).tick(attribute, last, seen, queue=False, **private)
-    recipe.input(lambda choice: free_name(root, choice) if choice else "", recipe, name, **private)
-    begin.click(begin_one, [recipe, name, changes], [message, *seen, name], **private)
-    go_on.click(resume_one, unfinished, [message, *seen], **private)
-    end.click(stop_it, None, [message, *seen], **private)
+    gr.Timer(EVERY).tick(refresh, last, seen, queue=False, **quiet)
+    recipe.input(lambda choice: free_name(root, choice) if choice else "", recipe, name, **quiet)
+    begin.click(begin_one, [recipe, name, changes], [message, *seen, name], **quiet)
+    go_on.click(resume_one, unfinished, [message, *seen], **quiet)
+    end.click(stop_it, None, [message, *seen], **quiet)
 
 
-def _status_text(text: str) -> str:
-    """Read out by screen readers when it changes."""
-    return f'<p role="status">{escape(text)}</p>'
+def _status(text: str) -> str:
+    return str(HTML.status(text))
 
 
 def _unfinished(root: Path) -> list[str]:
@@ -129,44 +119,26 @@ def _mark(seen: Watched) -> str:
     return f"{seen.doing} {run!r} {seen.number} {steps} {seen.total} {hash(tuple(seen.log))}"
 
 
-def _state(seen: Watched, words: runs_html.Translations) -> str:
-    head = f'<strong class="state">{escape(words(f"train_{seen.doing}"))}</strong>'
+def _state(seen: Watched, words: Words) -> str:
     if seen.job is None:
-        return f"<p>{escape(words('train_idle'))}</p>"
-    head = f"<h2>{escape(seen.job.run)} {head}</h2>"
-    typed = f"<p>{escape(words('train_by_hand'))}: <code>{escape(seen.job.command)}</code></p>"
-    live = seen.doing in ("running", "stopping")
-    if seen.stage is None:
-        return head + (f"<p>{escape(words('train_preparing'))}</p>" if live else "") + typed
-    stage, total = seen.stage, seen.total
-    place = words("train_stage", number=seen.number, count=seen.count, name=stage.name)
-    done = words("train_step_open", done=f"{stage.steps:,}")
-    bar = ""
-    if total:
-        done = words("train_step", done=f"{stage.steps:,}", total=f"{total:,}")
-        bar = f'<progress max="{total}" value="{stage.steps}" aria-label="{escape(done)}"></progress>'
+        return str(HTML.paragraph(words("train_idle")))
+    live, stage, total = seen.doing in ("running", "stopping"), seen.stage, seen.total
     figures = []
-    known = [v for v in curve_of(stage.metrics).smooth if math.isfinite(v)]
-    if known:
-        figures.append((words("train_loss"), f"{known[-1]:.4g}"))
-    step_s, tokens_s = pace(stage.metrics)
-    if math.isfinite(tokens_s):
-        figures.append((words("train_speed"), words("runs_curve_pace", tokens=f"{tokens_s:,.0f}")))
-    if live and total and math.isfinite(step_s) and stage.steps < total:
-        figures.append((words("train_left"), runs_html.span(step_s * (total - stage.steps), words)))
-    after = f"<p>{escape(words('train_after_steps'))}</p>" if live and total and stage.steps >= total else ""
-    cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in figures)
-    return f'{head}<p>{escape(place)} · {escape(done)}</p>{bar}{after}<dl class="figures">{cells}</dl>{typed}'
+    if stage is not None:
+        if known := curve_of(stage.metrics).known:
+            figures.append((words("train_loss"), f"{known[-1]:.4g}", ""))
+        if told := speed(stage, words):
+            figures.append((words("train_speed"), told, ""))
+        step_s = pace(stage.metrics)[0]
+        if live and total and math.isfinite(step_s) and stage.steps < total:
+            figures.append((words("train_left"), span(step_s * (total - stage.steps), words), ""))
+    return str(HTML.training(seen, live, figures, words))
 
 
-def _curve(seen: Watched, words: runs_html.Translations) -> str:
-    if seen.stage is None:
-        return ""
-    return runs_html.curve_figure(seen.stage, words, planned=seen.total)
+def _curve(seen: Watched, words: Words) -> str:
+    return "" if seen.stage is None else curve_figure(seen.stage, words, planned=seen.total)
 
 
-def _log(seen: Watched, words: runs_html.Translations) -> str:
-    if seen.job is None:
-        return ""
+def _log(seen: Watched, words: Words) -> str:
     text = "\n".join(line[:300] for line in seen.log) or words("train_no_log")
-    return f'<pre class="log" tabindex="0">{escape(text)}</pre>'
+    return "" if seen.job is None else str(HTML.log(text))

@@ -1,6 +1,7 @@
-"""What every request passes before it reaches the page: who asks, under which name, from which site, and how much.
+"""Whom a server lets in: keys and logins, the names it answers to, and what every request to the page passes.
 
-The page's own framework has a login and checks of its own; this stands before all of its routes, uploads and files too.
+Gradio has a login and checks of its own; `Guard` stands before all of its routes, uploads and files too. The API
+server's own errors and limits are in `serve.middleware`, which asks here who may enter.
 """
 
 from __future__ import annotations
@@ -8,12 +9,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import MutableHeaders
+from starlette.responses import PlainTextResponse
+
 from opticnerve.types import OpticNerveError
-from opticnerve.web.listen import Secrets
+from opticnerve.web.listen import is_loopback
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,43 +34,105 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
-HEADERS = [
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-]
+HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 WRONG_SECONDS = 1.0  # what a wrong password costs whoever tries many
 
 
-class Logins:
-    """`user:password` pairs, kept as digests; with none, everybody may enter.
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
-    Raises:
-        OpticNerveError: a pair without a colon or user, or a password of fewer than 8 characters.
-    """
 
-    def __init__(self, pairs: Sequence[str]) -> None:
-        for pair in pairs:
-            user, colon, password = pair.partition(":")
-            if not (user and colon) or len(password) < 8:
-                raise OpticNerveError(
-                    "a login is written user:password, with 8 or more characters of password; make one with: "
-                    "python -c 'import secrets; print(\"me:\" + secrets.token_urlsafe(16))'"
-                )
-        self._known = Secrets(pairs)
+class Secrets:
+    """What lets somebody in, kept as digests alone; with none, everybody may enter."""
+
+    scheme: bytes  # of the `Authorization` header
+    options: str  # that give one
+    may: str  # what whoever enters may do
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(self.checked(secret).encode()).digest() for secret in secrets]
 
     def __bool__(self) -> bool:
-        return bool(self._known)
+        return bool(self._digests)
+
+    def checked(self, secret: str) -> str:
+        """The secret, if it is one. Raises OpticNerveError: it has another form, or is too short."""
+        raise NotImplementedError
+
+    def decoded(self, given: bytes) -> bytes:
+        return given
 
     def admits(self, authorization: bytes) -> bool:
-        """Whether an `Authorization: Basic …` header holds one of the pairs (RFC 7617)."""
+        """Whether an `Authorization` header holds one of them, compared in a time that depends on none of them."""
         scheme, _, given = authorization.partition(b" ")
-        if scheme.lower() != b"basic":
+        if scheme.lower() != self.scheme:
             return False
         try:
-            return self._known.hold(base64.b64decode(given.strip(), validate=True))
+            digest = hashlib.sha256(self.decoded(given.strip())).digest()
         except (binascii.Error, ValueError):
             return False
+        return bool(sum(hmac.compare_digest(digest, known) for known in self._digests))
+
+
+class Keys(Secrets):
+    """API keys, sent as `Authorization: Bearer KEY`."""
+
+    scheme, options, may = b"bearer", "--api-key (or OPTICNERVE_API_KEY)", "use it"
+
+    def checked(self, secret: str) -> str:
+        if len(secret) < 8 or secret.strip() != secret or not secret.isascii():
+            raise OpticNerveError(
+                f"an API key wants 8 or more ASCII characters without spaces around; this one has {len(secret)}. "
+                "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            )
+        return secret
+
+
+class Logins(Secrets):
+    """`user:password` pairs, sent as HTTP's Basic authentication has it (RFC 7617)."""
+
+    scheme, options = b"basic", "--login-file (or OPTICNERVE_UI_LOGIN)"
+    may = "use the page, see the runs and train"
+
+    def checked(self, secret: str) -> str:
+        user, colon, password = secret.partition(":")
+        if not (user and colon) or len(password) < 8:
+            raise OpticNerveError(
+                "a login is written user:password, with 8 or more characters of password; make one with: "
+                "python -c 'import secrets; print(\"me:\" + secrets.token_urlsafe(16))'"
+            )
+        return secret
+
+    def decoded(self, given: bytes) -> bytes:
+        return base64.b64decode(given, validate=True)
+
+
+def read_secrets(path: Path | None) -> list[str]:
+    """Those of a file, one a line; empty lines and `#` lines do not count."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines()) if path else ()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def check_address(host: str, secrets: Secrets, *, no_auth: bool) -> frozenset[str] | None:
+    """The names that a server which listens on `host` shall answer to; None for all of them. Raises OpticNerveError: no
+    such address; or others reach it, and neither a secret nor `no_auth` is given."""
+    local = is_loopback(host)
+    if not local and not secrets and not no_auth:
+        raise OpticNerveError(
+            f"{host} is reached by other machines: give {secrets.options}, or --no-auth if everybody who reaches it "
+            f"may {secrets.may}"
+        )
+    return LOCAL_NAMES | {host.lower()} if local and not secrets and not no_auth else None
+
+
+def answers_to(headers: Mapping[bytes, bytes], hosts: frozenset[str] | None) -> bool:
+    """Whether the request's `Host`, its port left out, is among `hosts`.
+
+    A server for this machine alone answers to no other name, or a web page elsewhere could talk to it under a name of
+    its own (DNS rebinding).
+    """
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
+    return hosts is None or name in hosts
 
 
 class Guard:
@@ -72,8 +141,7 @@ class Guard:
     Args:
         app: the pages.
         logins: who may enter.
-        hosts: the names that the page answers to; None for all. Without logins it should answer to this machine's
-            names alone, or a web page elsewhere could talk to it under a name of its own (DNS rebinding).
+        hosts: as from `check_address`.
         body_bytes: of one request.
     """
 
@@ -88,35 +156,31 @@ class Guard:
             raise OpticNerveError(f"no {scope['type']} here")
         headers = dict(scope["headers"])
         if (refusal := self._refusal(scope["method"], headers)) is not None:
-            status, message, more = refusal
-            if status == 401 and b"authorization" in headers:
+            if refusal.status_code == 401 and b"authorization" in headers:
                 await asyncio.sleep(WRONG_SECONDS)
-            body = message.encode()
-            start = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": status, "headers": [*start, *more, *HEADERS]})
-            await send({"type": "http.response.body", "body": body})
+            refusal.headers.update(HEADERS)
+            await refusal(scope, receive, send)
             return
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         await self.app(scope, self._counted(receive), with_headers)
 
-    def _refusal(self, method: str, headers: dict[bytes, bytes]) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
-        place = headers.get(b"host", b"").decode("latin-1").lower()
-        if self.hosts is not None and _name(place) not in self.hosts:
-            return 403, "this page answers to localhost alone; give it a login to use another name", []
+    def _refusal(self, method: str, headers: dict[bytes, bytes]) -> PlainTextResponse | None:
+        if not answers_to(headers, self.hosts):
+            return PlainTextResponse("this page answers to localhost alone; give it a login to use another name", 403)
         if self.logins and not self.logins.admits(headers.get(b"authorization", b"")):
-            return 401, "a user and password are wanted", [(b"www-authenticate", b'Basic realm="opticnerve"')]
-        origin = headers.get(b"origin")
-        changes = method not in ("GET", "HEAD")
+            asks = {"www-authenticate": 'Basic realm="opticnerve"'}
+            return PlainTextResponse("a user and password are wanted", 401, asks)
+        origin, host = (headers.get(name, b"").decode("latin-1").lower() for name in (b"origin", b"host"))
         # A browser sends a login along whichever site a request comes from (cross-site request forgery).
-        if changes and origin is not None and urlsplit(origin.decode("latin-1").lower()).netloc != place:
-            return 403, "this request comes from another site", []
+        if method not in ("GET", "HEAD") and b"origin" in headers and urlsplit(origin).netloc != host:
+            return PlainTextResponse("this request comes from another site", 403)
         if int(headers.get(b"content-length") or 0) > self.body_bytes:
-            return 413, f"a request may hold {self.body_bytes:,} bytes", []
+            return PlainTextResponse(f"a request may hold {self.body_bytes:,} bytes", 413)
         return None
 
     def _counted(self, receive: Receive) -> Receive:
@@ -130,8 +194,3 @@ class Guard:
             return {"type": "http.disconnect"} if taken > self.body_bytes else message
 
         return counted
-
-
-def _name(place: str) -> str:
-    """The host of a `Host` header, its port left out."""
-    return place[1 : place.find("]")] if place.startswith("[") else place.partition(":")[0]

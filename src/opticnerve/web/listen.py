@@ -1,48 +1,15 @@
-"""Where a server listens, and who is let in: what `opticnerve serve` and `opticnerve ui` have in common."""
+"""Where a server listens: its socket, its address, and whether other machines reach it."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import socket
-from collections.abc import Iterable
-from pathlib import Path
 
 from opticnerve.types import OpticNerveError
 
 
-class Secrets:
-    """Keys or passwords, kept as digests alone."""
-
-    def __init__(self, secrets: Iterable[str]) -> None:
-        self._digests = [_digest(secret.encode()) for secret in secrets]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def hold(self, given: bytes) -> bool:
-        """Whether it is one of them. All are compared, in a time that depends on none of them."""
-        digest = _digest(given)
-        return bool(sum(hmac.compare_digest(digest, known) for known in self._digests))
-
-
-def _digest(secret: bytes) -> bytes:
-    return hashlib.sha256(secret).digest()
-
-
-def read_secrets(path: Path) -> list[str]:
-    """Those of a file, one a line; empty lines and `#` lines do not count."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def is_loopback(host: str) -> bool:
-    """Whether every address of `host` is this machine's own.
-
-    Raises:
-        OpticNerveError: there is no such address.
-    """
+    """Whether every address of `host` is this machine's own. Raises OpticNerveError: there is no such address."""
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError as e:
@@ -50,14 +17,25 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(a.split("%")[0]).is_loopback for a in found)
 
 
-def listen(host: str, port: int, *, backlog: int = 128) -> socket.socket:
+def listen(host: str, port: int, *, stalled_seconds: float | None = None) -> socket.socket:
     """A listening socket; port 0 takes a free one.
+
+    A client that reads nothing for `stalled_seconds` while its answer waits is cut off by the system, where it can
+    (Linux's TCP_USER_TIMEOUT).
 
     Raises:
         OpticNerveError: the address or port is not to be had.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=backlog)
+        made = socket.create_server((host, port), family=family, backlog=512)
     except OSError as e:
         raise OpticNerveError(f"cannot listen on {host}, port {port}: {e.strerror or e}; try another --port") from e
+    if stalled_seconds is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stalled_seconds))
+    return made
+
+
+def url_of(host: str, at: socket.socket) -> str:
+    """`http://127.0.0.1:8000`, as a client types it."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{at.getsockname()[1]}"

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.chat_state import ChatState
-from opticnerve.ui.chat_tab import Asker
+from opticnerve.ui.chat import Asker, ChatState, alert, note, picture_input, question_input, tokens_input, watch_picture
 from opticnerve.ui.i18n import Translations
-from opticnerve.ui.limits import Limits
-from opticnerve.ui.models import Models
-from opticnerve.ui.picture import alert, note, picture_input, watch_picture
+from opticnerve.ui.models import Models, PageLimits
 
 Side = tuple[str, str]  # an answer, and HTML of what is going on
 
@@ -21,11 +18,8 @@ def compare(
     asker: Asker, models: tuple[str, str], question: str, picture: str | None, tokens: int
 ) -> Iterator[tuple[Side, Side]]:
     """Both answers as they grow: the first model's, then the second's, since one works at a time. Greedy, so that the
-    models differ and not the dice.
-
-    Raises:
-        Refused: the question or the picture cannot be used. What goes wrong with one model stands on its side.
-    """
+    models differ and not the dice. Raises Refused: the question or the picture cannot be used. What goes wrong with one
+    model stands on its side."""
     question = asker.check(question, picture)
     sides: list[Side] = [("", ""), ("", note(asker.words("waits")))]
     for number, model in enumerate(models):
@@ -47,7 +41,7 @@ def compare(
         yield sides[0], sides[1]
 
 
-def compare_tab(words: Translations, models: Models, limits: Limits) -> list[Any]:
+def compare_tab(words: Translations, models: Models, limits: PageLimits) -> list[Any]:
     """Lay out the tab within a `gr.Blocks`; returns both dropdowns of models."""
     import gradio as gr
 
@@ -58,13 +52,8 @@ def compare_tab(words: Translations, models: Models, limits: Limits) -> list[Any
         with gr.Column(scale=2, min_width=300):
             picture = picture_input(words, "compare-picture")
         with gr.Column(scale=3, min_width=300):
-            question = gr.Textbox(
-                label=words("question"), placeholder=words("question_place"), lines=1, max_lines=6,
-                elem_id="compare-question", max_length=limits.question_characters,
-            )  # fmt: skip
-            tokens = gr.Slider(
-                1, limits.answer_tokens, value=min(128, limits.answer_tokens), step=1, label=words("longest_answer")
-            )
+            question = question_input(words, limits, "compare-question")
+            tokens = tokens_input(words, limits, 128)
             with gr.Row(elem_classes="buttons"):
                 ask = gr.Button(words("ask_both"), variant="primary", elem_id="compare-ask", min_width=90)
                 stop = gr.Button(words("stop"), elem_id="compare-stop", min_width=90)
@@ -95,9 +84,7 @@ def compare_tab(words: Translations, models: Models, limits: Limits) -> list[Any
     watch_picture(picture, error, words, limits)
     asking = gr.on(
         [ask.click, question.submit], run, [*dropdowns, question, picture, tokens], [*answers, *doings, error],
-        concurrency_limit=1, concurrency_id="model", show_progress="hidden", api_visibility="private",
+        concurrency_limit=1, concurrency_id="model", show_progress="hidden",
     )  # fmt: skip
-    stop.click(
-        lambda: ("", "", ""), None, [*doings, error], cancels=[asking], show_progress="hidden", api_visibility="private"
-    )
+    stop.click(lambda: ("", "", ""), None, [*doings, error], cancels=[asking], show_progress="hidden")
     return dropdowns

@@ -16,18 +16,17 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from opticnerve.types import Conversation, OpticNerveError
-from opticnerve.ui.chat_state import ChatState
+from opticnerve.ui.chat import ChatState, Refused, alert, note
 from opticnerve.ui.i18n import Translations
 from opticnerve.ui.models import Models
-from opticnerve.ui.picture import Refused, alert, note
 
 AUTO = "auto"
 TOKENS = 24  # of the explained answer: each takes a pass backwards
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Maps for all words of an answer (`interpret.attribution.Attribution`), with what they are maps of."""
+class AttributionMaps:
+    """Maps for all words of an answer (`interpret.attribution`), with what they are maps of."""
 
     looked: Any
     picture: Path
@@ -77,23 +76,17 @@ def title_of(method: str) -> str:
     return method.replace("_", "-")
 
 
-def see(models: Models, model: str, conversation: Conversation, method: str) -> Shown:
-    """Maps of the model's greedy answer to a conversation.
-
-    Raises:
-        OpticNerveError: the model's parts do not allow the method, or no map at all.
-    """
+def see(models: Models, model: str, conversation: Conversation, method: str) -> AttributionMaps:
+    """Maps of the model's greedy answer to a conversation. Raises OpticNerveError: the model's parts do not allow the
+    method, or no map at all."""
     from opticnerve.interpret.attribution import attribute
 
     with models.turn(model, exact=True) as answerer:
         looked = attribute(
-            answerer.model,
-            answerer.processor,
-            conversation,
-            methods=None if method == AUTO else [method],
+            answerer.model, answerer.processor, conversation, methods=None if method == AUTO else [method],
             max_new_tokens=TOKENS,
-        )
-    return Shown(looked, Path(str(conversation.images[0].source)), conversation.messages[-1].text)
+        )  # fmt: skip
+    return AttributionMaps(looked, Path(str(conversation.images[0].source)), conversation.messages[-1].text)
 
 
 def look_part(words: Translations, models: Models, model: Any, chat_state: Any) -> tuple[Any, None, list[Any]]:
@@ -145,21 +138,20 @@ def look_part(words: Translations, models: Models, model: Any, chat_state: Any) 
             gr.update(choices=choices, value=0, visible=True), *_drawn(made, 0, words),
         )  # fmt: skip
 
-    def choose(seen: Shown | None, number: int | None) -> tuple[Any, ...]:
+    def choose(seen: AttributionMaps | None, number: int | None) -> tuple[Any, ...]:
         if seen is None or number is None:
             return gr.skip(), gr.skip(), gr.skip()
         return _drawn(seen, number, words)
 
     button.click(
         run, [model, chat_state, method], outputs, concurrency_limit=1, concurrency_id="model",
-        api_visibility="private",
         show_progress="minimal", show_progress_on=error,
     )  # fmt: skip
-    word.input(choose, [seen, word], [*drawings, told], show_progress="hidden", api_visibility="private")
+    word.input(choose, [seen, word], [*drawings, told], show_progress="hidden")
     return away, None, outputs
 
 
-def _drawn(seen: Shown, number: int, words: Translations) -> tuple[Any, ...]:
+def _drawn(seen: AttributionMaps, number: int, words: Translations) -> tuple[Any, ...]:
     """Updates of both drawings (the second is away where occlusion alone was asked for), and the text beneath."""
     import gradio as gr
 

@@ -1,0 +1,236 @@
+"""The first tab: a picture, a conversation about it, and where the model looks for each word of its answer."""
+
+from __future__ import annotations
+
+import html
+from abc import ABCMeta
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from opticnerve.data.media.open import image_size, open_image
+from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, Part, TextPart
+from opticnerve.ui.i18n import Translations
+from opticnerve.ui.models import Models, PageLimits
+
+
+class Refused(OpticNerveError):
+    """What cannot be done, in the page's language."""
+
+
+def check_picture(path: str | None, words: Translations, limits: PageLimits) -> None:
+    """Open a picture as training and `opticnerve ask` do; None (no picture) is fine. Raises Refused: the file is too
+    large, has too many pixels, or is no picture that can be read."""
+    if path is None:
+        return
+    if (size := Path(path).stat().st_size) > limits.upload_bytes:
+        raise Refused(words("too_many_bytes", found=f"{size:,}", most=f"{limits.upload_bytes:,}"))
+    try:
+        height, width = image_size(Path(path))
+        if height * width > limits.pixels:
+            raise Refused(words("too_many_pixels", found=f"{width:,} × {height:,}", most=f"{limits.pixels:,}"))
+        open_image(Path(path), max_pixels=limits.pixels)
+    except DataError as e:
+        # The opener's own words name the file where it lies on the server, which is nothing for a page.
+        raise Refused(words("broken_picture", formats="PNG, JPEG, WebP, GIF, BMP, TIFF")) from e
+
+
+def alert(message: str) -> str:
+    """HTML that a screen reader speaks at once; empty for no message."""
+    return f'<p role="alert" class="alert">{html.escape(message)}</p>' if message else ""
+
+
+def note(message: str) -> str:
+    """HTML of a quiet remark: what is being done."""
+    return f'<p role="status" class="note">{html.escape(message)}</p>' if message else ""
+
+
+def picture_input(words: Translations, elem_id: str) -> Any:
+    """A picture's place: drop, paste, choose or photograph. Its value is the uploaded file as it came."""
+    import gradio as gr
+
+    def preprocess(self: Any, payload: Any) -> str | None:
+        return None if payload is None else str(payload.path)
+
+    # Gradio would open the file itself, with limits of its own and errors in its own words; that is `check_picture`'s
+    # work. A `class` statement would do, but for gradio's metaclass, which writes a file of stubs beside the source.
+    uploaded = ABCMeta.__new__(
+        type(gr.Image), "Uploaded", (gr.Image,),
+        {"preprocess": preprocess, "is_template": True, "__module__": __name__},  # to the browser it is a gr.Image
+    )  # fmt: skip
+    return uploaded(
+        type="filepath", sources=["upload", "clipboard", "webcam"], label=words("picture"), height=280, elem_id=elem_id,
+        buttons=["fullscreen"], webcam_options=gr.WebcamOptions(mirror=False), placeholder=words("picture_place"),
+        alt_text=words("picture"),
+    )  # fmt: skip
+
+
+def question_input(words: Translations, limits: PageLimits, elem_id: str) -> Any:
+    import gradio as gr
+
+    return gr.Textbox(
+        label=words("question"), placeholder=words("question_place"), lines=1, max_lines=6, elem_id=elem_id,
+        max_length=limits.question_characters,
+    )  # fmt: skip
+
+
+def tokens_input(words: Translations, limits: PageLimits, usual: int) -> Any:
+    import gradio as gr
+
+    most = limits.answer_tokens
+    return gr.Slider(1, most, value=min(usual, most), step=1, label=words("longest_answer"))
+
+
+def watch_picture(picture: Any, error: Any, words: Translations, limits: PageLimits) -> None:
+    """Say at once, in `error`, what is wrong with a new picture, and take it away."""
+    import gradio as gr
+
+    def show_image(path: str | None) -> tuple[Any, Any]:
+        if path is None:  # taken away: by the visitor, or here because of what the error says
+            return gr.skip(), gr.skip()
+        try:
+            check_picture(path, words, limits)
+        except Refused as e:
+            return None, alert(str(e))
+        return gr.skip(), ""
+
+    picture.change(show_image, picture, [picture, error], show_progress="hidden")
+
+
+@dataclass(frozen=True)
+class ChatState:
+    """What was said so far. A picture stands in the message that it came with; `picture` is the last one."""
+
+    messages: tuple[Message, ...] = ()
+    picture: str | None = None
+
+    def asked(self, question: str, picture: str | None) -> ChatState:
+        """With a question; a picture that is not the last one comes with it."""
+        parts: tuple[Part, ...] = (TextPart(question),)
+        if picture is not None and picture != self.picture:
+            parts = (ImagePart(Path(picture)), *parts)
+        return ChatState((*self.messages, Message("user", parts)), picture or self.picture)
+
+    def answered(self, answer: str) -> ChatState:
+        return replace(self, messages=(*self.messages, Message("assistant", (TextPart(answer),))))
+
+    def bubbles(self, alt_text: str) -> list[dict[str, Any]]:
+        """As gradio's chatbot takes it."""
+
+        def content(part: Any) -> Any:
+            return part.text if isinstance(part, TextPart) else {"path": str(part.source), "alt_text": alt_text}
+
+        return [{"role": message.role, "content": content(p)} for message in self.messages for p in message.parts]
+
+    def about_last_picture(self) -> Conversation | None:
+        """The last question with all that was said since the last picture, which is what `look` can explain."""
+        asked = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
+        with_picture = [i for i, m in enumerate(asked) if any(isinstance(p, ImagePart) for p in m.parts)]
+        return Conversation(asked[with_picture[-1] :]) if with_picture else None
+
+
+def stream(answerer: Any, chat_state: ChatState, *, tokens: int, temperature: float = 0.0) -> Iterator[str]:
+    """The answer so far, each time it has grown. Closing the iterator stops the model."""
+    said = ""
+    pieces = answerer.stream(Conversation(chat_state.messages), max_new_tokens=tokens, temperature=temperature)
+    try:
+        for piece in pieces:
+            said += piece
+            if said.strip():
+                yield said.strip()
+    finally:
+        pieces.close()
+
+
+@dataclass(frozen=True)
+class Asker:
+    """What the tab does, without the page: it turns one question into the states that the page shows on the way."""
+
+    models: Models
+    words: Translations
+    limits: PageLimits
+
+    def check(self, question: str, picture: str | None) -> str:
+        """The question without spaces around. Raises Refused: it is empty or too long, or the picture cannot be
+        used."""
+        question = question.strip()
+        if not question:
+            raise Refused(self.words("no_question"))
+        if len(question) > self.limits.question_characters:
+            raise Refused(self.words("long_question", found=len(question), most=f"{self.limits.question_characters:,}"))
+        check_picture(picture, self.words, self.limits)
+        return question
+
+    def emit(
+        self, model: str, chat_state: ChatState, question: str, picture: str | None, tokens: int, temperature: float
+    ) -> Iterator[tuple[ChatState, str]]:
+        """The conversation as it grows, and HTML of what is going on. Raises OpticNerveError: in the page's language
+        where the page found it, else in the package's own words."""
+        asked = chat_state.asked(self.check(question, picture), picture)
+        yield asked, note(self.words("thinking" if self.models.is_loaded(model) else "loading", model=model))
+        answer = ""
+        with self.models.turn(model) as answerer:
+            for answer in stream(answerer, asked, tokens=tokens, temperature=temperature):
+                yield asked.answered(answer), ""
+        if not answer:
+            raise Refused(self.words("no_answer"))
+
+
+def chat_tab(words: Translations, models: Models, limits: PageLimits) -> Any:
+    """Lay out the tab within a `gr.Blocks`; returns the model's dropdown, whose choices change as runs end."""
+    import gradio as gr
+
+    from opticnerve.ui.look import look_part
+
+    asker = Asker(models, words, limits)
+    names = models.choices()
+    chat_state = gr.State(ChatState())
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            model = gr.Dropdown(names, value=names[0], label=words("model"), filterable=False, elem_id="model")
+            picture = picture_input(words, "picture")
+            with gr.Accordion(words("settings"), open=False):
+                tokens = tokens_input(words, limits, 256)
+                temperature = gr.Slider(
+                    0, 2, value=0, step=0.1, label=words("temperature"), info=words("temperature_info")
+                )
+        with gr.Column(scale=3, min_width=300):
+            chat = gr.Chatbot(
+                label=words("conversation"), height=380, elem_id="conversation", render_markdown=False,
+                feedback_options=None, buttons=["copy"], placeholder=words("conversation_place"),
+            )  # fmt: skip
+            error = gr.HTML(elem_id="chat-error", padding=False)
+            question = question_input(words, limits, "question")
+            with gr.Row(elem_classes="buttons"):
+                send = gr.Button(words("send"), variant="primary", elem_id="send", min_width=90)
+                stop = gr.Button(words("stop"), elem_id="stop", min_width=90)
+                fresh = gr.Button(words("new_conversation"), elem_id="new", min_width=90)
+    forget_maps = look_part(words, models, model, chat_state)
+
+    def emit(
+        model: str, chat_state: ChatState, question: str, picture: str | None, tokens: float, temperature: float
+    ) -> Iterator[tuple[Any, ...]]:
+        kept = chat_state
+        try:
+            for kept, doing in asker.emit(model, chat_state, question, picture, int(tokens), temperature):
+                yield kept, kept.bubbles(words("picture")), doing, ""
+        except (OpticNerveError, OSError) as e:
+            # What was said before stays, and the question goes back to where it can be mended.
+            answered = kept if kept.messages[len(chat_state.messages) + 1 :] else chat_state
+            yield answered, answered.bubbles(words("picture")), alert(str(e)), question
+
+    watch_picture(picture, error, words, limits)
+    asking = gr.on(
+        [send.click, question.submit], emit, [model, chat_state, question, picture, tokens, temperature],
+        [chat_state, chat, error, question], concurrency_limit=1, concurrency_id="model", show_progress="hidden",
+    )  # fmt: skip
+    # The maps are of the last answer; a new question makes it the last but one.
+    gr.on([send.click, question.submit], *forget_maps, show_progress="hidden")
+    chat.clear(ChatState, None, chat_state, show_progress="hidden")
+    stop.click(lambda: "", None, error, cancels=[asking], show_progress="hidden")
+    fresh.click(
+        lambda: (ChatState(), [], "", ""), None, [chat_state, chat, error, question], cancels=[asking],
+        show_progress="hidden",
+    ).then(*forget_maps, show_progress="hidden")  # fmt: skip
+    return model
