@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import tiny
 from opticnerve.connectors.mlp import LinearConnector
 from opticnerve.connectors.qformer import QFormerConnector
-from opticnerve.data.collators.qformer import CaptionBatch, CaptionCollator
+from opticnerve.data.collators.contrastive import CaptionBatch, CaptionCollator
 from opticnerve.objectives.base import gather_padded
 from opticnerve.objectives.qformer_pretraining import (
     QFormerPretraining,

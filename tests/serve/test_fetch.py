@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from served import Live, chat, image_url
 
-from opticnerve.data.media.images import decode_data_url
+from opticnerve.data.media.files import decode_data_url
 from opticnerve.serve import media as module
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.media import fetch, is_public

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from opticnerve import recipe as recipes
-from opticnerve.data.encode.loader import Waiting
 from opticnerve.models.family import build
 from opticnerve.train import checkpoint
 from opticnerve.train.loop import Interrupted, run_stage
@@ -133,6 +132,8 @@ def _hurt(hurt: str) -> None:
     if rank != os.environ.get("RANK", "0"):
         return
     taken, step = 0, int(at)
+    from opticnerve.data.encode.loader import TimedBatches
+
     before = TimedBatches.__next__
 
     def after(self: Any) -> Any:

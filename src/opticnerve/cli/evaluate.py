@@ -126,7 +126,7 @@ def show_results(results: dict[str, Any], console: Any) -> None:
         console.print(table)
     tasks = results.get("tasks") or []
     if ranked := [t for t in tasks if "image_to_text" in t]:
-        from opticnerve.runs.card.two_towers import RETRIEVAL_HEAD, retrieval_rows
+        from opticnerve.runs.card.scores import RETRIEVAL_HEAD, retrieval_rows
 
         table = table_of("Retrieval (in brackets: chance)", RETRIEVAL_HEAD[0], *(f">{h}" for h in RETRIEVAL_HEAD[1:]))
         for row in retrieval_rows(ranked, results.get("untrained")):

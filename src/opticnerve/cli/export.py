@@ -140,7 +140,7 @@ def import_(
     Every tensor is accounted for, and both models must give the same logits on fixed samples; otherwise the message
     says what cannot be imported, and nothing is written.
     """
-    from opticnerve.models.import_hf import import_checkpoint
+    from opticnerve.models.import_hf.run import import_checkpoint
 
     quiet_libraries()
     made = import_checkpoint(name, out, dtype=dtype, device=device, emit=_progress(as_json))

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from opticnerve.common import atomic
 from opticnerve.common.markdown import table
-from opticnerve.common.waiting import Waiting
+from opticnerve.common.progress import Waiting
 from opticnerve.data.dataset.load import by_picture, fixed_sample, load_data
 from opticnerve.evaluation import tasks
 from opticnerve.evaluation.choice import run_choice, run_multiple_choice

@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from opticnerve.common.cache import cache_dir
-from opticnerve.common.units import format_bytes
 from opticnerve.types import OpticNerveError
 
 BUDGET = "OPTICNERVE_FEATURE_BUDGET"

@@ -97,6 +97,9 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Each part draws its own first weights when it is built."""
 
+    def give_lora(self, options: dict[str, Any]) -> None:
+        raise OpticNerveError("there is no language model to adapt here; train encoders' last blocks instead")
+
     def full_name(self, part: str) -> str:
         """The words for parts are clear as they are."""
         return part

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opticnerve.connectors.qformer import QFormerConnector
-from opticnerve.data.collators.qformer import CaptionBatch, CaptionCollator
+from opticnerve.data.collators.contrastive import CaptionBatch, CaptionCollator
 from opticnerve.objectives.base import Objective, gather, gather_padded, processes, shared_uniform
 from opticnerve.types import Features, OpticNerveError
 

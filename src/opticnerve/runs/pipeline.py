@@ -10,10 +10,11 @@ import time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
+from torch import nn
 import transformers
 from rich.console import Console
 
@@ -153,7 +154,13 @@ def _measure_text(dock: Family, results: Results, after: str, console: Console |
     untouched = next((e for e in entries if e["after"] == "untouched"), None)
     with Waiting(console, f"text alone, {'before training' if after == 'untouched' else f'after {after}'}"):
         entry = forgetting_entry(
-            after, dock.model, tokenizer, generate, untouched=untouched, reuse_identical=True, tokens=tokens
+            after,
+            cast(nn.Module, dock.model),
+            tokenizer,
+            generate,
+            untouched=untouched,
+            reuse_identical=True,
+            tokens=tokens,
         )
     entries.append(entry)
     if (dock.lora or {}).get("when") == "media":

@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 from opticnerve.inference.generate import Answerer
-from opticnerve.language.layers import context_length
 from opticnerve.serve import schema
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import ServerLimits

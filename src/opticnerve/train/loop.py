@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from opticnerve.common import atomic
 from opticnerve.common.progress import Progress
-from opticnerve.data.encode.loader import Waiting, loader
+from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
 from opticnerve.distributed.heartbeat import LostProcess
 from opticnerve.models.family import Family
@@ -112,7 +112,7 @@ class Trainer:
         """All steps that are left; a checkpoint every `save_every`, and whenever something ends them before."""
         stage, state, steps, device = self.stage, self.state, self.sampler.steps, self.accelerator.device
         alone = self.accelerator.num_processes == 1
-        batches = Waiting(loader(self.sampler, state.step * stage.accumulate, stage.workers, device), device)
+        batches = TimedBatches(loader(self.sampler, state.step * stage.accumulate, stage.workers, device), device)
         barrier(self.accelerator)  # all have read what is in the folder
         with _signals(self._ask_to_stop), self._metrics() as self.log, self._progress() as bar:
             started = time.perf_counter() - state.elapsed

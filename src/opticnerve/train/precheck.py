@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from opticnerve.data.dataset.dataset import Chosen, Example
+from opticnerve.data.dataset.dataset import Example, ExampleSubset
 from opticnerve.data.dataset.streaming import Streams
 from opticnerve.data.encode.packing import shared_prefix
 from opticnerve.data.encode.tokenize import Encoded, encode
@@ -111,7 +111,9 @@ def precheck(
     if not kept:
         return examples
     numbers = np.delete(np.arange(len(examples), dtype=np.uint32), gone)
-    return Chosen(examples, numbers, {int(np.searchsorted(numbers, n)): places for n, places in kept.items() if places})
+    return ExampleSubset(
+        examples, numbers, {int(np.searchsorted(numbers, n)): places for n, places in kept.items() if places}
+    )
 
 
 def fingerprint(sampler: StageSampler, notes: Notes) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from opticnerve.data.collators.next_token import Batch, Collator
 from opticnerve.data.dataset.dataset import Example
 from opticnerve.data.dataset.load import draw
 from opticnerve.data.dataset.streaming import Streams
-from opticnerve.data.encode.pack_plan import PackPlan, deal
-from opticnerve.data.encode.packing import Row, fit, pack, side_by_side
+from opticnerve.data.encode.packing import PackPlan, Row, deal, fit, pack, side_by_side
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.data.media.audio import RATE, open_audio
 from opticnerve.data.media.transform import open_for
@@ -309,12 +308,12 @@ class StreamingSampler(StageSampler):
             _ = self.row(index) if self.own_collate is None else self._collatable(index)
         self.leave_out(self.take_left_out())
 
-    def take_marks(self) -> list[Any]:
+    def state_delta(self) -> list[Any]:
         """Where windows begin, for the process that saves; `data.loader` brings them from its workers."""
-        return self.examples.take_marks()
+        return self.examples.state_delta()
 
-    def put_marks(self, found: list[Any]) -> None:
-        self.examples.put_marks(found)
+    def load_state_delta(self, found: list[Any]) -> None:
+        self.examples.load_state_delta(found)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "stream": self.examples.state_dict()}

@@ -52,7 +52,8 @@ class Models:
         self, names: Sequence[str], *, runs: Path | None = None, keep: int = 2, device: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
-        from opticnerve.inference.load import kind_of, resolve
+        from opticnerve.inference.load import resolve
+        from opticnerve.models.family import family_of
 
         self.names, self.runs, self.keep = list(dict.fromkeys(names)), runs, keep
         self.device, self.trust_remote_code = device, trust_remote_code
@@ -114,10 +115,10 @@ class Models:
 
 def _stages(folder: Path) -> list[str]:
     """The finished stages of a run, as `opticnerve ask` takes them; those that hold no conversation are left out."""
-    from opticnerve.inference.load import kind_of
+    from opticnerve.models.family import family_of
 
     found = []
     for stage in sorted(p.parent for p in folder.glob("stages/*/dock.json")):
         with suppress(OpticNerveError):  # being written, or damaged: it is not on offer
-            found += [str(stage)] if kind_of(str(stage)) == "docked" else []
+            found += [str(stage)] if family_of(str(stage)).MODEL.can_generate() else []
     return found

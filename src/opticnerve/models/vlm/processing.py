@@ -22,7 +22,7 @@ from transformers.image_utils import ImageInput
 from opticnerve.common.private_names import saved_parts
 from opticnerve.data.encode.chat_layout import form_of
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
-from opticnerve.language.saved_tokenizer import check_saved, keep_arguments
+from opticnerve.language.load import check_saved, keep_arguments
 from opticnerve.models.vlm.tiling import TileLayout
 from opticnerve.types import OpticNerveError, Thinking
 
