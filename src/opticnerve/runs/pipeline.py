@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import psutil
 import torch
-from torch import nn
 import transformers
 from rich.console import Console
+from torch import nn
 
 from opticnerve.common.progress import Waiting
 from opticnerve.common.version import __version__
