@@ -75,7 +75,7 @@ class Family(Protocol):
     lora: dict[str, Any] | None
 
     @property
-    def model(self) -> FamilyModel: ...
+    def model(self) -> Any: ...  # a `FamilyModel`, and a `PreTrainedModel`
     @property
     def processor(self) -> Any: ...
     @property
