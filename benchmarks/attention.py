@@ -3,7 +3,7 @@
     python benchmarks/attention.py
     python benchmarks/attention.py --quick     # tiny shapes, to see that it runs
 
-`language.attention.LONGEST` says up to how many positions ours is taken: where this table says that it is the faster.
+`ops.attention.LONGEST` says up to how many positions ours is taken: where this table says that it is the faster.
 """
 
 from __future__ import annotations

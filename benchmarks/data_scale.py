@@ -124,7 +124,7 @@ def stream(path: Path, rows: int, marks: Path) -> dict[str, Any]:
     """Every row drawn once; where marks lie already, the last tenth of them."""
     from opticnerve.data.dataset.load import load_streams
     from opticnerve.recipe import DataSpec, Stage
-    from opticnerve.train.streaming_sampler import StreamingSampler
+    from opticnerve.train.sampler import StreamingSampler
 
     spec = DataSpec(path=str(path), media=str(path.parent / "media"), streaming=True)
     stage = Stage(name="instruct", train={"connector": 1e-3}, data=[spec], batch_size=8, steps=rows // 8)

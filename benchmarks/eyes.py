@@ -22,7 +22,7 @@ from side_by_side import in_turn, machine
 from torch import Tensor
 
 from opticnerve.encoders.hf_vision import HFVisionEncoder
-from opticnerve.ops.vision_attention import plain_attention
+from opticnerve.ops.attention import plain_attention
 
 
 @dataclass(frozen=True)

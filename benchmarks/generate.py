@@ -24,10 +24,9 @@ from shapes import SHAPES, Shape, llava, ours
 from side_by_side import Trial, alternate, finish, machine, table
 
 ABLATED = {
-    "no lean step": {"lean": False},
+    "no fused step": {"fused": False},
     "no packed weights": {"pack": False},
-    "no room in the cache": {"room": False, "lean": False},
-    "queries grouped": {"group_queries": True},
+    "no room in the cache": {"room": False, "fused": False},
 }
 
 
@@ -78,14 +77,14 @@ def theirs(model: Any, ids: torch.Tensor, mask: torch.Tensor, images: torch.Tens
 
 def mine(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, new: int, *, shared: int = 0,
-    fused: bool = True, room: bool = True, pack: bool = True, group_queries: bool = False,
+    fused: bool = True, room: bool = True, pack: bool = True,
 ) -> list[list[int]]:  # fmt: skip
     """Our tokens; `shared`: of so many first tokens of all rows, read once, `images` shows one row's."""
     from opticnerve.inference.decoding import decode
     from opticnerve.inference.shared_prefix import layout, read_heads
     from opticnerve.ops.fused_decode import FusedDecoder
 
-    decoder = FusedDecoder.of(model.language_model, pack=pack, group_queries=group_queries) if fused else None
+    decoder = FusedDecoder.of(model.language_model, pack=pack) if fused else None
     inputs, cache = {"input_ids": ids, "attention_mask": mask, "pixel_values": images}, None
     if shared:
         rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]

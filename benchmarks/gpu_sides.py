@@ -96,7 +96,7 @@ def trial(side: str, work: Training | Generation, device: str, *, compiled: bool
 def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
     from opticnerve.models.freeze import freeze
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.ops.fused_layers import fused
+    from opticnerve.ops.fused_layers import fuse_layers
     from opticnerve.train.optim import MasterAdamW
     from opticnerve.train.setup import checkpoint_layers
 
@@ -121,13 +121,14 @@ def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
             loss, _ = objective(batch.to(device))
             (loss / supervised).backward()
             optimizer.collect()
-        optimizer.step(1.0, 1.0)
+        optimizer.clip(1.0)
+        optimizer.step(1.0)
 
     warm, measured = work.samples()
     with torch.no_grad():
         total, count = objective(_batch(warm[:2], pool, None).to(device))
     random.Random(0).shuffle(measured)
-    with fused(model.language_model):
+    with fuse_layers(model.language_model):
         for start in range(0, len(warm), work.batch):
             step(warm[start : start + work.batch])
         _start_counting(device)
@@ -160,8 +161,10 @@ class _Plain:
     def collect(self) -> None:
         """Gradients stay where autograd left them."""
 
-    def step(self, factor: float, clip: float) -> None:
-        torch.nn.utils.clip_grad_norm_(self.weights, clip)
+    def clip(self, limit: float) -> None:
+        torch.nn.utils.clip_grad_norm_(self.weights, limit)
+
+    def step(self, factor: float) -> None:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
 

@@ -58,7 +58,7 @@ def _steps(shape: Shape, *, pictures: int, text: int, batch: int, live: bool = F
     from opticnerve.data.encode.packing import pack
     from opticnerve.models.freeze import freeze
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.ops.fused_layers import fused
+    from opticnerve.ops.fused_layers import fuse_layers
     from opticnerve.train.optim import MasterAdamW
     from opticnerve.types import Features
 
@@ -83,12 +83,13 @@ def _steps(shape: Shape, *, pictures: int, text: int, batch: int, live: bool = F
     def step() -> None:
         loss, supervised = objective(given)
         (loss / supervised).backward()
-        optimizer.step(1.0, 1.0)
+        optimizer.clip(1.0)
+        optimizer.step(1.0)
 
     sizes = [(1600, i, o) for i, o in set(shape.language_part.matrices)]
     rate = shapes.matmul_rate(sizes, seconds=0.2)
     before = _resident()
-    with fused(model.language_model):
+    with fuse_layers(model.language_model):
         seconds = _repeat(step)
     rate = max(rate, shapes.matmul_rate(sizes, seconds=0.2))  # what else the machine does comes and goes
     needed = shapes.flops(

@@ -161,7 +161,7 @@ def _parts(shape: Shape, dtype: Any, device: Any, seed: int, calibrate: bool) ->
 
     from opticnerve.connectors.mlp import MLPConnector
     from opticnerve.encoders.hf_vision import HFVisionEncoder
-    from opticnerve.fusion.splice import Splice
+    from opticnerve.fusion.base import Splice
 
     dtype = dtype or torch.bfloat16
     vision_encoder, language_part = shape.vision_encoder, shape.language_part
@@ -223,12 +223,11 @@ def flops(
     rank: int = LORA["rank"],
     live_encoder: bool = True,
     causal: bool = True,
-    last_mlp_everywhere: bool = False,
 ) -> int:
     """The fewest floating-point operations of a training step, a multiply and an add being two.
 
     The language model forward and the gradient of its activations; the gradient of weights for those that train alone;
-    the LM head and the last layer's MLP at supervised positions alone; the eye forward, no further than the layer that
+    the LM head at supervised positions alone; the eye forward, no further than the layer that
     is used. Padding, what is computed again (checkpointing, flash attention's backward pass), norms and activations
     count nothing.
 
@@ -238,7 +237,6 @@ def flops(
         trains: beside the connector, LoRA of `rank` on all linear layers, or the whole language model.
         live_eye: False where features come from a cache.
         causal: False counts the whole square of attention, as torch's flop counter does.
-        last_mlp_everywhere: at all positions, as transformers computes it.
     """
     language_part, vision_encoder = shape.language_part, shape.vision_encoder
     tokens = sum(lengths)
@@ -251,7 +249,6 @@ def flops(
 
     attention = 4 * pairs * language_part.width  # q·k and p·v; backward, each is two products
     layer = linear(tokens, language_part.matrices) + 3 * attention
-    unread = 0 if last_mlp_everywhere else linear(tokens - supervised, language_part.matrices[4:])
     head = ways * 2 * supervised * language_part.width * language_part.vocabulary
 
     soft = images * vision_encoder.tokens
@@ -260,11 +257,7 @@ def flops(
         2 * soft * (2 * vision_encoder.width * language_part.width + 3 * language_part.width * language_part.width)
     )
     return (
-        language_part.layers * layer
-        - unread
-        + head
-        + connector
-        + (encoder_flops(vision_encoder, images) if live_encoder else 0)
+        language_part.layers * layer + head + connector + (encoder_flops(vision_encoder, images) if live_encoder else 0)
     )
 
 

@@ -41,7 +41,8 @@ ABLATIONS = {
     "padded, not packed": ["pack=null"],
     "torch's attention": ["ablate=attention"],
     "logits everywhere": ["ablate=logits"],
-    "transformers' and peft's layers": ["ablate=lean"],
+    "transformers' and peft's layers": ["ablate=layers"],
+    "an idle eye in memory": ["ablate=offload"],
 }
 
 
@@ -70,7 +71,7 @@ def opticnerve(args: Any, folder: Path) -> Trial:
     from opticnerve.models.freeze import freeze
     from opticnerve.models.vlm.build import Dock
     from opticnerve.objectives.next_token import NextToken
-    from opticnerve.ops.fused_layers import fused
+    from opticnerve.ops.fused_layers import fuse_layers
     from opticnerve.recipe import load
     from opticnerve.train import loop
     from opticnerve.train.loop import run_stage
@@ -98,7 +99,7 @@ def opticnerve(args: Any, folder: Path) -> Trial:
     stage = recipe.stages[0]
     frozen = freeze(model, {"connector": 1e-3})
     batch = Collator(processor)([pack([[s]]) for s in samples[:CHECKED]])
-    with fused(model.language_model):
+    with fuse_layers(model.language_model):
         loss, count = NextToken(model)(batch)
         (loss / count).backward()
     check = [float(loss.detach() / count), _norm(p for group in frozen.groups.values() for p in group.values())]
@@ -115,7 +116,7 @@ def _without(changes: list[str]) -> None:
     import torch
 
     from opticnerve.objectives import next_token
-    from opticnerve.train import loop
+    from opticnerve.train import setup
 
     if "ablate=attention" in changes:
         next_token.supported = lambda language_model: False
@@ -126,8 +127,10 @@ def _without(changes: list[str]) -> None:
             return torch.nn.functional.cross_entropy(logits_BLV[keep_BL], targets_M, reduction="sum")
 
         next_token.supervised_loss = everywhere
-    if "ablate=lean" in changes:
-        loop.fused = lambda language_model, functions: contextlib.nullcontext(0)
+    if "ablate=layers" in changes:
+        setup.fuse_layers = lambda language_model, functions: contextlib.nullcontext(0)
+    if "ablate=offload" in changes:
+        setup.offload_encoder = lambda vision_encoder, folder, console: None
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------

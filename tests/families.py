@@ -195,6 +195,6 @@ def tokenizer(family: Family) -> Any:
 
 
 def processor(family: Family, *, num_image_tokens: int = 2, **options: Any) -> OpticNerveProcessor:
-    """The processor of a dock on that language model, with a tiny eye."""
+    """The processor of a dock on that language model, with a tiny vision encoder."""
     pictures = make_image_processor(size=8, mean=[0.5] * 3, std=[0.5] * 3)
     return OpticNerveProcessor(pictures, tokenizer(family), num_image_tokens=num_image_tokens, **options)

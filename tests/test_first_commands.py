@@ -40,7 +40,7 @@ import numpy as np, soundfile, av
 from opticnerve.data.media.audio import open_audio
 from opticnerve.data.media.video import frames
 from opticnerve.evaluation import metrics
-import opticnerve.serve.app, opticnerve.ui.app, opticnerve.ops.liger
+import opticnerve.serve.app, opticnerve.ui.app, opticnerve.ops.kernels
 import liger_kernel.transformers, prometheus_client, sacrebleu, pycocoevalcap.cider.cider, tensorboard
 from torch.utils.tensorboard import SummaryWriter
 

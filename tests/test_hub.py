@@ -254,7 +254,7 @@ PARTS = {
     "eye": (EYE, "model.image.encoder.name={}"),
     "ear": (EAR, "model.audio={{encoder: {{type: whisper, name: {}}}}}"),
     "timm": (EYE, "model.image.encoder={{type: timm, name: 'hf-hub:{}'}}"),
-    "dual eye": (EYE, "model.image.encoder={{type: dual_encoder, name: {}}}"),
+    "dual vision encoder": (EYE, "model.image.encoder={{type: dual_encoder, name: {}}}"),
     "bert": (EYE, "model.image.connector={{type: qformer, bert: {}}}"),
 }
 

@@ -63,7 +63,7 @@ def test_disk_and_views_are_the_real_ones(make_recipe: Callable[..., Recipe], tm
         patch.setattr(feature_cache, "_DISK", 1e30)
         free = foreseen(recipe)
     assert free.saved == pytest.approx(free.vision_encoder * (1 - 6 / 300))
-    # The whole step is the eye and the rest; the eye's share is a share.
+    # The whole step is the vision encoder and the rest; the vision encoder's share is a share.
     assert 0 < free.vision_encoder < 1
 
 

@@ -21,7 +21,7 @@ import tiny
 from opticnerve.common import private_names
 from opticnerve.models.vlm.build import Dock
 from opticnerve.models.vlm.processing import OpticNerveProcessor
-from opticnerve.models.vlm.tiling_processor import TilingImageProcessor
+from opticnerve.models.vlm.tiling import TilingImageProcessor
 
 SOURCE = Path(__file__).parents[1] / "src"
 HOME = SOURCE / "opticnerve" / "common" / "private_names.py"

@@ -40,7 +40,7 @@ def test_registering(parts: Registry[Any]) -> None:
 
 
 def test_dotted_paths_need_leave(parts: Registry[Any]) -> None:
-    path = "opticnerve.connectors.linear:LinearConnector"
+    path = "opticnerve.connectors.mlp:LinearConnector"
     assert parts.get(path).__name__ == "LinearConnector"
     with pytest.raises(OpticNerveError, match="trust_remote_code=True"):
         parts.get(path, allow_dotted=False)
@@ -52,8 +52,8 @@ def test_dotted_paths_need_leave(parts: Registry[Any]) -> None:
 
 def test_entry_points_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = [
-        EntryPoint("theirs", "opticnerve.connectors.linear:LinearConnector", "g"),
-        EntryPoint("mlp", "opticnerve.connectors.linear:LinearConnector", "g"),
+        EntryPoint("theirs", "opticnerve.connectors.mlp:LinearConnector", "g"),
+        EntryPoint("mlp", "opticnerve.connectors.mlp:LinearConnector", "g"),
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: theirs if group == "g" else [])
     parts: Registry[Any] = Registry("connector", group="g", builtin={"mlp": "opticnerve.connectors.mlp:MLPConnector"})

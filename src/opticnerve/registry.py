@@ -96,19 +96,19 @@ encoders: Registry[Any] = Registry(
     builtin={
         "hf_vision": "opticnerve.encoders.hf_vision:HFVisionEncoder",
         "timm": "opticnerve.encoders.timm:TimmEncoder",
-        "pair": "opticnerve.encoders.pair:PairEncoder",
+        "pair": "opticnerve.encoders.nested:PairEncoder",
         "patches": "opticnerve.encoders.patches:PatchesEncoder",
         "whisper": "opticnerve.encoders.whisper:WhisperEncoder",
-        "dual_encoder": "opticnerve.encoders.dual_eye:DualEncoderVision",
+        "dual_encoder": "opticnerve.encoders.nested:DualEncoderVision",
     },
 )
 connectors: Registry[Any] = Registry(
     "connector",
     group="opticnerve.connectors",
     builtin={
-        "linear": "opticnerve.connectors.linear:LinearConnector",
+        "linear": "opticnerve.connectors.mlp:LinearConnector",
         "mlp": "opticnerve.connectors.mlp:MLPConnector",
-        "pixel_shuffle": "opticnerve.connectors.pixel_shuffle:PixelShuffleConnector",
+        "pixel_shuffle": "opticnerve.connectors.mlp:PixelShuffleConnector",
         "qformer": "opticnerve.connectors.qformer:QFormerConnector",
         "resampler": "opticnerve.connectors.resampler:ResamplerConnector",
         "abstractor": "opticnerve.connectors.abstractor:AbstractorConnector",
@@ -118,7 +118,7 @@ fusions: Registry[Any] = Registry(
     "fusion",
     group="opticnerve.fusions",
     builtin={
-        "splice": "opticnerve.fusion.splice:Splice",
+        "splice": "opticnerve.fusion.base:Splice",
         "cross_attention": "opticnerve.fusion.gated_cross_attention:GatedCrossAttention",
     },
 )
@@ -129,7 +129,7 @@ objectives: Registry[Any] = Registry(
         "next_token": "opticnerve.objectives.next_token:NextToken",
         "dpo": "opticnerve.objectives.dpo:DPO",
         "contrastive": "opticnerve.objectives.contrastive:Contrastive",
-        "classification": "opticnerve.objectives.classification:Classification",
+        "classification": "opticnerve.objectives.next_token:Classification",
         "qformer_pretraining": "opticnerve.objectives.qformer_pretraining:QFormerPretraining",
     },
 )

@@ -1,4 +1,4 @@
-"""The benchmark of eyes runs, and both sides see the same."""
+"""The benchmark of vision encoders runs, and both sides see the same."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ import made_data
 import shapes
 
 from opticnerve.models.freeze import freeze
-from opticnerve.ops.last_mlp import last_mlp_at
 
 TINY = ["tiny", "tiny-siglip"]
 
@@ -53,10 +52,9 @@ def test_both_sides_train_the_same_parameters(name: str) -> None:
         assert count["a"] == count["b"] > 0
 
 
-@pytest.mark.parametrize("last_mlp", ["everywhere", "where it is read"])
 @pytest.mark.parametrize("trains", ["connector", "lora", "full"])
 @pytest.mark.parametrize("name", TINY)
-def test_flops_are_those_that_torch_counts(name: str, trains: Any, last_mlp: str) -> None:
+def test_flops_are_those_that_torch_counts(name: str, trains: Any) -> None:
     shape, rank = shapes.SHAPES[name], 4
     model = shapes.ours(shape, torch.float32)
     if trains == "lora":
@@ -65,15 +63,14 @@ def test_flops_are_those_that_torch_counts(name: str, trains: Any, last_mlp: str
     model.set_attn_implementation("eager")  # whose products are counted one by one
     inputs, encoded = sample(shape)
     keep = torch.tensor([i for i, label in enumerate(encoded.labels[1:]) if label != -100])
-    places = (keep if last_mlp == "where it is read" else keep[:0], 1)
-    with FlopCounterMode(display=False) as counter, last_mlp_at(model.language_model, *places):
+    with FlopCounterMode(display=False) as counter:
         logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=keep).logits
         torch.nn.functional.cross_entropy(logits[0], inputs["labels"][0, keep + 1]).backward()
     needed = shapes.flops(
         shape, lengths=[len(encoded.input_ids)], supervised=encoded.supervised, images=1, trains=trains, rank=rank,
-        causal=False, last_mlp_everywhere=last_mlp == "everywhere",
+        causal=False,
     )  # fmt: skip
-    # transformers' eye computes the layers behind the one that is used, too.
+    # transformers' vision encoder computes the layers behind the one that is used, too.
     whole = shapes.encoder_flops(replace(shape.vision_encoder, layer=-1), 1) - shapes.encoder_flops(
         shape.vision_encoder, 1
     )

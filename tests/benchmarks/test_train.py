@@ -24,18 +24,18 @@ def test_both_sides_train_the_same(stage: str) -> None:
     assert "Of the floor" in done.stdout
 
 
-def test_what_stands_in_for_the_lean_layers_takes_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stands_in_for_the_fused_layers_takes_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from opticnerve.train import loop
+    from opticnerve.train import setup
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     sys.modules.pop("train", None)
     import train
 
-    taken = list(inspect.signature(loop.fused).parameters)
-    monkeypatch.setattr(loop, "lean", loop.fused)  # to be put back
-    train._without(["ablate=lean"])
-    assert list(inspect.signature(loop.fused).parameters) == taken
-    with loop.fused(torch.nn.Module(), None):
+    taken = list(inspect.signature(setup.fuse_layers).parameters)
+    monkeypatch.setattr(setup, "fuse_layers", setup.fuse_layers)  # to be put back
+    train._without(["ablate=layers"])
+    assert list(inspect.signature(setup.fuse_layers).parameters) == taken
+    with setup.fuse_layers(torch.nn.Module(), None):
         pass

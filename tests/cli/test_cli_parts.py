@@ -153,7 +153,7 @@ def test_a_part_that_cannot_be_read_is_listed_nevertheless(
 
 
 def test_a_part_registered_in_this_program(monkeypatch: pytest.MonkeyPatch, opticnerve: Callable[..., Any]) -> None:
-    from opticnerve.connectors.linear import LinearConnector
+    from opticnerve.connectors.mlp import LinearConnector
 
     registry.connectors.names()
     monkeypatch.setitem(registry.connectors._targets, "mine", LinearConnector)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from opticnerve import registry
 from opticnerve.connectors.base import Connector
-from opticnerve.connectors.linear import LinearConnector
-from opticnerve.connectors.mlp import MLPConnector
+from opticnerve.connectors.mlp import LinearConnector, MLPConnector
 from opticnerve.types import Features, OpticNerveError
 
 SIZES = {"in_size": 6, "out_size": 10, "in_tokens": 4}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from opticnerve.connectors.abstractor import AbstractorConnector
 from opticnerve.connectors.base import Connector
-from opticnerve.connectors.pixel_shuffle import PixelShuffleConnector
+from opticnerve.connectors.mlp import PixelShuffleConnector
 from opticnerve.connectors.resampler import ResamplerConnector
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.build import Dock

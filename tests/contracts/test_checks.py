@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from opticnerve.connectors.base import Connector
 from opticnerve.encoders.base import Encoder, make_image_processor
-from opticnerve.fusion.base import check_count
+from opticnerve.fusion.base import Splice, check_count
 from opticnerve.fusion.gated_cross_attention import GatedCrossAttention
-from opticnerve.fusion.splice import Splice
 from opticnerve.testing import (
     ContractError,
     check_connector,

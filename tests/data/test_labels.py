@@ -310,7 +310,7 @@ def test_too_long_names_both_numbers() -> None:
     assert e.value.kind == "too-long"
 
 
-@pytest.mark.parametrize("talk", [turns("an <image> here", "a"), turns([ONE, "q"], "an <image> there")])
+@pytest.mark.parametrize("chat_state", [turns("an <image> here", "a"), turns([ONE, "q"], "an <image> there")])
 def test_a_placeholder_word_in_the_text_is_refused(chat_state: Conversation) -> None:
     with pytest.raises(DataError, match=r"chat.jsonl:7.*<image>"):
         encode(chat_state, processor())

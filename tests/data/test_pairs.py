@@ -59,7 +59,7 @@ def test_long_captions_are_cut_where_the_processor_or_the_stage_says(processor: 
     assert PairCollator(processor, max_length=5)([[chat_state]]).input_ids.shape[1] == 5
 
 
-@pytest.mark.parametrize(("talk", "message"), [
+@pytest.mark.parametrize(("chat_state", "message"), [
     (ask("what?", answer="7"), "0 pictures and 1 answers"),
     (ask("what?", tiny.picture(1), tiny.picture(2), answer="7"), "2 pictures and 1 answers"),
     (ask("what?", tiny.picture(1)), "1 pictures and 0 answers"),

@@ -44,7 +44,7 @@ def opened(path: Path, *, window: int, limit: int | None = None, key: str = "0/s
 
 
 def told(stream: Any, sampler: Any) -> list[str]:
-    """What each visit's row says; of a bad one, where it stands."""
+    """What each sample's row says; of a bad one, where it stands."""
     found = []
     for index in sampler:
         try:

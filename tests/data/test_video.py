@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import sys
 import wave
@@ -149,6 +150,19 @@ class TestContainers:
         monkeypatch.setattr(video, "_count", lambda *_: 30)
         assert numbers(frames(file, 5)) == spaced(10, 5)
 
+    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+    def test_decoding_starts_no_thread(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A decoder that is freed while it has threads may hang for good."""
+        file = film(tmp_path / "a.mp4", 30, "libx264", size=(640, 360))
+        before, during, upright = set(os.listdir("/proc/self/task")), set[str](), video._upright
+
+        def listing(frame: Any) -> PIL.Image.Image:
+            during.update(os.listdir("/proc/self/task"))
+            return upright(frame)
+
+        monkeypatch.setattr(video, "_upright", listing)
+        assert len(frames(file, 4)) == 4 and during <= before
+
     def test_without_pyav_it_says_what_to_install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "av", None)
         (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom")
@@ -287,8 +301,6 @@ class TestFrame:
         assert video._recent.cache_info().misses == 1
 
     def test_a_changed_file_is_read_again(self, tmp_path: Path) -> None:
-        import os
-
         file = tmp_path / "a.gif"
         file.write_bytes(animation(12))
         assert numbers([open_image(Frame(file, 1, 2))]) == [6]

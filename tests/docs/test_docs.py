@@ -19,7 +19,7 @@ from pages import DOCS, ROOT, Block, blocks, every_block, prose
 
 KEYS = {  # heading in docs/recipes.md → model in opticnerve.recipe
     "The recipe": "Recipe", "model.language": "LanguageSpec", "model.image": "TowerSpec", "stages": "Stage",
-    "stages.lora": "LoraSpec", "stages.data": "DataSpec", "evaluate": "EvaluateSpec", "A dual encoder": "DualSpec", "Its eye": "VisionSpec", "Its text encoder": "TextSpec",
+    "stages.lora": "LoraSpec", "stages.data": "DataSpec", "evaluate": "EvaluateSpec", "A dual encoder": "DualSpec", "Its vision encoder": "VisionSpec", "Its text encoder": "TextSpec",
     "A fusion classifier": "ClassifierSpec",
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ def furnish(
     """Everything that pages name, in `folder`, which is the working directory.
 
     Args:
-        language, eyes, bert: folders of tiny parts. opticnerve: runs a command here.
+        language, vision encoders, bert: folders of tiny parts. opticnerve: runs a command here.
     """
     pictures(folder)
     made = data_folders(folder / "public")

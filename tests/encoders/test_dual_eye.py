@@ -1,4 +1,4 @@
-"""The eye of a DualEncoder sees the same when it is docked onto a language model."""
+"""The vision encoder of a DualEncoder sees the same when it is docked onto a language model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import tiny
-from opticnerve.encoders.dual_eye import DualEncoderVision
+from opticnerve.encoders.nested import DualEncoderVision
 from opticnerve.models.dual_encoder.build import dual
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
-TYPE = "opticnerve.encoders.dual_eye:DualEncoderVision"
+TYPE = "opticnerve.encoders.nested:DualEncoderVision"
 
 
 @pytest.fixture(params=["hf_vision", "timm"])
@@ -28,7 +28,7 @@ def trained(
     request: pytest.FixtureRequest, bert_folder: str, tmp_path: Path, vision_folder: Callable[..., str],
     timm_folder: Callable[..., str],
 ) -> tuple[Any, Path]:  # fmt: skip
-    """A DualEncoder whose eye has moved, and its folder."""
+    """A DualEncoder whose vision encoder has moved, and its folder."""
     name = vision_folder("siglip_vision_model") if request.param == "hf_vision" else timm_folder()
     made = dual({"type": request.param, "name": name}, bert_folder, projection_dim=8)
     with torch.no_grad():

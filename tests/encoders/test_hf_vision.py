@@ -1,4 +1,4 @@
-"""transformers' vision models as eyes: what is declared is what comes, and it is the bare model's."""
+"""transformers' vision models as vision encoders: what is declared is what comes, and it is the bare model's."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ WORDS: dict[str, Any] = {
 
 
 def whole_model(kind: str, folder: Path) -> Any:
-    """A small model with an eye and more, saved; returns the eye."""
+    """A small model with a vision encoder and more, saved; returns the vision encoder."""
     seen = {**SMALL, "image_size": 32}
     llama = {"model_type": "llama", **WORDS}
     opt = {
@@ -187,7 +187,7 @@ def test_the_eye_of_a_whole_model(kind: str, tmp_path: Path) -> None:
 
 
 def test_llava_s_own_names(tmp_path: Path) -> None:
-    """Checkpoints from before transformers 5 call the eye `vision_tower.vision_model.…`."""
+    """Checkpoints from before transformers 5 call the vision encoder `vision_tower.vision_model.…`."""
     from safetensors.torch import load_file, save_file
 
     vision_encoder = whole_model("llava", tmp_path).state_dict()

@@ -12,12 +12,11 @@ import torch
 
 import tiny
 from opticnerve.encoders.base import last_blocks
-from opticnerve.encoders.pair import PairEncoder
+from opticnerve.encoders.nested import PairEncoder
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.parts import part_parameters
 from opticnerve.types import OpticNerveError, ask
 
 Folder = Callable[..., str]
@@ -149,10 +148,10 @@ class TestAWholeModel:
             assert torch.equal(model.image.encoder.get_buffer(name), made.model.image.encoder.get_buffer(name)), name
 
     def test_a_run_names_both_bases(self, made: Dock, tmp_path: Path) -> None:
-        names = set(part_parameters(made.model, "encoder.last(1)"))
+        names = set(made.model.part_parameters("encoder.last(1)"))
         torch.manual_seed(3)
         with torch.no_grad():
-            for parameter in part_parameters(made.model, "encoder.last(1)").values():
+            for parameter in made.model.part_parameters("encoder.last(1)").values():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         delta.save(made.model, tmp_path, bases=made.bases, lora=None, trained=names)
         batch = Answerer(made.model, made.processor).inputs([ask("q", tiny.picture(1))])

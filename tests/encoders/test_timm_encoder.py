@@ -1,4 +1,4 @@
-"""timm's models as eyes: convolutional maps, transformers' tokens, and Swin's maps with channels last."""
+"""timm's models as vision encoders: convolutional maps, transformers' tokens, and Swin's maps with channels last."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_map_becomes_rows(name: str, layer: Any) -> None:
             (map_BCHW,) = model.forward_intermediates(pixels(96), indices=[layer], intermediates_only=True)
     assert torch.equal(features.tokens_BND, map_BCHW.flatten(2).transpose(1, 2))
     assert features.tokens_BND.shape == (2, encoder.num_tokens, encoder.hidden_size)
-    # Row by row from the top left, as a reader's eye goes.
+    # Row by row from the top left, as a reader's vision encoder goes.
     torch.testing.assert_close(features.tokens_BND[0, 1], map_BCHW[0, :, 0, 1])
     assert features.mask_BN.all()
 

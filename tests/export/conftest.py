@@ -17,8 +17,9 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tiny
-from opticnerve.encoders.hf_vision import _model_class
-from opticnerve.export import probe
+from opticnerve.encoders.base import model_class
+from opticnerve.encoders.hf_vision import _UNLISTED
+from opticnerve.export import parity
 from opticnerve.language.chat_template import CHATML
 from opticnerve.models.vlm.build import dock
 
@@ -69,7 +70,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks run here, without a process of their own: for tests of what is compared, not of where."""
 
     def run(check: str, job: dict[str, Any], scratch: Path, **_: Any) -> dict[str, Any]:
-        spec = importlib.util.spec_from_file_location(f"checks_{check}", probe.CHECKS / f"{check}.py")
+        spec = importlib.util.spec_from_file_location(f"checks_{check}", parity.CHECKS / f"{check}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -79,12 +80,12 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         path = list(sys.meta_path)
         module.main(job, scratch / "answer.json")
         sys.meta_path[:] = path
-        return probe.read(scratch)
+        return parity.read(scratch)
 
-    monkeypatch.setattr(probe, "run", run)
+    monkeypatch.setattr(parity, "run", run)
 
 
-def save_eye(folder: Path, family: str) -> None:
+def save_vision_encoder(folder: Path, family: str) -> None:
     """As `tiny.save_vision`, for families that transformers has inside larger models alone, too."""
     if family in tiny.VISION:
         tiny.save_vision(folder, family)
@@ -94,7 +95,7 @@ def save_eye(folder: Path, family: str) -> None:
         patch_size=8,
     )  # fmt: skip
     torch.manual_seed(1)
-    model = _model_class(config)(config)
+    model = model_class(config, _UNLISTED)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -104,7 +105,7 @@ def save_eye(folder: Path, family: str) -> None:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Language family, eye and options → a stage's folder whose connector is calibrated and whose adapter, if any,
+    """Language family, vision encoder and options → a stage's folder whose connector is calibrated and whose adapter, if any,
     matters."""
     root = tmp_path_factory.mktemp("docks")
     made: dict[str, Path] = {}
@@ -121,7 +122,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not language.exists():
             tiny.save_language(language, family, kind=kind, chat_template=chat, bos=bos)
         if not seen.exists():
-            save_eye(seen, vision_encoder)
+            save_vision_encoder(seen, vision_encoder)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OPTICNERVE_CACHE", str(root / "cache"))
             one = dock({"type": "hf_vision", "name": str(seen), **vision}, connector, str(language), fusion=fusion,

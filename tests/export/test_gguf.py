@@ -76,7 +76,7 @@ def test_without_an_engine_there_is_no_export(saved: Make, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"eye": "clip_vision_model"}, "CLIP's class token behind the patches"),
+        ({"vision_encoder": "clip_vision_model"}, "CLIP's class token behind the patches"),
         ({"connector": {"type": "pixel_shuffle"}}, "<fake_token_around_image>"),
         ({"connector": {"type": "mlp", "activation": "silu"}}, "llama.cpp's two and gelu"),
         ({"kind": "metaspace"}, "not its way of joining"),
@@ -87,7 +87,7 @@ def test_without_an_engine_there_is_no_export(saved: Make, tmp_path: Path) -> No
 def test_what_llama_cpp_cannot_hold_is_refused(
     options: dict[str, Any], reason: str, saved: Make, tmp_path: Path
 ) -> None:
-    options = {"eye": "siglip_vision_model", **options}
+    options = {"vision_encoder": "siglip_vision_model", **options}
     with pytest.raises(OpticNerveError, match=reason):
         export(saved(**options), "gguf", tmp_path / "out", options=Options(unchecked=True))
     assert list(tmp_path.iterdir()) == []

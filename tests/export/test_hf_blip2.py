@@ -23,7 +23,7 @@ Make = Callable[..., Path]
 FORMER = {
     "type": "qformer", "num_queries": 5, "hidden_size": 16, "depth": 3, "heads": 2, "intermediate_size": 24,
 }  # fmt: skip
-DOCK = {"eye": "blip_2_vision_model", "connector": FORMER, "class_token": "keep", "layer": "last"}
+DOCK = {"vision_encoder": "blip_2_vision_model", "connector": FORMER, "class_token": "keep", "layer": "last"}
 
 
 def test_stock_transformers_gives_the_same_answers(saved: Make, tmp_path: Path) -> None:
@@ -45,10 +45,10 @@ def test_stock_transformers_gives_the_same_answers(saved: Make, tmp_path: Path) 
     "options",
     [
         {"family": "opt", "image_size": 48},
-        {"family": "qwen2", "eye": "vit"},
-        {"family": "phi", "eye": "vit", "image_size": 48},
-        {"family": "gpt2", "eye": "dinov2", "dtype": torch.bfloat16},
-        {"family": "gemma2", "eye": "instructblip_vision_model"},
+        {"family": "qwen2", "vision_encoder": "vit"},
+        {"family": "phi", "vision_encoder": "vit", "image_size": 48},
+        {"family": "gpt2", "vision_encoder": "dinov2", "dtype": torch.bfloat16},
+        {"family": "gemma2", "vision_encoder": "instructblip_vision_model"},
         {"family": "llama", "connector": {**FORMER, "text": True, "vocab_size": 40}},
     ],
 )
@@ -80,13 +80,13 @@ def test_there_and_back_the_logits_are_the_same(tmp_path: Path) -> None:
 def test_queries_in_another_order_are_caught_and_nothing_stays(
     saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = blip2._state
+    honest = blip2.HFBlip2.state
 
     def turned(*args: Any) -> dict[str, Any]:
         state = honest(*args)
         return {**state, "query_tokens": state["query_tokens"].flip(1)}
 
-    monkeypatch.setattr(blip2, "_state", turned)
+    monkeypatch.setattr(blip2.HFBlip2, "state", turned)
     with pytest.raises(OpticNerveError, match="logits differ by up to"):
         export(saved("llama", **DOCK), "hf-blip2", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -95,9 +95,9 @@ def test_queries_in_another_order_are_caught_and_nothing_stays(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"eye": "clip_vision_model"}, "its eye is a clip_vision_model"),
-        ({"eye": "vit", "class_token": "drop"}, "does not see the class token"),
-        ({"layer": -2}, "its eye is read at layer -2"),
+        ({"vision_encoder": "clip_vision_model"}, "its vision encoder is a clip_vision_model"),
+        ({"vision_encoder": "vit", "class_token": "drop"}, "does not see the class token"),
+        ({"layer": -2}, "its vision encoder is read at layer -2"),
         ({"connector": "mlp"}, "its connector is mlp"),
         ({"connector": {**FORMER, "instruct": True, "text_tokenizer": "BERT"}}, "as InstructBLIP's does"),
         ({"lora": {"rank": 2, "when": "media"}}, "lora.when: media"),

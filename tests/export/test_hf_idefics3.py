@@ -18,7 +18,7 @@ from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 Make = Callable[..., Path]
-SHUFFLE = {"eye": "siglip_vision_model", "connector": "pixel_shuffle", "fit": "squash"}
+SHUFFLE = {"vision_encoder": "siglip_vision_model", "connector": "pixel_shuffle", "fit": "squash"}
 
 
 def test_auto_classes_load_it_without_opticnerve_and_answer_alike(saved: Make, tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_auto_classes_load_it_without_opticnerve_and_answer_alike(saved: Make, t
     [
         {"family": "qwen2", "image_size": 48},
         {"family": "llama tied", "connector": {"type": "pixel_shuffle", "scale": 4}},
-        {"family": "mistral", "eye": "idefics3_vision"},
-        {"family": "llama", "eye": "idefics3_vision", "image_size": 64},
+        {"family": "mistral", "vision_encoder": "idefics3_vision"},
+        {"family": "llama", "vision_encoder": "idefics3_vision", "image_size": 64},
     ],
 )
 def test_other_families_sizes_and_scales(options: dict[str, Any], saved: Make, tmp_path: Path) -> None:
@@ -62,14 +62,14 @@ def test_other_families_sizes_and_scales(options: dict[str, Any], saved: Make, t
 def test_a_matrix_whose_columns_are_out_of_order_is_caught(
     saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = idefics3._state
+    honest = idefics3.HFIdefics3.state
 
     def swapped(*args: Any) -> dict[str, Any]:
         state = honest(*args)
         name = "model.connector.modality_projection.proj.weight"
         return {**state, name: state[name].roll(24, 1)}
 
-    monkeypatch.setattr(idefics3, "_state", swapped)
+    monkeypatch.setattr(idefics3.HFIdefics3, "state", swapped)
     with pytest.raises(OpticNerveError, match=r"sample 2 in transformers .*: logits differ by up to"):
         export(saved("llama", **SHUFFLE), "hf-idefics3", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -80,10 +80,10 @@ def test_a_matrix_whose_columns_are_out_of_order_is_caught(
     [
         ({"connector": "mlp"}, "its connector is mlp"),
         ({"connector": {"type": "pixel_shuffle", "depth": 2}}, "its pixel_shuffle has depth 2"),
-        ({"layer": -2}, "its eye is read at layer -2"),
+        ({"layer": -2}, "its vision encoder is read at layer -2"),
         ({"fit": "crop"}, "fit: crop"),
         ({"image_size": 8 * 40, "connector": {"type": "pixel_shuffle", "scale": 8}}, "40 × 40 patches.*image_size: 312"),
-        ({"eye": "clip_vision_model"}, "its eye is a clip_vision_model"),
+        ({"vision_encoder": "clip_vision_model"}, "its vision encoder is a clip_vision_model"),
         ({"lora": {"rank": 2, "when": "media"}}, "lora.when: media"),
         ({"family": "gemma2"}, "final_logit_softcapping"),
     ],

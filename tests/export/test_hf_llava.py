@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 from safetensors import safe_open
 
-from opticnerve.export import parity, probe
+from opticnerve.export import parity
 from opticnerve.export.export import Exported, export
 from opticnerve.export.hf import common as hf_common
 from opticnerve.export.hf import llava
@@ -81,14 +81,14 @@ def test_siglip_behind_its_final_norm_with_one_matrix_and_other_pictures(saved: 
 def test_one_scaled_tensor_is_caught_and_nothing_stays(
     saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = llava._state
+    honest = llava.HFLlava.state
 
     def scaled(*args: Any, **kwargs: Any) -> dict[str, Any]:
         state = honest(*args, **kwargs)
         state["multi_modal_projector.linear_2.weight"] = state["multi_modal_projector.linear_2.weight"] * 1.01
         return state
 
-    monkeypatch.setattr(llava, "_state", scaled)
+    monkeypatch.setattr(llava.HFLlava, "state", scaled)
     with pytest.raises(OpticNerveError, match=r"sample 2 in transformers .*: logits differ by up to"):
         export(saved("llama", "clip_vision_model", layer=-2), "hf-llava", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -106,7 +106,7 @@ def test_one_scaled_tensor_is_caught_and_nothing_stays(
         ),
         ({"tiling": {"type": "anyres"}}, "it cuts pictures into tiles"),
         ({"lora": {"rank": 2, "when": "media"}}, "lora.when: media"),
-        ({"eye": "dinov2"}, "its eye is a dinov2"),
+        ({"vision_encoder": "dinov2"}, "its vision encoder is a dinov2"),
         ({"family": "gpt2"}, "no plain decoder"),
         ({"family": "gemma2"}, "final_logit_softcapping"),
     ],
@@ -114,7 +114,7 @@ def test_one_scaled_tensor_is_caught_and_nothing_stays(
 def test_what_llava_cannot_hold_is_refused_with_a_way_out(
     options: dict[str, Any], reason: str, saved: Make, tmp_path: Path
 ) -> None:
-    options = {"eye": "siglip_vision_model", **options}
+    options = {"vision_encoder": "siglip_vision_model", **options}
     with pytest.raises(OpticNerveError, match=reason) as refused:
         export(saved(**options), "hf-llava", tmp_path / "out")
     assert "nearest" in str(refused.value)
@@ -138,7 +138,7 @@ def test_the_check_cannot_import_opticnerve() -> None:
         "sys.meta_path.insert(0, stock_transformers.Barrier()); import opticnerve.types"
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(probe.CHECKS)], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code, str(parity.CHECKS)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "it must load in stock transformers" in done.stderr
@@ -146,10 +146,10 @@ def test_the_check_cannot_import_opticnerve() -> None:
 
 def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(OpticNerveError, match="does not run in its engine") as failed:
-        probe.run("llama_cpp", {}, tmp_path)
+        parity.run("llama_cpp", {}, tmp_path)
     assert "xllamacpp" in str(failed.value) or "KeyError" in str(failed.value)
     with pytest.raises(OpticNerveError, match="--check-python names an interpreter"):
-        probe.run("llama_cpp", {}, tmp_path, python=tmp_path / "nowhere")
+        parity.run("llama_cpp", {}, tmp_path, python=tmp_path / "nowhere")
 
 
 def test_a_lengthened_tables_rows_are_never_the_greedy_word() -> None:

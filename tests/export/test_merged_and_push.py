@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from opticnerve.export import merged, publish
+from opticnerve.export import formats, publish
 from opticnerve.export.export import export
 from opticnerve.inference.load import load_model
 from opticnerve.types import OpticNerveError
@@ -31,7 +31,7 @@ def test_merged_stands_alone_and_a_gated_adapter_goes_along(saved: Make, tmp_pat
 
 
 def test_merged_is_gated_by_parity_too(saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = merged.Merged.write
+    honest = formats.Merged.write
 
     def dented(self: Any, model: Any, processor: Any, folder: Path) -> list[str]:
         model.image.connector.layers[0].weight.data.mul_(1.01)
@@ -39,7 +39,7 @@ def test_merged_is_gated_by_parity_too(saved: Make, tmp_path: Path, monkeypatch:
         model.image.connector.layers[0].weight.data.div_(1.01)
         return notes
 
-    monkeypatch.setattr(merged.Merged, "write", dented)
+    monkeypatch.setattr(formats.Merged, "write", dented)
     with pytest.raises(OpticNerveError, match="logits differ"):
         export(saved("llama", "siglip_vision_model"), "merged", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

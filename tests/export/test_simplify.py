@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from opticnerve.export.clip_like import connector_matrices
-from opticnerve.export.hf.blip2_vision import final_norm, fold_scales
+from opticnerve.export.hf.blip2 import final_norm, fold_scales
 from opticnerve.export.parity import cast
-from opticnerve.export.simplify import fix_picture_size, fold_calibration, fold_into_norm
+from opticnerve.export.simplify import connector_matrices, fix_picture_size, fold_calibration, fold_into_norm
 from opticnerve.inference.load import load_model
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.mark.parametrize("connector", ["linear", {"type": "linear", "bias": False}, {"type": "mlp", "bias": False}])
-@pytest.mark.parametrize("eye", ["clip_vision_model", "siglip_vision_model"])
+@pytest.mark.parametrize("vision_encoder", ["clip_vision_model", "siglip_vision_model"])
 @torch.no_grad()
 def test_calibration_and_picture_size_go_into_the_weights(
     saved: Callable[..., Path], vision_encoder: str, connector: Any
@@ -30,7 +29,7 @@ def test_calibration_and_picture_size_go_into_the_weights(
     fold_calibration(tower.connector, *connector_matrices(tower.connector))
     fix_picture_size(tower.encoder)
     torch.testing.assert_close(tower(pixels).tokens_BND, before, rtol=1e-4, atol=1e-4)
-    # The eye alone, as another engine runs it: without being asked to interpolate.
+    # The vision encoder alone, as another engine runs it: without being asked to interpolate.
     states = tower.encoder.model(pixel_values=pixels).last_hidden_state
     bare = states[:, tower.encoder.prefix_tokens :]
     torch.testing.assert_close(tower.encoder(pixels).tokens_BND, bare)
@@ -38,7 +37,7 @@ def test_calibration_and_picture_size_go_into_the_weights(
 
 
 @pytest.mark.parametrize(
-    ("eye", "connector"),
+    ("vision_encoder", "connector"),
     [
         ("vit", {"type": "qformer", "num_queries": 3, "hidden_size": 16, "depth": 2, "heads": 2}),
         ("dinov2", {"type": "qformer", "num_queries": 3, "hidden_size": 16, "depth": 2, "heads": 2}),

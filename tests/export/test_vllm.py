@@ -41,7 +41,7 @@ def spec(fusion: str = "splice") -> dict[str, Any]:
         ({"towers": {"image": spec("cross_attention")}}, "its image fusion is cross_attention.*nearest: fusion splice"),
         ({"towers": {"image": spec()}, "lora": {"rank": 2, "when": "media"}}, "lora.when: media.*nearest: lora"),
         ({"towers": {"image": spec()}, "lora": {"rank": 2}}, "not added into the weights.*--to merged"),
-        ({"towers": {}}, "neither eye nor ear"),
+        ({"towers": {}}, "neither vision encoder nor audio encoder"),
     ],
 )
 def test_what_vllm_would_run_otherwise_is_refused_with_a_way_out(
@@ -90,7 +90,7 @@ def test_the_entry_point_is_declared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("eye", "options"),
+    ("vision_encoder", "options"),
     [
         # In files, transformers calls DINOv2's attention otherwise than its modules do.
         ("dinov2", {"connector": "pixel_shuffle"}),
@@ -142,7 +142,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("wide")
 @pytest.mark.skipif(ENGINE is None, reason="OPTICNERVE_VLLM_PYTHON names no interpreter with vllm")
 @pytest.mark.parametrize(
-    ("to", "eye", "options"),
+    ("to", "vision_encoder", "options"),
     [
         ("hf-llava", "clip_vision_model", {"layer": -2}),
         ("merged", "dinov2", {"connector": "pixel_shuffle"}),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opticnerve.fusion.splice import Splice
+from opticnerve.fusion.base import Splice
 from opticnerve.types import Features
 
 

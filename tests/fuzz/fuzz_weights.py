@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny
-from opticnerve.inference.load import kind_of, load_model, load_processor
+from opticnerve.inference.load import load_model, load_processor
 from opticnerve.language.chat_template import CHATML
 from opticnerve.models import OpticNerveConfig
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import told
+from opticnerve.models.family import family_of
 from opticnerve.models.vlm.build import dock
 from opticnerve.train import checkpoint
 
@@ -92,7 +93,7 @@ def make_json(rng: random.Random) -> bytes:
 def run_json(data: bytes, folder: Path) -> None:
     made = put_together(data, folder)
     reference = delta.read(made)
-    kind_of(str(made))
+    family_of(str(made))
     with told("config.json", made):
         config = OpticNerveConfig.from_pretrained(made)
     delta.towers_differ(made, set(config.towers), set(reference["bases"]) - {"language"})

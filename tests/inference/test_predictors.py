@@ -12,9 +12,14 @@ import torch
 
 import tiny
 from opticnerve.inference.likelihood import answer_scores
-from opticnerve.inference.predictors import ClassifierPredictor, TextOnlyPredictor, VLMPredictor, load_classifier
+from opticnerve.inference.predictors import (
+    ClassifierPredictor,
+    LateFusion,
+    TextOnlyPredictor,
+    VLMPredictor,
+    load_classifier,
+)
 from opticnerve.models.classifier.build import ClassifierDock, classifier
-from opticnerve.models.classifier.late_fusion import LateFusion
 from opticnerve.models.vlm.build import Dock
 from opticnerve.types import DataError, OpticNerveError, ask
 

@@ -12,8 +12,7 @@ import torch
 
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveForConditionalGeneration
-from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.merge import merge
+from opticnerve.models.vlm.build import Dock, merge
 from opticnerve.types import ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

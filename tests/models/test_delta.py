@@ -17,9 +17,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import add_lora, has_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.checkpoint import delta
-from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.merge import merge
-from opticnerve.models.vlm.parts import part_parameters
+from opticnerve.models.vlm.build import Dock, merge
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -34,14 +32,14 @@ def trained(made: Dock, *parts: str) -> Dock:
     torch.manual_seed(7)
     with torch.no_grad():
         for part in parts:
-            for parameter in part_parameters(made.model, part).values():
+            for parameter in made.model.part_parameters(part).values():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         made.model.image.connector.output_scale.fill_(1.5)
     return made
 
 
 def save(made: Dock, folder: Path, *parts: str) -> Path:
-    names = {n for p in parts for n in part_parameters(made.model, p)}
+    names = {n for p in parts for n in made.model.part_parameters(p)}
     delta.save(made.model, folder, bases=made.bases, lora=made.lora, trained=names)
     made.processor.save_pretrained(folder)
     return folder
@@ -76,7 +74,7 @@ def test_save_and_load(docked: Callable[..., Dock], tmp_path: Path, parts: tuple
     assert torch.equal(logits(again, AutoProcessor.from_pretrained(folder)), logits(*made))
     assert not again.training
     held = set(load_file(folder / delta.TENSORS))
-    wanted = {n for p in parts for n in part_parameters(made.model, p)}
+    wanted = {n for p in parts for n in made.model.part_parameters(p)}
     assert held == wanted | {n for n in ours if ".connector." in n}
 
 

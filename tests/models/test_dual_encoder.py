@@ -1,4 +1,4 @@
-"""Any eye beside any text encoder: pooled as asked, saved and loaded whole, trained in parts."""
+"""Any vision encoder beside any text encoder: pooled as asked, saved and loaded whole, trained in parts."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_unknown_parts(part: str, message: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("locked", [False, True], ids=["full", "locked-image"])
 def test_sixteen_pairs_are_learned_by_heart(locked: bool) -> None:
-    """Sixteen noise pictures find their captions; with a locked eye, no bit of it moves."""
+    """Sixteen noise pictures find their captions; with a locked vision encoder, no bit of it moves."""
     model, processor = dual()
     batch = batch_of(processor, 16)
     trains = [

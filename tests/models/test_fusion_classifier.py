@@ -12,8 +12,8 @@ import torch
 from opticnerve.data.collators.classification import answer_set
 from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.models.classifier.build import ClassifierDock, classifier
-from opticnerve.models.classifier.heads import EarlyHead, IntermediateHead, LateHead, Read
 from opticnerve.models.classifier.modeling import FusionClassifier
+from opticnerve.models.classifier.parts import EarlyHead, IntermediateHead, LateHead, Read
 from opticnerve.types import Features, OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -126,7 +126,7 @@ def test_training_goes_on_from_what_was_remembered_without_gradients(made: Calla
 
 
 def test_memory_is_bounded(made: Callable[..., ClassifierDock], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opticnerve.models.classifier.text_cache.MOST", 2)
+    monkeypatch.setattr("opticnerve.models.classifier.parts.MOST", 2)
     dock = made("late")
     for word in ("red", "blue", "green", "dog"):
         with torch.no_grad():

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from opticnerve.models.classifier.late_fusion import LateFusion, combine
+from opticnerve.inference.predictors import LateFusion
+from opticnerve.models.classifier.parts import combine
 from opticnerve.types import Conversation, OpticNerveError, ask
 
 CHOICES = ["red", "green", "blue"]

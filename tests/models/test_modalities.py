@@ -1,4 +1,4 @@
-"""An eye and an ear on one language model: each sample may hold both, either or none."""
+"""A vision encoder and an audio encoder on one language model: each sample may hold both, either or none."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class TestEarAlone:
     def test_pictures_are_refused(self, audio_encoder: Dock) -> None:
         with pytest.raises(OpticNerveError, match="a picture, but the model has no"):
             inputs(audio_encoder, ask("q", P[0]))
-        with pytest.raises(DataError, match="the model has no eye"):
+        with pytest.raises(DataError, match="the model has no vision encoder"):
             encode(ask("q", P[0], answer="a"), audio_encoder.processor)
 
     def test_cross_attention_hears_too(self, language_folder: Callable[..., str], whisper_folder: str) -> None:
@@ -179,7 +179,7 @@ def test_an_eye_alone_refuses_sound(docked: Callable[..., Dock]) -> None:
     dock = docked("llama")
     with pytest.raises(OpticNerveError, match="sound, but the model has no"):
         inputs(dock, ask("q", audios=[sound(0)]))
-    with pytest.raises(DataError, match="the model has no ear"):
+    with pytest.raises(DataError, match="the model has no audio encoder"):
         encode(ask("q", audios=[sound(0)], answer="a"), dock.processor)
 
 

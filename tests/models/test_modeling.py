@@ -149,7 +149,7 @@ def test_labels_give_a_loss_and_connector_gradients(llama: Dock) -> None:
 
 
 def test_neighbours_that_do_not_fit_are_refused_when_built(llama: Dock) -> None:
-    from opticnerve.connectors.linear import LinearConnector
+    from opticnerve.connectors.mlp import LinearConnector
     from opticnerve.models.vlm.tower import Tower
 
     tower = llama.model.image

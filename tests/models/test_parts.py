@@ -10,14 +10,13 @@ import pytest
 import tiny
 from opticnerve.language.lora import add_lora, is_lora
 from opticnerve.models.vlm.build import Dock, dock
-from opticnerve.models.vlm.parts import full_name, part_parameters
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def names(made: Dock, part: str) -> set[str]:
-    return set(part_parameters(made.model, part))
+    return set(made.model.part_parameters(part))
 
 
 def all_names(made: Dock, prefix: str = "") -> set[str]:
@@ -100,6 +99,6 @@ def test_unknown_and_absent_parts(docked: Callable[..., Dock], llama: Dock) -> N
 
 def test_full_names(llama: Dock) -> None:
     words = ["connector", "image.connector", "encoder.last(2)", "language.lora"]
-    assert [full_name(llama.model, p) for p in words] == [
+    assert [llama.model.full_name(p) for p in words] == [
         "image.connector", "image.connector", "image.encoder.last(2)", "language.lora"
     ]  # fmt: skip

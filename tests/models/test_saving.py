@@ -18,8 +18,7 @@ import tiny
 from opticnerve.encoders.base import make_image_processor
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveConfig, OpticNerveForConditionalGeneration, OpticNerveProcessor
-from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.merge import merge
+from opticnerve.models.vlm.build import Dock, merge
 from opticnerve.types import OpticNerveError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -17,8 +17,7 @@ import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opticnerve.models.vlm.tiling import Tiling
-from opticnerve.models.vlm.tiling_spec import NEWLINE
+from opticnerve.models.vlm.tiling import NEWLINE, Tiling
 from opticnerve.types import Features, OpticNerveError
 
 SIZES = st.integers(1, 3000)

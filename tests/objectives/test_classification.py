@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import tiny
 from opticnerve.data.collators.classification import AnswerCollator
 from opticnerve.models.classifier.build import ClassifierDock, classifier
-from opticnerve.objectives.classification import Classification
+from opticnerve.objectives.next_token import Classification
 from opticnerve.types import Conversation, DataError, Features, ImagePart, Message, TextPart, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")

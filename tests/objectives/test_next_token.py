@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opticnerve.objectives.head import supervised_logits
 
 import tiny
 from opticnerve.data.collators.next_token import Batch, Collator
 from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.models.vlm.build import Dock
-from opticnerve.objectives.head import supervised_logits
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.types import Conversation, OpticNerveError, ask
 
@@ -45,7 +45,7 @@ def loss_and_gradients(dock: Dock, batches: Sequence[Batch]) -> tuple[float, dic
         loss.backward()
         total, count = total + float(loss.detach()), count + int(supervised)
     assert count
-    # The eye's class-token output and last layer norm go unused: no gradient at all.
+    # The vision encoder's class-token output and last layer norm go unused: no gradient at all.
     gradients = {n: p.grad.clone() for n, p in dock.model.named_parameters() if p.grad is not None}
     assert any("image.encoder" in n for n in gradients) or not any(b.media for b in batches)
     return total, gradients

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 import tiny
-from opticnerve.connectors.linear import LinearConnector
+from opticnerve.connectors.mlp import LinearConnector
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.collators.qformer import CaptionBatch, CaptionCollator
-from opticnerve.objectives.gather import gather_padded
+from opticnerve.objectives.base import gather_padded
 from opticnerve.objectives.qformer_pretraining import (
     QFormerPretraining,
     attention_mask,
@@ -50,7 +50,7 @@ def tokenizer() -> Any:
 
 
 class Tower(nn.Module):
-    """An eye of one matrix (a picture of 8 × 8 pixels is four patches) before a Q-Former."""
+    """A vision encoder of one matrix (a picture of 8 × 8 pixels is four patches) before a Q-Former."""
 
     tiling = None
 

@@ -10,8 +10,10 @@ import torch
 import transformers as tf
 
 import tiny
-from opticnerve.models.dual_encoder.import_clip import import_dual_encoder
+from opticnerve.encoders.hf_vision import HFVisionEncoder
+from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.objectives.contrastive import Negatives, clip_loss, siglip_loss
 
 TEXTS = ["a red circle", "the lazy dog, and a triangle is green", "three of them"]
@@ -39,6 +41,35 @@ def save(folder: Path, family: str) -> Any:
     words.pad_token = words.eos_token
     words.save_pretrained(folder)
     tf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return model
+
+
+def import_dual_encoder(name: str) -> tuple[DualEncoder, DualEncoderProcessor]:
+    """A checkpoint of a `CLIPModel` or a `SiglipModel` as a `DualEncoder`: the same weights."""
+    whole = tf.AutoModel.from_pretrained(name)
+    vision_encoder, reader = HFVisionEncoder.from_pretrained(name), HFTextEncoder.from_pretrained(name)
+    model = around(whole, vision_encoder, reader)
+    return model, DualEncoderProcessor.of(vision_encoder.image_processor(), reader)
+
+
+@torch.no_grad()
+def around(whole: Any, vision_encoder: HFVisionEncoder, reader: HFTextEncoder) -> DualEncoder:
+    """A `DualEncoder` of two loaded towers with the projections and the temperature of a `CLIPModel` or `SiglipModel`.
+
+    SigLIP's towers end in heads of their own, CLIP's in one matrix each.
+    """
+    clip = whole.config.model_type == "clip"
+    model = DualEncoder.from_parts(
+        vision_encoder, reader, pooling="pooler", loss="clip" if clip else "siglip",
+        projection_dim=whole.config.projection_dim if clip else None, image_projection=clip, text_projection=clip,
+    )  # fmt: skip
+    named = dict(model.named_parameters())
+    if clip:
+        named["image.projection.weight"].copy_(whole.visual_projection.weight)
+        named["text.projection.weight"].copy_(whole.text_projection.weight)
+    else:
+        named["logit_bias"].copy_(whole.logit_bias.squeeze())
+    named["logit_scale"].copy_(whole.logit_scale.squeeze())
     return model
 
 

@@ -16,8 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from opticnerve.connectors.abstractor import AbstractorConnector
 from opticnerve.connectors.base import Connector
-from opticnerve.connectors.mlp import MLPConnector
-from opticnerve.connectors.pixel_shuffle import PixelShuffleConnector
+from opticnerve.connectors.mlp import MLPConnector, PixelShuffleConnector
 from opticnerve.connectors.resampler import ResamplerConnector
 from opticnerve.types import Features
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tiny
 from opticnerve.encoders.hf_vision import HFVisionEncoder
-from opticnerve.encoders.pair import PairEncoder
+from opticnerve.encoders.nested import PairEncoder
 from opticnerve.encoders.timm import TimmEncoder
 
 SIDE, PATCH = 32, 8

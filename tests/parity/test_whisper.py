@@ -1,4 +1,4 @@
-"""Whisper's encoder as an ear: the bare model's numbers, in a shorter window, pooled, and from OpenAI's file."""
+"""Whisper's encoder as an audio encoder: the bare model's numbers, in a shorter window, pooled, and from OpenAI's file."""
 
 from __future__ import annotations
 

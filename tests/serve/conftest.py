@@ -1,4 +1,4 @@
-"""One live server for the session: a tiny random model with an eye and an ear, in float32."""
+"""One live server for the session: a tiny random model with a vision encoder and an audio encoder, in float32."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python tests/torture/torture.py --kills 50
 
-A run of two stages (a connector, then LoRA with dropout; packed rows, the frozen eye's features cached) of tiny random
+A run of two stages (a connector, then LoRA with dropout; packed rows, the frozen vision encoder's features cached) of tiny random
 models in float32 is trained once in peace. Then it is trained in lives that end by SIGKILL: at a random moment, or in a
 chosen place (in mid-checkpoint, in mid-cache-write, …; see `faults`). Each next life is `opticnerve train --resume RUN`.
 A run that came through is compared with the first one, and the next begins, with an empty cache, until all kills are

@@ -30,7 +30,7 @@ def make_recipe(
     language_folder: Callable[..., str], vision_folder: Callable[..., str], timm_folder: Callable[..., str],
     data: Path, private_cache: Path,
 ) -> Callable[..., Recipe]:  # fmt: skip
-    """Stage options → a recipe of one stage. `eye` is a timm architecture or a vision family, `brain` a language family."""
+    """Stage options → a recipe of one stage. `vision encoder` is a timm architecture or a vision family, `language model` a language family."""
 
     def make(
         *,

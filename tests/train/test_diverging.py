@@ -133,7 +133,7 @@ class TestSkip:
 
     def test_nothing_moves_not_even_a_batch_norm(self, make_recipe: Make, train: Train, spoil: Any) -> None:
         """Two steps, of which the second is left out, end where the first one alone ends."""
-        options = {"eye": "test_efficientnet", "train": {"connector": 1e-2, "encoder": 1e-3}, "schedule": "constant",
+        options = {"vision_encoder": "test_efficientnet", "train": {"connector": 1e-2, "encoder": 1e-3}, "schedule": "constant",
                    "warmup": 0, "on_divergence": "skip"}  # fmt: skip
         one, _ = train(make_recipe(**options, steps=2), "one", stop_at=1)
         spoil(2)

@@ -1,4 +1,4 @@
-"""What a frozen eye saw: kept by content, exact, whole or not there."""
+"""What a frozen vision encoder saw: kept by content, exact, whole or not there."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_one_store_serves_every_connector_and_recipe(
 def test_half_size_features_have_a_store_of_their_own(
     docked: Callable[..., Dock], pictures: list[tuple[Any, str]], tmp_path: Path
 ) -> None:
-    dock = docked()  # a float32 eye
+    dock = docked()  # a float32 vision encoder
     exact = see_all(dock.model, dock.processor, pictures)
     half = see_all(dock.model, dock.processor, pictures, stored="bfloat16")
     assert half.folder != exact.folder

@@ -1,4 +1,4 @@
-"""The disk that features take: bounded, shared by the eyes, and whole whatever kills a process."""
+"""The disk that features take: bounded, shared by the vision encoders, and whole whatever kills a process."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_default_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         default_budget(tmp_path)
 
 
-# -- filling a store with an eye that needs no model ----------------------------------------------------------------
+# -- filling a store with a vision encoder that needs no model ----------------------------------------------------------------
 
 
 def look(pixel_values: torch.Tensor) -> Features:
@@ -249,16 +249,16 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_feature_cache_disk as t
-from opticnerve.train import feature_shards
-real, written = feature_shards.save_file, []
+from opticnerve.features import shards
+real, written = shards.save_file, []
 def half(tensors, path, metadata):
     real(tensors, path, metadata)
     written.append(path)
     if len(written) == 2:
         os.truncate(path, 300)
         os.kill(os.getpid(), signal.SIGKILL)
-feature_shards.save_file = half
-t.feature_fill.BATCH, t.feature_cache.SHARD_BYTES = 2, 2 * t.EACH
+shards.save_file = half
+t.extract.BATCH, t.feature_cache.SHARD_BYTES = 2, 2 * t.EACH
 folder = Path(sys.argv[2])
 t.FeatureStore(folder / "features" / t.C).fill([(folder / f"{i}.png", str(i)) for i in range(7)], t.look, t.prepare)
 """

@@ -12,7 +12,6 @@ from rich.console import Console
 from opticnerve.language.lora import add_lora, is_lora
 from opticnerve.models.freeze import freeze
 from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.parts import part_parameters
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -28,7 +27,7 @@ CHOICES: list[dict[str, float]] = [
 ]
 
 
-@pytest.mark.parametrize("eye", ["clip_vision_model", "test_efficientnet"])
+@pytest.mark.parametrize("vision_encoder", ["clip_vision_model", "test_efficientnet"])
 @pytest.mark.parametrize("train", CHOICES, ids=lambda t: "+".join(t))
 def test_open_and_frozen(
     docked: Callable[..., Dock], timm_folder: Callable[..., str], vision_encoder: str, train: dict[str, float]
@@ -42,7 +41,7 @@ def test_open_and_frozen(
     add_lora(model.language_model, {"rank": 2, "dropout": 0.1})
     model.train()
     frozen = freeze(model, train)
-    wanted = {n for part in train for n in part_parameters(model, part)}
+    wanted = {n for part in train for n in model.part_parameters(part)}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == wanted
 
     assert frozen.total == sum(p.numel() for p in model.parameters())

@@ -82,8 +82,8 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulate": {"batch_size": 8, "accumulate": 2},
     "cross_attention": {"fusion": "cross_attention", "train": {"connector": 1e-2, "fusion": 1e-2}},
     "pack": {"pack": {"tokens": 120, "window": 12}, "epochs": 3, "steps": None},
-    "eye, brain, checkpointing": {
-        "train": {"encoder.last(2)": 1e-3, "connector": 1e-2, "language": 1e-3}, "brain": "llama tied",
+    "vision encoder, language model, checkpointing": {
+        "train": {"encoder.last(2)": 1e-3, "connector": 1e-2, "language": 1e-3}, "language_part": "llama tied",
         "gradient_checkpointing": True,
     },
 }  # fmt: skip
@@ -93,7 +93,7 @@ TRIED = {
     "accumulate": [("ddp", 4), ("fsdp2-zero2", 2)],
     "cross_attention": [("fsdp2", 2), ("ddp", 4)],
     "pack": [("ddp", 2), ("fsdp2", 4)],
-    "eye, brain, checkpointing": [("ddp", 2), ("fsdp2", 4)],
+    "vision encoder, language model, checkpointing": [("ddp", 2), ("fsdp2", 4)],
 }
 
 

@@ -22,7 +22,8 @@ def test_bf16_weights_feel_steps_below_their_resolution() -> None:
     adam = optimizer({"connector": {"w": weight}}, {"connector": 1e-4})
     for _ in range(60):  # 60 steps of 1e-4: far more than a bf16 step near 1 (2**-8) in all, far less in each
         weight.grad = torch.ones_like(weight)
-        adam.step(1.0, None)
+        adam.clip(None)
+        adam.step(1.0)
     assert float(weight.detach()[0, 0]) == pytest.approx(1 - 60e-4, abs=2**-8)
     assert float(weight.detach()[0, 0]) < 1
     assert float(adam.master_tensors()["w"][0, 0]) == pytest.approx(1 - 60e-4, abs=1e-5)
@@ -42,8 +43,9 @@ def test_float32_is_torchs_adamw() -> None:
         x = torch.randn(6, 3, generator=torch.Generator().manual_seed(i))
         for layer in (ours, theirs):
             layer(x).square().sum().backward()
-        norm = adam.step(1.0, 1.0)
-        assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)), rel=1e-6)
+        norm = adam.clip(1.0)
+        adam.step(1.0)
+        assert float(norm) == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)), rel=1e-6)
         torchs.step()
         torchs.zero_grad()
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-6, atol=1e-7)
@@ -54,7 +56,8 @@ def test_each_part_has_its_rate() -> None:
     adam = optimizer({"a": {"a": a}, "b": {"b": b}}, {"a": 1e-1, "b": 1e-3})
     for p in (a, b):
         p.grad = torch.ones_like(p)
-    adam.step(0.5, None)
+    adam.clip(None)
+    adam.step(0.5)
     assert float(1 - a.detach()[0, 0]) == pytest.approx(0.05, rel=1e-4)
     assert float(1 - b.detach()[0, 0]) == pytest.approx(0.0005, rel=1e-3)
 
@@ -64,7 +67,8 @@ def test_the_state_continues_exactly(dtype: torch.dtype) -> None:
     def steps(adam: MasterAdamW, weight: Any, seeds: range) -> None:
         for i in seeds:
             weight.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(i)).to(dtype)
-            adam.step(1.0, 1.0)
+            adam.clip(1.0)
+            adam.step(1.0)
 
     start = torch.randn(4, 4).to(dtype)
     whole = nn.Parameter(start.clone())
@@ -87,7 +91,8 @@ def test_parameters_without_a_gradient_stay() -> None:
     )
     adam = optimizer({"p": {"used": used, "unused": unused}}, {"p": 1e-1}, decay=0.1)
     used.grad = torch.ones_like(used)
-    adam.step(1.0, 1.0)
+    adam.clip(1.0)
+    adam.step(1.0)
     assert torch.equal(unused.detach(), torch.ones_like(unused))
     assert not torch.equal(used.detach(), torch.ones_like(used))
 

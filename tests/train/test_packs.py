@@ -144,7 +144,7 @@ def test_bad_samples_are_left_out(processor: Any, tmp_path: Path) -> None:
 
 
 def test_questions_drawn_anew_are_measured_anew(processor: Any) -> None:
-    """A visit's length is that of the questions it draws, shared words counted once."""
+    """A sample's length is that of the questions it draws, shared words counted once."""
     group = [ask(f"question {k}", tiny.picture(1), answer=WORDS[k % 4] * (1 + k)) for k in range(6)]
     same = [Conversation((*c.messages[:1], *c.messages[1:]), id=str(k)) for k, c in enumerate(group)]
     pictured = [Conversation(((same[0].messages[0]), c.messages[1]), id=c.id) for c in same]

@@ -19,8 +19,8 @@ from opticnerve.recipe import Recipe
 from opticnerve.runs import pipeline, records
 from opticnerve.runs.pipeline import run_recipe
 from opticnerve.train import checkpoint
-from opticnerve.train import state as saving
 from opticnerve.train.metrics import MetricsLog, steps_in
+from opticnerve.train.state import load_rng_state
 from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -160,7 +160,7 @@ def test_another_number_of_processes(tmp_path: Path) -> None:
         torch.manual_seed(7)
         fresh = torch.rand(2)
         torch.manual_seed(7)
-        saving._take_up(SimpleNamespace(accelerator=accelerator, emit=said.append), states)  # type: ignore[arg-type]
+        load_rng_state(states, accelerator, said.append)
         assert torch.equal(torch.rand(2), wanted if goes_on else fresh)
         assert "2 processes, these are 4" in said[0]
 

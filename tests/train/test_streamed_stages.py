@@ -21,8 +21,9 @@ from opticnerve.data.sources import hub
 from opticnerve.plan import plan
 from opticnerve.recipe import DataSpec, Recipe, Stage
 from opticnerve.recipe.schema import EvaluateSpec
-from opticnerve.train import data_fingerprint, streaming_sampler
-from opticnerve.train.streaming_sampler import StreamingSampler
+from opticnerve.train import precheck
+from opticnerve.train import sampler as sampler_module
+from opticnerve.train.sampler import StreamingSampler
 from opticnerve.types import DataError, OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -224,8 +225,8 @@ class TestRuns:
     def test_the_network_fails_for_good_and_the_run_goes_on_later(
         self, make_recipe: Make, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(streaming_sampler, "CHECKED", 8)  # what is read before the first step
-        monkeypatch.setattr(data_fingerprint, "FIRST", 8)
+        monkeypatch.setattr(sampler_module, "CHECKED", 8)  # what is read before the first step
+        monkeypatch.setattr(precheck, "FIRST", 8)
         recipe = make_recipe(data=[entry(repository(tmp_path / "set", (150, 150)))], steps=40, save_every=50)
         train(recipe, "whole")
         with monkeypatch.context() as patch:

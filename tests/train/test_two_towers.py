@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import tiny
 from opticnerve import recipe as recipes
 from opticnerve.common.progress import Progress
-from opticnerve.evaluation.kinds import dock_any, load_any
+from opticnerve.inference.load import load_any
+from opticnerve.models.family import build
 from opticnerve.recipe import Recipe
 from opticnerve.runs.pipeline import run_recipe
 from opticnerve.train.loop import Interrupted, run_stage
@@ -57,7 +58,7 @@ def make(bert_folder: str, vision_folder: Callable[..., str], tmp_path: Path) ->
 
 
 def train(recipe: Recipe, folder: Path, **options: Any) -> tuple[Any, list[float]]:
-    dock = dock_any(recipe)
+    dock = build(recipe)
     run_stage(dock, recipe, recipe.stages[0], folder / "stages" / "0-learn", trained_before=set(), **options)
     lines = (folder / "stages" / "0-learn" / "metrics.jsonl").read_text().splitlines()
     return dock, [json.loads(line)["loss"] for line in lines]
@@ -66,7 +67,7 @@ def train(recipe: Recipe, folder: Path, **options: Any) -> tuple[Any, list[float
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_frozen_does_not_move_and_the_rest_does(kind: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make(kind)
-    before = {n: t.clone() for n, t in dock_any(recipe).model.state_dict().items()}
+    before = {n: t.clone() for n, t in build(recipe).model.state_dict().items()}
     dock, losses = train(recipe, tmp_path / "run")
     parts = tuple(f"{p}." for p in recipe.stages[0].train)
     moved = {n for n, t in dock.model.state_dict().items() if not torch.equal(t, before[n])}

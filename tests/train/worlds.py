@@ -19,14 +19,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from opticnerve import recipe as recipes
 from opticnerve.data.encode.loader import Waiting
-from opticnerve.evaluation.kinds import dock_any
+from opticnerve.models.family import build
 from opticnerve.train import checkpoint
 from opticnerve.train.loop import Interrupted, run_stage
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Names within site-packages alone: the fork server knows no other path (Python 3.11), and says nothing about it.
 _CONTEXT.set_forkserver_preload(
-    ["opticnerve.train.loop", "opticnerve.evaluation.kinds", "transformers.models.llama.modeling_llama",
+    ["opticnerve.train.loop", "opticnerve.models.family", "transformers.models.llama.modeling_llama",
      "transformers.models.clip.modeling_clip", "transformers.models.clip.image_processing_clip", "torch.distributed.fsdp",
      "peft", "torch._dynamo"]
 )  # fmt: skip
@@ -118,7 +118,7 @@ def train(recipe: dict[str, Any], out: Path, resume: bool = False, hurt: str = "
     if hurt:
         _hurt(hurt)
     read = recipes.load(recipe)
-    dock, trained = dock_any(read), set[str]()
+    dock, trained = build(read), set[str]()
     for number, stage in enumerate(read.stages):
         folder = out / "stages" / f"{number}-{stage.name}"
         try:

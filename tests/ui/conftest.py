@@ -20,7 +20,7 @@ LIMITS = Limits(upload_bytes=300_000, pixels=90_000, question_characters=200, an
 
 @pytest.fixture(scope="session")
 def two_models(vision_folder: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Folders of two models with the same eye and different language models."""
+    """Folders of two models with the same vision encoder and different language models."""
     from opticnerve.language.chat_template import CHATML
 
     folders = []

@@ -62,7 +62,7 @@ def evaluate(
         raise OpticNerveError(f"--out {out} is a folder; name a file such as {out / 'results.json'}")
 
     from opticnerve.evaluation.evaluate import evaluate_model
-    from opticnerve.evaluation.kinds import load_any
+    from opticnerve.inference.load import load_any
 
     quiet_libraries()
     console = console_for(as_json)

@@ -93,13 +93,9 @@ def embed(
 
 def _embedder(model: str, trust_remote_code: bool) -> Any:
     from opticnerve.inference.embeddings import Embedder, load_dual_encoder
-    from opticnerve.inference.load import kind_of, resolve
 
     quiet_libraries()
-    folder = resolve(model)
-    if kind_of(folder) != "dual":
-        raise OpticNerveError(f"{model} holds no dual encoder; train one with `opticnerve train starter-contrastive`")
-    return Embedder(*load_dual_encoder(folder, trust_remote_code=trust_remote_code))
+    return Embedder(*load_dual_encoder(model, trust_remote_code=trust_remote_code))
 
 
 def _classes(given: str) -> list[str]:

@@ -10,9 +10,8 @@ from opticnerve.data.dataset.load import fixed_sample, load_data
 from opticnerve.evaluation.tasks import run_vqa
 from opticnerve.inference.embeddings import Embedder, load_dual_encoder
 from opticnerve.inference.load import load_model
-from opticnerve.inference.predictors import VLMPredictor, load_classifier
+from opticnerve.inference.predictors import LateFusion, VLMPredictor, load_classifier
 from opticnerve.inference.zero_shot import ZeroShotPredictor
-from opticnerve.models.classifier.late_fusion import LateFusion
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.types import Conversation
 

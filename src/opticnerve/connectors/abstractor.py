@@ -14,8 +14,7 @@ from timm.models.regnet import RegStage
 from torch import nn
 from torch.nn import functional as F
 
-from opticnerve.connectors.base import Connector
-from opticnerve.connectors.grid import blanked, grid_side
+from opticnerve.connectors.base import Connector, blanked, check_counts, grid_side
 from opticnerve.types import Features, OpticNerveError
 
 
@@ -35,22 +34,12 @@ class AbstractorConnector(Connector):
     """
 
     def __init__(
-        self,
-        *,
-        in_size: int,
-        out_size: int,
-        in_tokens: int,
-        out_tokens: int | None = None,
-        depth: int = 3,
-        hidden_size: int | None = None,
-        mlp_depth: int = 2,
-        calibrate: bool = True,
-    ) -> None:
+        self, *, in_size: int, out_size: int, in_tokens: int, out_tokens: int | None = None, depth: int = 3,
+        hidden_size: int | None = None, mlp_depth: int = 2, calibrate: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
         hidden = in_size if hidden_size is None else hidden_size
-        for name, value in {"depth": depth, "hidden_size": hidden, "mlp_depth": mlp_depth}.items():
-            if value < 1:
-                raise OpticNerveError(f"abstractor {name} is at least 1, not {value}")
+        check_counts("abstractor", depth=depth, hidden_size=hidden, mlp_depth=mlp_depth)
         self.side = grid_side(in_tokens, "abstractor")
         self.out_side = _out_side(self.side, out_tokens)
         self.pos_emb = nn.Parameter(torch.empty(1, in_tokens, in_size))
@@ -74,11 +63,9 @@ class AbstractorConnector(Connector):
         tokens_BND = blanked(features) + self.pos_emb
         map_BDHW = tokens_BND.transpose(1, 2).unflatten(2, (self.side, self.side))
         pooled_BDHW = self.net(map_BDHW)
-        return Features(self.readout(pooled_BDHW.flatten(2).transpose(1, 2)), self._pooled_mask(features))
-
-    def _pooled_mask(self, features: Features) -> torch.Tensor:
         mask_B1HW = features.mask_BN.to(features.tokens_BND.dtype).unflatten(1, (1, self.side, self.side))
-        return F.adaptive_max_pool2d(mask_B1HW, self.out_side).flatten(1) > 0
+        pooled_BM = F.adaptive_max_pool2d(mask_B1HW, self.out_side).flatten(1) > 0
+        return Features(self.readout(pooled_BDHW.flatten(2).transpose(1, 2)), pooled_BM)
 
 
 def _blocks(depth: int, in_size: int, out_size: int) -> nn.Module:

@@ -8,12 +8,14 @@ and learns at once; without them (`calibrate=False`, or before calibration) they
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from opticnerve.types import Features
+from opticnerve.types import Features, OpticNerveError
 
 
 class Connector(nn.Module, ABC):
@@ -85,3 +87,38 @@ class Connector(nn.Module, ABC):
         out = self.forward(features, *text)
         self.output_scale.copy_(embedding_std / out.tokens_BND[out.mask_BN].float().std().clamp_min(1e-6))
         self.calibrated.fill_(True)
+
+
+def check_activation(name: str) -> None:
+    if name not in ACT2FN:
+        raise OpticNerveError(f"unknown activation {name!r}; known: {', '.join(sorted(ACT2FN))}")
+
+
+def check_counts(connector: str, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise OpticNerveError(f"{connector} {name} is at least 1, not {value}")
+
+
+def grid_side(in_tokens: int, connector: str) -> int:
+    """The side of the square map that `in_tokens` tokens make, row by row from the top left.
+
+    Raises:
+        OpticNerveError: the count is no square; the message has the squares on both sides of it.
+    """
+    side = isqrt(in_tokens)
+    if side * side != in_tokens or not in_tokens:
+        raise OpticNerveError(
+            f"{connector} wants a square map of tokens, and the encoder gives {in_tokens} "
+            f"({side}² is {side**2}, {side + 1}² is {(side + 1) ** 2}); leave out class tokens (class_token: drop), "
+            "or take a connector that wants no map (linear, mlp, resampler)"
+        )
+    return side
+
+
+def blanked(features: Features) -> Tensor:
+    """The tokens (B, N, D) with zeros in place of those that are not real, so that neighbours see nothing of them.
+
+    Behind the calibration zero is the mean: a missing token counts as an average one.
+    """
+    return features.tokens_BND.masked_fill(~features.mask_BN.unsqueeze(-1), 0)

@@ -1,16 +1,35 @@
-"""A small perceptron on each token: LLaVA-1.5's connector (Liu et al. 2024, Improved Baselines, section 3.2)."""
+"""Connectors that treat each token by itself: a matrix, a perceptron, and either behind a shuffle of neighbours."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from opticnerve.connectors.base import Connector
+from opticnerve.connectors.base import Connector, blanked, check_activation, check_counts, grid_side
 from opticnerve.types import Features, OpticNerveError
 
 
+class LinearConnector(Connector):
+    """Each visual token times one matrix: the first LLaVA's connector (Liu et al. 2023, Visual Instruction Tuning,
+    section 4.1).
+
+    Args: in_size, out_size, in_tokens, calibrate: see `Connector`. bias: add a bias vector.
+    """
+
+    def __init__(
+        self, *, in_size: int, out_size: int, in_tokens: int, bias: bool = True, calibrate: bool = True
+    ) -> None:
+        super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
+        self.linear = nn.Linear(in_size, out_size, bias=bias)
+        self.options |= {"bias": bias}
+
+    def project(self, features: Features) -> Features:
+        return Features(self.linear(features.tokens_BND), features.mask_BN)
+
+
 class MLPConnector(Connector):
-    """`depth` linear layers with an activation between them, the hidden width being the language model's.
+    """`depth` linear layers with an activation between them, the hidden width being the language model's: LLaVA-1.5's
+    connector (Liu et al. 2024, Improved Baselines, section 3.2).
 
     With depth 2 and "gelu" it is transformers' `LlavaMultiModalProjector`, weight for weight.
 
@@ -22,21 +41,13 @@ class MLPConnector(Connector):
     """
 
     def __init__(
-        self,
-        *,
-        in_size: int,
-        out_size: int,
-        in_tokens: int,
-        depth: int = 2,
-        activation: str = "gelu",
-        bias: bool = True,
-        calibrate: bool = True,
-    ) -> None:
+        self, *, in_size: int, out_size: int, in_tokens: int, depth: int = 2, activation: str = "gelu",
+        bias: bool = True, calibrate: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
         if depth < 2:
             raise OpticNerveError(f"mlp depth is at least 2, not {depth}; for one layer use connector type: linear")
-        if activation not in ACT2FN:
-            raise OpticNerveError(f"unknown activation {activation!r}; known: {', '.join(sorted(ACT2FN))}")
+        check_activation(activation)
         widths = [in_size] + [out_size] * depth
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
@@ -46,3 +57,67 @@ class MLPConnector(Connector):
 
     def project(self, features: Features) -> Features:
         return Features(self.layers(features.tokens_BND), features.mask_BN)
+
+
+class PixelShuffleConnector(Connector):
+    """Each square of `scale` × `scale` tokens, laid side by side as one, times one matrix or through a perceptron:
+    fewer tokens, nothing thrown away.
+
+    Sources: InternVL 1.5 (Chen et al. 2024, How Far Are We to GPT-4V?, section 3.1), Idefics3 (Laurençon et al. 2024,
+    Building and better understanding vision-language models) and SmolVLM (Marafioti et al. 2025, section 2.2).
+
+    With depth 1 it is transformers' `Idefics3Connector` (SmolVLM's too); with depth 2, the shuffle of `InternVLModel`
+    and its `InternVLMultiModalProjector`. A wide token is real if any token of its square is.
+
+    Args:
+        in_size, out_size, in_tokens, calibrate: see `Connector`.
+        scale: side of the square; `scale`² times fewer tokens come out. Idefics3 takes 2, the small SmolVLMs 4.
+        depth: number of linear layers: 1 for one matrix without bias (Idefics3), 2 or more for a layer norm and a
+            perceptron with biases (InternVL).
+        activation: between the linear layers, a name from transformers' `ACT2FN`; at depth 1 there is none.
+    """
+
+    def __init__(
+        self, *, in_size: int, out_size: int, in_tokens: int, scale: int = 2, depth: int = 1, activation: str = "gelu",
+        calibrate: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
+        side = grid_side(in_tokens, "pixel_shuffle")
+        if scale < 2:
+            raise OpticNerveError(
+                f"pixel_shuffle scale is at least 2, not {scale}; to keep all tokens use mlp or linear"
+            )
+        if side % scale:
+            fitting = ", ".join(str(s) for s in range(2, side + 1) if side % s == 0)
+            raise OpticNerveError(
+                f"pixel_shuffle scale {scale} does not divide the side of the encoder's map, {side} ({in_tokens} "
+                f"tokens); scales that do: {fitting or 'none'}; or give the encoder another image_size"
+            )
+        check_counts("pixel_shuffle", depth=depth)
+        check_activation(activation)
+        if depth == 1 and activation != "gelu":
+            raise OpticNerveError(f"activation {activation!r} does nothing at depth 1; set depth: 2, or leave it out")
+        self.scale, self.side = scale, side
+        wide = in_size * scale**2
+        layers = (
+            [nn.Linear(wide, out_size, bias=False)] if depth == 1 else [nn.LayerNorm(wide), nn.Linear(wide, out_size)]
+        )
+        for _ in range(depth - 1):
+            layers += [ACT2FN[activation], nn.Linear(out_size, out_size)]
+        self.layers = nn.Sequential(*layers)
+        self.options |= {"scale": scale, "depth": depth, "activation": activation}
+
+    @property
+    def num_tokens(self) -> int:
+        return self.in_tokens // self.scale**2
+
+    def project(self, features: Features) -> Features:
+        squares_BMSD = self._squares(blanked(features))
+        mask_BM = self._squares(features.mask_BN.unsqueeze(-1)).any(-1).any(-1)
+        return Features(self.layers(squares_BMSD.flatten(2)), mask_BM)
+
+    def _squares(self, row_BND: Tensor) -> Tensor:
+        """(B, N, D) → (B, N / scale², scale², D): squares row by row, and within each its tokens row by row."""
+        count, scale = self.side // self.scale, self.scale
+        map_BHSWSD = row_BND.reshape(row_BND.shape[0], count, scale, count, scale, row_BND.shape[2])
+        return map_BHSWSD.transpose(2, 3).reshape(row_BND.shape[0], self.num_tokens, scale**2, row_BND.shape[2])

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, Blip2QFormerConfig
+from transformers import AutoTokenizer, BertModel, Blip2QFormerConfig
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 
 from opticnerve.common import hub
-from opticnerve.connectors.base import Connector
-from opticnerve.connectors.qformer_bert import bert_sizes, load_bert
+from opticnerve.connectors.base import Connector, check_counts
 from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import Features, OpticNerveError
 
@@ -50,38 +49,27 @@ class QFormerConnector(Connector):
     keeps_grid = False  # a query gathers from everywhere
 
     def __init__(
-        self,
-        *,
-        in_size: int,
-        out_size: int,
-        in_tokens: int,
-        num_queries: int = 32,
-        hidden_size: int | None = None,
-        depth: int | None = None,
-        heads: int | None = None,
-        intermediate_size: int | None = None,
-        cross_attention_frequency: int = 2,
-        dropout: float = 0.0,
-        instruct: bool = False,
-        text: bool = False,
-        vocab_size: int | None = None,
-        max_positions: int | None = None,
-        image_text_size: int = 256,
-        text_tokenizer: str | None = None,
-        bert: str | None = None,
-        calibrate: bool = True,
-    ) -> None:
+        self, *, in_size: int, out_size: int, in_tokens: int, num_queries: int = 32, hidden_size: int | None = None,
+        depth: int | None = None, heads: int | None = None, intermediate_size: int | None = None,
+        cross_attention_frequency: int = 2, dropout: float = 0.0, instruct: bool = False, text: bool = False,
+        vocab_size: int | None = None, max_positions: int | None = None, image_text_size: int = 256,
+        text_tokenizer: str | None = None, bert: str | None = None, calibrate: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
         sizes: dict[str, Any] = {
             "hidden_size": hidden_size, "depth": depth, "heads": heads, "intermediate_size": intermediate_size,
             "vocab_size": vocab_size, "max_positions": max_positions,
         }  # fmt: skip
         worded = instruct or text
-        if not worded:
-            _refuse(vocab_size=vocab_size, max_positions=max_positions, text_tokenizer=text_tokenizer)
+        words = {"vocab_size": vocab_size, "max_positions": max_positions, "text_tokenizer": text_tokenizer}
+        if not worded and (idle := next((key for key, value in words.items() if value is not None), None)):
+            raise OpticNerveError(f"{idle} does nothing in a qformer without instruct or text")
         tokenizer_name = text_tokenizer or (bert if worded else None)
         sizes = _resolve(sizes, bert, tokenizer_name, worded=worded, decoder_token=text)
-        _check(num_queries, cross_attention_frequency, sizes)
+        counts = {"num_queries": num_queries, "cross_attention_frequency": cross_attention_frequency, **sizes}
+        check_counts("qformer", **{key: value for key, value in counts.items() if value is not None})
+        if sizes["hidden_size"] % sizes["heads"]:
+            raise OpticNerveError(f"hidden_size {sizes['hidden_size']} does not split into {sizes['heads']} heads")
         self.wants_text, self.reads_words = instruct, worded
         self.tokenizer_name, self.vocab_size = tokenizer_name, sizes["vocab_size"]
         self.options |= {
@@ -150,12 +138,9 @@ class QFormerConnector(Connector):
         return Features(tokens_BND, features.mask_BN)
 
     def attend(
-        self,
-        features: Features,
-        text_ids: Tensor | None = None,
-        text_mask: Tensor | None = None,
+        self, features: Features, text_ids: Tensor | None = None, text_mask: Tensor | None = None,
         sees_BTT: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Queries, and words if there are any, through the transformer: states (B, Q, D) and (B, L, D).
 
         Args:
@@ -250,13 +235,12 @@ def _resolve(
             if mine is not None and (mine > value if key == "depth" else mine != value):
                 raise OpticNerveError(f"{key} is {mine}, but the bert {bert!r} has {value}; leave {key} out")
             sizes[key] = value if mine is None else mine
-    width = sizes["hidden_size"] = _or(sizes["hidden_size"], 256)
-    sizes["depth"] = _or(sizes["depth"], 4)
-    sizes["heads"] = _or(sizes["heads"], max(1, width // 64))
-    sizes["intermediate_size"] = _or(sizes["intermediate_size"], 4 * width)
+    width = 256 if sizes["hidden_size"] is None else sizes["hidden_size"]
+    defaults = {"hidden_size": width, "depth": 4, "heads": max(1, width // 64), "intermediate_size": 4 * width,
+                "max_positions": 512}  # fmt: skip
+    sizes |= {key: value for key, value in defaults.items() if sizes[key] is None}
     if not worded:
         return sizes | {"vocab_size": None, "max_positions": None}
-    sizes["max_positions"] = _or(sizes["max_positions"], 512)
     if sizes["vocab_size"] is None:
         if tokenizer is None:
             raise OpticNerveError("a qformer that reads words wants one of bert, text_tokenizer and vocab_size")
@@ -265,20 +249,67 @@ def _resolve(
     return sizes
 
 
-def _or(given: int | None, default: int) -> int:
-    return default if given is None else given
+# -- a start from a BERT, as BLIP-2's (Li et al. 2023, section 3.1) --------------------------------------------------
+
+# The two of BERT's settings that the Q-Former has no option for.
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 
-def _refuse(**given: Any) -> None:
-    for key, value in given.items():
-        if value is not None:
-            raise OpticNerveError(f"{key} does nothing in a qformer without instruct or text")
+def bert_sizes(name: str) -> dict[str, int]:
+    """The Q-Former's size options as the BERT `name` (hub name, folder, `starter/minilm`) has them; no weight is read.
+
+    Raises:
+        OpticNerveError: not a BERT, or one with another activation or epsilon than the Q-Former's.
+    """
+    config = hub.read_config(bert_folder(name), name)
+    if config.model_type != "bert":
+        raise OpticNerveError(f"{name!r} is a {config.model_type}; a Q-Former can start from a bert only")
+    for key, value in FIXED.items():
+        if getattr(config, key) != value:
+            raise OpticNerveError(f"{name!r} has {key} {getattr(config, key)!r}; the Q-Former has {value!r}")
+    return {
+        "hidden_size": config.hidden_size, "depth": config.num_hidden_layers, "heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size, "vocab_size": config.vocab_size,
+        "max_positions": config.max_position_embeddings,
+    }  # fmt: skip
 
 
-def _check(num_queries: int, frequency: int, sizes: dict[str, Any]) -> None:
-    counts = {"num_queries": num_queries, "cross_attention_frequency": frequency, **sizes}
-    for key, value in counts.items():
-        if value is not None and value < 1:
-            raise OpticNerveError(f"{key} is at least 1, not {value}")
-    if sizes["hidden_size"] % sizes["heads"]:
-        raise OpticNerveError(f"hidden_size {sizes['hidden_size']} does not split into {sizes['heads']} heads")
+class _WithoutPooler(BertModel):
+    """So that transformers does not report what is left out on purpose."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^pooler\.", r"^cls\."]  # noqa: RUF012 (transformers' own way of saying it)
+
+
+def load_bert(connector: Any, name: str) -> None:
+    """Copy a BERT's weights into a `QFormerConnector` of its sizes; cross-attention and query tokens keep theirs.
+
+    Self-attention goes to its like; the feed-forward to the queries' and, where there is one, to the words'. Words and
+    positions, too; BERT's embedding of "first sentence" is added to the positions', so that words alone come out of the
+    Q-Former exactly as out of the BERT. A row for [DEC] keeps its random numbers.
+    """
+    loaded: Any = _WithoutPooler.from_pretrained(
+        hub.fetch(bert_folder(name)), add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+    )
+    bert, report = loaded
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise OpticNerveError(f"{name!r} lacks weights of its BERT: {sorted(report['missing_keys'])[:8]}")
+    state: dict[str, Tensor] = bert.state_dict()
+    with torch.no_grad():
+        for ours, parameter in connector.qformer.named_parameters():
+            if theirs := _bert_name(ours):
+                parameter.copy_(state[theirs])
+        if connector.text_embeddings is not None:
+            words_VD = state["embeddings.word_embeddings.weight"]
+            connector.text_embeddings.word_embeddings.weight[: len(words_VD)].copy_(words_VD)
+            first_sentence_D = state["embeddings.token_type_embeddings.weight"][0]
+            connector.text_embeddings.position_embeddings.weight.copy_(
+                state["embeddings.position_embeddings.weight"] + first_sentence_D
+            )
+
+
+def _bert_name(ours: str) -> str | None:
+    """BERT's name of a Q-Former's parameter; None for cross-attention, which no BERT has."""
+    if ".crossattention." in ours:
+        return None
+    name = ours.replace("intermediate_query.", "intermediate.").replace("output_query.", "output.")
+    return name.replace(".attention.attention.", ".attention.self.").replace("layernorm.", "embeddings.LayerNorm.")

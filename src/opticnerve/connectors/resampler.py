@@ -7,12 +7,11 @@ Sources: Flamingo's perceiver resampler (Alayrac et al. 2022, section 2.1) in th
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from torch import nn
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
 
-from opticnerve.connectors.base import Connector
+from opticnerve.connectors.base import Connector, check_activation, check_counts
 from opticnerve.types import Features, OpticNerveError
 
 
@@ -37,35 +36,22 @@ class ResamplerConnector(Connector):
     keeps_grid = False
 
     def __init__(
-        self,
-        *,
-        in_size: int,
-        out_size: int,
-        in_tokens: int,
-        num_latents: int = 64,
-        depth: int = 3,
-        heads: int = 16,
-        key_value_heads: int = 4,
-        head_dim: int = 96,
-        activation: str = "silu",
-        intermediate_size: int | None = None,
+        self, *, in_size: int, out_size: int, in_tokens: int, num_latents: int = 64, depth: int = 3, heads: int = 16,
+        key_value_heads: int = 4, head_dim: int = 96, activation: str = "silu", intermediate_size: int | None = None,
         calibrate: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
         intermediate = round(3.5 * out_size) if intermediate_size is None else intermediate_size
-        for name, value in {
-            "num_latents": num_latents, "depth": depth, "heads": heads, "key_value_heads": key_value_heads,
-            "head_dim": head_dim, "intermediate_size": intermediate,
-        }.items():  # fmt: skip
-            if value < 1:
-                raise OpticNerveError(f"resampler {name} is at least 1, not {value}")
+        check_counts(
+            "resampler", num_latents=num_latents, depth=depth, heads=heads, key_value_heads=key_value_heads,
+            head_dim=head_dim, intermediate_size=intermediate,
+        )  # fmt: skip
         if heads % key_value_heads:
             raise OpticNerveError(
                 f"resampler heads ({heads}) must be a multiple of key_value_heads ({key_value_heads}): "
                 "each pair of keys and values serves as many queries"
             )
-        if activation not in ACT2FN:
-            raise OpticNerveError(f"unknown activation {activation!r}; known: {', '.join(sorted(ACT2FN))}")
+        check_activation(activation)
         config = Idefics2PerceiverConfig(
             hidden_size=out_size, hidden_act=activation, resampler_n_latents=num_latents, resampler_depth=depth,
             resampler_n_heads=heads, resampler_head_dim=head_dim, num_key_value_heads=key_value_heads,
@@ -87,18 +73,13 @@ class ResamplerConnector(Connector):
     def project(self, features: Features) -> Features:
         context_BND = self.modality_projection(features.tokens_BND)
         # transformers looks at the mask's values; the meta device, where `plan` counts, has none.
-        mask_BN = features.mask_BN.to(torch.long)
+        mask_BN, sampler = features.mask_BN.to(torch.long), self.perceiver_resampler
         if mask_BN.is_meta:
-            latents_BMD = self._shapes_alone(context_BND)
+            latents_BMD = sampler.latents.unsqueeze(0).expand(context_BND.shape[0], -1, -1)
+            for layer in sampler.layers:
+                latents_BMD = layer(latents_BMD, context_BND, attention_mask=None, position_ids=None)
+            latents_BMD = sampler.norm(latents_BMD)
         else:
-            latents_BMD = self.perceiver_resampler(context=context_BND, attention_mask=mask_BN)
+            latents_BMD = sampler(context=context_BND, attention_mask=mask_BN)
         any_B1 = features.mask_BN.any(1, keepdim=True)
         return Features(latents_BMD, any_B1.expand(-1, self.num_latents))
-
-    def _shapes_alone(self, context_BND: Tensor) -> Tensor:
-        """The resampler's layers without their mask."""
-        sampler = self.perceiver_resampler
-        latents_BMD = sampler.latents.unsqueeze(0).expand(context_BND.shape[0], -1, -1)
-        for layer in sampler.layers:
-            latents_BMD = layer(latents_BMD, context_BND, attention_mask=None, position_ids=None)
-        return sampler.norm(latents_BMD)

@@ -258,10 +258,6 @@ class ZeroAdamW:
         if zero.stage == 2:
             start_optimizer_state(around)
 
-    def backward(self, batches: Sequence[Any], factor: float) -> Tensor:
-        """Gradients of `factor` × the loss sums of a step, averaged over processes; this process's loss sum."""
-        return self._zero.backward(batches, factor)
-
     def clip(self, limit: float | None) -> Tensor:
         """Settle that the gradients' norm will be `limit` at most; returns the norm before, a scalar."""
         grads = [g for group in self._zero.partitions.averaged_gradients.values() for g in group]
@@ -275,7 +271,7 @@ class ZeroAdamW:
         """Let the weights of a tower stay as they are in this step."""
         self.adam.resting.add(tower)
 
-    def apply(self, factor: float) -> None:
+    def step(self, factor: float) -> None:
         """Take the step that the gradients say."""
         for group in self.adam.param_groups:
             group["lr"] = self._rates[group["part"]] * factor

@@ -21,9 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opticnerve.fusion.base import decoder_layers
+from opticnerve.language.layers import decoder_layers
 from opticnerve.models.freeze import Frozen
-from opticnerve.models.vlm.tower import language_sizes
 
 
 class Sharded:
@@ -92,8 +91,7 @@ def layers(model: Any) -> list[nn.Module]:
         for block in tower.encoder.blocks()
         if any(p.requires_grad for p in block.parameters())
     ]
-    count = language_sizes(model.language_model)["language_layers"]
-    return [*blocks, *decoder_layers(model.language_model, count)]
+    return [*blocks, *decoder_layers(model.language_model)[1]]
 
 
 def _frozen_encoder(tower: Any) -> list[nn.Parameter]:

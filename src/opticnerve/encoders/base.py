@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from opticnerve.types import Features, OpticNerveError
@@ -27,6 +29,11 @@ class Encoder(nn.Module, ABC):
     hidden_size: int
     num_tokens: int
     image_size: int
+    fit: str
+    mean: list[float]
+    std: list[float]
+    resample: int
+    crop_pct: float
     options: dict[str, Any]
     files: list[str]
 
@@ -72,9 +79,22 @@ class Encoder(nn.Module, ABC):
     def forward(self, media: Tensor) -> Features:
         """(B, *media_shape) float → `Features` of (B, num_tokens, hidden_size)."""
 
+    def take_pictures(
+        self, size: int, fit: str, mean: list[float] | None, std: list[float] | None, resample: int = 3,
+        crop_pct: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Settle how pictures are prepared, as in `make_image_processor`; mean and deviation are 0.5 by default."""
+        self.image_size, self.fit, self.resample, self.crop_pct = size, fit, resample, crop_pct
+        self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
+
     def image_processor(self) -> Any:
         """The transformers image processor that turns pictures into this encoder's `pixel_values`."""
-        raise OpticNerveError(f"{type(self).__name__} sees no pictures")
+        if not hasattr(self, "mean"):
+            raise OpticNerveError(f"{type(self).__name__} sees no pictures")
+        return make_image_processor(
+            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample,
+            crop_pct=self.crop_pct,
+        )  # fmt: skip
 
     def feature_extractor(self) -> Any:
         """The transformers feature extractor that turns sound into this encoder's `input_features`."""
@@ -102,6 +122,87 @@ def last_blocks(encoder: Encoder, count: int) -> list[nn.Module]:
             f"encoder.last({count}): this encoder has {len(blocks)} blocks; ask for 1 to {len(blocks)}"
         )
     return blocks[-count:]
+
+
+# -- what several encoders do ------------------------------------------------------------------------------------------
+
+
+def all_real(tokens_BND: Tensor) -> Features:
+    """Tokens of which none is padding."""
+    return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
+
+
+def longest_list(model: nn.Module, part: str) -> list[nn.Module]:
+    """The longest ModuleList: a transformer's layers."""
+    lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise OpticNerveError(f"{type(model).__name__} has no list of layers; train `{part}` whole")
+    return list(sorted(lists, key=len)[-1])
+
+
+def config_from_dict(architecture: dict[str, Any], needed_by: str, such_as: str) -> Any:
+    """transformers' configuration from a dict with `model_type`."""
+    from transformers import AutoConfig
+
+    architecture = dict(architecture)
+    model_type = architecture.pop("model_type", None)
+    if model_type is None:
+        raise OpticNerveError(f"{needed_by} needs architecture.model_type, such as {such_as}")
+    return AutoConfig.for_model(model_type, **architecture)
+
+
+def model_class(config: Any, unlisted: Mapping[str, str]) -> Any:
+    """transformers' class for a configuration; `unlisted`: names of those that are not in its table of AutoModel."""
+    import transformers as tf
+
+    if config.model_type in unlisted:
+        return getattr(tf, unlisted[config.model_type])
+    try:
+        return tf.MODEL_MAPPING[type(config)]
+    except KeyError as e:
+        raise OpticNerveError(f"transformers has no model for {type(config).__name__}") from e
+
+
+def load_part(cls: Any, folder: str, name: str, part: str, *, optional: tuple[str, ...] = (), **options: Any) -> Any:
+    """A model of transformers' `cls` with the weights in `folder`, which may hold more than these.
+
+    Args:
+        name, part: for the message. optional: beginnings of names that may be missing.
+
+    Raises:
+        OpticNerveError: weights are missing, or of another shape.
+    """
+    loaded: Any = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model, report = loaded
+    missing = [k for k in sorted(report["missing_keys"]) if not k.startswith(optional)]
+    if missing or report["mismatched_keys"]:
+        raise OpticNerveError(
+            f"{name!r} lacks weights of its {part}: missing {missing[:8]}, "
+            f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
+        )
+    return model
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, *, assign: bool = False) -> None:
+    """These weights into a module: complete, nothing over, every shape right. `what`: begins the message."""
+    wanted = module.state_dict()
+    problems = [f"missing {n}" for n in wanted if n not in state]
+    problems += [f"left over {n}" for n in state if n not in wanted]
+    problems += [
+        f"{n} is {tuple(state[n].shape)}, not {tuple(t.shape)}"
+        for n, t in wanted.items()
+        if n in state and state[n].shape != t.shape
+    ]
+    if problems:
+        raise OpticNerveError(f"{what}: {'; '.join(problems[:8])}")
+    module.load_state_dict(state, assign=assign)
+
+
+def cut_patches(pixels_BCHW: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) → (B, H/p · W/p, p · p · C): patches in raster order; within one, row by row, each pixel's channels
+    together (red, green, blue, red, …), as transformers' Fuyu and SigLIP 2 have it. H and W are multiples of p."""
+    cut_BCYpXp = pixels_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return cut_BCYpXp.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 FITS = ("squash", "squash_float", "crop", "pad")

@@ -9,29 +9,29 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from collections.abc import Callable, Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import (
-    MODEL_MAPPING,
-    AttentionInterface,
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.common.hub import read_config
 from opticnerve.common.private_names import computed_tables
-from opticnerve.encoders.base import Encoder, make_image_processor
-from opticnerve.encoders.cut_patches import cut_patches
-from opticnerve.encoders.early import inputs_of
+from opticnerve.encoders.base import (
+    Encoder,
+    all_real,
+    config_from_dict,
+    cut_patches,
+    load_part,
+    longest_list,
+    model_class,
+)
 from opticnerve.encoders.preparation import preparation
 from opticnerve.types import Features, OpticNerveError
 
@@ -74,33 +74,17 @@ class HFVisionEncoder(Encoder):
     """
 
     def __init__(
-        self,
-        *,
-        architecture: dict[str, Any],
-        layer: Layer = "last",
-        class_token: Literal["drop", "keep"] = "drop",
-        image_size: int | None = None,
-        fit: str = "squash",
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-        resample: int = 3,
-        crop_pct: float = 1.0,
-        _model: PreTrainedModel | None = None,
-    ) -> None:
+        self, *, architecture: dict[str, Any], layer: Layer = "last", class_token: Literal["drop", "keep"] = "drop",
+        image_size: int | None = None, fit: str = "squash", mean: list[float] | None = None,
+        std: list[float] | None = None, resample: int = 3, crop_pct: float = 1.0, _model: PreTrainedModel | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
-        config = _config_from_dict(architecture)
-        self.layer, self.class_token, self.fit, self.resample, self.crop_pct = (
-            layer,
-            class_token,
-            fit,
-            resample,
-            crop_pct,
-        )
+        config = config_from_dict(architecture, "hf_vision", "clip_vision_model or dinov2")
+        self.layer, self.class_token = layer, class_token
         self.native_size, self.patch_size = _sizes(config)
-        self.image_size = image_size or self.native_size
-        self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
+        self.take_pictures(image_size or self.native_size, fit, mean, std, resample, crop_pct)
         self.model = _model if _model is not None else _build(config)
         if hasattr(self.model, "use_head"):  # SigLIP's pooling, which takes as long as some layers: for `pooling` alone
             self.model.use_head = False
@@ -132,14 +116,8 @@ class HFVisionEncoder(Encoder):
         folder = hub.fetch(name)
         config = _vision_config(name)
         with hub.quiet():  # of all that is not the vision encoder; what is missing is told below
-            loaded: Any = _model_class(config).from_pretrained(
-                folder, config=config, key_mapping=_TOWER, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        model, report = loaded
-        if report["missing_keys"] or report["mismatched_keys"]:
-            raise OpticNerveError(
-                f"{name!r} lacks weights of its vision tower: missing {sorted(report['missing_keys'])[:8]}, "
-                f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
+            model = load_part(
+                model_class(config, _UNLISTED), folder, name, "vision tower", config=config, key_mapping=_TOWER
             )
         encoder = cls(architecture=config.to_dict(), _model=model, **{**_preparation(name, config, options), **options})
         encoder.files = weight_files(Path(folder))
@@ -173,7 +151,7 @@ class HFVisionEncoder(Encoder):
         tokens_BND = self._select(self.model, pixel_values)
         if self.class_token == "drop":
             tokens_BND = tokens_BND[:, self.prefix_tokens :]
-        return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
+        return all_real(tokens_BND)
 
     def _select(self, model: Any, pixel_values: Tensor) -> Tensor:
         inputs: dict[str, Any] = {"pixel_values": pixel_values}
@@ -184,13 +162,13 @@ class HFVisionEncoder(Encoder):
         if self.layer == "last":
             return model(**inputs).last_hidden_state
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
-        blocks = _blocks(model)
+        blocks = longest_list(model, "encoder")
         # An entry is what a block gets, the last one what comes out behind all. The first pass goes through all blocks,
         # for transformers sets itself up in it; a compiler sees by itself what is not used.
         if self._states == len(blocks) + 1 and self._been_through and not torch.compiler.is_compiling():
             places = [i % self._states for i in layers if isinstance(i, int)]
             if max(places) < len(blocks):
-                found = inputs_of(blocks, places, lambda: model(**inputs))
+                found = _inputs_of(blocks, places, lambda: model(**inputs))
                 return torch.cat([found[i] for i in places], dim=-1)
         states = model(**inputs, output_hidden_states=True).hidden_states
         if not all(isinstance(i, int) and -len(states) <= i < len(states) for i in layers):
@@ -230,22 +208,36 @@ class HFVisionEncoder(Encoder):
             )
         return int(shape[1]), int(shape[2])
 
-    def image_processor(self) -> Any:
-        return make_image_processor(
-            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample,
-            crop_pct=self.crop_pct,
-        )  # fmt: skip
-
     def blocks(self) -> list[nn.Module]:
-        """The longest ModuleList: the transformer's layers."""
-        if not (found := _blocks(self.model)):
-            raise OpticNerveError(f"{type(self.model).__name__} has no list of layers; train `encoder` whole")
-        return found
+        return longest_list(self.model, "encoder")
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(sorted(lists, key=len)[-1]) if lists else []
+class _EnoughError(Exception):
+    """All that was asked for has been seen."""
+
+
+def _inputs_of(blocks: Sequence[nn.Module], wanted: Sequence[int], run: Callable[[], Any]) -> dict[int, Tensor]:
+    """What the blocks of these numbers are given while `run` runs, which is stopped at the last of them: behind
+    LLaVA-1.5's last layer but one stands work for nothing, a twelfth of CLIP-ViT-B."""
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[number] = args[0] if args else kwargs["hidden_states"]
+            if len(found) == len(set(wanted)):
+                raise _EnoughError
+
+        return hook
+
+    handles = [blocks[n].register_forward_pre_hook(keep(n), with_kwargs=True) for n in set(wanted)]
+    try:
+        run()
+    except _EnoughError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _vision_config(name: str) -> PreTrainedConfig:
@@ -264,27 +256,10 @@ def _preparation(name: str, config: Any, given: dict[str, Any]) -> dict[str, Any
     return found
 
 
-def _config_from_dict(architecture: dict[str, Any]) -> PreTrainedConfig:
-    architecture = dict(architecture)
-    model_type = architecture.pop("model_type", None)
-    if model_type is None:
-        raise OpticNerveError("hf_vision needs architecture.model_type, such as clip_vision_model or dinov2")
-    return AutoConfig.for_model(model_type, **architecture)
-
-
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     """The configuration as it comes back from a JSON file (the numbers of labels as text, for one)."""
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return {k: v for k, v in found.items() if k not in ("_name_or_path", "dtype")}  # the weights' dtype is the recipe's
-
-
-def _model_class(config: PreTrainedConfig) -> Any:
-    if config.model_type in _UNLISTED:
-        return getattr(transformers, _UNLISTED[config.model_type])
-    try:
-        return MODEL_MAPPING[type(config)]
-    except KeyError as e:
-        raise OpticNerveError(f"transformers has no model for {type(config).__name__}") from e
 
 
 def _sizes(config: Any) -> tuple[int, int]:
@@ -304,7 +279,7 @@ def _side(value: Any, key: str) -> int:
 
 def _build(config: PreTrainedConfig) -> Any:
     """The model with random weights, on the default device."""
-    model = _model_class(config)(config)
+    model = model_class(config, _UNLISTED)(config)
     if config.model_type in _LOOKS_AT_MASK and next(model.parameters()).is_meta:
         model.set_attn_implementation("sdpa_without_mask")
     return model

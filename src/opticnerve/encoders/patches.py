@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from opticnerve.encoders.base import Encoder, make_image_processor
-from opticnerve.encoders.cut_patches import cut_patches
+from opticnerve.encoders.base import Encoder, all_real, cut_patches
 from opticnerve.types import Features, OpticNerveError
 
 
@@ -33,22 +31,17 @@ class PatchesEncoder(Encoder):
     needs_name: ClassVar[bool] = False
 
     def __init__(
-        self,
-        *,
-        image_size: int = 240,
-        patch_size: int = 30,
-        fit: str = "squash",
-        mean: list[float] | None = None,
+        self, *, image_size: int = 240, patch_size: int = 30, fit: str = "squash", mean: list[float] | None = None,
         std: list[float] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if patch_size < 1 or image_size < 1 or image_size % patch_size:
             raise OpticNerveError(
                 f"pictures of {image_size} px do not divide into patches of {patch_size} px; "
                 f"image_size must be a multiple of patch_size"
             )
-        self.image_size, self.patch_size, self.fit = image_size, patch_size, fit
-        self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
+        self.take_pictures(image_size, fit, mean, std)
+        self.patch_size = patch_size
         self.num_tokens = (image_size // patch_size) ** 2
         self.hidden_size = 3 * patch_size**2
         self.options = {
@@ -67,11 +60,7 @@ class PatchesEncoder(Encoder):
         return cls.from_pretrained(name, **options)
 
     def forward(self, pixel_values: Tensor) -> Features:
-        tokens_BND = cut_patches(pixel_values, self.patch_size)
-        return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
-
-    def image_processor(self) -> Any:
-        return make_image_processor(size=self.image_size, mean=self.mean, std=self.std, fit=self.fit)
+        return all_real(cut_patches(pixel_values, self.patch_size))
 
     def blocks(self) -> list[nn.Module]:
         """None: there is nothing to train in it."""

@@ -17,18 +17,15 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    Siglip2TextModel,
-    SiglipTextModel,
 )
 
 from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.common.hub import read_config
+from opticnerve.encoders.base import config_from_dict, load_part, longest_list, model_class
 from opticnerve.registry import Registry
 from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import Features, OpticNerveError
@@ -36,7 +33,7 @@ from opticnerve.types import Features, OpticNerveError
 Pooling = Literal["mean", "first", "last", "pooler"]
 
 # transformers' AutoModel knows these two as parts of their whole only.
-_MODELS: dict[str, Any] = {"siglip_text_model": SiglipTextModel, "siglip2_text_model": Siglip2TextModel}
+_MODELS = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 
 text_encoders: Registry[Any] = Registry(
     "text encoder",
@@ -67,16 +64,11 @@ class HFTextEncoder(nn.Module):
     tokenizer: Any = None
 
     def __init__(
-        self,
-        *,
-        architecture: dict[str, Any],
-        pooling: Pooling | None = None,
-        max_length: int | None = None,
-        padding: Literal["longest", "max_length"] | None = None,
-        _model: PreTrainedModel | None = None,
-    ) -> None:
+        self, *, architecture: dict[str, Any], pooling: Pooling | None = None, max_length: int | None = None,
+        padding: Literal["longest", "max_length"] | None = None, _model: PreTrainedModel | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        config = _config_from_dict(architecture)
+        config = config_from_dict(architecture, "hf_text", "bert, clip_text_model or llama")
         self.pooling: Pooling = pooling or default_pooling(config)
         if self.pooling not in get_args(Pooling):
             raise OpticNerveError(f"pooling is one of {', '.join(get_args(Pooling))}, not {self.pooling!r}")
@@ -108,16 +100,8 @@ class HFTextEncoder(nn.Module):
         config = read_config(folder, name)
         config = getattr(config, "text_config", config)
         wanted = options.get("pooling") or default_pooling(config)
-        loaded: Any = _model_class(config).from_pretrained(
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        model, report = loaded
-        missing = [k for k in sorted(report["missing_keys"]) if wanted == "pooler" or not k.startswith("pooler.")]
-        if missing or report["mismatched_keys"]:
-            raise OpticNerveError(
-                f"{name!r} lacks weights of its text encoder: missing {missing[:8]}, "
-                f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
-            )
+        unread = () if wanted == "pooler" else ("pooler.",)
+        model = load_part(_model_class(config), folder, name, "text encoder", optional=unread, config=config)
         encoder = cls.from_loaded(model, AutoTokenizer.from_pretrained(folder), **options)
         encoder.files = weight_files(Path(folder))
         return encoder
@@ -172,10 +156,7 @@ class HFTextEncoder(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The transformer's layers: what `text.encoder.last(N)` counts."""
-        lists: list[Any] = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
-        if not lists:
-            raise OpticNerveError(f"{type(self.model).__name__} has no list of layers; train `text.encoder` whole")
-        return list(sorted(lists, key=len)[-1])
+        return longest_list(self.model, "text.encoder")
 
     def weight_files(self) -> list[str]:
         """The files that the weights came from, for the content hash; empty when there are none."""
@@ -199,20 +180,7 @@ def _width(config: PreTrainedConfig, pooling: Pooling) -> int:
     return int(own or config.hidden_size)
 
 
-def _config_from_dict(architecture: dict[str, Any]) -> PreTrainedConfig:
-    architecture = dict(architecture)
-    model_type = architecture.pop("model_type", None)
-    if model_type is None:
-        raise OpticNerveError("hf_text needs architecture.model_type, such as bert, clip_text_model or llama")
-    return AutoConfig.for_model(model_type, **architecture)
-
-
 def _model_class(config: PreTrainedConfig) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise OpticNerveError(f"{config.model_type} is an encoder with a decoder; name an encoder or a causal LM")
-    if config.model_type in _MODELS:
-        return _MODELS[config.model_type]
-    try:
-        return MODEL_MAPPING[type(config)]
-    except KeyError as e:
-        raise OpticNerveError(f"transformers has no text model for {type(config).__name__}") from e
+    return model_class(config, _MODELS)

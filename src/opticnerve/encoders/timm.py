@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.common.private_names import read_timm_config
-from opticnerve.encoders.base import Encoder, make_image_processor
+from opticnerve.encoders.base import Encoder, all_real
 from opticnerve.starter import weights as starter
 from opticnerve.types import Features, OpticNerveError
 
@@ -40,31 +40,22 @@ class TimmEncoder(Encoder):
     """
 
     def __init__(
-        self,
-        *,
-        name: str,
-        layer: Layer = "last",
-        image_size: int | None = None,
-        class_token: Literal["drop", "keep"] = "drop",
-        fit: str = "squash",
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-        resample: int = 3,
-        crop_pct: float = 1.0,
+        self, *, name: str, layer: Layer = "last", image_size: int | None = None,
+        class_token: Literal["drop", "keep"] = "drop", fit: str = "squash", mean: list[float] | None = None,
+        std: list[float] | None = None, resample: int = 3, crop_pct: float = 1.0,
         model_args: dict[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         model_args = dict(model_args or {})
         if layer != "last" and not isinstance(layer, int):
             raise OpticNerveError(f"timm layer is 'last' or a whole number, not {layer!r}")
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
-        self.layer, self.class_token, self.fit = layer, class_token, fit
-        self.resample, self.crop_pct = resample, crop_pct
+        self.layer, self.class_token = layer, class_token
         self.model = _create(name, image_size, model_args)
         data = timm.data.resolve_model_data_config(self.model)
-        self.image_size = image_size or int(data["input_size"][-1])
-        self.mean, self.std = list(mean or data["mean"]), list(std or data["std"])
+        size = image_size or int(data["input_size"][-1])
+        self.take_pictures(size, fit, mean or data["mean"], std or data["std"], resample, crop_pct)
         self.options = {
             "name": name, "layer": layer, "image_size": self.image_size, "class_token": class_token, "fit": fit,
             "mean": self.mean, "std": self.std, "resample": resample, "crop_pct": crop_pct, "model_args": model_args,
@@ -112,8 +103,7 @@ class TimmEncoder(Encoder):
     def forward(self, pixel_values: Tensor) -> Features:
         # Convolutions are a quarter to a half faster on pixels that lie with their channels together.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        tokens_BND = self._tokens(self.model, pixel_values)
-        return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
+        return all_real(self._tokens(self.model, pixel_values))
 
     def _tokens(self, model: Any, pixel_values: Tensor) -> Tensor:
         prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
@@ -122,7 +112,9 @@ class TimmEncoder(Encoder):
             if not isinstance(out, Tensor):
                 raise OpticNerveError(f"its forward_features gives several maps ({type(out).__name__}); use layer: -1")
             if out.ndim == 4:
-                return _rows(out, model)
+                # timm's Swin-like models give (B, H, W, C), all others (B, C, H, W).
+                channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+                return out.flatten(1, 2) if channels_last else out.flatten(2).transpose(1, 2)
             if not hasattr(model, "num_prefix_tokens") and isqrt(out.shape[1]) ** 2 != out.shape[1]:
                 raise OpticNerveError(
                     f"its forward_features gives {out.shape[1]} tokens, no square map, and timm does not say which of "
@@ -156,12 +148,6 @@ class TimmEncoder(Encoder):
                 ) from e
         return shape[1], shape[2]
 
-    def image_processor(self) -> Any:
-        return make_image_processor(
-            size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample,
-            crop_pct=self.crop_pct,
-        )  # fmt: skip
-
     def blocks(self) -> list[nn.Module]:
         for attribute in ("blocks", "stages", "layers"):
             found = getattr(self.model, attribute, None)
@@ -172,13 +158,6 @@ class TimmEncoder(Encoder):
             if len(named) > 2:
                 return named
         raise OpticNerveError(f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole")
-
-
-def _rows(map_4d: Tensor, model: nn.Module) -> Tensor:
-    """A map as rows of vectors. timm's Swin-like models give (B, H, W, C), all others (B, C, H, W)."""
-    if getattr(model, "output_fmt", "NCHW") == "NHWC":
-        return map_4d.flatten(1, 2)
-    return map_4d.flatten(2).transpose(1, 2)
 
 
 def _look_up(name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Trans
 from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.common.hub import UNREADABLE, read_config, says_how, unreadable
-from opticnerve.encoders.base import Encoder
+from opticnerve.encoders.base import Encoder, all_real, load_exactly, load_part
 from opticnerve.starter import weights
 from opticnerve.types import Features, OpticNerveError
 
@@ -56,13 +56,9 @@ class WhisperEncoder(Encoder):
     modality: ClassVar[Literal["image", "audio"]] = "audio"
 
     def __init__(
-        self,
-        *,
-        architecture: dict[str, Any],
-        seconds: int | None = None,
-        pool: int = 1,
+        self, *, architecture: dict[str, Any], seconds: int | None = None, pool: int = 1,
         layer: int | Literal["last"] = "last",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         architecture = encoder_part(architecture)
         positions = int(architecture["max_source_positions"])
@@ -114,8 +110,7 @@ class WhisperEncoder(Encoder):
         with torch.device("meta"):
             audio_encoder = cls(architecture=architecture, **options)
         state["embed_positions.weight"] = state["embed_positions.weight"][: FRAMES * audio_encoder.seconds].clone()
-        _check_state(state, audio_encoder.model.state_dict(), name)
-        audio_encoder.model.load_state_dict(state, assign=True)
+        load_exactly(audio_encoder.model, state, f"the weights of {name!r} are not those of its encoder", assign=True)
         audio_encoder.files = files
         return audio_encoder
 
@@ -136,8 +131,7 @@ class WhisperEncoder(Encoder):
             frames_BTD = self.model(input_features).last_hidden_state
         else:
             frames_BTD = self.model(input_features, output_hidden_states=True).hidden_states[self.layer]
-        tokens_BND = frames_BTD.unflatten(1, (self.num_tokens, self.pool)).mean(2)
-        return Features(tokens_BND, torch.ones(tokens_BND.shape[:2], dtype=torch.bool, device=tokens_BND.device))
+        return all_real(frames_BTD.unflatten(1, (self.num_tokens, self.pool)).mean(2))
 
     def feature_extractor(self) -> Any:
         """Mono sound of 16 kHz → log-mel windows of `media_shape`; longer sound is cut off, so split it before."""
@@ -216,27 +210,13 @@ def read_openai(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 class _EncoderAlone(Transformer):
     """For reading a whole Whisper: what is not its encoder's is passed over."""
 
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 (transformers' own way of saying it)
-        r"decoder\.",
-        r"^proj_out",
-        r"^projector",
-        r"^classifier",
-        "^layer_weights",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.", "^proj_out", "^projector", "^classifier", "^layer_weights"]  # noqa: RUF012
 
 
 def _read_transformers(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _config(name)
-    loaded: Any = _EncoderAlone.from_pretrained(
-        hub.fetch(name), config=config, key_mapping={r"^(model\.)?encoder\.": ""}, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
-    model, report = loaded
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise OpticNerveError(
-            f"{name!r} lacks weights of its encoder: missing {sorted(report['missing_keys'])[:8]}, "
-            f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
-        )
+    names = {r"^(model\.)?encoder\.": ""}
+    model = load_part(_EncoderAlone, hub.fetch(name), name, "encoder", config=config, key_mapping=names)
     return encoder_part({k: getattr(config, k) for k in ENCODER_KEYS}), model.state_dict()
 
 
@@ -272,16 +252,3 @@ def _window(name: str, architecture: dict[str, Any]) -> dict[str, Any]:
         raise OpticNerveError(f"{name!r} prepares sound as Whisper's encoder here cannot ({'; '.join(odd)})")
     whole = int(architecture["max_source_positions"]) // FRAMES
     return {} if own.chunk_length == whole else {"seconds": int(own.chunk_length)}
-
-
-def _check_state(state: dict[str, Tensor], wanted: dict[str, Tensor], name: str) -> None:
-    """Complete, nothing over, every shape right."""
-    if missing := sorted(set(wanted) - set(state)):
-        raise OpticNerveError(f"{name!r} lacks weights of its encoder: missing {missing[:8]}")
-    if extra := sorted(set(state) - set(wanted)):
-        raise OpticNerveError(f"{name!r} holds weights that its configuration does not foresee: {extra[:8]}")
-    for key, place in wanted.items():
-        if state[key].shape != place.shape:
-            raise OpticNerveError(
-                f"{name!r}: {key} has shape {tuple(state[key].shape)}, its configuration says {tuple(place.shape)}"
-            )

@@ -14,9 +14,9 @@ from opticnerve.evaluation import tasks
 from opticnerve.evaluation.choice import run_choice, run_multiple_choice
 from opticnerve.evaluation.image_dependence import balanced, image_dependence
 from opticnerve.evaluation.judges import SCORERS
-from opticnerve.evaluation.kinds import answers_of
 from opticnerve.evaluation.retrieval import run_retrieval, run_zero_shot
 from opticnerve.inference.embeddings import Embedder
+from opticnerve.inference.predictors import answers_of
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.types import Conversation
 

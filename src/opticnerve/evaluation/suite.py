@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from opticnerve.common import atomic
 from opticnerve.common.markdown import table
 from opticnerve.evaluation.evaluate import evaluate_model
-from opticnerve.evaluation.kinds import load_any
+from opticnerve.inference.load import load_any
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.recipe.model import Strict
 from opticnerve.types import OpticNerveError

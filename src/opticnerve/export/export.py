@@ -13,7 +13,7 @@ import torch
 
 from opticnerve.common.cache import new_folder
 from opticnerve.export import parity, samples
-from opticnerve.export.formats import PLAIN, Format, Options, Proof, formats
+from opticnerve.export.formats import PLAIN, Format, Options, Proof, Trial, formats
 from opticnerve.inference.load import load_model
 from opticnerve.language.load import no_bars
 from opticnerve.types import OpticNerveError
@@ -48,7 +48,7 @@ def export(
 
     Args:
         name: as for `load_model`. to: the format's exact name. out: the new folder; it must not exist yet.
-        say: told what happens, a line at a time.
+        emit: told what happens, a line at a time.
 
     Raises:
         OpticNerveError: the format cannot express the model (the message says what, and what it could), the engine is
@@ -66,10 +66,8 @@ def export(
             "that has it with --check-python, or say --unchecked to go without proof"
         )
     emit(f"reading {name}")
-    torch_dtype = getattr(torch, options.dtype, None)
-    model, processor = load_model(
-        name, device="cpu", dtype=torch_dtype, trust_remote_code=options.trust_remote_code
-    )  # fmt: skip
+    dtype, trusted = getattr(torch, options.dtype, None), options.trust_remote_code
+    model, processor = load_model(name, device="cpu", dtype=dtype, trust_remote_code=trusted)
     if reasons := maker.refuse(model, processor):
         raise OpticNerveError(f"{name} cannot be exported to {to}: {'; '.join(reasons)}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,18 +93,14 @@ def _export(
         emit(f"writing {out}")
         made.notes = maker.write(model, processor, new)
         if maker.options.unchecked:
-            made.notes.append(_unproved(new, to))
+            note = f"no engine has loaded these {to} files, and nobody knows whether they answer as the model does"
+            made.notes.append(f"UNCHECKED: {note}")
+            again = "Export again without `--unchecked` for proof."
+            (new / "README.md").write_text(f"# UNCHECKED: {note}\n\n{again}\n", encoding="utf-8")
         else:
             emit("comparing, in a process of its own")
-            made.proof = maker.check(new, model, processor, chosen, wanted, scratch)
+            made.proof = maker.check(new, Trial(model, processor, chosen, wanted, scratch))
             made.notes += made.proof.notes
         record = {k: v for k, v in asdict(made).items() if k != "folder"}
         (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return made
-
-
-def _unproved(folder: Path, to: str) -> str:
-    """Says in the folder itself that nobody compared it with the model."""
-    note = f"UNCHECKED: no engine has loaded these {to} files, and nobody knows whether they answer as the model does"
-    (folder / "README.md").write_text(f"# {note}\n\nExport again without `--unchecked` for proof.\n", encoding="utf-8")
-    return note

@@ -1,4 +1,4 @@
-"""What every format promises, and the formats by their exact names."""
+"""What every format promises, the formats by their exact names, and opticnerve's own folder (`merged`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from opticnerve.export import parity
 from opticnerve.export.parity import Reference
 from opticnerve.export.samples import Sample
+from opticnerve.models.vlm.merge import is_gated, merge_adapter
 from opticnerve.registry import Registry
 
 
@@ -39,15 +43,27 @@ class Proof:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What an engine is held to: the model, the samples, what the model says to them, and a folder for the job."""
+
+    model: Any
+    processor: Any
+    samples: Sequence[Sample]
+    wanted: Sequence[Reference]
+    scratch: Path
+
+
 class Format(ABC):
     """One format of another engine (or our own folder).
 
     `dtypes` are those that weights can be written in beside "auto". `needs` says what to install where the engine does
-    not come with opticnerve; None where it does.
+    not come with opticnerve; None where it does. `program`: the one of `checks/` that runs the engine.
     """
 
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     needs: ClassVar[str | None] = None
+    program: ClassVar[str]
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -56,24 +72,36 @@ class Format(ABC):
     def refuse(self, model: Any, processor: Any) -> list[str]:
         """What of this model the format cannot express: each reason with the nearest recipe that it can."""
 
-    @abstractmethod
     def simplify(self, model: Any, processor: Any) -> None:
         """Fold what the format has no place for into plain weights, in place (see `export.simplify`)."""
+        merge_adapter(model)
 
     @abstractmethod
     def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
         """Write the format's files; returns what the user should know."""
 
     @abstractmethod
-    def check(
-        self, folder: Path, model: Any, processor: Any, samples: Sequence[Sample], wanted: Sequence[Reference],
-        scratch: Path,
-    ) -> Proof:  # fmt: skip
+    def job(self, folder: Path, trial: Trial) -> dict[str, Any]:
+        """What `program` is told; plain JSON."""
+
+    def check(self, folder: Path, trial: Trial) -> Proof:
         """The engine's answers to the samples, in a process of its own, against ours.
 
         Raises:
             OpticNerveError: it does not run, or differs.
         """
+        said = parity.run(self.program, self.job(folder, trial), trial.scratch)
+        parity.check_loaded(said)
+        found = parity.samples_of(said)
+        for sample in found:
+            if sample["pixels"] is not None:
+                sample["pixels"] = self.pixels(sample["pixels"])
+        difference = parity.compare_logits(trial.wanted, found, said["engine"])
+        return Proof(said["engine"], difference, parity.TOLERANCE, "of the largest logit", len(trial.samples))
+
+    def pixels(self, theirs: Tensor) -> Tensor:
+        """The engine's pixels in our shape."""
+        return theirs
 
     def picture_sizes(self, model: Any) -> list[tuple[int, int]]:
         """Widths and heights of the samples' pictures."""
@@ -84,6 +112,27 @@ class Format(ABC):
         return list(samples)
 
 
+class Merged(Format):
+    """All weights, configuration and processor in one folder of opticnerve's own: nothing is refused."""
+
+    program = "own_folder"
+
+    def refuse(self, model: Any, processor: Any) -> list[str]:
+        return []
+
+    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        gated = "the adapter works beside pictures alone (lora.when: media); it goes along as it is, not added in"
+        return [gated] if is_gated(model) else []
+
+    def job(self, folder: Path, trial: Trial) -> dict[str, Any]:
+        return {
+            "folder": str(folder), "pictures": str(trial.scratch), "picture_sizes": self.picture_sizes(None),
+            "trust_remote_code": self.options.trust_remote_code,
+        }  # fmt: skip
+
+
 formats: Registry[Format] = Registry(
     "format",
     group="opticnerve.formats",
@@ -91,7 +140,7 @@ formats: Registry[Format] = Registry(
         "hf-llava": "opticnerve.export.hf.llava:HFLlava",
         "hf-idefics3": "opticnerve.export.hf.idefics3:HFIdefics3",
         "hf-blip2": "opticnerve.export.hf.blip2:HFBlip2",
-        "merged": "opticnerve.export.merged:Merged",
+        "merged": "opticnerve.export.formats:Merged",
         "gguf": "opticnerve.export.gguf.format:Gguf",
     },
 )

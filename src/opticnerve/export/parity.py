@@ -1,13 +1,19 @@
-"""What our model says to the samples, and how far an engine's answer may be from it."""
+"""What our model says to the samples, what an engine says in a process of its own, and how far apart they may be."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +21,8 @@ from opticnerve.export.samples import Sample
 from opticnerve.inference.generate import Answerer
 from opticnerve.types import OpticNerveError
 
+CHECKS = Path(__file__).parent / "checks"
+SECONDS = 3600.0
 # Positions from the end of a prompt whose logits are kept: each of them depends on everything before it.
 LAST = 32
 GREEDY = 12
@@ -68,7 +76,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 def distance(found_KV: Tensor, wanted_KV: Tensor) -> float:
     """The largest difference of two logits, in units of the largest logit. NaN counts as infinitely far."""
     difference = (found_KV - wanted_KV).abs().max() / wanted_KV.abs().max().clamp_min(1e-6)
-    return float(difference.nan_to_num(nan=float("inf")))
+    return float(difference.nan_to_num(nan=math.inf))
 
 
 def check_rounding(before: Sequence[Reference], after: Sequence[Reference], dtype: torch.dtype) -> float:
@@ -86,13 +94,68 @@ def check_rounding(before: Sequence[Reference], after: Sequence[Reference], dtyp
     return moved
 
 
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+def run(check: str, job: dict[str, Any], scratch: Path, *, python: str | Path = sys.executable) -> dict[str, Any]:
+    """Run `checks/CHECK.py JOB ANSWER` and read its answer; whatever it says on stderr is shown if it fails.
+
+    Args:
+        job: plain JSON. scratch: a folder for job and answer. python: the interpreter that has the engine.
+
+    Returns:
+        The check's JSON; arrays that it left in `arrays.npz` beside it are under "arrays".
+
+    Raises:
+        OpticNerveError: the check failed; the message ends with its last lines.
+    """
+    asked, answer = scratch / "job.json", scratch / "answer.json"
+    asked.write_text(json.dumps(job), encoding="utf-8")
+    answer.unlink(missing_ok=True)
+    # -P: the folder of the checks is not searched for modules. Threads as many as here, so that sums agree.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    command = [str(python), "-P", str(CHECKS / f"{check}.py"), str(asked), str(answer)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS, check=False)
+    except OSError as e:
+        raise OpticNerveError(f"{python} does not run: {e}; --check-python names an interpreter") from e
+    except subprocess.TimeoutExpired as e:
+        raise OpticNerveError(f"the check {check} has not ended after {SECONDS:.0f} s; nothing was exported") from e
+    if done.returncode or not answer.is_file():
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise OpticNerveError(
+            f"the exported model does not run in its engine (exit code {done.returncode}); nothing was exported:\n"
+            + "\n".join(lines[-12:])
+        )
+    return read(scratch)
+
+
+def read(scratch: Path) -> dict[str, Any]:
+    """What a check has left in `scratch`."""
+    said: dict[str, Any] = json.loads((scratch / "answer.json").read_text(encoding="utf-8"))
+    arrays = scratch / "arrays.npz"
+    if arrays.is_file():
+        with np.load(arrays) as kept:
+            said["arrays"] = {name: torch.from_numpy(kept[name]) for name in kept.files}
+    return said
+
+
+def samples_of(said: dict[str, Any]) -> list[dict[str, Any]]:
+    """A check's samples with their arrays: as `compare_logits` takes them."""
+    arrays = said.get("arrays", {})
+    return [
+        {**sample, "logits_KV": arrays[f"logits_{i}"], "pixels": arrays.get(f"pixels_{i}")}
+        for i, sample in enumerate(said["samples"])
+    ]
+
+
 def check_loaded(said: dict[str, Any]) -> None:
     """Every tensor of the folder found its place, and every place its tensor.
 
     Raises:
         OpticNerveError: the message lists those that did not.
     """
-    if problems := said["problems"]:
+    if problems := said.get("problems"):
         listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
         raise OpticNerveError(f"{said['engine']} does not find every tensor in its place: {listing}")
 
@@ -115,10 +178,9 @@ def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]],
                 f"{where}: the processor writes {len(theirs['ids'])} tokens for our {len(ours.ids)}, or others: "
                 f"{theirs['ids'][-8:]} at the end, not {ours.ids[-8:]}"
             )
-        if ours.pixels is not None and theirs.get("pixels") is not None:
-            moved = float((theirs["pixels"] - ours.pixels).abs().max()) if (
-                theirs["pixels"].shape == ours.pixels.shape
-            ) else float("inf")  # fmt: skip
+        if ours.pixels is not None and (pixels := theirs.get("pixels")) is not None:
+            alike = pixels.shape == ours.pixels.shape
+            moved = float((pixels - ours.pixels).abs().max()) if alike else math.inf
             if not moved < 1e-5:
                 raise OpticNerveError(f"{where}: pictures are prepared otherwise; pixels differ by up to {moved:.3g}")
         vocabulary = ours.logits_KV.shape[-1]
@@ -145,9 +207,8 @@ def compare_logprobs(
 ) -> float:
     """The largest difference between an engine's log-probabilities (nats) of likely next words (see `LIKELY`) and ours.
 
-    `banned`: words that the engine was told not to say.
     Our model is shown the engine's own words, so that a near tie that falls the other way ends nothing. What the engine
-    chose must be our choice, too, or as good as that within twice the tolerance.
+    chose must be our choice, too, or as good as that within twice the tolerance. `banned`: what it was told not to say.
 
     Raises:
         OpticNerveError: prompts of other lengths, log-probabilities beyond `tolerance`, or other words.
@@ -173,8 +234,7 @@ def compare_logprobs(
         for step, (row_V, top, word) in enumerate(zip(logprobs_TV, theirs["top"], theirs["greedy"], strict=True)):
             pairs = [(float(row_V[i]), logprob) for i, logprob in top]
             far = max((abs(a - b) for a, b in pairs if not max(a, b) < LIKELY), default=0.0)
-            # Written so that NaN fails, too.
-            far = far if bool(row_V.isfinite().all()) else float("inf")
+            far = far if bool(row_V.isfinite().all()) else math.inf
             if not far <= tolerance:
                 raise OpticNerveError(
                     f"{where}, word {step + 1}: log-probabilities differ by up to {far:.3g} ({tolerance:g} is allowed)"

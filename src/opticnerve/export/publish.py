@@ -62,10 +62,20 @@ def push(
         validate_repo_id(repo)
     except HFValidationError as e:
         raise OpticNerveError(f"{repo!r} is no name of a repository (owner/name): {e}") from e
+    title = repo.rpartition("/")[2]
+
+    def make(folder: Path) -> Exported:
+        made = export(name, to, folder, options=options, emit=emit)
+        try:
+            write_readme(name, folder, made, title=title, licence=licence, datasets=datasets)
+        except BaseException:
+            shutil.rmtree(folder)  # a folder without its card is half-made
+            raise
+        return made
+
     if to_folder is not None:
-        folder = Path(to_folder) / repo.rpartition("/")[2]
-        made = _make(name, folder, to, repo, licence, datasets, options, emit)
-        return Published(str(folder), made)
+        folder = Path(to_folder) / title
+        return Published(str(folder), make(folder))
     from huggingface_hub import HfApi, get_token
 
     if api is None and get_token() is None:  # before minutes of export
@@ -73,8 +83,7 @@ def push(
         raise hub.HubError(f"nobody is logged in who could write to {repo!r}", remedy, kind="token")
     api = api or HfApi()
     with tempfile.TemporaryDirectory(prefix="opticnerve-push-") as scratch:
-        folder = Path(scratch) / repo.rpartition("/")[2]
-        made = _make(name, folder, to, repo, licence, datasets, options, emit)
+        made = make(folder := Path(scratch) / title)
         emit(f"uploading to {repo}")
         with hub.errors(repo, writes=True):
             api.create_repo(repo_id=repo, private=private, exist_ok=True)
@@ -82,26 +91,13 @@ def push(
         return Published(str(address), made)
 
 
-def _make(
-    name: str, folder: Path, to: str, repo: str, licence: str | None, datasets: Sequence[str], options: Options,
-    emit: Callable[[str], None],
-) -> Exported:  # fmt: skip
-    made = export(name, to, folder, options=options, emit=emit)
-    try:
-        write_readme(name, folder, made, repo=repo, licence=licence, datasets=datasets)
-    except BaseException:
-        shutil.rmtree(folder)  # a folder without its card is half-made
-        raise
-    return made
-
-
 def write_readme(
-    name: str, folder: Path, made: Exported, *, repo: str, licence: str | None, datasets: Sequence[str]
+    name: str, folder: Path, made: Exported, *, title: str, licence: str | None, datasets: Sequence[str]
 ) -> None:
     """README.md: the run's card, if there is one, with front matter for the hub, and how the files were proved."""
     run = run_of(Path(resolve(name)))
     front: dict[str, Any] = {"license": "other", "pipeline_tag": "image-text-to-text", "tags": ["opticnerve"]}
-    body = f"# {repo.rpartition('/')[2]}\n\nA vision-language model docked with opticnerve."
+    body = f"# {title}\n\nA vision-language model docked with opticnerve."
     if run is not None:
         own, body = split(write_card(run).read_text(encoding="utf-8"))
         front |= own
@@ -131,12 +127,10 @@ def split(card: str) -> tuple[dict[str, Any], str]:
 
 
 def _proof(made: Exported) -> str:
-    lines = ["## How these files were checked", ""]
-    if made.proof is None:
-        lines.append("**UNCHECKED**: no engine has loaded these files.")
-    else:
-        lines.append(
-            f"{made.proof.engine} loaded them in a process of its own and answered {made.proof.samples} prompts: off "
-            f"by {made.proof.difference:.2g} {made.proof.unit} at most ({made.proof.allowed:g} is allowed)."
+    text, proof = "**UNCHECKED**: no engine has loaded these files.", made.proof
+    if proof is not None:
+        text = (
+            f"{proof.engine} loaded them in a process of its own and answered {proof.samples} prompts: off by "
+            f"{proof.difference:.2g} {proof.unit} at most ({proof.allowed:g} is allowed)."
         )
-    return "\n".join([*lines, *(f"\nNote: {n}" for n in made.notes)])
+    return "\n".join(["## How these files were checked", "", text, *(f"\nNote: {n}" for n in made.notes)])

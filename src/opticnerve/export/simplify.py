@@ -1,16 +1,66 @@
-"""A docked model as plain weights, in place: what only opticnerve has is folded into the matrices beside it.
+"""What only opticnerve has, on the way to another engine: refused with the nearest way out, or folded into the matrices
+beside it.
 
-The function stays the same; only rounding to the weights' own dtype may move it, which `parity.check_rounding` bounds.
+Folding is done in place and leaves the function the same; only rounding to the weights' own dtype may move it, which
+`parity.check_rounding` bounds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opticnerve.models.vlm.merge import is_gated
 from opticnerve.types import OpticNerveError
+
+VISION_ENCODERS = ("clip_vision_model", "siglip_vision_model")
+
+
+def encoder_refusals(model: Any, engine: str, vision_encoders: Sequence[str] = VISION_ENCODERS) -> list[str]:
+    """Why the towers and their fusion are no vision encoder of the given families with soft tokens in the text; empty
+    if they are."""
+    reasons, towers = [], model.config.towers
+    if "image" not in towers:
+        return [f"it has no vision encoder, and {engine} is one with a vision encoder"]
+    if others := sorted(set(towers) - {"image"}):
+        reasons.append(
+            f"it has an {others[0]} tower, and {engine} has a vision encoder alone; nearest: model.image alone"
+        )
+    spec = towers["image"]
+    if (fusion := spec["fusion"]["type"]) != "splice":
+        reasons.append(
+            f"its fusion is {fusion}, {engine} has soft tokens in the text; nearest: fusion {{type: splice}}"
+        )
+    if "tiling" in spec:
+        reasons.append(f"it cuts pictures into tiles, {engine} shows each whole; nearest: leave out tiling")
+    kind = spec["encoder"]["type"]
+    if kind != "hf_vision":
+        reasons.append(f"its encoder is {kind}; nearest: encoder {{type: hf_vision}} with a {vision_encoders[-1]}")
+    elif (family := spec["encoder"]["architecture"]["model_type"]) not in vision_encoders:
+        reasons.append(
+            f"its vision encoder is a {family}, {engine} is served with {' or '.join(vision_encoders)}; nearest: one "
+            "of these"
+        )
+    return reasons
+
+
+def adapter_refusals(model: Any, nearest: str = "lora {when: always}, or the format merged") -> list[str]:
+    """Why the adapter cannot be added into weights; empty if it can."""
+    if not is_gated(model):
+        return []
+    return [
+        "its adapter works beside pictures alone (lora.when: media), and such a gate cannot be added into weights; "
+        f"nearest: {nearest}"
+    ]
+
+
+def connector_matrices(connector: Any) -> tuple[nn.Linear, nn.Linear]:
+    """The first and the last matrix of a linear or mlp connector, or of a pixel shuffle."""
+    layers = [m for m in connector.modules() if isinstance(m, nn.Linear)]
+    return layers[0], layers[-1]
 
 
 @torch.no_grad()
@@ -19,12 +69,10 @@ def fold_calibration(connector: Any, first: nn.Linear, last: nn.Linear) -> None:
 
     (x - mean) / std through W, b is x through W / std, b - (W / std) · mean. A matrix without bias gets one.
     """
-    mean_D, std_D = connector.input_mean.double(), connector.input_std.double()
-    weight_ED = first.weight.double() / std_D
-    _put(first, weight_ED, _bias(first) - weight_ED @ mean_D)
-    scale = connector.output_scale.double()
-    _put(last, last.weight.double() * scale, None if last.bias is None else last.bias.double() * scale)
-    _clear(connector)
+    weight_ED = first.weight.double() / connector.input_std.double()
+    bias_E = torch.zeros(first.out_features) if first.bias is None else first.bias
+    _put(first, weight_ED, bias_E.double() - weight_ED @ connector.input_mean.double())
+    _fold_scale(connector, last)
 
 
 @torch.no_grad()
@@ -35,19 +83,15 @@ def fold_into_norm(connector: Any, norm: nn.LayerNorm, last: nn.Linear) -> None:
     """
     mean_D, std_D = connector.input_mean.double(), connector.input_std.double()
     _put(norm, norm.weight.double() / std_D, (norm.bias.double() - mean_D) / std_D)
+    _fold_scale(connector, last)
+
+
+def _fold_scale(connector: Any, last: nn.Linear) -> None:
     scale = connector.output_scale.double()
     _put(last, last.weight.double() * scale, None if last.bias is None else last.bias.double() * scale)
-    _clear(connector)
-
-
-def _clear(connector: Any) -> None:
     connector.input_mean.zero_()
     connector.input_std.fill_(1)
     connector.output_scale.fill_(1)
-
-
-def _bias(layer: nn.Linear) -> Tensor:
-    return torch.zeros(layer.out_features, dtype=torch.float64) if layer.bias is None else layer.bias.double()
 
 
 def _put(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -73,13 +117,9 @@ def fix_picture_size(encoder: Any) -> None:
     [name] = [n for n in ("position_embedding", "position_embeddings") if hasattr(table, n)]
     held = getattr(table, name)
     values = held.weight if isinstance(held, nn.Embedding) else held
-    blank_1ND = values.new_zeros(1, rows, values.shape[-1])
-    positions_1ND = table.interpolate_pos_encoding(blank_1ND, side, side).contiguous()
-    if isinstance(held, nn.Embedding):
-        new: Any = nn.Embedding.from_pretrained(positions_1ND[0], freeze=True)
-    else:
-        new = nn.Parameter(positions_1ND, requires_grad=False)
-    setattr(table, name, new)
+    positions_1ND = table.interpolate_pos_encoding(values.new_zeros(1, rows, values.shape[-1]), side, side).contiguous()
+    new = nn.Parameter(positions_1ND, requires_grad=False)
+    setattr(table, name, nn.Embedding.from_pretrained(new[0]) if isinstance(held, nn.Embedding) else new)
     table.position_ids = torch.arange(rows)[None]
     for holder in (table, encoder.model):
         if hasattr(holder, "config"):

@@ -25,7 +25,6 @@ from opticnerve.features.budget import default_budget, evict, features_dir, hold
 from opticnerve.features.digests import Digests
 from opticnerve.features.extract import Counter, Named, OnError, seen
 from opticnerve.language.load import tensor_fingerprint
-from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.types import DataError, Features
 
 SHARD_BYTES = 64 << 20
@@ -210,10 +209,7 @@ def open_store(
 
 
 def encode_function(model: Any) -> Callable[[Tensor], Features]:
-    """Pixels → what the store holds, for any of the three kinds of model."""
-    if is_docked_model(model):
-        vision_encoder: Callable[[Tensor], Features] = model.image.encode
-        return vision_encoder
+    """Pixels → what the store holds, for a model of any family."""
 
     def encode(pixel_values: Tensor) -> Features:
         features = model.image.encode(pixel_values)

@@ -1,4 +1,5 @@
-"""What every fusion promises: connected features enter a language model whose own weights stay as they are."""
+"""What every fusion promises: connected features enter a language model whose own weights stay as they are; and the
+simplest, soft tokens in the text."""
 
 from __future__ import annotations
 
@@ -80,9 +81,7 @@ class Fusion(nn.Module, ABC):
         With several processes, each must give every trained weight a gradient in every step, also where its share of
         the batch holds no picture.
         """
-        touched = features.tokens_BND.sum() * 0
-        for parameter in self.parameters():
-            touched = touched + parameter.sum() * 0
+        touched = sum((p.sum() * 0 for p in self.parameters()), features.tokens_BND.sum() * 0)
         return embeds_BLD + touched.to(embeds_BLD.dtype)
 
 
@@ -114,23 +113,20 @@ def words_of(embeddings: nn.Module, rows: int = 8192) -> tuple[Tensor, float]:
     return (total / count).float(), max(variance, 0.0) ** 0.5
 
 
-def decoder_layers(language_model: nn.Module, count: int) -> list[nn.Module]:
-    """The language model's layers, from input to output: its longest list of modules."""
-    lists = [m for m in language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    assert lists, f"no list of {count} layers in {type(language_model).__name__}"
-    return list(lists[0])
+class Splice(Fusion):
+    """Soft tokens in the text: written over the embeddings at the placeholder positions, in order. LLaVA's and BLIP-2's
+    way into the language model.
 
+    It has no weights of its own, and only checks: the processor alone decides how many placeholders there are.
+    Source: Liu et al. 2023, Visual Instruction Tuning, section 4.1.
 
-def scatter_rows(features: Features, counts_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures of a batch, laid out by the rows that show them.
-
-    `features`: (images, N, D) in reading order; `counts_B`: how many each row shows. Returns tokens (B, M, N, D), zero
-    where a row shows fewer than M, and the mask (B, M, N).
+    Args: language_size, language_layers: see `Fusion`.
     """
-    tokens_IND, mask_IN = features.tokens_BND, features.mask_BN
-    most = max(1, int(counts_B.max()))
-    place = torch.arange(most, device=counts_B.device) < counts_B[:, None]  # (B, M)
-    tokens = tokens_IND.new_zeros(*place.shape, *tokens_IND.shape[1:])
-    mask = mask_IN.new_zeros(*place.shape, mask_IN.shape[1])
-    tokens[place], mask[place] = tokens_IND, mask_IN
-    return tokens, mask
+
+    def placeholders(self, num_tokens: int) -> int:
+        return num_tokens
+
+    def embed(self, embeds_BLD: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
+        soft_MD = features.tokens_BND[features.mask_BN].to(embeds_BLD.dtype)
+        check_count(int(placeholder_BL.sum()), soft_MD.shape[0])
+        return embeds_BLD.masked_scatter(placeholder_BL.unsqueeze(-1), soft_MD)

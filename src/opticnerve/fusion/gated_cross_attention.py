@@ -7,27 +7,20 @@ Source: Alayrac et al. 2022, Flamingo, section 2.2 and appendix A.1; the layer i
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
+from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from opticnerve.fusion.base import Fusion, decoder_layers, scatter_rows, words_of
+from opticnerve.fusion.base import Fusion, words_of
+from opticnerve.language.layers import decoder_layers
 from opticnerve.types import Features, OpticNerveError
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a float32 middle, as in Llama and Idefics (torch's own rounds differently in bf16)."""
-
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        variance = hidden_BLD.float().pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_BLD * torch.rsqrt(variance + self.eps)).to(self.weight.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -51,19 +44,6 @@ class CrossAttention(nn.Module):
         return x_BLD.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class GatedMLP(nn.Module):
-    """The gated perceptron of Llama's layers."""
-
-    def __init__(self, size: int, inner: int, activation: str) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(size, inner, bias=False), nn.Linear(size, inner, bias=False)
-        self.down_proj = nn.Linear(inner, size, bias=False)
-        self.act = ACT2FN[activation]
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
-
-
 class GatedCrossAttentionLayer(nn.Module):
     """`hidden + tanh(α) · attention(hidden, pictures)`, then `hidden + tanh(β) · mlp(hidden)`; α = β = 0 at the start.
 
@@ -72,8 +52,9 @@ class GatedCrossAttentionLayer(nn.Module):
 
     def __init__(self, *, size: int, heads: int, inner: int, activation: str, gate: str, eps: float = 1e-6) -> None:
         super().__init__()
-        self.cross_attn, self.mlp = CrossAttention(size, heads), GatedMLP(size, inner, activation)
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.cross_attn = CrossAttention(size, heads)
+        self.mlp = LlamaMLP(LlamaConfig(hidden_size=size, intermediate_size=inner, hidden_act=activation))
+        self.input_layernorm, self.post_attention_layernorm = IdeficsRMSNorm(size, eps), IdeficsRMSNorm(size, eps)
         shape = (1,) if gate == "scalar" else (1, 1, size)
         self.alpha_cross_attn, self.alpha_dense = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
 
@@ -159,9 +140,9 @@ class GatedCrossAttention(Fusion):
         self.marker.copy_(words_of(embeddings)[0])
 
     def wire(self, language_model: nn.Module) -> None:
-        for number, layer in enumerate(decoder_layers(language_model, self.language_layers)):
+        for number, layer in enumerate(decoder_layers(language_model)[1]):
             if number % self.every == 0:
-                layer.register_forward_pre_hook(_Before(self, number // self.every), with_kwargs=True)
+                layer.register_forward_pre_hook(partial(self._before, number // self.every), with_kwargs=True)
 
     def embed(self, embeds_BLD: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
         wanted, found = int(placeholder_BL.sum()), features.tokens_BND.shape[0]
@@ -174,7 +155,7 @@ class GatedCrossAttention(Fusion):
 
     def see(self, placeholder_BL: Tensor, features: Features, group_BL: Tensor | None = None) -> CrossAttentionStates:
         counts_B = placeholder_BL.sum(1)
-        media_BMND, mask_BMN = scatter_rows(features, counts_B)
+        media_BMND, mask_BMN = _scatter_rows(features, counts_B)
         number_BL = placeholder_BL.cumsum(1) - 1
         if group_BL is not None:
             # A sample of a packed row sees its own pictures alone.
@@ -198,6 +179,14 @@ class GatedCrossAttention(Fusion):
     def later(self, seen: CrossAttentionStates, length: int) -> CrossAttentionStates:
         return replace(seen, latest_BL=seen.latest_BL[:, -1:].expand(-1, length))
 
+    def _before(self, number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hook on a layer of the language model."""
+        if self.seen is None:
+            return None
+        if args:
+            return (self.attend(number, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.attend(number, kwargs["hidden_states"])}
+
     def attend(self, number: int, hidden_BLD: Tensor) -> Tensor:
         """The hidden states before the language model's layer `number × every`."""
         seen: CrossAttentionStates | None = self.seen
@@ -214,15 +203,16 @@ class GatedCrossAttention(Fusion):
         return torch.where(sees_BL[:, :, None], out_BLD, hidden_BLD)
 
 
-class _Before:
-    """The hook on a layer of the language model."""
+def _scatter_rows(features: Features, counts_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures of a batch, laid out by the rows that show them.
 
-    def __init__(self, fusion: GatedCrossAttention, number: int) -> None:
-        self.fusion, self.number = fusion, number
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.fusion.seen is None:
-            return None
-        if args:
-            return (self.fusion.attend(self.number, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.fusion.attend(self.number, kwargs["hidden_states"])}
+    `features`: (images, N, D) in reading order; `counts_B`: how many each row shows. Returns tokens (B, M, N, D), zero
+    where a row shows fewer than M, and the mask (B, M, N).
+    """
+    tokens_IND, mask_IN = features.tokens_BND, features.mask_BN
+    most = max(1, int(counts_B.max()))
+    place = torch.arange(most, device=counts_B.device) < counts_B[:, None]  # (B, M)
+    tokens = tokens_IND.new_zeros(*place.shape, *tokens_IND.shape[1:])
+    mask = mask_IN.new_zeros(*place.shape, mask_IN.shape[1])
+    tokens[place], mask[place] = tokens_IND, mask_IN
+    return tokens, mask

@@ -1,8 +1,8 @@
 """One token after another: the prompt is read once, then each step reads the newest token and a cache.
 
 What transformers' `generate` says for the same `generation_config`, greedy or sampled, token for token, with less
-around each step: the cache has room (`kv_cache`), models of Llama's kind decode by their bare arithmetic on a CPU
-(`lean`), and rows of a batch that have ended leave it.
+around each step: the cache has room, models of Llama's kind decode by their bare arithmetic on a CPU
+(`ops.fused_decode`), and rows of a batch that have ended leave it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 from opticnerve.common.private_names import CACHE, generation_config, generation_rules
 from opticnerve.models.vlm.modeling import settled_rows
 from opticnerve.models.vlm.prompt import kept
-from opticnerve.ops.fused_decode import FusedDecoder
-from opticnerve.ops.kv_cache import ReservedLayer, reserve
+from opticnerve.ops.fused_decode import FusedDecoder, ReservedLayer, reserve
 
 
 @torch.inference_mode()
@@ -38,7 +37,7 @@ def decode(
     Args:
         model: an `OpticNerveForConditionalGeneration`. inputs: as its `forward` takes them, padded on the left.
         cache: keys and values of the first tokens of `input_ids`, read earlier; it is written to.
-        lean: the language model's lean form, where it has one.
+        fused: the language model's fused form, where it has one.
         drop_finished: rows that have ended leave the batch once half of it has.
         room: let the cache grow in place. (These two are off only to be measured.)
         seed: of the draws, with `do_sample=True`.

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from opticnerve.data.media.images import Source
 from opticnerve.data.media.transform import open_for
-from opticnerve.inference.load import default_device
+from opticnerve.inference.load import load_any, resolve
 from opticnerve.models.dual_encoder.modeling import DualEncoder
-from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
+from opticnerve.models.family import family_of
 from opticnerve.types import OpticNerveError, to_install
 
 Vectors = npt.NDArray[np.float32]
@@ -30,9 +30,11 @@ Progress = Callable[[int, int], None]
 def load_dual_encoder(
     name: str | Path, *, device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """A `DualEncoder` in `eval()` and its processor, from a folder of `save_pretrained` or a hub name."""
-    model = DualEncoder.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return model.to(device or default_device()).eval(), DualEncoderProcessor.from_pretrained(name)
+    """A `DualEncoder` in `eval()` and its processor; `name` as for `load_any`."""
+    folder = resolve(str(name))
+    if family_of(folder).MODEL is not DualEncoder:
+        raise OpticNerveError(f"{name} holds no dual encoder; train one with `opticnerve train starter-contrastive`")
+    return load_any(folder, device=device, trust_remote_code=trust_remote_code)
 
 
 class Embedder:

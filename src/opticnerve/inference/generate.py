@@ -123,7 +123,7 @@ class Answerer:
         yield from filter(None, [*map(answer.put, words.take()), answer.end()])
 
     def fused(self) -> FusedDecoder | None:
-        """The language model's lean form, made once; again, if its weights have moved since."""
+        """The language model's fused form, made once; again, if its weights have moved since."""
         if self._fused is None or not self._fused.still_fits(self.model.language_model):
             self._fused = FusedDecoder.of(self.model.language_model)
         return self._fused

@@ -1,5 +1,5 @@
-"""A model and its processor from wherever they are: a run, a stage of it, a self-contained folder, a hub name,
-"starter"."""
+"""A model of any family and its processor from wherever they are: a run, a stage of it, a self-contained folder, a hub
+name, "starter"."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from opticnerve.common import hub
-from opticnerve.models import OpticNerveForConditionalGeneration, OpticNerveProcessor
 from opticnerve.models.checkpoint.strict import wrap_errors
+from opticnerve.models.family import family_of
+from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.types import OpticNerveError
 
 
 def load_model(
     name: str | Path, *, device: str | None = None, dtype: Any = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """Load a docked model for use, in `eval()`.
+    """Load a docked model for use, in `eval()`; see `load_any`."""
+    folder = resolve(str(name))
+    family = family_of(folder)
+    if not family.MODEL.can_generate():
+        raise OpticNerveError(f"{name} holds no docked language model but a {family.SPEC.KIND} model; {family.USE}")
+    return load_any(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def load_any(
+    name: str | Path, *, device: str | None = None, dtype: Any = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load a model of any family and its processor for use, in `eval()`.
 
     Args:
         name: a run's folder, a stage's folder, a folder of `save_pretrained` or `opticnerve merge`, a hub name, or
@@ -28,41 +39,18 @@ def load_model(
         trust_remote_code: run parts that the checkpoint names by dotted path.
     """
     folder = resolve(str(name))
-    if kind_of(folder) != "docked":
-        use = "`opticnerve classify`, `embed` and `eval` take it" if kind_of(folder) == "dual" else "`eval` takes it"
-        raise OpticNerveError(f"{name} holds no docked language model but a {kind_of(folder)} model; {use}")
-    model = OpticNerveForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-    )
-    return model.to(device or default_device()).eval(), load_processor(folder)
+    family = family_of(folder)
+    model = family.MODEL.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+    return model.to(device or default_device()).eval(), load_processor(folder, family.PROCESSOR)
 
 
-def load_processor(folder: str) -> Any:
-    """The processor beside a docked model; whatever is wrong with its files is one error."""
+def load_processor(folder: str, cls: Any = OpticNerveProcessor) -> Any:
+    """The processor beside a model; whatever is wrong with its files is one error."""
     with wrap_errors("the processor", folder):
-        return OpticNerveProcessor.from_pretrained(folder)
-
-
-def kind_of(name: str) -> str:
-    """What a folder holds: "docked", "dual" or "classifier", by its config.json.
-
-    Raises:
-        OpticNerveError: it is damaged, or another library's model.
-    """
-    with wrap_errors("config.json", name):
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        kind = _KINDS.get(str(config.get("model_type")))
-    if kind is None:
-        raise OpticNerveError(
-            f"{name} holds a {str(config.get('model_type'))[:80]}, which is no model of opticnerve; `opticnerve "
-            "import` takes LLaVA's and BLIP-2's kinds over, and a recipe docks encoders onto language models"
-        )
-    return kind
+        return cls.from_pretrained(folder)
 
 
 ADAPTER = "adapter_config.json"
-# By `model_type` of config.json.
-_KINDS = {"opticnerve": "docked", "opticnerve_dual_encoder": "dual", "opticnerve_fusion_classifier": "classifier"}
 
 
 def default_device() -> str:

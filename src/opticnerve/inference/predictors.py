@@ -5,24 +5,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import singledispatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, get_args
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from opticnerve.data.collators.classification import question_of
 from opticnerve.data.media.transform import open_for
+from opticnerve.inference.generate import Answerer
 from opticnerve.inference.likelihood import answer_scores
-from opticnerve.inference.load import default_device, resolve
-from opticnerve.models.classifier.late_fusion import check_choices
+from opticnerve.inference.load import load_any, resolve
 from opticnerve.models.classifier.modeling import FusionClassifier
-from opticnerve.models.classifier.processing import FusionClassifierProcessor
+from opticnerve.models.classifier.parts import LEAST, Combination, combine
+from opticnerve.models.family import family_of
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.types import Conversation, Features, Message, OpticNerveError, TextPart
 
 # Questions, and numbers of features (1 GiB in float32), whose pictures are held at a time.
 _QUESTIONS, _NUMBERS = 2048, 2**28
+
+
+class Predictor(Protocol):
+    """What late fusion combines."""
+
+    def scores(self, conversation: Conversation, choices: Sequence[str]) -> list[float]:
+        """Probabilities of the choices as the answer, in their order."""
+        ...
 
 
 class VLMPredictor:
@@ -129,14 +143,134 @@ class ClassifierPredictor:
         return Features(torch.cat([f.tokens_BND for f in seen]), torch.cat([f.mask_BN for f in seen]))
 
 
+class LateFusion:
+    """Several predictors as one.
+
+    Args:
+        predictors: anything with `scores(conversation, choices)`. combine: see `combine`.
+        weights: for "learned", one for each predictor, none negative; or call `fit`.
+
+    Raises:
+        OpticNerveError: no predictors, or weights that do not fit.
+    """
+
+    def __init__(
+        self, predictors: Sequence[Predictor], combine: Combination = "mean", weights: Sequence[float] | None = None
+    ) -> None:
+        if not predictors:
+            raise OpticNerveError("late fusion of nothing; give at least one predictor")
+        if combine not in get_args(Combination):
+            raise OpticNerveError(f"combine is one of {', '.join(get_args(Combination))}, not {combine!r}")
+        if weights is not None:
+            _check_weights(weights, len(predictors))
+        self.predictors, self.combine = list(predictors), combine
+        self.weights = None if weights is None else list(weights)
+
+    def scores(self, conversation: Conversation, choices: Sequence[str]) -> list[float]:
+        """Probabilities of the choices, in their order."""
+        found_M1C = self._asked([conversation], [choices])
+        weights_M = None if self.weights is None else torch.tensor(self.weights, dtype=torch.float64)
+        combined: list[float] = combine(found_M1C, self.combine, weights_M)[0].tolist()
+        return combined
+
+    def predict(self, conversation: Conversation, choices: Sequence[str]) -> str:
+        """The likeliest choice."""
+        scores = self.scores(conversation, choices)
+        return choices[scores.index(max(scores))]
+
+    def fit(self, conversations: Sequence[Conversation], choices: Sequence[str], *, steps: int = 200) -> LateFusion:
+        """Learn the weights on questions that no predictor was trained on, by the likelihood of their answers.
+
+        Raises:
+            OpticNerveError: no questions, or an answer that is none of the choices.
+        """
+        place = {c: i for i, c in enumerate(choices)}
+        answers = [c.answer for c in conversations]
+        if not answers or any(a not in place for a in answers):
+            wrong = next((a for a in answers if a not in place), None)
+            raise OpticNerveError(
+                "there is nothing to fit weights on" if not answers else f"the answer {wrong!r} is none of the choices"
+            )
+        found_MBC = self._asked(conversations, [choices] * len(conversations))
+        targets_B = torch.tensor([place[str(a)] for a in answers])
+        free_M = torch.full((len(found_MBC),), math.log(math.e - 1), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([free_M], max_iter=steps, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            combined_BC = combine(found_MBC, "learned", F.softplus(free_M))
+            value = F.nll_loss(combined_BC.clamp_min(LEAST).log(), targets_B)
+            value.backward()
+            return value
+
+        optimizer.step(loss)  # type: ignore[arg-type]
+        self.weights, self.combine = F.softplus(free_M.detach()).tolist(), "learned"
+        return self
+
+    def _asked(self, conversations: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> Tensor:
+        rows = [
+            [_checked(p, c, options) for c, options in zip(conversations, choices, strict=True)]
+            for p in self.predictors
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+def check_choices(choices: Sequence[str]) -> None:
+    """Raise where there is nothing to choose between, or one choice stands twice."""
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        raise OpticNerveError(f"{len(choices)} choices, {len(set(choices))} of them different; give at least two")
+
+
+def _checked(predictor: Predictor, conversation: Conversation, choices: Sequence[str]) -> list[float]:
+    check_choices(choices)
+    scores = list(predictor.scores(conversation, choices))
+    name, where = type(predictor).__name__, conversation.where or conversation.id or "the question"
+    if len(scores) != len(choices):
+        raise OpticNerveError(f"{where}: {name} gave {len(scores)} scores for {len(choices)} choices")
+    if not all(math.isfinite(s) and s >= 0 for s in scores) or not sum(scores) > 0:
+        raise OpticNerveError(f"{where}: {name} gave no probabilities: {scores}")
+    return [s / sum(scores) for s in scores]
+
+
+def _check_weights(weights: Sequence[float], count: int) -> None:
+    if len(weights) != count:
+        raise OpticNerveError(f"{len(weights)} weights for {count} predictors")
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
+        raise OpticNerveError(f"weights are finite, not negative, and not all zero; got {list(weights)}")
+
+
 def load_classifier(
     name: str | Path, *, device: str | None = None, trust_remote_code: bool = False
 ) -> ClassifierPredictor:
     """A classifier from a run's folder, a folder of `save_pretrained`, or a hub name."""
     folder = resolve(str(name))
-    model = FusionClassifier.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    processor = FusionClassifierProcessor.from_pretrained(folder)
-    return ClassifierPredictor(model.to(device or default_device()).eval(), processor)
+    family = family_of(folder)
+    if family.MODEL is not FusionClassifier:
+        raise OpticNerveError(f"{name} holds no fusion classifier but a {family.SPEC.KIND} model; {family.USE}")
+    return ClassifierPredictor(*load_any(folder, device=device, trust_remote_code=trust_remote_code))
+
+
+@singledispatch
+def answers_of(
+    model: Any, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """What a model answers to each question: what a language model says, what a classifier chooses."""
+    raise OpticNerveError(f"a {type(model).__name__} answers no questions")
+
+
+@answers_of.register
+def _(
+    model: OpticNerveForConditionalGeneration, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:  # fmt: skip
+    return Answerer(model, processor).answer(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+@answers_of.register
+def _(
+    model: FusionClassifier, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    return ClassifierPredictor(model, processor, batch_size=batch_size).answers(asked)
 
 
 def _key(conversation: Conversation) -> Any:

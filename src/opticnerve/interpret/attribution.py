@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opticnerve.fusion.base import Splice
 from opticnerve.fusion.gated_cross_attention import GatedCrossAttention
-from opticnerve.fusion.splice import Splice
 from opticnerve.interpret import attention_maps
 from opticnerve.interpret.occlusion import occlusion
 from opticnerve.interpret.teacher_forcing import TeacherForced, Word, check

@@ -2,6 +2,7 @@
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForZeroShotImageClassification,
@@ -17,6 +18,7 @@ from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.models.vlm.tiling import TilingImageProcessor
 
 for config in (OpticNerveConfig, DualEncoderConfig, FusionClassifierConfig):
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -24,6 +26,9 @@ AutoModelForImageTextToText.register(OpticNerveConfig, OpticNerveForConditionalG
 AutoModelForZeroShotImageClassification.register(DualEncoderConfig, DualEncoder, exist_ok=True)
 AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)
 AutoModel.register(FusionClassifierConfig, FusionClassifier, exist_ok=True)
+AutoImageProcessor.register(
+    OpticNerveConfig, image_processor_classes={"torchvision": TilingImageProcessor}, exist_ok=True
+)
 AutoProcessor.register(OpticNerveConfig, OpticNerveProcessor, exist_ok=True)
 AutoProcessor.register(DualEncoderConfig, DualEncoderProcessor, exist_ok=True)
 AutoProcessor.register(FusionClassifierConfig, FusionClassifierProcessor, exist_ok=True)

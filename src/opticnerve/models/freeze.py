@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from opticnerve.models.vlm.parts import full_name, part_parameters, whole_parts
+from opticnerve.models.family import Model
 from opticnerve.types import OpticNerveError
 
 
@@ -64,7 +64,7 @@ class Frozen:
         return table
 
 
-def freeze(model: Any, train: Mapping[str, float]) -> Frozen:
+def freeze(model: Model, train: Mapping[str, float]) -> Frozen:
     """Open the named parts at their learning rates, freeze all others, set train and eval modes.
 
     A module is in `train()` only if it holds a trained parameter itself or is one of the trained part's modules
@@ -75,8 +75,8 @@ def freeze(model: Any, train: Mapping[str, float]) -> Frozen:
     taken: set[int] = set()
     # Of two parts that overlap (`language.last(1)`, `language.last(3)`), the one named first keeps what both hold.
     for part, rate in train.items():
-        name = full_name(model, part)
-        groups[name] = {n: p for n, p in part_parameters(model, part).items() if id(p) not in taken}
+        name = model.full_name(part)
+        groups[name] = {n: p for n, p in model.part_parameters(part).items() if id(p) not in taken}
         if not groups[name]:
             raise OpticNerveError(
                 f"train: all of {part} belongs to parts named before it; name the narrower part first, or leave it out"
@@ -98,11 +98,11 @@ def freeze(model: Any, train: Mapping[str, float]) -> Frozen:
     return Frozen(_rows(model, groups, rates), groups, rates)
 
 
-def _rows(model: Any, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]) -> list[Row]:
+def _rows(model: Model, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]) -> list[Row]:
     """The table: each trained part, and what is left frozen of each whole (encoder, connector, language model, …)."""
     rows = []
     trained = {id(p) for g in groups.values() for p in g.values()}
-    for whole, prefix in whole_parts(model):
+    for whole, prefix in model.whole_parts():
         mine = {n: p for n, p in model.named_parameters() if n.startswith(prefix)}
         rest = [p for p in mine.values() if id(p) not in trained]
         for name, group in groups.items():

@@ -1,4 +1,5 @@
-"""What every objective promises: a batch in, a sum and a count out, so that any split of a batch adds up exactly."""
+"""What every objective promises: a batch in, a sum and a count out, so that any split of a batch adds up exactly.
+And how one batch is made of what several processes hold, gradients included."""
 
 from __future__ import annotations
 
@@ -6,7 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opticnerve.types import OpticNerveError
 
 
 class Objective(nn.Module, ABC):
@@ -42,3 +48,69 @@ class Objective(nn.Module, ABC):
     def collator(cls, processor: Any, stage: Any, seed: int) -> Callable[[Sequence[Sequence[Any]]], Any] | None:
         """What makes a batch of each row's conversations; None for rows of tokens with labels (`data.collate`)."""
         return None
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def processes() -> tuple[int, int]:
+    """(this process, how many there are)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(x: Tensor) -> Tensor:
+    """(B, …) here → (processes × B, …), in the order of the processes; every process calls it with the same shape.
+
+    Gradients flow back to the process that a row came from and are summed over the processes that used it: the sum of
+    all processes' losses has the gradient that one process with the whole batch would find.
+    """
+    if processes()[1] == 1:
+        return x
+    return _Gather.apply(x) if x.is_floating_point() else _all_gather(x)
+
+
+def gather_padded(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids and their masks of all processes, padded on the right (0, False) to the longest row anywhere.
+
+    Raises:
+        OpticNerveError: the processes hold batches of different sizes (on all of them, so that none is left waiting).
+    """
+    if processes()[1] == 1:
+        return ids_BL, mask_BL
+    shapes = _all_gather(torch.tensor([ids_BL.shape], device=ids_BL.device))
+    counts, lengths = shapes[:, 0].tolist(), shapes[:, 1].tolist()
+    if len(set(counts)) > 1:
+        raise OpticNerveError(f"the processes hold {counts} samples; in-batch negatives want the same number on each")
+    more = (0, max(lengths) - ids_BL.shape[1])
+    return _all_gather(F.pad(ids_BL, more)), _all_gather(F.pad(mask_BL.long(), more)).bool()
+
+
+def shared_uniform(count: int, device: torch.device) -> Tensor:
+    """(count,) float64 in [0, 1), the same on all processes: the first one draws, from torch's generator."""
+    # On the CPU: its generator is the one that checkpoints keep.
+    drawn = torch.rand(count).double().to(device)
+    if processes()[1] > 1:
+        dist.broadcast(drawn, src=0)
+    return drawn
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    found = [torch.empty_like(x) for _ in range(processes()[1])]
+    dist.all_gather(found, x.contiguous())
+    return torch.cat(found)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.count = x.shape[0]
+        return _all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous()
+        dist.all_reduce(total)
+        rank = processes()[0]
+        return total[rank * ctx.count : (rank + 1) * ctx.count]

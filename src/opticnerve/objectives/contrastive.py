@@ -14,8 +14,7 @@ again with its graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,10 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from opticnerve.data.collators.contrastive import PairBatch, PairCollator
-from opticnerve.objectives.base import Objective
-from opticnerve.objectives.gather import gather, processes
+from opticnerve.objectives.base import Objective, gather, processes
 from opticnerve.types import OpticNerveError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -134,7 +133,10 @@ class Contrastive(Objective):
             (loss * scale).backward()
         else:
             loss = self._cached_backward(batches, scale, after_each)
-        _sum_gradients(self.model)
+        if processes()[1] > 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
         if after_each is not None:
             after_each()
         return loss.detach()
@@ -144,7 +146,7 @@ class Contrastive(Objective):
         states, cached = [], []
         with torch.no_grad():
             for batch in batches:
-                states.append(_rng_state(batch.input_ids.device))
+                states.append((torch.get_rng_state(), get_device_states(batch.input_ids)))
                 cached.append(self.model.embed(batch))
         image_BD, text_BD = (torch.cat(part).requires_grad_() for part in zip(*cached, strict=True))
         loss = self._loss(image_BD, text_BD, batches)
@@ -153,9 +155,11 @@ class Contrastive(Objective):
         assert text_BD.grad is not None
         sizes = [len(image) for image, _ in cached]
         parts = zip(batches, states, image_BD.grad.split(sizes), text_BD.grad.split(sizes), strict=True)
-        for batch, state, image_grad_BD, text_grad_BD in parts:
+        for batch, (state, (devices, device_states)), image_grad_BD, text_grad_BD in parts:
             # The same dropout as in the first pass; afterwards the generators stand where one pass leaves them.
-            with _replayed(batch.input_ids.device, state):
+            with torch.random.fork_rng(devices):
+                torch.set_rng_state(state)
+                set_device_states(devices, device_states)
                 again = self.model.embed(batch)
             graded = [(e, g) for e, g in zip(again, (image_grad_BD, text_grad_BD), strict=True) if e.requires_grad]
             if graded:
@@ -236,33 +240,3 @@ def _refuse_batch_norm(model: nn.Module) -> None:
                 f"{name} normalises over the batch, so micro-batches cannot give the big batch's gradients; "
                 f"set accumulate: 1, or leave the part with it frozen"
             )
-
-
-def _sum_gradients(model: nn.Module) -> None:
-    if processes()[1] > 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-
-
-def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Of the CPU's generator and the device's, if it has one of its own."""
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), own
-
-
-def _set_rng_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.get_device_module(device).set_rng_state(state[1], device)
-
-
-@contextmanager
-def _replayed(device: torch.device, state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
-    """Random numbers as they were when `state` was taken; afterwards they go on from here."""
-    now = _rng_state(device)
-    _set_rng_state(device, state)
-    try:
-        yield
-    finally:
-        _set_rng_state(device, now)

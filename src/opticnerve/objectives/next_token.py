@@ -1,4 +1,4 @@
-"""The language-modelling objective: predict the assistant's tokens, and compute logits nowhere else."""
+"""Cross-entropies: of the assistant's next token, and of the right answer among a closed set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from opticnerve.data.collators.classification import AnswerBatch, AnswerCollator
 from opticnerve.objectives.base import Objective
-from opticnerve.objectives.head import supervised_logits, supervised_loss
+from opticnerve.ops.head import supervised_logits, supervised_loss
 from opticnerve.ops.varlen import supported, within
 from opticnerve.types import OpticNerveError
 
@@ -17,11 +18,7 @@ IGNORE = -100
 
 
 class NextToken(Objective):
-    """The assistant's next token: the sum over supervised tokens, so that any split of a batch adds up exactly.
-
-    The LM head runs on the supervised positions alone: a hook on it gathers them, so that whatever a language model
-    does to its logits afterwards (scaling, soft caps) still happens.
-    """
+    """The assistant's next token: the sum over supervised tokens, so that any split of a batch adds up exactly."""
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
@@ -29,6 +26,25 @@ class NextToken(Objective):
         with reading(self.model, batch) as (language_model, inputs):
             loss = supervised_loss(language_model, keep_BL, batch.targets[keep_BL], **inputs)
         return loss, keep_BL.sum()
+
+
+class Classification(Objective):
+    """Cross-entropy over the closed set of a `FusionClassifier`'s answers, summed over questions.
+
+    Late fusion's predictors learn side by side, each for itself: their losses are added.
+    """
+
+    def forward(self, batch: AnswerBatch) -> tuple[Tensor, Tensor]:
+        """The float32 loss sum, and the number of questions."""
+        scores = self.model.score(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.image_features)
+        right = scores.logits_BA.argmax(1) == batch.targets
+        self.metrics = {"accuracy": float(right.float().mean())}
+        return scores.loss(batch.targets), batch.targets.new_tensor(len(batch.targets))
+
+    @classmethod
+    def collator(cls, processor: Any, stage: Any, seed: int) -> AnswerCollator:
+        """What makes batches of questions."""
+        return AnswerCollator(processor)
 
 
 def batch_logits(model: Any, batch: Any, keep_BL: Tensor) -> Tensor:

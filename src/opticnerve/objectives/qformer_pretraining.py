@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.collators.qformer import CaptionBatch, CaptionCollator
-from opticnerve.objectives.base import Objective
-from opticnerve.objectives.gather import gather, gather_padded, processes, shared_uniform
+from opticnerve.objectives.base import Objective, gather, gather_padded, processes, shared_uniform
 from opticnerve.types import Features, OpticNerveError
 
 Sees = Literal["bidirectional", "causal", "unimodal"]
@@ -120,19 +119,13 @@ class QFormerPretraining(Objective):
         # Two numbers a pair for the whole batch, so that the draw does not depend on how it is spread.
         chance_BB = shared_uniform(2 * world * count, own_B.device).view(2, -1)[:, own_B]
         itm_B = self._matching(
-            features,
-            (world_ids, world_mask),
-            own_B,
-            negative_BM.any(1),
+            features, (world_ids, world_mask), own_B, negative_BM.any(1),
             image_B=draw(text_to_image_BM.detach(), negative_BM, chance_BB[0]),
             text_B=draw(image_to_text_BM.detach(), negative_BM, chance_BB[1]),
-        )
+        )  # fmt: skip
         itg_B = self._generation(features, batch.text_ids, batch.text_mask)
-        self.metrics = {
-            "itc": float(itc_B.detach().mean()),
-            "itm": float(itm_B.detach().mean()),
-            "itg": float(itg_B.detach().mean()),
-        }
+        losses = {"itc": itc_B, "itm": itm_B, "itg": itg_B}
+        self.metrics = {name: float(loss_B.detach().mean()) for name, loss_B in losses.items()}
         return (itc_B + itm_B + itg_B).sum(), torch.tensor(count, device=own_B.device)
 
     # -- the three views of a pair, one for each mask ---------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Attention of equally long segments, at the speed of matrix products on a CPU, too.
+"""Attention of equally long segments at the speed of matrix products, on a CPU, too.
 
 torch's CPU kernel for attention takes two to four times as long as the products that it consists of, above all in
 bfloat16 and in its backward pass. So here they are plain products over a block of queries at a time, whose scores stay
@@ -10,14 +10,20 @@ pass, which computes the weights again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from opticnerve.common.private_names import softmax_backward
+from opticnerve.common.private_names import attention_of, set_attention, softmax_backward
+from opticnerve.encoders.base import Encoder
+from opticnerve.ops import enabled
 
 LONGEST = {torch.bfloat16: 8192, torch.float32: 768}
 """Positions up to which plain products are faster than torch's kernel on a CPU (`benchmarks/attention.py`); in float32
@@ -180,3 +186,52 @@ def _triangle(queries: int, dtype: torch.dtype) -> Tensor:
 
 
 _known_triangle = lru_cache(maxsize=32)(_triangle)
+
+
+# -- encoders ----------------------------------------------------------------------------------------------------------
+
+ENCODERS = "opticnerve_encoders"
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[int]:
+    """Within it, the encoders in `model` that have torch's attention have ours where it is faster; yields how many
+    configurations say so. For a stage that trains, or sees all pictures for its cache; answers are torch's."""
+    wrapped = (m for encoder in model.modules() if isinstance(encoder, Encoder) for m in encoder.modules())
+    configs = {id(m.config): m.config for m in wrapped if isinstance(m, PreTrainedModel)}
+    changed = [c for c in configs.values() if attention_of(c) == "sdpa" and enabled()]
+    for config in changed:
+        set_attention(config, ENCODERS)
+    try:
+        yield len(changed)
+    finally:
+        for config in changed:
+            set_attention(config, "sdpa")
+
+
+def vision_attention(
+    module: Any,
+    query_BHLD: Tensor,
+    key_BKLD: Tensor,
+    value_BKLD: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function by transformers' interface (`AttentionInterface`); returns (B, L, H, D) and no weights."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    all_see_all = attention_mask is None and not causal and query_BHLD.shape[2] == key_BKLD.shape[2]
+    if not all_see_all or dropout:
+        return sdpa_attention_forward(
+            module, query_BHLD, key_BKLD, value_BKLD, attention_mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+    scaling = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
+    out_BHLD = attend(query_BHLD, key_BKLD, value_BKLD, scaling, causal=False)
+    return out_BHLD.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ENCODERS, vision_attention)
+AttentionMaskInterface.register(ENCODERS, sdpa_mask)

@@ -1,4 +1,4 @@
-"""The decoding step of Llama's kind of decoder, with nothing in it but its arithmetic.
+"""The decoding step of Llama's kind of decoder, with nothing in it but its arithmetic; and a cache with room to grow.
 
 One new token asks little of the processor: each weight is read once, and the time that takes is the floor. In a small
 model more time than that goes into calling modules, into three products where one would do, and into reading keys once
@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opticnerve.common.private_names import attention_of, can_reorder, has_hooks, reorder_weight, reordered_linear
-from opticnerve.ops.kv_cache import ReservedLayer
+from opticnerve.ops import enabled, tell
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 PACK_FROM = 4  # rows; below, plain products are as fast, and some round differently from packed ones
@@ -42,21 +43,22 @@ class FusedDecoder:
     Args:
         language_model: one of `CLASSES`.
         pack: for batches, products over packed copies of the weights.
-        group_queries: let query heads that share keys (Ainslie et al. 2023, GQA) read them together always.
-            transformers does so for batches with padding alone; elsewhere it rounds differently now and then.
     """
 
-    def __init__(self, language_model: Any, *, pack: bool = True, group_queries: bool = False) -> None:
+    def __init__(self, language_model: Any, *, pack: bool = True) -> None:
         inner, config = language_model.model, language_model.config
-        self.pack, self.group_queries = pack, group_queries
+        self.pack = pack
         self.embedding, self.rotary, self.norm = inner.embed_tokens, inner.rotary_emb, inner.norm
         self.layers = [_Layer(layer, config) for layer in inner.layers[: config.num_hidden_layers]]
         self.head = _Product([language_model.lm_head])
 
     @classmethod
     def of(cls, language_model: Any, **options: bool) -> FusedDecoder | None:
-        """The lean form of this model; None where its class, or something hooked onto it, is not known to fit."""
-        return cls(language_model, **options) if _fits(language_model) else None
+        """The fused form of this model; None where its class, or something hooked onto it, is not known to fit."""
+        if _fits(language_model):
+            return cls(language_model, **options)
+        tell(f"{type(language_model).__name__} decodes by its own forward pass")
+        return None
 
     def still_fits(self, language_model: Any) -> bool:
         """Whether the model is as it was: hooks, adapters, moving and casting change it."""
@@ -95,9 +97,8 @@ class FusedDecoder:
         """
         hidden_BD = F.embedding(tokens_B, self.embedding.weight)
         turn = cos_Bd[:, None], sin_Bd[:, None]
-        grouped = self.group_queries or mask_B11T is not None
         for layer, cache in zip(self.layers, caches, strict=True):
-            hidden_BD = layer(hidden_BD, turn, cache, mask_B11T, grouped)
+            hidden_BD = layer(hidden_BD, turn, cache, mask_B11T)
         return self.head(_rms_norm(hidden_BD, self.norm))
 
 
@@ -116,7 +117,7 @@ class _Layer:
         self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
 
     def __call__(
-        self, hidden_BD: Tensor, turn: tuple[Tensor, Tensor], cache: ReservedLayer, mask: Tensor | None, grouped: bool
+        self, hidden_BD: Tensor, turn: tuple[Tensor, Tensor], cache: ReservedLayer, mask: Tensor | None
     ) -> Tensor:
         rows, queries, keys = len(hidden_BD), self.queries, self.keys
         heads_BHd = self.qkv(_rms_norm(hidden_BD, self.before)).view(rows, -1, self.size)
@@ -126,9 +127,9 @@ class _Layer:
             turned_BHd = torch.cat([_rms_norm(part, norm) for part, norm in parts], 1)
         cos_B1d, sin_B1d = turn
         turned_BHd = (turned_BHd * cos_B1d).add_(turned_BHd.roll(self.size // 2, -1).mul_(sin_B1d))
-        keys_BHTd, values_BHTd = cache.append(turned_BHd[:, queries:], value_BHd)
+        keys_BHTd, values_BHTd = cache.update(turned_BHd[:, queries:, None], value_BHd[:, :, None])
         query_BHd = turned_BHd[:, :queries]
-        if grouped:
+        if mask is not None:  # query heads that share keys read them together, as transformers does with padding alone
             query_BHGd = query_BHd.reshape(rows, keys, -1, self.size)
             read = F.scaled_dot_product_attention(query_BHGd, keys_BHTd, values_BHTd, mask, scale=self.scale)
         else:
@@ -189,7 +190,8 @@ def _rms_norm(x: Tensor, norm: Any) -> Tensor:
 def _fits(language_model: Any) -> bool:
     import transformers as tf
 
-    if type(language_model) not in {getattr(tf, name) for name in CLASSES} or language_model.training:
+    known = type(language_model) in {getattr(tf, name) for name in CLASSES}
+    if not enabled() or not known or language_model.training:
         return False
     config = language_model.config
     kinds = getattr(config, "layer_types", None)
@@ -210,3 +212,49 @@ def _fits(language_model: Any) -> bool:
         and {p.device.type for p in parameters} == {"cpu"}
         and len({p.dtype for p in parameters}) == 1
     )
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+class ReservedLayer(DynamicLayer):
+    """transformers' `DynamicLayer` with `room` for so many more tokens; the cache of one layer of a decoder that has
+    read a prompt.
+
+    `keys` and `values`, (B, H, L, d), are views of buffers that reach further, so that a new token writes one row;
+    `torch.cat`, which transformers' own layer uses, copies the whole past for each. Whoever replaces them (`crop`,
+    `batch_select_indices`, …) is noticed, and the next token makes new buffers.
+    """
+
+    def __init__(self, layer: DynamicLayer, room: int) -> None:
+        super().__init__()
+        self.__dict__.update(vars(layer))
+        self.room = room
+        self._buffers: list[Tensor] = []
+        self._shown: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        length, new = self.get_seq_length(), key_states.shape[2]
+        assert self.keys is not None
+        assert self.values is not None
+        if not self._buffers or self._shown is not self.keys or self._buffers[0].shape[2] < length + new:
+            known = (self.keys, self.values)
+            self._buffers = [x.new_empty(*x.shape[:2], length + new + self.room, x.shape[3]) for x in known]
+            for old, buffer in zip(known, self._buffers, strict=True):
+                buffer.narrow(2, 0, length).copy_(old)
+        for states, buffer in zip((key_states, value_states), self._buffers, strict=True):
+            buffer.narrow(2, length, new).copy_(states)
+        self.keys, self.values = (buffer.narrow(2, 0, length + new) for buffer in self._buffers)
+        self._shown = self.keys
+        return self.keys, self.values
+
+
+def reserve(cache: Any, room: int) -> bool:
+    """Let each plain layer of a `DynamicCache` hold so many more tokens; True if that was all of its layers.
+
+    Layers of other kinds (sliding windows, linear attention) know best how to keep themselves and stay.
+    """
+    if type(cache) is not DynamicCache or not enabled():
+        return False
+    cache.layers = [ReservedLayer(x, room) if type(x) is DynamicLayer and x.is_initialized else x for x in cache.layers]
+    return all(type(layer) is ReservedLayer for layer in cache.layers)

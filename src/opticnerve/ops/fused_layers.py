@@ -5,17 +5,16 @@ activation beside its input, of a LoRA layer the scaled and the unscaled adapter
 they keep what they were given and compute the rest again. Forward passes give the same bits, LoRA's sum excepted, which
 is rounded once instead of three times. (Liger-Kernel does so in Triton for GPUs: Hsu et al. 2024, section 3.)
 
-A layer is replaced only where it is known to compute just this: where the code of its `forward` is Llama's, word for
-word, or its class is peft's own.
+A layer is replaced only where its class is one of those listed here, whose `forward` was read and is compared with
+these functions by `tests/ops/test_fused_layers.py`, or peft's own.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +22,25 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from opticnerve.ops import enabled, tell
 from opticnerve.types import OpticNerveError
+
+
+def _named(ending: str, *families: str) -> frozenset[str]:
+    """Dotted names of transformers' classes, of families given as `llama.Llama`."""
+    pairs = (family.split(".") for family in families)
+    return frozenset(f"transformers.models.{module}.modeling_{module}.{prefix}{ending}" for module, prefix in pairs)
+
+
+_BOTH = (
+    "ernie4_5.Ernie4_5", "granite.Granite", "llama.Llama", "ministral.Ministral", "mistral.Mistral", "qwen2.Qwen2",
+    "qwen3.Qwen3", "qwen3_moe.Qwen3Moe", "smollm3.SmolLM3",
+)  # fmt: skip
+NORMS = _named("RMSNorm", *_BOTH, "glm.Glm", "mixtral.Mixtral", "olmoe.Olmoe", "phi3.Phi3")
+"""Classes of root mean square norms that compute what Llama's does."""
+GATED_MLPS = _named("MLP", *_BOTH, "gemma.Gemma", "olmo.Olmo", "olmo2.Olmo2", "stablelm.StableLm")
+"""Classes of gated perceptrons that compute what Llama's does; only those with a SiLU are replaced."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class Functions:
 
 @contextmanager
 def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -> Iterator[int]:
-    """Within it, the language model's norms, gated MLPs and adapters are lean, as far as they are known; yields how
+    """Within it, the language model's norms, gated MLPs and adapters are fused, as far as they are known; yields how
     many layers are. Freeze first: what trains decides which may be.
 
     Args:
@@ -47,49 +62,36 @@ def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -
     Raises:
         OpticNerveError: such were given, and the model has no place for them.
     """
-    own = Functions(_RMSNorm.apply, _SwiGLU.apply)
-    gate = getattr(language_model, "lora_gate", None)
-    found = [(m, f) for m in language_model.modules() if (f := _fused_forward(m, gate, functions or own)) is not None]
-    if functions is not None and not any(f.func in (_norm_forward, _mlp_forward) for _, f in found):
-        raise OpticNerveError(
-            f"kernels: {type(language_model).__name__} has no norm or gated MLP like Llama's; leave it out"
-        )
-    changed = []
+    found: list[tuple[Any, partial[Tensor]]] = []
+    if enabled():
+        gate, own = getattr(language_model, "lora_gate", None), Functions(_RMSNorm.apply, _SwiGLU.apply)
+        forwards = ((m, _fused_forward(m, gate, functions or own)) for m in language_model.modules())
+        found = [(module, forward) for module, forward in forwards if forward is not None]
+        if functions is not None and not any(f.func in (_norm_forward, _mlp_forward) for _, f in found):
+            raise OpticNerveError(
+                f"kernels: {type(language_model).__name__} has no norm or gated MLP like Llama's; leave it out"
+            )
+        tell(f"{len(found)} norms, gated MLPs and adapters of {type(language_model).__name__} are fused")
     for module, forward in found:
-        module.forward = forward  # type: ignore[method-assign]
-        changed.append(module)
+        module.forward = forward
     try:
-        yield len(changed)
+        yield len(found)
     finally:
-        for module in changed:
+        for module, _ in found:
             del module.forward
 
 
 def _fused_forward(module: Any, gate: Any, functions: Functions) -> partial[Tensor] | None:
-    if "forward" in vars(module) or isinstance(module, nn.ModuleList):
+    if "forward" in vars(module):
         return None  # somebody else's business already
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, LoraLinear):
         return partial(_lora_forward, module, gate) if _plain_lora(module) else None
-    if hasattr(module, "variance_epsilon") and same_code(type(module).forward, LlamaRMSNorm.forward):
+    if name in NORMS:
         return partial(_norm_forward, module, functions.norm)
-    silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
-    if silu and same_code(type(module).forward, LlamaMLP.forward):
+    if name in GATED_MLPS and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         return partial(_mlp_forward, module, functions.swiglu)
     return None
-
-
-def same_code(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether two functions say the same, word for word; no where there is no source at hand."""
-    return source_of(one) == source_of(other) != ""
-
-
-@cache  # every step may ask
-def source_of(function: Callable[..., Any]) -> str:
-    """What a function says; nothing where there is no source at hand."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return ""
 
 
 def _norm_forward(module: Any, norm: Callable[[Tensor, Tensor, float], Tensor], hidden_states: Tensor) -> Tensor:

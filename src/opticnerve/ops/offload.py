@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opticnerve.common import atomic
+from opticnerve.ops import enabled
 
 _ALIGNED = 64
 
@@ -41,7 +42,7 @@ def offload(modules: Sequence[nn.Module], folder: Path) -> int:
     Raises:
         OSError: the disk is full, or the folder cannot be written. Then all weights are where they were.
     """
-    if os.name != "posix":
+    if os.name != "posix" or not enabled():
         return 0
     weights = [p for m in modules for p in m.parameters() if not p.requires_grad and _is_here(p)]
     places: dict[tuple[int, int], int] = {}  # address and size → place in the file: tied weights stay tied

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from opticnerve.common.private_names import attention_of, offers_attention, set_attention
+from opticnerve.ops import enabled, tell
 from opticnerve.ops.attention import attend
 
 NAME = "opticnerve_segments"
@@ -126,7 +127,12 @@ _current: ContextVar[Segments | None] = ContextVar("segments", default=None)
 
 def supported(language_model: Any) -> bool:
     """Whether a language model takes its attention from transformers' interface, and has SDPA for it now."""
-    return offers_attention(language_model) and attention_of(_text_config(language_model)) == "sdpa"
+    if not enabled():
+        return False
+    if offers_attention(language_model) and attention_of(_text_config(language_model)) == "sdpa":
+        return True
+    tell(f"{type(language_model).__name__} does not offer its attention: packed rows have a mask")
+    return False
 
 
 @contextmanager

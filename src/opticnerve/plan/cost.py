@@ -20,7 +20,6 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.models.vlm.prompt import Prompt
-from opticnerve.ops.last_mlp import last_mlp_at
 from opticnerve.types import OpticNerveError
 
 # The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3
@@ -109,8 +108,7 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
             # A mask of its own, for deriving one would ask the meta device for values.
             mask = torch.empty(rows, 1, length, length, dtype=dtype)
             positions = torch.empty(rows, length, dtype=torch.long)
-            places = torch.empty(supervised, dtype=torch.long)
-            with model.multimodal_context(prompt), last_mlp_at(language, places, rows):
+            with model.multimodal_context(prompt):
                 hidden = language.base_model(
                     inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
                 )[0]

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
-from opticnerve.models.text_encoder import dtype_of
-from opticnerve.models.vlm.build import load_encoder
+from opticnerve.models.vlm.build import dtype_of, load_encoder
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import join, language_sizes

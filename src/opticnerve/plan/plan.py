@@ -17,8 +17,7 @@ from opticnerve.language import layers
 from opticnerve.language.load import load_language_config
 from opticnerve.models.checkpoint.delta import weight_names
 from opticnerve.models.freeze import Frozen, freeze
-from opticnerve.models.text_encoder import dtype_of
-from opticnerve.models.vlm.build import Dock
+from opticnerve.models.vlm.build import Dock, dtype_of
 from opticnerve.models.vlm.tower import placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan import cost, feature_cache

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from opticnerve.common.units import format_bytes
 from opticnerve.data.dataset.dataset import NO_MEDIA
-from opticnerve.models.vlm.parts import full_name
 from opticnerve.plan.model import native_size
 from opticnerve.recipe import DataSpec, Recipe, Stage
 
@@ -48,7 +47,7 @@ def remarks(recipe: Recipe, plan: Any, model: Any) -> list[Remark]:
     encoder = model.image.encoder if "image" in model.towers else None
     if encoder is not None and (native := native_size(encoder)) and native != encoder.image_size:
         note(f"the encoder sees {encoder.image_size} px and was pretrained with {native} px")
-    trains = {full_name(model, part) for stage in recipe.stages for part in stage.train}
+    trains = {model.full_name(part) for stage in recipe.stages for part in stage.train}
     for modality, tower in model.towers.items() if recipe.stages else ():
         for half, module in (("connector", tower.connector), ("fusion", tower.fusion)):
             if f"{modality}.{half}" not in trains and any(True for _ in module.parameters()):

@@ -20,10 +20,9 @@ from opticnerve.data.dataset.load import load_data
 from opticnerve.distributed.collectives import on_main
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
-from opticnerve.evaluation.kinds import describe, dock_any, headline
 from opticnerve.inference.generate import Answerer
-from opticnerve.models.vlm.parts import is_docked_model
-from opticnerve.recipe import DualSpec, Recipe
+from opticnerve.models import family
+from opticnerve.recipe import Recipe
 from opticnerve.runs.card.card import write_card
 from opticnerve.runs.card.warnings import warnings_of
 from opticnerve.runs.records import Results, finish_stage, finished_stage, keep_recipe, publish
@@ -56,14 +55,14 @@ def run_recipe(
     results = Results(run_dir / "results.json", fresh=not resume, writes=main)
     for spec in recipe.evaluate:
         load_data(spec.data)  # a bad question is found now, not when all is trained
-    dock = dock_any(recipe)
-    docked = is_docked_model(dock.model)
-    if docked and main:  # a tokenizer that would come back as another is found now, not when all is trained
+    dock = family.build(recipe)
+    forgets = recipe.forgetting and dock.model.language_model is not None
+    if main:  # a tokenizer that would come back as another is found now, not when all is trained
         with TemporaryDirectory() as scratch:
             dock.processor.save_pretrained(scratch)
     if console is not None:
-        console.print(headline(dock))
-    results.set("model", describe(dock))
+        console.print(dock.headline())
+    results.set("model", dock.describe())
     results.set("machine", machine())
     results.data |= {"opticnerve": __version__, "seed": recipe.seed}
     if not (resume and results.data.get("command")):  # the card says how the run was begun
@@ -71,9 +70,9 @@ def run_recipe(
     trained: set[str] = set()
     seconds = results.data.setdefault("seconds", {})
     dock.model.to(accelerator.device)
-    if recipe.forgetting and main and docked:
+    if forgets and main:
         _measure_text(dock, results, "untouched", console, seconds, recipe.forgetting_tokens)
-    if isinstance(recipe.model, DualSpec) and main and "untrained" not in results.data:
+    if dock.BASELINE and main and "untrained" not in results.data:
         # What the encoders give through projections that have learned nothing: the gain is over this.
         results.set("untrained", evaluate_model(dock.model, dock.processor, recipe.evaluate, console=console)["tasks"])
     for number, stage in enumerate(recipe.stages):
@@ -90,7 +89,7 @@ def run_recipe(
         if main:
             seconds[stage.name] = done["seconds"]
             results.set("stages", [s for s in results.data.get("stages", []) if s["name"] != stage.name] + [done])
-            if recipe.forgetting and docked:
+            if forgets:
                 _measure_text(dock, results, stage.name, console, seconds, recipe.forgetting_tokens)
             write_card(run_dir)
     if not main:

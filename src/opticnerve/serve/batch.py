@@ -19,8 +19,7 @@ from opticnerve.common.private_names import CACHE, is_stateful, repeat_rows
 from opticnerve.fusion.base import Fusion
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.modeling import settled_rows
-from opticnerve.ops.fused_decode import FusedDecoder
-from opticnerve.ops.kv_cache import ReservedLayer
+from opticnerve.ops.fused_decode import FusedDecoder, reserve
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
 _GROWING_ROPE = ("dynamic", "longrope")
@@ -46,7 +45,7 @@ class RunningBatch:
     """Rows that are being answered.
 
     Args:
-        answerer: the model, its processor and its lean form.
+        answerer: the model, its processor and its fused form.
 
     `len(batch)`: rows, those that have ended and were not yet left out among them.
     """
@@ -102,14 +101,12 @@ class RunningBatch:
         width = max(before, length)
         new_BT = self.mask_BT.new_zeros(len(chosen), width)
         new_BT[:, width - length :] = True
-        layers = []
         for number, layer in enumerate(read.cache.layers):
             old = self.cache.layers[number] if len(self) else None
             layer.keys = _beside(None if old is None else old.keys, layer.keys[index], width)
             layer.values = _beside(None if old is None else old.values, layer.values[index], width)
-            layers.append(ReservedLayer(layer, ROOM))
-        read.cache.layers = layers
         self.cache = read.cache
+        reserve(self.cache, ROOM)
         self.mask_BT = torch.cat([_wider(self.mask_BT, width), new_BT]) if len(self) else new_BT
         if read.media_B is not None:
             new_B = read.media_B[index]

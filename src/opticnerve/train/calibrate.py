@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from opticnerve.fusion.base import words_of
-from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.models.vlm.tower import MEDIA_INPUT, placed_like
 from opticnerve.train.sampler import StageSampler
 from opticnerve.types import Features
@@ -20,13 +19,13 @@ def calibrate(model: Any, sampler: StageSampler, *, pieces: int = 64) -> None:
 
     Models without connectors are left as they are.
     """
-    if not is_docked_model(model):
-        return
     waiting = {
         m: t for m, t in model.towers.items() if t.connector.calibrate_allowed and not bool(t.connector.calibrated)
     }
+    if not waiting:
+        return
     found: dict[str, list[Features]] = {m: [] for m in waiting}
-    for index in range(len(sampler) if waiting else 0):
+    for index in range(len(sampler)):
         batch = sampler[index]
         media = getattr(batch, "media", vars(batch))
         for modality, tower in waiting.items():

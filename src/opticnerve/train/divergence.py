@@ -12,6 +12,8 @@ import torch
 from opticnerve.common import atomic
 from opticnerve.data.media.open import open_image
 from opticnerve.recipe import Stage
+from opticnerve.train.sampler import StageSampler
+from opticnerve.train.state import TrainState
 from opticnerve.types import Conversation, OpticNerveError
 
 SAMPLES = "diverged.jsonl"
@@ -27,30 +29,29 @@ class Divergence:
     """What happens to the steps of a stage that are no numbers, as its `on_divergence` says.
 
     Args:
-        folder: of the stage. model: whose `moving` buffers (a batch norm's statistics) a step that is left out must not
-            leave changed.
-
-    `left_out`: the steps whose update was left out, from 1; part of a checkpoint.
+        folder: of the stage. state: which steps were left out so far; this adds to it.
+        model: whose `moving` buffers (a batch norm's statistics) a step that is left out must not leave changed.
     """
 
-    def __init__(self, stage: Stage, folder: Path, model: Any, moving: Sequence[str]) -> None:
-        self.stage, self.folder, self.left_out = stage, folder, list[int]()
-        self._model, self._moving = model, moving if stage.on_divergence == "skip" else ()
+    def __init__(self, stage: Stage, folder: Path, state: TrainState, model: Any) -> None:
+        self.stage, self.folder, self.state = stage, folder, state
+        self._model, self._moving = model, state.moving if stage.on_divergence == "skip" else ()
         self._before: dict[str, torch.Tensor] = {}
 
     def before_step(self) -> None:
         """Remember what computing a step moves by itself."""
         self._before = {n: self._model.get_buffer(n).clone() for n in self._moving}
 
-    def handle(self, step: int, loss: float, norm: float, samples: Sequence[Conversation], *, keep: bool) -> str:
-        """A step that diverged: its samples are kept (by the process that is told to), and it is left out.
+    def handle(self, loss: float, norm: float, sampler: StageSampler, *, keep: bool) -> str:
+        """The step in progress diverged: its samples are kept (by the process that is told to), and it is left out.
 
         Returns: the words for metrics.jsonl.
 
         Raises:
             Diverged: the recipe says stop, or too many were left out in a row.
         """
-        told = f"the loss is {loss}, the gradient's norm {norm}"
+        told, step = f"the loss is {loss}, the gradient's norm {norm}", self.state.step + 1
+        samples = samples_of(sampler, self.state.step)
         file = self.folder / SAMPLES
         if keep:
             _keep(file, step, told, samples)
@@ -61,8 +62,9 @@ class Divergence:
         )
         if self.stage.on_divergence == "stop":
             raise Diverged(f"{what} Lower the learning rate, mend the samples, or write on_divergence: skip")
-        self.left_out.append(step)
-        if self.left_out[-MOST_IN_A_ROW:] == list(range(step - MOST_IN_A_ROW + 1, step + 1)):
+        left_out = self.state.left_out
+        left_out.append(step)
+        if left_out[-MOST_IN_A_ROW:] == list(range(step - MOST_IN_A_ROW + 1, step + 1)):
             raise Diverged(f"{what} That makes {MOST_IN_A_ROW} steps left out in a row: lower the learning rates")
         with torch.no_grad():
             for name, value in self._before.items():
@@ -70,7 +72,7 @@ class Divergence:
         return told
 
 
-def samples_of(sampler: Any, step: int) -> list[Conversation]:
+def samples_of(sampler: StageSampler, step: int) -> list[Conversation]:
     """The conversations of a step (from 0), of all processes."""
     rows = range(step * sampler.stage.batch_size, (step + 1) * sampler.stage.batch_size)
     seen = rows if sampler.plan is None else [index for row in rows for index in sampler.plan[row]]

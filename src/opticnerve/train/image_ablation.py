@@ -11,7 +11,6 @@ from typing import Any
 import PIL.Image
 import torch
 
-from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.types import DataError
 
 SAMPLES, TOKENS = 16, 3_000
@@ -30,10 +29,8 @@ def image_use(model: Any, objective: Any, sampler: Any) -> dict[str, Any] | None
 
     Returns: `n`, `own`, `other` (nats a token, means over samples), `other_minus_own`, its `ci95` (paired, normal).
     """
-    if not is_docked_model(model) or sampler.own_collate is not None:
-        return None
-    tower = getattr(model, "image", None)
-    if tower is None or getattr(tower, "tiling", None) is not None:
+    tower = model.towers.get("image")
+    if sampler.own_collate is not None or tower is None or getattr(tower, "tiling", None) is not None:
         return None
     rows = _rows(sampler)
     if len(rows) < FEWEST:

@@ -1,15 +1,18 @@
-"""metrics.jsonl: one line a step, without gaps or repeats, whatever ended the lives of the run before."""
+"""metrics.jsonl: one line a step, without gaps or repeats, whatever ended the lives of the run before; and what is
+counted of a step's batches for it."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from opticnerve.common import atomic
+from opticnerve.models.vlm.tower import MEDIA_INPUT
 
 METRICS = "metrics.jsonl"
 
@@ -62,3 +65,19 @@ def _whole_lines(path: Path) -> list[bytes]:
             break
         good.append(line)
     return good
+
+
+def fill(batches: Sequence[Any]) -> dict[str, float]:
+    """The share of this process's positions that hold a token and no padding."""
+    places = sum(getattr(b, "places", 0) for b in batches)
+    return {"fill": round(sum(b.tokens for b in batches) / places, 4)} if places else {}
+
+
+def media_counts(batches: Sequence[Any]) -> list[int]:
+    """Pieces of media in a step's batches, by modality."""
+    given = [getattr(b, "media", {}) for b in batches]
+    counts = []
+    for modality, key in MEDIA_INPUT.items():
+        seen = [len(media[f"{modality}_features"].mask_BN) for media in given if f"{modality}_features" in media]
+        counts.append(sum(seen) + sum(len(media[key]) for media in given if key in media))
+    return counts

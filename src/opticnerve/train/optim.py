@@ -43,12 +43,6 @@ class MasterAdamW:
                 master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
                 weight.grad = None
 
-    def step(self, factor: float, clip: float | None) -> float:
-        """One step at `factor` × each part's learning rate; returns the gradient norm before clipping."""
-        norm = self.clip(clip)
-        self.apply(factor)
-        return float(norm)
-
     def clip(self, limit: float | None) -> torch.Tensor:
         """Bring the gradients together and their norm to `limit` at most; returns the norm before, a scalar that still
         lies on the device: reading it waits for all that was computed."""
@@ -56,8 +50,8 @@ class MasterAdamW:
         masters = [m for _, _, m in self.pairs()]
         return whole(torch.nn.utils.clip_grad_norm_(masters, limit if limit is not None else math.inf))
 
-    def apply(self, factor: float) -> None:
-        """Take the step that the gradients say."""
+    def step(self, factor: float) -> None:
+        """Take the step that the gradients, brought together by `clip`, say at `factor` × each part's learning rate."""
         for group in self.adam.param_groups:
             group["lr"] = self.rates[group["part"]] * factor
         self.adam.step()

@@ -1,30 +1,196 @@
-"""What must stand before the first step: the engine, the objective, the adapter, the layers that compute twice."""
+"""All that must stand before a stage's first step: the engine, what trains and what is frozen, the data, the features
+of frozen encoders, calibrated connectors, the strategy, and the state to go on from."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve import registry
-from opticnerve.common import private_names
-from opticnerve.distributed.collectives import engine, timeout, without_deepspeed
-from opticnerve.fusion.base import decoder_layers
-from opticnerve.language.layers import context_length
+from opticnerve.common import atomic, private_names
+from opticnerve.data.dataset.bad_samples import BadSampleCounter
+from opticnerve.data.dataset.dataset import NO_MEDIA
+from opticnerve.data.dataset.load import load_examples, load_streams
+from opticnerve.distributed.collectives import barrier, engine, timeout, without_deepspeed
+from opticnerve.features.store import see_all
+from opticnerve.language.chat_template import stage_template
+from opticnerve.language.layers import context_length, decoder_layers
 from opticnerve.language.lora import has_lora
+from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.build import Dock
-from opticnerve.models.vlm.parts import is_docked_model
-from opticnerve.models.vlm.tower import check_options, language_sizes
-from opticnerve.recipe import LoraSpec, Recipe, Stage
+from opticnerve.models.vlm.tower import check_options
+from opticnerve.ops.fused_layers import fuse_layers
+from opticnerve.ops.kernels import KERNELS
+from opticnerve.ops.offload import offload_encoder
+from opticnerve.recipe import CacheSpec, LoraSpec, Recipe, Stage
+from opticnerve.train import checkpoint
+from opticnerve.train.calibrate import calibrate
+from opticnerve.train.metrics import METRICS, steps_in
+from opticnerve.train.precheck import Notes, fingerprint, precheck, samples_to_check
+from opticnerve.train.sampler import Collate, StageSampler, StreamingSampler
+from opticnerve.train.state import TrainState
+from opticnerve.train.strategy import Strategy, make_strategy
 from opticnerve.types import OpticNerveError, to_install
+
+BACKEND = "inductor"
+_LOOKED_AT = 32  # rows of a stream
+# Where the name is not that of the package.
+TRACKER_PACKAGES = {"tensorboard": "opticnerve[tensorboard]", "comet_ml": "comet-ml"}
+
+
+@dataclass
+class StageSetup:
+    """A stage that is ready for its next step. `dock.model` is the strategy's until the stage is over, and `model` the
+    whole one."""
+
+    dock: Any
+    model: Any
+    stage: Stage
+    folder: Path
+    accelerator: Accelerator
+    console: Any
+    frozen: Frozen
+    skipped: BadSampleCounter
+    sampler: StageSampler
+    strategy: Strategy
+    state: TrainState
+
+    def emit(self, what: str) -> None:
+        """Say something, once."""
+        if self.accelerator.is_main_process:
+            (self.console.print if self.console is not None else print)(what)
+
+    @contextmanager
+    def fast_layers(self) -> Iterator[None]:
+        """Within it, the layers compute in the ways that the stage asks for; after it, the model is in `eval()`."""
+        try:
+            with contextlib.ExitStack() as stack:
+                functions = KERNELS[self.stage.kernels](self.accelerator.device) if self.stage.kernels else None
+                language_model = self.dock.model.language_model
+                stack.enter_context(
+                    fuse_layers(torch.nn.Module() if language_model is None else language_model, functions)
+                )
+                if self.stage.compile:
+                    stack.enter_context(compiled_layers(self.model))
+                give_memory_back()
+                yield
+        finally:
+            self.model.eval()
+            if self.stage.gradient_checkpointing:
+                private_names.keep_activations(self.model.language_model)
+
+
+def set_up(
+    dock: Any, recipe: Recipe, stage: Stage, folder: Path, accelerator: Accelerator, *, trained: set[str], resume: bool,
+    console: Any = None,
+) -> StageSetup:  # fmt: skip
+    """Make a stage ready for its first step, or, where it goes on from a checkpoint, for the step after that.
+
+    Args:
+        trained: names of parameters that earlier stages trained; this stage's are added to it.
+
+    Raises:
+        OpticNerveError: anything in the recipe, the data or the folder that a user can put right.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    model, processor, stage = dock.model, dock.processor, within_context(stage, dock.model)
+
+    # What trains, and what is frozen.
+    if "language.lora" in stage.train:
+        give_lora(dock, stage)
+    frozen = freeze(model, stage.train)
+    if stage.gradient_checkpointing:
+        checkpoint_layers(model)
+    trained |= {n for group in frozen.groups.values() for n in group}
+    if accelerator.is_main_process:
+        atomic.clear_left_overs(folder)
+        atomic.write_json(folder / "freeze.json", frozen.to_dict())
+        if console is not None:
+            console.print(frozen.table())
+
+    # The data, of which the first samples are looked at.
+    skipped = BadSampleCounter(stage.bad_samples, stage.name)
+    objective = make_objective(stage, model)
+    sampler, data = make_sampler(
+        stage, processor, seed=recipe.seed, accelerator=accelerator, skipped=skipped, console=console,
+        collate=objective.collator(processor, stage, recipe.seed),
+    )  # fmt: skip
+    model.to(accelerator.device)
+    if stage.cache_features:
+        cache_features(model, processor, stage, sampler, accelerator, skipped, console)
+
+    # Fresh connectors measure what they will get, the same on every process; then the weights may be shared out.
+    going_on = resume and bool(checkpoint.checkpoints(folder))
+    if not going_on:
+        calibrate(model, sampler.whole())
+    strategy = make_strategy(accelerator, objective, frozen, stage)
+    dock.model = strategy.model
+    if stage.cache_features and not strategy.spread:
+        offload_encoder(model.image.encoder, folder, console)
+
+    state = TrainState(strategy, sampler, data, folder)
+    ready = StageSetup(
+        dock, model, stage, folder, accelerator, console, frozen, skipped, sampler, strategy, state
+    )  # fmt: skip
+    if going_on:
+        found = checkpoint.newest(folder, warn=ready.emit, most=steps_in(folder / METRICS))
+        assert found is not None
+        state.load_state_dict(found, ready.emit)
+    return ready
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
+    """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters).
+
+    Raises:
+        OpticNerveError: launched with an engine that the loop does not drive; or a tracker is unknown or not installed.
+    """
+    engine()
+    _check_trackers(recipe.trackers)
+    with without_deepspeed():
+        accelerator = Accelerator(
+            log_with=recipe.trackers or None,
+            project_dir=str(run_dir),
+            dataloader_config=DataLoaderConfiguration(),
+            # A connector may carry weights that only its pretraining, or only its use, needs.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=timeout()),
+            ],
+        )
+    if recipe.trackers:
+        accelerator.init_trackers(recipe.name)
+    return accelerator
+
+
+def _check_trackers(names: list[str]) -> None:
+    """accelerate passes over what it does not find, and a run would be without its curves."""
+    known = {str(t.value): t for t in LoggerType if t is not LoggerType.ALL}
+    for name in names:
+        if name not in known:
+            raise OpticNerveError(f"trackers: there is no {name!r}; known: {', '.join(sorted(known))}")
+        if known[name] not in get_available_trackers():
+            command = to_install(TRACKER_PACKAGES.get(name, name))
+            raise OpticNerveError(f"trackers: {name} is not installed; run `{command}`, or set trackers=[]")
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
 
 
 def make_objective(stage: Stage, model: Any) -> Any:
@@ -61,7 +227,7 @@ def checkpoint_layers(model: Any) -> None:
     transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
     stay as `freeze` left them.
     """
-    if not is_docked_model(model):
+    if model.language_model is None:
         raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out")
     private_names.checkpoint_layers(model.language_model, model.recompute)
     for module in model.language_model.modules():
@@ -69,18 +235,12 @@ def checkpoint_layers(model: Any) -> None:
             module.training = True
 
 
-BACKEND = "inductor"
-# Where the name is not that of the package.
-TRACKER_PACKAGES = {"tensorboard": "opticnerve[tensorboard]", "comet_ml": "comet-ml"}
-
-
 @contextmanager
 def compiled_layers(model: Any) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
-    if not is_docked_model(model):
+    if model.language_model is None:
         raise OpticNerveError("compile is for docked language models; leave it out")
-    count = language_sizes(model.language_model)["language_layers"]
-    layers = decoder_layers(model.language_model, count)
+    _, layers = decoder_layers(model.language_model)
     for layer in layers:
         layer.compile(dynamic=True, backend=BACKEND)
     try:
@@ -101,36 +261,57 @@ def give_memory_back() -> None:
             trim(0)
 
 
-def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
-    """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters).
+# -- the data ---------------------------------------------------------------------------------------------------------
+
+
+def make_sampler(
+    stage: Stage, processor: Any, *, seed: int, accelerator: Accelerator, skipped: BadSampleCounter,
+    collate: Collate | None, console: Any = None,
+) -> tuple[StageSampler, dict[str, Any]]:  # fmt: skip
+    """The samples of a stage, and the fingerprint of its data. The first samples are looked at.
+
+    Args:
+        skipped: is told bad samples, where the stage's `bad_samples` does not refuse them.
+        console: gets a warning where no sample has a picture or a sound.
 
     Raises:
-        OpticNerveError: launched with an engine that the loop does not drive; or a tracker is unknown or not installed.
+        DataError: a sample is bad and the stage refuses it, or data cannot be read at all.
     """
-    engine()
-    _check_trackers(recipe.trackers)
-    with without_deepspeed():
-        accelerator = Accelerator(
-            log_with=recipe.trackers or None,
-            project_dir=str(run_dir),
-            dataloader_config=DataLoaderConfiguration(),
-            # A connector may carry weights that only its pretraining, or only its use, needs.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),
-                InitProcessGroupKwargs(timeout=timeout()),
-            ],
+    on_error = skipped.__call__ if stage.bad_samples != "refuse" else None  # the counter itself is false while empty
+    template, notes, check = stage_template(stage.template, processor.tokenizer), Notes(), samples_to_check(stage)
+    options: dict[str, Any] = {
+        "seed": seed, "rank": accelerator.process_index, "world": accelerator.num_processes, "template": template,
+        "collate": collate, "on_error": on_error,
+    }  # fmt: skip
+    if stage.data[0].streaming:
+        streaming = StreamingSampler(load_streams(stage, seed=seed), stage, processor, **options)
+        if stage.data[0].limit is not None and len(stage.data) == 1:
+            skipped.of(stage.data[0].limit)
+        streaming.check(check)
+        sampler: StageSampler = streaming
+        has_media = any(c.pieces for v in range(_LOOKED_AT) for c in sampler.drawn(v))
+    else:
+        loaded = load_examples(stage.data, on_error=on_error)
+        has_media = loaded.with_media() > 0
+        skipped.of(loaded.samples() + len(skipped))
+        examples = precheck(
+            loaded, processor, stage, template=template, on_error=on_error, collate=collate, check=check, notes=notes
         )
-    if recipe.trackers:
-        accelerator.init_trackers(recipe.name)
-    return accelerator
+        sampler = StageSampler(examples, stage, processor, lengths=notes.lengths, **options)
+    if console is not None and not has_media:
+        console.print(f"[bold red]warning:[/] stage {stage.name}: {NO_MEDIA}", soft_wrap=True, highlight=False)
+    return sampler, fingerprint(sampler, notes)
 
 
-def _check_trackers(names: list[str]) -> None:
-    """accelerate passes over what it does not find, and a run would be without its curves."""
-    known = {str(t.value): t for t in LoggerType if t is not LoggerType.ALL}
-    for name in names:
-        if name not in known:
-            raise OpticNerveError(f"trackers: there is no {name!r}; known: {', '.join(sorted(known))}")
-        if known[name] not in get_available_trackers():
-            command = to_install(TRACKER_PACKAGES.get(name, name))
-            raise OpticNerveError(f"trackers: {name} is not installed; run `{command}`, or set trackers=[]")
+def cache_features(
+    model: Any, processor: Any, stage: Stage, sampler: StageSampler, accelerator: Accelerator,
+    skipped: BadSampleCounter, console: Any,
+) -> None:  # fmt: skip
+    """Have the frozen vision encoder see all pictures of the stage once, and the sampler take what it saw."""
+    spec = stage.cache_features if isinstance(stage.cache_features, CacheSpec) else CacheSpec()
+    store = see_all(
+        model, processor, sampler.pictures(), budget=spec.budget, stored=spec.dtype,
+        rank=accelerator.process_index, world=accelerator.num_processes, wait=lambda: barrier(accelerator),
+        threads=stage.workers or None, on_error=skipped if stage.bad_samples != "refuse" else None, console=console,
+    )  # fmt: skip
+    sampler.collate.features = store

@@ -1,97 +1,89 @@
-"""What a checkpoint of a stage holds, and how a stage goes on from one exactly.
-
-Weights (float32 masters), optimizer, step (which is the place in the schedule and, with the seed, in the data and the
-packs), every process's random numbers, the buffers that move, and what has been counted so far.
-"""
+"""Where a stage is: all that it goes on from exactly, on any number of processes."""
 
 from __future__ import annotations
 
-import shutil
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
-from opticnerve.common import atomic
 from opticnerve.common.version import __version__
-from opticnerve.distributed.collectives import gather_objects, on_main
-from opticnerve.train import checkpoint, data_fingerprint
-from opticnerve.train.metrics import METRICS, steps_in
-from opticnerve.types import OpticNerveError
-
-if TYPE_CHECKING:
-    from opticnerve.train.loop import Run
+from opticnerve.distributed.collectives import gather_objects
+from opticnerve.models.vlm.parts import moving_buffers
+from opticnerve.train import checkpoint, precheck
+from opticnerve.train.sampler import StageSampler
+from opticnerve.train.strategy import Strategy
 
 
-def save(run: Run) -> Path:
-    """A checkpoint that the stage continues from, exactly; every process takes part, one of them writes."""
-    state = {
-        "optimizer": run.optimizer.state_dict(keep=run.accelerator.is_main_process),
-        "buffers": {n: run.dock.model.get_buffer(n).detach().cpu() for n in run.moving},
-        "rng": gather_objects(run.accelerator, checkpoint.rng_state(run.accelerator.device)),
-        "data": run.data,
-        "versions": versions(),
-        "samples": run.samples, "tokens": run.tokens, "elapsed": run.elapsed, "loss": run.loss,
-        "left_out": run.divergence.left_out, "visits": run.sampler.state_dict(),
-    }  # fmt: skip
+class TrainState:
+    """Weights (float32 masters) and optimizer; the step, which is the place in the schedule and, with the seed, in the
+    data and the packs; every process's random numbers; the buffers that move; and what has been counted so far.
 
-    def write() -> Path:
-        if run.log is not None:
-            run.log.sync()  # a checkpoint is never ahead of the lines
-        return checkpoint.save(run.folder, run.step, state, keep=run.stage.keep_checkpoints)
+    Args:
+        data: the fingerprint of the data, which must be the same when the stage goes on.
+        folder: of the stage.
 
-    return on_main(run.accelerator, write)
-
-
-def restore(run: Run) -> bool:
-    """Go back to the newest whole checkpoint; False where there never was one.
-
-    Raises:
-        OpticNerveError: there are checkpoints and none can be used, or the data are others.
+    Attributes:
+        step: how many are done. samples, tokens: seen in them. elapsed: seconds. loss: of the last one that was taken.
+        left_out: the steps whose update was left out, from 1.
+        moving: full names of the buffers that training moves.
     """
-    state = checkpoint.newest(run.folder, warn=run.emit, most=steps_in(run.folder / METRICS))
-    if state is None:
-        return False
-    data_fingerprint.check(state["data"], run.data, run.folder)
-    run.optimizer.load_state_dict(state["optimizer"])
-    for name, value in state["buffers"].items():
-        run.dock.model.get_buffer(name).copy_(value)
-    run.sampler.load_state_dict(state["visits"])
-    _take_up(run, state["rng"])
-    run.step, run.samples, run.tokens = state["step"], state["samples"], state["tokens"]
-    run.elapsed, run.loss = state["elapsed"], state["loss"]
-    run.divergence.left_out = list(state["left_out"])
-    if (now := versions()) != state["versions"]:
-        run.emit(f"the checkpoint was written by {state['versions']}, this is {now}: not the same to the last bit")
-    return True
 
+    def __init__(self, strategy: Strategy, sampler: StageSampler, data: dict[str, Any], folder: Path) -> None:
+        self.step, self.samples, self.tokens, self.elapsed, self.loss = 0, 0, 0, 0.0, math.nan
+        self.left_out: list[int] = []
+        self.moving = moving_buffers(strategy.model, strategy.optimizer.master_tensors())
+        self._strategy, self._sampler, self._data, self._folder = strategy, sampler, data, folder
 
-def save_model(run: Run) -> None:
-    """What the stage has come to, in its folder."""
-    try:
-        run.dock.save(run.folder, run.trained)
-    except (OSError, SafetensorError) as e:
-        free = atomic.format_bytes(shutil.disk_usage(run.folder).free)
-        raise OpticNerveError(
-            f"the model of stage {run.stage.name} could not be written to {run.folder}: {e}; {free} are free there. "
-            f"Free some space, and resume"
-        ) from e
+    def count(self, *, samples: int, tokens: int, loss: float | None) -> None:
+        """One more step is done; `loss` is None where it was left out."""
+        self.step, self.samples, self.tokens = self.step + 1, self.samples + samples, self.tokens + tokens
+        self.loss = self.loss if loss is None else loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; every process takes part, the main one alone gets the optimizer's."""
+        accelerator, model = self._strategy.accelerator, self._strategy.model
+        return {
+            "optimizer": self._strategy.optimizer.state_dict(keep=accelerator.is_main_process),
+            "buffers": {n: model.get_buffer(n).detach().cpu() for n in self.moving},
+            "rng": gather_objects(accelerator, checkpoint.rng_state(accelerator.device)),
+            "data": self._data,
+            "versions": versions(),
+            "samples": self.samples, "tokens": self.tokens, "elapsed": self.elapsed, "loss": self.loss,
+            "left_out": self.left_out, "visits": self._sampler.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any], emit: Callable[[str], None] = print) -> None:
+        """Go on from a checkpoint; `emit` takes what is to be said of it.
+
+        Raises:
+            OpticNerveError: its data were others.
+        """
+        precheck.check_same(state["data"], self._data, self._folder)
+        self._strategy.optimizer.load_state_dict(state["optimizer"])
+        for name, value in state["buffers"].items():
+            self._strategy.model.get_buffer(name).copy_(value)
+        self._sampler.load_state_dict(state["visits"])
+        load_rng_state(state["rng"], self._strategy.accelerator, emit)
+        self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
+        self.elapsed, self.loss, self.left_out = state["elapsed"], state["loss"], list(state["left_out"])
+        if (now := versions()) != state["versions"]:
+            emit(f"the checkpoint was written by {state['versions']}, this is {now}: not the same to the last bit")
 
 
 def versions() -> dict[str, str]:
     """Of what a curve depends on, to the last bit."""
-    return {
-        "opticnerve": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__,
-    }  # fmt: skip
+    return {"opticnerve": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
-def _take_up(run: Run, rng: list[dict[str, Any]]) -> None:
+def load_rng_state(states: list[dict[str, Any]], accelerator: Any, emit: Callable[[str], None]) -> None:
     """Each process its own generators; on another number of processes the first alone has any to go on with, and the
     others begin theirs as in a fresh run."""
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    if len(rng) != world:
-        run.emit(f"the checkpoint is of {len(rng)} processes, these are {world}: dropout draws other numbers")
-    if rank == 0 or len(rng) == world:
-        checkpoint.set_rng_state(rng[rank], run.accelerator.device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if len(states) != world:
+        emit(f"the checkpoint is of {len(states)} processes, these are {world}: dropout draws other numbers")
+    if rank == 0 or len(states) == world:
+        checkpoint.set_rng_state(states[rank], accelerator.device)

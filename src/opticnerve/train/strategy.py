@@ -1,37 +1,121 @@
-"""What shares a stage's work between processes, as the launcher asked for it: DDP, FSDP2, or DeepSpeed's ZeRO."""
+"""How a stage's work is spread over processes, as the launcher asked for it: not at all, DDP, FSDP2, or DeepSpeed's
+ZeRO. The loop asks a `Strategy`, and never which one it is."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from opticnerve.distributed.collectives import engine
-from opticnerve.distributed.deepspeed import Zero, ZeroAdamW
+from opticnerve.distributed.deepspeed import Zero
 from opticnerve.distributed.fsdp import Sharded
 from opticnerve.models.freeze import Frozen
-from opticnerve.models.vlm.parts import is_docked_model
 from opticnerve.recipe import Stage
 from opticnerve.train.optim import MasterAdamW
 from opticnerve.types import OpticNerveError
 
 
-def sharded_if_asked(
-    accelerator: Any, objective: Any, stage: Stage, before: Callable[[], None]
-) -> Sharded | Zero | None:
-    """The objective in shards, where several processes were launched with FSDP2 or DeepSpeed.
+class Optimizer(Protocol):
+    """What `MasterAdamW` does, and `ZeroAdamW` over shares."""
 
-    Args:
-        before: what wants the weights whole, and is done first.
+    def clip(self, limit: float | None) -> Tensor: ...
+    def skip(self, tower: str) -> None: ...
+    def step(self, factor: float) -> None: ...
+    def zero_grad(self) -> None: ...
+    def master_tensors(self) -> dict[str, Tensor]: ...
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Strategy:
+    """Each process holds the whole model; where there are several, DDP brings their gradients together.
+
+    Attributes:
+        model, objective: what is trained; under FSDP2 and ZeRO twins of the whole ones, in shards, until `finish`.
+        optimizer: over what trains of them.
+    """
+
+    spread = False
+    """Whether the weights lie in shards: their gradients are summed at once, or those of all weights would lie whole on
+    each process until the last micro-batch."""
+    optimizer: Optimizer
+
+    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
+        self.accelerator, self.objective, self.model = accelerator, objective, objective.model
+        self.optimizer = self._adam = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
+        by_ddp = accelerator.num_processes > 1 and not objective.whole_step and not self.spread
+        self._wrapped = accelerator.prepare_model(objective) if by_ddp else objective
+
+    def backward(self, batches: Sequence[Any], supervised: int) -> Tensor:
+        """Gradients of the mean loss over all micro-batches of all processes; this process's loss sum."""
+        accelerator, total = self.accelerator, torch.zeros((), device=self.accelerator.device)
+        world = accelerator.num_processes
+        if self.objective.whole_step:
+            alone = self._adam.collect if world == 1 else None
+            return total + self.objective.backward(batches, 1.0 / supervised, after_each=alone)
+        for k, batch in enumerate(batches):
+            at_once = self.spread or k == len(batches) - 1
+            with contextlib.nullcontext() if at_once else accelerator.no_sync(self._wrapped):
+                loss, _ = self._wrapped(batch)
+                # Summed over processes by all-reduce, which averages: hence the number of processes.
+                if loss.requires_grad:  # text alone teaches nothing where only a tower's parts train
+                    (loss * (world / supervised)).backward()
+            if world == 1 or self.spread:  # DDP's all-reduce wants them left in place
+                self._adam.collect()
+            total += loss.detach()
+        return total
+
+    def finish(self) -> None:
+        """Have `model` and `objective` be the whole ones, with what was learned, on every process."""
+
+
+class _FSDP2(Strategy):
+    spread = True
+
+    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
+        reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+        world, device = accelerator.num_processes, accelerator.device
+        self._twin = Sharded(objective, world=world, device=device, reshard=reshard)
+        super().__init__(accelerator, self._twin.objective, self._twin.trained(frozen), stage)
+
+    def finish(self) -> None:
+        self.model, self.objective = self._twin.bring_together()
+
+
+class _Zero(Strategy):
+    spread = True
+
+    def __init__(self, accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> None:
+        self._twin = Zero(objective, stage=2 if engine() == "zero2" else 3, device=accelerator.device)
+        self.accelerator, self.objective, self.model = accelerator, self._twin.objective, self._twin.model
+        rows = stage.batch_size // (stage.accumulate * accelerator.num_processes)
+        self.optimizer = self._twin.optimizer(
+            self._twin.trained(frozen), betas=stage.betas, weight_decay=stage.weight_decay, rows=rows
+        )
+
+    def backward(self, batches: Sequence[Any], supervised: int) -> Tensor:
+        return self._twin.backward(batches, self.accelerator.num_processes / supervised)
+
+    def finish(self) -> None:
+        self.model, self.objective = self._twin.bring_together()
+
+
+def make_strategy(accelerator: Any, objective: Any, frozen: Frozen, stage: Stage) -> Strategy:
+    """The strategy that the launcher asked for.
 
     Raises:
         OpticNerveError: it was not tried with this model or stage.
     """
     kind = engine()
     if accelerator.num_processes == 1 or kind == "ddp":
-        return None
+        return Strategy(accelerator, objective, frozen, stage)
     name = "FSDP2" if kind == "fsdp2" else "DeepSpeed"
-    if not is_docked_model(objective.model):
+    if objective.model.language_model is None:
         raise OpticNerveError(f"{name} is for docked language models; train this one by DDP: recipes/launch/ddp.yaml")
     if stage.compile:
         raise OpticNerveError(f"stage {stage.name}: compile was not tried with {name}; leave it out, or train by DDP")
@@ -39,16 +123,4 @@ def sharded_if_asked(
         raise OpticNerveError(
             f"stage {stage.name}: the objective {stage.objective.type} was not tried with DeepSpeed; train by DDP"
         )
-    before()
-    if kind != "fsdp2":
-        return Zero(objective, stage=2 if kind == "zero2" else 3, device=accelerator.device)
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
-    return Sharded(objective, world=accelerator.num_processes, device=accelerator.device, reshard=reshard)
-
-
-def make_optimizer(frozen: Frozen, stage: Stage, sharded: Sharded | Zero | None, world: int) -> MasterAdamW | ZeroAdamW:
-    """The stage's AdamW over what trains."""
-    if isinstance(sharded, Zero):
-        rows = stage.batch_size // (stage.accumulate * world)
-        return sharded.optimizer(frozen, betas=stage.betas, weight_decay=stage.weight_decay, rows=rows)
-    return MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
+    return (_FSDP2 if kind == "fsdp2" else _Zero)(accelerator, objective, frozen, stage)

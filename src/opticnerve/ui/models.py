@@ -37,15 +37,18 @@ class Models:
         device: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        from opticnerve.inference.load import kind_of, resolve
+        from opticnerve.inference.load import resolve
+        from opticnerve.models.family import family_of
 
         self.names, self.runs, self.keep = list(dict.fromkeys(names)), runs, keep
         self.device, self.trust_remote_code = device, trust_remote_code
         self._lock = threading.Lock()  # one turn at a time; released by whichever thread ends the answer
         self._loaded: OrderedDict[tuple[str, bool], Any] = OrderedDict()
         for name in self.names:
-            if (kind := kind_of(resolve(name))) != "docked":
-                raise OpticNerveError(f"{name} holds a {kind} model, which holds no conversation; name a docked one")
+            if not (family := family_of(resolve(name))).MODEL.can_generate():
+                raise OpticNerveError(
+                    f"{name} holds a {family.SPEC.KIND} model, which holds no conversation; name a docked one"
+                )
 
     def choices(self) -> list[str]:
         """What can be asked now: the names given, then stages and runs, for a run may have ended since."""
@@ -109,9 +112,9 @@ def _stages(folder: Path) -> list[str]:
 
 
 def _talks(folder: Path) -> bool:
-    from opticnerve.inference.load import kind_of
+    from opticnerve.models.family import family_of
 
     try:
-        return kind_of(str(folder)) == "docked"
+        return bool(family_of(str(folder)).MODEL.can_generate())
     except OpticNerveError:  # being written, or damaged: it is not on offer
         return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -203,9 +203,9 @@ def _decoded(
     """Number → frame of those that are wanted, and how many were decoded (to the last wanted one, or to the end)."""
     found: dict[int, PIL.Image.Image] = {}
     number = 0
-    with _container(source, name) as (container, stream):
-        stream.thread_type = "AUTO"
-        for frame in container.decode(stream):
+    # The generator ends before the container closes.
+    with _container(source, name) as (container, stream), closing(container.decode(stream)) as shown:
+        for frame in shown:
             if number in wanted:
                 _check_bounds(name, 1, frame.width, frame.height, max_pixels=max_pixels)
                 _check_kept(name, len(wanted), len(wanted) * frame.width * frame.height)
@@ -218,7 +218,8 @@ def _decoded(
 
 def _upright(frame: Any) -> PIL.Image.Image:
     """As a player shows it: telephones film lying down and say so beside the picture."""
-    image: PIL.Image.Image = frame.to_image()
+    # One thread here, too: PyAV 17 and later keep a converter, whose threads a process forked from this one lacks.
+    image: PIL.Image.Image = frame.to_image(**({"threads": 1} if _pyav() >= 17 else {}))
     turn = round(frame.rotation / 90) * 90 % 360  # counterclockwise
     return image.transpose(_UPRIGHT[turn]) if turn else image
 
@@ -235,13 +236,19 @@ def _container(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     try:
-        with file, av.open(file, options=options, **_any_title(av)) as container:
+        # A title that is no UTF-8 says nothing against the pictures; PyAV 19 and later take it by themselves.
+        any_title: dict[str, Any] = {"metadata_errors": "replace"} if _pyav() < 19 else {}
+        with file, av.open(file, options=options, **any_title) as container:
             covers = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & covers]
             if not streams:
                 raise _unreadable(f"there is no video in {name} ({container.format.name})", "name another file")
             if streams[0].codec_context is None:
                 raise _unreadable(f"the video in {name} is of a codec that FFmpeg does not know", "convert it")
+            # One thread, where FFmpeg takes one a core: a decoder that is freed waits for its threads, and with PyAV 16
+            # that can last for good (its issues 751, 909, 1962). PyAV has no call that closes a decoder sooner.
+            streams[0].codec_context.thread_count = 1
+            streams[0].codec_context.thread_type = "NONE"
             yield container, streams[0]
     except (av.FFmpegError, EOFError) as e:
         reason = e.strerror if isinstance(e, av.FFmpegError) else "end of file"
@@ -251,9 +258,10 @@ def _container(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
         ) from e
 
 
-def _any_title(av: Any) -> dict[str, Any]:
-    """A title that is no UTF-8 says nothing against the pictures; PyAV 19 and later take it without being told."""
-    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+def _pyav() -> int:
+    import av
+
+    return int(av.__version__.partition(".")[0])
 
 
 def _check_bounds(name: str, total: int, width: int, height: int, *, max_pixels: int) -> None:

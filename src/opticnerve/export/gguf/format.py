@@ -5,7 +5,6 @@ llama-server -m model-f16.gguf --mmproj mmproj-f16.gguf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,15 +12,13 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGUFWriter
 
 from opticnerve.data.encode.tokenize import end_of_turn
-from opticnerve.export import parity, probe
-from opticnerve.export.formats import Format, Options, Proof
+from opticnerve.export import parity
+from opticnerve.export.formats import Format, Options, Proof, Trial
 from opticnerve.export.gguf import language as gguf_language
 from opticnerve.export.gguf import tokenizer as gguf_tokens
 from opticnerve.export.gguf import vision as gguf_vision
-from opticnerve.export.parity import Reference
-from opticnerve.export.samples import Sample, as_job
-from opticnerve.export.simplify import fix_picture_size, fold_calibration
-from opticnerve.models.vlm.merge import is_gated, merge_adapter
+from opticnerve.export.samples import as_job
+from opticnerve.export.simplify import adapter_refusals, connector_matrices, fix_picture_size, fold_calibration
 from opticnerve.types import OpticNerveError
 
 # Largest difference of a likely word's log-probability, in nats. llama.cpp rounds activations as it does weights, and
@@ -40,6 +37,7 @@ class Gguf(Format):
 
     dtypes: ClassVar[tuple[str, ...]] = ("f16", "bf16", "q8_0", "float32")
     needs: ClassVar[str | None] = "pip install xllamacpp"
+    program = "llama_cpp"
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
@@ -47,11 +45,7 @@ class Gguf(Format):
 
     def refuse(self, model: Any, processor: Any) -> list[str]:
         reasons = [*gguf_vision.refusals(model), *gguf_language.refusals(model.language_model)]
-        if is_gated(model):
-            reasons.append(
-                "its adapter works beside pictures alone (lora.when: media), and such a gate cannot be added into "
-                "weights; nearest: lora {when: always}"
-            )
+        reasons += adapter_refusals(model, "lora {when: always}")
         if words := gguf_tokens.refusals(processor.tokenizer):
             return reasons + words
         try:
@@ -61,9 +55,8 @@ class Gguf(Format):
         return reasons
 
     def simplify(self, model: Any, processor: Any) -> None:
-        merge_adapter(model)
-        first, last = gguf_vision.connector_matrices(model.image.connector)
-        fold_calibration(model.image.connector, first, last)
+        super().simplify(model, processor)
+        fold_calibration(model.image.connector, *connector_matrices(model.image.connector))
         fix_picture_size(model.image.encoder)
 
     def files(self, folder: Path) -> tuple[Path, Path]:
@@ -98,32 +91,40 @@ class Gguf(Format):
         side = model.image.encoder.image_size
         return [(side, side)]
 
-    def check(
-        self, folder: Path, model: Any, processor: Any, samples: Sequence[Sample], wanted: Sequence[Reference],
-        scratch: Path,
-    ) -> Proof:  # fmt: skip
+    def job(self, folder: Path, trial: Trial) -> dict[str, Any]:
         language, vision_encoder = self.files(folder)
-        banned = gguf_tokens.half_letters(processor.tokenizer, model.language_model.config.vocab_size)
-        begins = gguf_tokens.beginning(processor)
-        texts = [r.text for r, s in zip(wanted, samples, strict=True) if not s.pictures]
-        first = gguf_tokens.first_space(processor.tokenizer)
-        job = {
-            "model": str(language), "mmproj": str(vision_encoder), "samples": as_job(samples), "greedy": parity.GREEDY,
-            "texts": [*(begins + _unbegun(processor.tokenizer, t) for t in texts), *(first + t for t in PROBES)],
-            "threads": torch.get_num_threads(), "banned": banned,
+        tokenizer, begins = trial.processor.tokenizer, gguf_tokens.beginning(trial.processor)
+        first = gguf_tokens.first_space(tokenizer)
+        return {
+            "model": str(language), "mmproj": str(vision_encoder), "samples": as_job(trial.samples),
+            "greedy": parity.GREEDY, "threads": torch.get_num_threads(),
+            "texts": [*(begins + _unbegun(tokenizer, t) for t in _texts(trial)), *(first + t for t in PROBES)],
+            "banned": gguf_tokens.half_letters(tokenizer, trial.model.language_model.config.vocab_size),
         }  # fmt: skip
+
+    def check(self, folder: Path, trial: Trial) -> Proof:
+        tokenizer, begins = trial.processor.tokenizer, gguf_tokens.beginning(trial.processor)
+        job = self.job(folder, trial)
         assert self.options.check_python is not None
-        said = probe.run("llama_cpp", job, scratch, python=self.options.check_python)
-        for text, ids in zip([*texts, *PROBES], said["ids"], strict=True):
-            if ids != (ours := _read(processor.tokenizer, text)):
+        said = parity.run(self.program, job, trial.scratch, python=self.options.check_python)
+        for text, ids in zip([*_texts(trial), *PROBES], said["ids"], strict=True):
+            if ids != (ours := _read(tokenizer, text)):
                 raise OpticNerveError(f"{said['engine']} reads {text!r} as {ids}, not as {ours}")
-        for sample, reference in zip(said["samples"], wanted, strict=True):
+        for sample, reference in zip(said["samples"], trial.wanted, strict=True):
             prompt = sample["prompt"].removeprefix(begins)
-            if _unbegun(processor.tokenizer, reference.text) != reference.text:
-                prompt = processor.tokenizer.bos_token + prompt.removeprefix(processor.tokenizer.bos_token)
+            if _unbegun(tokenizer, reference.text) != reference.text:
+                prompt = tokenizer.bos_token + prompt.removeprefix(tokenizer.bos_token)
             sample["prompt"] = prompt
-        difference = parity.compare_logprobs(model, processor, samples, wanted, said, banned, TOLERANCE[self.dtype])
-        return Proof(said["engine"], difference, TOLERANCE[self.dtype], "nats of a log-probability", len(samples))
+        allowed = TOLERANCE[self.dtype]
+        difference = parity.compare_logprobs(
+            trial.model, trial.processor, trial.samples, trial.wanted, said, job["banned"], allowed
+        )
+        return Proof(said["engine"], difference, allowed, "nats of a log-probability", len(trial.samples))
+
+
+def _texts(trial: Trial) -> list[str]:
+    """The prompts of words alone."""
+    return [r.text for r, s in zip(trial.wanted, trial.samples, strict=True) if not s.pictures]
 
 
 def _read(tokenizer: Any, text: str) -> list[int]:

@@ -13,8 +13,8 @@ import numpy as np
 from gguf import GGUFWriter
 from torch import Tensor
 
-from opticnerve.export.clip_like import connector_matrices, encoder_refusals
 from opticnerve.export.gguf.language import add
+from opticnerve.export.simplify import connector_matrices, encoder_refusals
 
 _GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _VISION = {
@@ -37,10 +37,9 @@ def refusals(model: Any) -> list[str]:
     if encoder.prefix_tokens:
         # Seen in xllamacpp 2026.10: `ggml_concat(inp, class_embedding)`, while positions and rows count it first.
         reasons.append(
-            f"its vision encoder is a {encoder.model.config.model_type}, and llama.cpp puts CLIP's class token "
-            f"behind the patches "
-            "but reads positions and rows as if it stood before them, so that every patch gets its neighbour's "
-            "position and the first is lost; nearest: a SigLIP"
+            f"its vision encoder is a {encoder.model.config.model_type}, and llama.cpp puts CLIP's class token behind "
+            "the patches but reads positions and rows as if it stood before them, so that every patch gets its "
+            "neighbour's position and the first is lost; nearest: a SigLIP"
         )
     if isinstance(encoder.layer, list) and _layers(encoder) != sorted(set(_layers(encoder))):
         reasons.append(f"it joins layers {encoder.layer}; llama.cpp joins them in rising order only")

@@ -1,42 +1,82 @@
-"""What all formats of stock transformers have in common: the language model's place, an answer's end, the check."""
+"""What all formats of stock transformers have in common: the frame, the language model's place, an answer's end."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import transformers as tf
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from opticnerve.common.private_names import forget_where_from
-from opticnerve.export import parity, probe
-from opticnerve.export.formats import Proof
-from opticnerve.export.parity import Reference
-from opticnerve.export.samples import Sample, as_job
+from opticnerve.export import parity
+from opticnerve.export.formats import Format, Trial
+from opticnerve.export.samples import as_job
+from opticnerve.export.simplify import adapter_refusals
 from opticnerve.inference.generate import Answerer
-from opticnerve.models.vlm.merge import is_gated
 
 # What scales or bends logits behind the head of a causal model: a class with a decoder and a head has nothing of it.
 _BENDS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 _NEAREST = "nearest: one of the Llama, Qwen2, Qwen3 or Mistral families"
 
 
-def gate_refusals(model: Any) -> list[str]:
-    """Why the adapter cannot be added into weights; empty if it can."""
-    if not is_gated(model):
+class HFFormat(Format):
+    """A class of stock transformers, `model_class`, whose configuration has the `parts`."""
+
+    program = "stock_transformers"
+    model_class: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ("text_config", "vision_config")
+
+    @abstractmethod
+    def config(self, model: Any, processor: Any) -> Any:
+        """The class's configuration."""
+
+    @abstractmethod
+    def state(self, model: Any, rows: int) -> dict[str, Tensor]:
+        """Every tensor under the class's name; the embedding table `rows` long."""
+
+    @abstractmethod
+    def stock_processor(self, model: Any, processor: Any) -> Any:
+        """A stock processor that writes the tokens that this model was trained on."""
+
+    def notes(self, config: Any) -> list[str]:
         return []
-    return [
-        "its adapter works beside pictures alone (lora.when: media), and such a gate cannot be added into weights; "
-        "nearest: lora {when: always}, or the format merged"
-    ]
+
+    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+        """Weights, configuration, stock processor and an answer's end, as `from_pretrained` reads them."""
+        dtype, config = model.language_model.dtype, self.config(model, processor)
+        for part in (config, *(getattr(config, p) for p in self.parts)):
+            part.dtype, part.architectures = dtype, None
+            forget_where_from(part)
+        config.architectures = [self.model_class]
+        rows = config.text_config.vocab_size
+        state = {
+            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
+            for name, tensor in self.state(model, rows).items()
+        }
+        save_torch_state_dict(state, folder, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        self.stock_processor(model, processor).save_pretrained(folder)
+        generation(model, processor, rows).save_pretrained(folder)
+        return self.notes(config)
+
+    def job(self, folder: Path, trial: Trial) -> dict[str, Any]:
+        return {
+            "folder": str(folder), "model_class": self.model_class, "samples": as_job(trial.samples),
+            "last": parity.LAST, "greedy": parity.GREEDY,
+        }  # fmt: skip
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 def decoder_refusals(model: Any, holder: str) -> list[str]:
     """Why the language model is no plain decoder with a head, which is all that `holder` has room for."""
-    language, reasons = model.language_model, gate_refusals(model)
+    language, reasons = model.language_model, adapter_refusals(model)
     kind = language.config.model_type
     names = {n.partition(".")[0] for n in language.state_dict() if ".lora_" not in n}
     head = language.get_output_embeddings()
@@ -46,17 +86,29 @@ def decoder_refusals(model: Any, holder: str) -> list[str]:
             f"{_NEAREST}"
         )
     for key, plain in _BENDS.items():
-        if getattr(language.config, key, plain) not in (plain, None):
-            reasons.append(
-                f"its language model ({kind}) has {key} {getattr(language.config, key)}, which {holder} leaves out; "
-                f"{_NEAREST}"
-            )
+        if (value := getattr(language.config, key, plain)) not in (plain, None):
+            reasons.append(f"its language model ({kind}) has {key} {value}, which {holder} leaves out; {_NEAREST}")
     return reasons
 
 
-def table_rows(model: Any, processor: Any) -> int:
-    """Rows of the embedding table: transformers looks the placeholder up before it puts the picture in its place."""
-    return max(model.language_model.config.vocab_size, len(processor.tokenizer), model.config.image_token_id + 1)
+def layer_refusals(encoder: Any, engine: str) -> list[str]:
+    """Why the vision encoder is not read behind its final norm."""
+    if encoder.layer == "last":
+        return []
+    return [
+        f"its vision encoder is read at layer {encoder.layer}, {engine}'s behind its final norm; nearest: layer: last"
+    ]
+
+
+# -- the language model -----------------------------------------------------------------------------------------------
+
+
+def text_config(model: Any, processor: Any) -> Any:
+    """The language model's configuration, its vocabulary as long as the table must be: transformers looks the
+    placeholder up before it puts the picture in its place."""
+    made = copy.deepcopy(model.language_model.config)
+    made.vocab_size = max(made.vocab_size, len(processor.tokenizer), model.config.image_token_id + 1)
+    return made
 
 
 def language_state(language: Any, rows: int) -> dict[str, Tensor]:
@@ -83,6 +135,10 @@ def lengthened(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean.expand(more, *table.shape[1:])])
 
 
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+
+
 def generation(model: Any, processor: Any, rows: int) -> Any:
     """Settings as the model has them, with the ends of a turn that training taught, and never a placeholder as a
     word."""
@@ -95,51 +151,10 @@ def generation(model: Any, processor: Any, rows: int) -> Any:
     return made
 
 
-def save(folder: Path, model: Any, processor: Any, *, config: Any, state: dict[str, Tensor], theirs: Any) -> None:
-    """Weights, configuration, stock processor (`theirs`) and an answer's end, as `from_pretrained` reads them."""
-    save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    theirs.save_pretrained(folder)
-    generation(model, processor, config.text_config.vocab_size).save_pretrained(folder)
-
-
-def plain(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors as they go into the file."""
-    return {n: (t.to(dtype) if t.is_floating_point() else t).detach().contiguous() for n, t in state.items()}
-
-
-def nameless(config: Any, parts: Sequence[str], model_class: str, dtype: torch.dtype) -> Any:
-    """The configuration without the places that its parts came from."""
-    for part in (config, *(getattr(config, p) for p in parts)):
-        part.dtype, part.architectures = dtype, None
-        forget_where_from(part)
-    config.architectures = [model_class]
-    return config
-
-
-def prove(
-    folder: Path,
-    model_class: str,
-    samples: Sequence[Sample],
-    wanted: Sequence[Reference],
-    scratch: Path,
-    *,
-    pixels: Callable[[Tensor], Tensor] = lambda there: there,
-) -> Proof:
-    """Stock transformers' answers, in a process of its own, against ours. `pixels`: theirs in our shape.
-
-    Raises:
-        OpticNerveError: it does not load, a tensor is out of place, or it answers otherwise.
-    """
-    job = {
-        "folder": str(folder), "model_class": model_class, "samples": as_job(samples), "last": parity.LAST,
-        "greedy": parity.GREEDY,
-    }  # fmt: skip
-    said = probe.run("stock_transformers", job, scratch)
-    parity.check_loaded(said)
-    found = probe.samples_of(said)
-    for sample in found:
-        if sample["pixels"] is not None:
-            sample["pixels"] = pixels(sample["pixels"])
-    difference = parity.compare_logits(wanted, found, said["engine"])
-    return Proof(said["engine"], difference, parity.TOLERANCE, "of the largest logit", len(samples))
+def placeholders(processor: Any, images: Any, patch_size: int, additional: int = 0, strategy: str = "full") -> Any:
+    """LLaVA's processor, which writes nothing but placeholders: (side / `patch_size`)² + `additional` a picture."""
+    return tf.LlavaProcessor(
+        images, processor.tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
+        chat_template=processor.chat_template, image_token=processor.image_token,
+        num_additional_image_tokens=additional,
+    )  # fmt: skip

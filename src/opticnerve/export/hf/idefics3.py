@@ -12,84 +12,94 @@ Sources: Laurençon et al. 2024, Building and better understanding vision-langua
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
 from torch import Tensor
 
-from opticnerve.export.clip_like import connector_matrices, encoder_refusals
-from opticnerve.export.formats import Format, Proof
-from opticnerve.export.hf import common as hf_common
-from opticnerve.export.parity import Reference
-from opticnerve.export.samples import Sample
-from opticnerve.export.simplify import fix_picture_size, fold_into_norm
-from opticnerve.models.vlm.merge import merge_adapter
+from opticnerve.export.hf import common
+from opticnerve.export.simplify import connector_matrices, encoder_refusals, fix_picture_size, fold_into_norm
 
-MODEL = "Idefics3ForConditionalGeneration"
 OWN = ("idefics3_vision", "smolvlm_vision")
-VISION_ENCODERS = (*OWN, "siglip_vision_model")
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
+    "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
+)  # fmt: skip
 
 
-class HFIdefics3(Format):
+class HFIdefics3(common.HFFormat):
     """SigLIP (or Idefics3's own) × pixel_shuffle of one matrix × splice, on a decoder with a plain head."""
 
+    model_class = "Idefics3ForConditionalGeneration"
+
     def refuse(self, model: Any, processor: Any) -> list[str]:
-        language = hf_common.decoder_refusals(model, "Idefics3's class")
-        if reasons := encoder_refusals(model, "Idefics3's class", VISION_ENCODERS):
+        language = common.decoder_refusals(model, "Idefics3's class")
+        if reasons := encoder_refusals(model, "Idefics3's class", (*OWN, "siglip_vision_model")):
             return [*reasons, *language]
-        return [*shuffle_refusals(model, "Idefics3"), *_picture_refusals(model.image.encoder), *language]
+        encoder = model.image.encoder
+        reasons = [*_connector_refusals(model), *common.layer_refusals(encoder, "Idefics3")]
+        return [*reasons, *_picture_refusals(encoder), *language]
 
     def simplify(self, model: Any, processor: Any) -> None:
-        merge_adapter(model)
-        fold_shuffle(model.image)
+        super().simplify(model, processor)
+        tower = model.image
+        matrix, _ = connector_matrices(tower.connector)
+        fold_into_norm(tower.connector, tower.encoder.model.post_layernorm, matrix)
+        if tower.encoder.model.config.model_type not in OWN:
+            fix_picture_size(tower.encoder)
 
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
-        config = _config(model, processor)
-        state, theirs = _state(model, config.text_config.vocab_size), _processor(model, processor)
-        hf_common.save(folder, model, processor, config=config, state=state, theirs=theirs)
+    def config(self, model: Any, processor: Any) -> Any:
+        text, theirs = common.text_config(model, processor), model.image.encoder.model.config
+        options: dict[str, Any] = {
+            "vision_config": {name: getattr(theirs, name) for name in _SIZES}, "text_config": text,
+            "scale_factor": model.image.connector.scale, "image_token_id": model.config.image_token_id,
+            "tie_word_embeddings": bool(text.tie_word_embeddings), "pad_token_id": processor.tokenizer.pad_token_id,
+        }  # fmt: skip
+        return tf.Idefics3Config(**options)
+
+    def state(self, model: Any, rows: int) -> dict[str, Tensor]:
+        """Under the names of the published Idefics3 and SmolVLM checkpoints."""
+        state = {
+            n if n.startswith("lm_head.") else f"model.text_model.{n.removeprefix('model.')}": t
+            for n, t in common.language_state(model.language_model, rows).items()
+        }
+        vision_encoder = model.image.encoder.model.state_dict().items()
+        state |= {f"model.vision_model.{n}": t for n, t in vision_encoder if not n.startswith("head.")}
+        matrix, _ = connector_matrices(model.image.connector)
+        return {**state, "model.connector.modality_projection.proj.weight": matrix.weight}
+
+    def stock_processor(self, model: Any, processor: Any) -> Any:
+        encoder = model.image.encoder
+        images = tf.PerceptionLMImageProcessor(
+            vision_input_type="vanilla", tile_size=encoder.image_size, max_num_tiles=1, image_mean=encoder.mean,
+            image_std=encoder.std, resample=encoder.resample,
+        )  # fmt: skip
+        return common.placeholders(processor, images, encoder.patch_size * model.image.connector.scale)
+
+    def notes(self, config: Any) -> list[str]:
         return [
             "the processor is LLaVA's, for Idefics3's own writes words around each picture that this model never saw: "
             "engines that bring their own processor for Idefics3 (vLLM, llama.cpp) write them, too"
         ]
 
-    def check(
-        self, folder: Path, model: Any, processor: Any, samples: Sequence[Sample], wanted: Sequence[Reference],
-        scratch: Path,
-    ) -> Proof:  # fmt: skip
-        return hf_common.prove(folder, MODEL, samples, wanted, scratch, pixels=lambda there: there.flatten(0, 1))
+    def pixels(self, theirs: Tensor) -> Tensor:
+        return theirs.flatten(0, 1)
 
 
-def shuffle_refusals(model: Any, engine: str) -> list[str]:
-    """Why vision encoder and connector are no SigLIP behind its final norm with a shuffle and one matrix; empty if they
-    are."""
-    reasons, options = [], model.config.towers["image"]["connector"]
+def _connector_refusals(model: Any) -> list[str]:
+    options = model.config.towers["image"]["connector"]
     if options["type"] != "pixel_shuffle":
-        reasons.append(
-            f"its connector is {options['type']}, {engine}'s a pixel_shuffle; nearest: connector "
+        return [
+            f"its connector is {options['type']}, Idefics3's a pixel_shuffle; nearest: connector "
             "{type: pixel_shuffle}"
-        )
-    elif options["depth"] != 1:
-        reasons.append(
-            f"its pixel_shuffle has depth {options['depth']}, {engine}'s is one matrix; nearest: connector "
+        ]
+    if options["depth"] != 1:
+        return [
+            f"its pixel_shuffle has depth {options['depth']}, Idefics3's is one matrix; nearest: connector "
             "{type: pixel_shuffle, depth: 1}"
-        )
-    if (layer := model.image.encoder.layer) != "last":
-        reasons.append(
-            f"its vision encoder is read at layer {layer}, {engine}'s behind its final norm; nearest: layer: last"
-        )
-    return reasons
-
-
-def fold_shuffle(tower: Any) -> None:
-    """Calibration into the vision encoder's final norm and the one matrix; positions for pictures of another size."""
-    matrix, _ = connector_matrices(tower.connector)
-    fold_into_norm(tower.connector, tower.encoder.model.post_layernorm, matrix)
-    if tower.encoder.model.config.model_type not in OWN:
-        fix_picture_size(tower.encoder)
+        ]
+    return []
 
 
 def _picture_refusals(encoder: Any) -> list[str]:
@@ -115,46 +125,3 @@ def _counts_places(side: int) -> bool:
     places = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor([side]))
     found = torch.bucketize(places.clamp(max=1.0 - 1e-6), boundaries, right=True)
     return bool((found == torch.arange(side)).all())
-
-
-def _config(model: Any, processor: Any) -> Any:
-    language, theirs = model.language_model, model.image.encoder.model.config
-    text = copy.deepcopy(language.config)
-    text.vocab_size = hf_common.table_rows(model, processor)
-    sizes = (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
-        "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
-    )  # fmt: skip
-    options: dict[str, Any] = {
-        "vision_config": {name: getattr(theirs, name) for name in sizes}, "text_config": text,
-        "scale_factor": model.image.connector.scale, "image_token_id": model.config.image_token_id,
-        "tie_word_embeddings": bool(text.tie_word_embeddings), "pad_token_id": processor.tokenizer.pad_token_id,
-    }  # fmt: skip
-    config = tf.Idefics3Config(**options)
-    return hf_common.nameless(config, ("text_config", "vision_config"), MODEL, language.dtype)
-
-
-def _state(model: Any, rows: int) -> dict[str, Tensor]:
-    """Every tensor under the name of the published Idefics3 and SmolVLM checkpoints."""
-    state = {
-        n if n.startswith("lm_head.") else f"model.text_model.{n.removeprefix('model.')}": t
-        for n, t in hf_common.language_state(model.language_model, rows).items()
-    }
-    vision_encoder = model.image.encoder.model.state_dict().items()
-    state |= {f"model.vision_model.{n}": t for n, t in vision_encoder if not n.startswith("head.")}
-    matrix, _ = connector_matrices(model.image.connector)
-    state["model.connector.modality_projection.proj.weight"] = matrix.weight
-    return hf_common.plain(state, model.language_model.dtype)
-
-
-def _processor(model: Any, processor: Any) -> Any:
-    encoder = model.image.encoder
-    images = tf.PerceptionLMImageProcessor(
-        vision_input_type="vanilla", tile_size=encoder.image_size, max_num_tiles=1, image_mean=encoder.mean,
-        image_std=encoder.std, resample=encoder.resample,
-    )  # fmt: skip
-    return tf.LlavaProcessor(
-        images, processor.tokenizer, patch_size=encoder.patch_size * model.image.connector.scale,
-        vision_feature_select_strategy="full", chat_template=processor.chat_template,
-        image_token=processor.image_token,
-    )  # fmt: skip

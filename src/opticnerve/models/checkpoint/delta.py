@@ -20,19 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from opticnerve import registry
 from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
+from opticnerve.common.version import __version__
 from opticnerve.language import load as language
 from opticnerve.models.checkpoint.bounds import no_larger_than, shapes
 from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
-from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.parts import is_docked, moving_buffers
 from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.types import OpticNerveError
@@ -76,6 +78,13 @@ def base_of(name: Any, encoder: Any) -> dict[str, Any]:
     return {"name": name, "sha256": fingerprint(files) if files else None}
 
 
+def encoder_name(name: Any, kind: str) -> str:
+    """How reports call an encoder: by its weights' name, or names, or by its type where it has none."""
+    if isinstance(name, dict):
+        return " + ".join(encoder_name(n, kind) for n in name.values())
+    return str(name) if name is not None else kind
+
+
 def weight_names(name: Any) -> list[str]:
     """The names of an encoder's weights: one, none, or several where encoders stand side by side."""
     if isinstance(name, dict):
@@ -84,7 +93,7 @@ def weight_names(name: Any) -> list[str]:
 
 
 def save(
-    model: OpticNerveForConditionalGeneration,
+    model: Any,
     folder: Path,
     *,
     bases: dict[str, Any],
@@ -97,10 +106,6 @@ def save(
         trained: full names of all parameters that any stage so far has trained; the buffers that move with them
             and all that docking added (connectors, fusions) go along.
     """
-    import transformers
-
-    from opticnerve.common.version import __version__
-
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     trained = set(trained)
@@ -111,9 +116,7 @@ def save(
     save_file(chosen, folder / TENSORS, metadata={"format": "pt"})
     reference = {
         "format": FORMAT,
-        "opticnerve": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "bases": bases,
         "lora": lora,
         "dtype": str(model.language_model.dtype).removeprefix("torch."),
@@ -121,6 +124,11 @@ def save(
         "tensors": {n: list(t.shape) for n, t in chosen.items()},
     }
     (folder / REFERENCE).write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """What wrote a folder."""
+    return {"opticnerve": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -170,8 +178,8 @@ def _mapping(value: Any, what: str) -> dict[str, Any] | None:
     return value
 
 
-def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) -> OpticNerveForConditionalGeneration:
-    """Build the bases, check their hashes, put in what was trained; every tensor is accounted for.
+def load(cls: Any, folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) -> Any:
+    """A model of `cls`: build the bases, check their hashes, put in what was trained; every tensor is accounted for.
 
     Raises:
         OpticNerveError: a file is damaged or of a newer format, a base is not the one that was trained on, or the
@@ -201,7 +209,7 @@ def load(folder: Path, *, dtype: Any = None, trust_remote_code: bool = False) ->
         made = {
             m: join(encoder, config.towers[m], sizes, trust_remote_code).to(dtype) for m, (_, encoder) in towers.items()
         }
-        model = OpticNerveForConditionalGeneration.from_parts(
+        model = cls.from_parts(
             base.model, made, image_token_id=config.image_token_id, audio_token_id=config.audio_token_id
         )
         if reference["lora"]:
@@ -251,7 +259,7 @@ def check_bases(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> 
 
 
 def put(
-    model: OpticNerveForConditionalGeneration,
+    model: nn.Module,
     folder: Path,
     expected: dict[str, list[int]],
     *,

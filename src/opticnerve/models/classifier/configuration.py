@@ -16,7 +16,7 @@ class FusionClassifierConfig(PreTrainedConfig):
     """Configuration of a `FusionClassifier`, by transformers' conventions.
 
     Args:
-        timing: when the two meet; see `opticnerve.models.classifier.heads`.
+        timing: when the two meet; see `opticnerve.models.classifier.parts`.
         answers: the closed set.
         image: `{"encoder": {"type": …, …}}`, a vision encoder and the keywords that build it; None for early fusion,
             which sees the pixels. text: `{"encoder": {"type": …, …}}`.

@@ -20,8 +20,7 @@ from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.text import text_encoders
 from opticnerve.models.checkpoint.strict import trusts
 from opticnerve.models.classifier.configuration import FusionClassifierConfig, Timing
-from opticnerve.models.classifier.heads import COMBINATIONS, Scores, make_head
-from opticnerve.models.classifier.text_cache import TextMemory
+from opticnerve.models.classifier.parts import COMBINATIONS, Scores, TextMemory, make_head
 from opticnerve.models.two_towers import TwoTowerModel
 from opticnerve.models.vlm.tower import make, placed_like, type_name
 from opticnerve.recipe import ClassifierSpec
@@ -36,7 +35,7 @@ class FusionClassifierOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class Eye(nn.Module):
+class PictureTower(nn.Module):
     """The image half: an encoder, and nothing behind it."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -53,7 +52,7 @@ class Eye(nn.Module):
         return self.encoder(pixel_values)
 
 
-class Reader(nn.Module):
+class QuestionTower(nn.Module):
     """The text half."""
 
     def __init__(self, encoder: Any) -> None:
@@ -88,8 +87,8 @@ class FusionClassifier(TwoTowerModel):
         if config.timing != "late" and config.combine != "mean":
             raise OpticNerveError(f"combine is for late fusion alone; leave {config.combine!r} out")
         check_answers(config.answers)
-        self.image = None if vision_encoder is None else Eye(vision_encoder)
-        self.text = Reader(reader)
+        self.image = None if vision_encoder is None else PictureTower(vision_encoder)
+        self.text = QuestionTower(reader)
         options = {**config.head, **({"combine": config.combine} if config.timing == "late" else {})}
         self.classifier = make_head(config.timing, vision_encoder, reader, len(config.answers), options)
         self._memory = TextMemory(reader)
@@ -109,7 +108,7 @@ class FusionClassifier(TwoTowerModel):
 
         Args:
             image: a vision encoder; None for early fusion. text: a text encoder, such as `HFTextEncoder`. answers: the
-                closed set. combine: late fusion's rule. head: keywords of the head, see `fusion_heads`.
+                closed set. combine: late fusion's rule. head: keywords of the head, see `parts`.
         """
         vision_encoder = None if image is None else {"type": type_name(registry.encoders, image), **image.options}
         config = FusionClassifierConfig(

@@ -21,7 +21,7 @@ from opticnerve.encoders.pooling import VisionPooling
 from opticnerve.encoders.text import text_encoders
 from opticnerve.models.checkpoint.strict import trusts
 from opticnerve.models.dual_encoder.configuration import DualEncoderConfig
-from opticnerve.models.dual_encoder.towers import ImageTower, TextTower
+from opticnerve.models.dual_encoder.parts import ImageTower, TextTower
 from opticnerve.models.two_towers import TwoTowerModel
 from opticnerve.models.vlm.tower import make, type_name
 from opticnerve.recipe import DualSpec

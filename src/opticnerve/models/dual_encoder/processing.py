@@ -28,6 +28,12 @@ class DualEncoderProcessor(ProcessorMixin):
         self.max_length, self.padding = max_length, padding
         super().__init__(image_processor, tokenizer)
 
+    @classmethod
+    def of(cls, image_processor: Any, text_encoder: Any, **options: Any) -> Any:
+        """The processor that an image processor and a text encoder (with its tokenizer) make."""
+        lengths = {"max_length": text_encoder.max_length, "padding": text_encoder.padding}
+        return cls(image_processor, text_encoder.tokenizer, **lengths, **options)
+
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """Pictures to `pixel_values`, captions to `input_ids` and `attention_mask`; either may be left out."""
         if text is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.encoders.hf_vision import HFVisionEncoder
-from opticnerve.fusion.splice import Splice
+from opticnerve.fusion.base import Splice
 from opticnerve.models.import_hf import assemble
 from opticnerve.models.import_hf.source import Source
 from opticnerve.models.vlm.processing import OpticNerveProcessor

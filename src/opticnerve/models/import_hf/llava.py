@@ -8,12 +8,11 @@ from typing import Any
 
 from opticnerve.connectors.mlp import MLPConnector
 from opticnerve.encoders.hf_vision import HFVisionEncoder
-from opticnerve.fusion.splice import Splice
+from opticnerve.fusion.base import Splice
 from opticnerve.models.import_hf import assemble
 from opticnerve.models.import_hf.source import Source
 from opticnerve.models.vlm.processing import OpticNerveProcessor
-from opticnerve.models.vlm.tiling import Tiling
-from opticnerve.models.vlm.tiling_processor import TilingImageProcessor
+from opticnerve.models.vlm.tiling import Tiling, TilingImageProcessor
 from opticnerve.models.vlm.tower import Tower, language_sizes
 from opticnerve.types import OpticNerveError
 

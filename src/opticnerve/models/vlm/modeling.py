@@ -23,12 +23,13 @@ from opticnerve.common.private_names import (
     set_layers_not_to_split,
 )
 from opticnerve.language.lora import add_lora
+from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.vlm.configuration import OpticNerveConfig
-from opticnerve.models.vlm.expand_inputs import MEDIA_KEYS, repeat_media
-from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context
+from opticnerve.models.vlm.parts import DockedParts
+from opticnerve.models.vlm.prompt import MEDIA_KEYS, Prompt, keep, kept, multimodal_context, repeat_media
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
-from opticnerve.ops import last_mlp, varlen
+from opticnerve.ops import varlen
 from opticnerve.types import Features
 
 # While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
@@ -44,7 +45,7 @@ class OpticNerveOutput(CausalLMOutputWithPast):
     audio_hidden_states: Tensor | None = None
 
 
-class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, GenerationMixin):
+class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedModel, GenerationMixin):
     """A language model with a vision encoder, an audio encoder, or both.
 
     `language_model` is any `AutoModelForCausalLM`, untouched; `image` and `audio` are `Tower`s (encoder, connector,
@@ -128,13 +129,11 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         Every tensor is accounted for: missing, unexpected and mismatched ones are an error that lists them. Parts under
         dotted paths (code from outside opticnerve) are run with `trust_remote_code=True` only.
         """
-        from opticnerve.models.checkpoint import delta
-
         trusted = bool(kwargs.get("trust_remote_code", False))
         folder = delta.find(pretrained_model_name_or_path)
         if folder is not None:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            model: Any = delta.load(folder, dtype=dtype, trust_remote_code=trusted)
+            model: Any = delta.load(cls, folder, dtype=dtype, trust_remote_code=trusted)
             device_map = kwargs.get("device_map")
             if isinstance(device_map, str | int | torch.device) and device_map not in (
                 "auto",
@@ -247,14 +246,11 @@ class OpticNerveForConditionalGeneration(StrictLoading, PreTrainedModel, Generat
         seen = {m: t.fusion.seen for m, t in self.towers.items()}
         gate = getattr(self.language_model, "lora_gate", None)
         prompt = Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None)
-        return nullcontext(), self._again(prompt, varlen.current(), last_mlp.current())
+        return nullcontext(), self._again(prompt, varlen.current())
 
     @contextmanager
-    def _again(
-        self, prompt: Prompt, attended: varlen.Segments | None, read: tuple[Tensor, int] | None
-    ) -> Iterator[None]:
-        reading: Any = nullcontext() if read is None else last_mlp.last_mlp_at(self.language_model, *read)
-        with self.multimodal_context(prompt), varlen.within(self.language_model, attended), reading:
+    def _again(self, prompt: Prompt, attended: varlen.Segments | None) -> Iterator[None]:
+        with self.multimodal_context(prompt), varlen.within(self.language_model, attended):
             yield
 
     def forward(

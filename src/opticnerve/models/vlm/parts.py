@@ -10,50 +10,43 @@ from torch import nn
 
 from opticnerve.encoders.base import last_blocks
 from opticnerve.language.lora import is_lora
-from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.recipe import MODALITIES, split_part
 from opticnerve.types import OpticNerveError
 
-TOWERS = MODALITIES
 # What each word for a part of a tower stands for, as beginnings of names within it.
 TOWER_PARTS = {"encoder": ("encoder.",), "connector": ("connector.", "tiling."), "fusion": ("fusion.",)}
 
 
-def part_parameters(model: Any, part: str) -> dict[str, nn.Parameter]:
-    """Full name → parameter of one part. Tied weights appear once.
+class DockedParts:
+    """What `models.family.Model` asks of a model about its parts, for a language model with `towers`."""
 
-    Models that are no docked language model (`DualEncoder`, `FusionClassifier`) know their parts themselves.
+    towers: Any
+    language_model: Any
 
-    Raises:
-        OpticNerveError: the model has no such part, or the part has no parameters; the message names the remedy.
-    """
-    if not is_docked_model(model):
-        own: dict[str, nn.Parameter] = model.part_parameters(part)
-        return own
-    modality, inner = split_part(part)
-    if inner.startswith("language"):
-        found = _language(model, inner)
-    else:
-        found = _tower(model, modality, inner, part)
-    if not found:
-        raise OpticNerveError(f"{part} has no parameters in this model")
-    return found
+    def part_parameters(self: Any, part: str) -> dict[str, nn.Parameter]:
+        """Full name → parameter of one part. Tied weights appear once.
 
+        Raises:
+            OpticNerveError: the model has no such part, or the part has no parameters; the message names the remedy.
+        """
+        modality, inner = split_part(part)
+        found = _language(self, inner) if inner.startswith("language") else _tower(self, modality, inner, part)
+        if not found:
+            raise OpticNerveError(f"{part} has no parameters in this model")
+        return found
 
-def is_docked_model(model: Any) -> bool:
-    """Whether the model is a language model with towers docked onto it."""
-    return isinstance(model, OpticNerveForConditionalGeneration)
+    def full_name(self, part: str) -> str:
+        """`connector` → `image.connector`: the word for a part that is clear without its recipe."""
+        modality, inner = split_part(part)
+        return inner if inner.startswith("language") else f"{modality or _only_tower(self, part)}.{inner}"
 
-
-def whole_parts(model: Any) -> list[tuple[str, tuple[str, ...]]]:
-    """What the freeze table sums up: each label, and the beginnings of the names under it."""
-    if not is_docked_model(model):
-        return [(start.rstrip("._"), (start,)) for start in model.WHOLE_PARTS]
-    towers = [(f"{m}.{half}", prefixes(m, half)) for m in model.towers for half in TOWER_PARTS]
-    return [*towers, ("language", ("language_model.",))]
+    def whole_parts(self) -> list[tuple[str, tuple[str, ...]]]:
+        """What the freeze table sums up: each label, and the beginnings of the names under it."""
+        towers = [(f"{m}.{half}", prefixes(m, half)) for m in self.towers for half in TOWER_PARTS]
+        return [*towers, ("language", ("language_model.",))]
 
 
-def moving_buffers(model: Any, trained: Iterable[str]) -> list[str]:
+def moving_buffers(model: nn.Module, trained: Iterable[str]) -> list[str]:
     """Full names of the persistent buffers that training moves: the connectors' calibration, and what stands beside a
     trained parameter (a batch norm's statistics)."""
     owners = {name.rpartition(".")[0] for name in trained}
@@ -72,40 +65,31 @@ def prefixes(modality: str, half: str) -> tuple[str, ...]:
 
 def is_docked(name: str) -> bool:
     """Whether a tensor of the model belongs to what docking added: a connector, a tiling, a fusion."""
-    return name.startswith(tuple(s for m in TOWERS for half in ("connector", "fusion") for s in prefixes(m, half)))
+    return name.startswith(tuple(s for m in MODALITIES for half in ("connector", "fusion") for s in prefixes(m, half)))
 
 
-def full_name(model: Any, part: str) -> str:
-    """`connector` → `image.connector`: the word for a part that is clear without its recipe."""
-    if not is_docked_model(model):
-        return part
-    modality, inner = split_part(part)
-    return inner if inner.startswith("language") else f"{modality or _only_tower(model, part)}.{inner}"
-
-
-def _only_tower(model: nn.Module, part: str) -> str:
-    have = [m for m in TOWERS if hasattr(model, m)]
+def _only_tower(model: DockedParts, part: str) -> str:
+    have = list(model.towers)
     if len(have) != 1:
         raise OpticNerveError(f"{part}: the model's towers are {', '.join(have) or 'none'}; write e.g. image.{part}")
-    return have[0]
+    return str(have[0])
 
 
-def _tower(model: nn.Module, modality: str | None, inner: str, part: str) -> dict[str, nn.Parameter]:
+def _tower(model: Any, modality: str | None, inner: str, part: str) -> dict[str, nn.Parameter]:
     modality = modality or _only_tower(model, part)
-    if not hasattr(model, modality):
+    if modality not in model.towers:
         raise OpticNerveError(f"{part}: the model has no {modality} tower")
-    tower = getattr(model, modality)
     if inner in TOWER_PARTS:
         found = {n: p for n, p in model.named_parameters() if n.startswith(prefixes(modality, inner))}
         if not found and inner == "fusion":
             raise OpticNerveError(f"{part}: a fusion of this type has no weights; leave it out of `train`")
         return found
     count = int(re.findall(r"\d+", inner)[0])
-    chosen = {id(p) for block in last_blocks(tower.encoder, count) for p in block.parameters()}
+    chosen = {id(p) for block in last_blocks(model.towers[modality].encoder, count) for p in block.parameters()}
     return {n: p for n, p in model.named_parameters() if id(p) in chosen}
 
 
-def _language(model: OpticNerveForConditionalGeneration, inner: str) -> dict[str, nn.Parameter]:
+def _language(model: Any, inner: str) -> dict[str, nn.Parameter]:
     names = {n: p for n, p in model.named_parameters() if n.startswith("language_model.")}
     if inner == "language.lora":
         found = {n: p for n, p in names.items() if is_lora(n)}

@@ -16,7 +16,7 @@ from opticnerve.common.private_names import saved_parts
 from opticnerve.data.encode.chat_layout import form_of
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
 from opticnerve.language.saved_tokenizer import check_saved, keep_arguments
-from opticnerve.models.vlm.tiling_spec import TilingSpec
+from opticnerve.models.vlm.tiling import TilingSpec
 from opticnerve.types import OpticNerveError, Thinking
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opticnerve.language.lora import adapter_on
+from opticnerve.models.vlm.tower import Tower
+
+MEDIA_KEYS = ("pixel_values", "image_sizes", "input_features", "qformer_input_ids", "qformer_attention_mask")
 
 
 @dataclass
@@ -46,3 +51,42 @@ def keep(cache: Any, seen: dict[str, Any]) -> None:
 def kept(cache: Any) -> dict[str, Any]:
     """What an earlier forward pass with this cache wrote down."""
     return dict(getattr(cache, _ON_CACHE, None) or {})
+
+
+def repeat_media(
+    media: dict[str, Tensor], places: dict[str, list[int]], towers: dict[str, Tower], times: int
+) -> dict[str, Tensor]:
+    """Several answers to one prompt: each row's media, which lie in one tensor, `times` over as one block, in order.
+
+    Args:
+        media: the model's inputs by name. places: by modality, how many placeholders each row holds.
+    """
+    done = {}
+    for key, value in media.items():
+        modality = "audio" if key == "input_features" else "image"
+        tower = towers[modality]
+        if tower.tiling is None:
+            counts = [n // tower.num_placeholders for n in places[modality]]
+        else:
+            sizes = media["image_sizes"].tolist()
+            counts = _images_of_rows(tower, sizes, places[modality])
+            if key == "pixel_values":
+                tiles = [tower.tiling.tiles(*size) for size in sizes]
+                counts = [sum(tiles[a:b]) for a, b in pairwise(accumulate(counts, initial=0))]
+        done[key] = torch.cat([row for row in torch.split(value, counts) for _ in range(times)])
+    return done
+
+
+def _images_of_rows(tower: Tower, sizes: list[list[int]], places: list[int]) -> list[int]:
+    """How many pictures each row shows, from their sizes and the rows' placeholders."""
+    assert tower.tiling is not None
+    one_each = tower.num_placeholders == 1
+    tokens = iter([1 if one_each else tower.tiling.count(*size) for size in sizes])
+    counts = []
+    for left in places:
+        count = 0
+        while left > 0:
+            left -= next(tokens)
+            count += 1
+        counts.append(count)
+    return counts

@@ -15,16 +15,91 @@ processor writes (its length) and what the model puts there (one look-up).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import BatchFeature, LlavaNextImageProcessor
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessorKwargs
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from opticnerve.models.vlm.tiling_processor import TilingImageProcessor, tiling_image_processor
-from opticnerve.models.vlm.tiling_spec import NEWLINE, SHAPES, TilingSpec
 from opticnerve.types import Features, OpticNerveError
+
+# LLaVA-NeXT's canvases in tiles: height × width.
+SHAPES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+NEWLINE = -1
+
+
+@dataclass(frozen=True)
+class TilingSpec:
+    """Which tiles a picture is cut into, and in which order their tokens are read. Plain numbers, no tensors.
+
+    Args:
+        tile_size: side of a tile in pixels: the encoder's input.
+        tile_tokens: soft tokens of one tile, after the connector.
+        pinpoints: canvas sizes (height, width) in pixels, multiples of `tile_size`.
+        grid: side of the map that a tile's tokens form, or None where they form none.
+        unpad: leave out the tokens that see nothing but padding.
+        newline: end each row of the canvas with a learnt token.
+        thumbnail: the whole picture as the first tile.
+    """
+
+    tile_size: int
+    tile_tokens: int
+    pinpoints: tuple[tuple[int, int], ...]
+    grid: int | None
+    unpad: bool
+    newline: bool
+    thumbnail: bool
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles, without the thumbnail, of the canvas that keeps most of a picture's pixels."""
+        canvas_height, canvas_width = select_best_resolution((height, width), list(self.pinpoints))
+        return canvas_height // self.tile_size, canvas_width // self.tile_size
+
+    def num_tiles(self, height: int, width: int) -> int:
+        """Tiles of a picture of `height` × `width` pixels, thumbnail included."""
+        rows, columns = self.shape(height, width)
+        return rows * columns + self.thumbnail
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Soft tokens of one picture: the placeholders that the processor writes."""
+        return len(self.layout(height, width))
+
+    @property
+    def max_tokens(self) -> int:
+        """The most soft tokens that any picture can take."""
+        side = self.grid or 0
+        shapes = [(h // self.tile_size, w // self.tile_size) for h, w in self.pinpoints]
+        return max((r * c + self.thumbnail) * self.tile_tokens + r * side * self.newline for r, c in shapes)
+
+    @lru_cache(maxsize=4096)  # noqa: B019  (frozen and small: a few of them per process)
+    def layout(self, height: int, width: int) -> np.ndarray[Any, Any]:
+        """The order in which a picture's tokens are read: (tokens,) int64, read-only.
+
+        Each entry counts through the tokens of the picture's tiles (`tile · tile_tokens + token`), or is `NEWLINE`.
+        """
+        rows, columns = self.shape(height, width)
+        first = self.tile_tokens * self.thumbnail
+        order = first + np.arange(rows * columns * self.tile_tokens)
+        if (g := self.grid) is not None:
+            # Tile by tile → row by row over the whole canvas.
+            canvas_HW = order.reshape(rows, columns, g, g).transpose(0, 2, 1, 3).reshape(rows * g, columns * g)
+            if self.unpad:
+                # transformers' own rounding; it only slices, so that a table of indices serves as well as a tensor.
+                seen_HW = unpad_image(canvas_HW[None], (height, width))[0]
+                # Of a picture as thin as a hair it may leave nothing; LLaVA-NeXT has the thumbnail still.
+                canvas_HW = seen_HW if seen_HW.size or self.thumbnail else canvas_HW
+            if self.newline:
+                canvas_HW = np.pad(canvas_HW, ((0, 0), (0, 1)), constant_values=NEWLINE)
+            order = canvas_HW.reshape(-1)
+        order = np.concatenate([np.arange(first), order])
+        order.setflags(write=False)
+        return order
 
 
 class Tiling(nn.Module):
@@ -37,20 +112,15 @@ class Tiling(nn.Module):
 
     def __init__(self, spec: TilingSpec, language_width: int) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.tiles, self.count = spec, spec.num_tiles, spec.num_tokens
         row_end_D = torch.randn(language_width) / language_width**0.5 if spec.newline else None
         self.register_parameter("newline", None if row_end_D is None else nn.Parameter(row_end_D))
 
     @classmethod
     def from_options(
-        cls,
-        options: dict[str, Any],
-        *,
-        tile_size: int,
-        grid: int | None,
-        language_width: int,
+        cls, options: dict[str, Any], *, tile_size: int, grid: int | None, language_width: int,
         tile_tokens: int | None = None,
-    ) -> Tiling:
+    ) -> Tiling:  # fmt: skip
         """A tiling from a recipe's `tiling: {pinpoints, unpad, newline, thumbnail}` (all of them optional).
 
         Args:
@@ -80,16 +150,9 @@ class Tiling(nn.Module):
             tile_tokens = grid**2
         if tile_tokens is None:
             raise OpticNerveError("a tiling without a grid needs tile_tokens: the connector's num_tokens")
-        spec = TilingSpec(
-            tile_size=tile_size,
-            tile_tokens=tile_tokens,
-            pinpoints=_pinpoints(given.get("pinpoints"), tile_size),
-            grid=grid,
-            unpad=given.get("unpad", grid is not None),
-            newline=given.get("newline", grid is not None),
-            thumbnail=given.get("thumbnail", True),
-        )
-        return cls(spec, language_width)
+        defaults = {"unpad": grid is not None, "newline": grid is not None, "thumbnail": True}
+        given["pinpoints"] = _pinpoints(given.get("pinpoints"), tile_size)
+        return cls(TilingSpec(tile_size, tile_tokens, grid=grid, **{**defaults, **given}), language_width)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -97,14 +160,6 @@ class Tiling(nn.Module):
         s = self.spec
         pinpoints = [list(p) for p in s.pinpoints]
         return {"pinpoints": pinpoints, "unpad": s.unpad, "newline": s.newline, "thumbnail": s.thumbnail}
-
-    def tiles(self, height: int, width: int) -> int:
-        """Tiles of a picture of `height` × `width` pixels, thumbnail included."""
-        return self.spec.num_tiles(height, width)
-
-    def count(self, height: int, width: int) -> int:
-        """Soft tokens of a picture of `height` × `width` pixels."""
-        return self.spec.num_tokens(height, width)
 
     def arrange(self, features: Features, image_sizes: Tensor | Iterable[Sequence[int]]) -> Features:
         """The tiles' tokens as one row a picture.
@@ -144,9 +199,49 @@ class Tiling(nn.Module):
         index = torch.from_numpy(index_BN).to(flat_KD.device)
         return Features(flat_KD[index], seen_K[index])
 
-    def image_processor(self, encoder_image_processor: Any) -> TilingImageProcessor:
-        """The image processor that cuts pictures into this tiling's tiles, normalised as the encoder wants them."""
-        return tiling_image_processor(self.spec, encoder_image_processor)
+    def image_processor(self, own: Any) -> TilingImageProcessor:
+        """The image processor that cuts pictures into this tiling's tiles, normalised as the encoder's `own` does.
+
+        How `own` makes a picture square (crop, pad, squash) does not matter: tiles are square already, and the
+        thumbnail is squashed, as in LLaVA-NeXT.
+
+        Raises:
+            OpticNerveError: `own` says nothing of mean and deviation.
+        """
+        if getattr(own, "image_mean", None) is None or getattr(own, "image_std", None) is None:
+            raise OpticNerveError(
+                f"tiling needs an image processor with image_mean and image_std; {type(own).__name__} has none"
+            )
+        kept = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample", "do_convert_rgb")
+        side = {"height": self.spec.tile_size, "width": self.spec.tile_size}
+        options: dict[str, Any] = {k: v for k in kept if (v := getattr(own, k, None)) is not None}
+        options |= {"size": side, "crop_size": side, "thumbnail": self.spec.thumbnail}
+        return TilingImageProcessor(image_grid_pinpoints=self.options["pinpoints"], **options)
+
+
+class TilingImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
+    """`thumbnail`: whether the whole picture, squashed to one tile, goes first."""
+
+    thumbnail: bool
+
+
+class TilingImageProcessor(LlavaNextImageProcessor):
+    """Pictures → `pixel_values` (tiles of all pictures, 3, S, S) and `image_sizes` (images, 2) as height, width.
+
+    LLaVA-NeXT's own, its tiles laid flat instead of filled up with zeros to (images, most tiles, 3, S, S).
+    `image_grid_pinpoints`, `crop_size` (the tile), mean, deviation and resampling are as there.
+    """
+
+    valid_kwargs = TilingImageProcessorKwargs
+    thumbnail = True
+
+    def _preprocess(  # type: ignore[override]
+        self, images: list[Any], *, thumbnail: bool, return_tensors: Any, **kwargs: Any
+    ) -> BatchFeature:
+        tiled = super()._preprocess(images, **{**kwargs, "do_pad": False, "return_tensors": None})
+        tiles = [t if thumbnail else t[1:] for t in tiled["pixel_values"]]
+        data = {"pixel_values": torch.cat(tiles), "image_sizes": tiled["image_sizes"]}
+        return BatchFeature(data=data, tensor_type=return_tensors)
 
 
 def _pinpoints(given: Any, tile_size: int) -> tuple[tuple[int, int], ...]:

@@ -11,10 +11,10 @@ import transformers as tf
 from torch import nn
 
 from opticnerve.encoders.hf_vision import HFVisionEncoder
-from opticnerve.ops import attention
-from opticnerve.ops import vision_attention as vision_attention
-from opticnerve.ops.vision_attention import plain_attention
+from opticnerve.ops import attention, enabled
+from opticnerve.ops.attention import plain_attention
 
+pytestmark = pytest.mark.skipif(not enabled(), reason="OPTICNERVE_PLAIN switches it off")
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
     "patch_size": 8,
@@ -50,8 +50,8 @@ def test_the_same_tokens_and_gradients_by_our_products(kind: str, monkeypatch: p
     wanted = run(encoder.float(), torch.float32)
     encoder.to(torch.bfloat16)
     called = []
-    ours = vision_attention.attend
-    monkeypatch.setattr(vision_attention, "attend", lambda *a, **k: called.append(1) or ours(*a, **k))
+    ours = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *a, **k: called.append(1) or ours(*a, **k))
     with plain_attention(nn.ModuleList([encoder])) as count:
         assert count == 1
         found = run(encoder, torch.bfloat16)
@@ -83,7 +83,7 @@ def test_another_attention_stays() -> None:
 def test_an_error_within_leaves_torchs_attention() -> None:
     encoder: Any = vision_encoder("clip")
     with pytest.raises(RuntimeError, match="within"), plain_attention(encoder):
-        assert encoder.model.config._attn_implementation == vision_attention.NAME
+        assert encoder.model.config._attn_implementation == attention.ENCODERS
         raise RuntimeError("within")
     assert encoder.model.config._attn_implementation == "sdpa"
 
@@ -91,12 +91,12 @@ def test_an_error_within_leaves_torchs_attention() -> None:
 def test_causal_and_masked_attention_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(2, 4, 9, 8).to(torch.bfloat16) for _ in range(3))
     assert attention.faster(q, all_see_all=True)
-    monkeypatch.setattr(vision_attention, "attend", lambda *a, **k: pytest.fail("ours was taken"))
+    monkeypatch.setattr(attention, "attend", lambda *a, **k: pytest.fail("ours was taken"))
     module = nn.Identity()
     mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
-    vision_attention.vision_attention(module, q, k, v, mask, is_causal=False)
-    vision_attention.vision_attention(module, q, k, v, None, is_causal=True)
-    vision_attention.vision_attention(module, q, k, v, None)  # a module that does not say is causal to transformers
-    vision_attention.vision_attention(module, q, k, v, None, dropout=0.5, is_causal=False)
+    attention.vision_attention(module, q, k, v, mask, is_causal=False)
+    attention.vision_attention(module, q, k, v, None, is_causal=True)
+    attention.vision_attention(module, q, k, v, None)  # a module that does not say is causal to transformers
+    attention.vision_attention(module, q, k, v, None, dropout=0.5, is_causal=False)
     with pytest.raises(pytest.fail.Exception, match="ours"):
-        vision_attention.vision_attention(module, q, k, v, None, is_causal=False)
+        attention.vision_attention(module, q, k, v, None, is_causal=False)

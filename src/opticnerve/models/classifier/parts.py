@@ -1,26 +1,30 @@
-"""The three timings of fusion as heads over a vision encoder and a text encoder.
+"""The parts of a `FusionClassifier`: the three timings of fusion as heads over a vision encoder and a text encoder, and
+what remembers texts.
 
 Early: the raw inputs become one long vector, and one network reads it. Intermediate: each encoder's tokens look at the
 other's in a transformer with cross-modal attention (Lu et al. 2019, ViLBERT, section 2.2: co-attention; Tan & Bansal
-2019, LXMERT, section 2.2). Late: one predictor for each modality, and a rule that makes one answer of two (see
-`late_fusion`). The taxonomy is that of Baltrušaitis et al. 2019, Multimodal Machine Learning, section 6.
+2019, LXMERT, section 2.2). Late: one predictor for each modality, and a rule that makes one answer of two (`combine`).
+The taxonomy is that of Baltrušaitis et al. 2019, Multimodal Machine Learning, section 6.
 
 Each head: (what is seen, what is read) → `Scores`.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opticnerve.models.classifier.late_fusion import combine
+from opticnerve.common.private_names import times_written
 from opticnerve.types import Features, OpticNerveError
 
-COMBINATIONS = ("mean", "vote", "product", "learned", "image", "text")
+Combination = Literal["mean", "vote", "product", "learned"]
+COMBINATIONS = (*get_args(Combination), "image", "text")
+LEAST = 1e-9  # a predictor that is sure must not silence all others in a product
 
 
 @dataclass
@@ -118,7 +122,7 @@ class LateHead(nn.Module):
     """A predictor that only sees and one that only reads; each learns the answers for itself.
 
     Args:
-        combine: "mean", "vote", "product", "learned" (see `late_fusion.combine`), or "image" or "text": one alone.
+        combine: "mean", "vote", "product", "learned" (see `combine`), or "image" or "text": one alone.
             May be set anew at any time: all of it is trained in one go.
     """
 
@@ -143,13 +147,13 @@ class LateHead(nn.Module):
         text_BA = self.text(read.vector_BD)
         chances_2BA = torch.stack([image_BA, text_BA]).float().softmax(2)
         weights_2 = F.softplus(self.weights_2.float())
-        learned_BA = combine(chances_2BA.detach(), "learned", weights_2).clamp_min(1e-9).log()
+        learned_BA = combine(chances_2BA.detach(), "learned", weights_2).clamp_min(LEAST).log()
         if self.combine in ("image", "text"):
             logits_BA = image_BA if self.combine == "image" else text_BA
         elif self.combine == "learned":
             logits_BA = learned_BA
         else:
-            logits_BA = combine(chances_2BA, self.combine).clamp_min(1e-9).log()  # type: ignore[arg-type]
+            logits_BA = combine(chances_2BA, self.combine).clamp_min(LEAST).log()  # type: ignore[arg-type]
         return Scores(logits_BA, [image_BA, text_BA, learned_BA])
 
 
@@ -190,3 +194,84 @@ def make_head(timing: str, vision_encoder: Any, reader: Any, answers: int, optio
     except TypeError as e:
         raise OpticNerveError(f"{timing} fusion: {e}") from e
     return head
+
+
+def combine(probabilities_MBC: Tensor, how: Combination, weights_M: Tensor | None = None) -> Tensor:
+    """M predictors' probabilities of C choices for B questions → one row of probabilities for each, (B, C).
+
+    - mean: their average.
+    - vote: each predictor votes for its likeliest choice (of equal ones the first). The row is (votes + mean) /
+      (M + 1): the mean breaks ties and never outweighs a vote.
+    - product: what they say as if independent; the geometric mean, normalised.
+    - learned: a product with weights, p ∝ Π p_m^(w_m), w ≥ 0.
+
+    Raises:
+        OpticNerveError: an unknown rule, or weights that do not fit.
+    """
+    if how not in get_args(Combination):
+        raise OpticNerveError(f"combine is one of {', '.join(get_args(Combination))}, not {how!r}")
+    count = len(probabilities_MBC)
+    if how == "mean":
+        return probabilities_MBC.mean(0)
+    if how == "vote":
+        votes_BC = F.one_hot(probabilities_MBC.argmax(2), probabilities_MBC.shape[2]).sum(0)
+        return (votes_BC + probabilities_MBC.mean(0)) / (count + 1)
+    if how == "product":
+        weights_M = probabilities_MBC.new_full((count,), 1 / count)
+    elif weights_M is None:
+        raise OpticNerveError("combine: learned needs weights; fit them on held-out questions, or give them")
+    logs_MBC = probabilities_MBC.clamp_min(LEAST).log()
+    return (weights_M[:, None, None] * logs_MBC).sum(0).softmax(1)
+
+
+MOST = 4096
+"""Texts that are remembered; the one not seen for longest goes first."""
+
+
+class TextMemory:
+    """Reads through a text encoder; while that stays as it is, each text only once.
+
+    Nothing is remembered while the encoder trains or its dropout is at work, nor across a change of its weights, their
+    precision, or their device. Not a module: what it remembers is no state of the model.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+        self._known: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+        self._weights: list[tuple[int, int]] = []
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> Read:
+        """Token ids and mask (B, L) → `Read`, padded on the right."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
+        if learns or any(m.training for m in self.encoder.modules()):
+            self._known.clear()
+            return Read(*self.encoder.states_and_vector(input_ids, attention_mask))
+        weights = [_mark(p) for p in self.encoder.parameters()]
+        if weights != self._weights:
+            self._known.clear()
+            self._weights = weights
+        ids_BL, mask_BL = input_ids.cpu(), attention_mask.cpu().bool()
+        keys = [ids[mask].numpy().tobytes() for ids, mask in zip(ids_BL, mask_BL, strict=True)]
+        missing = {k: i for i, k in enumerate(keys) if k not in self._known}
+        if missing:
+            rows = list(missing.values())
+            with torch.no_grad():
+                read = Read(*self.encoder.states_and_vector(input_ids[rows], attention_mask[rows]))
+            for row, key in enumerate(missing):
+                states_LD = read.states.tokens_BND[row, : int(read.states.mask_BN[row].sum())]
+                # Copies: a view would keep all of its batch in memory.
+                self._known[key] = states_LD.clone(), read.vector_BD[row].clone()
+        found = [self._known[k] for k in keys]
+        for key in keys:
+            self._known.move_to_end(key)
+        while len(self._known) > max(MOST, len(keys)):
+            self._known.popitem(last=False)
+        states_BLD = torch.nn.utils.rnn.pad_sequence([s for s, _ in found], batch_first=True)
+        lengths_B1 = torch.tensor([[len(s)] for s, _ in found], device=states_BLD.device)
+        real_BL = torch.arange(states_BLD.shape[1], device=states_BLD.device) < lengths_B1
+        return Read(Features(states_BLD, real_BL), torch.stack([v for _, v in found]))
+
+
+def _mark(weight: Tensor) -> tuple[int, int]:
+    """Where a weight lies, and how often it has been written to there."""
+    return weight.data_ptr(), times_written(weight)

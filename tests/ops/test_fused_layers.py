@@ -1,7 +1,8 @@
-"""Lean layers compute what transformers' and peft's do: forward, backward, and only where they are the same."""
+"""Fused layers compute what transformers' and peft's do: forward, backward, and only where they are the same."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import transformers as tf
 from torch import Tensor, nn
 
 from opticnerve.language.lora import adapter_on, add_lora
-from opticnerve.ops.fused_layers import fuse_layers
+from opticnerve.ops import enabled
+from opticnerve.ops.fused_layers import GATED_MLPS, NORMS, fuse_layers
+
+pytestmark = pytest.mark.skipif(not enabled(), reason="OPTICNERVE_PLAIN switches it off")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -136,6 +140,33 @@ def test_a_layer_of_the_same_name_that_computes_something_else_is_left_alone() -
 
     with fuse_layers(LlamaRMSNorm()) as count:
         assert count == 0
+
+
+@pytest.mark.parametrize("name", sorted(NORMS | GATED_MLPS))
+def test_every_listed_class_computes_what_it_is_listed_for(name: str) -> None:
+    """In the installed transformers: forward to the bit, and gradients of all weights."""
+    module, _, cls = name.rpartition(".")
+    made: Any = getattr(importlib.import_module(module), cls)
+    torch.manual_seed(0)
+    if name in NORMS:
+        layer = made(32, 1e-5)
+        nn.init.normal_(layer.weight)
+    else:
+        layer = made(tf.LlamaConfig(**SIZES, use_bias=False))
+    x = torch.randn(3, 5, 32)
+
+    def gradients() -> list[Tensor]:
+        given = x.clone().requires_grad_()
+        out = layer(given)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [given, *layer.parameters()])]
+
+    plain = gradients()
+    with fuse_layers(layer) as count:
+        ours = gradients()
+    assert count == 1
+    assert torch.equal(ours[0], plain[0])
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def with_lora(family: str, dtype: torch.dtype, **options: Any) -> Any:

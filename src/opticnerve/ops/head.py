@@ -1,9 +1,9 @@
 """The LM head where there is something to learn, and nowhere else; in pieces where that is much.
 
 Logits are the largest tensor of a step by far: a vocabulary wide for every position. Here they are computed for the
-supervised positions alone (as is the last layer's MLP: `language.last_layer`), and of these so many at a time that the
-whole matrix never exists: a frozen head's gradient with respect to a piece is computed at once and the piece's logits
-are dropped (as in Liger-Kernel's fused linear cross-entropy: Hsu et al. 2024, section 3.2).
+supervised positions alone, and of these so many at a time that the whole matrix never exists: a frozen head's gradient
+with respect to a piece is computed at once and the piece's logits are dropped (as in Liger-Kernel's fused linear
+cross-entropy: Hsu et al. 2024, section 3.2).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opticnerve.ops.last_mlp import last_mlp_at
+from opticnerve.ops import enabled, tell
 
 PIECE = 1 << 22
 """Logits that exist at a time: of so many positions as come to it, of 64 at least."""
@@ -28,12 +28,11 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any) -> Tensor:
-    """Logits (M, V) of the M positions where `keep_BL` is True.
-
-    A hook on the head gathers the positions, so that whatever a language model does to its logits afterwards still
-    happens.
-    """
-    with _read_at(language_model, keep_BL, lambda hidden_MD: hidden_MD):
+    """Logits (M, V) of the M positions where `keep_BL` is True."""
+    if not enabled():
+        whole: Tensor = language_model(**inputs, use_cache=False).logits
+        return whole[keep_BL]
+    with _head_given(language_model, keep_BL, lambda hidden_MD: hidden_MD):
         logits: Tensor = language_model(**inputs, use_cache=False).logits
     return logits.squeeze(0)
 
@@ -41,7 +40,7 @@ def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any)
 def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tensor, **inputs: Any) -> Tensor:
     """The float32 sum of the cross-entropies at the M positions where `keep_BL` is True."""
     head: nn.Module = language_model.get_output_embeddings()  # type: ignore[operator]
-    if len(targets_M) <= _at_a_time(head) or _plain.get(language_model) is False:
+    if not enabled() or len(targets_M) <= _at_a_time(head) or _plain.get(language_model) is False:
         logits_MV = supervised_logits(language_model, keep_BL, **inputs)
         return F.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
     gathered: list[Tensor] = []
@@ -50,13 +49,14 @@ def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tenso
         gathered.append(hidden_MD)
         return hidden_MD[:1]
 
-    with _read_at(language_model, keep_BL, first_alone):
+    with _head_given(language_model, keep_BL, first_alone):
         first_V = language_model(**inputs, use_cache=False).logits.detach().flatten()
-    hidden_MD = gathered[0]
+    [hidden_MD] = gathered
     if language_model not in _plain:
         with torch.no_grad():
             _plain[language_model] = torch.equal(head(hidden_MD[:1].unsqueeze(0)).flatten(), first_V)
         if not _plain[language_model]:
+            tell(f"{type(language_model).__name__} changes its head's logits: they are computed in one piece")
             return supervised_loss(language_model, keep_BL, targets_M, **inputs)
     return loss_in_pieces(head, hidden_MD, targets_M)
 
@@ -106,10 +106,9 @@ class _InPieces(torch.autograd.Function):
 
 
 @contextmanager
-def _read_at(language_model: nn.Module, keep_BL: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, the head gets `change(hidden_MD)`, and whatever is of use to no other position is computed for these
-    M positions alone."""
-    head = language_model.get_output_embeddings()  # type: ignore[operator]
+def _head_given(language_model: nn.Module, keep_BL: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, the head gets `change(hidden_MD)` of the positions to keep. A hook gathers them, so that whatever a
+    language model does to its logits afterwards still happens."""
     places_M = keep_BL.flatten().nonzero().squeeze(1)
     seen = 0
 
@@ -118,10 +117,10 @@ def _read_at(language_model: nn.Module, keep_BL: Tensor, change: Callable[[Tenso
         seen += 1
         return (change(args[0].flatten(0, 1).index_select(0, places_M)).unsqueeze(0), *args[1:])
 
+    head = language_model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(gather)
     try:
-        with last_mlp_at(language_model, places_M, rows=len(keep_BL)):
-            yield
+        yield
     finally:
         handle.remove()
     assert seen == 1, "the language model ran its LM head more or less than once"

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opticnerve.ops import attention
+from opticnerve.ops import attention, enabled
 from opticnerve.ops.attention import attend
 from opticnerve.ops.varlen import Segments, segments_of, supported, within
 
+pytestmark = pytest.mark.skipif(not enabled(), reason="OPTICNERVE_PLAIN switches it off")
 WIDTHS: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8,
