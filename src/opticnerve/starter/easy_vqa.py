@@ -152,10 +152,9 @@ def _conversations(train: list[Question]) -> Iterable[dict[str, Any]]:
     for image, entries in sorted(by_image.items()):
         row = _row("", image, image)
         turns = [turn for question, answer, _ in entries for turn in (("user", question), ("assistant", answer))]
-        messages: list[dict[str, Any]] = [
-            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
-        ]
-        messages[0]["content"].insert(0, {"type": "image", "path": row["image"]})
+        contents = [[{"type": "text", "text": text}] for _, text in turns]
+        contents[0].insert(0, {"type": "image", "path": row["image"]})
+        messages = [{"role": role, "content": parts} for (role, _), parts in zip(turns, contents, strict=True)]
         yield {"id": row["id"], "messages": messages}
 
 
