@@ -20,6 +20,7 @@ MOVED = {
         "data.labels": "data.encode.tokenize",
         "data.packing": "data.encode.packing",
         "data.readers.read": "data.dataset.read",
+        "encoders.dual_eye": "encoders.nested",
         "evaluation.on_object": "interpret.localization",
         "models.configuration": "models.vlm.configuration",
         "models.delta": "models.checkpoint.delta",
