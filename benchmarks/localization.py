@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from opticnerve.common.drawing import GREY, INK, figure_of, save, words
+from opticnerve.common.drawing import GREY, INK, figure_of, plain_text, save
 from opticnerve.types import OpticNerveError
 
 Mask = NDArray[np.bool_]
@@ -112,12 +112,12 @@ def shares_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str, note:
         axes.text(r["high"] + 0.012, y, f"{r['mass']:.1%}", va="center", fontsize=9, color=INK)
         axes.plot([r["best"]] * 2, [y - 0.36, y + 0.36], color=GREY, linewidth=1.6, linestyle=":", zorder=3)
     axes.axvline(rows[0]["area"], color="#D55E00", linestyle="--", linewidth=1.6, zorder=3)
-    axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **words())
+    axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **plain_text())
     axes.set_xlim(0, 1)
     axes.set_xlabel(
         "share of the map on the object\n(dashed: its share of the area; dotted: the most that this grid allows)"
     )
-    axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **words())
+    axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **plain_text())
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, axis="y", length=0)
     return save(figure, path)

@@ -149,8 +149,8 @@ class TestBert:
                 assert torch.equal(ours.LayerNorm.weight, theirs[old + "output.LayerNorm.weight"])
         assert torch.equal(connector.qformer.layernorm.bias, theirs["embeddings.LayerNorm.bias"])
         assert connector.text_embeddings is not None
-        words = connector.text_embeddings.word_embeddings.weight
-        assert torch.equal(words, theirs["embeddings.word_embeddings.weight"])
+        token_logits = connector.text_embeddings.word_embeddings.weight
+        assert torch.equal(token_logits, theirs["embeddings.word_embeddings.weight"])
 
     def test_without_words_only_what_the_queries_use(self, bert: str) -> None:
         connector, theirs = make(bert=bert), tf.BertModel.from_pretrained(bert).state_dict()

@@ -81,9 +81,9 @@ def batch(captions: list[str] = CAPTIONS, pictures: list[int] | None = None) -> 
     """Captions with pictures of noise; equal numbers in `pictures` are equal pictures."""
     pictures = list(range(len(captions))) if pictures is None else pictures
     pixels = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(100 + p)) for p in pictures]
-    words = tokenizer()(captions, padding=True, return_tensors="pt")
+    token_logits = tokenizer()(captions, padding=True, return_tensors="pt")
     return CaptionBatch(
-        torch.stack(pixels), words["input_ids"], words["attention_mask"].bool(), torch.tensor(pictures),
+        torch.stack(pixels), token_logits["input_ids"], token_logits["attention_mask"].bool(), torch.tensor(pictures),
         [str(i) for i in range(len(captions))],
     )  # fmt: skip
 
@@ -100,14 +100,14 @@ def part(whole: CaptionBatch, rows: slice) -> CaptionBatch:
 class TestMasks:
     """Figure 2 of the paper, for two queries and four words of which the last is padding."""
 
-    words = torch.tensor([[1, 1, 1, 0]])
+    token_logits = torch.tensor([[1, 1, 1, 0]])
 
     def test_bidirectional(self) -> None:
         row = [1, 1, 1, 1, 1, 0]
-        assert attention_mask("bidirectional", 2, self.words)[0].int().tolist() == [row] * 6
+        assert attention_mask("bidirectional", 2, self.token_logits)[0].int().tolist() == [row] * 6
 
     def test_causal(self) -> None:
-        assert attention_mask("causal", 2, self.words)[0].int().tolist() == [
+        assert attention_mask("causal", 2, self.token_logits)[0].int().tolist() == [
             [1, 1, 0, 0, 0, 0],
             [1, 1, 0, 0, 0, 0],
             [1, 1, 1, 0, 0, 0],
@@ -117,8 +117,8 @@ class TestMasks:
         ]
 
     def test_unimodal(self) -> None:
-        queries, words = [1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]
-        assert attention_mask("unimodal", 2, self.words)[0].int().tolist() == [queries] * 2 + [words] * 4
+        queries, token_logits = [1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]
+        assert attention_mask("unimodal", 2, self.token_logits)[0].int().tolist() == [queries] * 2 + [token_logits] * 4
 
     def test_each_row_has_its_own_padding(self) -> None:
         masks = attention_mask("unimodal", 1, torch.tensor([[1, 0, 0], [1, 1, 1]]))
@@ -192,8 +192,8 @@ class TestContrast:
 
     def test_the_nearest_query_counts(self) -> None:
         queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.6, 0.8]]])
-        words = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, -1.0]])
-        torch.testing.assert_close(similarity(queries, words), torch.tensor([[1.0, 1.0, 0.0], [0.8, 0.6, 0.0]]))
+        token_logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, -1.0]])
+        torch.testing.assert_close(similarity(queries, token_logits), torch.tensor([[1.0, 1.0, 0.0], [0.8, 0.6, 0.0]]))
 
     def test_the_temperature_starts_at_007_and_learns(self) -> None:
         made = objective(label_smoothing=0.0)

@@ -57,7 +57,7 @@ def pixels(count: int = 3) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
-def words() -> tuple[Tensor, Tensor]:
+def token_logits() -> tuple[Tensor, Tensor]:
     """Token ids and their mask, padded on the right."""
     ids = torch.randint(1, VOCABULARY - 1, (3, 7), generator=torch.Generator().manual_seed(4))
     mask = torch.arange(7)[None] < torch.tensor([[7], [4], [2]])
@@ -123,7 +123,7 @@ def test_instructblip(attention: str) -> None:
     rest = {n.replace("embeddings.layernorm", "layernorm"): t for n, t in state.items() if "_embeddings." not in n}
     ours.qformer.load_state_dict(rest)
     ours.qformer.set_attn_implementation(attention)
-    ids, mask = words()
+    ids, mask = token_logits()
     soft = theirs.get_image_features(pixels(), qformer_input_ids=ids, qformer_attention_mask=mask.long()).pooler_output
     torch.testing.assert_close(ours(seen_by(theirs), ids, mask).tokens_BND, soft, **CLOSE)
     other = ours(seen_by(theirs), ids.flip(0), mask.flip(0)).tokens_BND
@@ -157,7 +157,7 @@ def retrieval() -> tuple[Any, QFormerPretraining]:
 def test_contrast_is_blip2s(retrieval: tuple[Any, QFormerPretraining]) -> None:
     """transformers' scores are plain cosines: the temperature is left to whoever trains."""
     theirs, ours = retrieval
-    ids, mask = words()
+    ids, mask = token_logits()
     out = theirs(pixel_values=pixels(), input_ids=ids, attention_mask=mask.long(), use_image_text_matching_head=False)
     image, text = ours.contrast(ours.features(pixels()), ids, mask)
     torch.testing.assert_close(image, out.image_embeds, **CLOSE)
@@ -168,7 +168,7 @@ def test_contrast_is_blip2s(retrieval: tuple[Any, QFormerPretraining]) -> None:
 @torch.no_grad()
 def test_matching_is_blip2s(retrieval: tuple[Any, QFormerPretraining]) -> None:
     theirs, ours = retrieval
-    ids, mask = words()
+    ids, mask = token_logits()
     out = theirs(pixel_values=pixels(), input_ids=ids, attention_mask=mask.long(), use_image_text_matching_head=True)
     logits = ours.match_logits(ours.features(pixels()), ids, mask)
     torch.testing.assert_close(logits, out.logits_per_image, **CLOSE)
@@ -188,7 +188,7 @@ def test_started_from_a_bert_its_words_are_the_berts(tmp_path_factory: pytest.Te
     )  # fmt: skip
     bert.save_pretrained(folder)
     ours = QFormerConnector(in_size=24, out_size=28, in_tokens=5, bert=str(folder), text=True).eval()
-    ids, mask = words()
+    ids, mask = token_logits()
     features = Features(torch.randn(3, 5, 24), torch.ones(3, 5, dtype=torch.bool))
     pretraining = QFormerPretraining(Docked(None, ours))
     _, states = pretraining._attend("unimodal", features, ids, mask)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ from typer import Argument, Option
 
 from opticnerve.cli.options import MODEL_HELP, JsonFlag, MediaOption, TrustFlag
 from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries, read_recipe, table_of
+from opticnerve.common import atomic
 from opticnerve.common.units import format_duration
 from opticnerve.types import OpticNerveError
 
@@ -72,7 +72,7 @@ def evaluate(
     results: dict[str, Any] = evaluate_model(*model_and_processor, specs, console=console)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        atomic.write_json(out, results, ensure_ascii=False, default=str)
     if as_json:
         print_json({"evaluated": model, **results})
         return

@@ -33,7 +33,7 @@ MethodOption = Annotated[
 _ONE = "for attention and cross_attention: one {}, from 0; the mean over all by default."
 
 
-def look(
+def look_command(
     model: ModelArgument,
     question: Annotated[str, Argument(help="What you want to know.")],
     image: ImageOption = None,

@@ -73,7 +73,7 @@ for _name, _function, _epilog in (
     ("parts", parts.parts, parts.EPILOG),
     ("classify", vectors.classify, vectors.CLASSIFY_EPILOG),
     ("embed", vectors.embed, vectors.EMBED_EPILOG),
-    ("look", look.look, look.EPILOG),
+    ("look", look.look_command, look.EPILOG),
     ("serve", serve.serve, serve.SERVE_EPILOG),
     ("ui", serve.ui, serve.UI_EPILOG),
 ):

@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from opticnerve.common import drawing
-from opticnerve.common.drawing import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, RED, figure_of, save, words
+from opticnerve.common.drawing import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, RED, figure_of, plain_text, save
 from opticnerve.compare.stats import Estimate
 
 _STYLES = tuple(
@@ -47,7 +47,7 @@ def dots(
         axes.set_xlim(-0.03, 1.03)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xticks([0, 0.5, 1])
-        axes.set_title(group, fontsize=10.5, color=INK, **words())
+        axes.set_title(group, fontsize=10.5, color=INK, **plain_text())
         axes.set_ylim(len(names) - 0.4, -0.6)
         drawing.tidy(axes)
         axes.grid(axis="x", color=FAINT, linewidth=0.9)
@@ -55,7 +55,7 @@ def dots(
     if lines:
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(handles[:1], labels[:1], loc="outside lower center", frameon=False, fontsize=9)
-    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, **words())
+    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, **plain_text())
     figure.text(0.01, 1 - 0.42 / figure.get_figheight(), note, fontsize=9.5, color="#5A6069", va="top")
     return save(figure, path)
 

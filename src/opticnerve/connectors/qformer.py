@@ -61,8 +61,8 @@ class QFormerConnector(Connector):
             "vocab_size": vocab_size, "max_positions": max_positions,
         }  # fmt: skip
         worded = instruct or text
-        words = {"vocab_size": vocab_size, "max_positions": max_positions, "text_tokenizer": text_tokenizer}
-        if not worded and (idle := next((key for key, value in words.items() if value is not None), None)):
+        token_logits = {"vocab_size": vocab_size, "max_positions": max_positions, "text_tokenizer": text_tokenizer}
+        if not worded and (idle := next((key for key, value in token_logits.items() if value is not None), None)):
             raise OpticNerveError(f"{idle} does nothing in a qformer without instruct or text")
         tokenizer_name = text_tokenizer or (bert if worded else None)
         sizes = _resolve(sizes, bert, tokenizer_name, worded=worded, decoder_token=text)
@@ -196,7 +196,7 @@ class PretrainingHeads(nn.Module):
                 nn.init.normal_(module.weight, std=STD)
                 nn.init.zeros_(module.bias)
 
-    def words(self, states_MD: Tensor, word_table_VD: Tensor) -> Tensor:
+    def token_logits(self, states_MD: Tensor, word_table_VD: Tensor) -> Tensor:
         """Logits (…, V) of the next word."""
         return F.linear(self.lm_transform(states_MD), word_table_VD, self.lm_bias)
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from opticnerve.common.drawing import GREY, INK, save, words, wrap
+from opticnerve.common.drawing import GREY, INK, plain_text, save, wrap
 from opticnerve.interpret.attribution import Attribution, Map
 
 MOST = 6  # words beside each other
@@ -36,7 +36,7 @@ def attribution_plot(looked: Attribution, picture: PIL.Image.Image, question: st
     width, height = _LEFT + columns * (_SIDE + 0.2), _HEAD + rows * (_SIDE + _GAP) + 0.1
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    title, characters = {"color": INK, "va": "top", **words()}, int(width * 9)
+    title, characters = {"color": INK, "va": "top", **plain_text()}, int(width * 9)
     asked, said = wrap(question, characters, 1), wrap(f"answer: {looked.answer}", characters, 1)
     figure.text(0.15 / width, 1 - 0.14 / height, asked, fontsize=13, fontweight="bold", **title)
     figure.text(0.15 / width, 1 - 0.44 / height, said, fontsize=11, **title)
@@ -45,7 +45,7 @@ def attribution_plot(looked: Attribution, picture: PIL.Image.Image, question: st
     for line in lines:
         for found in looked.maps:
             bottom = height - _HEAD - (row + 1) * (_SIDE + _GAP) + 0.1
-            x, y, style = 0.15 / width, (bottom + _SIDE) / height, {"va": "top", **words()}
+            x, y, style = 0.15 / width, (bottom + _SIDE) / height, {"va": "top", **plain_text()}
             figure.text(x, y, found.method.replace("_", "-"), fontsize=11, fontweight="bold", color=INK, **style)
             figure.text(x, y - 0.24 / height, wrap(found.note, 19, 8), fontsize=8.5, color=_PALE, **style)
             for column in range(1 + len(line)):
@@ -82,7 +82,7 @@ def panel(axes: Axes, shown: NDArray[Any], looked: Attribution, found: Map, word
     axes.set_ylim(shown.shape[0] - 0.5, -0.5)
     _frame(axes)
     text = wrap(looked.words[word].text.replace("\n", "·"), 14, 1)
-    axes.set_title(text, loc="left", fontsize=11, color=INK, pad=4, **words())
+    axes.set_title(text, loc="left", fontsize=11, color=INK, pad=4, **plain_text())
     value = f"highest {highest:.0%}"
     if found.method == "occlusion":
         value = f"highest {highest:.2g} nats" if highest > 0 else "no drop anywhere"

@@ -159,7 +159,7 @@ class QFormerPretraining(Objective):
         """Logits (…, V) of the word after each state."""
         embeddings = self.connector.text_embeddings
         assert embeddings is not None
-        return self.heads.words(states_MD, embeddings.word_embeddings.weight).float()
+        return self.heads.token_logits(states_MD, embeddings.word_embeddings.weight).float()
 
     def _attend(self, kind: Sees, features: Features, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return self.connector.attend(features, ids, mask, attention_mask(kind, self.connector.num_tokens, mask))

@@ -199,7 +199,7 @@ def segmented_attention(
             dropout=dropout, window=sliding_window if bucket.mask_NLL is None else None,
         )  # fmt: skip
         done.append(out_NHLD.transpose(1, 2))
-    gathered: Tensor = _Gather.apply(segments, *done)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(segments, *done)  # type: ignore[no-untyped-call]
     return gathered.unflatten(0, (rows, length)), None
 
 
@@ -216,7 +216,7 @@ class _Lay(torch.autograd.Function):
         return _gathered(grads, ctx.segments), None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """The way back; what pads a segment on its right gets no gradient, and so gives none to the keys before it."""
 
     @staticmethod

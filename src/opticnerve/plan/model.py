@@ -62,7 +62,7 @@ def processor_for(recipe: Recipe, model: OpticNerveForConditionalGeneration | No
     tokenizer = load_tokenizer(language.name, gguf_file=language.gguf_file)
     if language.chat_template:
         set_template(tokenizer, language.chat_template)
-    return OpticNerveProcessor.from_tower((model or meta_model(recipe)).towers, tokenizer, **language.words())
+    return OpticNerveProcessor.from_tower((model or meta_model(recipe)).towers, tokenizer, **language.processor_keys())
 
 
 def shapes(recipe: Recipe, model: Any) -> list[Shape]:

@@ -77,7 +77,7 @@ class LanguageSpec(Strict):
         None, description="the day that a chat template with today's date writes; by default the day of the run's start"
     )
 
-    def words(self) -> dict[str, Any]:
+    def processor_keys(self) -> dict[str, Any]:
         """What the processor is told of words."""
         date = self.date.isoformat() if self.date else None
         return {"thinking": self.thinking, "sanitize_control_tokens": self.sanitize_control_tokens, "date": date}

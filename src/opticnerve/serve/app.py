@@ -210,7 +210,7 @@ class ChatAnswer:
         self._watch.cancel()
         usage = self.usage()
         self.metrics.completion_tokens.inc(usage.completion_tokens)
-        self.request.state.told.update(
+        self.request.state.log_fields.update(
             id=self.head["id"], prompt=usage.prompt_tokens, completion=usage.completion_tokens,
             finish=",".join(str(self.finished.get(i, "gone")) for i in range(self.asked.choices)),
         )  # fmt: skip

@@ -42,8 +42,8 @@ class Middleware:
             return
         chat = scope["path"] == CHAT and scope["method"] == "POST"
         started, status = time.monotonic(), 0
-        told: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(started=started, told=told)
+        log_fields: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(started=started, log_fields=log_fields)
 
         async def counting(message: Any) -> None:
             nonlocal status
@@ -65,7 +65,7 @@ class Middleware:
             if taken:
                 self._count(-1)
             if chat:
-                self._note(status, time.monotonic() - started, told)
+                self._note(status, time.monotonic() - started, log_fields)
 
     def _may_enter(self, scope: Scope) -> None:
         if scope["path"] in OPEN:
@@ -117,13 +117,13 @@ class Middleware:
                 408, f"the body did not arrive within {self.limits.body_seconds:g} s; {size:,} bytes did"
             ) from None
 
-    def _note(self, status: int, seconds: float, told: dict[str, Any]) -> None:
+    def _note(self, status: int, seconds: float, log_fields: dict[str, Any]) -> None:
         """One line a request, and no word of what it said."""
         self.metrics.requests.labels(str(status or 499)).inc()  # 499: nginx's number for a client that went away
         self.metrics.seconds.observe(seconds)
         if status == 200:
             self._mean += 0.1 * (seconds - self._mean)
-        words = " ".join(f"{k}={v}" for k, v in told.items())
+        words = " ".join(f"{k}={v}" for k, v in log_fields.items())
         log.info("%s status=%s seconds=%.3f", words or "refused", status or 499, seconds)
 
 

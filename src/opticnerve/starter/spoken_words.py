@@ -150,7 +150,7 @@ def prepare(folder: Path | None = None) -> dict[str, Path]:
             for split in SPLITS:
                 _write_split(new, split, program)
             counts = {split: len(clips(split)) for split in SPLITS}
-            (new / _MARKER).write_text(json.dumps({PROGRAM: version(program), "layout": _LAYOUT, "clips": counts}))
+            atomic.write(new / _MARKER, json.dumps({PROGRAM: version(program), "layout": _LAYOUT, "clips": counts}))
         if not (folder / _MARKER).is_file():
             raise OpticNerveError(f"{folder} holds something else than the spoken words; remove it")
     return {

@@ -36,7 +36,7 @@ def page(words: Translations, models: Models, runs: Path, limits: PageLimits) ->
     """A `gr.Blocks` in one language. No function of it can be called as an API, whatever its tab says."""
     import gradio as gr
 
-    from opticnerve.ui.chat import chat_tab
+    from opticnerve.ui.chat_tab import chat_tab
     from opticnerve.ui.compare import compare_tab
     from opticnerve.ui.runs_tab import runs_tab
     from opticnerve.ui.train_tab import train_tab
@@ -131,7 +131,7 @@ def listen_and_serve(app: App, at: socket.socket) -> None:
 
     import uvicorn
 
-    class Server(uvicorn.Server):
+    class PageServer(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # An open page always waits for news; that it is cut off now is no error to show a traceback of.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
@@ -142,4 +142,4 @@ def listen_and_serve(app: App, at: socket.socket) -> None:
         timeout_graceful_shutdown=2,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once all is closed
-        Server(config).run(sockets=[at])
+        PageServer(config).run(sockets=[at])

@@ -39,7 +39,7 @@ class AttributionMaps:
         shown = np.asarray(open_image(self.picture))
         return [_draw(shown, self.looked, found, number) for found in self.looked.maps]
 
-    def told(self, number: int, words: Translations) -> str:
+    def described(self, number: int, words: Translations) -> str:
         """The same in words, for those who do not see the drawing: the place of each method's highest cell."""
         places = []
         for found in self.looked.maps:
@@ -115,8 +115,8 @@ def look_part(words: Translations, models: Models, model: Any, chat_state: Any) 
             )
             for i in range(2)
         ]  # fmt: skip
-    told = gr.HTML(elem_id="look-told", padding=False)
-    outputs = [seen, error, word, *drawings, told]
+    described = gr.HTML(elem_id="look-told", padding=False)
+    outputs = [seen, error, word, *drawings, described]
 
     def away() -> tuple[Any, ...]:
         hidden = gr.update(value=None, visible=False)
@@ -147,7 +147,7 @@ def look_part(words: Translations, models: Models, model: Any, chat_state: Any) 
         run, [model, chat_state, method], outputs, concurrency_limit=1, concurrency_id="model",
         show_progress="minimal", show_progress_on=error,
     )  # fmt: skip
-    word.input(choose, [seen, word], [*drawings, told], show_progress="hidden")
+    word.input(choose, [seen, word], [*drawings, described], show_progress="hidden")
     return away, None, outputs
 
 
@@ -155,7 +155,7 @@ def _drawn(seen: AttributionMaps, number: int, words: Translations) -> tuple[Any
     """Updates of both drawings (the second is away where occlusion alone was asked for), and the text beneath."""
     import gradio as gr
 
-    text = seen.told(number, words)
+    text = seen.described(number, words)
     shown = [gr.update(value=drawing, visible=True, alt_text=text) for drawing in seen.drawings(number)]
     away = [gr.update(value=None, visible=False)] * (2 - len(shown))
     return *shown, *away, note(text)

@@ -55,9 +55,9 @@ def read_job(root: Path) -> TrainingJob | None:
     it is damaged."""
     path = _file(root)
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
         return TrainingJob(
-            **{**told, "run": str(told["run"]), "pid": int(told["pid"]), "created": float(told["created"])}
+            **{**record, "run": str(record["run"]), "pid": int(record["pid"]), "created": float(record["created"])}
         )
     except FileNotFoundError:
         return None

@@ -133,13 +133,13 @@ def _figures(run: ShownRun, words: Words) -> list[tuple[str, str, str]]:
             low, high = (
                 percent(finite(v)) for v in (ends if isinstance(ends, list) and len(ends) == 2 else (None, None))
             )
-            told = words("runs_score_n", n=f"{finite(task.get('n')):,.0f}", low=low, high=high)
-            found.append((f"{words('runs_score')}: {task.get('name')}", percent(score), told))
+            text = words("runs_score_n", n=f"{finite(task.get('n')):,.0f}", low=low, high=high)
+            found.append((f"{words('runs_score')}: {task.get('name')}", percent(score), text))
     dependence = run.results.get("image_dependence")
     if isinstance(dependence, dict) and math.isfinite(gap := _gap(run)):
         shares = {k: percent(finite(dependence.get(k))) for k in ("real", "blank")}
-        told = words("runs_gap_n", n=f"{finite(dependence.get('n')):,.0f}", **shares)
-        found.append((words("runs_gap"), f"{100 * gap:+.1f}", told))
+        text = words("runs_gap_n", n=f"{finite(dependence.get('n')):,.0f}", **shares)
+        found.append((words("runs_gap"), f"{100 * gap:+.1f}", text))
     kept = [p for f in dicts(run.results.get("forgetting")) if math.isfinite(p := finite(f.get("perplexity")))]
     if kept:
         both = " → ".join(f"{p:.2f}" for p in dict.fromkeys((kept[0], kept[-1])))
@@ -208,10 +208,10 @@ def curve_svg(curve: Curve, *, title: str, x_label: str, planned: int | None = N
 
     Values far above the usual ones, as first steps have, leave the drawing at its top.
     """
-    told = [v for v in (*curve.loss, *curve.smooth) if np.isfinite(v)]
-    if not told:
+    text = [v for v in (*curve.loss, *curve.smooth) if np.isfinite(v)]
+    if not text:
         return ""
-    top = max(float(np.percentile(told, 99)) * 1.08, 1e-9)
+    top = max(float(np.percentile(text, 99)) * 1.08, 1e-9)
     end = max(planned or 0, curve.steps[-1], 2)
 
     def x(step: float) -> float:

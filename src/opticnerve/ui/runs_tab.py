@@ -116,6 +116,6 @@ def _page(run: ShownRun | None, task: str | None, page: int, which: str, words: 
     page = min(max(page, 1), max(1, -(-len(kept) // PAGE)))
     part = kept[PAGE * (page - 1) : PAGE * page]
     first = PAGE * (page - 1) + 1
-    told = words("runs_shown", first=f"{first:,}", last=f"{first + len(part) - 1:,}", n=f"{len(kept):,}")
-    counted = str(runs_html.HTML.status(told if part else "") + runs_html.HTML.notes([note] if note else [], words))
+    text = words("runs_shown", first=f"{first:,}", last=f"{first + len(part) - 1:,}", n=f"{len(kept):,}")
+    counted = str(runs_html.HTML.status(text if part else "") + runs_html.HTML.notes([note] if note else [], words))
     return [page, counted, runs_html.answers_grid(run, part, words)]

@@ -190,8 +190,8 @@ def watch(root: Path) -> Watched:
     stage = stages[begun[-1]] if begun else None
     total = stage.planned if stage is not None else None
     for line in log:
-        if stage is not None and (told := _AT_STEP.match(line)) and told[1] == stage.name:
-            total = int(told[3])
+        if stage is not None and (at_step := _AT_STEP.match(line)) and at_step[1] == stage.name:
+            total = int(at_step[3])
     number = begun[-1] + 1 if begun else 0
     return Watched(_doing(job, results, log), job, stage, number, len(stages), total, log[-LOG_LINES:])
 

@@ -51,8 +51,8 @@ def train_tab(words: Words, root: Path) -> None:
         try:
             seen = watch(root)
         except (OSError, OpticNerveError) as e:  # a folder that is taken away meanwhile, too
-            told = str(HTML.notes([str(e)], words))
-            return [told, *([gr.skip()] * 5), told] if told != before else [gr.skip()] * 7
+            text = str(HTML.notes([str(e)], words))
+            return [text, *([gr.skip()] * 5), text] if text != before else [gr.skip()] * 7
         mark = _mark(seen)
         if mark == before and not fresh:
             return [gr.skip()] * 7
@@ -71,10 +71,10 @@ def train_tab(words: Words, root: Path) -> None:
             free_name(root, first) if first else "", *refresh("", fresh=True),
         ]  # fmt: skip
 
-    def act(what: Callable[[], TrainingJob], told: str) -> tuple[bool, list[Any]]:
+    def act(what: Callable[[], TrainingJob], text: str) -> tuple[bool, list[Any]]:
         """Do it, say what was done or why not, and look."""
         try:
-            said, done = words(told, run=what().run), True
+            said, done = words(text, run=what().run), True
         except (OpticNerveError, OSError) as e:
             said, done = words("train_refused", why=e), False
         return done, [_status(said), *refresh("", fresh=True)]
@@ -127,8 +127,8 @@ def _state(seen: Watched, words: Words) -> str:
     if stage is not None:
         if known := curve_of(stage.metrics).known:
             figures.append((words("train_loss"), f"{known[-1]:.4g}", ""))
-        if told := speed(stage, words):
-            figures.append((words("train_speed"), told, ""))
+        if text := speed(stage, words):
+            figures.append((words("train_speed"), text, ""))
         step_s = pace(stage.metrics)[0]
         if live and total and math.isfinite(step_s) and stage.steps < total:
             figures.append((words("train_left"), span(step_s * (total - stage.steps), words), ""))

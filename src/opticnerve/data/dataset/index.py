@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.data.dataset.read import DataSource, OnError, OpenSource, open_source, raise_error
 from opticnerve.data.formats.media import MOST_FOLDERS, folder_age
@@ -78,7 +79,7 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
         DataError: as `read`: a bad sample without `on_error`, or a source that cannot be read at all.
     """
     source.check()
-    tell = on_error or raise_error
+    tell = raise_error if on_error is None else on_error  # a counter that has counted nothing is false
     files = _files_of(source)
     if sum(size for size, _ in _stats(files)) < KEPT:
         return _made(source, tell)
@@ -159,7 +160,7 @@ def _make(source: DataSource, target: Path, started: int, tell: OnError) -> None
         # What changed while it was read, or too shortly before to be sure, is not relied on.
         sure = len(folders) <= MOST_FOLDERS and all(age < started - _UNSURE for age in folders.values())
         about = {"folders": folders if sure else None}
-        (made / "about.json").write_text(json.dumps(about))
+        atomic.write(made / "about.json", json.dumps(about))
 
 
 def _collect(opened: OpenSource, file: BinaryIO, limit: int | None, tell: OnError) -> None:

@@ -59,7 +59,7 @@ class DataSource:
 
     def read(self, on_error: OnError | None = None) -> Iterator[Conversation]:
         self.check()
-        return islice(self._found(on_error or raise_error), self.limit)
+        return islice(self._found(raise_error if on_error is None else on_error), self.limit)
 
     def _found(self, on_error: OnError) -> Iterator[Conversation]:
         opened = open_source(self, on_error)

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.data.sources.base import Handles, Location, Record, no_key_twice, not_utf8, refused
 from opticnerve.data.sources.paths import matching, one_split
@@ -174,7 +175,7 @@ def unpack(shard: Path) -> tuple[Path, str]:
                             raise _cut(shard, f"it unpacks to more than {_MOST_TIMES} times its size")
             except (EOFError, zlib.error, gzip.BadGzipFile) as e:
                 cut = f"it cannot be unpacked to its end: {str(e) or type(e).__name__}"
-            (made / "cut").write_text(cut)
+            atomic.write(made / "cut", cut)
     return target / "shard.tar", (target / "cut").read_text()
 
 

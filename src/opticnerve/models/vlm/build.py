@@ -163,7 +163,7 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
         towers[modality].fusion.start(language_part.model.get_input_embeddings())
         towers[modality].to(dtype)
     bases = describe_bases(language_part.name, language_part.files, encoders, gguf_file=spec.language.gguf_file)
-    return assemble(language_part, towers, bases, **spec.language.words())
+    return assemble(language_part, towers, bases, **spec.language.processor_keys())
 
 
 def load_encoder(modality: str, spec: PartSpec, *, planned: bool = False) -> tuple[Any, Any]:
