@@ -49,7 +49,7 @@ def figure_of(width: float, height: float) -> Figure:
 
 
 def title_of(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold", color=INK, **words())
+    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold", color=INK, **as_is())
     axes.annotate(
         note, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9.5, color="#5A6069"
     )
@@ -140,7 +140,7 @@ def fonts_for(text: str) -> tuple[list[font_manager.FontEntry], str]:
     return fonts, "".join(sorted(missing))
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def _has_weight(family: str, weight: str | int) -> bool:
@@ -170,8 +170,8 @@ def dressed(figure: Figure) -> Iterator[None]:
         text.set_fontfamily([_OURS, *(f.name for f in fonts)])
         if fonts and not all(_has_weight(f.name, text.get_fontweight()) for f in fonts):
             text.set_fontweight("normal")  # few fonts of so many characters are bold, too, and matplotlib tells of it
-    if new := "".join(sorted({*missing} - _told)):
-        _told.update(new)
+    if new := "".join(sorted({*missing} - _warned)):
+        _warned.update(new)
         _log.warning(
             "no font here has the characters %s of a plot, which are drawn as boxes; for Japanese `pip install "
             "'opticnerve[fonts]'`, for other scripts install Noto's fonts (Debian: fonts-noto-cjk)",
@@ -183,7 +183,7 @@ def dressed(figure: Figure) -> Iterator[None]:
         yield
 
 
-def words() -> dict[str, Any]:
+def as_is() -> dict[str, Any]:
     return {"parse_math": False}  # text from data may hold dollar signs, which are no formulas
 
 
