@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from side_by_side import Trial
 
-from opticnerve.common.drawing import BLUE, FAINT, GREY, INK, ORANGE, as_is, figure_of, save, tidy, title_of
+from opticnerve.common.drawing import BLUE, FAINT, GREY, INK, ORANGE, figure_of, save, tidy, title_of, words
 
 GIB = 2**30
 Series = dict[str, list[tuple[int, Trial]]]
@@ -94,7 +94,7 @@ def _finish(axes: Axes, label: str, what: str) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.set_xlabel(label, color=INK, **as_is())
-    axes.set_ylabel(what, color=INK, **as_is())
+    axes.set_xlabel(label, color=INK, **words())
+    axes.set_ylabel(what, color=INK, **words())
     tidy(axes)
     axes.grid(axis="x", color=FAINT, linewidth=0.9, zorder=0)

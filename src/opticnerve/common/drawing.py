@@ -49,7 +49,7 @@ def figure_of(width: float, height: float) -> Figure:
 
 
 def title_of(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold", color=INK, **as_is())
+    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold", color=INK, **words())
     axes.annotate(
         note, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9.5, color="#5A6069"
     )
@@ -183,7 +183,7 @@ def dressed(figure: Figure) -> Iterator[None]:
         yield
 
 
-def as_is() -> dict[str, Any]:
+def words() -> dict[str, Any]:
     return {"parse_math": False}  # text from data may hold dollar signs, which are no formulas
 
 

@@ -20,12 +20,12 @@ from opticnerve.common.drawing import (
     ORANGE,
     PURPLE,
     RED,
-    as_is,
     figure_of,
     save,
     smooth,
     tidy,
     title_of,
+    words,
 )  # fmt: skip
 from opticnerve.compare.stats import Estimate
 
@@ -63,7 +63,7 @@ def dots(
         axes.set_xlim(-0.03, 1.03)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xticks([0, 0.5, 1])
-        axes.set_title(group, fontsize=10.5, color=INK, **as_is())
+        axes.set_title(group, fontsize=10.5, color=INK, **words())
         axes.set_ylim(len(names) - 0.4, -0.6)
         tidy(axes)
         axes.grid(axis="x", color=FAINT, linewidth=0.9)
@@ -169,5 +169,5 @@ def bars(values: Mapping[str, float], path: Path, *, title: str, note: str, x: s
 
 
 def _heading(figure: object, title: str, note: str) -> None:
-    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, **as_is())  # type: ignore[attr-defined]
+    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, **words())  # type: ignore[attr-defined]
     figure.text(0.01, 1 - 0.42 / figure.get_figheight(), note, fontsize=9.5, color="#5A6069", va="top")  # type: ignore[attr-defined]

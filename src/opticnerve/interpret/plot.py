@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from opticnerve.common.drawing import GREY, INK, as_is, save, wrap
+from opticnerve.common.drawing import GREY, INK, save, words, wrap
 from opticnerve.interpret.attribution import Attribution, Map
 
 MOST = 6  # words beside each other
@@ -36,7 +36,7 @@ def attribution_plot(looked: Attribution, picture: PIL.Image.Image, question: st
     width, height = _LEFT + columns * (_SIDE + 0.2), _HEAD + rows * (_SIDE + _GAP) + 0.1
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    title = {"fontsize": 13, "fontweight": "bold", "color": INK, "va": "top", **as_is()}
+    title = {"fontsize": 13, "fontweight": "bold", "color": INK, "va": "top", **words()}
     characters = int(width * 9)
     figure.text(0.15 / width, 1 - 0.14 / height, wrap(question, characters, 1), **title)
     figure.text(
@@ -61,9 +61,9 @@ def attribution_plot(looked: Attribution, picture: PIL.Image.Image, question: st
 
 
 def _method(figure: Figure, found: Map, x: float, y: float) -> None:
-    figure.text(x, y, found.method.replace("_", "-"), fontsize=11, fontweight="bold", color=INK, va="top", **as_is())
+    figure.text(x, y, found.method.replace("_", "-"), fontsize=11, fontweight="bold", color=INK, va="top", **words())
     size = figure.get_figheight()
-    figure.text(x, y - 0.24 / size, wrap(found.note, 19, 8), fontsize=8.5, color="#5A6069", va="top", **as_is())
+    figure.text(x, y - 0.24 / size, wrap(found.note, 19, 8), fontsize=8.5, color="#5A6069", va="top", **words())
 
 
 def _bare(axes: Axes, shown: NDArray[Any]) -> None:
@@ -93,7 +93,7 @@ def panel(axes: Axes, shown: NDArray[Any], looked: Attribution, found: Map, word
     axes.set_ylim(shown.shape[0] - 0.5, -0.5)
     _frame(axes)
     axes.set_title(
-        wrap(looked.words[word].text.replace("\n", "·"), 14, 1), loc="left", fontsize=11, color=INK, pad=4, **as_is()
+        wrap(looked.words[word].text.replace("\n", "·"), 14, 1), loc="left", fontsize=11, color=INK, pad=4, **words()
     )
     axes.set_title(_highest(found, word), loc="right", fontsize=8.5, color="#5A6069", pad=4)
 
@@ -127,12 +127,12 @@ def shares_plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str, note:
         axes.text(r["high"] + 0.012, y, f"{r['mass']:.1%}", va="center", fontsize=9, color=INK)
         axes.plot([r["best"]] * 2, [y - 0.36, y + 0.36], color=GREY, linewidth=1.6, linestyle=":", zorder=3)
     axes.axvline(rows[0]["area"], color="#D55E00", linestyle="--", linewidth=1.6, zorder=3)
-    axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **as_is())
+    axes.set_yticks(places, [f"{r['model']}: {r['method'].replace('_', '-')}" for r in rows], **words())
     axes.set_xlim(0, 1)
     axes.set_xlabel(
         "share of the map on the object\n(dashed: its share of the area; dotted: the most that this grid allows)"
     )
-    axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **as_is())
+    axes.set_title(f"{title}\n{note}", loc="left", fontsize=10.5, color=INK, **words())
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, axis="y", length=0)
     return save(figure, path)

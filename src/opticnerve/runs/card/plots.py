@@ -21,12 +21,12 @@ from opticnerve.common.drawing import (
     ORANGE,
     PURPLE,
     RED,
-    as_is,
     figure_of,
     save,
     smooth,
     tidy,
     title_of,
+    words,
     wrap,
 )  # fmt: skip
 from opticnerve.data.media.open import open_image
@@ -111,7 +111,7 @@ def samples_plot(samples: Sequence[dict[str, Any]], path: Path, *, folder: Path,
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.75 / height, bottom=1.1 / height, hspace=0.48, wspace=0.14)
     figure.text(
-        0.02, 1 - 0.2 / height, wrap(title, 30 * columns, 1), fontsize=13, fontweight="bold", va="top", **as_is()
+        0.02, 1 - 0.2 / height, wrap(title, 30 * columns, 1), fontsize=13, fontweight="bold", va="top", **words()
     )
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
@@ -143,7 +143,7 @@ def _sample(axes: Axes, sample: dict[str, Any], folder: Path) -> None:
         (said, {"color": colour if right is not None else INK, "fontweight": "bold"}),
         (wrap(f"reference: {sample.get('answer')}", 36, 2), {"color": "#5A6069", "fontsize": 8.5}),
     ):
-        axes.annotate(text, (0, 0), (0, y), **{"fontsize": 9.5, **as_is(), **style, **below})
+        axes.annotate(text, (0, 0), (0, y), **{"fontsize": 9.5, **words(), **style, **below})
         y -= 13.5 * (text.count("\n") + 1) + 1.5
 
 
