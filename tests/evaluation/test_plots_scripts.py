@@ -85,7 +85,7 @@ def test_every_plot_is_tried() -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fonts are looked for anew, and what was said is forgotten."""
     forget = drawing._others.cache_clear
-    monkeypatch.setattr(drawing, "_told", set())
+    monkeypatch.setattr(drawing, "_warned", set())
     monkeypatch.setattr(drawing, "_packaged", lambda: None)
     forget()
     yield

@@ -140,7 +140,7 @@ def fonts_for(text: str) -> tuple[list[font_manager.FontEntry], str]:
     return fonts, "".join(sorted(missing))
 
 
-_warned_of: set[str] = set()
+_warned: set[str] = set()
 
 
 def _has_weight(family: str, weight: str | int) -> bool:
@@ -170,8 +170,8 @@ def dressed(figure: Figure) -> Iterator[None]:
         text.set_fontfamily([_OURS, *(f.name for f in fonts)])
         if fonts and not all(_has_weight(f.name, text.get_fontweight()) for f in fonts):
             text.set_fontweight("normal")  # few fonts of so many characters are bold, too, and matplotlib tells of it
-    if new := "".join(sorted({*missing} - _warned_of)):
-        _warned_of.update(new)
+    if new := "".join(sorted({*missing} - _warned)):
+        _warned.update(new)
         _log.warning(
             "no font here has the characters %s of a plot, which are drawn as boxes; for Japanese `pip install "
             "'opticnerve[fonts]'`, for other scripts install Noto's fonts (Debian: fonts-noto-cjk)",

@@ -61,14 +61,14 @@ class Counting(_Bar):
     """Where there is no bar, `due` tells the time for plain lines.
 
     Args:
-        told: what stands behind the count, a rich text format; its fields begin as `fields` say.
+        behind: what stands behind the count, a rich text format; its fields begin as `fields` say.
     """
 
     def __init__(
-        self, name: str, total: int, detail: str, *, console: Console | None, every_s: float, start: int = 0,
+        self, name: str, total: int, behind: str, *, console: Console | None, every_s: float, start: int = 0,
         **fields: Any,
     ) -> None:  # fmt: skip
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(detail))
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(behind))
         super().__init__(name, total, *columns, console=console, completed=start, **fields)
         self.total, self.every_s, self.start, self.last = total, every_s, start, 0.0
 
@@ -84,8 +84,8 @@ class Progress(Counting):
     """`update(line)` after each step, with a line of metrics.jsonl."""
 
     def __init__(self, name: str, steps: int, *, start: int, console: Console | None, every_s: float = 10.0) -> None:
-        detail = "loss {task.fields[loss]}  {task.fields[speed]}"
-        super().__init__(name, steps, detail, console=console, every_s=every_s, start=start, loss="…", speed="")
+        behind = "loss {task.fields[loss]}  {task.fields[speed]}"
+        super().__init__(name, steps, behind, console=console, every_s=every_s, start=start, loss="…", speed="")
         self.smooth: float | None = None
 
     def update(self, line: dict[str, Any]) -> None:
