@@ -32,7 +32,7 @@ from pydantic import TypeAdapter
 from typing import Annotated
 from opticnerve import recipe
 from opticnerve.cli.main import app
-from opticnerve.data.media.images import open_image
+from opticnerve.data.media.open import open_image
 from opticnerve.data.dataset.read import read
 
 asked, found = json.load(sys.stdin), {"recipes": {}, "data": {}, "keys": {}, "values": {}, "commands": {}}

@@ -1,0 +1,1 @@
+"""Data files to batches: sources, formats, datasets, media, token ids, collators."""
