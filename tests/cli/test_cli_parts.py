@@ -157,7 +157,7 @@ def test_a_part_registered_in_this_program(monkeypatch: pytest.MonkeyPatch, opti
 
     registry.connectors.names()
     monkeypatch.setitem(registry.connectors._targets, "mine", LinearConnector)
-    assert "One matrix" in opticnerve("parts", "mine").out
+    assert "one matrix" in opticnerve("parts", "mine").out
 
 
 def test_nothing_heavy_is_imported() -> None:

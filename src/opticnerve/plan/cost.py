@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.models.vlm.prompt import Prompt
@@ -174,16 +174,24 @@ def matmul_rate(kind: str, dtype: torch.dtype, *, seconds: float = 0.3) -> float
     """Floating-point operations a second of a bare matrix product of a language model's size."""
     m, k, n = (8192, 4096, 4096) if kind == "cuda" else (1600, 576, 1536)
     a, b = torch.randn(m, k, device=kind).to(dtype), torch.randn(k, n, device=kind).to(dtype)
-    return 2 * m * k * n / _timer(lambda: a @ b, kind).blocked_autorange(min_run_time=seconds).mean
+    _finished(lambda: a @ b, kind)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        _finished(lambda: a @ b, kind)
+        count += 1
+    return 2 * m * k * n * count / (time.perf_counter() - started)
 
 
 def time_step(step: Callable[[], Any], kind: str) -> float:
-    """Seconds of one call, after some that warm up."""
-    return float(_timer(step, kind).timeit(1).mean)
+    """Seconds of one call, after a first one that warms up."""
+    _finished(step, kind)
+    started = time.perf_counter()
+    _finished(step, kind)
+    return time.perf_counter() - started
 
 
-def _timer(work: Callable[[], Any], kind: str) -> Timer:
-    """As many threads as training takes; a device's queue is waited for."""
-    wait = torch.accelerator.synchronize if kind != "cpu" else lambda: None
-    names = {"work": work, "wait": wait}
-    return Timer("work(); wait()", globals=names, num_threads=torch.get_num_threads())
+def _finished(work: Callable[[], Any], kind: str) -> None:
+    """Call it, and wait for a device's queue. (torch's `Timer` imports what warns of a CUDA without a GPU.)"""
+    work()
+    if kind != "cpu":
+        torch.accelerator.synchronize()
