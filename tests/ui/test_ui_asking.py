@@ -216,8 +216,8 @@ def test_maps_of_a_word_stand_beside_an_occlusion_map(asker: Asker, two_models: 
     first, second = (seen.drawings(number) for number in (0, 1))
     assert len(first) == 2
     assert first[0].tobytes() != second[0].tobytes()
-    assert seen.looked.words[0].text in seen.told(0, EN)
-    assert "occlusion" in seen.told(0, JA)
+    assert seen.looked.words[0].text in seen.described(0, EN)
+    assert "occlusion" in seen.described(0, JA)
     assert len(see(asker.models, two_models[0], conversation, "occlusion").drawings(0)) == 1
 
 

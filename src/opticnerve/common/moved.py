@@ -22,7 +22,6 @@ MOVED = {
         "data.readers.read": "data.dataset.read",
         "durable": "common.atomic",
         "encoders.dual_eye": "encoders.nested",
-        "evaluation.on_object": "interpret.localization",
         "hub": "common.hub",
         "models.configuration": "models.vlm.configuration",
         "models.delta": "models.checkpoint.delta",
