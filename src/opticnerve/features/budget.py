@@ -71,9 +71,9 @@ def evict(root: Path, keep: Path, needed: int, budget: int) -> None:
         own = folder_bytes(keep)
         kept = f"; {format_bytes(own)} are this vision encoder's already ({keep})" if own else ""
         raise OpticNerveError(
-            f"the frozen vision encoder's features need {format_bytes(needed)} more of disk; the feature cache may hold "
-            f"{format_bytes(budget)} and {format_bytes(free_bytes(root))} of disk are free{kept}. Raise the budget (cache_features: "
-            f"{{budget: 50GB}}, or {BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a "
+            f"the frozen vision encoder's features need {format_bytes(needed)} more of disk; the feature cache may "
+            f"hold {format_bytes(budget)} and {format_bytes(free_bytes(root))} of disk are free{kept}. Raise the budget "
+            f"(cache_features: {{budget: 50GB}}, or {BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a "
             f"float32 vision encoder), or leave cache_features out"
         )
 
