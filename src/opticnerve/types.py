@@ -57,6 +57,12 @@ class OpticNerveError(ValueError):
         if kind is not None:
             self.kind = kind
 
+    def under(self, where: str) -> OpticNerveError:
+        """The same error of something inside of `where`."""
+        error = OpticNerveError(f"{where}: {self}")
+        error.kind = self.kind
+        return error
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders (data loader workers), and subclasses make their message of other arguments.
         return _again, (type(self), self.args), self.__dict__

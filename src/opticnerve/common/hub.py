@@ -209,7 +209,7 @@ def says_how(name: str, part: str) -> bool:
 
 def unreadable(what: str, error: BaseException, remedy: str) -> OpticNerveError:
     """One sentence about a file that could not be read: what the library says, cut short, and what to do."""
-    return OpticNerveError(f"cannot read {what}: {brief(error)}; {remedy}")
+    return OpticNerveError(f"cannot read {what}: {brief(error)}; {remedy}", kind="damaged")
 
 
 @contextlib.contextmanager
