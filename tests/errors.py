@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,9 +16,16 @@ def refused(
     kind: str, *facts: object, error: type[OpticNerveError] = OpticNerveError
 ) -> Iterator[pytest.ExceptionInfo[OpticNerveError]]:
     """What happens inside is refused with an `error` of this kind, whose message holds all of these names, numbers and
-    files."""
+    files. A number stands for itself, not for a part of a longer one."""
     with pytest.raises(error) as caught:
         yield caught
-    assert caught.value.kind == kind, f"kind {caught.value.kind!r}, not {kind!r}, of: {caught.value}"
-    missing = [str(fact) for fact in facts if str(fact) not in str(caught.value)]
-    assert not missing, f"{missing} not in: {caught.value}"
+    message = str(caught.value)
+    assert caught.value.kind == kind, f"kind {caught.value.kind!r}, not {kind!r}, of: {message}"
+    missing = [fact for fact in facts if not _holds(message, fact)]
+    assert not missing, f"{missing} not in: {message}"
+
+
+def _holds(message: str, fact: object) -> bool:
+    if isinstance(fact, int | float):
+        return re.search(rf"(?<![\w.-]){re.escape(str(fact))}(?![\w]|[.,]\d)", message) is not None
+    return str(fact) in message
