@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from errors import refused
 from opticnerve import recipe as recipes
 from opticnerve.recipe import Recipe, load, split_part
 from opticnerve.types import RecipeError
@@ -58,50 +59,50 @@ def test_every_ready_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch, t
 
 
 REFUSED = {
-    "a typo": (stage(steps_=5), r"stages\.0\.steps_: unknown key; did you mean 'steps'\?"),
-    "a typo at the top": ({**GOOD, "sed": 1}, r"sed: unknown key; did you mean 'seed'\?"),
-    "a typo in data": (stage(data=[{"path": "x", "formt": "chat"}]), r"stages\.0\.data\.0\.formt: unknown key; did you mean 'format'"),
-    "an unknown key like none": (stage(zzzz=1), r"stages\.0\.zzzz: unknown key; known here: name, objective"),
-    "no model": ({"stages": []}, r"model: is missing"),
-    "no data key": ({**GOOD, "stages": [{"name": "a", "train": {"connector": 1}}]}, r"stages\.0\.data: is missing"),
-    "no data": (stage(data=[]), r"stages\.0\.data: no data; add at least one entry"),
-    "nothing to train": (stage(train={}), r"stages\.0\.train: a stage with nothing to train; name at least one part: connector"),
-    "an unknown part": (stage(train={"conector": 1e-3}), r"no part 'conector'; did you mean 'connector'"),
-    "an unknown language part": (stage(train={"language.loar": 1e-3}), r"no part 'language\.loar'; did you mean 'language\.lora'"),
-    "an audio encoder that is not there": (stage(train={"audio.connector": 1e-3}), r"stages\.0\.train\.audio\.connector: the model has no audio tower; it has image"),
-    "a modality before language": (stage(train={"image.language": 1e-3}), r"no part 'image\.language'"),
-    "lora and all": (stage(train={"language": 1e-5, "language.lora": 1e-4}), r"language and language\.lora both change the same weights; keep one"),
-    "lora and the last": (stage(train={"language.last(2)": 1e-5, "language.lora": 1e-4}), r"both change the same weights; keep one"),
-    "all and a part of it": (stage(train={"language": 1e-5, "language.embeddings": 1e-4}), r"language already holds every part of it; remove"),
-    "encoder and its last": (stage(train={"encoder": 1e-5, "encoder.last(2)": 1e-4}), r"encoder already holds its last blocks; remove"),
-    "encoder and its last, one with its tower": (stage(train={"encoder": 1e-5, "image.encoder.last(2)": 1e-4}), r"encoder already holds"),
-    "one part twice": (stage(train={"connector": 1e-5, "image.connector": 1e-4}), r"image\.connector is named twice"),
-    "lora options without lora": (stage(lora={"rank": 4}), r"lora options are given, but train names no language\.lora"),
-    "steps and epochs": (stage(steps=5, epochs=1), r"give steps or epochs, not both"),
-    "an uneven split": (stage(batch_size=8, accumulate=3), r"batch_size 8 cannot be split into 3 equal parts; change accumulate"),
-    "draws without sharing": (stage(data=[{"path": "x", "per_image": 2}]), r"share_prefix"),
-    "no steps": (stage(steps=0), r"stages\.0\.steps: .*greater than 0"),
-    "a negative rate": (stage(train={"connector": -1.0}), r"stages\.0\.train\.connector"),
-    "a rate that is none": (stage(train={"connector": "fast"}), r"stages\.0\.train\.connector: .*'fast'"),
-    "an unknown schedule": (stage(schedule="cosin"), r"stages\.0\.schedule: .*'cosine'.*'cosin'"),
-    "a stage name for no folder": (stage(name="../up"), r"stages\.0\.name"),
-    "an unknown precision": ({**GOOD, "precision": "fp64"}, r"precision: "),
-    "two stages of one name": ({**GOOD, "stages": [GOOD["stages"][0]] * 2}, r"two stages have the same name"),
+    "a typo": (stage(steps_=5), ("recipe", "stages.0.steps_", "'steps'")),
+    "a typo at the top": ({**GOOD, "sed": 1}, ("recipe", "sed:", "'seed'")),
+    "a typo in data": (stage(data=[{"path": "x", "formt": "chat"}]), ("recipe", "stages.0.data.0.formt", "'format'")),
+    "an unknown key like none": (stage(zzzz=1), ("recipe", "stages.0.zzzz", "name, objective")),
+    "no model": ({"stages": []}, ("recipe", "model:")),
+    "no data key": ({**GOOD, "stages": [{"name": "a", "train": {"connector": 1}}]}, ("recipe", "stages.0.data")),
+    "no data": (stage(data=[]), ("recipe", "stages.0.data")),
+    "nothing to train": (stage(train={}), ("recipe", "stages.0.train", "connector")),
+    "an unknown part": (stage(train={"conector": 1e-3}), ("recipe", "'conector'", "'connector'")),
+    "an unknown language part": (stage(train={"language.loar": 1e-3}), ("recipe", "'language.loar'", "'language.lora'")),
+    "an audio encoder that is not there": (stage(train={"audio.connector": 1e-3}), ("recipe", "stages.0.train.audio.connector", "image")),
+    "a modality before language": (stage(train={"image.language": 1e-3}), ("recipe", "'image.language'")),
+    "lora and all": (stage(train={"language": 1e-5, "language.lora": 1e-4}), ("recipe", "stages.0", "language and language.lora")),
+    "lora and the last": (stage(train={"language.last(2)": 1e-5, "language.lora": 1e-4}), ("recipe", "stages.0", "language.last(N) and language.lora")),
+    "all and a part of it": (stage(train={"language": 1e-5, "language.embeddings": 1e-4}), ("recipe", "stages.0: train: language ")),
+    "encoder and its last": (stage(train={"encoder": 1e-5, "encoder.last(2)": 1e-4}), ("recipe", "stages.0", "encoder.last(N)")),
+    "encoder and its last, one with its tower": (stage(train={"encoder": 1e-5, "image.encoder.last(2)": 1e-4}), ("recipe", "stages.0", "encoder.last(N)")),
+    "one part twice": (stage(train={"connector": 1e-5, "image.connector": 1e-4}), ("recipe", "image.connector")),
+    "lora options without lora": (stage(lora={"rank": 4}), ("recipe", "language.lora")),
+    "steps and epochs": (stage(steps=5, epochs=1), ("recipe", "stages.0", "steps", "epochs")),
+    "an uneven split": (stage(batch_size=8, accumulate=3), ("recipe", "batch_size 8", 3, "accumulate")),
+    "draws without sharing": (stage(data=[{"path": "x", "per_image": 2}]), ("recipe", "share_prefix")),
+    "no steps": (stage(steps=0), ("recipe", "stages.0.steps", 0)),
+    "a negative rate": (stage(train={"connector": -1.0}), ("recipe", "stages.0.train.connector")),
+    "a rate that is none": (stage(train={"connector": "fast"}), ("recipe", "stages.0.train.connector", "'fast'")),
+    "an unknown schedule": (stage(schedule="cosin"), ("recipe", "stages.0.schedule", "'cosine'", "'cosin'")),
+    "a stage name for no folder": (stage(name="../up"), ("recipe", "stages.0.name")),
+    "an unknown precision": ({**GOOD, "precision": "fp64"}, ("recipe", "precision:", "'fp64'")),
+    "two stages of one name": ({**GOOD, "stages": [GOOD["stages"][0]] * 2}, ("recipe", "align, align")),
     "an unknown encoder": (
         {**GOOD, "model": {**GOOD["model"], "image": {"encoder": {"type": "hf_visoin", "name": "x"}}}},
-        r"model\.image: unknown encoder 'hf_visoin'; did you mean 'hf_vision'\? Known: dual_encoder, hf_vision, pair, patches, timm, whisper",
+        ("recipe", "model.image", "'hf_visoin'", "'hf_vision'", "dual_encoder, hf_vision, pair, patches, timm, whisper"),
     ),
     "an unknown connector": (
         {**GOOD, "model": {**GOOD["model"], "image": {**GOOD["model"]["image"], "connector": {"type": "mpl"}}}},
-        r"unknown connector 'mpl'; did you mean 'mlp'",
+        ("recipe", "'mpl'", "'mlp'"),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case: str) -> None:
-    raw, message = REFUSED[case]
-    with pytest.raises(RecipeError, match=message) as e:
+    raw, refusal = REFUSED[case]
+    with refused(*refusal, error=RecipeError) as e:
         load(raw)
     assert "validation error" not in str(e.value)
 
@@ -141,19 +142,19 @@ class TestOverrides:
         assert where(load(GOOD, [override])) == value
 
     @pytest.mark.parametrize(
-        ("override", "message"),
+        ("override", "refusal"),
         [
-            ("stages.0.step=5", r"stages\.0\.step: unknown key; did you mean 'steps'"),
-            ("steps", "is not key=value, such as stages.0.steps=50"),
-            ("=5", "is not key=value"),
-            ("stages.7.steps=5", r"stages\.7 is a list of 2|stages.* a list of 2; use a number from 0 to 1"),
-            ("stages.first.steps=5", "use a number from 0 to 1"),
-            ("seed.deep=5", "holds a single value|seed"),
-            ("stages.0.data=[1", "stages.0.data"),
+            ("stages.0.step=5", ("recipe", "stages.0.step", "'steps'")),
+            ("steps", ("recipe", "key=value", "stages.0.steps=50")),
+            ("=5", ("recipe", "key=value")),
+            ("stages.7.steps=5", ("recipe", "stages", 2, 0, 1)),
+            ("stages.first.steps=5", ("recipe", "stages", 0, 1)),
+            ("seed.deep=5", ("recipe", "seed")),
+            ("stages.0.data=[1", ("recipe", "stages.0.data")),
         ],
     )
-    def test_refusals(self, override: str, message: str) -> None:
-        with pytest.raises(RecipeError, match=message):
+    def test_refusals(self, override: str, refusal: tuple[Any, ...]) -> None:
+        with refused(*refusal, error=RecipeError):
             load(GOOD, [override])
 
     def test_the_mapping_is_not_changed(self) -> None:
@@ -164,23 +165,23 @@ class TestOverrides:
 
 class TestFiles:
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="there is no recipe"):
+        with refused("recipe", "none.yaml", error=RecipeError):
             load(tmp_path / "none.yaml")
 
     @pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe\x00", b"- a\n- b", b"", b"just words"])
     def test_unreadable(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "bad.yaml"
         path.write_bytes(content)
-        with pytest.raises(RecipeError, match=r"bad\.yaml"):
+        with refused("recipe", "bad.yaml", error=RecipeError):
             load(path)
 
     def test_a_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="not readable"):
+        with refused("recipe", tmp_path, error=RecipeError):
             load(tmp_path)
 
     def test_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("MY_PHOTOS", raising=False)
-        with pytest.raises(RecipeError, match="set the environment variable MY_PHOTOS"):
+        with refused("recipe", "MY_PHOTOS", error=RecipeError):
             load(stage(data=[{"path": "${MY_PHOTOS}/x.jsonl"}]))
         monkeypatch.setenv("MY_PHOTOS", "/photos")
         assert load(stage(data=[{"path": "${MY_PHOTOS}/x.jsonl"}])).stages[0].data[0].path.endswith("/x.jsonl")

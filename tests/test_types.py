@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from opticnerve.common.atomic import DiskFull
+from opticnerve.common.hub import HubError
+from opticnerve.data.sources.base import DamagedShard
+from opticnerve.distributed.heartbeat import LostProcess
+from opticnerve.serve.errors import ApiError
+from opticnerve.train.divergence import Diverged
 from opticnerve.types import (
+    KINDS,
     AudioPart,
     Conversation,
     DataError,
@@ -75,6 +82,34 @@ def test_data_errors_cross_process_borders() -> None:
     assert isinstance(again, OpticNerveError)
     assert str(DataError("x")) == "x"
     assert isinstance(RecipeError("x"), ValueError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OpticNerveError("no such thing", kind="unknown-name"),
+        OpticNerveError(),
+        RecipeError("stages[0]: no data"),
+        DataError("is empty", where="a.jsonl:3", kind="empty"),
+        DamagedShard("ends early", where="a.tar", kind="shard"),
+        HubError("no such repository", "check its name", kind="repository"),
+        DiskFull("4 MB are needed"),
+        ApiError(413, "too large", param="messages", code="too_large", retry_after=3),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_errors_cross_process_borders_as_they_are(error: OpticNerveError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.kind) == (type(error), str(error), error.kind)
+    assert again.__dict__ == error.__dict__
+
+
+def test_each_class_of_errors_has_a_kind() -> None:
+    """Its own or that of its class; `DataError` and `HubError` name theirs themselves."""
+    assert OpticNerveError("x").kind == "refused" and OpticNerveError("x", kind="empty").kind == "empty"
+    found = {cls.kind for cls in (RecipeError, DiskFull, Diverged, LostProcess, ApiError)}
+    assert found == {"recipe", "disk-full", "diverged", "lost-process", "request"} <= {*KINDS}
+    assert all(f"{kind}" in (OpticNerveError.__doc__ or "") for kind in KINDS)
 
 
 def test_features_are_checked() -> None:

@@ -37,7 +37,9 @@ class Registry(Generic[T]):
 
         def add(cls: type[T]) -> type[T]:
             if name in self.names():
-                raise OpticNerveError(f"the {self.kind} {name!r} is registered already; choose another name")
+                raise OpticNerveError(
+                    f"the {self.kind} {name!r} is registered already; choose another name", kind="exists-already"
+                )
             self._targets[name] = cls
             return cls
 
@@ -63,9 +65,10 @@ class Registry(Generic[T]):
                 return _import(name, self.kind)
             if ":" in name:
                 raise OpticNerveError(
-                    f"{self.kind} {name!r} is code from outside opticnerve; pass trust_remote_code=True to run it"
+                    f"{self.kind} {name!r} is code from outside opticnerve; pass trust_remote_code=True to run it",
+                    kind="remote-code",
                 )
-            raise OpticNerveError(f"{self.unknown(name)}; or a dotted path 'package.module:Class'")
+            raise OpticNerveError(f"{self.unknown(name)}; or a dotted path 'package.module:Class'", kind="unknown-name")
         target = self._targets[name]
         return _import(target, self.kind) if isinstance(target, str) else target
 
@@ -87,7 +90,7 @@ def _import(path: str, kind: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as e:
-        raise OpticNerveError(f"cannot import the {kind} {path!r}: {e}") from e
+        raise OpticNerveError(f"cannot import the {kind} {path!r}: {e}", kind="not-installed") from e
 
 
 encoders: Registry[Any] = Registry(

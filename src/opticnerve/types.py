@@ -5,12 +5,11 @@ Nothing here needs torch at run time, so that the command line can print its hel
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -18,12 +17,66 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Kind = Literal[
+    "refused", "unknown-name", "unknown-key", "missing-field", "missing-file", "damaged", "wrong-type", "wrong-shape",
+    "out-of-range", "conflict", "unsupported", "not-installed", "mismatch", "empty", "too-large", "too-long",
+    "not-finite", "exists-already", "disk-full", "no-permission", "network", "remote-code", "bad-samples", "recipe",
+    "diverged", "lost-process", "request",
+]  # fmt: skip
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
 class OpticNerveError(ValueError):
-    """Something a user can put right: the message says what is wrong, where, and what to do."""
+    """Something a user can put right: the message says what is wrong, where, and what to do.
+
+    `kind` is for programs, and does not change where the message is worded anew; one of `KINDS`:
+
+    - unknown-name, unknown-key: no such part, file format, layer or choice; no such option.
+    - missing-field, missing-file: something must be given, and is not; a file or folder is not there.
+    - damaged: a file cannot be read, or not as what it should be.
+    - wrong-type, wrong-shape, out-of-range: a value of another type, tensors of other sizes, a number too small or big.
+    - conflict: two settings exclude each other, or one does nothing beside the other.
+    - unsupported: this model, part or format cannot do that.
+    - not-installed: a package or program is missing.
+    - mismatch: other data, weights or versions than were recorded.
+    - empty, too-large, too-long, not-finite: there is nothing in it; more than is allowed; more tokens than fit; NaN or
+      infinity.
+    - exists-already, disk-full, no-permission, network: why something cannot be written, read or fetched.
+    - remote-code: code from outside opticnerve would run, and was not allowed to.
+    - bad-samples: more of the data cannot be used than the recipe allows.
+    - recipe, diverged, lost-process, request: those of `RecipeError`, `Diverged`, `LostProcess` and `ApiError`.
+    - refused: none of these.
+
+    `DataError` and `HubError` have finer kinds of their own beside these.
+    """
+
+    kind: str = "refused"
+
+    def __init__(self, *message: object, kind: Kind | None = None) -> None:
+        super().__init__(*message)
+        if kind is not None:
+            self.kind = kind
+
+    def under(self, where: str) -> OpticNerveError:
+        """The same error of something inside of `where`."""
+        error = OpticNerveError(f"{where}: {self}")
+        error.kind = self.kind
+        return error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders (data loader workers), and subclasses make their message of other arguments.
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(cls: type[OpticNerveError], message: tuple[object, ...]) -> OpticNerveError:
+    """An error as it was pickled, without its `__init__`."""
+    return cls.__new__(cls, *message)
 
 
 class RecipeError(OpticNerveError):
     """A recipe that cannot be run; names the key and the remedy."""
+
+    kind = "recipe"
 
 
 class DataError(OpticNerveError):
@@ -37,19 +90,14 @@ class DataError(OpticNerveError):
 
     def __init__(self, problem: str, *, where: str = "", remedy: str = "", kind: str = "sample") -> None:
         problem, where, remedy = (self._shortened(part) for part in (problem, where, remedy))
-        self.problem, self.where, self.remedy, self.kind = problem, where, remedy, kind
         super().__init__(": ".join(p for p in (where, problem) if p) + (f" ({remedy})" if remedy else ""))
+        self.problem, self.where, self.remedy, self.kind = problem, where, remedy, kind
 
     @classmethod
     def _shortened(cls, part: str) -> str:
         if len(part) > cls.MOST:
             part = f"{part[: cls.MOST * 2 // 3]} … {part[-cls.MOST // 3 :]}"
         return part if part.count("\n") < 8 else part.replace("\n", "↵")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process borders (data loader workers); keyword-only arguments need help to be pickled.
-        keywords = {"where": self.where, "remedy": self.remedy, "kind": self.kind}
-        return functools.partial(DataError, **keywords), (self.problem,)
 
 
 def has_pip() -> bool:

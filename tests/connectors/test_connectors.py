@@ -10,10 +10,11 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errors import refused
 from opticnerve import registry
 from opticnerve.connectors.base import Connector
 from opticnerve.connectors.mlp import LinearConnector, MLPConnector
-from opticnerve.types import Features, OpticNerveError
+from opticnerve.types import Features
 
 SIZES = {"in_size": 6, "out_size": 10, "in_tokens": 4}
 
@@ -122,7 +123,7 @@ def test_depth(depth: int) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(OpticNerveError, match="depth is at least 2, not 1"):
+    with refused("out-of-range", "depth", 2, 1):
         MLPConnector(**SIZES, depth=1)
-    with pytest.raises(OpticNerveError, match=r"unknown activation 'gelo'; known: .*gelu"):
+    with refused("unknown-name", "'gelo'", "gelu"):
         MLPConnector(**SIZES, activation="gelo")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
+from errors import refused
 from opticnerve.data.dataset.read import read
 from opticnerve.data.encode.chat_layout import form_of
 from opticnerve.data.encode.tokenize import IGNORE, Encoded, encode
@@ -17,7 +18,7 @@ from opticnerve.encoders.base import make_image_processor
 from opticnerve.language.chat_template import CHATML, set_template, stage_template
 from opticnerve.language.thinking import AnswerText, shown
 from opticnerve.models import OpticNerveProcessor
-from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, TextPart
+from opticnerve.types import Conversation, DataError, ImagePart, Message, TextPart
 
 QWEN3 = (Path(__file__).parent.parent / "templates/qwen3.jinja").read_text(encoding="utf-8")
 # The generation prompt opens a think block, and history is shown without any (QwQ, DeepSeek-R1).
@@ -181,7 +182,7 @@ class TestSystem:
 
     def test_a_prompt_whose_words_are_dropped_is_told(self) -> None:
         deaf = CHATML.replace("for message in messages", "for message in messages if message['role'] != 'system'")
-        with pytest.raises(DataError, match="system"):
+        with refused("template", "chat.jsonl:7", "system", error=DataError):
             encode(chat("q", system="Be brief."), processor(deaf), learn=False)
 
     @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ class TestClock:
         assert text.startswith(datetime.date.today().strftime("%d %b %Y"))
 
     def test_a_form_that_is_computed_is_refused(self) -> None:
-        with pytest.raises(OpticNerveError, match="date"):
+        with refused("unsupported", "strftime_now", "chat_template"):
             processor("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML)
 
 

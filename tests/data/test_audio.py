@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errors import refused
 from opticnerve.data.media import audio
 from opticnerve.data.media.audio import audio_digest, open_audio
-from opticnerve.types import DataError, OpticNerveError
+from opticnerve.types import DataError
 
 sf = pytest.importorskip("soundfile", reason="sound needs `pip install 'opticnerve[audio]'`")
 pytest.importorskip("soxr", reason="sound needs `pip install 'opticnerve[audio]'`")
@@ -40,7 +41,7 @@ def pitch(samples: Any, rate: int) -> float:
     return float((k + 0.5 * (left - right) / (left - 2 * middle + right)) * rate / len(samples))
 
 
-def refused(source: object, kind: str = "unreadable-audio", **options: Any) -> str:
+def refusal_of(source: object, kind: str = "unreadable-audio", **options: Any) -> str:
     with pytest.raises(DataError) as caught:
         open_audio(source, where="clips.jsonl:7", **options)  # type: ignore[arg-type]
     assert caught.value.where == "clips.jsonl:7"
@@ -124,37 +125,37 @@ class TestResampling:
 
 class TestRefusals:
     def test_no_such_file(self, tmp_path: Path) -> None:
-        assert "nothing.wav does not exist" in refused(tmp_path / "nothing.wav", "missing-audio")
+        assert "nothing.wav does not exist" in refusal_of(tmp_path / "nothing.wav", "missing-audio")
 
     def test_a_folder_and_an_empty_file(self, tmp_path: Path) -> None:
         (tmp_path / "empty.wav").touch()
-        assert "is a folder" in refused(tmp_path)
-        assert "is an empty file" in refused(tmp_path / "empty.wav")
-        assert "is empty" in refused(b"")
+        assert "is a folder" in refusal_of(tmp_path)
+        assert "is an empty file" in refusal_of(tmp_path / "empty.wav")
+        assert "is empty" in refusal_of(b"")
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
     def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
-        assert "not a regular file" in refused(tmp_path / "pipe")
+        assert "not a regular file" in refusal_of(tmp_path / "pipe")
 
     @pytest.mark.parametrize("data", [b"hello world" * 50, b"RIFF", b"\x89PNG\r\n\x1a\n" + bytes(100)])
     def test_no_sound(self, data: bytes) -> None:
-        assert "not sound of a known format (wav, flac, mp3, ogg)" in refused(data)
+        assert "not sound of a known format (wav, flac, mp3, ogg)" in refusal_of(data)
 
     def test_a_format_that_libsndfile_alone_knows(self) -> None:
-        message = refused(encoded(sine(), format="AIFF"))
+        message = refusal_of(encoded(sine(), format="AIFF"))
         assert "is AIFF, which is none of wav, flac, mp3, ogg" in message
         assert "ffmpeg" in message
 
     def test_a_wav_that_was_cut_off(self) -> None:
         data = encoded(sine())
-        assert "is cut off: 15,978 bytes of sound, of 32,000 declared" in refused(data[:16_022])
+        assert "is cut off: 15,978 bytes of sound, of 32,000 declared" in refusal_of(data[:16_022])
 
     @pytest.mark.parametrize("format", ["FLAC", "OGG", "MP3"])
     @pytest.mark.parametrize("part", [0.5, 0.05])
     def test_a_packed_file_that_was_cut_off(self, format: str, part: float) -> None:
         data = encoded(sine(seconds=3), format=format)
-        message = refused(data[: int(len(data) * part)])
+        message = refusal_of(data[: int(len(data) * part)])
         assert "damaged or incomplete" in message or "is cut off" in message
         assert "does not exist" not in message
 
@@ -162,39 +163,39 @@ class TestRefusals:
         data = bytearray(encoded(sine(), format="FLAC"))
         data[21] &= 0xF0  # STREAMINFO: the lower four and the next 32 bits are the number of samples
         data[22:26] = bytes(4)
-        assert "does not say how long it is" in refused(bytes(data))
+        assert "does not say how long it is" in refusal_of(bytes(data))
 
     def test_no_samples(self) -> None:
-        assert "holds no samples" in refused(encoded(sine()[:0]))
+        assert "holds no samples" in refusal_of(encoded(sine()[:0]))
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_no_numbers(self, bad: float) -> None:
         wave = sine()
         wave[5] = bad
-        assert "holds 1 samples that are NaN or infinite, of 16,000" in refused(encoded(wave, subtype="FLOAT"))
+        assert "holds 1 samples that are NaN or infinite, of 16,000" in refusal_of(encoded(wave, subtype="FLOAT"))
 
     def test_samples_that_nobody_divided(self) -> None:
-        message = refused(encoded(sine(loudness=32_767), subtype="FLOAT"))
+        message = refusal_of(encoded(sine(loudness=32_767), subtype="FLOAT"))
         assert "samples up to 32,7" in message
         assert "32,768" in message
 
     def test_too_long_is_told_by_the_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(audio, "_decode", lambda *_: pytest.fail("decoded"))
-        assert "is 3.0 seconds long, more than the 2.5 allowed" in refused(encoded(sine(seconds=3)), max_seconds=2.5)
+        assert "is 3.0 seconds long, more than the 2.5 allowed" in refusal_of(encoded(sine(seconds=3)), max_seconds=2.5)
 
     def test_a_web_address(self) -> None:
-        assert "fetches nothing" in refused("https://example.org/a.wav", "url")
+        assert "fetches nothing" in refusal_of("https://example.org/a.wav", "url")
 
     @pytest.mark.parametrize("url", ["data:audio/wav,abc", "data:audio/wav;base64,???"])
     def test_a_bad_data_url(self, url: str) -> None:
-        message = refused(url)
+        message = refusal_of(url)
         assert "base64" in message
         assert "data:audio/wav;base64" in message
 
     @pytest.mark.parametrize("name", ["soundfile", "soxr"])
     def test_an_absent_library_names_the_remedy(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, name, None)
-        with pytest.raises(OpticNerveError, match=rf"package {name}.*pip install 'opticnerve\[audio\]'"):
+        with refused("not-installed", name, "'opticnerve[audio]'"):
             open_audio(encoded(sine()))
 
     @given(st.binary(min_size=1, max_size=200), st.sampled_from([b"", b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb"]))

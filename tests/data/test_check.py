@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from errors import refused
 from opticnerve.data.check.leakage import MOST_BITS, Side, dhash, leaks, near_pairs
 from opticnerve.data.check.report import check
 from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.encode.tokenize import Encoded
 from opticnerve.data.media.open import open_image
-from opticnerve.types import Conversation, DataError, OpticNerveError, ask
+from opticnerve.types import Conversation, DataError, ask
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_too_long_samples_are_bad(folder: Path) -> None:
     assert report.kinds["too-long"].count == 1 and "3 tokens, 2 fit" in report.kinds["too-long"].examples[0][1]
     assert report.to_dict()["tokens"]["max"] == 3
     assert check([source], encode=words).ok
-    with pytest.raises(OpticNerveError, match="encode"):
+    with refused("missing-field", "encode", "max_length"):
         check([source], max_length=2)
 
 

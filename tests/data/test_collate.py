@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny
+from errors import refused
 from opticnerve.data.collators.next_token import Batch, Collator
 from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import encode
@@ -86,5 +87,5 @@ def test_a_picture_that_went_missing_names_its_sample(processor: Any, tmp_path: 
     conversation = ask("q", tmp_path / "gone.png", answer="a")
     row = rows_of(processor, [Conversation(conversation.messages, id="sample 3")])
     (tmp_path / "gone.png").unlink()
-    with pytest.raises(DataError, match="sample 3"):
+    with refused("missing-image", "sample 3", error=DataError):
         Collator(processor)([row])

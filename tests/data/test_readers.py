@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errors import refused
 from opticnerve.data.dataset.read import read
 from opticnerve.data.formats.names import split
 from opticnerve.data.media.open import open_image
@@ -492,6 +493,6 @@ def test_jsonl_is_streamed(folder: Path) -> None:
 def test_an_error_of_the_caller_is_not_taken_for_a_bad_sample(folder: Path) -> None:
     stream = read(jsonl(folder, GOOD, GOOD), on_error=lambda e: None)
     next(stream)
-    with pytest.raises(DataError, match="mine"):
+    with refused("sample", "mine", error=DataError):
         for _ in stream:
             raise DataError("mine")

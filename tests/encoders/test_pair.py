@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import tiny
+from errors import refused
 from opticnerve.encoders.base import last_blocks
 from opticnerve.encoders.nested import PairEncoder
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.vlm.build import Dock
-from opticnerve.types import OpticNerveError, ask
+from opticnerve.types import ask
 
 Folder = Callable[..., str]
 
@@ -163,46 +164,46 @@ class TestAWholeModel:
 
 class TestRefusals:
     def test_sizes(self, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match="first takes 48 px and the second 32 px; set image_size"):
+        with refused("conflict", 48, 32, "image_size"):
             pair(hf(vision_folder("vit"), image_size=48), hf(vision_folder("dinov2")))
 
     def test_tokens(self, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match="as many tokens; the first gives 17, the second 16"):
+        with refused("wrong-shape", "tokens", 17, 16):
             pair(hf(vision_folder("vit"), class_token="keep"), hf(vision_folder("dinov2")))
 
     def test_width(self, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match="as many channels; the first gives 48, the second 24"):
+        with refused("wrong-shape", "channels", 48, 24):
             pair(hf(vision_folder("vit"), layer=[-1, -2]), hf(vision_folder("dinov2")), join="tokens")
 
     def test_join(self, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match="'channels' or 'tokens', not 'sum'"):
+        with refused("unknown-name", "'channels'", "'tokens'", "'sum'"):
             pair(hf(vision_folder("vit")), hf(vision_folder("dinov2")), join="sum")
 
     def test_no_name(self, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match=r"encoder\.second: .*needs a name"):
+        with refused("missing-field", "encoder.second"):
             PairEncoder.take_name({"first": hf(vision_folder("vit")), "second": {"type": "hf_vision"}})
 
     @pytest.mark.parametrize("second", [None, "dinov2", {"name": "dinov2"}])
     def test_no_type(self, second: Any, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match=r"encoder\.second wants a mapping with a type"):
+        with refused("wrong-type", "encoder.second", "type"):
             PairEncoder.take_name({"first": hf(vision_folder("vit")), "second": second})
 
     def test_an_unknown_option(self, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match=r"encoder\.first: 'hf_vision' takes no layers; it takes .*layer"):
+        with refused("unknown-key", "encoder.first", "'hf_vision'", "layers", "layer"):
             pair(hf(vision_folder("vit"), layers=-2), hf(vision_folder("dinov2")))
 
     def test_an_unknown_type(self, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match="unknown encoder 'hf_visoin'; did you mean 'hf_vision'"):
+        with refused("unknown-name", "'hf_visoin'", "'hf_vision'"):
             pair({"type": "hf_visoin", "name": "x"}, hf(vision_folder("dinov2")))
 
     def test_an_ear(self, vision_folder: Folder) -> None:
-        with pytest.raises(OpticNerveError, match=r"encoder\.second: 'whisper' is for audio"):
+        with refused("unsupported", "encoder.second", "'whisper'", "audio"):
             pair(hf(vision_folder("vit")), {"type": "whisper", "name": "x"})
 
     def test_a_dotted_path_runs_nothing(self, vision_folder: Folder, tmp_path: Path, monkeypatch: Any) -> None:
         """A configuration from elsewhere could name any module there."""
         (tmp_path / "evil_eye.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Eye: ...\n")
         monkeypatch.syspath_prepend(tmp_path)
-        with pytest.raises(OpticNerveError, match="'evil_eye:Eye' is a dotted path"):
+        with refused("unsupported", "'evil_eye:Eye'"):
             PairEncoder(first={"type": "evil_eye:Eye"}, second=hf(vision_folder("vit")))
         assert not (tmp_path / "ran").exists()

@@ -9,9 +9,9 @@ import torch
 import transformers as tf
 
 import tiny
+from errors import refused
 from opticnerve.encoders.base import last_blocks
 from opticnerve.encoders.patches import PatchesEncoder
-from opticnerve.types import OpticNerveError
 
 
 def numbered(side: int) -> torch.Tensor:
@@ -59,9 +59,9 @@ def test_there_are_no_weights_to_name_or_train() -> None:
     assert not list(encoder.parameters()) and not list(encoder.buffers()) and not encoder.weight_files()
     assert PatchesEncoder.take_name({"patch_size": 8}) == (None, {"patch_size": 8})
     assert PatchesEncoder.planned(None, **PatchesEncoder.loading_options(encoder.options)).options == encoder.options
-    with pytest.raises(OpticNerveError, match="this encoder has 0 blocks"):
+    with refused("out-of-range", "0 blocks"):
         last_blocks(encoder, 1)
-    with pytest.raises(OpticNerveError, match="no weights to load; remove the name 'fuyu'"):
+    with refused("conflict", "'fuyu'"):
         PatchesEncoder.from_pretrained("fuyu")  # type: ignore[arg-type]
 
 
@@ -75,9 +75,7 @@ def test_pictures_of_any_shape(fit: str) -> None:
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(224, 30), (8, 0), (0, 8), (8, 16)])
 def test_sizes_that_do_not_divide(image_size: int, patch_size: int) -> None:
-    with pytest.raises(
-        OpticNerveError, match=f"pictures of {image_size} px do not divide into patches of {patch_size}"
-    ):
+    with refused("wrong-shape", image_size, patch_size):
         PatchesEncoder(image_size=image_size, patch_size=patch_size)
 
 

@@ -17,6 +17,7 @@ import torch
 from fuzz_recipes import GOOD
 from fuzz_target import limited
 
+from errors import refused
 from opticnerve.data.dataset.read import read
 from opticnerve.data.media.audio import open_audio
 from opticnerve.data.media.video import frames
@@ -26,7 +27,7 @@ from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.models.vlm.build import Dock
 from opticnerve.recipe import load
-from opticnerve.types import DataError, OpticNerveError, RecipeError
+from opticnerve.types import DataError, RecipeError
 
 
 class TestRecipes:
@@ -35,28 +36,28 @@ class TestRecipes:
     )
 
     @pytest.mark.parametrize(
-        ("text", "message"),
+        ("text", "refusal"),
         [
-            (BOMB, "more than 10,000 values"),
-            ("model: &m {image: *m}", "stands in what it stands for"),
-            ("[" * 2_000, "deeper than 30 levels"),
-            ("- " * 5_000 + "x", "deeper than 30 levels"),
-            ("x" * 250_001, "more than the 250,000"),
-            ("a: 2026-99-99", "month must be in 1..12"),
-            ("a: " + "9" * 5_000, "does not fit its kind"),
-            ("a: !!bool maybe", "does not fit its kind"),
-            ("a: !!float ''", "does not fit its kind"),
-            ("a: !!timestamp x", "does not fit its kind"),
-            ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+            (BOMB, ("recipe", "10,000")),
+            ("model: &m {image: *m}", ("recipe", "*m")),
+            ("[" * 2_000, ("recipe", 30)),
+            ("- " * 5_000 + "x", ("recipe", 30)),
+            ("x" * 250_001, ("recipe", "250,000")),
+            ("a: 2026-99-99", ("recipe", "1..12")),
+            ("a: " + "9" * 5_000, ("recipe", 5000)),
+            ("a: !!bool maybe", ("recipe", "maybe")),
+            ("a: !!float ''", ("recipe", "YAML")),
+            ("a: !!timestamp x", ("recipe", "YAML")),
+            ("a: !!python/object/apply:os.system ['true']", ("recipe", "os.system")),
         ],
         ids=lambda text: text[:20],
     )
-    def test_refused(self, text: str, message: str, tmp_path: Path) -> None:
+    def test_refused(self, text: str, refusal: tuple[Any, ...], tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text(text)
-        with limited(10), pytest.raises(RecipeError, match=message):
+        with limited(10), refused(*refusal, error=RecipeError):
             load(tmp_path / "r.yaml")
         if "\n" not in text:
-            with limited(10), pytest.raises(RecipeError, match=message):
+            with limited(10), refused(*refusal, error=RecipeError):
                 load({}, [f"name={text.removeprefix('a: ')}"])
 
     def test_anchors_are_taken_within_reason(self, tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ class TestRecipes:
     def test_a_part_of_half_a_character(self) -> None:
         recipe = copy.deepcopy(GOOD[0])
         recipe["stages"][0]["train"] = {"\ud800": 1e-4}
-        with pytest.raises(RecipeError, match="half a surrogate pair"):
+        with refused("recipe", "surrogate", error=RecipeError):
             load(recipe)
 
 
@@ -89,7 +90,7 @@ def test_a_folder_of_frames_may_not_link_out_of_the_media_folder(tmp_path: Path)
     (tmp_path / "media/clip/0.png").symlink_to(tmp_path / "secret.png")
     turns = [{"from": "human", "value": "<video> what?"}, {"from": "gpt", "value": "x"}]
     (tmp_path / "d.json").write_text(json.dumps([{"video": "clip", "conversations": turns}]))
-    with pytest.raises(DataError, match="outside the media folder"):
+    with refused("outside-media", "d.json", "media", error=DataError):
         list(read(tmp_path / "d.json", media=tmp_path / "media"))
     assert list(read(tmp_path / "d.json", media=tmp_path / "media", allow_outside_media=True))
 
@@ -101,13 +102,13 @@ def test_sound_of_an_impossible_rate(rate: int) -> None:
     with wave.open(out, "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
         file.writeframes(bytes(400))
-    with pytest.raises(DataError, match="samples a second"):
+    with refused("unreadable-audio", f"{rate:,}", "1,000 to 192,000", error=DataError):
         open_audio(out.getvalue())
 
 
 class TestVideos:
     def test_a_picture_that_breaks_when_its_frames_are_counted(self) -> None:
-        with pytest.raises(DataError, match="damaged or incomplete"):
+        with refused("unreadable-video", 14, error=DataError):
             frames(b"II*\0\x08\0\0\0" + bytes(6), 2)
 
     def test_a_title_that_is_no_utf8(self) -> None:
@@ -141,25 +142,27 @@ class TestCheckpoints:
         (folder / "config.json").write_text(json.dumps(config))
 
     @pytest.mark.parametrize(
-        ("keys", "value", "message"),
+        ("keys", "value", "refusal"),
         [
-            (("text_config", "num_hidden_layers"), 2**31, "more than 10,000"),
-            (("text_config", "num_hidden_layers"), 9_000, "one of the two is not its own|num_hidden_layers"),
-            (("text_config", "hidden_size"), 2**20, "one of the two is not its own"),
-            (("text_config", "vocab_size"), 2**40, "one of the two is not its own"),
-            (("towers", "image", "connector", "depth"), 10**5, "one of the two is not its own"),
-            (("towers", "image", "connector"), None, "towers.image.connector is no mapping"),
-            (("towers", "image", "encoder", "type"), ["mlp"], "towers.image.encoder is no mapping"),
-            (("towers",), [], "towers is a mapping"),
-            (("text_config", "model_type"), None, "names no language model"),
-            (("image_token_id",), "7", "image_token_id is a whole number"),
-            (("lora",), 3, "lora is a mapping"),
+            (("text_config", "num_hidden_layers"), 2**31, ("too-large", "num_hidden_layers", "10,000")),
+            (("text_config", "num_hidden_layers"), 9_000, ("damaged", "num_hidden_layers")),
+            (("text_config", "hidden_size"), 2**20, ("too-large",)),
+            (("text_config", "vocab_size"), 2**40, ("too-large",)),
+            (("towers", "image", "connector", "depth"), 10**5, ("too-large",)),
+            (("towers", "image", "connector"), None, ("wrong-type", "towers.image.connector")),
+            (("towers", "image", "encoder", "type"), ["mlp"], ("wrong-type", "towers.image.encoder")),
+            (("towers",), [], ("wrong-type", "towers")),
+            (("text_config", "model_type"), None, ("unknown-name", "text_config.model_type")),
+            (("image_token_id",), "7", ("wrong-type", "image_token_id")),
+            (("lora",), 3, ("wrong-type", "lora")),
         ],
         ids=str,
     )
-    def test_a_configuration_that_lies(self, whole: Path, keys: tuple[Any, ...], value: Any, message: str) -> None:
+    def test_a_configuration_that_lies(
+        self, whole: Path, keys: tuple[Any, ...], value: Any, refusal: tuple[Any, ...]
+    ) -> None:
         self.change(whole, *keys, to=value)
-        with limited(20), pytest.raises(OpticNerveError, match=message):
+        with limited(20), refused(*refusal):
             load_model(whole, device="cpu")
 
     def test_a_base_whose_name_is_none(self, docked: Callable[..., Dock], tmp_path: Path) -> None:
@@ -168,13 +171,13 @@ class TestCheckpoints:
         reference = json.loads((tmp_path / "run/dock.json").read_text())
         reference["bases"]["language"]["name"] = " "
         (tmp_path / "run/dock.json").write_text(json.dumps(reference))
-        with pytest.raises(OpticNerveError, match="there is no folder ' '"):
+        with refused("name", "' '"):
             load_model(tmp_path / "run", device="cpu")
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json", "tokenizer_config.json"])
     def test_a_processor_that_is_damaged(self, whole: Path, name: str) -> None:
         (whole / name).write_text('{"version": [')
-        with pytest.raises(OpticNerveError, match=r"the processor in .* cannot be loaded"):
+        with refused("damaged", "processor"):
             load_processor(str(whole))
 
     @pytest.mark.parametrize(
@@ -185,12 +188,12 @@ class TestCheckpoints:
     def test_a_header_that_lies(self, tmp_path: Path, data: bytes) -> None:
         (tmp_path / delta.TENSORS).write_bytes(data)
         model: Any = torch.nn.Linear(2, 2)
-        with pytest.raises(OpticNerveError, match="not a readable safetensors file"):
+        with refused("damaged", "trained.safetensors"):
             delta.put(model, tmp_path, {})
 
     def test_a_config_in_a_newer_format(self, whole: Path) -> None:
         self.change(whole, "dock_format", to=99)
-        with pytest.raises(OpticNerveError, match="written by a newer opticnerve"):
+        with refused("mismatch", 99, "config.json"):
             OpticNerveConfig.from_pretrained(whole)
 
 
@@ -198,13 +201,13 @@ def test_a_parquet_cell_that_is_no_utf8(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     broken = pa.array([b"\xff\xfe.png"]).view(pa.string())
     pq.write_table(pa.table({"image": broken, "caption": ["x"]}), tmp_path / "d.parquet")
-    with pytest.raises(DataError, match="the table cannot be read"):
+    with refused("table", "d.parquet", error=DataError):
         list(read(tmp_path / "d.parquet"))
 
 
 def test_a_panic_of_rust_is_told() -> None:
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(OpticNerveError, match="range end index 11"), wrap_errors("the processor", "here"):
+    with refused("damaged", "index 11", "the processor", "here"), wrap_errors("the processor", "here"):
         raise panic("range end index 11 out of range")
     with pytest.raises(KeyboardInterrupt), wrap_errors("the processor", "here"):
         raise KeyboardInterrupt

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from errors import refused
 from opticnerve.language.load import load_language, load_language_config, resolve
-from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -49,7 +49,7 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "m/model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OpticNerveError, match=r"missing model\.norm\.weight"):
+    with refused("mismatch", "model.norm.weight"):
         load_language(folder)
 
 
@@ -58,17 +58,17 @@ def test_a_tokenizer_without_any_end(tmp_path: Path) -> None:
     path = tmp_path / "m/tokenizer_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("eos_token", "pad_token")}))
-    with pytest.raises(OpticNerveError, match="neither padding nor end token"):
+    with refused("unsupported", "padding"):
         load_language(folder)
 
 
 def test_no_such_gguf() -> None:
-    with pytest.raises(OpticNerveError, match="there is no GGUF file"):
+    with refused("missing-file", "GGUF", "nowhere/model.gguf"):
         load_language("nowhere/model.gguf")
 
 
 def test_unknown_starter() -> None:
-    with pytest.raises(OpticNerveError, match="unknown starter language model"):
+    with refused("unknown-name", "starter/gpt-9", "starter/smollm2-135m-instruct"):
         resolve("starter/gpt-9")
 
 

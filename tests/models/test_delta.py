@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tiny
+from errors import refused
 from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import add_lora, has_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
@@ -90,7 +91,7 @@ def test_merge_makes_a_folder_of_its_own(
     model = AutoModelForImageTextToText.from_pretrained(out)
     assert not has_lora(model.language_model)
     torch.testing.assert_close(logits(model, AutoProcessor.from_pretrained(out)), logits(*made), rtol=1e-4, atol=1e-5)
-    with pytest.raises(OpticNerveError, match="exists already"):
+    with refused("exists-already", "merged"):
         merge(folder, out)
 
 
@@ -123,12 +124,12 @@ class TestRefusals:
 
     def test_another_language_model(self, run: Path) -> None:
         tiny.save_language(run.parent / "language", "llama", seed=9)
-        with pytest.raises(OpticNerveError, match="other weights of language"):
+        with refused("mismatch", "of language", "SHA-256"):
             self.load(run)
 
     def test_another_eye(self, run: Path) -> None:
         tiny.save_vision(run.parent / "vision", seed=9)
-        with pytest.raises(OpticNerveError, match="other weights of image"):
+        with refused("mismatch", "of image", "SHA-256"):
             self.load(run)
 
     def test_the_same_weights_written_again(self, run: Path) -> None:
@@ -145,32 +146,32 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["image.connector.layers.2.bias", "image.connector.input_mean"])
     def test_a_missing_tensor(self, run: Path, name: str) -> None:
         self.edit(run, lambda t: t.pop(name))
-        with pytest.raises(OpticNerveError, match=f"missing {name}"):
+        with refused("mismatch", name):
             self.load(run)
 
     def test_a_missing_adapter(self, run: Path) -> None:
         self.edit(run, lambda t: [t.pop(n) for n in list(t) if "lora_A" in n])
-        with pytest.raises(OpticNerveError, match=r"missing .*lora_A"):
+        with refused("mismatch", "lora_A"):
             self.load(run)
 
     def test_a_tensor_too_many(self, run: Path) -> None:
         self.edit(run, lambda t: t.update(stray=torch.ones(1)))
-        with pytest.raises(OpticNerveError, match="stray"):
+        with refused("mismatch", "stray"):
             self.load(run)
 
     def test_a_tensor_of_another_shape(self, run: Path) -> None:
         self.edit(run, lambda t: t.update({"image.connector.layers.2.bias": torch.ones(3)}))
-        with pytest.raises(OpticNerveError, match=r"layers\.2\.bias is \(3,\), the model wants \(32,\)"):
+        with refused("mismatch", "layers.2.bias", "(3,)", "(32,)"):
             self.load(run)
 
     def test_a_torn_file(self, run: Path) -> None:
         (run / delta.TENSORS).write_bytes((run / delta.TENSORS).read_bytes()[:100])
-        with pytest.raises(OpticNerveError, match="not a readable safetensors file"):
+        with refused("damaged", "trained.safetensors", "4,336", 100):
             self.load(run)
 
     def test_a_torn_reference(self, run: Path) -> None:
         (run / delta.REFERENCE).write_text('{"bases": {')
-        with pytest.raises(OpticNerveError, match="not a dock's reference file"):
+        with refused("damaged", "dock.json"):
             self.load(run)
 
     def change(self, run: Path, **values: Any) -> None:
@@ -181,35 +182,35 @@ class TestRefusals:
         data = bytearray((run / delta.TENSORS).read_bytes())
         data[-3] ^= 1
         (run / delta.TENSORS).write_bytes(bytes(data))
-        with pytest.raises(OpticNerveError, match="was changed or damaged after it was written"):
+        with refused("damaged", "trained.safetensors", "SHA-256", "dock.json"):
             self.load(run)
 
     def test_numbers_of_another_kind(self, run: Path) -> None:
         self.edit(run, lambda t: t.update({"image.connector.layers.2.bias": torch.ones(32, dtype=torch.int32)}))
         self.change(run, sha256=None)
-        with pytest.raises(OpticNerveError, match=r"holds torch\.int32, the model wants torch\.float32"):
+        with refused("mismatch", "torch.int32", "torch.float32"):
             self.load(run)
 
     def test_a_list_that_says_another_shape(self, run: Path) -> None:
         reference = json.loads((run / delta.REFERENCE).read_text())
         self.change(run, tensors={**reference["tensors"], "image.connector.layers.2.bias": [31]})
-        with pytest.raises(OpticNerveError, match=r"is \(32,\), dock\.json says \(31,\)"):
+        with refused("mismatch", "(32,)", "dock.json", "(31,)"):
             self.load(run)
 
     def test_no_reference_at_all(self, run: Path) -> None:
         (run / delta.REFERENCE).unlink()
-        with pytest.raises(OpticNerveError, match=r"no dock\.json, which names the base models"):
+        with refused("missing-file", "dock.json"):
             self.load(run)
 
     def test_a_newer_format(self, run: Path) -> None:
         self.change(run, format=delta.FORMAT + 1)
-        with pytest.raises(OpticNerveError, match="written by a newer opticnerve"):
+        with refused("mismatch", 2, "dock.json"):
             self.load(run)
 
     def test_files_that_do_not_belong_together(self, run: Path) -> None:
         reference = json.loads((run / delta.REFERENCE).read_text())
         self.change(run, bases={**reference["bases"], "audio": {"name": None, "sha256": None}})
-        with pytest.raises(OpticNerveError, match="the two files do not belong together"):
+        with refused("mismatch", "config.json", "dock.json", "audio, image"):
             self.load(run)
 
     def test_a_base_of_which_nobody_can_tell(
@@ -226,7 +227,7 @@ class TestRefusals:
         reference["bases"]["image"]["sha256"] = known
         self.change(run, bases=reference["bases"])
         monkeypatch.setattr("opticnerve.encoders.hf_vision.weight_files", lambda folder: [])
-        with pytest.raises(OpticNerveError, match="no weight file of that name was found"):
+        with refused("mismatch", "of image", "SHA-256"):
             self.load(run)
 
     def test_a_base_that_lost_a_tensor(self, run: Path) -> None:
@@ -234,7 +235,7 @@ class TestRefusals:
         tensors = load_file(file)
         tensors.pop("model.layers.1.mlp.up_proj.weight")
         save_file(tensors, file, metadata={"format": "pt"})
-        with pytest.raises(OpticNerveError, match=r"missing model\.layers\.1\.mlp\.up_proj\.weight"):
+        with refused("mismatch", "model.layers.1.mlp.up_proj.weight"):
             self.load(run)
 
     @pytest.mark.parametrize("key", ["bases", "tensors", "dtype", "lora"])
@@ -255,7 +256,7 @@ class TestRefusals:
     def test_a_reference_without_lora(self, run: Path) -> None:
         reference = json.loads((run / delta.REFERENCE).read_text())
         (run / delta.REFERENCE).write_text(json.dumps({**reference, "lora": None}))
-        with pytest.raises(OpticNerveError, match="no place for"):
+        with refused("mismatch", "lora_A"):
             self.load(run)
 
 
@@ -286,5 +287,5 @@ def test_a_gguf_file_within_a_folder_is_found_again(
     again = OpticNerveForConditionalGeneration.from_pretrained(folder)
     assert torch.equal(logits(again, made.processor), logits(*made))
     (tmp_path / "base/small.gguf").write_bytes(b"other weights")
-    with pytest.raises(OpticNerveError, match="other weights of language"):
+    with refused("mismatch", "of language", "SHA-256"):
         OpticNerveForConditionalGeneration.from_pretrained(folder)

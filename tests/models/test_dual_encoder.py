@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from errors import refused
 from opticnerve.data.collators.contrastive import PairCollator
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.objectives.contrastive import Contrastive
-from opticnerve.types import OpticNerveError, ask
+from opticnerve.types import ask
 
 WORDS = ["red", "blue", "green", "three", "no", "lazy", "quick", "brown"]
 THINGS = ["circle", "dog"]
@@ -68,14 +69,14 @@ def test_timms_own_pooler_may_change_the_width(name: str) -> None:
     assert model.get_image_features(pixels).shape == (2, 16)
 
 
-@pytest.mark.parametrize(("make", "pooling", "message"), [
-    (lambda: vision_encoder("siglip_vision_model", class_token="keep"), "class_token", "SiglipVisionModel has none"),
-    (lambda: vision_encoder("vit"), "class_token", "leaves it out: add class_token: keep"),
-    (lambda: vision_encoder("vit", layer=-2), "pooler", "cut at layer -2"),
-    (lambda: vision_encoder("vit"), "max", "not 'max'"),
+@pytest.mark.parametrize(("make", "pooling", "refusal"), [
+    (lambda: vision_encoder("siglip_vision_model", class_token="keep"), "class_token", ("unsupported", "SiglipVisionModel")),
+    (lambda: vision_encoder("vit"), "class_token", ("unsupported", "class_token: keep")),
+    (lambda: vision_encoder("vit", layer=-2), "pooler", ("conflict", -2)),
+    (lambda: vision_encoder("vit"), "max", ("unknown-name", "'max'")),
 ])  # fmt: skip
-def test_impossible_poolings(make: Callable[[], Any], pooling: Any, message: str) -> None:
-    with pytest.raises(OpticNerveError, match=message):
+def test_impossible_poolings(make: Callable[[], Any], pooling: Any, refusal: tuple[Any, ...]) -> None:
+    with refused(*refusal):
         dual(make(), pooling=pooling)
 
 
@@ -90,7 +91,7 @@ def test_another_size_interpolates_before_the_pooler() -> None:
 
 
 def test_towers_without_projections_must_fit() -> None:
-    with pytest.raises(OpticNerveError, match=r"pictures become vectors of width 24, texts of width 32"):
+    with refused("wrong-shape", 24, 32):
         dual(text=tiny.text_encoder("llama"), image_projection=False, text_projection=False, projection_dim=None)
     model, processor = dual(image_projection=False, text_projection=False, projection_dim=None)
     assert model.embed(batch_of(processor))[0].shape == (4, 24)
@@ -104,7 +105,7 @@ def test_projections_are_one_matrix_without_bias() -> None:
     pixels = batch_of(processor).pixel_values
     wanted = model.image.encode(pixels) @ model.image.projection.weight.T
     torch.testing.assert_close(model.get_image_features(pixels), wanted)
-    with pytest.raises(OpticNerveError, match="projection_dim is not given"):
+    with refused("missing-field", "projection_dim"):
         dual(projection_dim=None)
 
 
@@ -147,7 +148,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     state["image.projection.weight"] = torch.zeros(3, 3)
     del state["logit_scale"]
     save_file({**state, "text.other": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OpticNerveError, match=r"missing keys: logit_scale") as e:
+    with refused("mismatch", "logit_scale") as e:
         DualEncoder.from_pretrained(tmp_path)
     assert "text.other" in str(e.value)
     assert "image.projection.weight" in str(e.value)
@@ -174,12 +175,12 @@ def test_parts_cover_every_parameter_once() -> None:
     assert model.part_parameters("image.encoder.last(1)").keys() < model.part_parameters("image.encoder").keys()
 
 
-@pytest.mark.parametrize(("part", "message"), [
-    ("connector", "no part 'connector'.*image.projection"),
-    ("text.encoder.last(5)", "2 blocks"),
+@pytest.mark.parametrize(("part", "refusal"), [
+    ("connector", ("unknown-name", "'connector'", "image.projection")),
+    ("text.encoder.last(5)", ("out-of-range", 2)),
 ])  # fmt: skip
-def test_unknown_parts(part: str, message: str) -> None:
-    with pytest.raises(OpticNerveError, match=message):
+def test_unknown_parts(part: str, refusal: tuple[Any, ...]) -> None:
+    with refused(*refusal):
         dual()[0].part_parameters(part)
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import checkpoints
 import tiny
+from errors import refused
 from opticnerve.cli.export import import_
 from opticnerve.cli.guard import guarded
 from opticnerve.data.encode.tokenize import encode
@@ -177,37 +178,40 @@ def clip_llava(**options: Any) -> Any:
 
 T5 = {"model_type": "t5", "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "encoder-decoder": (lambda: tf.Blip2Config(text_config=T5, image_token_index=3), "t5, an encoder-decoder"),
-    "vision tower": (lambda: tf.LlavaConfig(vision_config={"model_type": "pixtral"}), "pixtral, for which there is no"),
+    "encoder-decoder": (
+        lambda: tf.Blip2Config(text_config=T5, image_token_index=3),
+        ("unsupported", "t5", "encoder-decoder"),
+    ),
+    "vision tower": (lambda: tf.LlavaConfig(vision_config={"model_type": "pixtral"}), ("unsupported", "pixtral")),
     "other weights": (
         lambda: clip_llava(architectures=["LlavaLlamaForCausalLM"]),
-        "LlavaLlamaForCausalLM, not for transformers' LlavaForConditionalGeneration",
+        ("unsupported", "LlavaLlamaForCausalLM", "LlavaForConditionalGeneration"),
     ),
     "retrieval": (
         lambda: tf.Blip2Config(architectures=["Blip2ForImageTextRetrieval"], image_token_index=3),
-        "Blip2ForImageTextRetrieval",
+        ("unsupported", "Blip2ForImageTextRetrieval"),
     ),
     "quantised": (
         lambda: clip_llava(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "llava are quantised",
+        ("unsupported", "llava", "quantised"),
     ),
-    "no image token": (lambda: tf.Blip2Config(), "no image_token_index"),
+    "no image token": (lambda: tf.Blip2Config(), ("unsupported", "image_token_index")),
     "words in the Q-Former": (
         lambda: tf.Blip2Config(qformer_config={"use_qformer_text_input": True}, image_token_index=3),
-        "words' branch",
+        ("unsupported", "Q-Former", "words' branch"),
     ),
     "other Q-Former": (
         lambda: tf.Blip2Config(qformer_config={"hidden_act": "relu"}, image_token_index=3),
-        "hidden_act relu; the qformer connector knows gelu alone",
+        ("unsupported", "hidden_act relu", "gelu"),
     ),
-    "other kind": (lambda: tf.LlavaOnevisionConfig(), "is a llava_onevision; what can be imported: llava, llava_next"),
+    "other kind": (lambda: tf.LlavaOnevisionConfig(), ("unsupported", "llava_onevision", "llava_next")),
 }
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_configurations_are_refused_before_weights_are_read(case: str, tmp_path: Path) -> None:
-    make, message = REFUSED[case]
-    with pytest.raises(OpticNerveError, match=message):
+    make, refusal = REFUSED[case]
+    with refused(*refusal):
         import_checkpoint(save_config(tmp_path / "source", make()), tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["source"]
 
@@ -221,12 +225,12 @@ def test_all_reasons_are_named_at_once(tmp_path: Path) -> None:
 
 def test_a_setting_that_transformers_itself_refuses(llava: Path, tmp_path: Path) -> None:
     edit(llava, lambda c: c.update(vision_feature_select_strategy="cls"))
-    with pytest.raises(OpticNerveError, match="no configuration that transformers can read"):
+    with refused("damaged", "vision_feature_select_strategy", "cls"):
         import_checkpoint(llava, tmp_path / "out")
 
 
-def refused(source: Path, out: Path, message: str) -> None:
-    with pytest.raises(OpticNerveError, match=message):
+def import_refused(source: Path, out: Path, *refusal: Any) -> None:
+    with refused(*refusal):
         import_checkpoint(source, out)
     assert not out.exists()
     assert not list(out.parent.glob(".out*"))
@@ -236,56 +240,56 @@ def test_default_selection_needs_a_class_token(tmp_path: Path) -> None:
     source = checkpoints.save_llava(
         tmp_path / "llava", vision="siglip_vision_model", vision_feature_select_strategy="default"
     )
-    refused(source, tmp_path / "out", "has 0 class and register tokens, not 1")
+    import_refused(source, tmp_path / "out", "unsupported", 0, 1)
 
 
 def test_tiles_side_by_side_have_no_room_for_a_class_token(tmp_path: Path) -> None:
     source = checkpoints.save_llava_next(tmp_path / "next", vision_feature_select_strategy="full")
-    refused(source, tmp_path / "out", "keeps 1 tokens that belong to no place")
+    import_refused(source, tmp_path / "out", "unsupported", 1)
 
 
 def test_pinpoints_must_agree(tmp_path: Path) -> None:
     source = checkpoints.save_llava_next(tmp_path / "next")
     edit(source, lambda c: c.update(image_grid_pinpoints=[[32, 64]]))
-    refused(source, tmp_path / "out", "make them the same")
+    import_refused(source, tmp_path / "out", "mismatch", "image_grid_pinpoints")
 
 
 def test_the_image_token_must_agree(llava: Path, tmp_path: Path) -> None:
     edit(llava, lambda c: c.update(image_token_index=5))
-    refused(llava, tmp_path / "out", "token 5 stands for a picture, the tokenizer's <image> is")
+    import_refused(llava, tmp_path / "out", "mismatch", 5, "<image>")
 
 
 def test_unexpected_tensors_are_named(llava: Path, tmp_path: Path) -> None:
     edit_weights(llava, lambda s: s.update({"model.extra_projector.weight": torch.zeros(2)}))
-    refused(llava, tmp_path / "out", "unexpected keys: model.extra_projector.weight")
+    import_refused(llava, tmp_path / "out", "mismatch", "model.extra_projector.weight")
 
 
 def test_missing_tensors_are_named(llava: Path, tmp_path: Path) -> None:
     edit_weights(llava, lambda s: [s.pop(n) for n in list(s) if n.endswith("linear_2.bias")])
-    refused(llava, tmp_path / "out", "missing keys: model.multi_modal_projector.linear_2.bias")
+    import_refused(llava, tmp_path / "out", "mismatch", "model.multi_modal_projector.linear_2.bias")
 
 
 def test_a_checkpoint_that_does_not_run_in_transformers_is_refused(llava: Path, tmp_path: Path) -> None:
     edit(llava, lambda c: c.update(num_additional_image_tokens=0), "processor_config.json")
-    refused(llava, tmp_path / "out", "does not run in transformers: Image features and image tokens do not match")
+    import_refused(llava, tmp_path / "out", "damaged", "15", "512")
 
 
 def test_a_checkpoint_without_processor_is_refused(llava: Path, tmp_path: Path) -> None:
     for file in llava.glob("*"):
         if file.name not in ("config.json", "model.safetensors", "generation_config.json"):
             file.unlink()
-    refused(llava, tmp_path / "out", "processor")
+    import_refused(llava, tmp_path / "out", "damaged", "processor", "llava")
 
 
 def test_a_language_model_that_ends_otherwise_is_caught_by_its_logits(tmp_path: Path) -> None:
     """transformers' LLaVA leaves out the cap that Gemma 2 puts on its logits."""
     source = checkpoints.save_llava(tmp_path / "llava", text="gemma2")
-    refused(source, tmp_path / "out", "logits differ by up to")
+    import_refused(source, tmp_path / "out", "mismatch", "logits", "float32")
 
 
 def test_a_language_model_with_other_tensors_is_refused(tmp_path: Path) -> None:
     source = checkpoints.save_llava(tmp_path / "llava", text="phi")
-    refused(source, tmp_path / "out", "PhiForCausalLM has other tensors.*lm_head.bias")
+    import_refused(source, tmp_path / "out", "mismatch", "PhiForCausalLM", "lm_head.bias")
 
 
 def test_logits_that_differ_leave_nothing_behind(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,29 +300,29 @@ def test_logits_that_differ_leave_nothing_behind(llava: Path, tmp_path: Path, mo
         chosen[-1].logits[0, 0] += 2e-4
 
     monkeypatch.setattr(importing, "record", nudged)
-    refused(llava, tmp_path / "out", "logits differ by up to 0.0002")
+    import_refused(llava, tmp_path / "out", "mismatch", 0.0002)
 
 
 def test_a_folder_that_exists_is_left_alone(llava: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(OpticNerveError, match="exists already"):
+    with refused("exists-already", "out"):
         import_checkpoint(llava, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_that_is_not_there_is_no_hub_name(tmp_path: Path) -> None:
-    with pytest.raises(OpticNerveError, match="there is no folder .*nowhere"):
+    with refused("name", "nowhere"):
         import_checkpoint(tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_our_own_models_are_no_imports(llava: Path, tmp_path: Path) -> None:
     made = import_checkpoint(llava, tmp_path / "out")
-    with pytest.raises(OpticNerveError, match="is a model of opticnerve already"):
+    with refused("unsupported", "out", "opticnerve"):
         import_checkpoint(made.folder, tmp_path / "again")
 
 
 def test_unknown_dtypes_are_refused(llava: Path, tmp_path: Path) -> None:
-    with pytest.raises(OpticNerveError, match="unknown dtype 'int4'; known: auto, float32, bfloat16, float16"):
+    with refused("unknown-name", "'int4'", "float32", "bfloat16", "float16"):
         import_checkpoint(llava, tmp_path / "out", dtype="int4")
 
 
@@ -327,7 +331,7 @@ def test_tensors_are_accounted_for_in_both_directions() -> None:
     theirs.a = ours.b = torch.nn.Linear(2, 2)
     assert importing.account(theirs, ours) == 2
     theirs.lost, ours.new = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(3, 3, bias=False)
-    with pytest.raises(OpticNerveError, match="no place for lost.weight; no source for new.weight"):
+    with refused("mismatch", "lost.weight", "new.weight"):
         importing.account(theirs, ours)
 
 

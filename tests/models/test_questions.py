@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 
 import tiny
+from errors import refused
 from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import encode
@@ -89,7 +90,7 @@ def test_transformers_own_chat_reads_the_same(curious: Dock) -> None:
 
 def test_other_questions_cannot_share_a_picture(curious: Dock) -> None:
     questions = [ask("what colour?", P[0], answer="red"), ask("how many?", P[0], answer="three")]
-    with pytest.raises(DataError, match="ask an instruction-aware Q-Former different questions"):
+    with refused("conflict", "Q-Former", error=DataError):
         pack([[encode(q, curious.processor) for q in questions]])
 
 

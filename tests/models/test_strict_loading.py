@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
+from errors import refused
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.encoders.timm import TimmEncoder
@@ -38,34 +39,34 @@ LAYER = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        (lambda t: t.pop(LAYER), f"missing {LAYER}"),
-        (rename(LAYER, "model.layers.0.mlp.up.weight"), f"missing {LAYER}; unexpected model.layers.0.mlp.up.weight"),
-        (lambda t: t.update(stray=torch.ones(2)), "unexpected stray"),
-        (lambda t: t.update({LAYER: torch.ones(3, 3)}), rf"mismatched .*{LAYER}"),
+        (lambda t: t.pop(LAYER), (f"missing {LAYER}",)),
+        (rename(LAYER, "model.layers.0.mlp.up.weight"), (f"missing {LAYER}", "model.layers.0.mlp.up.weight")),
+        (lambda t: t.update(stray=torch.ones(2)), ("stray",)),
+        (lambda t: t.update({LAYER: torch.ones(3, 3)}), ("mismatched", LAYER)),
     ],
     ids=["missing", "renamed", "left over", "of another shape"],
 )
-def test_a_language_model(change: Any, message: str, tmp_path: Path) -> None:
+def test_a_language_model(change: Any, facts: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "language"
     tiny.save_language(folder, "llama")
     load_language(str(folder))
     edit(folder, change)
-    with pytest.raises(OpticNerveError, match=message):
+    with refused("mismatch", *facts):
         load_language(str(folder))
 
 
 def test_a_gguf_is_held_to_the_same() -> None:
     """(The report is what transformers gives for a GGUF file, too; a hole would stay in the cache for good.)"""
-    with pytest.raises(OpticNerveError, match=r"'small\.gguf' are not those .* missing blk"):
+    with refused("mismatch", "'small.gguf'", "blk"):
         check_complete("small.gguf", {"missing_keys": {"blk"}, "unexpected_keys": set(), "mismatched_keys": set()})
 
 
 def test_an_adapter_in_place_of_a_language_model(tmp_path: Path) -> None:
     tiny.save_language(tmp_path / "language", "llama")
     (tmp_path / "language/adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(OpticNerveError, match="holds an adapter of peft"):
+    with refused("unsupported", "peft", "adapter_config.json"):
         load_language(str(tmp_path / "language"))
 
 
@@ -86,7 +87,7 @@ def test_a_vision_transformer(change: str, tmp_path: Path) -> None:
         "missing": lambda t: t.pop(name), "renamed": rename(name, "stray"), "shape": lambda t: t.update({name: torch.ones(5)}),
     }  # fmt: skip
     edit(tmp_path / "eye", changes[change])
-    with pytest.raises(OpticNerveError, match=r"lacks weights of its vision tower: .*layer_norm1\.weight"):
+    with refused("mismatch", "layer_norm1.weight"):
         HFVisionEncoder.from_pretrained(str(tmp_path / "eye"))
 
 
@@ -94,14 +95,14 @@ def test_a_timm_model_with_a_renamed_tensor(tmp_path: Path) -> None:
     name = tiny.save_timm(tmp_path / "eye")
     first = next(n for n in load_file(tmp_path / "eye/model.safetensors") if n.endswith(".weight"))
     edit(tmp_path / "eye", rename(first, "stray"))
-    with pytest.raises(OpticNerveError, match=r"are not those of its configuration(.|\n)*" + first):
+    with refused("mismatch", first):
         TimmEncoder.from_pretrained(name)
 
 
 def test_a_text_encoder(tmp_path: Path) -> None:
     tiny.save_bert(tmp_path / "bert")
     edit(tmp_path / "bert", lambda t: t.update({"embeddings.word_embeddings.weight": torch.ones(2, 2)}))
-    with pytest.raises(OpticNerveError, match=r"mismatched .*word_embeddings"):
+    with refused("mismatch", "word_embeddings"):
         HFTextEncoder.from_pretrained(str(tmp_path / "bert"))
 
 
@@ -111,11 +112,11 @@ class TestNoLargerThan:
             nn.Linear(9, 9)
 
     def test_a_width_out_of_all_measure(self) -> None:
-        with no_larger_than("x", 2, 100), torch.device("meta"), pytest.raises(OpticNerveError, match="x: its config"):
+        with no_larger_than("x", 2, 100), torch.device("meta"), refused("too-large", "1,099,511,627,776", 100):
             nn.Linear(2**20, 2**20)
 
     def test_a_depth_out_of_all_measure(self) -> None:
-        with no_larger_than("x", 2, 100), torch.device("meta"), pytest.raises(OpticNerveError, match="not its own"):
+        with no_larger_than("x", 2, 100), torch.device("meta"), refused("too-large", 513, 100):
             nn.Sequential(*(nn.Linear(1, 1) for _ in range(10**6)))
 
     def test_outside_of_it_everything_goes(self) -> None:
@@ -125,7 +126,7 @@ class TestNoLargerThan:
 
 def test_whatever_breaks_is_told() -> None:
     with (
-        pytest.raises(OpticNerveError, match="the model in here cannot be loaded: KeyError: 'a'") as e,
+        refused("damaged", "the model", "here", "KeyError", "'a'") as e,
         wrap_errors("the model", "here"),
     ):
         raise KeyError("a")

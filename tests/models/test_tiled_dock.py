@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers as tf
 
+from errors import refused
 from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.next_token import NextToken
-from opticnerve.types import OpticNerveError, ask
+from opticnerve.types import ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -115,5 +116,5 @@ def test_an_ear_takes_no_tiles() -> None:
     from opticnerve import recipe as recipes
 
     model = {"language": {"name": "x"}, "audio": {"encoder": {"type": "whisper", "name": "y"}, "tiling": {}}}
-    with pytest.raises(OpticNerveError, match="tiling is for pictures"):
+    with refused("recipe", "audio.tiling"):
         recipes.load({"model": model})

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+from errors import refused
 from opticnerve.data.collators.classification import AnswerCollator
 from opticnerve.models.classifier.build import ClassifierDock, classifier
 from opticnerve.objectives.next_token import Classification
@@ -142,25 +143,25 @@ def dialogue(*turns: tuple[Any, str], pictures: int = 1) -> Conversation:
 
 
 @pytest.mark.parametrize(
-    ("conversation", "message"),
+    ("conversation", "refusal"),
     [
         (
             dialogue(("user", "what?"), ("assistant", "yess")),
-            r"talk.jsonl:7.*'yess' is none of the 3.*nearest is 'yes'",
+            ("answer", "talk.jsonl:7", "'yess'", 3, "'yes'"),
         ),
-        (dialogue(("user", "what?"), ("assistant", "blue")), r"'blue' is none of the 3.*'no', 'red', 'yes'.*answers"),
-        (dialogue(("user", "what?")), r"talk.jsonl:7.*no answer to learn"),
-        (dialogue(("user", "what?"), ("assistant", "yes"), pictures=0), "0 pictures and 1 questions"),
-        (dialogue(("user", "what?"), ("assistant", "yes"), pictures=2), "2 pictures and 1 questions"),
-        (dialogue(("user", " "), ("assistant", "yes")), "1 pictures and 0 questions"),
+        (dialogue(("user", "what?"), ("assistant", "blue")), ("answer", "'blue'", 3, "'no'", "'red'", "'yes'")),
+        (dialogue(("user", "what?")), ("no-answer", "talk.jsonl:7")),
+        (dialogue(("user", "what?"), ("assistant", "yes"), pictures=0), ("no-question", 0, 1)),
+        (dialogue(("user", "what?"), ("assistant", "yes"), pictures=2), ("no-question", 2, 1)),
+        (dialogue(("user", " "), ("assistant", "yes")), ("no-question", 1, 0)),
         (
             dialogue(("user", "what?"), ("assistant", "no"), ("user", "and now?"), ("assistant", "yes")),
-            "1 pictures and 2 questions",
+            ("no-question", 1, 2),
         ),
     ],
 )
-def test_bad_input(conversation: Conversation, message: str, made: Callable[..., ClassifierDock]) -> None:
+def test_bad_input(conversation: Conversation, refusal: tuple[Any, ...], made: Callable[..., ClassifierDock]) -> None:
     collate = AnswerCollator(made("early").processor)
     for act in (lambda: collate([[conversation]]), lambda: collate.check(conversation)):
-        with pytest.raises(DataError, match=message):
+        with refused(*refusal, error=DataError):
             act()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import refused
 from opticnerve.objectives.contrastive import MAX_SCALE, Contrastive, Negatives, clip_loss, siglip_loss
 from opticnerve.types import OpticNerveError
 
@@ -134,15 +135,15 @@ def test_twins_count_as_if_they_were_not_there(loss: str) -> None:
 
 
 def test_unequal_pair_counts_name_both_numbers() -> None:
-    with pytest.raises(OpticNerveError, match="3 pictures and 2 captions"):
+    with refused("wrong-shape", "3 pictures", "2 captions"):
         clip_loss(torch.randn(3, 4), torch.randn(2, 4), torch.tensor(1.0))
-    with pytest.raises(OpticNerveError, match="3 pictures and 2 captions"):
+    with refused("wrong-shape", "3 pictures", "2 captions"):
         siglip_loss(torch.randn(3, 4), torch.randn(2, 4), torch.tensor(1.0), torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 def test_one_pair_teaches_nothing(loss: str) -> None:
-    with pytest.raises(OpticNerveError, match="batch of 1 pair"):
+    with refused("out-of-range", "1 pair", "batch_size"):
         Contrastive(TwoTowers(loss))(pairs(1))
 
 
@@ -151,9 +152,7 @@ def test_duplicates_are_refused_by_name_or_masked(keys: str) -> None:
     batch = pairs()
     getattr(batch, keys)[5] = getattr(batch, keys)[2]
     same = keys.removesuffix("_keys").replace("image", "picture")
-    with pytest.raises(
-        OpticNerveError, match=rf"2 of the batch's 8 pairs .*{same}.*s2 \('caption 2'\), s5 .*duplicates: mask"
-    ):
+    with refused("conflict", 2, 8, same, "s2", "'caption 2'", "s5", "duplicates: mask"):
         Contrastive(TwoTowers("clip"))(batch)
     masked, _ = big_batch("clip", "mask", batch)
     plain, _ = big_batch("clip")
@@ -161,7 +160,7 @@ def test_duplicates_are_refused_by_name_or_masked(keys: str) -> None:
 
 
 def test_an_unknown_rule_for_duplicates() -> None:
-    with pytest.raises(OpticNerveError, match="'refuse' or 'mask'"):
+    with refused("unknown-name", "'refuse'", "'mask'"):
         Contrastive(TwoTowers("clip"), duplicates="drop")  # type: ignore[arg-type]
 
 
@@ -199,7 +198,7 @@ def test_masked_twins_in_different_micro_batches() -> None:
     model = TwoTowers("clip", dropout=0.0)
     Contrastive(model, duplicates="mask").backward([batch.part(0, 4), batch.part(4, 8)], 1 / PAIRS)
     assert_same(gradients(model), wanted)
-    with pytest.raises(OpticNerveError, match="s1"):
+    with refused("conflict", "s1"):
         Contrastive(model).backward([batch.part(0, 4), batch.part(4, 8)], 1 / PAIRS)
 
 
@@ -242,7 +241,7 @@ def test_a_frozen_tower_takes_no_gradient_and_the_other_is_right() -> None:
 def test_batch_norm_in_training_is_refused_with_micro_batches_alone() -> None:
     objective = Contrastive(TwoTowers("clip", norm=True))
     objective.backward([pairs()], 1.0)
-    with pytest.raises(OpticNerveError, match="image.1 normalises over the batch"):
+    with refused("conflict", "image.1"):
         objective.backward([pairs().part(0, 4), pairs().part(4, 8)], 1.0)
     objective.eval()
     objective.backward([pairs().part(0, 4), pairs().part(4, 8)], 1.0)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+from errors import refused
 from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.collators.preference import PreferenceCollator
 from opticnerve.data.dataset.read import read
@@ -24,7 +25,7 @@ from opticnerve.objectives.dpo import DPO, log_likelihoods
 from opticnerve.objectives.next_token import batch_logits
 from opticnerve.recipe import load
 from opticnerve.train.loop import run_stage
-from opticnerve.types import Conversation, DataError, OpticNerveError, ask
+from opticnerve.types import Conversation, DataError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 PAIRS = [("a red circle", "no"), ("yes", "yes, it's a dog"), ("the blue square and a fox", "42")]
@@ -167,11 +168,19 @@ def test_bad_pairs_are_named(row: dict[str, Any], kind: str, tmp_path: Path) -> 
 
 
 def test_data_without_a_rejected_answer_are_refused(docked: Callable[..., Dock]) -> None:
-    with pytest.raises(DataError, match="no rejected answer"):
+    with refused("no-rejected", "chosen, rejected", error=DataError):
         PreferenceCollator(docked("llama").processor)([[ask("q", tiny.picture(0), answer="a")]])
 
 
-@pytest.mark.parametrize("options", [{"beta": 0}, {"loss": "hinge"}, {"label_smoothing": 0.5}, {"sft": -1}])
-def test_options_are_checked(docked: Callable[..., Dock], options: dict[str, Any]) -> None:
-    with pytest.raises(OpticNerveError, match=next(iter(options))):
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"beta": 0}, "out-of-range"),
+        ({"loss": "hinge"}, "unknown-name"),
+        ({"label_smoothing": 0.5}, "out-of-range"),
+        ({"sft": -1}, "out-of-range"),
+    ],
+)
+def test_options_are_checked(docked: Callable[..., Dock], options: dict[str, Any], kind: str) -> None:
+    with refused(kind, *options, *options.values()):
         DPO(docked("llama").model, **options)

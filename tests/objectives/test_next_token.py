@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+from errors import refused
 from opticnerve.data.collators.next_token import Batch, Collator
 from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import encode
@@ -19,7 +20,7 @@ from opticnerve.models.vlm.build import Dock
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.ops import enabled
 from opticnerve.ops.head import supervised_logits
-from opticnerve.types import Conversation, OpticNerveError, ask
+from opticnerve.types import Conversation, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 PACKABLE = ("llama", "llama tied", "qwen2", "mistral", "phi", "gemma2", "gpt2", "opt")
@@ -161,5 +162,5 @@ def test_a_packed_row_longer_than_a_sliding_window_is_refused(docked: Callable[.
     if enabled():
         NextToken(dock.model)(batch)  # by segments every layer knows its window
     dock.model.language_model.set_attn_implementation("eager")  # a mask of ours replaces the window
-    with pytest.raises(OpticNerveError, match="attends within 4"):
+    with refused("too-long", 4):
         NextToken(dock.model)(batch)

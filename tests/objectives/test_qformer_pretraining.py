@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 import tiny
+from errors import refused
 from opticnerve.connectors.mlp import LinearConnector
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.collators.contrastive import CaptionBatch, CaptionCollator
@@ -283,7 +284,7 @@ class TestTwins:
         assert all(p.grad is None or p.grad.isfinite().all() for p in made.parameters())
 
     def test_nothing_to_contrast(self) -> None:
-        with pytest.raises(OpticNerveError, match="all 3 pairs of a batch share their picture or caption"):
+        with refused("conflict", "all 3 pairs"):
             objective()(batch(["a cat"] * 3))
 
 
@@ -360,47 +361,45 @@ class TestCollator:
         assert tokenizer().decode(ids[0]) == "[CLS] a red [SEP]"
 
     @pytest.mark.parametrize(
-        ("rows", "error", "message"),
+        ("rows", "error", "refusal"),
         [
-            ([[ask("who?", answer="a cat")]], DataError, "has no picture; .* image–caption pairs"),
-            ([[ask("who?", tiny.picture(0))]], DataError, "has no caption"),
-            ([[ask("who?", tiny.picture(0), answer=" ")]], DataError, "has no caption"),
-            ([[ask("", b"no picture", answer="a cat")]], DataError, "not an image"),
-            ([[ask("", tiny.picture(0), answer="a cat")] * 3], OpticNerveError, "not 3 about one picture: .*share_pre"),
+            ([[ask("who?", answer="a cat")]], DataError, ("no-image", "qformer_pretraining")),
+            ([[ask("who?", tiny.picture(0))]], DataError, ("no-assistant-turn",)),
+            ([[ask("who?", tiny.picture(0), answer=" ")]], DataError, ("no-assistant-turn",)),
+            ([[ask("", b"no picture", answer="a cat")]], DataError, ("unreadable-image", 10)),
+            ([[ask("", tiny.picture(0), answer="a cat")] * 3], OpticNerveError, ("conflict", 3, "share_prefix")),
         ],
     )
-    def test_what_it_refuses(self, rows: Any, error: type[Exception], message: str) -> None:
-        with pytest.raises(error, match=message):
+    def test_what_it_refuses(self, rows: Any, error: type[Exception], refusal: tuple[Any, ...]) -> None:
+        with refused(*refusal, error=error):
             self.collator()(rows)
 
     def test_a_processor_without_the_tokenizer(self) -> None:
-        with pytest.raises(OpticNerveError, match="wants the tokenizer of a BERT"):
+        with refused("missing-field", "text_tokenizer", "bert"):
             QFormerPretraining.collator(SimpleNamespace(image_processor=None), SimpleNamespace(max_length=9), 0)
 
 
 def test_refusals() -> None:
     made = objective()
-    with pytest.raises(OpticNerveError, match="a batch of 1 pair has no negatives"):
+    with refused("out-of-range", 1, "batch_size"):
         made(batch(["a cat"]))
     pairs = batch()
     pairs.text_ids[3, 1] = made.connector.decoder_token_id
-    with pytest.raises(
-        OpticNerveError, match=rf"holds token {len(VOCABULARY)}, but .* last row, {len(VOCABULARY)}, is"
-    ):
+    with refused("out-of-range", len(VOCABULARY)):
         made(pairs)
     model = nn.Module()
-    with pytest.raises(OpticNerveError, match="wants an image tower with connector"):
+    with refused("unsupported", "type: qformer"):
         QFormerPretraining(model)
     model.image = Tower()
     model.image.connector = LinearConnector(in_size=12, out_size=10, in_tokens=4)
-    with pytest.raises(OpticNerveError, match="wants an image tower with connector"):
+    with refused("unsupported", "type: qformer"):
         QFormerPretraining(model)
     model.image.connector = QFormerConnector(in_size=12, out_size=10, in_tokens=4, instruct=True, vocab_size=9)
-    with pytest.raises(OpticNerveError, match="text: true"):
+    with refused("unsupported", "text: true"):
         QFormerPretraining(model)
     model.image = Tower()
     model.image.tiling = "anyres"
-    with pytest.raises(OpticNerveError, match="leave out tiling"):
+    with refused("conflict", "tiling"):
         QFormerPretraining(model)
 
 

@@ -15,6 +15,7 @@ import transformers as tf
 from torch import Tensor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Bare
 
+from errors import refused
 from opticnerve.encoders.base import last_blocks
 from opticnerve.encoders.whisper import WhisperEncoder, from_openai, read_openai
 from opticnerve.starter import weights as starter
@@ -151,26 +152,26 @@ class TestContract:
 class TestRefusals:
     @pytest.mark.parametrize("seconds", [0, 4, 1.5, "2"])
     def test_seconds(self, folder: str, seconds: Any) -> None:
-        with pytest.raises(OpticNerveError, match="150 positions are 3 seconds; give a whole number from 1 to 3"):
+        with refused("out-of-range", 150, 3, 1):
             WhisperEncoder.from_pretrained(folder, seconds=seconds)
 
     @pytest.mark.parametrize("pool", [0, 3, 101])
     def test_pool(self, folder: str, pool: int) -> None:
-        with pytest.raises(OpticNerveError, match=f"100 frames of 2 seconds cannot be pooled by {pool}.*1, 2, 4, 5"):
+        with refused("out-of-range", 100, 2, pool, 1, 4, 5):
             WhisperEncoder.from_pretrained(folder, seconds=2, pool=pool)
 
     @pytest.mark.parametrize("layer", [3, -4, "first"])
     def test_layer(self, folder: str, layer: Any) -> None:
-        with pytest.raises(OpticNerveError, match=f"layer {layer!r}: this encoder has hidden states 0 to 2, or 'last'"):
+        with refused("out-of-range", f"layer {layer!r}", 0, 2, "'last'"):
             WhisperEncoder.from_pretrained(folder, layer=layer)
 
     def test_no_whisper(self, language_folder: Any) -> None:
         for make in (WhisperEncoder.from_pretrained, WhisperEncoder.planned):
-            with pytest.raises(OpticNerveError, match=r"\(llama\) is no Whisper"):
+            with refused("unsupported", "llama", "whisper"):
                 make(language_folder())
 
     def test_an_unknown_key(self) -> None:
-        with pytest.raises(OpticNerveError, match="a WhisperConfig has no d_modle; the encoder takes d_model"):
+        with refused("unknown-key", "WhisperConfig", "d_modle", "d_model"):
             WhisperEncoder(architecture={"d_modle": 16})
 
     def test_missing_weights(self, tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ class TestRefusals:
         tensors = load_file(tmp_path / "model.safetensors")
         tensors.pop("encoder.layers.1.fc1.weight")
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(OpticNerveError, match=r"lacks weights of its encoder.*layers\.1\.fc1\.weight"):
+        with refused("mismatch", "layers.1.fc1.weight"):
             WhisperEncoder.from_pretrained(str(tmp_path))
 
 
@@ -233,37 +234,35 @@ class TestOpenAI:
             assert WhisperEncoder.planned(str(file)).options == audio_encoder.options
 
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("change", "refusal"),
         [
-            (lambda s: s.pop("encoder.ln_post.bias"), "missing layer_norm.bias"),
-            (lambda s: s.update({"encoder.extra": torch.ones(1)}), "left over extra"),
+            (lambda s: s.pop("encoder.ln_post.bias"), ("mismatch", "layer_norm.bias")),
+            (lambda s: s.update({"encoder.extra": torch.ones(1)}), ("mismatch", "tiny.pt", "extra")),
             (
                 lambda s: s.update({"encoder.conv1.bias": torch.ones(3)}),
-                r"conv1.bias is \(3,\), not \(16,\)",
+                ("mismatch", "conv1.bias", 3, 16),
             ),
         ],
     )
-    def test_a_file_that_is_not_whole(self, file: Path, change: Any, message: str) -> None:
+    def test_a_file_that_is_not_whole(self, file: Path, change: Any, refusal: tuple[Any, ...]) -> None:
         stored = torch.load(file, weights_only=True)
         change(stored["model_state_dict"])
         torch.save(stored, file)
-        with pytest.raises(OpticNerveError, match=message):
+        with refused(*refusal):
             WhisperEncoder.from_pretrained(str(file))
 
     def test_a_file_that_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(b"no weights")
         torch.save({"weights": 1}, tmp_path / "b.pt")
         for name in ("a.pt", "b.pt"):
-            with pytest.raises(OpticNerveError, match="is no OpenAI Whisper checkpoint"):
+            with refused("damaged", "OpenAI"):
                 read_openai(tmp_path / name)
-        with pytest.raises(OpticNerveError, match="there is no"):
+        with refused("missing-file", "c.pt"):
             read_openai(tmp_path / "c.pt")
 
 
 def test_an_unknown_starter_ear() -> None:
-    with pytest.raises(
-        OpticNerveError, match="unknown starter audio encoder 'starter/whisper'; known: starter/whisper-tiny.en"
-    ):
+    with refused("unknown-name", "'starter/whisper'", "starter/whisper-tiny.en"):
         WhisperEncoder.planned("starter/whisper")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from errors import refused
 from opticnerve.starter import emoji, weights
 from opticnerve.types import OpticNerveError
 
@@ -128,5 +129,5 @@ def test_another_vendor_and_skin_tones_are_files_of_their_own(prepared: dict[str
     assert sum(len(other[s].read_text().splitlines()) for s in SPLITS) > 18_000
     prepared["both"].write_text("mine")
     assert emoji.prepare(folder)["both"].read_text() == "mine"  # written once
-    with pytest.raises(OpticNerveError, match="no vendor 'Nokia'; known: Appl"):
+    with refused("unknown-name", "'Nokia'"):
         emoji.prepare(tmp_path, vendor="Nokia")

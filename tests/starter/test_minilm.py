@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from errors import refused
 from opticnerve.starter.minilm import NAME, WEIGHTS, bert_folder
-from opticnerve.types import OpticNerveError
 
 
 def installed() -> bool:
@@ -26,7 +26,7 @@ real = pytest.mark.skipif(not installed(), reason=f"the package {WEIGHTS.package
 
 def test_other_names_stay_as_they_are() -> None:
     assert bert_folder("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
-    with pytest.raises(OpticNerveError, match="unknown starter BERT 'starter/maxilm'; known: starter/minilm"):
+    with refused("unknown-name", "'starter/maxilm'", "starter/minilm"):
         bert_folder("starter/maxilm")
 
 

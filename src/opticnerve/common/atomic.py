@@ -33,6 +33,8 @@ _ABANDONED = 24 * 3600
 class DiskFull(OpticNerveError):
     """There is no room for what was to be written; what stood there before is whole."""
 
+    kind = "disk-full"
+
 
 @contextmanager
 def _whole(path: Path, size: int) -> Iterator[Path]:

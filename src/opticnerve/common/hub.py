@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import re
 from collections.abc import Iterator
@@ -35,11 +34,8 @@ class HubError(OpticNerveError):
     network, refused, damaged or disk."""
 
     def __init__(self, problem: str, remedy: str = "", *, kind: str = "refused") -> None:
-        self.problem, self.remedy, self.kind = problem, remedy, kind
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(HubError, kind=self.kind), (self.problem, self.remedy)
+        self.problem, self.remedy, self.kind = problem, remedy, kind
 
 
 def fetch(name: str, *, weights: bool = True) -> str:
@@ -213,7 +209,7 @@ def says_how(name: str, part: str) -> bool:
 
 def unreadable(what: str, error: BaseException, remedy: str) -> OpticNerveError:
     """One sentence about a file that could not be read: what the library says, cut short, and what to do."""
-    return OpticNerveError(f"cannot read {what}: {brief(error)}; {remedy}")
+    return OpticNerveError(f"cannot read {what}: {brief(error)}; {remedy}", kind="damaged")
 
 
 @contextlib.contextmanager

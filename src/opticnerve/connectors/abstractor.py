@@ -79,6 +79,7 @@ def _out_side(side: int, out_tokens: int | None) -> int:
     out_side = isqrt(max(out_tokens, 0))
     if out_side**2 != out_tokens or not 0 < out_side <= side:
         raise OpticNerveError(
-            f"abstractor out_tokens is a square number from 1 to {side**2} (the encoder's tokens), not {out_tokens}"
+            f"abstractor out_tokens is a square number from 1 to {side**2} (the encoder's tokens), not {out_tokens}",
+            kind="out-of-range",
         )
     return out_side

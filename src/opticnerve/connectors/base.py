@@ -94,13 +94,13 @@ class Connector(nn.Module, ABC):
 
 def check_activation(name: str) -> None:
     if name not in ACT2FN:
-        raise OpticNerveError(f"unknown activation {name!r}; known: {', '.join(sorted(ACT2FN))}")
+        raise OpticNerveError(f"unknown activation {name!r}; known: {', '.join(sorted(ACT2FN))}", kind="unknown-name")
 
 
 def check_counts(connector: str, **counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
-            raise OpticNerveError(f"{connector} {name} is at least 1, not {value}")
+            raise OpticNerveError(f"{connector} {name} is at least 1, not {value}", kind="out-of-range")
 
 
 def grid_side(in_tokens: int, connector: str) -> int:
@@ -114,7 +114,8 @@ def grid_side(in_tokens: int, connector: str) -> int:
         raise OpticNerveError(
             f"{connector} wants a square map of tokens, and the encoder gives {in_tokens} "
             f"({side}² is {side**2}, {side + 1}² is {(side + 1) ** 2}); leave out class tokens (class_token: drop), "
-            "or take a connector that wants no map (linear, mlp, resampler)"
+            "or take a connector that wants no map (linear, mlp, resampler)",
+            kind="wrong-shape",
         )
     return side
 

@@ -46,7 +46,9 @@ class MLPConnector(Connector):
     ) -> None:  # fmt: skip
         super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
         if depth < 2:
-            raise OpticNerveError(f"mlp depth is at least 2, not {depth}; for one layer use connector type: linear")
+            raise OpticNerveError(
+                f"mlp depth is at least 2, not {depth}; for one layer use connector type: linear", kind="out-of-range"
+            )
         check_activation(activation)
         widths = [in_size] + [out_size] * depth
         layers: list[nn.Module] = []
@@ -85,18 +87,22 @@ class PixelShuffleConnector(Connector):
         side = grid_side(in_tokens, "pixel_shuffle")
         if scale < 2:
             raise OpticNerveError(
-                f"pixel_shuffle scale is at least 2, not {scale}; to keep all tokens use mlp or linear"
+                f"pixel_shuffle scale is at least 2, not {scale}; to keep all tokens use mlp or linear",
+                kind="out-of-range",
             )
         if side % scale:
             fitting = ", ".join(str(s) for s in range(2, side + 1) if side % s == 0)
             raise OpticNerveError(
                 f"pixel_shuffle scale {scale} does not divide the side of the encoder's map, {side} ({in_tokens} "
-                f"tokens); scales that do: {fitting or 'none'}; or give the encoder another image_size"
+                f"tokens); scales that do: {fitting or 'none'}; or give the encoder another image_size",
+                kind="wrong-shape",
             )
         check_counts("pixel_shuffle", depth=depth)
         check_activation(activation)
         if depth == 1 and activation != "gelu":
-            raise OpticNerveError(f"activation {activation!r} does nothing at depth 1; set depth: 2, or leave it out")
+            raise OpticNerveError(
+                f"activation {activation!r} does nothing at depth 1; set depth: 2, or leave it out", kind="conflict"
+            )
         self.scale, self.side = scale, side
         wide = in_size * scale**2
         layers = (

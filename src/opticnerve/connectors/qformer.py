@@ -63,13 +63,15 @@ class QFormerConnector(Connector):
         worded = instruct or text
         token_logits = {"vocab_size": vocab_size, "max_positions": max_positions, "text_tokenizer": text_tokenizer}
         if not worded and (idle := next((key for key, value in token_logits.items() if value is not None), None)):
-            raise OpticNerveError(f"{idle} does nothing in a qformer without instruct or text")
+            raise OpticNerveError(f"{idle} does nothing in a qformer without instruct or text", kind="conflict")
         tokenizer_name = text_tokenizer or (bert if worded else None)
         sizes = _resolve(sizes, bert, tokenizer_name, worded=worded, decoder_token=text)
         counts = {"num_queries": num_queries, "cross_attention_frequency": cross_attention_frequency, **sizes}
         check_counts("qformer", **{key: value for key, value in counts.items() if value is not None})
         if sizes["hidden_size"] % sizes["heads"]:
-            raise OpticNerveError(f"hidden_size {sizes['hidden_size']} does not split into {sizes['heads']} heads")
+            raise OpticNerveError(
+                f"hidden_size {sizes['hidden_size']} does not split into {sizes['heads']} heads", kind="wrong-shape"
+            )
         self.wants_text, self.reads_words = instruct, worded
         self.tokenizer_name, self.vocab_size = tokenizer_name, sizes["vocab_size"]
         self.options |= {
@@ -110,13 +112,16 @@ class QFormerConnector(Connector):
             OpticNerveError: the connector reads no words, names no tokenizer, or the word table is too small for it.
         """
         if self.vocab_size is None or self.tokenizer_name is None:
-            raise OpticNerveError("this qformer has no tokenizer: set instruct or text, and text_tokenizer or bert")
+            raise OpticNerveError(
+                "this qformer has no tokenizer: set instruct or text, and text_tokenizer or bert", kind="missing-field"
+            )
         tokenizer = AutoTokenizer.from_pretrained(hub.fetch(bert_folder(self.tokenizer_name), weights=False))
         rows = len(tokenizer) + (self.pretraining is not None)
         if rows > self.vocab_size:
             raise OpticNerveError(
                 f"the tokenizer of {self.tokenizer_name!r} needs {rows} rows of the word table"
-                f"{', [DEC] included' if self.pretraining is not None else ''}; vocab_size is {self.vocab_size}"
+                f"{', [DEC] included' if self.pretraining is not None else ''}; vocab_size is {self.vocab_size}",
+                kind="out-of-range",
             )
         return tokenizer
 
@@ -168,7 +173,9 @@ class QFormerConnector(Connector):
             )
         longest = self.text_embeddings.position_embeddings.num_embeddings
         if text_ids.shape[1] > longest:
-            raise OpticNerveError(f"a text of {text_ids.shape[1]} tokens; the qformer reads up to {longest}")
+            raise OpticNerveError(
+                f"a text of {text_ids.shape[1]} tokens; the qformer reads up to {longest}", kind="too-long"
+            )
         # Given, not taken from the module's buffer: a buffer outside the checkpoint is empty after `from_pretrained`.
         positions_1L = torch.arange(text_ids.shape[1], device=text_ids.device)[None]
         embedded: Tensor = self.text_embeddings(text_ids, position_ids=positions_1L, query_embeds=queries_BQD)
@@ -226,7 +233,9 @@ def _resolve(
             mine = sizes[key]
             # A BERT's first layers alone are a good start, too.
             if mine is not None and (mine > value if key == "depth" else mine != value):
-                raise OpticNerveError(f"{key} is {mine}, but the bert {bert!r} has {value}; leave {key} out")
+                raise OpticNerveError(
+                    f"{key} is {mine}, but the bert {bert!r} has {value}; leave {key} out", kind="conflict"
+                )
             sizes[key] = value if mine is None else mine
     width = 256 if sizes["hidden_size"] is None else sizes["hidden_size"]
     defaults = {"hidden_size": width, "depth": 4, "heads": max(1, width // 64), "intermediate_size": 4 * width,
@@ -236,7 +245,9 @@ def _resolve(
         return sizes | {"vocab_size": None, "max_positions": None}
     if sizes["vocab_size"] is None:
         if tokenizer is None:
-            raise OpticNerveError("a qformer that reads words wants one of bert, text_tokenizer and vocab_size")
+            raise OpticNerveError(
+                "a qformer that reads words wants one of bert, text_tokenizer and vocab_size", kind="missing-field"
+            )
         folder = hub.fetch(bert_folder(tokenizer), weights=False)
         sizes["vocab_size"] = len(AutoTokenizer.from_pretrained(folder)) + decoder_token
     return sizes
@@ -256,10 +267,14 @@ def bert_sizes(name: str) -> dict[str, int]:
     """
     config = hub.read_config(bert_folder(name), name)
     if config.model_type != "bert":
-        raise OpticNerveError(f"{name!r} is a {config.model_type}; a Q-Former can start from a bert only")
+        raise OpticNerveError(
+            f"{name!r} is a {config.model_type}; a Q-Former can start from a bert only", kind="unsupported"
+        )
     for key, value in FIXED.items():
         if getattr(config, key) != value:
-            raise OpticNerveError(f"{name!r} has {key} {getattr(config, key)!r}; the Q-Former has {value!r}")
+            raise OpticNerveError(
+                f"{name!r} has {key} {getattr(config, key)!r}; the Q-Former has {value!r}", kind="unsupported"
+            )
     return {
         "hidden_size": config.hidden_size, "depth": config.num_hidden_layers, "heads": config.num_attention_heads,
         "intermediate_size": config.intermediate_size, "vocab_size": config.vocab_size,
@@ -285,7 +300,9 @@ def load_bert(connector: Any, name: str) -> None:
     )
     bert, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
-        raise OpticNerveError(f"{name!r} lacks weights of its BERT: {sorted(report['missing_keys'])[:8]}")
+        raise OpticNerveError(
+            f"{name!r} lacks weights of its BERT: {sorted(report['missing_keys'])[:8]}", kind="mismatch"
+        )
     state: dict[str, Tensor] = bert.state_dict()
     with torch.no_grad():
         for ours, parameter in connector.qformer.named_parameters():

@@ -49,7 +49,8 @@ class ResamplerConnector(Connector):
         if heads % key_value_heads:
             raise OpticNerveError(
                 f"resampler heads ({heads}) must be a multiple of key_value_heads ({key_value_heads}): "
-                "each pair of keys and values serves as many queries"
+                "each pair of keys and values serves as many queries",
+                kind="wrong-shape",
             )
         check_activation(activation)
         config = Idefics2PerceiverConfig(

@@ -24,6 +24,8 @@ from opticnerve.types import OpticNerveError
 class LostProcess(OpticNerveError):
     """Another process has stopped."""
 
+    kind = "lost-process"
+
 
 BEAT = 0.5
 """Seconds between two signs of life."""

@@ -54,7 +54,8 @@ class Encoder(nn.Module, ABC):
             options["name"] = name
         elif cls.needs_name:
             raise OpticNerveError(
-                f"{cls.__name__} cannot be foreseen: it needs a classmethod `planned(name, **options)`"
+                f"{cls.__name__} cannot be foreseen: it needs a classmethod `planned(name, **options)`",
+                kind="unsupported",
             )
         return cls(**options)
 
@@ -68,7 +69,9 @@ class Encoder(nn.Module, ABC):
         rest = dict(options)
         name = rest.pop("name", None)
         if name is None and cls.needs_name:
-            raise OpticNerveError(f"{cls.__name__} needs a name: a hub name, a local folder, or starter/…")
+            raise OpticNerveError(
+                f"{cls.__name__} needs a name: a hub name, a local folder, or starter/…", kind="missing-field"
+            )
         return name, rest
 
     @classmethod
@@ -91,7 +94,7 @@ class Encoder(nn.Module, ABC):
     def image_processor(self) -> Any:
         """The transformers image processor that turns pictures into this encoder's `pixel_values`."""
         if not hasattr(self, "mean"):
-            raise OpticNerveError(f"{type(self).__name__} sees no pictures")
+            raise OpticNerveError(f"{type(self).__name__} sees no pictures", kind="unsupported")
         return make_image_processor(
             size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample,
             crop_pct=self.crop_pct,
@@ -99,7 +102,7 @@ class Encoder(nn.Module, ABC):
 
     def feature_extractor(self) -> Any:
         """The transformers feature extractor that turns sound into this encoder's `input_features`."""
-        raise OpticNerveError(f"{type(self).__name__} hears no sound")
+        raise OpticNerveError(f"{type(self).__name__} hears no sound", kind="unsupported")
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
@@ -120,7 +123,8 @@ def last_blocks(encoder: Encoder, count: int) -> list[nn.Module]:
     blocks = encoder.blocks()
     if not 0 < count <= len(blocks):
         raise OpticNerveError(
-            f"encoder.last({count}): this encoder has {len(blocks)} blocks; ask for 1 to {len(blocks)}"
+            f"encoder.last({count}): this encoder has {len(blocks)} blocks; ask for 1 to {len(blocks)}",
+            kind="out-of-range",
         )
     return blocks[-count:]
 
@@ -137,7 +141,7 @@ def longest_list(model: nn.Module, part: str) -> list[nn.Module]:
     """The longest ModuleList: a transformer's layers."""
     lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     if not lists:
-        raise OpticNerveError(f"{type(model).__name__} has no list of layers; train `{part}` whole")
+        raise OpticNerveError(f"{type(model).__name__} has no list of layers; train `{part}` whole", kind="unsupported")
     return list(sorted(lists, key=len)[-1])
 
 
@@ -172,7 +176,7 @@ def config_from_dict(architecture: dict[str, Any], needed_by: str, such_as: str)
     architecture = dict(architecture)
     model_type = architecture.pop("model_type", None)
     if model_type is None:
-        raise OpticNerveError(f"{needed_by} needs architecture.model_type, such as {such_as}")
+        raise OpticNerveError(f"{needed_by} needs architecture.model_type, such as {such_as}", kind="missing-field")
     return AutoConfig.for_model(model_type, **architecture)
 
 
@@ -185,7 +189,7 @@ def model_class(config: Any, unlisted: Mapping[str, str]) -> Any:
     try:
         return tf.MODEL_MAPPING[type(config)]
     except KeyError as e:
-        raise OpticNerveError(f"transformers has no model for {type(config).__name__}") from e
+        raise OpticNerveError(f"transformers has no model for {type(config).__name__}", kind="unknown-name") from e
 
 
 def load_part(cls: Any, folder: str, name: str, part: str, *, optional: tuple[str, ...] = (), **options: Any) -> Any:
@@ -203,7 +207,8 @@ def load_part(cls: Any, folder: str, name: str, part: str, *, optional: tuple[st
     if missing or report["mismatched_keys"]:
         raise OpticNerveError(
             f"{name!r} lacks weights of its {part}: missing {missing[:8]}, "
-            f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}"
+            f"mismatched {sorted(map(str, report['mismatched_keys']))[:8]}",
+            kind="mismatch",
         )
     return model
 
@@ -219,7 +224,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, *, a
         if n in state and state[n].shape != t.shape
     ]
     if problems:
-        raise OpticNerveError(f"{what}: {'; '.join(problems[:8])}")
+        raise OpticNerveError(f"{what}: {'; '.join(problems[:8])}", kind="mismatch")
     module.load_state_dict(state, assign=assign)
 
 
@@ -246,10 +251,10 @@ def make_image_processor(
     import transformers as tf
 
     if fit not in FITS:
-        raise OpticNerveError(f"unknown fit {fit!r}; known: {', '.join(FITS)}")
+        raise OpticNerveError(f"unknown fit {fit!r}; known: {', '.join(FITS)}", kind="unknown-name")
     if crop_pct != 1 and (fit not in ("squash", "crop") or not crop_pct > 0):
         raise OpticNerveError(
-            f"crop_pct: {crop_pct} does not go with fit: {fit}; it is above 0, and for squash and crop"
+            f"crop_pct: {crop_pct} does not go with fit: {fit}; it is above 0, and for squash and crop", kind="conflict"
         )
     common: dict[str, Any] = {"image_mean": mean, "image_std": std, "resample": resample, "do_convert_rgb": True}
     square = {"height": size, "width": size}

@@ -80,7 +80,7 @@ class HFVisionEncoder(Encoder):
     ) -> None:  # fmt: skip
         super().__init__()
         if class_token not in ("drop", "keep"):
-            raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
+            raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}", kind="unknown-name")
         config = config_from_dict(architecture, "hf_vision", "clip_vision_model or dinov2")
         self.layer, self.class_token = layer, class_token
         self.native_size, self.patch_size = _sizes(config)
@@ -101,7 +101,8 @@ class HFVisionEncoder(Encoder):
         if self.prefix_tokens < 0:
             raise OpticNerveError(
                 f"{config.model_type} gives {tokens} tokens for {grid} patches ({self.image_size} px in patches of "
-                f"{self.patch_size}): it is no plain vision transformer; try type: timm"
+                f"{self.patch_size}): it is no plain vision transformer; try type: timm",
+                kind="unsupported",
             )
         self.num_tokens = grid if class_token == "drop" else tokens
 
@@ -175,7 +176,9 @@ class HFVisionEncoder(Encoder):
                 return torch.cat([found[i] for i in places], dim=-1)
         states = model(**inputs, output_hidden_states=True).hidden_states
         if not all(isinstance(i, int) and -len(states) <= i < len(states) for i in layers):
-            raise OpticNerveError(f"layer {self.layer!r}: this encoder has hidden states 0 to {len(states) - 1}")
+            raise OpticNerveError(
+                f"layer {self.layer!r}: this encoder has hidden states 0 to {len(states) - 1}", kind="out-of-range"
+            )
         if not torch.compiler.is_compiling():
             self._states, self._been_through = len(states), model is self.model
         return torch.cat([states[i] for i in layers], dim=-1)
@@ -203,11 +206,14 @@ class HFVisionEncoder(Encoder):
                 # Each family says in its own way that it wants more than pixels, or cannot take this size.
                 raise OpticNerveError(
                     f"{config.model_type} takes no batch of square pictures of {self.image_size} px: "
-                    f"{str(e).strip()}; its own size is {self.native_size} px"
+                    f"{str(e).strip()}; its own size is {self.native_size} px",
+                    kind="wrong-shape",
                 ) from e
         if len(shape) != 3 or shape[0] != 2:
             raise OpticNerveError(
-                f"{config.model_type} gives {tuple(shape)} for 2 pictures, not a row of tokens for each; try type: timm"
+                f"{config.model_type} gives {tuple(shape)} for 2 pictures, not a row of tokens for each; "
+                "try type: timm",
+                kind="wrong-shape",
             )
         return int(shape[1]), int(shape[2])
 
@@ -219,7 +225,9 @@ def _vision_config(name: str) -> PreTrainedConfig:
     config = read_config(name)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
-        raise OpticNerveError(f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm")
+        raise OpticNerveError(
+            f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm", kind="unsupported"
+        )
     return config
 
 
@@ -248,7 +256,9 @@ def _sizes(config: Any) -> tuple[int, int]:
 def _side(value: Any, key: str) -> int:
     sides = set(value) if isinstance(value, list | tuple) else {value}
     if len(sides) != 1:
-        raise OpticNerveError(f"the model's {key} is {value}; only square pictures and patches are taken")
+        raise OpticNerveError(
+            f"the model's {key} is {value}; only square pictures and patches are taken", kind="unsupported"
+        )
     return int(sides.pop())
 
 

@@ -46,13 +46,14 @@ class PairEncoder(Encoder):
     ) -> None:  # fmt: skip
         super().__init__()
         if join not in ("channels", "tokens"):
-            raise OpticNerveError(f"join is 'channels' or 'tokens', not {join!r}")
+            raise OpticNerveError(f"join is 'channels' or 'tokens', not {join!r}", kind="unknown-name")
         specs = {"first": first, "second": second}
         one, other = _encoders or [part_class(**rest) for part_class, rest in _parts(specs).values()]
         if one.image_size != other.image_size:
             raise OpticNerveError(
                 f"the two encoders see one picture, but the first takes {one.image_size} px and the second "
-                f"{other.image_size} px; set image_size on one of them"
+                f"{other.image_size} px; set image_size on one of them",
+                kind="conflict",
             )
         self.first, self.second, self.join = one, other, join
         self.image_size = one.image_size
@@ -100,7 +101,7 @@ class PairEncoder(Encoder):
             try:
                 names[part], left = part_class.take_name(mine)
             except OpticNerveError as e:
-                raise OpticNerveError(f"encoder.{part}: {e}") from e
+                raise e.under(f"encoder.{part}") from e
             rest[part] = {"type": options[part]["type"], **left}
         return names, rest
 
@@ -140,7 +141,8 @@ def _parts(options: dict[str, Any], *, may_name: bool = False) -> dict[str, tupl
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             takes = ", ".join(k for k in known if not k.startswith("_"))
             raise OpticNerveError(
-                f"encoder.{part}: {spec['type']!r} takes no {', '.join(unknown)}; it takes {takes or 'no options'}"
+                f"encoder.{part}: {spec['type']!r} takes no {', '.join(unknown)}; it takes {takes or 'no options'}",
+                kind="unknown-key",
             )
         found[part] = part_class, rest
     return found
@@ -153,15 +155,20 @@ def _part_class(part: str, spec: Any) -> type[Encoder]:
     code that nobody has agreed to.
     """
     if not isinstance(spec, dict) or "type" not in spec:
-        raise OpticNerveError(f"encoder.{part} wants a mapping with a type, such as hf_vision or timm, not {spec!r}")
+        raise OpticNerveError(
+            f"encoder.{part} wants a mapping with a type, such as hf_vision or timm, not {spec!r}", kind="wrong-type"
+        )
     if spec["type"] not in registry.encoders.names() and ":" in str(spec["type"]):
         raise OpticNerveError(
             f"encoder.{part}: {spec['type']!r} is a dotted path; a pair takes registered encoders only, so give yours "
-            "a name by an entry point of the group opticnerve.encoders"
+            "a name by an entry point of the group opticnerve.encoders",
+            kind="unsupported",
         )
     found: type[Encoder] = registry.encoders.get(spec["type"])
     if found.modality != "image":
-        raise OpticNerveError(f"encoder.{part}: {spec['type']!r} is for {found.modality}; a pair looks at pictures")
+        raise OpticNerveError(
+            f"encoder.{part}: {spec['type']!r} is for {found.modality}; a pair looks at pictures", kind="unsupported"
+        )
     return found
 
 
@@ -171,7 +178,8 @@ def _check_same(attribute: str, first: Encoder, second: Encoder, what: str, to_d
         other = "join: tokens" if what == "tokens" else "join: channels"
         raise OpticNerveError(
             f"to {to_do}, both encoders must give as many {what}; the first gives {mine}, the second {theirs}: "
-            f"choose others (a patch size, image_size, layer or class_token), or {other}"
+            f"choose others (a patch size, image_size, layer or class_token), or {other}",
+            kind="wrong-shape",
         )
 
 
@@ -249,10 +257,16 @@ def _spec(folder: Path, changes: dict[str, Any] | None) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image"]["encoder"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise OpticNerveError(f"{folder} holds no DualEncoder (its config.json names no image encoder): {e!r}") from e
+        raise OpticNerveError(
+            f"{folder} holds no DualEncoder (its config.json names no image encoder): {e!r}", kind="unsupported"
+        ) from e
     changes = changes or {}
     if changes.get("type", saved["type"]) != saved["type"]:
-        raise OpticNerveError(f"the vision encoder in {folder} is of type {saved['type']!r}, not {changes['type']!r}")
+        raise OpticNerveError(
+            f"the vision encoder in {folder} is of type {saved['type']!r}, not {changes['type']!r}", kind="mismatch"
+        )
     if unknown := sorted(set(changes) - set(saved)):
-        raise OpticNerveError(f"encoder {saved['type']!r} takes no {', '.join(unknown)}; it takes {', '.join(saved)}")
+        raise OpticNerveError(
+            f"encoder {saved['type']!r} takes no {', '.join(unknown)}; it takes {', '.join(saved)}", kind="unknown-key"
+        )
     return {**saved, **changes}

@@ -38,7 +38,8 @@ class PatchesEncoder(Encoder):
         if patch_size < 1 or image_size < 1 or image_size % patch_size:
             raise OpticNerveError(
                 f"pictures of {image_size} px do not divide into patches of {patch_size} px; "
-                f"image_size must be a multiple of patch_size"
+                f"image_size must be a multiple of patch_size",
+                kind="wrong-shape",
             )
         self.take_pictures(image_size, fit, mean, std)
         self.patch_size = patch_size
@@ -52,7 +53,7 @@ class PatchesEncoder(Encoder):
     def from_pretrained(cls, name: None = None, **options: Any) -> PatchesEncoder:
         """`name` must be None: patches have no weights."""
         if name is not None:
-            raise OpticNerveError(f"patches have no weights to load; remove the name {name!r}")
+            raise OpticNerveError(f"patches have no weights to load; remove the name {name!r}", kind="conflict")
         return cls(**options)
 
     @classmethod

@@ -36,20 +36,25 @@ def pool(encoder: Encoder, pixel_values: Tensor, how: VisionPooling) -> Tensor:
 def check_pooling(encoder: Encoder, how: str) -> None:
     """Raise an `OpticNerveError` where this encoder cannot be pooled like that; the message names the remedy."""
     if how not in get_args(VisionPooling):
-        raise OpticNerveError(f"image pooling is one of {', '.join(get_args(VisionPooling))}, not {how!r}")
+        raise OpticNerveError(
+            f"image pooling is one of {', '.join(get_args(VisionPooling))}, not {how!r}", kind="unknown-name"
+        )
     model = getattr(encoder, "model", None)
     if how == "class_token":
         prefix = getattr(encoder, "prefix_tokens", None) or getattr(model, "num_prefix_tokens", 0)
         if not prefix or encoder.options.get("class_token") != "keep":
             why = "has none" if not prefix else "leaves it out: add class_token: keep to it"
-            raise OpticNerveError(f"pooling: class_token needs an encoder with a class token; {_name(encoder)} {why}")
+            raise OpticNerveError(
+                f"pooling: class_token needs an encoder with a class token; {_name(encoder)} {why}", kind="unsupported"
+            )
     if how == "pooler":
         if not hasattr(model, "forward_head") and not isinstance(model, PreTrainedModel):
-            raise OpticNerveError(f"{_name(encoder)} has no pooler of its own; use pooling: mean")
+            raise OpticNerveError(f"{_name(encoder)} has no pooler of its own; use pooling: mean", kind="unsupported")
         if encoder.options.get("layer", "last") != "last":
             raise OpticNerveError(
                 f"pooling: pooler works on the last layer, but the encoder is cut at layer "
-                f"{encoder.options['layer']!r}; leave layer out, or use pooling: mean"
+                f"{encoder.options['layer']!r}; leave layer out, or use pooling: mean",
+                kind="conflict",
             )
 
 
@@ -79,7 +84,7 @@ def _own_pooler(encoder: Encoder, pixel_values: Tensor) -> Tensor:
         handle.remove()
     (out,) = said
     if getattr(out, "pooler_output", None) is None:
-        raise OpticNerveError(f"{_name(encoder)} has no pooler of its own; use pooling: mean")
+        raise OpticNerveError(f"{_name(encoder)} has no pooler of its own; use pooling: mean", kind="unsupported")
     return out.pooler_output
 
 

@@ -90,7 +90,8 @@ def _own(name: str, family: str) -> tuple[Any, bool]:
     if family not in _PUBLISHED:
         raise OpticNerveError(
             f"{name!r} does not say how it prepares pictures (no preprocessor_config.json), and {family} has no one "
-            f"way; {_REMEDY}"
+            f"way; {_REMEDY}",
+            kind="missing-file",
         )
     return _PUBLISHED[family](), False
 
@@ -118,7 +119,8 @@ def as_options(own: Any, name: str, given: dict[str, Any] | None = None) -> dict
     if problems:
         raise OpticNerveError(
             f"{name!r} prepares pictures as an encoder here cannot ({type(own).__name__}: {'; '.join(problems)}); "
-            f"{_REMEDY}"
+            f"{_REMEDY}",
+            kind="unsupported",
         )
     resample = getattr(own, "resample", None)
     return {**geometry, **colours, "resample": 2 if resample is None else int(resample)}

@@ -71,11 +71,15 @@ class HFTextEncoder(nn.Module):
         config = config_from_dict(architecture, "hf_text", "bert, clip_text_model or llama")
         self.pooling: Pooling = pooling or default_pooling(config)
         if self.pooling not in get_args(Pooling):
-            raise OpticNerveError(f"pooling is one of {', '.join(get_args(Pooling))}, not {self.pooling!r}")
+            raise OpticNerveError(
+                f"pooling is one of {', '.join(get_args(Pooling))}, not {self.pooling!r}", kind="unknown-name"
+            )
         positions = int(getattr(config, "max_position_embeddings", None) or 512)
         self.max_length = max_length or min(positions, 512)
         if self.max_length > positions:
-            raise OpticNerveError(f"max_length is {self.max_length}, but {config.model_type} has {positions} positions")
+            raise OpticNerveError(
+                f"max_length is {self.max_length}, but {config.model_type} has {positions} positions", kind="too-long"
+            )
         self.padding = padding or ("max_length" if config.model_type.startswith("siglip") else "longest")
         self.model: Any = _model if _model is not None else _model_class(config)(config)
         if self.pooling != "pooler" and isinstance(getattr(self.model, "pooler", None), nn.Module):
@@ -112,7 +116,9 @@ class HFTextEncoder(nn.Module):
         model = model.base_model
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None:
-                raise OpticNerveError(f"the tokenizer of {model.config.model_type} has neither padding nor end token")
+                raise OpticNerveError(
+                    f"the tokenizer of {model.config.model_type} has neither padding nor end token", kind="unsupported"
+                )
             tokenizer.pad_token = tokenizer.eos_token
         encoder = cls(architecture=model.config.to_dict(), _model=model, **options)
         # A text by itself has one type of tokens; pipelines pass on whatever the tokenizer names.
@@ -138,7 +144,9 @@ class HFTextEncoder(nn.Module):
             out = self.model(input_ids=input_ids, attention_mask=attention_mask)
             return Features(out.last_hidden_state, mask_BL.bool()), out.pooler_output
         if not bool(mask_BL.any(1).all()):
-            raise OpticNerveError("a text without a single token cannot be encoded; remove it from the batch")
+            raise OpticNerveError(
+                "a text without a single token cannot be encoded; remove it from the batch", kind="empty"
+            )
         # Real tokens first: positions start at 0, and no causal token sees padding, wherever the padding stood.
         order_BL = mask_BL.argsort(dim=1, descending=True, stable=True)
         input_ids, mask_BL = input_ids.gather(1, order_BL), mask_BL.gather(1, order_BL)
@@ -171,7 +179,10 @@ def default_pooling(config: PreTrainedConfig) -> Pooling:
         return "mean"
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "last"
-    raise OpticNerveError(f"how {config.model_type} pools is not known; give pooling: {', '.join(get_args(Pooling))}")
+    raise OpticNerveError(
+        f"how {config.model_type} pools is not known; give pooling: {', '.join(get_args(Pooling))}",
+        kind="missing-field",
+    )
 
 
 def _width(config: PreTrainedConfig, pooling: Pooling) -> int:
@@ -182,5 +193,7 @@ def _width(config: PreTrainedConfig, pooling: Pooling) -> int:
 
 def _model_class(config: PreTrainedConfig) -> Any:
     if getattr(config, "is_encoder_decoder", False):
-        raise OpticNerveError(f"{config.model_type} is an encoder with a decoder; name an encoder or a causal LM")
+        raise OpticNerveError(
+            f"{config.model_type} is an encoder with a decoder; name an encoder or a causal LM", kind="unsupported"
+        )
     return model_class(config, _MODELS)

@@ -48,9 +48,9 @@ class TimmEncoder(Encoder):
         super().__init__()
         model_args = dict(model_args or {})
         if layer != "last" and not isinstance(layer, int):
-            raise OpticNerveError(f"timm layer is 'last' or a whole number, not {layer!r}")
+            raise OpticNerveError(f"timm layer is 'last' or a whole number, not {layer!r}", kind="wrong-type")
         if class_token not in ("drop", "keep"):
-            raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}")
+            raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}", kind="unknown-name")
         self.layer, self.class_token = layer, class_token
         self.model = _create(name, image_size, model_args)
         data = timm.data.resolve_model_data_config(self.model)
@@ -78,7 +78,9 @@ class TimmEncoder(Encoder):
                 pretrained = timm.create_model(_local(name), pretrained=True, **options)
             encoder.model.load_state_dict(pretrained.state_dict())
         except RuntimeError as e:  # timm and torch list the missing, unexpected and mismatched tensors
-            raise OpticNerveError(f"the weights of {name!r} are not those of its configuration: {e}") from e
+            raise OpticNerveError(
+                f"the weights of {name!r} are not those of its configuration: {e}", kind="mismatch"
+            ) from e
         if ":" in name:
             encoder.files = weight_files(Path(_local(name).removeprefix("local-dir:")))
         else:
@@ -110,7 +112,9 @@ class TimmEncoder(Encoder):
         if self.layer == "last":
             out = model.forward_features(pixel_values)
             if not isinstance(out, Tensor):
-                raise OpticNerveError(f"its forward_features gives several maps ({type(out).__name__}); use layer: -1")
+                raise OpticNerveError(
+                    f"its forward_features gives several maps ({type(out).__name__}); use layer: -1", kind="unsupported"
+                )
             if out.ndim == 4:
                 # timm's Swin-like models give (B, H, W, C), all others (B, C, H, W).
                 channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
@@ -118,7 +122,8 @@ class TimmEncoder(Encoder):
             if not hasattr(model, "num_prefix_tokens") and isqrt(out.shape[1]) ** 2 != out.shape[1]:
                 raise OpticNerveError(
                     f"its forward_features gives {out.shape[1]} tokens, no square map, and timm does not say which of "
-                    "them are class tokens; use layer: -1"
+                    "them are class tokens; use layer: -1",
+                    kind="unsupported",
                 )
             return out[:, prefix:] if self.class_token == "drop" else out
         keep = bool(prefix) and self.class_token == "keep"
@@ -138,13 +143,14 @@ class TimmEncoder(Encoder):
             try:
                 shape = self._tokens(meta_model, torch.empty(1, 3, self.image_size, self.image_size)).shape
             except OpticNerveError as e:
-                raise OpticNerveError(f"timm model {name!r}: {e}") from e
+                raise e.under(f"timm model {name!r}") from e
             except (AttributeError, AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError) as e:
                 # timm's models say in as many ways that they have no such layer, or do not take such a picture.
                 other = "another layer" if self.layer == "last" else "layer: last"
                 raise OpticNerveError(
                     f"timm model {name!r} gives no features at layer {self.layer!r} for {self.image_size} px: "
-                    f"{str(e).strip() or type(e).__name__}; try {other}, or another image_size"
+                    f"{str(e).strip() or type(e).__name__}; try {other}, or another image_size",
+                    kind="unsupported",
                 ) from e
         return shape[1], shape[2]
 
@@ -157,7 +163,10 @@ class TimmEncoder(Encoder):
             named = [getattr(self.model, f"{word}{i}") for i in range(6) if hasattr(self.model, f"{word}{i}")]
             if len(named) > 2:
                 return named
-        raise OpticNerveError(f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole")
+        raise OpticNerveError(
+            f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole",
+            kind="unsupported",
+        )
 
 
 def _look_up(name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -203,7 +212,8 @@ def _preparation(name: str, settings: dict[str, Any], given: dict[str, Any]) -> 
     if refused:
         raise OpticNerveError(
             f"timm model {name!r} prepares pictures as an encoder here cannot ({', '.join(refused)}); give the encoder "
-            "`fit` and `resample` yourself"
+            "`fit` and `resample` yourself",
+            kind="unsupported",
         )
     found: dict[str, Any] = {} if resample is None else {"resample": resample}
     if "fit" not in given:
@@ -241,7 +251,11 @@ def _create(name: str, image_size: int | None, model_args: dict[str, Any]) -> nn
     except RuntimeError as e:
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         hint = f"; near it: {', '.join(near)}" if near else ""
-        raise OpticNerveError(f"timm knows no model {name!r}{hint}; `timm.list_models('*…*')` searches") from e
+        raise OpticNerveError(
+            f"timm knows no model {name!r}{hint}; `timm.list_models('*…*')` searches", kind="unknown-name"
+        ) from e
     except TypeError as e:
-        raise OpticNerveError(f"timm model {name!r} cannot be built with model_args {model_args}: {e}") from e
+        raise OpticNerveError(
+            f"timm model {name!r} cannot be built with model_args {model_args}: {e}", kind="unknown-key"
+        ) from e
     return timm.create_model(name, pretrained=False, **{**model_args, **_size_args(plain, image_size)})

@@ -77,17 +77,21 @@ class WhisperEncoder(Encoder):
         if not isinstance(self.seconds, int) or not 1 <= self.seconds <= longest:
             raise OpticNerveError(
                 f"seconds: {self.seconds!r} is no window of this Whisper, whose {positions} positions are {longest} "
-                f"seconds; give a whole number from 1 to {longest}"
+                f"seconds; give a whole number from 1 to {longest}",
+                kind="out-of-range",
             )
         frames = FRAMES * self.seconds
         if not isinstance(self.pool, int) or self.pool < 1 or frames % self.pool:
             fits = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
             raise OpticNerveError(
                 f"pool: the {frames} frames of {self.seconds} seconds cannot be pooled by {self.pool!r}; "
-                f"{frames} is divided by {fits}"
+                f"{frames} is divided by {fits}",
+                kind="out-of-range",
             )
         if self.layer != "last" and not (isinstance(self.layer, int) and -layers - 1 <= self.layer <= layers):
-            raise OpticNerveError(f"layer {self.layer!r}: this encoder has hidden states 0 to {layers}, or 'last'")
+            raise OpticNerveError(
+                f"layer {self.layer!r}: this encoder has hidden states 0 to {layers}, or 'last'", kind="out-of-range"
+            )
 
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> WhisperEncoder:
@@ -153,11 +157,14 @@ def encoder_part(architecture: dict[str, Any]) -> dict[str, Any]:
     """
     model_type = architecture.get("model_type", "whisper")
     if model_type != "whisper":
-        raise OpticNerveError(f"{model_type!r} is no Whisper; type: whisper takes Whisper's encoder")
+        raise OpticNerveError(
+            f"{model_type!r} is no Whisper; type: whisper takes Whisper's encoder", kind="unsupported"
+        )
     known = WhisperConfig().to_dict()
     if unknown := sorted(set(architecture) - set(known)):
         raise OpticNerveError(
-            f"a WhisperConfig has no {', '.join(unknown)}; the encoder takes {', '.join(ENCODER_KEYS)}"
+            f"a WhisperConfig has no {', '.join(unknown)}; the encoder takes {', '.join(ENCODER_KEYS)}",
+            kind="unknown-key",
         )
     return {key: architecture.get(key, known[key]) for key in ENCODER_KEYS}
 
@@ -200,9 +207,11 @@ def read_openai(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "encoder_layers": dims["n_audio_layer"], "encoder_ffn_dim": 4 * dims["n_audio_state"],
         }  # fmt: skip
     except FileNotFoundError as e:
-        raise OpticNerveError(f"there is no {file}; give an OpenAI Whisper .pt file, a folder, or a hub name") from e
+        raise OpticNerveError(
+            f"there is no {file}; give an OpenAI Whisper .pt file, a folder, or a hub name", kind="missing-file"
+        ) from e
     except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise OpticNerveError(f"{file} is no OpenAI Whisper checkpoint: {type(e).__name__} {e}") from e
+        raise OpticNerveError(f"{file} is no OpenAI Whisper checkpoint: {type(e).__name__} {e}", kind="damaged") from e
     # Stored in half precision; the arithmetic's precision is the recipe's business.
     return encoder_part(architecture), {name: tensor.float() for name, tensor in from_openai(tensors).items()}
 
@@ -223,7 +232,9 @@ def _read_transformers(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _config(name: str) -> Any:
     config = read_config(name)
     if config.model_type != "whisper":
-        raise OpticNerveError(f"{name!r} ({config.model_type}) is no Whisper; type: whisper takes Whisper's encoder")
+        raise OpticNerveError(
+            f"{name!r} ({config.model_type}) is no Whisper; type: whisper takes Whisper's encoder", kind="unsupported"
+        )
     return config
 
 
@@ -249,6 +260,8 @@ def _window(name: str, architecture: dict[str, Any]) -> dict[str, Any]:
     wanted = {**_SPECTROGRAM, "feature_size": int(architecture["num_mel_bins"])}
     odd = [f"{k}: {getattr(own, k)}, not {v}" for k, v in wanted.items() if getattr(own, k) != v]
     if odd:
-        raise OpticNerveError(f"{name!r} prepares sound as Whisper's encoder here cannot ({'; '.join(odd)})")
+        raise OpticNerveError(
+            f"{name!r} prepares sound as Whisper's encoder here cannot ({'; '.join(odd)})", kind="unsupported"
+        )
     whole = int(architecture["max_source_positions"]) // FRAMES
     return {} if own.chunk_length == whole else {"seconds": int(own.chunk_length)}

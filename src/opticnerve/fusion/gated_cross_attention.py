@@ -113,14 +113,19 @@ class GatedCrossAttention(Fusion):
         heads = heads or max(1, language_size // 64)
         if language_size % heads:
             raise OpticNerveError(
-                f"{heads} heads do not divide the language model's width {language_size}; give `heads` a divisor of it"
+                f"{heads} heads do not divide the language model's width {language_size}; give `heads` a divisor of it",
+                kind="wrong-shape",
             )
         if every < 1:
-            raise OpticNerveError(f"every is 1 or more, not {every}; 1 puts a layer before each of the model's own")
+            raise OpticNerveError(
+                f"every is 1 or more, not {every}; 1 puts a layer before each of the model's own", kind="out-of-range"
+            )
         if gate not in ("scalar", "vector"):
-            raise OpticNerveError(f"gate is 'scalar' or 'vector', not {gate!r}")
+            raise OpticNerveError(f"gate is 'scalar' or 'vector', not {gate!r}", kind="unknown-name")
         if activation not in ACT2FN:
-            raise OpticNerveError(f"unknown activation {activation!r}; known: {', '.join(sorted(ACT2FN))}")
+            raise OpticNerveError(
+                f"unknown activation {activation!r}; known: {', '.join(sorted(ACT2FN))}", kind="unknown-name"
+            )
         self.every = every
         inner = int(mlp_ratio * language_size)
         self.layers = nn.ModuleList(

@@ -99,7 +99,9 @@ def read_template(text: str) -> str:
     if "{" in text:
         return text
     if not Path(text).is_file():
-        raise OpticNerveError(f"chat_template {text!r} is no file, no Jinja, and none of {', '.join(NAMED)}")
+        raise OpticNerveError(
+            f"chat_template {text!r} is no file, no Jinja, and none of {', '.join(NAMED)}", kind="unknown-name"
+        )
     return Path(text).read_text(encoding="utf-8")
 
 
@@ -177,7 +179,8 @@ def stopped_clock(template: str, date: datetime.date) -> str:
     if re.search(r"strftime_now\s*\(", made):
         raise OpticNerveError(
             "the chat template writes today's date in a form that is not told in it (strftime_now of something that is "
-            "no text); write the date into the template, and give that as model.language.chat_template"
+            "no text); write the date into the template, and give that as model.language.chat_template",
+            kind="unsupported",
         )
     return made
 

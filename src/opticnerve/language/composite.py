@@ -42,20 +42,23 @@ def causal_config(name: str, config: Any) -> Any:
     if kind.startswith("opticnerve"):
         raise OpticNerveError(
             f"{name!r} is a model of opticnerve already ({kind}), not a language model; name the language model that "
-            "it was made of"
+            "it was made of",
+            kind="unsupported",
         )
     text = text_config_of(config)
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise OpticNerveError(
             f"{name!r} ({kind}) is an encoder with a decoder; opticnerve docks onto causal language models, such as "
-            "Llama, Qwen or Mistral"
+            "Llama, Qwen or Mistral",
+            kind="unsupported",
         )
     if text is config:
         foreign = [k.removesuffix("_config") for k in getattr(config, "sub_configs", {}) if _is_medium(k)]
         if foreign:
             raise OpticNerveError(
                 f"{name!r} ({kind}) has {', '.join(foreign)} parts of its own, which its language model cannot be "
-                "taken out of; name a language model alone"
+                "taken out of; name a language model alone",
+                kind="unsupported",
             )
     elif text.model_type in _PLAIN:
         text = _plain(text)
@@ -63,14 +66,16 @@ def causal_config(name: str, config: Any) -> Any:
     if type(text) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False):
         raise OpticNerveError(
             f"{inside or f'{name!r} ({kind}) '}reads in both directions and writes nothing; it is a text encoder, for "
-            "`kind: dual_encoder` or `kind: classifier`; name a causal language model"
+            "`kind: dual_encoder` or `kind: classifier`; name a causal language model",
+            kind="unsupported",
         )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         seeing = any(hasattr(config, key) for key in ("patch_size", "vision_config", "num_channels"))
         where = "; its vision encoder goes under `image`" if seeing else ""
         raise OpticNerveError(
             f"{inside or f'{name!r} ({kind}) '}is no causal language model of transformers{where}; name one, such as "
-            "Llama, Qwen or Mistral"
+            "Llama, Qwen or Mistral",
+            kind="unsupported",
         )
     return text
 
@@ -124,7 +129,8 @@ def _with_head(name: str, whole: Any, text_config: Any, dtype: torch.dtype) -> A
     decoder, head = whole.get_decoder(), whole.get_output_embeddings()
     if head is None:
         raise OpticNerveError(
-            f"{name!r} ({whole.config.model_type}) has no head for words; name a language model alone"
+            f"{name!r} ({whole.config.model_type}) has no head for words; name a language model alone",
+            kind="unsupported",
         )
     text_config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
     text_config.architectures = None
@@ -138,7 +144,8 @@ def _with_head(name: str, whole: Any, text_config: Any, dtype: torch.dtype) -> A
     if odd := sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)):
         raise OpticNerveError(
             f"the text model of {name!r} ({whole.config.model_type}) has other tensors than {text_config.model_type}: "
-            f"{', '.join(odd[:4])}; name a language model alone"
+            f"{', '.join(odd[:4])}; name a language model alone",
+            kind="mismatch",
         )
     model.load_state_dict(state, assign=True)
     model.tie_weights()
@@ -149,7 +156,9 @@ def _load_whole(name: str, config: Any, dtype: torch.dtype) -> Any:
     written = (config.architectures or [""])[0]
     cls: Any = getattr(transformers, written, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if cls is None:
-        raise OpticNerveError(f"transformers has no model {written!r} for {name!r}; name a language model alone")
+        raise OpticNerveError(
+            f"transformers has no model {written!r} for {name!r}; name a language model alone", kind="unknown-name"
+        )
     return load_weights(cls, name, name, dtype, left_over=True)
 
 
@@ -175,7 +184,7 @@ def check_complete(name: str, report: dict[str, Any]) -> None:
     problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
     if problems:
         listing = "; ".join(f"{k.removesuffix('_keys')} {', '.join(v[:8])}" for k, v in problems.items())
-        raise OpticNerveError(f"the weights of {name!r} are not those of its config.json: {listing}")
+        raise OpticNerveError(f"the weights of {name!r} are not those of its config.json: {listing}", kind="mismatch")
 
 
 @torch.no_grad()
@@ -186,11 +195,14 @@ def _check_same(name: str, whole: Any, model: Any) -> None:
     try:
         theirs = whole(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), use_cache=False).logits.float()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise OpticNerveError(f"{name!r} ({whole.config.model_type}) reads no text alone: {str(e)[:200]}") from e
+        raise OpticNerveError(
+            f"{name!r} ({whole.config.model_type}) reads no text alone: {str(e)[:200]}", kind="unsupported"
+        ) from e
     ours = model(input_ids=ids_BL, use_cache=False).logits.float()
     apart = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
     if not apart <= 0.02 * float(theirs.std()):  # in bf16 the order of sums shows; another scale or mask shows more
         raise OpticNerveError(
             f"the text model of {name!r} ({whole.config.model_type}) does not say by itself what it says inside; name "
-            "a language model alone"
+            "a language model alone",
+            kind="unsupported",
         )

@@ -55,12 +55,14 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
         raise OpticNerveError(
             f"{name!r} ({family}) takes no embeddings in place of words: {str(e)[:200] or type(e).__name__}; choose "
-            "another language model"
+            "another language model",
+            kind="unsupported",
         ) from e
     if len(by_ids) != len(given) or any(not torch.equal(a, b) for a, b in zip(by_ids, given, strict=True)):
         raise OpticNerveError(
             f"{name!r} ({family}) makes something else of its words' embeddings than of the words themselves, so that "
-            "text beside a picture would be misread; choose another language model"
+            "text beside a picture would be misread; choose another language model",
+            kind="unsupported",
         )
 
 

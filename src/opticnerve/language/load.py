@@ -73,11 +73,14 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
             f"the tokenizer of {name!r}", e, "save it beside the weights (tokenizer.save_pretrained)"
         ) from e
     if len(tokenizer) == 0:  # what transformers makes of a folder that holds none
-        raise OpticNerveError(f"{name!r} holds no tokenizer; save it beside the weights (tokenizer.save_pretrained)")
+        raise OpticNerveError(
+            f"{name!r} holds no tokenizer; save it beside the weights (tokenizer.save_pretrained)", kind="missing-file"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise OpticNerveError(
-                f"the tokenizer of {name!r} has neither padding nor end token; set one before docking"
+                f"the tokenizer of {name!r} has neither padding nor end token; set one before docking",
+                kind="unsupported",
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -110,7 +113,8 @@ def check_saved(tokenizer: Any, folder: Path) -> None:
             a, b = tokenizer.convert_ids_to_tokens(now), again.convert_ids_to_tokens(then)
             raise OpticNerveError(
                 f"the tokenizer comes back from {folder} as another: of {text!r} it makes {a}, saved and loaded {b}; "
-                "save it as transformers' PreTrainedTokenizerFast (its tokenizer.json says all), and dock with that"
+                "save it as transformers' PreTrainedTokenizerFast (its tokenizer.json says all), and dock with that",
+                kind="mismatch",
             )
 
 
@@ -127,7 +131,8 @@ def load_language_config(name: str, *, gguf_file: str | None = None) -> Any:
         # transformers would put the adapter onto the base that it names, and say nothing.
         raise OpticNerveError(
             f"{name!r} holds an adapter of peft (adapter_config.json), not a language model alone; merge it into its "
-            "base with peft's merge_and_unload(), save that, and name its folder"
+            "base with peft's merge_and_unload(), save that, and name its folder",
+            kind="unsupported",
         )
     return causal_config(name, read_config(folder, name))
 
@@ -144,7 +149,7 @@ def resolve(name: str, *, gguf_file: str | None = None, weights: bool = True) ->
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise OpticNerveError(f"there is no GGUF file {name!r}")
+            raise OpticNerveError(f"there is no GGUF file {name!r}", kind="missing-file")
         return str(_dequantised(path)), [str(path)]
     if gguf_file is not None:
         found = hub.fetch_file(name, gguf_file)

@@ -30,10 +30,14 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
     """
     unknown = set(options) - set(DEFAULTS)
     if unknown:
-        raise OpticNerveError(f"unknown lora option {sorted(unknown)}; known: {', '.join(DEFAULTS)}")
+        raise OpticNerveError(
+            f"unknown lora option {sorted(unknown)}; known: {', '.join(DEFAULTS)}", kind="unknown-key"
+        )
     chosen = {**DEFAULTS, **options}
     if has_lora(language_model):
-        raise OpticNerveError("the language model carries a LoRA adapter already; merge it before adding another")
+        raise OpticNerveError(
+            "the language model carries a LoRA adapter already; merge it before adding another", kind="exists-already"
+        )
     targets = chosen["targets"]
     names = linear_layers(language_model)
     if targets == "all-linear":
@@ -43,7 +47,8 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
         if not hit:
             raise OpticNerveError(
                 f"lora targets {targets} name no linear layer of the language model; "
-                f"its layers end in {', '.join(sorted({n.rsplit('.', 1)[-1] for n in names}))}"
+                f"its layers end in {', '.join(sorted({n.rsplit('.', 1)[-1] for n in names}))}",
+                kind="unknown-name",
             )
     rank, alpha = chosen["rank"], chosen["alpha"]
     config = LoraConfig(

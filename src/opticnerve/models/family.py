@@ -125,5 +125,6 @@ def family_of(folder: str) -> type[Family]:
             return family
     raise OpticNerveError(
         f"{folder} holds a {found[:80]}, which is no model of opticnerve; `opticnerve import` takes LLaVA's and "
-        "BLIP-2's kinds over, and a recipe docks encoders onto language models"
+        "BLIP-2's kinds over, and a recipe docks encoders onto language models",
+        kind="unsupported",
     )

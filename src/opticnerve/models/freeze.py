@@ -73,7 +73,8 @@ def freeze(model: FamilyModel, train: Mapping[str, float]) -> Frozen:
         groups[name] = {n: p for n, p in model.part_parameters(part).items() if id(p) not in taken}
         if not groups[name]:
             raise OpticNerveError(
-                f"train: all of {part} belongs to parts named before it; name the narrower part first, or leave it out"
+                f"train: all of {part} belongs to parts named before it; name the narrower part first, or leave it out",
+                kind="conflict",
             )
         rates[name] = rate
         taken |= {id(p) for p in groups[name].values()}

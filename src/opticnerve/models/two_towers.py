@@ -98,7 +98,9 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
         """Each part draws its own first weights when it is built."""
 
     def give_lora(self, options: dict[str, Any]) -> None:
-        raise OpticNerveError("there is no language model to adapt here; train encoders' last blocks instead")
+        raise OpticNerveError(
+            "there is no language model to adapt here; train encoders' last blocks instead", kind="unsupported"
+        )
 
     def full_name(self, part: str) -> str:
         """The words for parts are clear as they are."""
@@ -123,9 +125,11 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
         elif part in self.PARTS:
             found = {n: p for n, p in named.items() if n.startswith(self.STARTS.get(part, (part + ".",)))}
         else:
-            raise OpticNerveError(f"a {type(self).__name__} has no part {part!r}; its parts: {', '.join(self.PARTS)}")
+            raise OpticNerveError(
+                f"a {type(self).__name__} has no part {part!r}; its parts: {', '.join(self.PARTS)}", kind="unknown-name"
+            )
         if not found:
-            raise OpticNerveError(f"{part} has no parameters in this model")
+            raise OpticNerveError(f"{part} has no parameters in this model", kind="empty")
         return found
 
 
@@ -162,7 +166,7 @@ class TwoTowerDock:
                 state |= load_file(file)
             self.model.load_state_dict(state)
         except (OSError, ValueError, KeyError, RuntimeError) as e:
-            raise OpticNerveError(f"{folder} does not hold this model: {e}") from e
+            raise OpticNerveError(f"{folder} does not hold this model: {e}", kind="mismatch") from e
         return trained
 
     @property
@@ -207,7 +211,9 @@ def _load_text_encoder(spec: dict[str, Any]) -> tuple[str, Any]:
     options = dict(spec)
     kind, name = options.pop("type", "hf_text"), options.pop("name", None)
     if name is None:
-        raise OpticNerveError("the text encoder needs a name: a hub name, a local folder, or starter/…")
+        raise OpticNerveError(
+            "the text encoder needs a name: a hub name, a local folder, or starter/…", kind="missing-field"
+        )
     cls = text_encoders.get(kind)
     check_options("text encoder", kind, cls, options)
     language = weights.is_starter(name) and name in weights.LANGUAGES

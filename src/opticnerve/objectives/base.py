@@ -82,7 +82,9 @@ def gather_padded(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     shapes = _all_gather(torch.tensor([ids_BL.shape], device=ids_BL.device))
     counts, lengths = shapes[:, 0].tolist(), shapes[:, 1].tolist()
     if len(set(counts)) > 1:
-        raise OpticNerveError(f"the processes hold {counts} samples; in-batch negatives want the same number on each")
+        raise OpticNerveError(
+            f"the processes hold {counts} samples; in-batch negatives want the same number on each", kind="wrong-shape"
+        )
     more = (0, max(lengths) - ids_BL.shape[1])
     return _all_gather(F.pad(ids_BL, more)), _all_gather(F.pad(mask_BL.long(), more)).bool()
 

@@ -101,7 +101,7 @@ class Contrastive(Objective):
     def __init__(self, model: Any, *, duplicates: Literal["refuse", "mask"] = "refuse") -> None:
         super().__init__(model)
         if duplicates not in ("refuse", "mask"):
-            raise OpticNerveError(f"duplicates is 'refuse' or 'mask', not {duplicates!r}")
+            raise OpticNerveError(f"duplicates is 'refuse' or 'mask', not {duplicates!r}", kind="unknown-name")
         self.duplicates = duplicates
 
     @classmethod
@@ -183,7 +183,10 @@ class Contrastive(Objective):
         first = processes()[0] * len(image_BD)
         image_ND, text_ND, keys_N2 = gather(image_BD), gather(text_BD), gather(keys_B2)
         if len(image_ND) < 2:
-            raise OpticNerveError("a batch of 1 pair has no negatives and teaches nothing; set batch_size to 2 or more")
+            raise OpticNerveError(
+                "a batch of 1 pair has no negatives and teaches nothing; set batch_size to 2 or more",
+                kind="out-of-range",
+            )
         if self.duplicates == "refuse":
             _refuse_duplicates(keys_N2, first, batches)
             return Negatives(image_ND, text_ND, first)
@@ -203,7 +206,8 @@ class Contrastive(Objective):
 def _check_pairs(image_BD: Tensor, text_BD: Tensor) -> None:
     if len(image_BD) != len(text_BD):
         raise OpticNerveError(
-            f"{len(image_BD)} pictures and {len(text_BD)} captions are no pairs; give one caption to each picture"
+            f"{len(image_BD)} pictures and {len(text_BD)} captions are no pairs; give one caption to each picture",
+            kind="wrong-shape",
         )
 
 
@@ -213,7 +217,8 @@ def _check_even(pairs: int, device: torch.device) -> None:
     if len(set(counts)) > 1:
         raise OpticNerveError(
             f"the processes bring different numbers of pairs ({', '.join(map(str, counts))}); "
-            f"choose a batch_size that splits evenly"
+            f"choose a batch_size that splits evenly",
+            kind="wrong-shape",
         )
 
 
@@ -229,7 +234,8 @@ def _refuse_duplicates(keys_N2: Tensor, first: int, batches: Sequence[Any]) -> N
         raise OpticNerveError(
             f"{int(repeated_N.sum())} of the batch's {len(keys_N2)} pairs share their {what} with another and would be "
             f"told apart from themselves: {', '.join(mine[:4]) or 'those of other processes'}"
-            f"{' …' if len(mine) > 4 else ''}; set duplicates: mask, or remove the repetitions"
+            f"{' …' if len(mine) > 4 else ''}; set duplicates: mask, or remove the repetitions",
+            kind="conflict",
         )
 
 
@@ -238,5 +244,6 @@ def _refuse_batch_norm(model: nn.Module) -> None:
         if isinstance(module, BATCH_NORMS) and module.training:
             raise OpticNerveError(
                 f"{name} normalises over the batch, so micro-batches cannot give the big batch's gradients; "
-                f"set accumulate: 1, or leave the part with it frozen"
+                f"set accumulate: 1, or leave the part with it frozen",
+                kind="conflict",
             )

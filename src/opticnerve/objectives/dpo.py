@@ -43,13 +43,15 @@ class DPO(Objective):
     ) -> None:  # fmt: skip
         super().__init__(model)
         if not beta > 0:
-            raise OpticNerveError(f"dpo: beta is {beta}; give a positive number such as 0.1")
+            raise OpticNerveError(f"dpo: beta is {beta}; give a positive number such as 0.1", kind="out-of-range")
         if loss not in ("sigmoid", "ipo"):
-            raise OpticNerveError(f"dpo: unknown loss {loss!r}; known: sigmoid, ipo")
+            raise OpticNerveError(f"dpo: unknown loss {loss!r}; known: sigmoid, ipo", kind="unknown-name")
         if not 0 <= label_smoothing < 0.5:
-            raise OpticNerveError(f"dpo: label_smoothing is {label_smoothing}; give 0 or more, and less than 0.5")
+            raise OpticNerveError(
+                f"dpo: label_smoothing is {label_smoothing}; give 0 or more, and less than 0.5", kind="out-of-range"
+            )
         if sft < 0:
-            raise OpticNerveError(f"dpo: sft is {sft}; give 0 or more")
+            raise OpticNerveError(f"dpo: sft is {sft}; give 0 or more", kind="out-of-range")
         self.beta, self.loss, self.label_smoothing, self.sft = beta, loss, label_smoothing, sft
         # A plain list: parameters of a module would be trained and saved.
         self._reference = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
@@ -85,7 +87,9 @@ class DPO(Objective):
         now = []
         for k, (parameter, before) in enumerate(self._reference):
             if isinstance(parameter.data, DTensor):
-                raise OpticNerveError("dpo keeps whole weights and cannot run where they are sharded; use DDP")
+                raise OpticNerveError(
+                    "dpo keeps whole weights and cannot run where they are sharded; use DDP", kind="unsupported"
+                )
             if before.device != parameter.device:
                 before = before.to(parameter.device)
                 self._reference[k] = parameter, before

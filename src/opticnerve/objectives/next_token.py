@@ -76,5 +76,6 @@ def _check_window(config: Any, length: int) -> None:
     if window and length > window:
         raise OpticNerveError(
             f"a packed row has {length} tokens, but {config.model_type} attends within {window}: lower per_image, or "
-            f"set share_prefix: false"
+            f"set share_prefix: false",
+            kind="too-long",
         )

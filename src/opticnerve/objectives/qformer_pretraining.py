@@ -61,10 +61,11 @@ class QFormerPretraining(Objective):
         connector = getattr(tower, "connector", None)
         if not isinstance(connector, QFormerConnector) or connector.pretraining is None:
             raise OpticNerveError(
-                "qformer_pretraining wants an image tower with connector: {type: qformer, text: true, bert: …}"
+                "qformer_pretraining wants an image tower with connector: {type: qformer, text: true, bert: …}",
+                kind="unsupported",
             )
         if getattr(tower, "tiling", None) is not None:
-            raise OpticNerveError("qformer_pretraining takes a picture as one piece; leave out tiling")
+            raise OpticNerveError("qformer_pretraining takes a picture as one piece; leave out tiling", kind="conflict")
         self.label_smoothing = label_smoothing
 
     @classmethod
@@ -73,7 +74,8 @@ class QFormerPretraining(Objective):
         tokenizer = getattr(processor, "qformer_tokenizer", None)
         if tokenizer is None:
             raise OpticNerveError(
-                "qformer_pretraining wants the tokenizer of a BERT: give the qformer connector bert or text_tokenizer"
+                "qformer_pretraining wants the tokenizer of a BERT: give the qformer connector bert or text_tokenizer",
+                kind="missing-field",
             )
         longest = min(stage.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
         return CaptionCollator(processor.image_processor, tokenizer, max_length=longest)
@@ -99,7 +101,8 @@ class QFormerPretraining(Objective):
         twin_MM = _twins(gather(batch.image_keys), world_ids.masked_fill(~world_mask, -1))
         if bool(twin_MM.all()):
             raise OpticNerveError(
-                f"all {len(twin_MM)} pairs of a batch share their picture or caption: nothing to contrast"
+                f"all {len(twin_MM)} pairs of a batch share their picture or caption: nothing to contrast",
+                kind="conflict",
             )
         rank, world = processes()
         count = batch.samples
@@ -201,12 +204,15 @@ class QFormerPretraining(Objective):
     def _check(self, world_ids: Tensor) -> None:
         """Of the whole batch, so that all processes stop and none waits for the others."""
         if len(world_ids) < 2:
-            raise OpticNerveError("a batch of 1 pair has no negatives; batch_size / accumulate must be 2 or more")
+            raise OpticNerveError(
+                "a batch of 1 pair has no negatives; batch_size / accumulate must be 2 or more", kind="out-of-range"
+            )
         largest, last = int(world_ids.max()), self.connector.decoder_token_id
         if largest >= last:
             raise OpticNerveError(
                 f"a caption holds token {largest}, but the word table's last row, {last}, is [DEC]'s: vocab_size must "
-                f"be the tokenizer's size and one more"
+                f"be the tokenizer's size and one more",
+                kind="out-of-range",
             )
 
 

@@ -26,6 +26,8 @@ class ApiError(OpticNerveError):
         retry_after: seconds after which it is worth trying again.
     """
 
+    kind = "request"
+
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
         retry_after: int | None = None,

@@ -44,5 +44,7 @@ def shipped_model() -> Path:
     """The connector and adapter that `starter-full` trained."""
     folder = _HERE / "model"
     if not (folder / "dock.json").is_file():
-        raise OpticNerveError("this installation carries no starter model; train one with `opticnerve demo`")
+        raise OpticNerveError(
+            "this installation carries no starter model; train one with `opticnerve demo`", kind="not-installed"
+        )
     return folder

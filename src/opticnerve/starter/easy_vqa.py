@@ -95,7 +95,9 @@ def gather(questions: Iterable[Question]) -> dict[int, Facts]:
         learn(facts[image], question, answer)
     for image, known in facts.items():
         if known.contradictory:
-            raise OpticNerveError(f"{PACKAGE}: the answers on image {image} contradict each other: {known}")
+            raise OpticNerveError(
+                f"{PACKAGE}: the answers on image {image} contradict each other: {known}", kind="damaged"
+            )
     return dict(facts)
 
 
@@ -174,4 +176,4 @@ def _load(media: Path, split: str) -> list[Question]:
     try:
         return [(str(q), str(a), int(i)) for q, a, i in json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as e:
-        raise OpticNerveError(f"{file} cannot be read: {e}; reinstall {PACKAGE}") from e
+        raise OpticNerveError(f"{file} cannot be read: {e}; reinstall {PACKAGE}", kind="damaged") from e

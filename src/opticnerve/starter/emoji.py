@@ -75,7 +75,9 @@ def pictures(*, skin_tones: bool = False) -> list[dict[str, str]]:
     try:
         names = json.loads(table.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise OpticNerveError(f"{table} cannot be read: {e}; {to_install(f'--force-reinstall {NAMES.package}')}") from e
+        raise OpticNerveError(
+            f"{table} cannot be read: {e}; {to_install(f'--force-reinstall {NAMES.package}')}", kind="damaged"
+        ) from e
     files = sorted(f for vendor in VENDORS for f in (folder / vendor).glob("*.png"))
     digests = [hashlib.sha256(f.read_bytes()).digest() for f in files]
     times = Counter(digests)
@@ -103,7 +105,7 @@ def prepare(folder: Path | None = None, *, vendor: str = HELD_OUT_VENDOR, skin_t
         other vendors' pictures of held-out emoji) and `both`; and `media`, from which the pictures' paths start.
     """
     if vendor not in VENDORS:
-        raise OpticNerveError(f"there is no vendor {vendor!r}; known: {', '.join(VENDORS)}")
+        raise OpticNerveError(f"there is no vendor {vendor!r}; known: {', '.join(VENDORS)}", kind="unknown-name")
     media, _ = locate()
     versions = [f"{p.package}-{p.found_version()}" for p in (PICTURES, NAMES)]
     made = [*versions, f"without-{vendor}", *(["tones"] if skin_tones else []), f"v{_LAYOUT}"]

@@ -30,8 +30,10 @@ def bert_folder(name: str) -> str:
     if not is_starter(name):
         return name
     if name != NAME:
-        raise OpticNerveError(f"unknown starter BERT {name!r}; known: {NAME}")
+        raise OpticNerveError(f"unknown starter BERT {name!r}; known: {NAME}", kind="unknown-name")
     folder: Path = WEIGHTS.locate().parent
     if TOKENIZER.locate().parent != folder:
-        raise OpticNerveError(f"{WEIGHTS.package} keeps its tokenizer outside {folder}; install version 0.1.0 of it")
+        raise OpticNerveError(
+            f"{WEIGHTS.package} keeps its tokenizer outside {folder}; install version 0.1.0 of it", kind="mismatch"
+        )
     return str(folder)

@@ -152,7 +152,9 @@ def prepare(folder: Path | None = None) -> dict[str, Path]:
             counts = {split: len(clips(split)) for split in SPLITS}
             atomic.write(new / _MARKER, json.dumps({PROGRAM: version(program), "layout": _LAYOUT, "clips": counts}))
         if not (folder / _MARKER).is_file():
-            raise OpticNerveError(f"{folder} holds something else than the spoken words; remove it")
+            raise OpticNerveError(
+                f"{folder} holds something else than the spoken words; remove it", kind="exists-already"
+            )
     return {
         "captions": folder / "train" / "captions.jsonl",
         "questions": folder / "train" / "questions.jsonl",
@@ -170,7 +172,8 @@ def locate() -> str:
     if (program := shutil.which(PROGRAM)) is None:
         raise OpticNerveError(
             f"the spoken words are synthesised by {PROGRAM}, which is not installed; run `apt-get install {PROGRAM}` "
-            f"(Debian, Ubuntu) or `brew install {PROGRAM}` (macOS)"
+            f"(Debian, Ubuntu) or `brew install {PROGRAM}` (macOS)",
+            kind="not-installed",
         )
     return program
 
@@ -180,7 +183,9 @@ def version(program: str) -> str:
     said = _run(program, "--version").stdout
     found = re.search(r":\s*(\d[\w.]*)", said)
     if found is None:
-        raise OpticNerveError(f"{program} --version says {said.strip()!r}, which names no version; reinstall {PROGRAM}")
+        raise OpticNerveError(
+            f"{program} --version says {said.strip()!r}, which names no version; reinstall {PROGRAM}", kind="damaged"
+        )
     return found[1]
 
 
@@ -195,7 +200,8 @@ def check_voices(program: str) -> None:
         if missing := sorted(wanted - known):
             raise OpticNerveError(
                 f"this {PROGRAM} ({version(program)}) has no voice {', '.join(missing)}; install {PROGRAM} 1.49 or "
-                "newer with its data"
+                "newer with its data",
+                kind="unknown-name",
             )
 
 
@@ -216,12 +222,14 @@ def speak(clip: Clip, program: str) -> np.ndarray[Any, np.dtype[np.int16]]:
             samples_N = _resample(samples_N, sound.getframerate())
     loud = np.flatnonzero(np.abs(samples_N) > 0.01 * np.abs(samples_N).max())
     if not len(loud):
-        raise OpticNerveError(f"{PROGRAM} gave only silence for {' '.join(clip.words)!r} with the voice {clip.voice}")
+        raise OpticNerveError(
+            f"{PROGRAM} gave only silence for {' '.join(clip.words)!r} with the voice {clip.voice}", kind="empty"
+        )
     words_N = samples_N[loud[0] : loud[-1] + 1]
     padded_N = np.pad(words_N, (round(clip.lead * RATE), RATE // 20))
     if len(padded_N) > SECONDS * RATE:
         raise OpticNerveError(
-            f"{clip.id} takes {len(padded_N) / RATE:.2f} seconds, more than the {SECONDS} of a window"
+            f"{clip.id} takes {len(padded_N) / RATE:.2f} seconds, more than the {SECONDS} of a window", kind="too-long"
         )
     return np.rint(padded_N.clip(-1, 1) * 32767).astype(np.int16)
 
@@ -234,7 +242,9 @@ def _resample(samples_N: Any, rate: int) -> Any:
     try:
         import soxr
     except ImportError as e:
-        raise OpticNerveError(f"sound needs the package soxr; run `{to_install('opticnerve[audio]')}`") from e
+        raise OpticNerveError(
+            f"sound needs the package soxr; run `{to_install('opticnerve[audio]')}`", kind="not-installed"
+        ) from e
     return soxr.resample(samples_N, rate, RATE)
 
 

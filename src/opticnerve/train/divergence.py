@@ -24,6 +24,8 @@ MOST_IN_A_ROW = 10
 class Diverged(OpticNerveError):
     """The loss stopped being a number."""
 
+    kind = "diverged"
+
 
 class Divergence:
     """What happens to the steps of a stage that are no numbers, as its `on_divergence` says.

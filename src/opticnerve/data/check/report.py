@@ -125,7 +125,9 @@ def check(
         side: takes what is in the good samples, to compare training with test by `overlap.leaks`.
     """
     if max_length is not None and encode is None:
-        raise OpticNerveError("max_length without encode: give the function that makes a sample's tokens")
+        raise OpticNerveError(
+            "max_length without encode: give the function that makes a sample's tokens", kind="missing-field"
+        )
     report = DataReport(media_opened=open_media)
     pictures = _Pictures(open_media)
     own = Side()

@@ -109,10 +109,11 @@ def answer_set(conversations: Iterable[Conversation], *, most: int = 10_000) -> 
     found = sorted({normal(c.answer) for c in conversations if c.answer} - {""})
     if len(found) < 2:
         only = f"{found[0]!r} is the only answer" if found else "there are no answers"
-        raise OpticNerveError(f"{only} in the data; a classifier wants at least two")
+        raise OpticNerveError(f"{only} in the data; a classifier wants at least two", kind="empty")
     if len(found) > most:
         raise OpticNerveError(
             f"the data hold {len(found):,} different answers, which is no closed set (at most {most:,}); "
-            f"train a docked language model, or name the answers in model.answers"
+            f"train a docked language model, or name the answers in model.answers",
+            kind="too-large",
         )
     return found

@@ -132,7 +132,8 @@ class CaptionCollator:
         if any(len(row) != 1 for row in rows):
             raise OpticNerveError(
                 f"qformer_pretraining takes one caption a sample, not {max(map(len, rows))} about one picture: leave "
-                f"out share_prefix"
+                f"out share_prefix",
+                kind="conflict",
             )
         pairs = [row[0] for row in rows]
         captions = [_caption(pair) for pair in pairs]

@@ -76,5 +76,6 @@ class BadSampleCounter(Sequence[str]):
         raise OpticNerveError(
             f"stage {self.stage}: {len(self):,} samples{of} are bad, bad_samples allows {self.allowed:,} ({rule}): "
             f"{'; '.join(self.named[:SHOWN])}{more}. Look at all of them with `opticnerve data check`, mend or remove "
-            f"them, or allow more"
+            f"them, or allow more",
+            kind="bad-samples",
         )

@@ -236,7 +236,8 @@ def _alone(folder: Path) -> Iterator[None]:
         lock = (folder / "lock").open("w")
     except OSError as e:
         raise OpticNerveError(
-            f"the index of data in {folder} cannot be written: {e}; let OPTICNERVE_CACHE name a folder that can be"
+            f"the index of data in {folder} cannot be written: {e}; let OPTICNERVE_CACHE name a folder that can be",
+            kind="no-permission",
         ) from e
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -51,7 +51,8 @@ def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> Sequence[Co
     if spec.limit is None:
         raise OpticNerveError(
             f"{spec.path} is streamed, and here all of it is wanted; give a limit, and the first so many samples are "
-            f"taken, or download it and leave streaming out"
+            f"taken, or download it and leave streaming out",
+            kind="unsupported",
         )
     return list(stream_data(spec, on_error=on_error))
 
@@ -111,10 +112,12 @@ def load_examples(specs: Sequence[DataSpec], *, on_error: OnError | None = None)
     entries = []
     for spec in specs:
         if spec.streaming:
-            raise OpticNerveError(f"{spec.path} is streamed: how many samples it has is not known before it is read")
+            raise OpticNerveError(
+                f"{spec.path} is streamed: how many samples it has is not known before it is read", kind="unsupported"
+            )
         samples = _indexed(spec, on_error)
         if not samples:
-            raise OpticNerveError(f"{spec.path} holds no usable sample")
+            raise OpticNerveError(f"{spec.path} holds no usable sample", kind="empty")
         groups = samples.by_picture() if spec.share_prefix else None
         entries.append(Entry(samples, groups, spec.per_image, spec.repeat))
     return Examples(entries)
@@ -150,7 +153,7 @@ def fixed_sample(conversations: Sequence[Conversation], count: int | None, *, se
 
 def _starter(name: str) -> tuple[str, str]:
     if name not in STARTER:
-        raise OpticNerveError(f"unknown starter data {name!r}; known: {', '.join(STARTER)}")
+        raise OpticNerveError(f"unknown starter data {name!r}; known: {', '.join(STARTER)}", kind="unknown-name")
     module, key = STARTER[name]
     made = importlib.import_module(f"opticnerve.starter.{module}").prepare()
     return str(made[key]), str(made["media"])

@@ -158,7 +158,8 @@ class Stream:
         if self.length is not None and length != self.length:
             raise OpticNerveError(  # no bad sample that could be skipped
                 f"{where}: an epoch had {self.length:,} rows and now ends after {length:,}: the data have changed. "
-                f"Name a revision, or leave the files alone, and start again"
+                f"Name a revision, or leave the files alone, and start again",
+                kind="mismatch",
             )
         self.length = length
 
@@ -212,7 +213,7 @@ class Streams:
         """
         if len(self.streams) == 1 and self.streams[0].limit is not None:
             return self.streams[0].limit
-        raise OpticNerveError("a stream does not say how long it is; give the stage steps")
+        raise OpticNerveError("a stream does not say how long it is; give the stage steps", kind="missing-field")
 
     def example(self, index: int) -> Example:
         turn, at = divmod(index, len(self._round))

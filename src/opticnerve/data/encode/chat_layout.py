@@ -174,11 +174,13 @@ class ChatForm:
             if cue or not turn.learn:
                 return  # templates that shorten their history know what they do
             if missing and len(missing) < len(turn.marks):
-                raise DataError("the chat template drops what an assistant thinks", remedy=THINKING)
+                raise DataError("the chat template drops what an assistant thinks", remedy=THINKING, kind="template")
             if missing:
-                raise DataError("the chat template drops an assistant turn", remedy=OTHER_TEMPLATE)
+                raise DataError("the chat template drops an assistant turn", remedy=OTHER_TEMPLATE, kind="template")
             if any(order.count(m) > 1 for m in turn.marks):
-                raise DataError("the chat template writes an assistant turn twice", remedy=OTHER_TEMPLATE)
+                raise DataError(
+                    "the chat template writes an assistant turn twice", remedy=OTHER_TEMPLATE, kind="template"
+                )
         elif missing and not self.captions:
             raise _drops(turn)
 
@@ -233,7 +235,7 @@ class ChatForm:
         """The words of a conversation in the places of a skeleton's marks."""
         text = self._whole([plain(m) for m in messages], cue, messages[-1].text if messages else "")
         first, *following = [*skeleton.pieces, skeleton.tail]
-        other = DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE)
+        other = DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE, kind="template")
         if not text.startswith(first):
             raise other
         at, spans = len(first), []
@@ -242,7 +244,9 @@ class ChatForm:
         for number, after in zip(skeleton.order, following, strict=True):
             form = next((f for f in trimmed(words[number]) if text.startswith(f + after, at)), None)
             if form is None:
-                raise DataError(f"the chat template rewrites the {speaker[number]}'s words", remedy=OTHER_TEMPLATE)
+                raise DataError(
+                    f"the chat template rewrites the {speaker[number]}'s words", remedy=OTHER_TEMPLATE, kind="template"
+                )
             places.setdefault(number, (at, at + len(form)))
             spans.append((at, at + len(form), speaker[number]))
             at += len(form) + len(after)
@@ -277,7 +281,7 @@ class ChatForm:
 
 def _drops(turn: SkeletonTurn) -> DataError:
     remedy = FOLD if turn.role == "system" else OTHER_TEMPLATE
-    return DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy)
+    return DataError(f"the chat template drops the words of a {turn.role} turn", remedy=remedy, kind="template")
 
 
 _FORMS: WeakKeyDictionary[Any, dict[tuple[str, str | None], ChatForm]] = WeakKeyDictionary()

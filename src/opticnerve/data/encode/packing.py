@@ -148,7 +148,7 @@ def shared_prefix(samples: Sequence[Encoded]) -> int:
 def _unshareable(problem: str, samples: Sequence[Encoded]) -> DataError:
     return DataError(
         f"samples of one group {problem}: {', '.join(s.id or s.where for s in samples)}", where=samples[0].where,
-        remedy="put the picture first in each question, or leave out share_prefix",
+        remedy="put the picture first in each question, or leave out share_prefix", kind="conflict",
     )  # fmt: skip
 
 

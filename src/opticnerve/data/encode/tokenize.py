@@ -68,7 +68,8 @@ def encode(
     """
     if not processor.tokenizer.is_fast:
         raise OpticNerveError(
-            f"{type(processor.tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)"
+            f"{type(processor.tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)",
+            kind="unsupported",
         )
     where = conversation.where or conversation.id
     with errors_at(where):
@@ -142,7 +143,8 @@ def end_of_turn(processor: Any, template: str | None = None) -> str:
     if form.end is None:
         raise OpticNerveError(
             f"the chat template ends an assistant's turn with {form.after_last_answer()[:20]!r}, which starts with no "
-            "special token: a model trained so would never stop. Write {{ eos_token }} after the assistant's content"
+            "special token: a model trained so would never stop. Write {{ eos_token }} after the assistant's content",
+            kind="unsupported",
         )
     return form.end
 

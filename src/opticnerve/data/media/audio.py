@@ -98,7 +98,8 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except (ImportError, OSError) as e:  # OSError: the wheel's libsndfile does not load here
         raise OpticNerveError(
-            f"sound needs the package {name}, which cannot be imported: {e}; run `{to_install('opticnerve[audio]')}`"
+            f"sound needs the package {name}, which cannot be imported: {e}; run `{to_install('opticnerve[audio]')}`",
+            kind="not-installed",
         ) from e
 
 

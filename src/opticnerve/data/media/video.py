@@ -72,7 +72,7 @@ def spaced(total: int, count: int) -> list[int]:
 
 def _loaded(source: Path | bytes, count: int, where: str, max_pixels: int) -> tuple[PIL.Image.Image, ...]:
     if not 0 < count <= MAX_COUNT:
-        raise OpticNerveError(f"frames is {count}; ask for 1 to {MAX_COUNT} frames of a video")
+        raise OpticNerveError(f"frames is {count}; ask for 1 to {MAX_COUNT} frames of a video", kind="out-of-range")
     with errors_at(where, name_of(source, "video"), "video"):
         stamp = source.stat().st_mtime_ns if isinstance(source, Path) and source.exists() else None
         return _recent(source, stamp, count, max_pixels)
@@ -221,7 +221,9 @@ def _container(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     try:
         import av
     except ImportError as e:
-        raise OpticNerveError(f"{name} needs PyAV to be read: {to_install('opticnerve[video]')}") from e
+        raise OpticNerveError(
+            f"{name} needs PyAV to be read: {to_install('opticnerve[video]')}", kind="not-installed"
+        ) from e
 
     # From an open file, not a name: FFmpeg reads some names as addresses, and nothing is ever fetched.
     file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")

@@ -204,7 +204,8 @@ def read_rows(name: str, shard: int, start: int, tables: Tables, features: Any) 
             if tries > TRIES:
                 raise OpticNerveError(
                     f"{name}[{ready}]: the stream broke off, {TRIES} times again at this place: {_brief(problem)}. "
-                    f"When it can be reached, go on with --resume: the checkpoints are whole"
+                    f"When it can be reached, go on with --resume: the checkpoints are whole",
+                    kind="network",
                 ) from problem
             time.sleep(PAUSE * 2 ** (tries - 1))
         elif not damaged(problem):

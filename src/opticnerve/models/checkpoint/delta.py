@@ -84,7 +84,8 @@ def find(name: str | Path) -> Path | None:
     if (folder / TENSORS).is_file():
         raise OpticNerveError(
             f"{folder} holds what was trained ({TENSORS}), but no {REFERENCE}, which names the base models; copy it "
-            "from the run that wrote the folder"
+            "from the run that wrote the folder",
+            kind="missing-file",
         )
     return None
 
@@ -172,7 +173,9 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, KeyError, ValueError, RecursionError) as e:
         if isinstance(e, OpticNerveError):
             raise
-        raise OpticNerveError(f"{place} is not a dock's reference file: {str(e)[:200] or type(e).__name__}") from e
+        raise OpticNerveError(
+            f"{place} is not a dock's reference file: {str(e)[:200] or type(e).__name__}", kind="damaged"
+        ) from e
     return reference
 
 
@@ -225,7 +228,8 @@ def towers_differ(folder: Path, described: set[str], named: set[str]) -> None:
     if described != named:
         raise OpticNerveError(
             f"{folder}: config.json describes the towers {', '.join(sorted(described)) or 'none'}, {REFERENCE} names "
-            f"bases for {', '.join(sorted(named)) or 'none'}; the two files do not belong together"
+            f"bases for {', '.join(sorted(named)) or 'none'}; the two files do not belong together",
+            kind="mismatch",
         )
 
 
@@ -245,12 +249,14 @@ def check_bases(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> 
             raise OpticNerveError(
                 f"{folder} was trained on weights of {part} ({name}) with the SHA-256 {hashed[:16]}…, and no weight "
                 f"file of that name was found here to compare with; name the folder or file that holds them in "
-                f"{REFERENCE}"
+                f"{REFERENCE}",
+                kind="mismatch",
             )
         elif hashed != there:
             raise OpticNerveError(
                 f"{folder} was trained on other weights of {part} ({name}): SHA-256 {hashed[:16]}…, found "
-                f"{there[:16]}…; give it the base it was trained on"
+                f"{there[:16]}…; give it the base it was trained on",
+                kind="mismatch",
             )
 
 
@@ -275,7 +281,8 @@ def put(model: nn.Module, folder: Path, expected: dict[str, list[int]], *, sha25
     if sha256 is not None and (found := atomic.sha256(file)) != sha256:
         raise OpticNerveError(
             f"{file} was changed or damaged after it was written: SHA-256 {found[:16]}…, {REFERENCE} says "
-            f"{sha256[:16]}…; bring it back from a copy"
+            f"{sha256[:16]}…; bring it back from a copy",
+            kind="damaged",
         )
     try:
         with safe_open(file, framework="pt") as opened:
@@ -286,14 +293,16 @@ def put(model: nn.Module, folder: Path, expected: dict[str, list[int]], *, sha25
                 else:
                     state[name].copy_(tensor)
     except (OSError, SafetensorError) as e:
-        raise OpticNerveError(f"{file} is not a readable safetensors file: {str(e)[:200]}") from e
+        raise OpticNerveError(f"{file} is not a readable safetensors file: {str(e)[:200]}", kind="damaged") from e
     _refuse(folder, problems)
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise OpticNerveError(f"{folder} does not fit its own base: {'; '.join(p[:300] for p in problems[:12])}{more}")
+        raise OpticNerveError(
+            f"{folder} does not fit its own base: {'; '.join(p[:300] for p in problems[:12])}{more}", kind="mismatch"
+        )
 
 
 def _shape_text(shape: Iterable[int]) -> str:

@@ -62,7 +62,7 @@ class StrictLoading:
         model, report = loaded
         if listing := list_problems(report):
             raise OpticNerveError(
-                f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}"
+                f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}", kind="mismatch"
             )
         with wrap_errors("the model", folder):
             model.restore_tables()
@@ -97,7 +97,7 @@ def wrap_errors(what: str, source: str | Path) -> Iterator[None]:
         if found := hub.explain(e, str(source)):
             raise found from e
         said = f"{type(e).__name__}: {e}" if str(e).strip() else type(e).__name__
-        raise OpticNerveError(f"{what} in {source} cannot be loaded: {said[:2_000]}") from e
+        raise OpticNerveError(f"{what} in {source} cannot be loaded: {said[:2_000]}", kind="damaged") from e
 
 
 def restore_buffers(module: nn.Module, rebuild: Callable[[], nn.Module]) -> None:
@@ -134,7 +134,8 @@ def no_larger_than(source: str, tensors: int, elements: int) -> Iterator[None]:
         if built > most_tensors or numbers > most_elements:
             raise OpticNerveError(
                 f"{source}: its configuration describes a model of more than {numbers:,} numbers in {built:,} tensors, "
-                f"but its weights are {elements:,} in {tensors:,}; one of the two is not its own"
+                f"but its weights are {elements:,} in {tensors:,}; one of the two is not its own",
+                kind="too-large",
             )
 
     def add_module(module: nn.Module, name: str, value: nn.Module | None) -> None:
@@ -145,7 +146,8 @@ def no_larger_than(source: str, tensors: int, elements: int) -> Iterator[None]:
         if modules > most_modules:
             raise OpticNerveError(
                 f"{source}: its configuration describes a model of more than {most_modules:,} modules, but its weights "
-                f"are {tensors:,} tensors; one of the two is not its own"
+                f"are {tensors:,} tensors; one of the two is not its own",
+                kind="too-large",
             )
 
     handles = [
@@ -189,5 +191,5 @@ def shapes(file: Path) -> dict[str, list[int]]:
             if not all(isinstance(n, int) and 0 <= n < 2**48 for n in shape):
                 raise ValueError(f"{name[:80]} has the shape {str(shape)[:80]}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as e:
-        raise OpticNerveError(f"{file} is not a readable safetensors file: {str(e)[:200]}") from e
+        raise OpticNerveError(f"{file} is not a readable safetensors file: {str(e)[:200]}", kind="damaged") from e
     return found

@@ -37,7 +37,9 @@ class FusionClassifierConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if timing not in get_args(Timing):
-            raise OpticNerveError(f"timing is one of {', '.join(get_args(Timing))}, not {timing!r}")
+            raise OpticNerveError(
+                f"timing is one of {', '.join(get_args(Timing))}, not {timing!r}", kind="unknown-name"
+            )
         self.timing, self.answers = timing, list(answers or ())
         self.image, self.text, self.head, self.combine = image, text or {}, head or {}, combine
         super().__init__(**kwargs)

@@ -50,12 +50,15 @@ class FusionClassifier(TwoTowerModel):
             raise OpticNerveError(
                 "early fusion reads the pixels themselves; give it no image encoder"
                 if config.timing == "early"
-                else f"{config.timing} fusion needs an image encoder"
+                else f"{config.timing} fusion needs an image encoder",
+                kind="conflict",
             )
         if config.timing != "late" and config.combine != "mean":
-            raise OpticNerveError(f"combine is for late fusion alone; leave {config.combine!r} out")
+            raise OpticNerveError(f"combine is for late fusion alone; leave {config.combine!r} out", kind="conflict")
         if vision_encoder is not None and vision_encoder.modality != "image":
-            raise OpticNerveError(f"a fusion classifier looks at pictures; {type(vision_encoder).__name__} hears")
+            raise OpticNerveError(
+                f"a fusion classifier looks at pictures; {type(vision_encoder).__name__} hears", kind="unsupported"
+            )
         check_answers(config.answers)
         self.image = None if vision_encoder is None else EncoderTower(vision_encoder)
         self.text = EncoderTower(reader)
@@ -94,7 +97,8 @@ class FusionClassifier(TwoTowerModel):
         if self.config.timing != "late" or rule not in COMBINATIONS:
             raise OpticNerveError(
                 f"combine is one of {', '.join(COMBINATIONS)}, for late fusion alone; not {rule!r} for "
-                f"{self.config.timing} fusion"
+                f"{self.config.timing} fusion",
+                kind="conflict",
             )
         self.config.combine = rule
         self.classifier.combine = rule  # type: ignore[assignment]
@@ -142,14 +146,17 @@ class FusionClassifier(TwoTowerModel):
 def check_answers(answers: list[str]) -> None:
     """Raise where the closed set is none: empty, of one answer, with a blank one, or with one twice."""
     if not answers:
-        raise OpticNerveError("the closed set of answers is empty; name at least two")
+        raise OpticNerveError("the closed set of answers is empty; name at least two", kind="empty")
     if len(answers) == 1:
-        raise OpticNerveError(f"{answers[0]!r} is the only answer, and would always be right; name at least two")
+        raise OpticNerveError(
+            f"{answers[0]!r} is the only answer, and would always be right; name at least two", kind="empty"
+        )
     names = [normal(a) for a in answers]
     if "" in names:
-        raise OpticNerveError(f"answer {names.index('') + 1} of {len(names)} is blank; leave it out")
+        raise OpticNerveError(f"answer {names.index('') + 1} of {len(names)} is blank; leave it out", kind="empty")
     if twice := [a for a, n in zip(answers, names, strict=True) if names.count(n) > 1]:
         raise OpticNerveError(
             f"answers named more than once: {', '.join(map(repr, twice))}; keep one of each (upper and lower case are "
-            f"one answer)"
+            f"one answer)",
+            kind="conflict",
         )

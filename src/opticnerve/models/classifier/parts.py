@@ -70,7 +70,8 @@ class EarlyHead(nn.Module):
         """`pixel_values` (B, 3, pixels, pixels)."""
         if pixel_values.shape[1:] != (3, self.pixels, self.pixels):
             raise OpticNerveError(
-                f"early fusion reads 3 × {self.pixels} × {self.pixels} pixels; got {tuple(pixel_values.shape[1:])}"
+                f"early fusion reads 3 × {self.pixels} × {self.pixels} pixels; got {tuple(pixel_values.shape[1:])}",
+                kind="wrong-shape",
             )
         return Scores(self.network(torch.cat([pixel_values.flatten(1), self.norm(read.vector_BD)], dim=1)))
 
@@ -89,7 +90,9 @@ class IntermediateHead(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
-            raise OpticNerveError(f"a width of {width} cannot be shared by {heads} heads; make it a multiple")
+            raise OpticNerveError(
+                f"a width of {width} cannot be shared by {heads} heads; make it a multiple", kind="wrong-shape"
+            )
         self.see = nn.Sequential(nn.LayerNorm(vision_size), nn.Linear(vision_size, width))
         self.read = nn.Sequential(nn.LayerNorm(text_size), nn.Linear(text_size, width))
         self.places_ND = nn.Parameter(torch.randn(vision_tokens, width) * 0.02)
@@ -135,7 +138,7 @@ class LateHead(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if combine not in COMBINATIONS:
-            raise OpticNerveError(f"combine is one of {', '.join(COMBINATIONS)}, not {combine!r}")
+            raise OpticNerveError(f"combine is one of {', '.join(COMBINATIONS)}, not {combine!r}", kind="unknown-name")
         self.combine = combine
         self.see = nn.Sequential(nn.LayerNorm(vision_size), nn.Linear(vision_size, width), nn.GELU())
         self.image = perceptron(2 * width, width, depth - 1, answers, dropout)
@@ -184,7 +187,9 @@ def make_head(
     """
     for name in ("width", "depth", "heads", "pixels"):
         if name in options and not (isinstance(options[name], int) and options[name] > 0):
-            raise OpticNerveError(f"{timing} fusion: {name} is a whole number from 1; got {options[name]!r}")
+            raise OpticNerveError(
+                f"{timing} fusion: {name} is a whole number from 1; got {options[name]!r}", kind="out-of-range"
+            )
     try:
         if vision_encoder is None:
             return EarlyHead(reader.hidden_size, answers, **options)
@@ -193,7 +198,7 @@ def make_head(
             return LateHead(width, reader.hidden_size, answers, **options)
         return IntermediateHead(width, tokens, reader.state_size, answers, **options)
     except TypeError as e:
-        raise OpticNerveError(f"{timing} fusion: {e}") from e
+        raise OpticNerveError(f"{timing} fusion: {e}", kind="unknown-key") from e
 
 
 def combine(probabilities_MBC: Tensor, how: Combination, weights_M: Tensor | None = None) -> Tensor:
@@ -209,7 +214,7 @@ def combine(probabilities_MBC: Tensor, how: Combination, weights_M: Tensor | Non
         OpticNerveError: an unknown rule, or weights that do not fit.
     """
     if how not in get_args(Combination):
-        raise OpticNerveError(f"combine is one of {', '.join(get_args(Combination))}, not {how!r}")
+        raise OpticNerveError(f"combine is one of {', '.join(get_args(Combination))}, not {how!r}", kind="unknown-name")
     count = len(probabilities_MBC)
     if how == "mean":
         return probabilities_MBC.mean(0)
@@ -219,7 +224,9 @@ def combine(probabilities_MBC: Tensor, how: Combination, weights_M: Tensor | Non
     if how == "product":
         weights_M = probabilities_MBC.new_full((count,), 1 / count)
     elif weights_M is None:
-        raise OpticNerveError("combine: learned needs weights; fit them on held-out questions, or give them")
+        raise OpticNerveError(
+            "combine: learned needs weights; fit them on held-out questions, or give them", kind="missing-field"
+        )
     logs_MBC = probabilities_MBC.clamp_min(LEAST).log()
     return (weights_M[:, None, None] * logs_MBC).sum(0).softmax(1)
 

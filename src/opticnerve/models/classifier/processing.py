@@ -45,6 +45,7 @@ class FusionClassifierProcessor(DualEncoderProcessor):
             hint = f"; the nearest is {near[0]!r}" if near else ""
             shown = ", ".join(map(repr, self.answers[:12])) + (" …" if len(self.answers) > 12 else "")
             raise OpticNerveError(
-                f"the answer {answer!r} is none of the {len(self.answers)} in the closed set{hint}. The set: {shown}"
+                f"the answer {answer!r} is none of the {len(self.answers)} in the closed set{hint}. The set: {shown}",
+                kind="unknown-name",
             )
         return known[normal(answer)]

@@ -41,7 +41,7 @@ class DualEncoderConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if loss not in get_args(Loss):
-            raise OpticNerveError(f"loss is one of {', '.join(get_args(Loss))}, not {loss!r}")
+            raise OpticNerveError(f"loss is one of {', '.join(get_args(Loss))}, not {loss!r}", kind="unknown-name")
         self.image, self.text, self.projection_dim, self.loss = image or {}, text or {}, projection_dim, loss
         scale, bias = STARTS[loss]
         self.logit_scale_init_value = scale if logit_scale_init_value is None else logit_scale_init_value

@@ -57,7 +57,9 @@ class DualEncoder(TwoTowerModel):
     def _assemble(self, vision_encoder: Encoder | None, reader: HFTextEncoder) -> None:
         """Towers and temperature as the configuration says, around two encoders."""
         if vision_encoder is None:
-            raise OpticNerveError("a dual encoder needs an image encoder; its configuration describes none")
+            raise OpticNerveError(
+                "a dual encoder needs an image encoder; its configuration describes none", kind="missing-field"
+            )
         config, size = self.config, self.config.projection_dim
         self.image = ImageTower(
             vision_encoder, size, config.image.get("projection"), config.image.get("pooling", "mean")
@@ -66,7 +68,8 @@ class DualEncoder(TwoTowerModel):
         sizes = self.image.embedding_size, self.text.embedding_size
         if sizes[0] != sizes[1]:
             raise OpticNerveError(
-                f"pictures become vectors of width {sizes[0]}, texts of width {sizes[1]}; give both a projection"
+                f"pictures become vectors of width {sizes[0]}, texts of width {sizes[1]}; give both a projection",
+                kind="wrong-shape",
             )
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         bias = torch.tensor(float(config.logit_bias_init_value))
@@ -150,7 +153,9 @@ class DualEncoder(TwoTowerModel):
     def _loss(self, logits_TB: Tensor) -> Tensor:
         texts, pictures = logits_TB.shape
         if texts != pictures:
-            raise OpticNerveError(f"the loss wants pairs; got {pictures} pictures and {texts} texts")
+            raise OpticNerveError(
+                f"the loss wants pairs; got {pictures} pictures and {texts} texts", kind="wrong-shape"
+            )
         if self.config.loss == "clip":
             return image_text_contrastive_loss(logits_TB)
         sign_TB = 2 * torch.eye(texts, device=logits_TB.device) - 1

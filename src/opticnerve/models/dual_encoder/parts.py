@@ -23,7 +23,7 @@ class EmbeddingTower(nn.Module):
     def __init__(self, encoder: nn.Module, width: int, out_size: int | None, projection: dict[str, Any] | None) -> None:
         super().__init__()
         if projection is not None and out_size is None:
-            raise OpticNerveError("a tower has a projection, but projection_dim is not given")
+            raise OpticNerveError("a tower has a projection, but projection_dim is not given", kind="missing-field")
         self.encoder, self.projection, self.embedding_size = encoder, None, width
         if projection is not None:
             assert out_size is not None
@@ -53,7 +53,9 @@ class ImageTower(EmbeddingTower):
         self, encoder: Encoder, out_size: int | None, projection: dict[str, Any] | None, pooling: VisionPooling
     ) -> None:
         if encoder.modality != "image":
-            raise OpticNerveError(f"the image encoder of a DualEncoder must see; {type(encoder).__name__} hears")
+            raise OpticNerveError(
+                f"the image encoder of a DualEncoder must see; {type(encoder).__name__} hears", kind="unsupported"
+            )
         check_pooling(encoder, pooling)
         if pooling == "pooler":
             wake_pooler(encoder)

@@ -147,5 +147,6 @@ def _stop_beginning(tokenizer: PreTrainedTokenizerBase) -> None:
     if _begins_itself(tokenizer):
         raise OpticNerveError(
             f"{type(tokenizer).__name__} puts {tokenizer.bos_token} before every text and cannot be told not to; "
-            "BLIP-2 wants the picture before it"
+            "BLIP-2 wants the picture before it",
+            kind="unsupported",
         )

@@ -95,12 +95,14 @@ def _encoder(source: Source, vision: PreTrainedModel) -> HFVisionEncoder:
         raise OpticNerveError(
             f"{source.name}: vision_feature_select_strategy 'default' leaves out the first token, and its vision tower "
             f"({vision.config.model_type}) has {encoder.prefix_tokens} class and register tokens, not 1; "
-            "what is left is no map of the picture"
+            "what is left is no map of the picture",
+            kind="unsupported",
         )
     if config.model_type == "llava_next" and strategy == "full" and encoder.prefix_tokens:
         raise OpticNerveError(
             f"{source.name}: vision_feature_select_strategy 'full' keeps {encoder.prefix_tokens} tokens that belong to "
-            "no place in the picture, and LLaVA-NeXT puts the tokens of its tiles side by side"
+            "no place in the picture, and LLaVA-NeXT puts the tokens of its tiles side by side",
+            kind="unsupported",
         )
     return encoder
 
@@ -112,7 +114,8 @@ def _tiling(source: Source, encoder: HFVisionEncoder, width: int) -> Tiling:
     if pinpoints != theirs:
         raise OpticNerveError(
             f"{source.name}: config.json cuts pictures by image_grid_pinpoints {pinpoints}, its image processor by "
-            f"{theirs}; make them the same"
+            f"{theirs}; make them the same",
+            kind="mismatch",
         )
     tiling = Tiling.from_options(
         {"pinpoints": pinpoints}, tile_size=encoder.image_size, language_width=width,

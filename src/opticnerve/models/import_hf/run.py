@@ -90,13 +90,13 @@ def import_checkpoint(
     """
     out = Path(out)
     if out.exists():
-        raise OpticNerveError(f"{out} exists already; choose another folder")
+        raise OpticNerveError(f"{out} exists already; choose another folder", kind="exists-already")
     if dtype not in DTYPES:
-        raise OpticNerveError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        raise OpticNerveError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}", kind="unknown-name")
     config = read_config(str(name), list(FAMILIES))
     family = FAMILIES[config.model_type]
     if reasons := common_refusals(config, family.model_class) + family.module.refuse(config):
-        raise OpticNerveError(f"{name} cannot be imported: {'; '.join(reasons)}")
+        raise OpticNerveError(f"{name} cannot be imported: {'; '.join(reasons)}", kind="unsupported")
     emit(f"reading {name}")
     # Theirs goes before ours is read back: two models of this kind seldom fit side by side.
     model, processor, asked, made = _convert(str(name), out, family, config.dtype, dtype, device)
@@ -210,7 +210,9 @@ def account(theirs: nn.Module, ours: nn.Module) -> int:
     new = sorted(n for n, t in mine.items() if id(t) not in known and n not in calibration)
     if lost or new:
         listing = [f"no place for {n}" for n in lost] + [f"no source for {n}" for n in new]
-        raise OpticNerveError(f"the checkpoint and opticnerve's parts differ: {'; '.join(listing[:12])}")
+        raise OpticNerveError(
+            f"the checkpoint and opticnerve's parts differ: {'; '.join(listing[:12])}", kind="mismatch"
+        )
     return len(known)
 
 
@@ -224,7 +226,8 @@ def record(model: PreTrainedModel, processor: ProcessorMixin, chosen: Sequence[P
             sample.logits = model(**inputs.to(model.device)).logits[0].float().cpu()
         except (ValueError, RuntimeError, TypeError, IndexError) as e:
             raise OpticNerveError(
-                f"the checkpoint itself does not run in transformers: {e} (prompt {sample.their_text!r})"
+                f"the checkpoint itself does not run in transformers: {e} (prompt {sample.their_text!r})",
+                kind="damaged",
             ) from e
 
 
@@ -243,18 +246,21 @@ def compare(
         if ids.tolist() != sample.ids.tolist():
             raise OpticNerveError(
                 f"the imported processor writes {len(ids)} tokens where the checkpoint's writes {len(sample.ids)}, "
-                f"or others: {ids[-8:].tolist()} at the end, not {sample.ids[-8:].tolist()}"
+                f"or others: {ids[-8:].tolist()} at the end, not {sample.ids[-8:].tolist()}",
+                kind="mismatch",
             )
         logits = model(**inputs.to(model.device)).logits[0].float().cpu()
         if logits.shape != sample.logits.shape:
             raise OpticNerveError(
-                f"the imported model gives logits {tuple(logits.shape)}, theirs {tuple(sample.logits.shape)}"
+                f"the imported model gives logits {tuple(logits.shape)}, theirs {tuple(sample.logits.shape)}",
+                kind="mismatch",
             )
         worst = max(worst, float((logits - sample.logits).abs().max()))
     # Written so that NaN fails, too.
     if not worst < TOLERANCE:
         raise OpticNerveError(
             f"the imported model's logits differ by up to {worst:.3g} (in float32, {TOLERANCE:g} is allowed): "
-            "something in this checkpoint works otherwise than its configuration says"
+            "something in this checkpoint works otherwise than its configuration says",
+            kind="mismatch",
         )
     return worst

@@ -52,11 +52,15 @@ def read_config(name: str, known: list[str]) -> Any:
     try:
         config = tf.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
-        raise OpticNerveError(f"{name} has no configuration that transformers can read: {hub.brief(e)}") from e
+        raise OpticNerveError(
+            f"{name} has no configuration that transformers can read: {hub.brief(e)}", kind="damaged"
+        ) from e
     if config.model_type == "opticnerve":
-        raise OpticNerveError(f"{name} is a model of opticnerve already; nothing to import")
+        raise OpticNerveError(f"{name} is a model of opticnerve already; nothing to import", kind="unsupported")
     if config.model_type not in known:
-        raise OpticNerveError(f"{name} is a {config.model_type}; what can be imported: {', '.join(known)}")
+        raise OpticNerveError(
+            f"{name} is a {config.model_type}; what can be imported: {', '.join(known)}", kind="unsupported"
+        )
     return config
 
 
@@ -93,15 +97,18 @@ def read(name: str, model_class: str) -> Source:
         )
         model, report = loaded
         if listing := list_problems(report):
-            raise OpticNerveError(f"the weights of {name} are not those of its config.json: {listing}")
+            raise OpticNerveError(f"the weights of {name} are not those of its config.json: {listing}", kind="mismatch")
         try:
             processor = tf.AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise OpticNerveError(f"{name} has no processor that transformers can read: {hub.brief(e)}") from e
+            raise OpticNerveError(
+                f"{name} has no processor that transformers can read: {hub.brief(e)}", kind="damaged"
+            ) from e
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise OpticNerveError(
             f"{name} has no processor, only a {type(processor).__name__}; save the tokenizer and the image processor "
-            "beside the weights"
+            "beside the weights",
+            kind="missing-file",
         )
     return Source(name, model.eval(), processor, [])
 
@@ -113,7 +120,8 @@ def check_image_token(source: Source) -> int:
     if wanted is None or wanted != found:
         raise OpticNerveError(
             f"{source.name}: config.json says that token {wanted} stands for a picture, the tokenizer's "
-            f"{source.image_token} is {found}; save it again with a version of transformers that writes both alike"
+            f"{source.image_token} is {found}; save it again with a version of transformers that writes both alike",
+            kind="mismatch",
         )
     return int(wanted)
 
@@ -127,9 +135,9 @@ def adopt(module: nn.Module, tensors: dict[str, nn.Parameter]) -> None:
     try:
         odd = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except RuntimeError as e:
-        raise OpticNerveError(str(e)) from e
+        raise OpticNerveError(str(e), kind="wrong-shape") from e
     if odd:
-        raise OpticNerveError(f"{type(module).__name__} has no place for the tensors {', '.join(odd)}")
+        raise OpticNerveError(f"{type(module).__name__} has no place for the tensors {', '.join(odd)}", kind="mismatch")
 
 
 def prefixed(tensors: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
@@ -153,11 +161,14 @@ def make_language_model(base: nn.Module, head: nn.Module, config: tf.PreTrainedC
     found = {n: t.shape for n, t in model.state_dict().items()}
     if odd := sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)):
         raise OpticNerveError(
-            f"{type(model).__name__} has other tensors than this checkpoint's language model: {', '.join(odd[:12])}"
+            f"{type(model).__name__} has other tensors than this checkpoint's language model: {', '.join(odd[:12])}",
+            kind="mismatch",
         )
     # Rotary tables and the like belong to the base; whatever else the head's class computes would be empty.
     if empty := [n for n, t in model.named_buffers() if t.is_meta]:
-        raise OpticNerveError(f"{type(model).__name__} computes tables that this import does not know: {empty}")
+        raise OpticNerveError(
+            f"{type(model).__name__} computes tables that this import does not know: {empty}", kind="unsupported"
+        )
     return model.eval()
 
 
@@ -188,7 +199,9 @@ def make_processor(
     """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise OpticNerveError(f"the tokenizer of {source.name} has neither padding nor end token; set one first")
+            raise OpticNerveError(
+                f"the tokenizer of {source.name} has neither padding nor end token; set one first", kind="unsupported"
+            )
         tokenizer.pad_token = tokenizer.eos_token
         source.notes.append(f"the tokenizer has no padding token; {tokenizer.eos_token} serves as one")
     if chat_template is None and source.image_token != IMAGE_TOKEN:

@@ -135,7 +135,7 @@ def dock(
         spoken = {"connector": connector, "fusion": fusion, **audio}
         towers["audio"] = TowerSpec(**{part: _part(option) for part, option in spoken.items()})
     if not towers:
-        raise OpticNerveError("nothing is docked: give vision, audio or both")
+        raise OpticNerveError("nothing is docked: give vision, audio or both", kind="missing-field")
     spec = LanguageSpec(name=language) if isinstance(language, str) else LanguageSpec(**language)
     return dock_spec(ModelSpec(language=spec, **towers), dtype=dtype, seed=seed)
 
@@ -170,7 +170,9 @@ def load_encoder(modality: str, spec: PartSpec, *, planned: bool = False) -> tup
     """The name of the weights (or names, or None) and the encoder that holds them; `planned`: one without them."""
     cls = registry.encoders.get(spec.type)
     if cls.modality != modality:
-        raise OpticNerveError(f"model.{modality}.encoder: {spec.type!r} is for {cls.modality}, not for {modality}")
+        raise OpticNerveError(
+            f"model.{modality}.encoder: {spec.type!r} is for {cls.modality}, not for {modality}", kind="unsupported"
+        )
     name, options = cls.take_name(spec.options)
     foreseen = {k: v for k, v in options.items() if k != "architecture"}
     check_options("encoder", spec.type, cls, foreseen)
@@ -191,7 +193,9 @@ def assemble(language_part: Language, towers: dict[str, Tower], bases: dict[str,
 def vision_spec(vision: Spec) -> PartSpec:
     if isinstance(vision, dict):
         if "type" not in vision:
-            raise OpticNerveError(f"vision wants a type; known: {', '.join(registry.encoders.names())}")
+            raise OpticNerveError(
+                f"vision wants a type; known: {', '.join(registry.encoders.names())}", kind="missing-field"
+            )
         return PartSpec(**vision)
     if vision.startswith("timm/"):
         return PartSpec(type="timm", name=vision.removeprefix("timm/"))  # type: ignore[call-arg]
@@ -211,7 +215,7 @@ def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
         OpticNerveError: `out` exists already, or the bases are not those that `source` was trained on.
     """
     if out.exists():
-        raise OpticNerveError(f"{out} exists already; choose another folder")
+        raise OpticNerveError(f"{out} exists already; choose another folder", kind="exists-already")
     model = OpticNerveForConditionalGeneration.from_pretrained(
         source, dtype="auto", trust_remote_code=trust_remote_code
     )

@@ -52,7 +52,9 @@ class OpticNerveConfig(PreTrainedConfig):
             text_config = dict(text_config)
             kind = text_config.pop("model_type", None)
             if not isinstance(kind, str):
-                raise OpticNerveError(f"config.json: text_config.model_type names no language model but {kind!r}")
+                raise OpticNerveError(
+                    f"config.json: text_config.model_type names no language model but {kind!r}", kind="unknown-name"
+                )
             text_config = AutoConfig.for_model(kind, **text_config)
         elif text_config is None:
             text_config = AutoConfig.for_model("llama")
@@ -83,11 +85,14 @@ def check_format(found: Any, where: str) -> None:
         OpticNerveError: the format is newer, or no number.
     """
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise OpticNerveError(f"{where}: the format is a whole number from 1, not {str(found)[:80]!r}")
+        raise OpticNerveError(
+            f"{where}: the format is a whole number from 1, not {str(found)[:80]!r}", kind="wrong-type"
+        )
     if found > FORMAT:
         raise OpticNerveError(
             f"{where} is of format {found}, written by a newer opticnerve; this one reads formats up to {FORMAT}: "
-            "pip install -U opticnerve"
+            "pip install -U opticnerve",
+            kind="mismatch",
         )
 
 
@@ -95,21 +100,27 @@ def _check_layers(text_config: dict[str, Any]) -> None:
     """Some configurations of transformers write a list as long as the model is deep, before anything else is known."""
     for key, value in text_config.items():
         if isinstance(value, int) and "layer" in str(key) and value > MAX_LAYERS:
-            raise OpticNerveError(f"config.json: text_config.{key} is {value:,}, more than {MAX_LAYERS:,}")
+            raise OpticNerveError(
+                f"config.json: text_config.{key} is {value:,}, more than {MAX_LAYERS:,}", kind="too-large"
+            )
 
 
 def _check(towers: Any, image_token_id: Any, audio_token_id: Any, lora: Any) -> None:
     if not isinstance(towers, dict) or set(towers) - set(MODALITIES):
-        raise OpticNerveError(f"config.json: towers is a mapping of {' and '.join(MODALITIES)}, not {str(towers)[:80]}")
+        raise OpticNerveError(
+            f"config.json: towers is a mapping of {' and '.join(MODALITIES)}, not {str(towers)[:80]}", kind="wrong-type"
+        )
     for modality, spec in towers.items():
         for part in ("encoder", "connector", "fusion"):
             found = spec.get(part) if isinstance(spec, dict) else None
             if not isinstance(found, dict) or not isinstance(found.get("type"), str):
-                raise OpticNerveError(f"config.json: towers.{modality}.{part} is no mapping with a type")
+                raise OpticNerveError(
+                    f"config.json: towers.{modality}.{part} is no mapping with a type", kind="wrong-type"
+                )
         if not isinstance(spec.get("tiling"), dict | None):
-            raise OpticNerveError(f"config.json: towers.{modality}.tiling is no mapping")
+            raise OpticNerveError(f"config.json: towers.{modality}.tiling is no mapping", kind="wrong-type")
     for key, value in (("image_token_id", image_token_id), ("audio_token_id", audio_token_id)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise OpticNerveError(f"config.json: {key} is a whole number, not {str(value)[:80]!r}")
+            raise OpticNerveError(f"config.json: {key} is a whole number, not {str(value)[:80]!r}", kind="wrong-type")
     if not isinstance(lora, dict | None):
-        raise OpticNerveError(f"config.json: lora is a mapping, not {str(lora)[:80]!r}")
+        raise OpticNerveError(f"config.json: lora is a mapping, not {str(lora)[:80]!r}", kind="wrong-type")

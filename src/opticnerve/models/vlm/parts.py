@@ -33,7 +33,7 @@ class DockedParts:
         modality, inner = split_part(part)
         found = _language(self, inner) if inner.startswith("language") else _tower(self, modality, inner, part)
         if not found:
-            raise OpticNerveError(f"{part} has no parameters in this model")
+            raise OpticNerveError(f"{part} has no parameters in this model", kind="empty")
         return found
 
     def full_name(self, part: str) -> str:
@@ -72,18 +72,22 @@ def is_docked(name: str) -> bool:
 def _only_tower(model: DockedParts, part: str) -> str:
     have = list(model.towers)
     if len(have) != 1:
-        raise OpticNerveError(f"{part}: the model's towers are {', '.join(have) or 'none'}; write e.g. image.{part}")
+        raise OpticNerveError(
+            f"{part}: the model's towers are {', '.join(have) or 'none'}; write e.g. image.{part}", kind="unknown-name"
+        )
     return str(have[0])
 
 
 def _tower(model: Any, modality: str | None, inner: str, part: str) -> dict[str, nn.Parameter]:
     modality = modality or _only_tower(model, part)
     if modality not in model.towers:
-        raise OpticNerveError(f"{part}: the model has no {modality} tower")
+        raise OpticNerveError(f"{part}: the model has no {modality} tower", kind="unknown-name")
     if inner in TOWER_PARTS:
         found = {n: p for n, p in model.named_parameters() if n.startswith(prefixes(modality, inner))}
         if not found and inner == "fusion":
-            raise OpticNerveError(f"{part}: a fusion of this type has no weights; leave it out of `train`")
+            raise OpticNerveError(
+                f"{part}: a fusion of this type has no weights; leave it out of `train`", kind="empty"
+            )
         return found
     count = int(re.findall(r"\d+", inner)[0])
     chosen = {id(p) for block in last_blocks(model.towers[modality].encoder, count) for p in block.parameters()}
@@ -95,7 +99,9 @@ def _language(model: Any, inner: str) -> dict[str, nn.Parameter]:
     if inner == "language.lora":
         found = {n: p for n, p in names.items() if is_lora(n)}
         if not found:
-            raise OpticNerveError("language.lora: the language model carries no adapter; `add_lora` puts one there")
+            raise OpticNerveError(
+                "language.lora: the language model carries no adapter; `add_lora` puts one there", kind="unknown-name"
+            )
         return found
     names = {n: p for n, p in names.items() if not is_lora(n)}
     if inner == "language":
@@ -107,6 +113,8 @@ def _language(model: Any, inner: str) -> dict[str, nn.Parameter]:
         blocks = decoder_layers(model.language_model)[1]
         count = int(re.findall(r"\d+", inner)[0])
         if not 0 < count <= len(blocks):
-            raise OpticNerveError(f"{inner}: the language model has {len(blocks)} layers; ask for 1 to {len(blocks)}")
+            raise OpticNerveError(
+                f"{inner}: the language model has {len(blocks)} layers; ask for 1 to {len(blocks)}", kind="out-of-range"
+            )
         chosen = {id(p) for block in blocks[-count:] for p in block.parameters()}
     return {n: p for n, p in names.items() if id(p) in chosen}

@@ -216,11 +216,12 @@ class OpticNerveProcessor(ProcessorMixin):
         """
         if videos is not None:
             raise OpticNerveError(
-                "a video is shown as frames: give them as images, in order (opticnerve.data.media.video.frames)"
+                "a video is shown as frames: give them as images, in order (opticnerve.data.media.video.frames)",
+                kind="unsupported",
             )
         for kind, given, part in (("pictures", images, self.image_processor), ("sound", audio, self.feature_extractor)):
             if given is not None and part is None:
-                raise OpticNerveError(f"this model takes no {kind}")
+                raise OpticNerveError(f"this model takes no {kind}", kind="unsupported")
         batched = isinstance(text, list | tuple) and len(text) > 1
         if batched or kwargs.get("padding"):
             kwargs.setdefault("padding", True)
@@ -276,7 +277,8 @@ class OpticNerveProcessor(ProcessorMixin):
                 if wanted != found:
                     raise OpticNerveError(
                         f"truncation would cut through a {kind}: {found} of its {wanted} placeholders are left; "
-                        f"raise max_length, or shorten the text before the {kind}"
+                        f"raise max_length, or shorten the text before the {kind}",
+                        kind="too-long",
                     )
 
     @classmethod

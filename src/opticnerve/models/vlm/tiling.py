@@ -134,22 +134,29 @@ class Tiling(nn.Module):
         """
         known = [f.name for f in fields(TileLayout) if f.name not in ("tile_size", "tile_tokens", "grid")]
         if unknown := sorted(set(options) - set(known)):
-            raise OpticNerveError(f"tiling takes no {', '.join(unknown)}; it takes {', '.join(known)}")
+            raise OpticNerveError(
+                f"tiling takes no {', '.join(unknown)}; it takes {', '.join(known)}", kind="unknown-key"
+            )
         given = {k: v for k, v in options.items() if v is not None}
         for flag in ("unpad", "newline", "thumbnail"):
             if not isinstance(given.get(flag, True), bool):
-                raise OpticNerveError(f"tiling.{flag} is true or false, not {given[flag]!r}")
+                raise OpticNerveError(f"tiling.{flag} is true or false, not {given[flag]!r}", kind="wrong-type")
             if grid is None and flag != "thumbnail" and given.get(flag):
                 raise OpticNerveError(
                     f"tiling.{flag} needs a map of tokens, and this connector's tokens form none; leave it out, or "
-                    "take a connector that keeps the map (mlp, linear, pixel_shuffle, abstractor)"
+                    "take a connector that keeps the map (mlp, linear, pixel_shuffle, abstractor)",
+                    kind="unsupported",
                 )
         if grid is not None:
             if tile_tokens not in (None, grid**2):
-                raise OpticNerveError(f"{tile_tokens} tokens of a tile form no map of {grid} × {grid}")
+                raise OpticNerveError(
+                    f"{tile_tokens} tokens of a tile form no map of {grid} × {grid}", kind="wrong-shape"
+                )
             tile_tokens = grid**2
         if tile_tokens is None:
-            raise OpticNerveError("a tiling without a grid needs tile_tokens: the connector's num_tokens")
+            raise OpticNerveError(
+                "a tiling without a grid needs tile_tokens: the connector's num_tokens", kind="missing-field"
+            )
         defaults = {"unpad": grid is not None, "newline": grid is not None, "thumbnail": True}
         given["pinpoints"] = _pinpoints(given.get("pinpoints"), tile_size)
         return cls(TileLayout(tile_size, tile_tokens, grid=grid, **{**defaults, **given}), language_width)
@@ -210,7 +217,8 @@ class Tiling(nn.Module):
         """
         if getattr(own, "image_mean", None) is None or getattr(own, "image_std", None) is None:
             raise OpticNerveError(
-                f"tiling needs an image processor with image_mean and image_std; {type(own).__name__} has none"
+                f"tiling needs an image processor with image_mean and image_std; {type(own).__name__} has none",
+                kind="unsupported",
             )
         kept = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample", "do_convert_rgb")
         side = {"height": self.spec.tile_size, "width": self.spec.tile_size}
@@ -250,13 +258,16 @@ def _pinpoints(given: Any, tile_size: int) -> tuple[tuple[int, int], ...]:
         return tuple((rows * tile_size, columns * tile_size) for rows, columns in SHAPES)
     pairs = [tuple(p) if isinstance(p, Sequence) and not isinstance(p, str) else p for p in given]
     if not pairs:
-        raise OpticNerveError("tiling.pinpoints is empty; name at least one canvas, such as [672, 672]")
+        raise OpticNerveError("tiling.pinpoints is empty; name at least one canvas, such as [672, 672]", kind="empty")
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-            raise OpticNerveError(f"tiling.pinpoints wants pairs [height, width] of whole numbers, not {pair!r}")
+            raise OpticNerveError(
+                f"tiling.pinpoints wants pairs [height, width] of whole numbers, not {pair!r}", kind="wrong-type"
+            )
         if any(n % tile_size for n in pair):
             raise OpticNerveError(
                 f"tiling.pinpoints: {list(pair)} is no multiple of the tile, {tile_size} px; "
-                f"the nearest is {[max(1, round(n / tile_size)) * tile_size for n in pair]}"
+                f"the nearest is {[max(1, round(n / tile_size)) * tile_size for n in pair]}",
+                kind="wrong-shape",
             )
     return tuple(pairs)

@@ -39,7 +39,8 @@ class Tower(nn.Module):
         if encoder.hidden_size != connector.in_size or encoder.num_tokens != connector.in_tokens:
             raise OpticNerveError(
                 f"encoder gives {encoder.num_tokens} tokens of width {encoder.hidden_size}; "
-                f"connector takes {connector.in_tokens} of width {connector.in_size}"
+                f"connector takes {connector.in_tokens} of width {connector.in_size}",
+                kind="wrong-shape",
             )
         self.encoder, self.connector, self.fusion, self.tiling = encoder, connector, fusion, tiling
 
@@ -151,7 +152,7 @@ def join(encoder: Encoder, spec: dict[str, Any], sizes: dict[str, int], trusted:
     tiling = None
     if spec.get("tiling"):
         if encoder.modality != "image":
-            raise OpticNerveError(f"tiling is for pictures, not for {encoder.modality}")
+            raise OpticNerveError(f"tiling is for pictures, not for {encoder.modality}", kind="unsupported")
         side = round(connector.num_tokens**0.5)
         tiling = Tiling.from_options(
             {k: v for k, v in spec["tiling"].items() if k != "type"},
@@ -183,7 +184,8 @@ def check_options(kind: str, name: str, cls: type, options: dict[str, Any]) -> N
     if unknown := sorted(set(options) - set(known)):
         takes = [k for k in known if k not in _GIVEN and not k.startswith("_")]
         raise OpticNerveError(
-            f"{kind} {name!r} takes no {', '.join(unknown)}; it takes {', '.join(takes) or 'no options'}"
+            f"{kind} {name!r} takes no {', '.join(unknown)}; it takes {', '.join(takes) or 'no options'}",
+            kind="unknown-key",
         )
 
 
