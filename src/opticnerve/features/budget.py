@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from opticnerve.common.cache import cache_dir
+from opticnerve.common.units import format_bytes
 from opticnerve.types import OpticNerveError
 
 BUDGET = "OPTICNERVE_FEATURE_BUDGET"
@@ -68,12 +69,13 @@ def evict(root: Path, keep: Path, needed: int, budget: int) -> None:
         lock.close()
     if over > 0:
         own = folder_bytes(keep)
-        kept = f"; {_gb(own)} are this vision encoder's already ({keep})" if own else ""
+        free, most = format_bytes(free_bytes(root)), format_bytes(budget)
+        kept = f"; {format_bytes(own)} are this vision encoder's already ({keep})" if own else ""
         raise OpticNerveError(
-            f"the frozen vision encoder's features need {_gb(needed)} more of disk; the feature cache may hold "
-            f"{_gb(budget)} and {_gb(free_bytes(root))} of disk are free{kept}. Raise the budget (cache_features: "
-            f"{{budget: 50GB}}, or {BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a "
-            f"float32 vision encoder), or leave cache_features out"
+            f"the frozen vision encoder's features need {format_bytes(needed)} more of disk; the feature cache may "
+            f"hold {most} and {free} of disk are free{kept}. Raise the budget (cache_features: {{budget: 50GB}}, or "
+            f"{BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a float32 vision "
+            "encoder), or leave cache_features out",
         )
 
 
@@ -103,7 +105,7 @@ def hold(store: Path) -> Any:
     except (OSError, ModuleNotFoundError) as e:  # there is no fcntl but on POSIX
         raise OpticNerveError(
             f"the feature cache {store} cannot be used: {e}; let OPTICNERVE_CACHE name a folder on a disk that can be "
-            f"written and locked, or leave cache_features out"
+            f"written and locked, or leave cache_features out",
         ) from e
 
 
@@ -157,7 +159,3 @@ def _remove(store: Path) -> None:
         if not store.exists() or any(store.iterdir()):
             return
         raise OpticNerveError(f"{store} cannot be removed: {e}; delete it") from e
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 100_000_000 else f"{count / 1e6:.1f} MB"
