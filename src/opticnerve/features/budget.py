@@ -44,7 +44,9 @@ def default_budget(root: Path) -> int:
     try:
         return int(TypeAdapter(ByteSize).validate_python(given))
     except ValidationError as e:
-        raise OpticNerveError(f"{BUDGET} is {given!r}, which is no size; write for example 50GB") from e
+        raise OpticNerveError(
+            f"{BUDGET} is {given!r}, which is no size; write for example 50GB", kind="wrong-type"
+        ) from e
 
 
 def evict(root: Path, keep: Path, needed: int, budget: int) -> None:
@@ -76,6 +78,7 @@ def evict(root: Path, keep: Path, needed: int, budget: int) -> None:
             f"hold {most} and {free} of disk are free{kept}. Raise the budget (cache_features: {{budget: 50GB}}, or "
             f"{BUDGET}), store them in half the space (cache_features: {{dtype: bfloat16}}, for a float32 vision "
             "encoder), or leave cache_features out",
+            kind="disk-full",
         )
 
 
@@ -106,6 +109,7 @@ def hold(store: Path) -> Any:
         raise OpticNerveError(
             f"the feature cache {store} cannot be used: {e}; let OPTICNERVE_CACHE name a folder on a disk that can be "
             f"written and locked, or leave cache_features out",
+            kind="no-permission",
         ) from e
 
 
@@ -158,4 +162,4 @@ def _remove(store: Path) -> None:
     except OSError as e:  # somebody put a file of his own there, or a new store begins
         if not store.exists() or any(store.iterdir()):
             return
-        raise OpticNerveError(f"{store} cannot be removed: {e}; delete it") from e
+        raise OpticNerveError(f"{store} cannot be removed: {e}; delete it", kind="no-permission") from e
