@@ -232,7 +232,7 @@ def test_only_ready_recipes_and_those_below_the_root_are_trained(root: Path) -> 
         "",
         "x",
     ):
-        with pytest.raises(OpticNerveError):
+        with refused("no-permission" if choice == "file:link.yaml" else "missing-file"):
             start(root, choice, "first")
     assert read_job(root) is None
 
@@ -242,7 +242,7 @@ def test_only_ready_recipes_and_those_below_the_root_are_trained(root: Path) -> 
 )
 def test_names_that_are_no_new_folder_are_refused(root: Path, name: str) -> None:
     make_run(root, "run")
-    with pytest.raises(OpticNerveError):
+    with refused("exists-already" if name == "run" else "wrong-type"):
         start(root, "file:mine.yaml", name)
     assert read_job(root) is None
 
