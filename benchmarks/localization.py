@@ -34,7 +34,7 @@ def object_mask(picture: PIL.Image.Image) -> Mask:
     distance_HW = np.linalg.norm(pixels_HWC - colours[counts.argmax()], axis=2)
     furthest = float(distance_HW.max())
     if furthest == 0:
-        raise OpticNerveError("the picture has one colour only: there is no object on it")
+        raise OpticNerveError("the picture has one colour only: there is no object on it", kind="empty")
     found: Mask = distance_HW > furthest / 2
     return found
 
@@ -47,12 +47,14 @@ def enlarge(map_HW: Any, height: int, width: int) -> NDArray[np.float64]:
     """
     coarse = np.asarray(map_HW, dtype=np.float64)
     if coarse.ndim != 2 or not np.isfinite(coarse).all():
-        raise OpticNerveError(f"a map is a table of finite numbers, not of shape {coarse.shape} with NaN or infinity")
+        raise OpticNerveError(
+            f"a map is a table of finite numbers, not of shape {coarse.shape} with NaN or infinity", kind="wrong-type"
+        )
     rows = ((np.arange(height) + 0.5) * coarse.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * coarse.shape[1] / width).astype(int)
     fine = np.clip(coarse, 0, None)[rows][:, columns]
     if fine.sum() == 0:
-        raise OpticNerveError("nothing in the map is above zero: it points nowhere")
+        raise OpticNerveError("nothing in the map is above zero: it points nowhere", kind="empty")
     normalised: NDArray[np.float64] = fine / fine.sum()
     return normalised
 
@@ -91,7 +93,7 @@ def bootstrap_interval(values: Any, *, seed: int = 0, draws: int = 10_000) -> tu
     """95 % percentile interval of the mean over pictures (Efron & Tibshirani 1993, chapter 13)."""
     sample = np.asarray(values, dtype=np.float64)
     if not sample.size:
-        raise OpticNerveError("there is nothing to draw from: no values")
+        raise OpticNerveError("there is nothing to draw from: no values", kind="empty")
     rng = np.random.default_rng(seed)
     means = sample[rng.integers(0, sample.size, (draws, sample.size))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])

@@ -53,7 +53,9 @@ def questions(count: int, seed: int) -> list[dict[str, Any]]:
         if wanted in by_image[image] and len(chosen) < count:
             chosen.append({**by_image[image][wanted], "path": paths["media"] / image})
     if len(chosen) < count:
-        raise OpticNerveError(f"easy-VQA's test split has {len(chosen)} such pictures, not {count}")
+        raise OpticNerveError(
+            f"easy-VQA's test split has {len(chosen)} such pictures, not {count}", kind="out-of-range"
+        )
     return chosen
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from errors import refused
 from opticnerve import registry
 from opticnerve.cli import part_docs
 from opticnerve.registry import Registry
-from opticnerve.types import OpticNerveError
 
 REGISTRIES = [r for r in vars(registry).values() if isinstance(r, Registry)]
 PARTS = [pytest.param(kind, name, id=f"{kind.kind}-{name}") for kind in REGISTRIES for name in kind.names()]
@@ -187,5 +187,5 @@ def test_what_stands_under_args(doc: str, wanted: dict[str, str]) -> None:
 def test_the_first_sentence() -> None:
     assert part_docs.summary("As Xiao et al. 2021 did. And more.\n\nMore.") == "As Xiao et al. 2021 did."
     assert part_docs.summary("Over\nlines") == "Over lines"
-    with pytest.raises(OpticNerveError, match="has no class Nothing"):
+    with refused("unknown-name", "opticnerve.types", "Nothing"):
         part_docs.read("opticnerve.types:Nothing")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from errors import refused
 from opticnerve import recipe as recipes
 from opticnerve.cli.train import _clear, check_folder
-from opticnerve.types import OpticNerveError
 
 RESULTS = {
     "stages": [{"name": "align", "steps": 3, "samples": 6, "seconds": 1.5, "final_loss": 2.0}],
@@ -113,24 +113,24 @@ def test_another_recipe_than_the_folders_is_refused_by_its_keys(
 
 def test_finished_work_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "something").touch()
-    with pytest.raises(OpticNerveError, match="--resume"):
+    with refused("exists-already", tmp_path, "--resume"):
         check_folder(tmp_path, resume=False)
     check_folder(tmp_path, resume=True)
     check_folder(tmp_path / "new", resume=False)
-    with pytest.raises(OpticNerveError, match="no run"):
+    with refused("missing-file", tmp_path / "new"):
         check_folder(tmp_path / "new", resume=True)
 
 
 def test_overwrite_deletes_runs_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "mine" / "precious").mkdir(parents=True)
-    with pytest.raises(OpticNerveError, match="no run folder"):
+    with refused("exists-already", tmp_path / "mine"):
         _clear(tmp_path / "mine", resume=False, overwrite=True)
     assert (tmp_path / "mine" / "precious").is_dir()
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").touch()
     (run / "results.json").touch()
-    with pytest.raises(OpticNerveError, match="--overwrite"):
+    with refused("exists-already", run, "--overwrite"):
         _clear(run, resume=False, overwrite=False)
     _clear(run, resume=False, overwrite=True)
     assert not run.exists()

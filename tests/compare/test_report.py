@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from errors import refused
 from opticnerve.compare import plots
 from opticnerve.compare import report as reports
 from opticnerve.compare.perform import between, optimizer_bytes
 from opticnerve.compare.report import Findings, System, groups_of, read_answers
 from opticnerve.compare.rows import ExperimentRow, RowResult
 from opticnerve.compare.stats import Estimate
-from opticnerve.types import OpticNerveError
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_sizes_of_optimizer_and_connector() -> None:
 
 def test_broken_answers_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{")
-    with pytest.raises(OpticNerveError, match="run the row again"):
+    with refused("damaged", tmp_path / "a.jsonl"):
         read_answers(tmp_path / "a.jsonl")
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import tiny
+from errors import refused
 from opticnerve.cli.main import app
 from opticnerve.data.dataset.read import read
 from opticnerve.evaluation.choice import run_multiple_choice
@@ -58,7 +59,7 @@ def test_who_always_says_yes_is_found_out() -> None:
     assert found["accuracy"] == 0.5
     assert found["recall"] == 1.0
     assert "POPE" in found["harness"]
-    with pytest.raises(OpticNerveError, match="give yes or no"):
+    with refused("unknown-name", "yes_no", "'maybe'"):
         run_vqa(lambda p: ["yes"], [ask("?", tiny.picture(0), answer="maybe")], name="x", scorer=SCORERS["yes_no"])
 
 
@@ -88,7 +89,7 @@ def test_the_likeliest_choice_wins(docked: Callable[..., Dock], tmp_path: Path) 
     found = run_multiple_choice(dock.model, dock.processor, asked, name="mc")
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["chance"] == pytest.approx(1 / 3)
-    with pytest.raises(DataError, match="against 0 choices"):
+    with refused("choices", "0 choices", error=DataError):
         run_multiple_choice(dock.model, dock.processor, [question], name="mc")
 
 
@@ -97,7 +98,7 @@ def test_an_answer_that_is_no_choice_is_refused(answer: Any, tmp_path: Path) -> 
     tiny.picture(0).save(tmp_path / "0.png")
     row = {"image": "0.png", "question": "what?", "choices": ["a", "b"], "answer": answer}
     (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match="none of the 2 choices"):
+    with refused("choices", "2 choices", "q.jsonl:1", error=DataError):
         list(read(tmp_path / "q.jsonl"))
 
 
@@ -137,17 +138,17 @@ def test_a_suite_makes_one_table_and_outlives_failures(docked: Callable[..., Doc
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "kind", "says"),
     [
-        ("evaluate: []", "at least 1"),
-        ("tasks: []", "tasks"),
-        ("{", "cannot be read"),
-        ("evaluate: [{name: x}]", "data"),
+        ("evaluate: []", "recipe", "evaluate: "),
+        ("tasks: []", "recipe", "tasks: "),
+        ("{", "damaged", "line 1"),
+        ("evaluate: [{name: x}]", "recipe", "evaluate.0.data: "),
     ],
 )
-def test_a_bad_suite_is_refused(text: str, says: str, tmp_path: Path) -> None:
+def test_a_bad_suite_is_refused(text: str, kind: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(text)
-    with pytest.raises(OpticNerveError, match=says):
+    with refused(kind, tmp_path / "suite.yaml", says):
         read_suite(tmp_path / "suite.yaml")
 
 

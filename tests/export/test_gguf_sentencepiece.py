@@ -12,9 +12,9 @@ import transformers as tf
 from gguf import TokenType
 
 import tiny
+from errors import refused
 from opticnerve.export.gguf import sentencepiece
 from opticnerve.export.gguf import tokenizer as gguf_tokens
-from opticnerve.types import OpticNerveError
 
 
 def state_of(tokenizer: Any) -> dict[str, Any]:
@@ -151,5 +151,5 @@ def test_the_space_that_the_template_writes() -> None:
     assert gguf_tokens.beginning(Chat(first, "USER: PICTURE a")) == " "
     assert gguf_tokens.beginning(Chat(first, "<s>USER: PICTURE a")) == ""
     assert gguf_tokens.beginning(Chat(tiny.tokenizer(), "USER: PICTURE a")) == ""
-    with pytest.raises(OpticNerveError, match="cannot do both"):
+    with refused("unsupported", "picture's placeholder"):
         gguf_tokens.beginning(Chat(first, "PICTUREa"))

@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 from safetensors import safe_open
 
+from errors import refused
 from opticnerve.export import parity
 from opticnerve.export.export import Exported, export
 from opticnerve.export.hf import common as hf_common
@@ -89,7 +90,7 @@ def test_one_scaled_tensor_is_caught_and_nothing_stays(
         return state
 
     monkeypatch.setattr(llava.HFLlava, "state", scaled)
-    with pytest.raises(OpticNerveError, match=r"sample 2 in transformers .*: logits differ by up to"):
+    with refused("mismatch", "sample 2 in transformers", "logits"):
         export(saved("llama", "clip_vision_model", layer=-2), "hf-llava", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -115,20 +116,19 @@ def test_what_llava_cannot_hold_is_refused_with_a_way_out(
     options: dict[str, Any], reason: str, saved: Make, tmp_path: Path
 ) -> None:
     options = {"vision_encoder": "siglip_vision_model", **options}
-    with pytest.raises(OpticNerveError, match=reason) as refused:
+    with refused("unsupported", reason, "nearest"):
         export(saved(**options), "hf-llava", tmp_path / "out")
-    assert "nearest" in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_taken_folder_an_unknown_format_and_an_unknown_dtype_are_refused(saved: Make, tmp_path: Path) -> None:
     from opticnerve.export.formats import Options
 
-    with pytest.raises(OpticNerveError, match="exists already"):
+    with refused("exists-already", tmp_path):
         export("anything", "hf-llava", tmp_path)
     with pytest.raises(OpticNerveError, match="did you mean 'hf-llava'"):
         export("anything", "hf-lava", tmp_path / "out")
-    with pytest.raises(OpticNerveError, match="known: auto, float32"):
+    with refused("unknown-name", "'q8_0'", "auto, float32"):
         export("anything", "hf-llava", tmp_path / "out", options=Options(dtype="q8_0"))
 
 
@@ -145,10 +145,10 @@ def test_the_check_cannot_import_opticnerve() -> None:
 
 
 def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(OpticNerveError, match="does not run in its engine") as failed:
+    with refused("refused", "exit code 1") as failed:
         parity.run("llama_cpp", {}, tmp_path)
     assert "xllamacpp" in str(failed.value) or "KeyError" in str(failed.value)
-    with pytest.raises(OpticNerveError, match="--check-python names an interpreter"):
+    with refused("missing-file", tmp_path / "nowhere", "--check-python"):
         parity.run("llama_cpp", {}, tmp_path, python=tmp_path / "nowhere")
 
 
@@ -173,16 +173,16 @@ def reference(**changes: Any) -> parity.Reference:
         ({"ids": [1, 3]}, "2 tokens for our 2, or others"),
         ({"pixels": torch.ones(1, 3)}, "pixels differ by up to 1"),
         ({"logits_KV": torch.full((2, 5), float("nan"))}, "logits differ by up to inf"),
-        ({"greedy": [4]}, r"the greedy answer is \[4\], ours \[3\]"),
+        ({"greedy": [4]}, "the greedy answer is [4], ours [3]"),
     ],
 )
 def test_each_kind_of_difference_is_found(changes: dict[str, Any], problem: str) -> None:
     ours = reference()
     assert parity.compare_logits([ours], [vars(reference())], "it") == 0
-    with pytest.raises(OpticNerveError, match=problem):
+    with refused("mismatch", problem):
         parity.compare_logits([ours], [vars(reference(**changes))], "it")
 
 
 def test_tensors_out_of_place_are_listed() -> None:
-    with pytest.raises(OpticNerveError, match="missing keys: a.weight"):
+    with refused("mismatch", "a.weight"):
         parity.check_loaded({"engine": "it", "problems": {"missing_keys": ["a.weight"]}})

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import tiny
+from errors import refused
 from opticnerve import vllm_plugin
 from opticnerve.export.export import export
 from opticnerve.inference.load import load_model
-from opticnerve.types import OpticNerveError
 from opticnerve.vllm_plugin import towers
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -36,32 +36,32 @@ def spec(fusion: str = "splice") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("given", "facts"),
     [
-        ({"towers": {"image": spec("cross_attention")}}, "its image fusion is cross_attention.*nearest: fusion splice"),
-        ({"towers": {"image": spec()}, "lora": {"rank": 2, "when": "media"}}, "lora.when: media.*nearest: lora"),
-        ({"towers": {"image": spec()}, "lora": {"rank": 2}}, "not added into the weights.*--to merged"),
-        ({"towers": {}}, "neither vision encoder nor audio encoder"),
+        ({"towers": {"image": spec("cross_attention")}}, ["image fusion is cross_attention", "fusion splice"]),
+        ({"towers": {"image": spec()}, "lora": {"rank": 2, "when": "media"}}, ["lora.when: media", "nearest: lora"]),
+        ({"towers": {"image": spec()}, "lora": {"rank": 2}}, ["its adapter", "--to merged"]),
+        ({"towers": {}}, ["neither vision encoder nor audio encoder"]),
     ],
 )
 def test_what_vllm_would_run_otherwise_is_refused_with_a_way_out(
-    given: dict[str, Any], reason: str, tmp_path: Path
+    given: dict[str, Any], facts: list[str], tmp_path: Path
 ) -> None:
     config = SimpleNamespace(**{"lora": None, **given})
-    with pytest.raises(OpticNerveError, match=reason):
+    with refused("unsupported", *facts):
         towers.check(config, tmp_path)
 
 
 def test_a_plain_splice_is_taken_and_a_folder_without_its_bases_is_not(saved: Make, tmp_path: Path) -> None:
     plain = SimpleNamespace(lora=None, towers={"image": spec()})
     towers.check(plain, tmp_path)
-    with pytest.raises(OpticNerveError, match="names its bases instead of holding them: opticnerve export"):
+    with refused("unsupported", "opticnerve export"):
         towers.check(plain, saved("llama", "siglip_vision_model"))
 
 
 def test_a_connector_that_reads_the_question_is_refused() -> None:
     towers.check_tower("image", SimpleNamespace(wants_text=False))
-    with pytest.raises(OpticNerveError, match="reads the question"):
+    with refused("unsupported", "image", "qformer"):
         towers.check_tower("image", SimpleNamespace(wants_text=True))
 
 
@@ -111,7 +111,7 @@ def test_towers_alone_are_the_models_own(
     assert not found.training
     assert not any(p.requires_grad for p in found.parameters())
     del state["image.connector.input_mean"]
-    with pytest.raises(OpticNerveError, match=r"missing keys: image\.connector\.input_mean"):
+    with refused("mismatch", "image.connector.input_mean"):
         towers.load_towers(config, state, ["image"], dtype=torch.float32)
 
 

@@ -11,13 +11,14 @@ import torch
 from transformers import DynamicCache
 
 import tiny
+from errors import refused
 from opticnerve.common.private_names import CACHE
 from opticnerve.inference.decoding import decode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.build import Dock
 from opticnerve.ops import enabled
 from opticnerve.ops.fused_decode import FusedDecoder, ReservedLayer, reserve
-from opticnerve.types import OpticNerveError, ask
+from opticnerve.types import ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 ASKED = [
@@ -232,7 +233,7 @@ def test_a_cache_with_room_grows_past_it_and_notices_whoever_replaces_its_tensor
 class TestCompiled:
     def test_refuses_what_it_does_not_know(self, docked: Callable[..., Dock]) -> None:
         made = docked(fusion="cross_attention")
-        with pytest.raises(OpticNerveError, match="compile=True knows neither"):
+        with refused("conflict", "compile=True", "cross-attention"):
             Answerer(made.model, made.processor, compile=True).answer(ASKED[:1], max_new_tokens=2)
 
     def test_says_the_same(self, docked: Callable[..., Dock], monkeypatch: pytest.MonkeyPatch) -> None:

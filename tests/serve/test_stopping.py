@@ -19,6 +19,7 @@ import httpx
 import pytest
 from served import LIMITS, chat, folder_of, image_url, serving, until
 
+from errors import refused
 from opticnerve.models.vlm.build import Dock
 
 
@@ -130,11 +131,10 @@ class TestTheCommand:
 
     def test_more_context_than_the_model_has(self, both: Dock) -> None:
         from opticnerve.serve.prompts import check_context
-        from opticnerve.types import OpticNerveError
 
         assert check_context(both.model, None) == 512
         assert check_context(both.model, 100) == 100
-        with pytest.raises(OpticNerveError, match="513 is more than the 512"):
+        with refused("out-of-range", "513", "512"):
             check_context(both.model, 513)
 
     def test_a_key_file(self, tmp_path: Path) -> None:

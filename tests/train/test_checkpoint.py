@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from errors import refused
 from opticnerve.common import atomic
 from opticnerve.train import checkpoint
-from opticnerve.types import OpticNerveError
 
 
 def state(step: int) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_any_damage_to_the_archive_is_torn(tmp_path: Path) -> None:
 def test_where_none_is_whole_nothing_begins_in_silence(tmp_path: Path) -> None:
     for step in (3, 5):
         cut(checkpoint.save(tmp_path, step, state(step)) / checkpoint.STATE)
-    with pytest.raises(OpticNerveError, match=r"none of the checkpoints .*checkpoint-00000005: .*; or delete"):
+    with refused("damaged", tmp_path, "checkpoint-00000005"):
         checkpoint.newest(tmp_path, warn=lambda text: None)
 
 
@@ -155,7 +155,7 @@ def test_one_ahead_of_its_metrics_is_passed_over(tmp_path: Path) -> None:
     for step in (3, 5):
         checkpoint.save(tmp_path, step, state(step))
     assert newest_step(tmp_path, most=4) == 3
-    with pytest.raises(OpticNerveError, match="ends with step 2"):
+    with refused("damaged", "metrics.jsonl", "step 2"):
         checkpoint.newest(tmp_path, warn=lambda text: None, most=2)
 
 
@@ -191,7 +191,7 @@ class TestFullDisk:
 
     def test_told_before_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_500_000})())
-        with pytest.raises(atomic.DiskFull, match=r"4 MB, and 1\.5 MB are free in .*, so 2\.5 MB are missing"):
+        with refused("disk-full", "4 MB", "1.5 MB", tmp_path, "2.5 MB", error=atomic.DiskFull):
             checkpoint.save(tmp_path, 5, {"x": torch.zeros(1_000_000)})
 
     def test_found_while_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ class TestFullDisk:
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.os, "fsync", full)
-            with pytest.raises(atomic.DiskFull, match="No space left on device.*checkpoint-00000003 is whole"):
+            with refused("disk-full", "No space left on device", "checkpoint-00000003", error=atomic.DiskFull):
                 checkpoint.save(tmp_path, 5, state(5))
 
     def test_no_file_may_be_so_large(self, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ class TestFullDisk:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
         try:
-            with pytest.raises(atomic.DiskFull, match=r"File too large.*checkpoint-00000003 is whole"):
+            with refused("disk-full", "File too large", "checkpoint-00000003", error=atomic.DiskFull):
                 checkpoint.save(tmp_path, 5, {"x": torch.zeros(1_000_000)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -219,7 +219,7 @@ class TestFullDisk:
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.os, "fsync", denied)
-            with pytest.raises(OpticNerveError, match="Permission denied.*checkpoint-00000003 is whole") as raised:
+            with refused("no-permission", "Permission denied", "checkpoint-00000003") as raised:
                 checkpoint.save(tmp_path, 5, state(5))
         assert not isinstance(raised.value, atomic.DiskFull)
 

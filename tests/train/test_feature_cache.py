@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import tiny
+from errors import refused
 from opticnerve.data.media.open import open_image
 from opticnerve.features import store as feature_cache
 from opticnerve.features.store import FeatureStore, encode_function, open_store, see_all
 from opticnerve.models.vlm.build import Dock, dock_recipe
 from opticnerve.models.vlm.tower import Tower
 from opticnerve.recipe import PartSpec, Recipe
-from opticnerve.types import OpticNerveError
+from opticnerve.types import DataError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -62,7 +63,7 @@ def test_content_counts_not_the_name(
     copy.write_bytes(pictures[0][0].read_bytes())
     assert fill(store, docked(), [pictures[0], (copy, "the copy")]) == 1
     assert torch.equal(store.rows([copy], ["x"]).tokens_BND, store.rows([pictures[0][0]], ["x"]).tokens_BND)
-    with pytest.raises(OpticNerveError, match="sample 1: this picture is not in the feature cache"):
+    with refused("unreadable-image", "sample 1", store.folder, error=DataError):
         store.rows([pictures[1][0]], ["sample 1"])
 
 
@@ -84,7 +85,7 @@ def test_a_torn_shard_is_an_error_and_a_half_written_one_is_not_seen(
     assert len(FeatureStore(folder)) == 5
     [shard] = folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:20])
-    with pytest.raises(OpticNerveError, match="is no shard of a feature cache.*delete it"):
+    with refused("damaged", shard):
         FeatureStore(folder)
 
 

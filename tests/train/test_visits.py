@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from errors import refused
 from opticnerve.data.dataset.bad_samples import BadSampleCounter
 from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.models.vlm.build import Dock
@@ -97,9 +98,7 @@ def test_micro_batches_and_processes_share_a_step_out(docked: Callable[..., Dock
 
 
 def test_an_uneven_split_is_refused() -> None:
-    with pytest.raises(
-        OpticNerveError, match="batch_size 4 does not split evenly over 1 micro-batches and 3 processes"
-    ):
+    with refused("mismatch", "batch_size 4", "1 micro-batches", "3 processes"):
         StageSampler(examples(4), stage(), FakeProcessor(), seed=0, world=3)
 
 
@@ -124,7 +123,7 @@ class TestUsableUnits:
         return [([good], None), ([bad, good], 1), ([bad], None)]
 
     def test_refuse(self, processor: Any) -> None:
-        with pytest.raises(DataError, match=r"file\.jsonl:2: nothing to learn"):
+        with refused("no-assistant-turn", "file.jsonl:2", error=DataError):
             precheck(self.some(), processor, stage())
 
     def test_skip(self, processor: Any) -> None:
@@ -134,11 +133,11 @@ class TestUsableUnits:
         assert len(told) == 2
 
     def test_nothing_left(self, processor: Any) -> None:
-        with pytest.raises(OpticNerveError, match="no usable sample is left"):
+        with refused("empty", "stage s"):
             precheck(self.some()[2:], processor, stage(), on_error=lambda e: None)
 
     def test_too_long(self, processor: Any) -> None:
-        with pytest.raises(DataError, match="more than max_length 5"):
+        with refused("too-long", "max_length 5", error=DataError):
             precheck(self.some()[:1], processor, stage(max_length=5))
 
     def test_a_picture_behind_the_question_cannot_be_shared(self, processor: Any) -> None:

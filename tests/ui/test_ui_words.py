@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from errors import refused
 from opticnerve import ui
-from opticnerve.types import OpticNerveError
 from opticnerve.ui.i18n import LANGUAGES, RUN_TEXTS, TEXTS, Translations, preferred
 
 
@@ -58,7 +58,7 @@ def test_an_unknown_key_is_an_error() -> None:
 
 
 def test_an_unknown_language_is_an_error_that_names_those_there_are() -> None:
-    with pytest.raises(OpticNerveError, match="en and ja"):
+    with refused("unknown-name", "'fr'", "en and ja"):
         Translations("fr")
 
 

@@ -120,7 +120,7 @@ class Session:
         word, _, rest = line.partition(" ")
         rest = rest.strip().strip("'\"")
         if word in ("/image", "/save") and not rest:
-            raise OpticNerveError(f"{word} wants a file: {word} FILE")
+            raise OpticNerveError(f"{word} wants a file: {word} FILE", kind="missing-field")
         match word:
             case "/image":
                 self.show_image(Path(rest).expanduser())
@@ -133,7 +133,7 @@ class Session:
             case "/help":
                 self.console.print(HELP, highlight=False, markup=False)
             case _:
-                raise OpticNerveError(f"unknown command {word}; /help lists them")
+                raise OpticNerveError(f"unknown command {word}; /help lists them", kind="unknown-name")
 
     def show_image(self, path: Path) -> None:
         """Show another picture with the next question; an unreadable one leaves the present one in place."""
@@ -174,7 +174,7 @@ class Session:
     def save(self, path: Path) -> None:
         """Append the conversation to a file that training and `data check` read."""
         if not self.messages:
-            raise OpticNerveError("there is nothing to save yet; ask something first")
+            raise OpticNerveError("there is nothing to save yet; ask something first", kind="empty")
         messages = [{"role": m.role, "content": [_part(p) for p in m.parts]} for m in self.messages]
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

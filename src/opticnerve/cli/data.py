@@ -122,9 +122,11 @@ def show(
 ) -> None:
     """Show the tokens of a sample as the model gets them: which are learned, which are read, where the picture is."""
     if index is not None and sample_id is not None:
-        raise OpticNerveError("--index and --id both choose the sample; give one of the two")
+        raise OpticNerveError("--index and --id both choose the sample; give one of the two", kind="conflict")
     if model is None and not is_recipe(source):
-        raise OpticNerveError("whose tokens? Give --model with a run's folder, a hub name, or a recipe")
+        raise OpticNerveError(
+            "whose tokens? Give --model with a run's folder, a hub name, or a recipe", kind="missing-field"
+        )
 
     from opticnerve.data.dataset.dataset import Joined
     from opticnerve.data.dataset.load import load_data
@@ -136,7 +138,9 @@ def show(
     if is_recipe(source):
         recipe = read_recipe(source, overrides)
         if stage >= len(recipe.stages):
-            raise OpticNerveError(f"--stage {stage}: {source} has {len(recipe.stages)} stages, counted from 0")
+            raise OpticNerveError(
+                f"--stage {stage}: {source} has {len(recipe.stages)} stages, counted from 0", kind="out-of-range"
+            )
         specs = recipe.stages[stage].data
     else:
         specs = [_spec(source, data_format, media, overrides)]
@@ -160,7 +164,7 @@ def _entries(
     """Everything to check."""
     for path in against if is_recipe(source) else [source, *against]:
         if not path.startswith("starter/") and not any(sign in path for sign in "{*?[") and not Path(path).exists():
-            raise OpticNerveError(f"there is no file or folder {path!r}")
+            raise OpticNerveError(f"there is no file or folder {path!r}", kind="missing-file")
     if not is_recipe(source):
         yield source, _spec(source, data_format, media, overrides), None, "train"
     else:
@@ -216,7 +220,7 @@ def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] 
     from opticnerve.recipe.loading import data_entry
 
     if data_format not in FORMATS:
-        raise OpticNerveError(f"--format {data_format!r} is unknown; it is {', '.join(FORMATS)}")
+        raise OpticNerveError(f"--format {data_format!r} is unknown; it is {', '.join(FORMATS)}", kind="unknown-name")
     return data_entry({"path": path, "format": data_format, "media": str(media) if media else None}, overrides or [])
 
 

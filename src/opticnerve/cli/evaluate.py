@@ -48,20 +48,23 @@ def evaluate(
 ) -> None:
     """Measure a model: the share of right answers with its interval, and whether they depend on the picture."""
     if sum(given is not None for given in (data, recipe, suite)) != 1:
-        raise OpticNerveError("say what to evaluate on: --data PATH, --recipe RECIPE or --suite FILE, one of the three")
+        raise OpticNerveError(
+            "say what to evaluate on: --data PATH, --recipe RECIPE or --suite FILE, one of the three",
+            kind="missing-field",
+        )
     if suite is not None:
         _suite(suite, model, out, trust_remote_code, as_json)
         return
     if model is None:
-        raise OpticNerveError("name a model: opticnerve eval MODEL …")
+        raise OpticNerveError("name a model: opticnerve eval MODEL …", kind="missing-field")
     if recipe is not None:
         specs = read_recipe(recipe).evaluate
         if not specs:
-            raise OpticNerveError(f"{recipe} has no `evaluate:` list; add one, or give --data")
+            raise OpticNerveError(f"{recipe} has no `evaluate:` list; add one, or give --data", kind="missing-field")
     else:
         specs = [_spec(str(data), data_format, metric, media, sample, image_dependence)]
     if out is not None and out.is_dir():
-        raise OpticNerveError(f"--out {out} is a folder; name a file such as {out / 'results.json'}")
+        raise OpticNerveError(f"--out {out} is a folder; name a file such as {out / 'results.json'}", kind="wrong-type")
 
     from opticnerve.evaluation.evaluate import evaluate_model
     from opticnerve.inference.load import load_any
@@ -95,7 +98,9 @@ def _suite(path: Path, model: str | None, out: Path | None, trust_remote_code: b
         console.print(suite_table(found, suite), markup=False, soft_wrap=True)
         console.print(f"wrote {out} and {out.with_suffix('.md')}", soft_wrap=True)
     if found["failed"]:
-        raise OpticNerveError(f"{found['failed']} of the tasks failed; {out.with_suffix('.md')} says why")
+        raise OpticNerveError(
+            f"{found['failed']} of the tasks failed; {out.with_suffix('.md')} says why", kind="refused"
+        )
 
 
 def _spec(
@@ -113,7 +118,7 @@ def _spec(
         return EvaluateSpec.model_validate(entry)
     except ValidationError as e:
         wrong = "; ".join(f"--{found['loc'][-1]}: {found['msg'].removeprefix('Value error, ')}" for found in e.errors())
-        raise OpticNerveError(wrong) from None
+        raise OpticNerveError(wrong, kind="recipe") from None
 
 
 def show_results(results: dict[str, Any], console: Any) -> None:

@@ -53,9 +53,11 @@ def look_command(
 
     # Before the model is loaded: a wrong path should not take seconds to be found.
     if len(image or []) != 1:
-        raise OpticNerveError(f"give exactly one --image FILE to look at, not {len(image or [])}")
+        raise OpticNerveError(f"give exactly one --image FILE to look at, not {len(image or [])}", kind="out-of-range")
     if output.suffix.lower() != ".png":
-        raise OpticNerveError(f"the map is written as PNG: give -o a name that ends in .png, not {output}")
+        raise OpticNerveError(
+            f"the map is written as PNG: give -o a name that ends in .png, not {output}", kind="unknown-name"
+        )
     assert image is not None
     picture = open_image(image[0])
 
@@ -67,7 +69,9 @@ def look_command(
 
     for name in method or []:
         if name not in attribution.METHODS:
-            raise OpticNerveError(f"unknown method {name!r}; known: {', '.join(attribution.METHODS)}")
+            raise OpticNerveError(
+                f"unknown method {name!r}; known: {', '.join(attribution.METHODS)}", kind="unknown-name"
+            )
     quiet_libraries()
     parts = load_model(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
     looked = attribution.attribute(

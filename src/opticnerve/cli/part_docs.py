@@ -93,14 +93,16 @@ def _find(module: str, name: str) -> _Class:
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError) as e:
-        raise OpticNerveError(f"cannot find {module}: {e}") from e
+        raise OpticNerveError(f"cannot find {module}: {e}", kind="unknown-name") from e
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise OpticNerveError(f"cannot read {module}:{name}: there is no Python source of that module")
+        raise OpticNerveError(
+            f"cannot read {module}:{name}: there is no Python source of that module", kind="unsupported"
+        )
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return _Class(module, node, tree)
-    raise OpticNerveError(f"{module} has no class {name}")
+    raise OpticNerveError(f"{module} has no class {name}", kind="unknown-name")
 
 
 def _base(of: _Class) -> _Class | None:

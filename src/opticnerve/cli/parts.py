@@ -73,7 +73,7 @@ def _page(name: str, as_json: bool) -> None:
     if not found and ":" in name:
         found = [(_kind(name), name)]
     if not found:
-        raise OpticNerveError(_unknown(name))
+        raise OpticNerveError(_unknown(name), kind="unknown-name")
     pages = [(kind, part_docs.read(target)) for kind, target in found]
     if as_json:
         print_json([{"kind": kind, "name": name, **asdict(page)} for kind, page in pages])
@@ -90,7 +90,7 @@ def _kind(path: str) -> str:
         if kind.kind.capitalize() in bases:
             return str(kind.kind)
     known = ", ".join(k.kind.capitalize() for k in _registries())
-    raise OpticNerveError(f"{path} is no part: it builds on none of {known}")
+    raise OpticNerveError(f"{path} is no part: it builds on none of {known}", kind="wrong-type")
 
 
 def _unknown(name: str) -> str:

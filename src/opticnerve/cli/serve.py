@@ -72,7 +72,9 @@ def serve(
         from opticnerve.serve.media import MediaSources
         from opticnerve.serve.server import Server, Service
     except ModuleNotFoundError as e:
-        raise OpticNerveError(f"{e.name} is not installed: {to_install('opticnerve[serve]')}") from e
+        raise OpticNerveError(
+            f"{e.name} is not installed: {to_install('opticnerve[serve]')}", kind="not-installed"
+        ) from e
     from opticnerve.inference.load import load_model
     from opticnerve.web.guard import Keys, check_address, read_secrets
     from opticnerve.web.listen import listen, url_of
@@ -126,7 +128,7 @@ def ui(
 
     for package in ("gradio", "fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            raise OpticNerveError(f"{package} is not installed: {to_install('opticnerve[ui]')}")
+            raise OpticNerveError(f"{package} is not installed: {to_install('opticnerve[ui]')}", kind="not-installed")
     from opticnerve.ui.app import listen_and_serve, private_folder, site
     from opticnerve.ui.i18n import Translations
     from opticnerve.ui.models import Models, PageLimits

@@ -114,11 +114,12 @@ def choose(conversations: Sequence[Any], *, index: int | None, sample_id: str | 
             if conversation.id == sample_id:
                 return conversation
         near = ", ".join(c.id for c in conversations[:3])
-        raise OpticNerveError(f"no sample has the id {sample_id!r}; the ids begin {near}")
+        raise OpticNerveError(f"no sample has the id {sample_id!r}; the ids begin {near}", kind="unknown-name")
     at = index or 0
     if not -len(conversations) <= at < len(conversations):
         raise OpticNerveError(
-            f"--index {at}: there are {len(conversations):,} samples, 0 to {len(conversations) - 1:,}"
+            f"--index {at}: there are {len(conversations):,} samples, 0 to {len(conversations) - 1:,}",
+            kind="out-of-range",
         )
     return conversations[at]
 

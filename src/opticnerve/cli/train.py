@@ -55,7 +55,8 @@ def train(
     read = read_recipe(recipe, overrides)
     if not read.stages:
         raise OpticNerveError(
-            f"{recipe} has no stages, so there is nothing to train; add `stages:`, each with train and data"
+            f"{recipe} has no stages, so there is nothing to train; add `stages:`, each with train and data",
+            kind="empty",
         )
     folder = out or Path("runs") / read.name
     check_folder(folder, resume=resume)
@@ -72,11 +73,13 @@ def _of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Pat
         return recipe, out
     kept = folder / "recipe.yaml"
     if not resume:
-        raise OpticNerveError(f"{folder} is a folder; go on with the run in it by --resume, or name a recipe")
+        raise OpticNerveError(
+            f"{folder} is a folder; go on with the run in it by --resume, or name a recipe", kind="conflict"
+        )
     if not kept.is_file():
-        raise OpticNerveError(f"{folder} is no run's folder: there is no recipe.yaml in it")
+        raise OpticNerveError(f"{folder} is no run's folder: there is no recipe.yaml in it", kind="missing-file")
     if out is not None and out.resolve() != folder.resolve():
-        raise OpticNerveError(f"--resume {folder} goes on in that folder; leave out --out {out}")
+        raise OpticNerveError(f"--resume {folder} goes on in that folder; leave out --out {out}", kind="conflict")
     return str(kept), folder
 
 
@@ -120,15 +123,17 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     if int(os.environ.get("RANK", "0")):  # the first of several processes has looked, and may have begun to write
         return
     if folder.exists() and not folder.is_dir():
-        raise OpticNerveError(f"{folder} is a file; name a folder with --out")
+        raise OpticNerveError(f"{folder} is a file; name a folder with --out", kind="wrong-type")
     filled = folder.is_dir() and any(folder.iterdir())
     if filled and not resume:
         raise OpticNerveError(
-            f"{folder} is not empty; go on with that run by --resume, or name another folder with --out"
+            f"{folder} is not empty; go on with that run by --resume, or name another folder with --out",
+            kind="exists-already",
         )
     if resume and not filled:
         raise OpticNerveError(
-            f"there is no run in {folder} to resume; leave out --resume, or name its folder with --out"
+            f"there is no run in {folder} to resume; leave out --resume, or name its folder with --out",
+            kind="missing-file",
         )
 
 
@@ -169,18 +174,22 @@ def demo(
 def _clear(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Make room for the run; nothing that is no run folder is ever deleted."""
     if resume and overwrite:
-        raise OpticNerveError("--resume goes on with a run, --overwrite deletes it; give one of the two")
+        raise OpticNerveError(
+            "--resume goes on with a run, --overwrite deletes it; give one of the two", kind="conflict"
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         if resume:
-            raise OpticNerveError(f"there is no run in {out} to resume; leave out --resume")
+            raise OpticNerveError(f"there is no run in {out} to resume; leave out --resume", kind="missing-file")
         return
     if not (out / "recipe.yaml").is_file() and not (out / "stages").is_dir():
-        raise OpticNerveError(f"{out} exists and is no run folder; name another one with --out")
+        raise OpticNerveError(f"{out} exists and is no run folder; name another one with --out", kind="exists-already")
     if overwrite:
         shutil.rmtree(out)
     elif not resume:
         state = "a finished run" if (out / "results.json").is_file() else "an unfinished run (--resume goes on with it)"
-        raise OpticNerveError(f"{out} holds {state}; give --overwrite to delete it, or another folder with --out")
+        raise OpticNerveError(
+            f"{out} holds {state}; give --overwrite to delete it, or another folder with --out", kind="exists-already"
+        )
 
 
 def _three_questions(recipe: Any, out: Path, console: Any) -> Path:

@@ -76,7 +76,7 @@ def embed(
     from opticnerve.recipe import DataSpec
 
     if out.is_file():
-        raise OpticNerveError(f"--out {out} is a file; name a folder")
+        raise OpticNerveError(f"--out {out} is a file; name a folder", kind="wrong-type")
     conversations = load_data(DataSpec(path=data, media=str(media) if media else None))
     texts = list(dict.fromkeys(caption_of(c) for c in conversations))
     ids = [c.id for c in conversations]

@@ -45,21 +45,25 @@ class Base:
         if not isinstance(model, ModelSpec):
             raise OpticNerveError(
                 f"{self.name} describes {model.WHAT}; compare varies the recipe of a docked language model "
-                f"(`model: {{language: …, image: …}}`)"
+                f"(`model: {{language: …, image: …}}`)",
+                kind="unsupported",
             )
         if model.image is None or model.audio is not None:
             raise OpticNerveError(
                 f"{self.name} has the towers {', '.join(model.towers)}; compare wants one that sees (`model.image`) "
-                "and no other"
+                "and no other",
+                kind="unsupported",
             )
         if len(stages) < 2:
             raise OpticNerveError(
                 f"{self.name} has {len(stages)} stage(s); compare wants at least two: captions in the first, questions "
-                "in the last"
+                "in the last",
+                kind="out-of-range",
             )
         if not any(e.metric == "vqa" for e in self.recipe.evaluate):
             raise OpticNerveError(
-                f"{self.name} asks no test questions; add an entry with `metric: vqa` and data under `evaluate:`"
+                f"{self.name} asks no test questions; add an entry with `metric: vqa` and data under `evaluate:`",
+                kind="missing-field",
             )
 
     @property
@@ -93,7 +97,8 @@ class Base:
         except OpticNerveError as e:
             raise OpticNerveError(
                 f"{self.name}, stage {self.questions.name}: {e}. Classifiers choose from a closed set of at most "
-                f"{MOST_ANSWERS:,} answers; compare connectors and compare stages need none"
+                f"{MOST_ANSWERS:,} answers; compare connectors and compare stages need none",
+                kind="unsupported",
             ) from e
 
     # -- the recipes of rows --------------------------------------------------------------------------------------

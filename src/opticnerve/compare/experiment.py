@@ -91,7 +91,9 @@ def quick(budget: Budget, **changes: int) -> Budget:
 def stretched(budget: Budget, scale: float) -> Budget:
     """The budget with `scale` times the steps everywhere."""
     if scale <= 0:
-        raise OpticNerveError(f"scale multiplies the number of steps; give a number above 0, not {scale:g}")
+        raise OpticNerveError(
+            f"scale multiplies the number of steps; give a number above 0, not {scale:g}", kind="out-of-range"
+        )
 
     def stretch(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -105,7 +107,7 @@ def choose(rows: Sequence[ExperimentRow], only: Sequence[str] | None) -> list[Ex
     """The rows of those names, and those that they need, in the experiment's order."""
     names = [r.name for r in rows]
     if unknown := sorted(set(only or ()) - set(names)):
-        raise OpticNerveError(f"no such row: {', '.join(unknown)}; the rows: {', '.join(names)}")
+        raise OpticNerveError(f"no such row: {', '.join(unknown)}; the rows: {', '.join(names)}", kind="unknown-name")
     wanted = set(only or names)
     wanted |= {n for r in rows if r.name in wanted for n in r.needs}
     return [r for r in rows if r.name in wanted]

@@ -116,7 +116,8 @@ def collect(base: Base, budget: Budget, outcomes: Sequence[RowResult]) -> Findin
             if mine != asked:
                 raise OpticNerveError(
                     f"{outcome.folder / file} answers other questions than the rows before it ({len(mine)} against "
-                    f"{len(asked)}); remove its folder and run the row again"
+                    f"{len(asked)}); remove its folder and run the row again",
+                    kind="mismatch",
                 )
             system = found.systems.setdefault(name, System(name, row.systems[name], row.name))
             system.scores[outcome.seed] = [float(line["right"]) for line in lines]
@@ -139,7 +140,9 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, json.JSONDecodeError) as e:
-        raise OpticNerveError(f"{path} cannot be read: {e}; remove its row's folder and run the row again") from e
+        raise OpticNerveError(
+            f"{path} cannot be read: {e}; remove its row's folder and run the row again", kind="damaged"
+        ) from e
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

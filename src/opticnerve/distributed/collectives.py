@@ -33,20 +33,24 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
     parallelism = "parallelism_config (tensor, context and pipeline parallelism)"
     for name, words in (("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", parallelism)):
         if on(f"ACCELERATE_USE_{name}"):
-            raise OpticNerveError(f"{words} is not driven here; launch with recipes/launch/ddp.yaml or fsdp2.yaml")
+            raise OpticNerveError(
+                f"{words} is not driven here; launch with recipes/launch/ddp.yaml or fsdp2.yaml", kind="unsupported"
+            )
     if on("ACCELERATE_USE_DEEPSPEED"):
         return _zero({k.removeprefix(_ZERO): v for k, v in environment.items() if k.startswith(_ZERO)})
     if not on("ACCELERATE_USE_FSDP"):
         return "ddp"
     if environment.get("FSDP_VERSION", "1") != "2":
         raise OpticNerveError(
-            "FSDP's first version is not driven here; set fsdp_version: 2, as recipes/launch/fsdp2.yaml"
+            "FSDP's first version is not driven here; set fsdp_version: 2, as recipes/launch/fsdp2.yaml",
+            kind="unsupported",
         )
     if on("FSDP_OFFLOAD_PARAMS"):
-        raise OpticNerveError("fsdp_offload_params is not honoured here; set it to false")
+        raise OpticNerveError("fsdp_offload_params is not honoured here; set it to false", kind="unsupported")
     if on("FSDP_ACTIVATION_CHECKPOINTING"):
         raise OpticNerveError(
-            "fsdp_activation_checkpointing: leave it out, and write gradient_checkpointing: true in the stage"
+            "fsdp_activation_checkpointing: leave it out, and write gradient_checkpointing: true in the stage",
+            kind="unsupported",
         )
     return "fsdp2"
 
@@ -59,15 +63,18 @@ def _zero(options: Mapping[str, str]) -> Literal["zero2", "zero3"]:
     if options.get("CONFIG_FILE", "none") != "none":
         raise OpticNerveError(
             "deepspeed_config_file is not honoured here: the recipe says what such a file would; launch with "
-            "recipes/launch/deepspeed-zero2.yaml or deepspeed-zero3.yaml"
+            "recipes/launch/deepspeed-zero2.yaml or deepspeed-zero3.yaml",
+            kind="unsupported",
         )
     honoured = {"OFFLOAD_OPTIMIZER_DEVICE": "none", "OFFLOAD_PARAM_DEVICE": "none", "ZERO3_INIT": "false"}
     for option, value in honoured.items():
         if options.get(option, value).lower() != value:
-            raise OpticNerveError(f"DeepSpeed's {option.lower()} is not honoured here; set it to {value}")
+            raise OpticNerveError(
+                f"DeepSpeed's {option.lower()} is not honoured here; set it to {value}", kind="unsupported"
+            )
     stage = options.get("ZERO_STAGE", "2")
     if stage not in ("2", "3"):
-        raise OpticNerveError(f"DeepSpeed's zero_stage {stage} is not driven here; 2 and 3 are")
+        raise OpticNerveError(f"DeepSpeed's zero_stage {stage} is not driven here; 2 and 3 are", kind="unsupported")
     return "zero2" if stage == "2" else "zero3"
 
 
@@ -88,7 +95,7 @@ def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:
     with suppress(ValueError):
         seconds = float(text)
     if not 0 < seconds < 1e7:
-        raise OpticNerveError(f"{TIMEOUT}={text}: give a number of seconds above 0")
+        raise OpticNerveError(f"{TIMEOUT}={text}: give a number of seconds above 0", kind="out-of-range")
     return timedelta(seconds=seconds)
 
 
@@ -130,7 +137,7 @@ def add_up(accelerator: Accelerator, counts: list[int], error: OpticNerveError |
         if error is not None:
             raise error
         first = next(rank for rank, text in enumerate(said) if text is not None)
-        raise OpticNerveError(f"process {first} of {accelerator.num_processes}: {said[first]}")
+        raise OpticNerveError(f"process {first} of {accelerator.num_processes}: {said[first]}", kind="refused")
     return totals
 
 

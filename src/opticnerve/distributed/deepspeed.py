@@ -54,7 +54,9 @@ class Zero(Twin):
         self.shares = {n: p for n, p in self.model.named_parameters() if id(p) in mine}
         dtypes = {p.dtype for p in self.shares.values()}
         if len(dtypes) > 1:
-            raise OpticNerveError(f"DeepSpeed shares out weights of one dtype, these have {dtypes}; train by FSDP2")
+            raise OpticNerveError(
+                f"DeepSpeed shares out weights of one dtype, these have {dtypes}; train by FSDP2", kind="conflict"
+            )
         [self._dtype] = dtypes
 
     def optimizer(self, frozen: Frozen, *, betas: tuple[float, float], weight_decay: float, rows: int) -> ZeroAdamW:
@@ -171,7 +173,8 @@ def _leads_back(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """DeepSpeed sums a layer's gradients once that of its input is there: let the input of the first layer need one."""
     if not args:
         raise OpticNerveError(
-            f"{type(layer).__name__} is called in a way in which ZeRO-3 cannot see its gradients; train by FSDP2"
+            f"{type(layer).__name__} is called in a way in which ZeRO-3 cannot see its gradients; train by FSDP2",
+            kind="unsupported",
         )
     if torch.is_grad_enabled() and not args[0].requires_grad:
         return (args[0].detach().requires_grad_(), *args[1:])
@@ -186,7 +189,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     except ImportError as e:
         raise OpticNerveError(
             f"the launcher asks for DeepSpeed, which cannot be imported ({e}): {to_install('opticnerve[deepspeed]')}, "
-            "or launch with recipes/launch/fsdp2.yaml, which shares out the same things"
+            "or launch with recipes/launch/fsdp2.yaml, which shares out the same things",
+            kind="not-installed",
         ) from e
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
@@ -302,7 +306,8 @@ class ZeroAdamW:
             if len(steps) > 1:
                 raise OpticNerveError(
                     f"the checkpoint's weights ({names[0]} …) have taken {sorted(steps)} steps, which DeepSpeed counts "
-                    f"as one; resume by FSDP2 or DDP"
+                    f"as one; resume by FSDP2 or DDP",
+                    kind="mismatch",
                 )
             self.adam.state[flat]["step"].fill_(max(steps, default=0.0))
             for name, values in given.items():

@@ -168,7 +168,8 @@ def _connect(timeout: timedelta) -> dist.Store:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as e:
         raise OpticNerveError(
-            "several processes, but no MASTER_ADDR and MASTER_PORT; start them with `accelerate launch` or `torchrun`"
+            "several processes, but no MASTER_ADDR and MASTER_PORT; start them with `accelerate launch` or `torchrun`",
+            kind="missing-field",
         ) from e
     within = min(timeout, timedelta(minutes=1))
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=within)

@@ -24,7 +24,7 @@ def run_choice(
     """
     answers = [c.answer for c in conversations]
     if any(a is None for a in answers):
-        raise OpticNerveError("choosing among captions needs a true caption for each picture")
+        raise OpticNerveError("choosing among captions needs a true caption for each picture", kind="missing-field")
     rng = random.Random(seed)
     rows = []
     for done, conversation in enumerate(conversations, start=1):
@@ -32,7 +32,9 @@ def run_choice(
         mine = {str(c.answer) for c in conversations if [p.source for p in c.pieces] == shown}
         pool = sorted({str(a) for a in answers} - mine)
         if len(pool) < others:
-            raise OpticNerveError(f"only {len(pool)} other captions to choose from; {others} are needed")
+            raise OpticNerveError(
+                f"only {len(pool)} other captions to choose from; {others} are needed", kind="out-of-range"
+            )
         candidates = [str(conversation.answer), *rng.sample(pool, others)]
         rows.append(answer_scores(model, processor, conversation, candidates))
         if progress is not None:

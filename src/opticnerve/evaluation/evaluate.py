@@ -111,13 +111,15 @@ def read_suite(path: Path) -> Suite:
     try:
         suite = Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise OpticNerveError(f"{path} cannot be read as a suite: {e}") from e
+        raise OpticNerveError(f"{path} cannot be read as a suite: {e}", kind="damaged") from e
     except ValidationError as e:
         wrong = [f"{'.'.join(map(str, x['loc']))}: {x['msg'].removeprefix('Value error, ')}" for x in e.errors()]
-        raise OpticNerveError(f"{path}: {'; '.join(wrong)}") from e
+        raise OpticNerveError(f"{path}: {'; '.join(wrong)}", kind="recipe") from e
     names = [s.name for s in suite.evaluate]
     if len(set(names)) != len(names):
-        raise OpticNerveError(f"{path}: two tasks have the same name; the names are {', '.join(names)}")
+        raise OpticNerveError(
+            f"{path}: two tasks have the same name; the names are {', '.join(names)}", kind="conflict"
+        )
     return suite
 
 
@@ -134,7 +136,9 @@ def run_suite(
     """
     names = list(dict.fromkeys([*models, *suite.models]))
     if not names:
-        raise OpticNerveError("no model: name one on the command line, or list some in the suite under models")
+        raise OpticNerveError(
+            "no model: name one on the command line, or list some in the suite under models", kind="missing-field"
+        )
     found: dict[str, Any] = {"models": {}, "failed": 0}
     for name in names:
         mine = found["models"].setdefault(name, {"tasks": []})

@@ -56,10 +56,12 @@ def perplexity(
     if tokens is not None:
         ids = ids[: tokens + 1]
     if len(ids) < 2:
-        raise OpticNerveError("perplexity needs a text of at least two tokens")
+        raise OpticNerveError("perplexity needs a text of at least two tokens", kind="out-of-range")
     window = min(window, _most_positions(language_model) or window)
     if window < 1 or batch_size < 1:
-        raise OpticNerveError(f"window and batch_size must be at least 1, got {window} and {batch_size}")
+        raise OpticNerveError(
+            f"window and batch_size must be at least 1, got {window} and {batch_size}", kind="out-of-range"
+        )
 
     start = time.perf_counter()
     total = torch.zeros((), dtype=torch.float64)
@@ -70,7 +72,8 @@ def perplexity(
     nll = float(total) / (len(ids) - 1)
     if not math.isfinite(nll):
         raise OpticNerveError(
-            "the language model's logits are not finite: its weights are broken, or overflow in this dtype"
+            "the language model's logits are not finite: its weights are broken, or overflow in this dtype",
+            kind="not-finite",
         )
     return {
         "perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll, "tokens": len(ids) - 1, "window": window,
@@ -83,7 +86,7 @@ def text_answers(generate: Generate) -> list[dict[str, Any]]:
     asked = questions()
     answers = generate([ask(q["question"]) for q in asked])
     if len(answers) != len(asked):
-        raise OpticNerveError(f"generate returned {len(answers)} answers to {len(asked)} questions")
+        raise OpticNerveError(f"generate returned {len(answers)} answers to {len(asked)} questions", kind="wrong-shape")
     return [{**q, "answer": a, "holds": holds_expected(a, q["expected"])} for q, a in zip(asked, answers, strict=True)]
 
 

@@ -42,7 +42,8 @@ def image_dependence(
     for c in conversations:
         if not c.prompt().images:
             raise OpticNerveError(
-                f"{c.where or c.id or 'a question'} shows no picture: image dependence needs one in each"
+                f"{c.where or c.id or 'a question'} shows no picture: image dependence needs one in each",
+                kind="missing-field",
             )
     partner = deranged_pictures(conversations, seed)
     changes: dict[str, Callable[[ImagePart, str], ImagePart]] = {
@@ -107,7 +108,9 @@ def deranged_pictures(conversations: Sequence[Conversation], seed: int = 0) -> d
     Ten questions about one picture all meet the same wrong one."""
     pictures = {_key(p): p for c in conversations for p in c.images}
     if len(pictures) < 2:
-        raise OpticNerveError(f"image dependence needs questions about at least two pictures, got {len(pictures)}")
+        raise OpticNerveError(
+            f"image dependence needs questions about at least two pictures, got {len(pictures)}", kind="out-of-range"
+        )
     order = sorted(pictures)
     random.Random(seed).shuffle(order)
     # In a shuffled circle, everybody's neighbour is somebody else.

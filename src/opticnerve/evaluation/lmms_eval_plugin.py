@@ -54,15 +54,18 @@ class _Model(lmms):  # type: ignore[misc]
         unknown = {k: v for k, v in unknown.items() if k != "max_batch_size" and v is not None}
         if unknown:
             raise OpticNerveError(
-                f"--model_args: unknown {', '.join(unknown)}; known: pretrained, device, dtype, batch_size"
+                f"--model_args: unknown {', '.join(unknown)}; known: pretrained, device, dtype, batch_size",
+                kind="unknown-key",
             )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise OpticNerveError(f"--batch_size {batch_size}: give a number; nothing is searched for here")
+            raise OpticNerveError(
+                f"--batch_size {batch_size}: give a number; nothing is searched for here", kind="wrong-type"
+            )
         model, processor = load_model(str(pretrained), device=device, dtype=dtype)
         self.answerer, self.batch_size = Answerer(model, processor), int(batch_size)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        raise OpticNerveError("tasks of several rounds are not offered here")
+        raise OpticNerveError("tasks of several rounds are not offered here", kind="unsupported")
 
     def document(self, task: str, split: str, number: int) -> Any:
         return self.task_dict[task][split][number]
@@ -96,7 +99,9 @@ class OpticNerve(_Model):
         return self.greedy(asked, options)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        raise OpticNerveError("lmms-eval gives likelihood tasks to simple models alone; add --force_simple")
+        raise OpticNerveError(
+            "lmms-eval gives likelihood tasks to simple models alone; add --force_simple", kind="unsupported"
+        )
 
 
 class SimpleOpticNerve(_Model):
@@ -123,7 +128,8 @@ class SimpleOpticNerve(_Model):
         for n, request in enumerate(requests):
             if len(request.args) != 6:
                 raise OpticNerveError(
-                    "acc_mutual_info wants likelihoods of answers without a question; not offered here"
+                    "acc_mutual_info wants likelihoods of answers without a question; not offered here",
+                    kind="unsupported",
                 )
             context, _, _, number, task, split = request.args
             groups.setdefault((context, number, task, split), []).append(n)
@@ -188,7 +194,8 @@ def generation(options: dict[str, Any]) -> tuple[int, list[str]]:
     if sampled or int(options.get("num_beams") or 1) > 1:
         raise OpticNerveError(
             f"the task asks for {'sampling' if sampled else 'beams'}, and answers here are greedy; set "
-            f"--gen_kwargs temperature=0,do_sample=False,num_beams=1"
+            f"--gen_kwargs temperature=0,do_sample=False,num_beams=1",
+            kind="unsupported",
         )
     stops = options.get("until") or []
     return int(options.get("max_new_tokens") or 64), [stops] if isinstance(stops, str) else list(stops)
@@ -213,7 +220,9 @@ def _media(shown: Any, name: str, kind: str = "") -> Part:
     """
     if isinstance(shown, dict) and "array" in shown:
         if shown["sampling_rate"] != RATE:
-            raise OpticNerveError(f"{name} has a sound of {shown['sampling_rate']} Hz, and {RATE} Hz is wanted")
+            raise OpticNerveError(
+                f"{name} has a sound of {shown['sampling_rate']} Hz, and {RATE} Hz is wanted", kind="unsupported"
+            )
         return AudioPart(shown["array"])
     path = Path(shown) if isinstance(shown, str) else shown
     ending = path.suffix.lower() if isinstance(path, Path) else ""
@@ -222,5 +231,6 @@ def _media(shown: Any, name: str, kind: str = "") -> Part:
     if isinstance(path, PIL.Image.Image | Path) and kind in ("", "image") and ending not in _VIDEOS:
         return ImagePart(path)
     raise OpticNerveError(
-        f"{name} shows a {kind or ending.lstrip('.') or type(shown).__name__}, which is not offered here"
+        f"{name} shows a {kind or ending.lstrip('.') or type(shown).__name__}, which is not offered here",
+        kind="unsupported",
     )

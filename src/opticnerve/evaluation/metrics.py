@@ -50,7 +50,9 @@ def vqa_soft_accuracy(prediction: str, references: Sequence[str]) -> float:
     `references` are the answers of several people (ten, in VQAv2), repetitions included.
     """
     if len(references) < 2:
-        raise OpticNerveError(f"soft VQA accuracy needs the answers of several people, got {len(references)}")
+        raise OpticNerveError(
+            f"soft VQA accuracy needs the answers of several people, got {len(references)}", kind="out-of-range"
+        )
     mine = normalise_answer(prediction)
     agree = [normalise_answer(r) == mine for r in references]
     return sum(min(1.0, (sum(agree) - a) / 3) for a in agree) / len(agree)
@@ -101,7 +103,9 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     which must be of two pictures or more."""
     _check_captions(predictions, references)
     if len(predictions) < 2:
-        raise OpticNerveError("CIDEr weighs words by how many pictures they occur with: give at least two pictures")
+        raise OpticNerveError(
+            "CIDEr weighs words by how many pictures they occur with: give at least two pictures", kind="out-of-range"
+        )
     scorer = _extra("pycocoevalcap.cider.cider_scorer").CiderScorer(n=4, sigma=6.0)
     for prediction, refs in zip(predictions, references, strict=True):
         scorer += (caption_tokens(prediction), [caption_tokens(r) for r in refs])
@@ -140,10 +144,13 @@ def choice_rank(log_likelihoods: Sequence[Sequence[float]], true: int = 0) -> di
     widths = {len(row) for row in log_likelihoods}
     if len(widths) != 1 or min(widths) < 2 or not 0 <= true < min(widths):
         raise OpticNerveError(
-            f"every picture needs the same number (≥ 2) of captions, the true one at {true}; got {widths}"
+            f"every picture needs the same number (≥ 2) of captions, the true one at {true}; got {widths}",
+            kind="wrong-shape",
         )
     if any(not math.isfinite(x) for row in log_likelihoods for x in row):
-        raise OpticNerveError("a log-likelihood is not finite; check for empty captions and for overflow")
+        raise OpticNerveError(
+            "a log-likelihood is not finite; check for empty captions and for overflow", kind="not-finite"
+        )
     ranks = [1 + sum(x >= row[true] for i, x in enumerate(row) if i != true) for row in log_likelihoods]
     choices = widths.pop()
     won = summarise([float(r == 1) for r in ranks])
@@ -153,7 +160,8 @@ def choice_rank(log_likelihoods: Sequence[Sequence[float]], true: int = 0) -> di
 def _check_captions(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not predictions or len(predictions) != len(references) or not all(references):
         raise OpticNerveError(
-            f"{len(predictions)} captions for {len(references)} pictures; each needs a caption and a reference"
+            f"{len(predictions)} captions for {len(references)} pictures; each needs a caption and a reference",
+            kind="wrong-shape",
         )
 
 
@@ -162,4 +170,4 @@ def _extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as e:
         how = to_install("opticnerve[captions]")
-        raise OpticNerveError(f"caption scores need {module.split('.')[0]}: {how} ({e})") from e
+        raise OpticNerveError(f"caption scores need {module.split('.')[0]}: {how} ({e})", kind="not-installed") from e

@@ -29,7 +29,10 @@ def ranks(query_QD: Vectors, found_MD: Vectors, right: Sequence[Sequence[int]]) 
     """For each query the rank (from 1) of the best of its right candidates, `right[q]`, one or more rows of `found_MD`;
     wrong ones as near count as nearer."""
     if len(query_QD) != len(right) or not all(right):
-        raise OpticNerveError(f"{len(query_QD)} queries, {sum(map(bool, right))} of them with something right to find")
+        raise OpticNerveError(
+            f"{len(query_QD)} queries, {sum(map(bool, right))} of them with something right to find",
+            kind="missing-field",
+        )
     out = []
     for start in range(0, len(right), _BLOCK):
         near_BM = query_QD[start : start + _BLOCK] @ found_MD.T
@@ -71,7 +74,8 @@ def run_retrieval(
     text_of = {t: i for i, t in enumerate(texts)}
     if len(sources) < 2 or len(texts) < 2:
         raise OpticNerveError(
-            f"retrieval among {len(sources)} pictures and {len(texts)} captions: give at least two of each"
+            f"retrieval among {len(sources)} pictures and {len(texts)} captions: give at least two of each",
+            kind="out-of-range",
         )
     pairs = {(image_of[d], text_of[caption_of(c)]) for d, c in zip(digests, conversations, strict=True)}
     right_texts: list[list[int]] = [[] for _ in sources]
@@ -102,7 +106,8 @@ def run_zero_shot(
     if outside := sorted(set(answers) - set(classes)):
         raise OpticNerveError(
             f"{len(outside)} answers are none of the {len(classes)} classes: {', '.join(map(repr, outside[:5]))}"
-            f"{' …' if len(outside) > 5 else ''}; add them, or leave these pictures out"
+            f"{' …' if len(outside) > 5 else ''}; add them, or leave these pictures out",
+            kind="unknown-name",
         )
     classifier = ZeroShotClassifier(embedder, classes, templates)
     image_ND = embedder.images([c.images[0].source for c in conversations], progress=progress)

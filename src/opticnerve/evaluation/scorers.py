@@ -76,7 +76,10 @@ def yes_no_report(predictions: Sequence[str], references: Sequence[Sequence[str]
 def _truth(references: Sequence[str]) -> bool:
     answer = references[0].strip().lower().rstrip(".")
     if answer not in ("yes", "no"):
-        raise OpticNerveError(f"metric yes_no: a reference is {references[0]!r}; give yes or no, or choose metric vqa")
+        raise OpticNerveError(
+            f"metric yes_no: a reference is {references[0]!r}; give yes or no, or choose metric vqa",
+            kind="unknown-name",
+        )
     return answer == "yes"
 
 

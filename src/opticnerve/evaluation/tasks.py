@@ -94,13 +94,15 @@ def answer_all(
 ) -> list[str]:
     """The answers to all conversations' prompts, in order."""
     if not conversations:
-        raise OpticNerveError("there is nothing to evaluate: the list of questions is empty")
+        raise OpticNerveError("there is nothing to evaluate: the list of questions is empty", kind="empty")
     answers: list[str] = []
     for start in range(0, len(conversations), _CHUNK):
         prompts = [c.prompt() for c in conversations[start : start + _CHUNK]]
         got = generate(prompts)
         if len(got) != len(prompts):
-            raise OpticNerveError(f"generate returned {len(got)} answers to {len(prompts)} questions")
+            raise OpticNerveError(
+                f"generate returned {len(got)} answers to {len(prompts)} questions", kind="wrong-shape"
+            )
         answers += got
         if progress:
             progress(len(answers), len(conversations))
@@ -121,7 +123,7 @@ def most_frequent_answer(conversations: Sequence[Conversation], scorer: Scorer =
     """
     commonest = Counter(normalise_answer(_most_common(_references(c))) for c in conversations)
     if not commonest:
-        raise OpticNerveError("there is no most frequent answer: the list of questions is empty")
+        raise OpticNerveError("there is no most frequent answer: the list of questions is empty", kind="empty")
     answer = min(commonest, key=lambda a: (-commonest[a], a))
     return {"answer": answer, **summarise(score_answers(conversations, [answer] * len(conversations), scorer))}
 
@@ -159,7 +161,8 @@ def _references(c: Conversation) -> list[str]:
     references = [str(a) for a in c.meta.get("answers") or ()] or ([c.answer] if c.answer is not None else [])
     if not references:
         remedy = "give an assistant turn at the end, or meta['answers']"
-        raise DataError(f"question {c.id or '(no id)'} has no reference answer", where=c.where, remedy=remedy)
+        problem = f"question {c.id or '(no id)'} has no reference answer"
+        raise DataError(problem, where=c.where, remedy=remedy, kind="no-answer")
     return references
 
 

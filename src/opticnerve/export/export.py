@@ -56,20 +56,23 @@ def export(
     """
     out = Path(out)
     if out.exists():
-        raise OpticNerveError(f"{out} exists already; choose another folder")
+        raise OpticNerveError(f"{out} exists already; choose another folder", kind="exists-already")
     maker: Format = formats.get(to)(options)  # type: ignore[arg-type]
     if options.dtype not in ("auto", *maker.dtypes):
-        raise OpticNerveError(f"{to} is not written as {options.dtype!r}; known: auto, {', '.join(maker.dtypes)}")
+        raise OpticNerveError(
+            f"{to} is not written as {options.dtype!r}; known: auto, {', '.join(maker.dtypes)}", kind="unknown-name"
+        )
     if maker.needs and not options.check_python and not options.unchecked:
         raise OpticNerveError(
             f"{to} is proved by an engine that opticnerve does not bring along ({maker.needs}): name an interpreter "
-            "that has it with --check-python, or say --unchecked to go without proof"
+            "that has it with --check-python, or say --unchecked to go without proof",
+            kind="not-installed",
         )
     emit(f"reading {name}")
     dtype, trusted = getattr(torch, options.dtype, None), options.trust_remote_code
     model, processor = load_model(name, device="cpu", dtype=dtype, trust_remote_code=trusted)
     if reasons := maker.refuse(model, processor):
-        raise OpticNerveError(f"{name} cannot be exported to {to}: {'; '.join(reasons)}")
+        raise OpticNerveError(f"{name} cannot be exported to {to}: {'; '.join(reasons)}", kind="unsupported")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         return _export(model, processor, maker, to, out, Path(scratch), emit)

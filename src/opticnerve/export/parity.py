@@ -86,7 +86,8 @@ def check_rounding(before: Sequence[Reference], after: Sequence[Reference], dtyp
     if not moved <= ROUNDING[dtype]:
         raise OpticNerveError(
             f"adding the adapter and the calibration into weights of {dtype} moves the logits by {moved:.3g} of the "
-            f"largest one ({ROUNDING[dtype]:g} is allowed): export with --dtype float32"
+            f"largest one ({ROUNDING[dtype]:g} is allowed): export with --dtype float32",
+            kind="mismatch",
         )
     return moved
 
@@ -111,14 +112,19 @@ def run(check: str, job: dict[str, Any], scratch: Path, *, python: str | Path = 
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS, check=False)
     except OSError as e:
-        raise OpticNerveError(f"{python} does not run: {e}; --check-python names an interpreter") from e
+        raise OpticNerveError(
+            f"{python} does not run: {e}; --check-python names an interpreter", kind="missing-file"
+        ) from e
     except subprocess.TimeoutExpired as e:
-        raise OpticNerveError(f"the check {check} has not ended after {SECONDS:.0f} s; nothing was exported") from e
+        raise OpticNerveError(
+            f"the check {check} has not ended after {SECONDS:.0f} s; nothing was exported", kind="refused"
+        ) from e
     if done.returncode or not answer.is_file():
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise OpticNerveError(
             f"the exported model does not run in its engine (exit code {done.returncode}); nothing was exported:\n"
-            + "\n".join(lines[-12:])
+            + "\n".join(lines[-12:]),
+            kind="refused",
         )
     return read(scratch)
 
@@ -146,7 +152,7 @@ def check_loaded(said: dict[str, Any]) -> None:
     """Every tensor of the folder found its place, and every place its tensor; an error lists those that did not."""
     if problems := said.get("problems"):
         listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
-        raise OpticNerveError(f"{said['engine']} does not find every tensor in its place: {listing}")
+        raise OpticNerveError(f"{said['engine']} does not find every tensor in its place: {listing}", kind="mismatch")
 
 
 def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]], engine: str) -> float:
@@ -159,26 +165,34 @@ def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]],
     for number, (ours, theirs) in enumerate(zip(wanted, found, strict=True), start=1):
         where = f"sample {number} in {engine}"
         if theirs["text"] != ours.text:
-            raise OpticNerveError(f"{where}: the chat template writes {theirs['text']!r}, not {ours.text!r}")
+            raise OpticNerveError(
+                f"{where}: the chat template writes {theirs['text']!r}, not {ours.text!r}", kind="mismatch"
+            )
         if theirs["ids"] != ours.ids:
             raise OpticNerveError(
                 f"{where}: the processor writes {len(theirs['ids'])} tokens for our {len(ours.ids)}, or others: "
-                f"{theirs['ids'][-8:]} at the end, not {ours.ids[-8:]}"
+                f"{theirs['ids'][-8:]} at the end, not {ours.ids[-8:]}",
+                kind="mismatch",
             )
         if ours.pixels is not None and (pixels := theirs.get("pixels")) is not None:
             alike = pixels.shape == ours.pixels.shape
             moved = float((pixels - ours.pixels).abs().max()) if alike else math.inf
             if not moved < 1e-5:
-                raise OpticNerveError(f"{where}: pictures are prepared otherwise; pixels differ by up to {moved:.3g}")
+                raise OpticNerveError(
+                    f"{where}: pictures are prepared otherwise; pixels differ by up to {moved:.3g}", kind="mismatch"
+                )
         vocabulary = ours.logits_KV.shape[-1]
         far = distance(theirs["logits_KV"][..., :vocabulary], ours.logits_KV)
         if not far <= TOLERANCE:
             raise OpticNerveError(
-                f"{where}: logits differ by up to {far:.3g} of the largest one (in float32, {TOLERANCE:g} is allowed)"
+                f"{where}: logits differ by up to {far:.3g} of the largest one (in float32, {TOLERANCE:g} is allowed)",
+                kind="mismatch",
             )
         worst = max(worst, far)
         if theirs["greedy"] != ours.greedy:
-            raise OpticNerveError(f"{where}: the greedy answer is {theirs['greedy']}, ours {ours.greedy} (token ids)")
+            raise OpticNerveError(
+                f"{where}: the greedy answer is {theirs['greedy']}, ours {ours.greedy} (token ids)", kind="mismatch"
+            )
     return worst
 
 
@@ -204,11 +218,13 @@ def compare_logprobs(
         where = f"sample {number} in {said['engine']}"
         prompt = re.sub(r"<__media[^>]*>", str(processor.image_token), theirs["prompt"])
         if prompt != ours.text:
-            raise OpticNerveError(f"{where}: the chat template writes {prompt!r}, not {ours.text!r}")
+            raise OpticNerveError(f"{where}: the chat template writes {prompt!r}, not {ours.text!r}", kind="mismatch")
         if theirs["prompt_tokens"] != len(ours.ids):
-            raise OpticNerveError(f"{where}: the prompt has {theirs['prompt_tokens']} tokens, ours {len(ours.ids)}")
+            raise OpticNerveError(
+                f"{where}: the prompt has {theirs['prompt_tokens']} tokens, ours {len(ours.ids)}", kind="mismatch"
+            )
         if not theirs["greedy"]:
-            raise OpticNerveError(f"{where}: no word came back, ours are {ours.greedy} (token ids)")
+            raise OpticNerveError(f"{where}: no word came back, ours are {ours.greedy} (token ids)", kind="mismatch")
         inputs = answerer.inputs([sample.conversation])
         words = torch.tensor([theirs["greedy"]])
         inputs["input_ids"] = torch.cat([inputs["input_ids"], words], 1)
@@ -221,11 +237,14 @@ def compare_logprobs(
             far = far if bool(row_V.isfinite().all()) else math.inf
             if not far <= tolerance:
                 raise OpticNerveError(
-                    f"{where}, word {step + 1}: log-probabilities differ by up to {far:.3g} ({tolerance:g} is allowed)"
+                    f"{where}, word {step + 1}: log-probabilities differ by up to {far:.3g} ({tolerance:g} is allowed)",
+                    kind="mismatch",
                 )
             row_V[list(banned)] = -torch.inf
             if float(row_V.max() - row_V[word]) > 2 * tolerance:
-                raise OpticNerveError(f"{where}, word {step + 1}: it says {word}, we {int(row_V.argmax())} (token ids)")
+                raise OpticNerveError(
+                    f"{where}, word {step + 1}: it says {word}, we {int(row_V.argmax())} (token ids)", kind="mismatch"
+                )
             worst = max(worst, far)
     cast(model, dtype)
     return worst

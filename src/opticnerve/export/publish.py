@@ -61,7 +61,7 @@ def push(
     try:
         validate_repo_id(repo)
     except HFValidationError as e:
-        raise OpticNerveError(f"{repo!r} is no name of a repository (owner/name): {e}") from e
+        raise OpticNerveError(f"{repo!r} is no name of a repository (owner/name): {e}", kind="wrong-type") from e
     title = repo.rpartition("/")[2]
 
     def make(folder: Path) -> Exported:

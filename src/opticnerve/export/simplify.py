@@ -112,7 +112,8 @@ def fix_picture_size(encoder: Any) -> None:
     if side % encoder.patch_size:
         raise OpticNerveError(
             f"pictures of {side} px do not divide into patches of {encoder.patch_size}; no other engine takes them: "
-            f"train with image_size {side // encoder.patch_size * encoder.patch_size}"
+            f"train with image_size {side // encoder.patch_size * encoder.patch_size}",
+            kind="unsupported",
         )
     [name] = [n for n in ("position_embedding", "position_embeddings") if hasattr(table, n)]
     held = getattr(table, name)

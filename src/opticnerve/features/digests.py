@@ -78,7 +78,9 @@ class Digests:
                 base.execute(_TABLE)
                 yield base
         except sqlite3.Error as e:
-            raise OpticNerveError(f"{self.file} cannot be used: {e}; delete it, it only saves time") from e
+            raise OpticNerveError(
+                f"{self.file} cannot be used: {e}; delete it, it only saves time", kind="damaged"
+            ) from e
 
 
 def _key(source: _File) -> tuple[str, int, int] | None:

@@ -54,7 +54,8 @@ def write(folder: Path, digests: Sequence[str], features: Features) -> Path:
         partial.replace(target)
     except (OSError, SafetensorError) as e:
         raise OpticNerveError(
-            f"the feature cache {folder} cannot be written: {e}; free some space, or leave out cache_features"
+            f"the feature cache {folder} cannot be written: {e}; free some space, or leave out cache_features",
+            kind="disk-full",
         ) from e
     finally:
         partial.unlink(missing_ok=True)
@@ -81,7 +82,7 @@ def describe(path: Path) -> tuple[Shard, list[str]]:
         if path.stat().st_size != end or len(digests) != shard.shape[0] or mask["shape"] != tokens["shape"][:2]:
             raise ValueError("it ends too early")
     except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError) as e:
-        raise OpticNerveError(f"{path} is no shard of a feature cache: {e}; delete it") from e
+        raise OpticNerveError(f"{path} is no shard of a feature cache: {e}; delete it", kind="damaged") from e
     return shard, digests
 
 
@@ -109,7 +110,9 @@ class ShardReader:
         tokens, mask = (t.view(torch.uint8).numpy().data.cast("B") for t in (tokens_BND, mask_BN))
         for i, (shard, row) in enumerate(places):
             if (shard.shape[1:], shard.dtype) != (first.shape[1:], first.dtype):
-                raise OpticNerveError(f"{shard.path} and {first.path} hold features of different shapes; delete one")
+                raise OpticNerveError(
+                    f"{shard.path} and {first.path} hold features of different shapes; delete one", kind="mismatch"
+                )
             self._read(shard, tokens[i * size : (i + 1) * size], shard.tokens + row * size)
             self._read(shard, mask[i * count : (i + 1) * count], shard.mask + row * count)
         return Features(tokens_BND, mask_BN)
@@ -123,6 +126,8 @@ class ShardReader:
             self._files.move_to_end(shard.path)
             got = os.preadv(self._files[shard.path].fileno(), [into], at)
         except OSError as e:
-            raise OpticNerveError(f"{shard.path} cannot be read: {e}; start again, it is then made anew") from e
+            raise OpticNerveError(
+                f"{shard.path} cannot be read: {e}; start again, it is then made anew", kind="damaged"
+            ) from e
         if got != len(into):
-            raise OpticNerveError(f"{shard.path} ends too early; delete it")
+            raise OpticNerveError(f"{shard.path} ends too early; delete it", kind="damaged")

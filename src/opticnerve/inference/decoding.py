@@ -108,7 +108,9 @@ def decode_compiled(
     mask_BL = inputs.pop("attention_mask", None)
     prompt = model.read(ids_BL, **inputs)
     if any(seen is not None for seen in prompt.seen.values()) or prompt.rows_B is not None:
-        raise OpticNerveError("compile=True knows neither cross-attention nor lora `when: media`; leave it out")
+        raise OpticNerveError(
+            "compile=True knows neither cross-attention nor lora `when: media`; leave it out", kind="conflict"
+        )
     # Else transformers compiles on accelerators alone; who asks on a CPU gets it.
     config: Any = CompileConfig(mode="reduce-overhead" if model.device.type == "cuda" else "default")
     compile_on_any_device(config)

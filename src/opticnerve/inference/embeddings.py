@@ -35,7 +35,9 @@ def load_dual_encoder(
     """A `DualEncoder` in `eval()` and its processor; `name` as for `load_any`."""
     folder = resolve(str(name))
     if family_of(folder).MODEL is not DualEncoder:
-        raise OpticNerveError(f"{name} holds no dual encoder; train one with `opticnerve train starter-contrastive`")
+        raise OpticNerveError(
+            f"{name} holds no dual encoder; train one with `opticnerve train starter-contrastive`", kind="unsupported"
+        )
     return load_any(folder, device=device, trust_remote_code=trust_remote_code)
 
 
@@ -76,7 +78,7 @@ class Embedder:
         self, items: Sequence[Any], embed: Callable[[Any], Tensor], what: str, progress: Progress | None
     ) -> Vectors:
         if not items:
-            raise OpticNerveError(f"there is no {what} to embed: the list is empty")
+            raise OpticNerveError(f"there is no {what} to embed: the list is empty", kind="empty")
         found = []
         with torch.inference_mode():
             for start in range(0, len(items), self.batch_size):
@@ -101,14 +103,20 @@ def save_embeddings(
             faiss is wanted and not installed.
     """
     if vectors.ndim != 2 or len(vectors) != len(ids):
-        raise OpticNerveError(f"vectors of shape {vectors.shape} for {len(ids)} ids; give one row for each id")
+        raise OpticNerveError(
+            f"vectors of shape {vectors.shape} for {len(ids)} ids; give one row for each id", kind="wrong-shape"
+        )
     commonest, times = Counter(ids).most_common(1)[0] if ids else ("", 0)
     if times > 1:
-        raise OpticNerveError(f"the id {commonest!r} occurs {times} times; search results are told apart by it")
+        raise OpticNerveError(
+            f"the id {commonest!r} occurs {times} times; search results are told apart by it", kind="conflict"
+        )
     lengths_N = np.linalg.norm(vectors.astype(np.float32), axis=1)
     if not np.isfinite(lengths_N).all() or not (lengths_N > 0).all():
         bad = int(np.flatnonzero(~(np.isfinite(lengths_N) & (lengths_N > 0)))[0])
-        raise OpticNerveError(f"the vector of {ids[bad]!r} has length {lengths_N[bad]}: it points nowhere")
+        raise OpticNerveError(
+            f"the vector of {ids[bad]!r} has length {lengths_N[bad]}: it points nowhere", kind="out-of-range"
+        )
     ready_ND = np.ascontiguousarray(vectors / lengths_N[:, None], dtype=np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     written = {"vectors": folder / f"{name}.npy", "ids": folder / f"{name}.ids.jsonl"}
@@ -127,7 +135,9 @@ def _faiss_index(ready_ND: Vectors) -> bytes:
     try:
         import faiss
     except ImportError as e:
-        raise OpticNerveError(f"a Faiss index needs faiss: {to_install('faiss-cpu')}, or leave the index out") from e
+        raise OpticNerveError(
+            f"a Faiss index needs faiss: {to_install('faiss-cpu')}, or leave the index out", kind="not-installed"
+        ) from e
     index = faiss.IndexFlatIP(ready_ND.shape[1])
     index.add(ready_ND)
     return bytes(faiss.serialize_index(index))

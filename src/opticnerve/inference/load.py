@@ -24,7 +24,9 @@ def load_model(
     folder = resolve(str(name))
     family = family_of(folder)
     if not family.MODEL.can_generate():
-        raise OpticNerveError(f"{name} holds no docked language model but a {family.SPEC.KIND} model; {family.USE}")
+        raise OpticNerveError(
+            f"{name} holds no docked language model but a {family.SPEC.KIND} model; {family.USE}", kind="unsupported"
+        )
     return load_any(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
@@ -76,7 +78,10 @@ def resolve(name: str, *, weights: bool = True) -> str:
         if (path / ADAPTER).is_file():
             raise OpticNerveError(
                 f"{name} is an adapter of peft without its model ({ADAPTER}, no config.json); merge it into its base "
-                "with peft's merge_and_unload(), save that, and name the folder as the recipe's language"
+                "with peft's merge_and_unload(), save that, and name the folder as the recipe's language",
+                kind="unsupported",
             )
-        raise OpticNerveError(f"{name} holds no model (no config.json); a run has one once its first stage has ended")
+        raise OpticNerveError(
+            f"{name} holds no model (no config.json); a run has one once its first stage has ended", kind="missing-file"
+        )
     return hub.fetch(name, weights=weights)

@@ -88,7 +88,9 @@ class ClassifierPredictor:
         check_choices(choices)
         places = [self.processor.place_of(c) for c in choices]
         if len(set(places)) < len(places):
-            raise OpticNerveError(f"{', '.join(map(repr, choices))}: two of these are one answer to the classifier")
+            raise OpticNerveError(
+                f"{', '.join(map(repr, choices))}: two of these are one answer to the classifier", kind="conflict"
+            )
         row_C = self.probabilities([conversation])[0, places]
         shares: list[float] = (row_C / row_C.sum()).tolist()
         return shares
@@ -101,7 +103,7 @@ class ClassifierPredictor:
     def probabilities(self, conversations: Sequence[Conversation]) -> torch.Tensor:
         """(questions, answers), float64. A picture that many questions are about is seen once."""
         if not conversations:
-            raise OpticNerveError("there is nothing to ask: the list of questions is empty")
+            raise OpticNerveError("there is nothing to ask: the list of questions is empty", kind="empty")
         self.model.eval()
         found, most = [], self._most()
         for start in range(0, len(conversations), most):
@@ -160,9 +162,11 @@ class LateFusion:
         self, predictors: Sequence[Predictor], combine: Combination = "mean", weights: Sequence[float] | None = None
     ) -> None:
         if not predictors:
-            raise OpticNerveError("late fusion of nothing; give at least one predictor")
+            raise OpticNerveError("late fusion of nothing; give at least one predictor", kind="empty")
         if combine not in get_args(Combination):
-            raise OpticNerveError(f"combine is one of {', '.join(get_args(Combination))}, not {combine!r}")
+            raise OpticNerveError(
+                f"combine is one of {', '.join(get_args(Combination))}, not {combine!r}", kind="unknown-name"
+            )
         if weights is not None:
             _check_weights(weights, len(predictors))
         self.predictors, self.combine = list(predictors), combine
@@ -188,11 +192,10 @@ class LateFusion:
         """
         place = {c: i for i, c in enumerate(choices)}
         answers = [c.answer for c in conversations]
-        if not answers or any(a not in place for a in answers):
-            wrong = next((a for a in answers if a not in place), None)
-            raise OpticNerveError(
-                "there is nothing to fit weights on" if not answers else f"the answer {wrong!r} is none of the choices"
-            )
+        if not answers:
+            raise OpticNerveError("there is nothing to fit weights on", kind="empty")
+        if wrong := [a for a in answers if a not in place]:
+            raise OpticNerveError(f"the answer {wrong[0]!r} is none of the choices", kind="unknown-name")
         found_MBC = self._asked(conversations, [choices] * len(conversations))
         targets_B = torch.tensor([place[str(a)] for a in answers])
         free_M = torch.full((len(found_MBC),), math.log(math.e - 1), dtype=torch.float64, requires_grad=True)
@@ -220,7 +223,9 @@ class LateFusion:
 def check_choices(choices: Sequence[str]) -> None:
     """Raise where there is nothing to choose between, or one choice stands twice."""
     if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise OpticNerveError(f"{len(choices)} choices, {len(set(choices))} of them different; give at least two")
+        raise OpticNerveError(
+            f"{len(choices)} choices, {len(set(choices))} of them different; give at least two", kind="out-of-range"
+        )
 
 
 def _checked(predictor: Predictor, conversation: Conversation, choices: Sequence[str]) -> list[float]:
@@ -228,17 +233,21 @@ def _checked(predictor: Predictor, conversation: Conversation, choices: Sequence
     scores = list(predictor.scores(conversation, choices))
     name, where = type(predictor).__name__, conversation.where or conversation.id or "the question"
     if len(scores) != len(choices):
-        raise OpticNerveError(f"{where}: {name} gave {len(scores)} scores for {len(choices)} choices")
+        raise OpticNerveError(
+            f"{where}: {name} gave {len(scores)} scores for {len(choices)} choices", kind="wrong-shape"
+        )
     if not all(math.isfinite(s) and s >= 0 for s in scores) or not sum(scores) > 0:
-        raise OpticNerveError(f"{where}: {name} gave no probabilities: {scores}")
+        raise OpticNerveError(f"{where}: {name} gave no probabilities: {scores}", kind="out-of-range")
     return [s / sum(scores) for s in scores]
 
 
 def _check_weights(weights: Sequence[float], count: int) -> None:
     if len(weights) != count:
-        raise OpticNerveError(f"{len(weights)} weights for {count} predictors")
+        raise OpticNerveError(f"{len(weights)} weights for {count} predictors", kind="wrong-shape")
     if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
-        raise OpticNerveError(f"weights are finite, not negative, and not all zero; got {list(weights)}")
+        raise OpticNerveError(
+            f"weights are finite, not negative, and not all zero; got {list(weights)}", kind="out-of-range"
+        )
 
 
 def load_classifier(
@@ -248,7 +257,9 @@ def load_classifier(
     folder = resolve(str(name))
     family = family_of(folder)
     if family.MODEL is not FusionClassifier:
-        raise OpticNerveError(f"{name} holds no fusion classifier but a {family.SPEC.KIND} model; {family.USE}")
+        raise OpticNerveError(
+            f"{name} holds no fusion classifier but a {family.SPEC.KIND} model; {family.USE}", kind="unsupported"
+        )
     return ClassifierPredictor(*load_any(folder, device=device, trust_remote_code=trust_remote_code))
 
 
@@ -257,7 +268,7 @@ def answers_of(
     model: Any, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
     """What a model answers to each question: what a language model says, what a classifier chooses."""
-    raise OpticNerveError(f"a {type(model).__name__} answers no questions")
+    raise OpticNerveError(f"a {type(model).__name__} answers no questions", kind="unsupported")
 
 
 @answers_of.register

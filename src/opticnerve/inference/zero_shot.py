@@ -87,7 +87,8 @@ class ZeroShotPredictor:
         if len(conversation.images) != 1:
             raise OpticNerveError(
                 f"{conversation.where or conversation.id or 'the question'}: zero-shot classification looks at one "
-                f"picture; there are {len(conversation.images)}"
+                f"picture; there are {len(conversation.images)}",
+                kind="out-of-range",
             )
         if (key := tuple(choices)) not in self._known:
             self._known[key] = ZeroShotClassifier(self.embedder, choices, self.templates)
@@ -97,24 +98,30 @@ class ZeroShotPredictor:
 def check_classes(classes: Sequence[str]) -> None:
     """Raise where there is nothing to choose between."""
     if not classes:
-        raise OpticNerveError("the list of classes is empty; name at least two")
+        raise OpticNerveError("the list of classes is empty; name at least two", kind="empty")
     names = [" ".join(c.lower().split()) for c in classes]
     if not all(names):
-        raise OpticNerveError(f"class {names.index('')} of {len(names)} has no name")
+        raise OpticNerveError(f"class {names.index('')} of {len(names)} has no name", kind="missing-field")
     if twice := sorted({c for c, n in zip(classes, names, strict=True) if names.count(n) > 1}):
-        raise OpticNerveError(f"classes named more than once: {', '.join(map(repr, twice))}; keep one of each")
+        raise OpticNerveError(
+            f"classes named more than once: {', '.join(map(repr, twice))}; keep one of each", kind="conflict"
+        )
     if len(names) == 1:
-        raise OpticNerveError(f"{classes[0]!r} is the only class, and every picture would be it; name at least two")
+        raise OpticNerveError(
+            f"{classes[0]!r} is the only class, and every picture would be it; name at least two", kind="out-of-range"
+        )
 
 
 def _templates(templates: Templates) -> Sequence[str]:
     if isinstance(templates, str):
         if templates not in TEMPLATES and "{}" not in templates:
             known = ", ".join(TEMPLATES)
-            raise OpticNerveError(f"unknown templates {templates!r}; known: {known}; one of your own needs a {{}}")
+            raise OpticNerveError(
+                f"unknown templates {templates!r}; known: {known}; one of your own needs a {{}}", kind="unknown-name"
+            )
         return TEMPLATES.get(templates, (templates,))
     if not templates:
-        raise OpticNerveError("the list of templates is empty")
+        raise OpticNerveError("the list of templates is empty", kind="empty")
     if bad := [t for t in templates if "{}" not in t]:
-        raise OpticNerveError(f"template {bad[0]!r} has no {{}} where the class would stand")
+        raise OpticNerveError(f"template {bad[0]!r} has no {{}} where the class would stand", kind="missing-field")
     return templates

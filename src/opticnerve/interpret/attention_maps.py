@@ -31,7 +31,8 @@ def eager_attention(language_model: Any) -> Iterator[None]:
     if attention_of(language_model.config) != "eager":
         raise OpticNerveError(
             f"{type(language_model).__name__} does not let its attention be computed step by step; "
-            f"take --method gradient or occlusion"
+            f"take --method gradient or occlusion",
+            kind="unsupported",
         )
     try:
         yield
@@ -70,7 +71,8 @@ def pick(weights_NHQK: Tensor, layer: int | None, head: int | None) -> Tensor:
         if number is not None and not 0 <= number < weights_NHQK.shape[dim]:
             raise OpticNerveError(
                 f"there is no {name} {number}: this model has {weights_NHQK.shape[dim]}, "
-                f"0 to {weights_NHQK.shape[dim] - 1}"
+                f"0 to {weights_NHQK.shape[dim] - 1}",
+                kind="out-of-range",
             )
     chosen_NHQK = weights_NHQK if layer is None else weights_NHQK[layer : layer + 1]
     chosen_NHQK = chosen_NHQK if head is None else chosen_NHQK[:, head : head + 1]
@@ -158,6 +160,7 @@ def given(out: Any, forced: TeacherForced) -> list[Tensor]:
     if not layers or any(a.ndim != 4 or a.shape[-2:] != (length, length) for a in layers):
         raise OpticNerveError(
             f"{type(forced.model.language_model).__name__} gives no attention weights, one for each pair of tokens and "
-            "layer; try --method gradient or occlusion, which need none"
+            "layer; try --method gradient or occlusion, which need none",
+            kind="unsupported",
         )
     return layers

@@ -103,7 +103,8 @@ def attribute(
     if (layer, head) != (None, None) and not set(chosen) & set(_BY_LAYER):
         raise OpticNerveError(
             f"layer and head choose among attention weights; {', '.join(chosen)} runs through all of them: "
-            f"leave them out, or take --method {' or '.join(_BY_LAYER)}"
+            f"leave them out, or take --method {' or '.join(_BY_LAYER)}",
+            kind="conflict",
         )
     forced = TeacherForced(model, processor, conversation, max_new_tokens=max_new_tokens)
     maps = [_map(forced, m, layer, head, grid, patch) for m in [*(c for c in chosen if c != "occlusion"), "occlusion"]]
@@ -159,26 +160,29 @@ def soft_side(model: Any) -> int | None:
 def check_method(model: Any, method: str) -> None:
     """Refuse what a model's parts do not allow."""
     if method not in METHODS:
-        raise OpticNerveError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        raise OpticNerveError(f"unknown method {method!r}; known: {', '.join(METHODS)}", kind="unknown-name")
     tower, needs = model.image, METHODS[method]
     if method == "gradient":
         count = tower.encoder.num_tokens
         if isqrt(count) ** 2 != count:
             raise OpticNerveError(
                 f"the encoder gives {count} tokens, which make no square map of the picture (class tokens among "
-                "them?); --method occlusion needs no map"
+                "them?); --method occlusion needs no map",
+                kind="unsupported",
             )
     if needs == "any":
         return
     if needs == "splice" and not isinstance(tower.fusion, Splice):
         raise OpticNerveError(
             f"{method} reads the language model's attention to soft tokens in the text, and with "
-            f"{type(tower.fusion).__name__} there are none in it; take --method cross_attention, gradient or occlusion"
+            f"{type(tower.fusion).__name__} there are none in it; take --method cross_attention, gradient or occlusion",
+            kind="unsupported",
         )
     if needs == "cross_attention" and not isinstance(tower.fusion, GatedCrossAttention):
         raise OpticNerveError(
             f"this model has no layers of cross-attention (its fusion is {type(tower.fusion).__name__}); "
-            "take --method relevance, attention, rollout, gradient or occlusion"
+            "take --method relevance, attention, rollout, gradient or occlusion",
+            kind="unsupported",
         )
     if soft_side(model) is None:
         connector, why = tower.connector, "each of its soft tokens gathers from the whole picture"
@@ -186,7 +190,8 @@ def check_method(model: Any, method: str) -> None:
             why = f"its {connector.num_tokens} soft tokens make no square"
         raise OpticNerveError(
             f"{method} gives a weight to each soft token, and those of {type(connector).__name__} have no place in the "
-            f"picture: {why}; take --method occlusion, or gradient (on the encoder's tokens)"
+            f"picture: {why}; take --method occlusion, or gradient (on the encoder's tokens)",
+            kind="unsupported",
         )
 
 
@@ -231,10 +236,13 @@ def occlusion(
     if not 1 < grid <= min(height, width):
         raise OpticNerveError(
             f"an occlusion grid of {grid} × {grid} does not fit a picture of {height} × {width} pixels: "
-            f"2 to {min(height, width)}"
+            f"2 to {min(height, width)}",
+            kind="out-of-range",
         )
     if not 0 < patch < grid:
-        raise OpticNerveError(f"an occlusion patch is 1 to {grid - 1} cells of the grid of {grid}, not {patch}")
+        raise OpticNerveError(
+            f"an occlusion patch is 1 to {grid - 1} cells of the grid of {grid}, not {patch}", kind="out-of-range"
+        )
     rows, columns = cell_edges(height, grid), cell_edges(width, grid)
     spans = [slice(max(i, 0), min(i + patch, grid)) for i in range(1 - patch, grid)]
     squares = [(i, j) for i in spans for j in spans]

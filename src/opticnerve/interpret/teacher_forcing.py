@@ -59,7 +59,9 @@ class TeacherForced:
             answer.pop()
         self.text, self.words = split_words(answer, processor.tokenizer)
         if not self.words:
-            raise OpticNerveError("the model's answer to this question is empty: there is no word to explain")
+            raise OpticNerveError(
+                "the model's answer to this question is empty: there is no word to explain", kind="empty"
+            )
         self.answer_T = torch.tensor(answer, device=prompt_1P.device)
         self.ids_1L = torch.cat([prompt_1P, self.answer_T[None, :-1]], dim=1)
         self.first = prompt_1P.shape[1] - 1
@@ -126,16 +128,20 @@ class ForcedTrace:
 def check(model: Any, conversation: Conversation) -> None:
     """What can be looked into: one picture, whole, before a model with a vision encoder."""
     if "image" not in getattr(model, "towers", {}):
-        raise OpticNerveError("this model has no vision encoder; `look` shows where in a picture a model looks")
+        raise OpticNerveError(
+            "this model has no vision encoder; `look` shows where in a picture a model looks", kind="unsupported"
+        )
     if len(conversation.images) != 1 or conversation.audios:
         raise OpticNerveError(
             f"`look` explains an answer about one picture; this question comes with {len(conversation.images)} "
-            f"pictures and {len(conversation.audios)} sounds"
+            f"pictures and {len(conversation.audios)} sounds",
+            kind="out-of-range",
         )
     if model.image.tiling is not None:
         raise OpticNerveError(
             "this model sees a picture in tiles (tiling), and `look` knows no place for their soft tokens; ask a model "
-            "without tiling"
+            "without tiling",
+            kind="unsupported",
         )
 
 

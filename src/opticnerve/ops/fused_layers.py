@@ -69,7 +69,8 @@ def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -
         found = [(module, forward) for module, forward in forwards if forward is not None]
         if functions is not None and not any(f.func in (_norm_forward, _mlp_forward) for _, f in found):
             raise OpticNerveError(
-                f"kernels: {type(language_model).__name__} has no norm or gated MLP like Llama's; leave it out"
+                f"kernels: {type(language_model).__name__} has no norm or gated MLP like Llama's; leave it out",
+                kind="unsupported",
             )
         tell(f"{len(found)} norms, gated MLPs and adapters of {type(language_model).__name__} are fused")
     for module, forward in found:

@@ -33,7 +33,8 @@ def inductor(device: torch.device) -> Functions:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise OpticNerveError(
             f"kernels: inductor: torch cannot compile for {device.type} here ({reason}); install a C++ compiler (g++ "
-            "or clang), on a GPU Triton, or leave kernels out"
+            "or clang), on a GPU Triton, or leave kernels out",
+            kind="not-installed",
         ) from e
     return found
 
@@ -45,11 +46,15 @@ def liger(device: torch.device) -> Functions:
         OpticNerveError: it is not installed, or the model is not on a GPU.
     """
     if device.type != "cuda":
-        raise OpticNerveError(f"kernels: liger is written for GPUs, and the model is on {device.type}; leave it out")
+        raise OpticNerveError(
+            f"kernels: liger is written for GPUs, and the model is on {device.type}; leave it out", kind="unsupported"
+        )
     try:
         from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
     except ImportError as e:
-        raise OpticNerveError(f"kernels: liger cannot be imported ({e}): {to_install('opticnerve[liger]')}") from e
+        raise OpticNerveError(
+            f"kernels: liger cannot be imported ({e}): {to_install('opticnerve[liger]')}", kind="not-installed"
+        ) from e
 
     def norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         # offset 0; arithmetic in float32 as Llama's; gradients in memory of their own

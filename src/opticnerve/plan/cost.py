@@ -89,7 +89,7 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
     forward pass for a moment, need more than is counted here.
     """
     if any(p.device.type != "meta" for p in model.parameters()):
-        raise OpticNerveError("trace_step counts on the meta device; give it a `meta_model`")
+        raise OpticNerveError("trace_step counts on the meta device; give it a `meta_model`", kind="missing-field")
     language = model.language_model
     width = model.get_input_embeddings().embedding_dim
     dtype = model.get_input_embeddings().weight.dtype

@@ -65,13 +65,16 @@ def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
     try:
         kept = recipes.load(path)
     except RecipeError as e:
-        raise OpticNerveError(f"{e}\n{path} is of another version of opticnerve, or was changed by hand") from e
+        raise OpticNerveError(
+            f"{e}\n{path} is of another version of opticnerve, or was changed by hand", kind="recipe"
+        ) from e
     if isinstance(kept.model, ModelSpec) and kept.docked.language.date is not None:
         recipe = recipe.dated(kept.docked.language.date)
     if lines := differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")):
         raise OpticNerveError(
             f"{run_dir} was begun with another recipe: {'; '.join(lines)}. Go on with its own by `opticnerve train "
-            f"--resume {run_dir}`, or choose another --out"
+            f"--resume {run_dir}`, or choose another --out",
+            kind="mismatch",
         )
     return recipe
 
@@ -117,7 +120,8 @@ def finished_stage(folder: Path) -> dict[str, Any] | None:
         if found != known:
             raise OpticNerveError(
                 f"{file} is not what the finished stage left: its SHA-256 was {known[:16]}…, found is {found[:16]}. "
-                f"Bring it back from a copy; or delete {path}, {anew}"
+                f"Bring it back from a copy; or delete {path}, {anew}",
+                kind="mismatch",
             )
     return result
 
@@ -172,7 +176,7 @@ def read_run(path: Path) -> RunFolder:
     """
     path = Path(path)
     if not path.is_dir():
-        raise OpticNerveError(f"{path} is no run folder: there is no such folder")
+        raise OpticNerveError(f"{path} is no run folder: there is no such folder", kind="missing-file")
     results = _read(path / RESULTS, _REMEDY)
     summaries = {s.get("name"): s for s in results.get("stages") or []}
     found: dict[tuple[int, str], StageRecord] = {}
@@ -202,7 +206,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (KeyError, TypeError, ValueError) as e:
             if number == len(lines):
                 break  # the run was stopped in the middle of this line; every finished step is there
-            raise DataError(f"not a training step: {e}", where=f"{path}:{number}", remedy="delete the line") from e
+            where = f"{path}:{number}"
+            raise DataError(f"not a training step: {e}", where=where, remedy="delete the line", kind="damaged") from e
     return [steps[s] for s in sorted(steps)]
 
 
@@ -223,5 +228,5 @@ def _read(path: Path, remedy: str) -> dict[str, Any]:
         if not isinstance(loaded, dict):
             raise ValueError(f"it holds {type(loaded).__name__}, not an object")
     except ValueError as e:
-        raise OpticNerveError(f"{path} is damaged: {e}; {remedy}") from e
+        raise OpticNerveError(f"{path} is damaged: {e}; {remedy}", kind="damaged") from e
     return loaded

@@ -51,7 +51,7 @@ def run_recipe(
     """
     started = time.perf_counter()
     if not recipe.stages:
-        raise OpticNerveError("the recipe has no stages; add at least one under `stages:`")
+        raise OpticNerveError("the recipe has no stages; add at least one under `stages:`", kind="empty")
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(recipe, run_dir)
     main = accelerator.is_main_process

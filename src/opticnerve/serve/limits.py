@@ -48,7 +48,9 @@ class ServerLimits:
             value, may_be_0 = getattr(self, field.name), field.name in ("queue", "media", "grace_seconds")
             if value is not None and (value < 0 or (value == 0 and not may_be_0)):
                 least = "0 or more" if may_be_0 else "more than 0"
-                raise OpticNerveError(f"{field.name.replace('_', ' ')} is {value}; it must be {least}")
+                raise OpticNerveError(
+                    f"{field.name.replace('_', ' ')} is {value}; it must be {least}", kind="out-of-range"
+                )
 
     @property
     def admitted(self) -> int:

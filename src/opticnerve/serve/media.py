@@ -149,10 +149,10 @@ class MediaSources:
     def __post_init__(self) -> None:
         for folder in self.folders:
             if not folder.is_dir():
-                raise OpticNerveError(f"--allow-media {folder} is no folder")
+                raise OpticNerveError(f"--allow-media {folder} is no folder", kind="missing-file")
         for host in self.hosts:
             if "/" in host or not host:
-                raise OpticNerveError(f"--allow-url-host takes HOST or HOST:PORT, not {host!r}")
+                raise OpticNerveError(f"--allow-url-host takes HOST or HOST:PORT, not {host!r}", kind="wrong-type")
 
     def read(self, url: str, limits: ServerLimits, param: str) -> bytes:
         """The bytes that a URL stands for. Raises ApiError: 400: not base64, not allowed, not there, too big."""

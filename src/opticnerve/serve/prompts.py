@@ -21,7 +21,9 @@ def check_context(model: Any, wished: int | None) -> int:
     config = model.language_model.config.get_text_config(decoder=True)
     known = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if wished is not None and known is not None and wished > known:
-        raise OpticNerveError(f"--max-context {wished} is more than the {known} positions that the model knows")
+        raise OpticNerveError(
+            f"--max-context {wished} is more than the {known} positions that the model knows", kind="out-of-range"
+        )
     return int(wished or known or UNKNOWN_CONTEXT)
 
 

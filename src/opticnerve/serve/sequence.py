@@ -168,7 +168,8 @@ def check_plain(model: Any) -> None:
     if not plain(config):
         raise OpticNerveError(
             "this model's generation_config asks for more than one step per token (beams, guidance, …), which the "
-            "server does not do; edit generation_config.json, or serve it with transformers"
+            "server does not do; edit generation_config.json, or serve it with transformers",
+            kind="unsupported",
         )
 
 

@@ -45,7 +45,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
             _write(partial, {**state, "step": step})
             partial.rename(target)
     except OSError as e:
-        raise OpticNerveError(f"could not write a checkpoint to {folder}: {e}; {kept}") from e
+        raise OpticNerveError(f"could not write a checkpoint to {folder}: {e}; {kept}", kind="no-permission") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     atomic.sync(folder)
@@ -82,7 +82,8 @@ def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None
     if wrong:
         raise OpticNerveError(
             f"none of the checkpoints in {folder} can be used ({'; '.join(wrong)}). Bring one back from a copy; or "
-            f"delete {folder}, and the stage begins anew"
+            f"delete {folder}, and the stage begins anew",
+            kind="damaged",
         )
     return None
 

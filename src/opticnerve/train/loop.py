@@ -214,7 +214,8 @@ def _save_model(ready: StageSetup, trained: set[str]) -> None:
         free = atomic.format_bytes(shutil.disk_usage(ready.folder).free)
         raise OpticNerveError(
             f"the model of stage {ready.stage.name} could not be written to {ready.folder}: {e}; {free} are free "
-            f"there. Free some space, and resume"
+            f"there. Free some space, and resume",
+            kind="disk-full",
         ) from e
 
 

@@ -107,7 +107,7 @@ def precheck(
             notes.add([c for _, c in good], count, encoded)
     gone = [number for number, places in kept.items() if not places]
     if len(gone) == len(examples):
-        raise OpticNerveError(f"stage {stage.name}: no usable sample is left")
+        raise OpticNerveError(f"stage {stage.name}: no usable sample is left", kind="empty")
     if not kept:
         return examples
     numbers = np.delete(np.arange(len(examples), dtype=np.uint32), gone)
@@ -150,7 +150,8 @@ def check_same(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:
     if differs := [f"{k} was {was.get(k)} and is {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]:
         raise OpticNerveError(
             f"{where} was written on other data: {'; '.join(differs)}. Bring the data back as it was, or train anew in "
-            f"another folder"
+            f"another folder",
+            kind="mismatch",
         )
 
 

@@ -55,7 +55,8 @@ class StageSampler(Dataset[Batch]):
         if stage.batch_size % (stage.accumulate * world):
             raise OpticNerveError(
                 f"stage {stage.name}: batch_size {stage.batch_size} does not split evenly over {stage.accumulate} "
-                f"micro-batches and {world} processes; change one of the three"
+                f"micro-batches and {world} processes; change one of the three",
+                kind="mismatch",
             )
         self.examples, self.stage, self.processor, self.template = examples, stage, processor, template
         self.seed, self.rank, self.world = seed, rank, world
@@ -217,7 +218,7 @@ class StageSampler(Dataset[Batch]):
             self.steps = max(1, math.ceil(len(plan) / self.stage.batch_size))
         while len(plan) < self.steps * self.stage.batch_size:
             if not len(plan) and plan.planned >= len(self.examples):
-                raise OpticNerveError(f"stage {self.stage.name}: no usable sample is left")
+                raise OpticNerveError(f"stage {self.stage.name}: no usable sample is left", kind="empty")
             plan.extend()
         self.num_samples = plan.planned
         return plan
@@ -292,7 +293,9 @@ class StreamingSampler(StageSampler):
         except DataError as e:
             if self.stage.bad_samples == "refuse":
                 raise
-            raise OpticNerveError(f"{MOST_TRIED:,} rows one after another are bad, the last one: {e}") from e
+            raise OpticNerveError(
+                f"{MOST_TRIED:,} rows one after another are bad, the last one: {e}", kind="bad-samples"
+            ) from e
 
     def nearby(self, index: int) -> range:
         return range(index, index + MOST_TRIED)

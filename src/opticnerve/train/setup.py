@@ -177,10 +177,14 @@ def _check_trackers(names: list[str]) -> None:
     known = {str(t.value): t for t in LoggerType if t is not LoggerType.ALL}
     for name in names:
         if name not in known:
-            raise OpticNerveError(f"trackers: there is no {name!r}; known: {', '.join(sorted(known))}")
+            raise OpticNerveError(
+                f"trackers: there is no {name!r}; known: {', '.join(sorted(known))}", kind="unknown-name"
+            )
         if known[name] not in get_available_trackers():
             command = to_install(TRACKER_PACKAGES.get(name, name))
-            raise OpticNerveError(f"trackers: {name} is not installed; run `{command}`, or set trackers=[]")
+            raise OpticNerveError(
+                f"trackers: {name} is not installed; run `{command}`, or set trackers=[]", kind="not-installed"
+            )
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -210,7 +214,8 @@ def give_lora(dock: Family, stage: Stage) -> None:
     elif stage.lora is not None and stage.lora.model_dump() != dock.lora:
         raise OpticNerveError(
             f"stage {stage.name}: lora is {stage.lora.model_dump()}, but an earlier stage's adapter is {dock.lora}; "
-            f"leave lora out to go on with it, or merge it and start another recipe"
+            f"leave lora out to go on with it, or merge it and start another recipe",
+            kind="conflict",
         )
 
 
@@ -221,7 +226,7 @@ def checkpoint_layers(model: Any) -> None:
     stay as `freeze` left them.
     """
     if model.language_model is None:
-        raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out")
+        raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out", kind="unsupported")
     private_names.checkpoint_layers(model.language_model, model.recompute)
     for module in model.language_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -232,7 +237,7 @@ def checkpoint_layers(model: Any) -> None:
 def compiled_layers(model: Any) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
     if model.language_model is None:
-        raise OpticNerveError("compile is for docked language models; leave it out")
+        raise OpticNerveError("compile is for docked language models; leave it out", kind="unsupported")
     _, layers = decoder_layers(model.language_model)
     for layer in layers:
         layer.compile(dynamic=True, backend=BACKEND)

@@ -117,11 +117,16 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
         return Strategy(accelerator, objective, frozen, stage)
     name = "FSDP2" if kind == "fsdp2" else "DeepSpeed"
     if objective.model.language_model is None:
-        raise OpticNerveError(f"{name} is for docked language models; train this one by DDP: recipes/launch/ddp.yaml")
+        raise OpticNerveError(
+            f"{name} is for docked language models; train this one by DDP: recipes/launch/ddp.yaml", kind="unsupported"
+        )
     if stage.compile:
-        raise OpticNerveError(f"stage {stage.name}: compile was not tried with {name}; leave it out, or train by DDP")
+        raise OpticNerveError(
+            f"stage {stage.name}: compile was not tried with {name}; leave it out, or train by DDP", kind="unsupported"
+        )
     if kind != "fsdp2" and stage.objective.type != "next_token":
         raise OpticNerveError(
-            f"stage {stage.name}: the objective {stage.objective.type} was not tried with DeepSpeed; train by DDP"
+            f"stage {stage.name}: the objective {stage.objective.type} was not tried with DeepSpeed; train by DDP",
+            kind="unsupported",
         )
     return (_FSDP2 if kind == "fsdp2" else _Zero)(accelerator, objective, frozen, stage)

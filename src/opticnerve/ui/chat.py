@@ -25,15 +25,17 @@ def check_picture(path: str | None, words: Translations, limits: PageLimits) -> 
     if path is None:
         return
     if (size := Path(path).stat().st_size) > limits.upload_bytes:
-        raise Refused(words("too_many_bytes", found=f"{size:,}", most=f"{limits.upload_bytes:,}"))
+        raise Refused(words("too_many_bytes", found=f"{size:,}", most=f"{limits.upload_bytes:,}"), kind="too-large")
     try:
         height, width = image_size(Path(path))
         if height * width > limits.pixels:
-            raise Refused(words("too_many_pixels", found=f"{width:,} × {height:,}", most=f"{limits.pixels:,}"))
+            raise Refused(
+                words("too_many_pixels", found=f"{width:,} × {height:,}", most=f"{limits.pixels:,}"), kind="too-large"
+            )
         open_image(Path(path), max_pixels=limits.pixels)
     except DataError as e:
         # The opener's own words name the file where it lies on the server, which is nothing for a page.
-        raise Refused(words("broken_picture", formats="PNG, JPEG, WebP, GIF, BMP, TIFF")) from e
+        raise Refused(words("broken_picture", formats="PNG, JPEG, WebP, GIF, BMP, TIFF"), kind="damaged") from e
 
 
 def alert(message: str) -> str:
@@ -156,9 +158,12 @@ class Asker:
         used."""
         question = question.strip()
         if not question:
-            raise Refused(self.words("no_question"))
+            raise Refused(self.words("no_question"), kind="empty")
         if len(question) > self.limits.question_characters:
-            raise Refused(self.words("long_question", found=len(question), most=f"{self.limits.question_characters:,}"))
+            raise Refused(
+                self.words("long_question", found=len(question), most=f"{self.limits.question_characters:,}"),
+                kind="too-long",
+            )
         check_picture(picture, self.words, self.limits)
         return question
 
@@ -174,4 +179,4 @@ class Asker:
             for answer in stream(answerer, asked, tokens=tokens, temperature=temperature):
                 yield asked.answered(answer), ""
         if not answer:
-            raise Refused(self.words("no_answer"))
+            raise Refused(self.words("no_answer"), kind="empty")

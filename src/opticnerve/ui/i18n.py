@@ -28,7 +28,9 @@ class Translations:
 
     def __post_init__(self) -> None:
         if self.language not in LANGUAGES:
-            raise OpticNerveError(f"the page speaks {' and '.join(LANGUAGES)}; there is no {self.language!r}")
+            raise OpticNerveError(
+                f"the page speaks {' and '.join(LANGUAGES)}; there is no {self.language!r}", kind="unknown-name"
+            )
 
     def __call__(self, key: str, **values: object) -> str:
         """The text of `key`. Raises KeyError: no text has that key."""

@@ -127,7 +127,7 @@ def look_part(words: Translations, models: Models, model: Any, chat_state: Any) 
         try:
             conversation = chat_state.about_last_picture()
             if conversation is None:
-                raise Refused(words("look_nothing"))
+                raise Refused(words("look_nothing"), kind="empty")
             made = see(models, model, conversation, method)
         except (OpticNerveError, OSError) as e:
             yield None, alert(str(e)), *away()[2:]

@@ -29,7 +29,7 @@ class PageLimits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 1:
-                raise OpticNerveError(f"{name.replace('_', '-')} must be 1 or more, not {value}")
+                raise OpticNerveError(f"{name.replace('_', '-')} must be 1 or more, not {value}", kind="out-of-range")
 
 
 class Models:
@@ -62,7 +62,8 @@ class Models:
         for name in self.names:
             if not (family := family_of(resolve(name))).MODEL.can_generate():
                 raise OpticNerveError(
-                    f"{name} holds a {family.SPEC.KIND} model, which holds no conversation; name a docked one"
+                    f"{name} holds a {family.SPEC.KIND} model, which holds no conversation; name a docked one",
+                    kind="unsupported",
                 )
 
     def choices(self) -> list[str]:
@@ -103,7 +104,7 @@ class Models:
             key = (name, False)
         if key not in self._loaded:
             if name not in self.choices():
-                raise OpticNerveError(f"there is no model {name!r} on this page")
+                raise OpticNerveError(f"there is no model {name!r} on this page", kind="unknown-name")
             while len(self._loaded) >= self.keep:  # before the next one: both at once may be too much
                 self._loaded.popitem(last=False)
             dtype = torch.float32 if exact else None

@@ -62,7 +62,9 @@ def read_job(root: Path) -> TrainingJob | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-        raise OpticNerveError(f"{path} is damaged ({e}); see that no training runs, and delete it") from e
+        raise OpticNerveError(
+            f"{path} is damaged ({e}); see that no training runs, and delete it", kind="damaged"
+        ) from e
 
 
 def write_job(root: Path, job: TrainingJob) -> None:
@@ -180,9 +182,9 @@ def run_folder(root: Path, name: str) -> Path:
     folder = root / name
     try:
         if not _within(root, folder) or not is_run(folder):
-            raise OpticNerveError(f"there is no run {name!r} in {root}")
+            raise OpticNerveError(f"there is no run {name!r} in {root}", kind="missing-file")
     except (OSError, ValueError) as e:  # a name with a zero byte, or too long
-        raise OpticNerveError(f"there is no run {name!r} in {root}: {e}") from e
+        raise OpticNerveError(f"there is no run {name!r} in {root}: {e}", kind="missing-file") from e
     return folder
 
 
@@ -199,15 +201,15 @@ def read_file(folder: Path, name: str | Path, most: int) -> bytes:
     """
     path = folder / name
     if not _within(folder, path):
-        raise OpticNerveError(f"{name} lies outside of the run's folder and is not read")
+        raise OpticNerveError(f"{name} lies outside of the run's folder and is not read", kind="no-permission")
     if not path.exists():
         raise FileNotFoundError(f"there is no {name}")
     if not path.is_file():
-        raise OpticNerveError(f"{name} is no file")
+        raise OpticNerveError(f"{name} is no file", kind="wrong-type")
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise OpticNerveError(f"{name} is larger than the {most / MEGABYTE:g} MB that are read here")
+        raise OpticNerveError(f"{name} is larger than the {most / MEGABYTE:g} MB that are read here", kind="too-large")
     return data
 
 

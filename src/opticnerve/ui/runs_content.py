@@ -92,8 +92,10 @@ def thumbnail(run: ShownRun, image: str, side: int = 240) -> str:
     OpticNerveError: it is not within the run's folder, not there, too large, or no picture."""
     try:
         picture = open_image(read_file(run.path, image, 16 * MEGABYTE), where=image, max_pixels=MAX_PIXELS)
+    except OpticNerveError:
+        raise
     except (OSError, ValueError) as e:
-        raise OpticNerveError(str(e)) from e
+        raise OpticNerveError(str(e), kind="damaged") from e
     picture.thumbnail((side, side))
     data = io.BytesIO()
     picture.save(data, "WEBP", quality=85)
@@ -130,7 +132,7 @@ def card_html(run: ShownRun) -> str:
     try:
         text = read_file(run.path, "card.md", MEGABYTE).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise OpticNerveError(f"card.md is no text: {e}") from e
+        raise OpticNerveError(f"card.md is no text: {e}", kind="damaged") from e
     return render(run, text)
 
 
@@ -149,9 +151,9 @@ def render(run: ShownRun, text: str) -> str:
         source = str(token.attrs.get("src", ""))
         try:
             if pictures > MOST_PICTURES:
-                raise OpticNerveError(f"more than {MOST_PICTURES} pictures")
+                raise OpticNerveError(f"more than {MOST_PICTURES} pictures", kind="too-large")
             if urlsplit(source).scheme or source.startswith("//"):
-                raise OpticNerveError("it lies outside of the run's folder")
+                raise OpticNerveError("it lies outside of the run's folder", kind="no-permission")
             return f'<img class="plot" src="{thumbnail(run, unquote(source), 1000)}" alt="{said}">'
         except (OpticNerveError, ValueError) as e:
             return f'<em class="gone">[{said}: {escape(str(e))}]</em>'

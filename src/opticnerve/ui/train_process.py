@@ -89,12 +89,14 @@ def list_recipes(root: Path) -> list[str]:
 def recipe_file(root: Path, choice: str) -> Path:
     """The file of a recipe that a browser has named. Raises OpticNerveError: it is none of `list_recipes`."""
     if choice not in list_recipes(root):
-        raise OpticNerveError(f"there is no recipe {choice!r}: choose a ready one, or one that lies in {root}")
+        raise OpticNerveError(
+            f"there is no recipe {choice!r}: choose a ready one, or one that lies in {root}", kind="missing-file"
+        )
     if choice.startswith(READY):
         return recipe_path(choice.removeprefix(READY))
     path = root / choice.removeprefix(FILE)
     if not path.resolve().is_relative_to(root.resolve()) or not path.is_file():
-        raise OpticNerveError(f"{path} is a link to elsewhere; copy the recipe into {root}")
+        raise OpticNerveError(f"{path} is a link to elsewhere; copy the recipe into {root}", kind="no-permission")
     return path
 
 
@@ -117,7 +119,8 @@ def changes_of(text: str) -> list[str]:
             raise OpticNerveError(
                 f"{word!r} cannot be changed here; what can: seed, precision, forgetting, and of a stage its steps, "
                 f"epochs, batch_size, accumulate, save_every, warmup, clip, workers, train.PART and lora, of an "
-                f"evaluation its sample and image_dependence. For all else write a recipe of your own"
+                f"evaluation its sample and image_dependence. For all else write a recipe of your own",
+                kind="unknown-key",
             )
     return words
 
@@ -128,12 +131,16 @@ def start(root: Path, choice: str, name: str, changes: str = "") -> TrainingJob:
     file, more = recipe_file(root, choice), changes_of(changes)
     recipe = recipes.load(file, more)
     if not recipe.stages:
-        raise OpticNerveError(f"{file.name} has no stages, so there is nothing to train")
+        raise OpticNerveError(f"{file.name} has no stages, so there is nothing to train", kind="empty")
     if not NAME.fullmatch(name):
-        raise OpticNerveError(f"{name!r} is no name for a run: letters, digits, '-', '_' and '.', 80 at most")
+        raise OpticNerveError(
+            f"{name!r} is no name for a run: letters, digits, '-', '_' and '.', 80 at most", kind="wrong-type"
+        )
     folder = root / name
     if folder.is_symlink() or folder.exists():
-        raise OpticNerveError(f"{name} is there already; choose another name, or go on with that run")
+        raise OpticNerveError(
+            f"{name} is there already; choose another name, or go on with that run", kind="exists-already"
+        )
     shown = choice.removeprefix(READY) if choice.startswith(READY) else _typed(file)
     if Path(shown).exists() and choice.startswith(READY):  # the command would take what lies here for the recipe
         shown = str(file)
@@ -145,9 +152,9 @@ def resume(root: Path, name: str) -> TrainingJob:
     (in a terminal, perhaps), or another training does."""
     folder = run_folder(root, name)
     if (state := open_run(root, name).state) != "stopped":
-        raise OpticNerveError(f"{name} is {state}; there is nothing to go on with")
+        raise OpticNerveError(f"{name} is {state}; there is nothing to go on with", kind="refused")
     if (other := trained_by(folder)) is not None:  # two that write one folder would ruin it
-        raise OpticNerveError(f"process {other} seems to train in {folder.parent}; let it end first")
+        raise OpticNerveError(f"process {other} seems to train in {folder.parent}; let it end first", kind="conflict")
     return _launch(root, name, ["--resume", _typed(folder)])
 
 
@@ -165,7 +172,7 @@ def stop(root: Path) -> TrainingJob:
     with _lock(root):
         job = read_job(root)
         if job is None or not lives(job):
-            raise OpticNerveError("no training runs")
+            raise OpticNerveError("no training runs", kind="empty")
         if job.asked is None:  # a second signal would end it before it has saved
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(job.pid).terminate()
@@ -222,11 +229,15 @@ def _launch(root: Path, name: str, words: list[str]) -> TrainingJob:
     import psutil
 
     if os.name != "posix":
-        raise OpticNerveError("the page starts trainings on Linux and macOS alone; use `opticnerve train`")
+        raise OpticNerveError(
+            "the page starts trainings on Linux and macOS alone; use `opticnerve train`", kind="unsupported"
+        )
     with _lock(root):
         if lives(before := read_job(root)):
             assert before is not None
-            raise OpticNerveError(f"{before.run} is being trained; stop it first, or wait until it ends")
+            raise OpticNerveError(
+                f"{before.run} is being trained; stop it first, or wait until it ends", kind="conflict"
+            )
         log = log_of(root, name)
         with log.open("wb") as printed:
             process = subprocess.Popen(

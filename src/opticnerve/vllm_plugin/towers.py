@@ -42,7 +42,7 @@ def check(config: OpticNerveConfig, folder: str | Path) -> None:
                 "does not have; nearest: fusion splice"
             )
     if reasons:
-        raise OpticNerveError(f"vLLM cannot run {folder}: {'; '.join(reasons)}")
+        raise OpticNerveError(f"vLLM cannot run {folder}: {'; '.join(reasons)}", kind="unsupported")
 
 
 def check_tower(modality: str, tower: Tower) -> None:
@@ -50,7 +50,8 @@ def check_tower(modality: str, tower: Tower) -> None:
     if tower.wants_text:
         raise OpticNerveError(
             f"its {modality} connector reads the question beside the picture, and vLLM's multimodal inputs carry no "
-            "question; nearest: connector {type: qformer} without text"
+            "question; nearest: connector {type: qformer} without text",
+            kind="unsupported",
         )
 
 
@@ -100,7 +101,7 @@ def load_towers(
     problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
     if problems:
         listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
-        raise OpticNerveError(f"the towers' weights do not fit config.json: {listing}")
+        raise OpticNerveError(f"the towers' weights do not fit config.json: {listing}", kind="mismatch")
     towers = {m: getattr(made, m) for m in modalities}
     sizes = language_sizes(config.text_config)
     for modality, tower in towers.items():

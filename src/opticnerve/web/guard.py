@@ -82,7 +82,8 @@ class Keys(Secrets):
         if len(secret) < 8 or secret.strip() != secret or not secret.isascii():
             raise OpticNerveError(
                 f"an API key wants 8 or more ASCII characters without spaces around; this one has {len(secret)}. "
-                "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+                kind="out-of-range",
             )
         return secret
 
@@ -98,7 +99,8 @@ class Logins(Secrets):
         if not (user and colon) or len(password) < 8:
             raise OpticNerveError(
                 "a login is written user:password, with 8 or more characters of password; make one with: "
-                "python -c 'import secrets; print(\"me:\" + secrets.token_urlsafe(16))'"
+                "python -c 'import secrets; print(\"me:\" + secrets.token_urlsafe(16))'",
+                kind="wrong-type",
             )
         return secret
 
@@ -119,7 +121,8 @@ def check_address(host: str, secrets: Secrets, *, no_auth: bool) -> frozenset[st
     if not local and not secrets and not no_auth:
         raise OpticNerveError(
             f"{host} is reached by other machines: give {secrets.options}, or --no-auth if everybody who reaches it "
-            f"may {secrets.may}"
+            f"may {secrets.may}",
+            kind="missing-field",
         )
     return LOCAL_NAMES | {host.lower()} if local and not secrets and not no_auth else None
 
@@ -153,7 +156,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":  # the page speaks no WebSocket
-            raise OpticNerveError(f"no {scope['type']} here")
+            raise OpticNerveError(f"no {scope['type']} here", kind="unsupported")
         headers = dict(scope["headers"])
         if (refusal := self._refusal(scope["method"], headers)) is not None:
             if refusal.status_code == 401 and b"authorization" in headers:

@@ -13,7 +13,9 @@ def is_loopback(host: str) -> bool:
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError as e:
-        raise OpticNerveError(f"there is no address {host!r} to listen on: {e.strerror or e}") from e
+        raise OpticNerveError(
+            f"there is no address {host!r} to listen on: {e.strerror or e}", kind="unknown-name"
+        ) from e
     return all(ipaddress.ip_address(a.split("%")[0]).is_loopback for a in found)
 
 
@@ -30,7 +32,9 @@ def listen(host: str, port: int, *, stalled_seconds: float | None = None) -> soc
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.create_server((host, port), family=family, backlog=512)
     except OSError as e:
-        raise OpticNerveError(f"cannot listen on {host}, port {port}: {e.strerror or e}; try another --port") from e
+        raise OpticNerveError(
+            f"cannot listen on {host}, port {port}: {e.strerror or e}; try another --port", kind="network"
+        ) from e
     if stalled_seconds is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stalled_seconds))
     return made

@@ -108,7 +108,7 @@ class Gguf(Format):
         said = parity.run(self.program, job, trial.scratch, python=self.options.check_python)
         for text, ids in zip([*_texts(trial), *PROBES], said["ids"], strict=True):
             if ids != (ours := _read(tokenizer, text)):
-                raise OpticNerveError(f"{said['engine']} reads {text!r} as {ids}, not as {ours}")
+                raise OpticNerveError(f"{said['engine']} reads {text!r} as {ids}, not as {ours}", kind="mismatch")
         for sample, reference in zip(said["samples"], trial.wanted, strict=True):
             prompt = sample["prompt"].removeprefix(begins)
             if _unbegun(tokenizer, reference.text) != reference.text:

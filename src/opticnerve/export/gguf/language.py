@@ -73,7 +73,9 @@ def write(writer: GGUFWriter, language_model: Any, dtype: str) -> None:
             continue
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise OpticNerveError(f"llama.cpp's {config.model_type} has no place for the tensor {name}")
+            raise OpticNerveError(
+                f"llama.cpp's {config.model_type} has no place for the tensor {name}", kind="unsupported"
+            )
         values = tensor.detach().float().numpy()
         if rotates_pairs and ".self_attn.q_proj." in name:
             values = _neighbours(values, heads)
@@ -103,7 +105,9 @@ def add(writer: GGUFWriter, name: str, values: NDArray[Any], dtype: str) -> None
     if kind is GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
         kind = GGMLQuantizationType.F16
     if kind is GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-        raise OpticNerveError(f"{name} holds numbers beyond what 16-bit floats can; export with --dtype bf16")
+        raise OpticNerveError(
+            f"{name} holds numbers beyond what 16-bit floats can; export with --dtype bf16", kind="too-large"
+        )
     if kind is GGMLQuantizationType.F32:
         writer.add_tensor(name, values)
     else:

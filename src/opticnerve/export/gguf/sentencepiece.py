@@ -77,15 +77,17 @@ def places(state: dict[str, Any]) -> dict[str, int]:
     for left, right in merges:
         if (word := left + right) != last:
             if word in found:
-                raise OpticNerveError(_other(f"the ways to join {word!r} do not stand together"))
+                raise OpticNerveError(_other(f"the ways to join {word!r} do not stand together"), kind="unsupported")
             found[word], last = len(found), word
     known = set(merges)
     for word in words - reserved:
         ways = [(word[:i], word[i:]) for i in range(1, len(word))]
         if lost := [w for w in ways if w[0] in words - reserved and w[1] in words - reserved and w not in known]:
-            raise OpticNerveError(_other(f"{lost[0][0]!r} and {lost[0][1]!r} are words, and never joined"))
+            raise OpticNerveError(
+                _other(f"{lost[0][0]!r} and {lost[0][1]!r} are words, and never joined"), kind="unsupported"
+            )
         if ways and word not in found:
-            raise OpticNerveError(_other(f"{word!r} is a word that nothing joins to"))
+            raise OpticNerveError(_other(f"{word!r} is a word that nothing joins to"), kind="unsupported")
     return found
 
 

@@ -114,7 +114,8 @@ def beginning(processor: Any) -> str:
         raise OpticNerveError(
             "the tokenizer puts a space at the beginning of a text, but not before a special word, and the chat "
             "template begins with a picture's placeholder or with words; llama.cpp cannot do both: let the template "
-            "begin with the role, or the begin token"
+            "begin with the role, or the begin token",
+            kind="unsupported",
         )
     return "" if begins.pop() else space
 
@@ -130,7 +131,7 @@ def write(
         begins: see `beginning`.
     """
     if reasons := refusals(tokenizer):
-        raise OpticNerveError("; ".join(reasons))
+        raise OpticNerveError("; ".join(reasons), kind="unsupported")
     state = _state(tokenizer)
     words = {i: w for w, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder

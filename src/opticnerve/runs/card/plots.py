@@ -155,7 +155,7 @@ def _picture(axes: Axes, image: str | None, folder: Path) -> None:
     axes.set_box_aspect(1)
     try:
         if not image:
-            raise DataError("no picture was kept")
+            raise DataError("no picture was kept", kind="no-image")
         picture = open_image(folder / image, where=str(image))
     except DataError:
         # The card reports on a run: a picture that has been moved since is worth a note, not a crash.
