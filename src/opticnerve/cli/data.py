@@ -175,7 +175,8 @@ def _of_recipe(source: str, overrides: list[str], quick: bool) -> Iterator[Entry
     if not quick and recipe.model.KIND == "docked":
         from opticnerve.data.encode.tokenize import encode
         from opticnerve.language.chat_template import stage_template
-        from opticnerve.plan.plan import context_length, processor_for
+        from opticnerve.plan.model import processor_for
+        from opticnerve.plan.plan import context_length
 
         processor, context = processor_for(recipe), context_length(recipe)
     for i, stage in enumerate(recipe.stages):
@@ -223,7 +224,7 @@ def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] 
 def _processor_of(name: str, overrides: list[str] | None = None) -> Any:
     """The processor of a model or of a recipe's model; no weight is read."""
     if is_recipe(name):
-        from opticnerve.plan.plan import processor_for
+        from opticnerve.plan.model import processor_for
 
         return processor_for(read_recipe(name, overrides))
     from opticnerve.inference.load import load_processor, resolve

@@ -124,6 +124,7 @@ def add_up(accelerator: Accelerator, counts: list[int], error: OpticNerveError |
             raise error
         return counts
     summed = torch.tensor([*counts, int(error is not None)], device=accelerator.device)
+    totals: list[int]
     *totals, failed = accelerator.reduce(summed).tolist()
     if failed:
         said = gather_objects(accelerator, None if error is None else str(error))

@@ -150,9 +150,10 @@ class _Facade(nn.Module):
         if not self.loose:
             loss: Tensor = objective(batch)[0]
             return loss
-        taken = _Together.apply(*self.loose)  # type: ignore[no-untyped-call]
+        taken = _Together.apply(*self.loose)
         loss = functional_call(objective, dict(zip(self.names, taken, strict=True)), (batch,))[0]
-        return loss + taken[0].sum() * 0  # also where nothing else needs them
+        out: Tensor = loss + taken[0].sum() * 0  # also where nothing else needs them
+        return out
 
 
 class _Together(torch.autograd.Function):

@@ -140,7 +140,7 @@ class HFVisionEncoder(Encoder):
         """Tables that the model computes itself (DINOv3's and Pixtral's rotary frequencies) keep their precision, as
         they do where transformers loads the model in another dtype."""
         kept = list(computed_tables(self.model))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, before in kept:
             now = module.get_buffer(name)
             if now.dtype != before.dtype:
@@ -160,7 +160,8 @@ class HFVisionEncoder(Encoder):
         elif self.image_size != self.native_size and _can_be_asked_to_interpolate(model):
             inputs["interpolate_pos_encoding"] = True
         if self.layer == "last":
-            return model(**inputs).last_hidden_state
+            out: Tensor = model(**inputs).last_hidden_state
+            return out
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
         blocks = longest_list(model, "encoder")
         # An entry is what a block gets, the last one what comes out behind all. The first pass goes through all blocks,
@@ -216,8 +217,8 @@ class HFVisionEncoder(Encoder):
 
 
 def _vision_config(name: str) -> PreTrainedConfig:
-    config = read_config(name)
-    config = getattr(config, "vision_config", config)
+    whole = read_config(name)
+    config: PreTrainedConfig = getattr(whole, "vision_config", whole)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
         raise OpticNerveError(f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm")
     return config

@@ -229,7 +229,8 @@ class DualEncoderVision(Encoder):
         return cls(encoder=spec)
 
     def forward(self, media: Tensor) -> Features:
-        return self.inner(media)
+        features: Features = self.inner(media)
+        return features
 
     def image_processor(self) -> Any:
         return self.inner.image_processor()

@@ -57,7 +57,7 @@ def export(
     out = Path(out)
     if out.exists():
         raise OpticNerveError(f"{out} exists already; choose another folder")
-    maker: Format = formats.get(to)(options)  # type: ignore[arg-type]
+    maker: Format = formats.get(to)(options)
     if options.dtype not in ("auto", *maker.dtypes):
         raise OpticNerveError(f"{to} is not written as {options.dtype!r}; known: auto, {', '.join(maker.dtypes)}")
     if maker.needs and not options.check_python and not options.unchecked:

@@ -157,7 +157,8 @@ class _State:
             self.tables = self.fused.tables(first_B, self.new)
             self.fused.prepare(len(self.next_B))
             self.sees_BT = self.all_mask_BT.bool()[:, None, None]
-        return out.logits[:, -1]
+        found: Tensor = out.logits[:, -1]
+        return found
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Logits (B, V) behind one more token of each row."""

@@ -105,7 +105,7 @@ class Answerer:
         )  # fmt: skip
         for token_B in tokens:
             yield from filter(None, map(answer.put, words.put_and_take(token_B)))
-        words.end()
+        words.end()  # type: ignore[no-untyped-call]
         yield from filter(None, [*map(answer.put, words.take()), answer.end()])
 
     def fused(self) -> FusedDecoder | None:
@@ -152,7 +152,7 @@ class _PieceStreamer(TextStreamer):
         self._ready.append(text)
 
     def put_and_take(self, token_B: Tensor) -> list[str]:
-        self.put(token_B)
+        self.put(token_B)  # type: ignore[no-untyped-call]
         return self.take()
 
     def take(self) -> list[str]:

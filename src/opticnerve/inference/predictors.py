@@ -102,7 +102,7 @@ class ClassifierPredictor:
         """(questions, answers), float64. A picture that many questions are about is seen once."""
         if not conversations:
             raise OpticNerveError("there is nothing to ask: the list of questions is empty")
-        self.model.eval()
+        self.model.eval()  # type: ignore[no-untyped-call]
         found, most = [], self._most()
         for start in range(0, len(conversations), most):
             chunk = conversations[start : start + most]
@@ -130,7 +130,8 @@ class ClassifierPredictor:
             if vision_encoder is None
             else vision_encoder.encoder.num_tokens * vision_encoder.encoder.hidden_size
         )
-        return max(self.batch_size, min(_QUESTIONS, _NUMBERS // each))
+        count: int = max(self.batch_size, min(_QUESTIONS, _NUMBERS // each))
+        return count
 
     def _see(self, pictures: list[tuple[Any, str]]) -> Any:
         """Features of the pictures; their pixels for early fusion, which has no vision encoder."""
@@ -205,7 +206,7 @@ class LateFusion:
             value.backward()
             return value
 
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
         self.weights, self.combine = F.softplus(free_M.detach()).tolist(), "learned"
         return self
 

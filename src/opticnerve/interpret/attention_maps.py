@@ -148,7 +148,8 @@ def weights_of(module: CrossAttention, hidden_BLD: Tensor, keys_values: Any, all
     """What `CrossAttention.forward` computes within its fused kernel, written out: (B, heads, L, K)."""
     query_BHLd, key_BHKd = module._split(module.q_proj(hidden_BLD)).float(), keys_values[0].float()
     score_BHLK = query_BHLd @ key_BHKd.transpose(2, 3) / query_BHLd.shape[-1] ** 0.5
-    return score_BHLK.masked_fill(~allowed_BLK[:, None], float("-inf")).softmax(-1)
+    out: Tensor = score_BHLK.masked_fill(~allowed_BLK[:, None], float("-inf")).softmax(-1)
+    return out
 
 
 def given(out: Any, forced: TeacherForced) -> list[Tensor]:

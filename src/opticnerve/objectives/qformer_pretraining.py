@@ -147,7 +147,8 @@ class QFormerPretraining(Objective):
     def match_logits(self, features: Features, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(B, 2): [do not belong together, belong together], the mean over the queries."""
         queries_BQD, _ = self._attend("bidirectional", features, text_ids, text_mask)
-        return self.heads.itm_head(queries_BQD).float().mean(1)
+        out: Tensor = self.heads.itm_head(queries_BQD).float().mean(1)
+        return out
 
     def caption_states(self, features: Features, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(B, L, D): word i's state, from the picture and the words up to i, after [DEC] in the first one's place."""
@@ -159,7 +160,8 @@ class QFormerPretraining(Objective):
         """Logits (…, V) of the word after each state."""
         embeddings = self.connector.text_embeddings
         assert embeddings is not None
-        return self.heads.token_logits(states_MD, embeddings.word_embeddings.weight).float()
+        out: Tensor = self.heads.token_logits(states_MD, embeddings.word_embeddings.weight).float()
+        return out
 
     def _attend(self, kind: Sees, features: Features, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return self.connector.attend(features, ids, mask, attention_mask(kind, self.connector.num_tokens, mask))

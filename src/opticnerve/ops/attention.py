@@ -77,7 +77,7 @@ def products(
 ) -> Tensor:
     """`attend` by plain products, whether or not that is the faster way."""
     bias_MLL = None if mask_NLL is None else _bias(mask_NLL, q_NHLD.dtype)
-    out: Tensor = _Grouped.apply(q_NHLD, k_NKLD, v_NKLD, bias_MLL, scaling, causal)  # type: ignore[no-untyped-call]
+    out: Tensor = _Grouped.apply(q_NHLD, k_NKLD, v_NKLD, bias_MLL, scaling, causal)
     return out.transpose(1, 2)
 
 
@@ -99,7 +99,7 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q_NHLD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, bias_MLL: Tensor | None, scaling: float, causal: bool
     ) -> Tensor:
         k, v = k_NKLD.contiguous(), v_NKLD.contiguous()
@@ -115,7 +115,7 @@ class _Grouped(torch.autograd.Function):
         return out_NLHD
 
     @staticmethod
-    def backward(ctx: Any, grad_NLHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NLHD: Tensor) -> tuple[Tensor | None, ...]:
         q_NHLD, k, v, bias_MLL = ctx.saved_tensors
         segments, heads, length, _ = q_NHLD.shape
         dq_NLHD = torch.empty_like(grad_NLHD)
@@ -135,7 +135,8 @@ class _Grouped(torch.autograd.Function):
 
 def _by_key_head(t_NHLD: Tensor, k_NKLD: Tensor) -> Tensor:
     """(N, K, H/K, L, D): query head h asks key head h // (H/K)."""
-    return t_NHLD.unflatten(1, (k_NKLD.shape[1], -1))
+    out: Tensor = t_NHLD.unflatten(1, (k_NKLD.shape[1], -1))
+    return out
 
 
 def _weights(q_NKGQD: Tensor, k_NKLD: Tensor, bias_MQL: Tensor | None, scaling: float) -> Tensor:

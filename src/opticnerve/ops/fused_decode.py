@@ -175,7 +175,8 @@ class _Product:
 
 def _join(parameters: list[Any]) -> Tensor:
     if len(parameters) == 1:
-        return parameters[0].detach()
+        out: Tensor = parameters[0].detach()
+        return out
     joined = torch.cat([p.detach() for p in parameters])
     for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
@@ -227,7 +228,7 @@ class ReservedLayer(DynamicLayer):
     """
 
     def __init__(self, layer: DynamicLayer, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.__dict__.update(vars(layer))
         self.room = room
         self._buffers: list[Tensor] = []

@@ -191,7 +191,7 @@ def segmented_attention(
         return out_BHLD.transpose(1, 2).contiguous(), None
     rows, _, length, _ = query_BHLD.shape
     flat = (t.transpose(1, 2).flatten(0, 1) for t in (query_BHLD, key_BKLD, value_BKLD))  # each (B·L, heads, D)
-    laid = zip(*(_Lay.apply(t, segments) for t in flat), strict=True)  # type: ignore[no-untyped-call]
+    laid = zip(*(_Lay.apply(t, segments) for t in flat), strict=True)
     done = []
     for bucket, (q, k, v) in zip(segments.buckets, laid, strict=True):  # each (N, L', heads, D)
         out_NHLD = attend(
@@ -199,7 +199,7 @@ def segmented_attention(
             dropout=dropout, window=sliding_window if bucket.mask_NLL is None else None,
         )  # fmt: skip
         done.append(out_NHLD.transpose(1, 2))
-    gathered: Tensor = _GatherRows.apply(segments, *done)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(segments, *done)
     return gathered.unflatten(0, (rows, length)), None
 
 
@@ -207,12 +207,12 @@ class _Lay(torch.autograd.Function):
     """(B·L, heads, D) → for each bucket (N, L', heads, D). Each position stands in one place: backward is a gather."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, segments: Segments) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, flat: Tensor, segments: Segments) -> tuple[Tensor, ...]:
         ctx.segments = segments
         return tuple(_laid(flat, b, zeros=False) for b in segments.buckets)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _gathered(grads, ctx.segments), None
 
 
@@ -220,12 +220,12 @@ class _GatherRows(torch.autograd.Function):
     """The way back; what pads a segment on its right gets no gradient, and so gives none to the keys before it."""
 
     @staticmethod
-    def forward(ctx: Any, segments: Segments, *laid: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, segments: Segments, *laid: Tensor) -> Tensor:
         ctx.segments = segments
         return _gathered(laid, segments)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(_laid(grad, b, zeros=True) for b in ctx.segments.buckets)
 
 
@@ -233,7 +233,8 @@ def _laid(flat: Tensor, bucket: Bucket, *, zeros: bool) -> Tensor:
     out = flat.index_select(0, bucket.index_NL.flatten())
     if zeros:
         out.index_fill_(0, bucket.pads_P, 0)
-    return out.unflatten(0, bucket.index_NL.shape)
+    found: Tensor = out.unflatten(0, bucket.index_NL.shape)
+    return found
 
 
 def _gathered(laid: Sequence[Tensor], segments: Segments) -> Tensor:

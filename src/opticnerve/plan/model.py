@@ -46,9 +46,10 @@ def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
         }
     # The real ids are the tokenizer's business; shapes do not depend on them.
     size = int(config.get_text_config().vocab_size)
-    return OpticNerveForConditionalGeneration.from_parts(
+    model: OpticNerveForConditionalGeneration = OpticNerveForConditionalGeneration.from_parts(
         language_part, towers, image_token_id=size, audio_token_id=size + 1
     )
+    return model
 
 
 def processor_for(recipe: Recipe, model: OpticNerveForConditionalGeneration | None = None) -> OpticNerveProcessor:

@@ -51,7 +51,7 @@ class _BoundedLoader(yaml.SafeLoader):
         self._size_of: dict[str, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             name = str(event.anchor)
             if name in self.anchors and name not in self._size_of:

@@ -65,7 +65,7 @@ def create_app(
     kinds = {"image": reader.processor.image_processor, "audio": reader.processor.feature_extractor}
     about = Model(
         id=name, created=int(time.time()), max_model_len=reader.context,
-        modalities=["text", *(k for k, part in kinds.items() if part is not None)],  # type: ignore[list-item]
+        modalities=["text", *(k for k, part in kinds.items() if part is not None)],
     )  # fmt: skip
 
     def check_name(model: str) -> None:

@@ -223,7 +223,8 @@ def speak(clip: Clip, program: str) -> np.ndarray[Any, np.dtype[np.int16]]:
         raise OpticNerveError(
             f"{clip.id} takes {len(padded_N) / RATE:.2f} seconds, more than the {SECONDS} of a window"
         )
-    return np.rint(padded_N.clip(-1, 1) * 32767).astype(np.int16)
+    samples: np.ndarray[Any, np.dtype[np.int16]] = np.rint(padded_N.clip(-1, 1) * 32767).astype(np.int16)
+    return samples
 
 
 def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -208,9 +208,9 @@ def gradients_flow(s: Subject) -> None:
     expect(not frozen, f"frozen from the start: {', '.join(frozen[:5])}")
     without = [n for n, p in named.items() if p.grad is None]
     expect(not without, f"no gradient reaches {', '.join(without[:5])} ({len(without)} parameters in all)")
-    wild = [n for n, p in named.items() if not p.grad.isfinite().all()]  # type: ignore[union-attr]
+    wild = [n for n, p in named.items() if not p.grad.isfinite().all()]
     expect(not wild, f"the gradients of {', '.join(wild[:5])} are not finite")
-    expect(not named or any(p.grad.any() for p in named.values()), "all gradients are zero")  # type: ignore[union-attr]
+    expect(not named or any(p.grad.any() for p in named.values()), "all gradients are zero")
     s.part.zero_grad()
     expect(media.grad is not None, "no gradient reaches the input")
     blind = [i for i, g in enumerate(media.grad) if not g.isfinite().all() or not g.any()]  # type: ignore[arg-type]

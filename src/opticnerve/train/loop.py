@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from opticnerve.common import atomic
 from opticnerve.common.progress import Progress
+from opticnerve.common.units import format_bytes
 from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
 from opticnerve.distributed.heartbeat import LostProcess
@@ -211,7 +212,7 @@ def _save_model(ready: StageSetup, trained: set[str]) -> None:
     try:
         ready.dock.save(ready.folder, trained)
     except (OSError, SafetensorError) as e:
-        free = atomic.format_bytes(shutil.disk_usage(ready.folder).free)
+        free = format_bytes(shutil.disk_usage(ready.folder).free)
         raise OpticNerveError(
             f"the model of stage {ready.stage.name} could not be written to {ready.folder}: {e}; {free} are free "
             f"there. Free some space, and resume"

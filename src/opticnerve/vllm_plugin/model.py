@@ -87,7 +87,8 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
         return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.language_model.compute_logits(hidden_states)
+        logits_BLV: Tensor | None = self.language_model.compute_logits(hidden_states)
+        return logits_BLV
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Every tensor of the folder to its place; the towers' must all be there, in their shapes, and no other."""

@@ -32,10 +32,12 @@ class Info(BaseProcessingInfo):
     """What a docked model takes, and how many tokens it makes of it."""
 
     def get_hf_config(self) -> OpticNerveConfig:
-        return self.ctx.get_hf_config(OpticNerveConfig)
+        config: OpticNerveConfig = self.ctx.get_hf_config(OpticNerveConfig)
+        return config
 
     def get_hf_processor(self, **kwargs: object) -> OpticNerveProcessor:
-        return self.ctx.get_hf_processor(OpticNerveProcessor, **kwargs)
+        processor: OpticNerveProcessor = self.ctx.get_hf_processor(OpticNerveProcessor, **kwargs)
+        return processor
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return dict.fromkeys(self.get_hf_config().towers)

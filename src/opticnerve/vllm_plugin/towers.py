@@ -67,7 +67,7 @@ class Towers(PreTrainedModel):
         for modality in sorted(modalities):
             spec = config.towers[modality]
             setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: Any) -> None:
         """Nothing: a tensor that is missing is an error."""

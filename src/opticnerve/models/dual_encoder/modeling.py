@@ -107,11 +107,13 @@ class DualEncoder(TwoTowerModel):
         """
         if (pixel_values is None) == (image_features is None):
             raise ValueError("give exactly one of pixel_values and image_features")
-        return self.image(pixel_values) if image_features is None else self.image.project(image_features)
+        out: Tensor = self.image(pixel_values) if image_features is None else self.image.project(image_features)
+        return out
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Texts in the common space, not normalised: token ids and mask (B, L) → (B, D)."""
-        return self.text(input_ids, attention_mask)
+        out: Tensor = self.text(input_ids, attention_mask)
+        return out
 
     def embed(self, batch: Any) -> tuple[Tensor, Tensor]:
         """L2-normalised float32 vectors (B, D) of a batch's pictures and of its captions."""
