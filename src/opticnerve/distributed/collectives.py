@@ -92,7 +92,7 @@ def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:
     return timedelta(seconds=seconds)
 
 
-def gather_objects(accelerator: Accelerator, value: Any) -> list[Any]:
+def gather_objects(accelerator: Accelerator, value: object) -> list[Any]:
     """Each process's `value`, in the order of the processes, on all of them; every process must call it.
 
     `value` is what `pickle` takes: tensors (on the CPU) and plain values. One process: `[value]`.

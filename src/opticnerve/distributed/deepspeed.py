@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -210,7 +210,7 @@ class GatedAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for flat in group["params"]:
                 if self.still or group["part"].partition(".")[0] in self.resting:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from opticnerve.language.layers import decoder_layers
 from opticnerve.models.freeze import Frozen
 from opticnerve.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.tower import Tower
 
 
 class Twin:
@@ -111,7 +114,7 @@ def layers(model: Any) -> list[nn.Module]:
     return [*blocks, *decoder_layers(model.language_model)[1]]
 
 
-def _frozen_encoder(tower: Any) -> list[nn.Parameter]:
+def _frozen_encoder(tower: Tower) -> list[nn.Parameter]:
     """An encoder's weights, if none of them trains."""
     weights = list(tower.encoder.parameters())
     return [] if any(p.requires_grad for p in weights) else weights

@@ -6,12 +6,15 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from opticnerve.types import Features, OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Encoder(nn.Module, ABC):
@@ -37,6 +40,10 @@ class Encoder(nn.Module, ABC):
     crop_pct: float
     options: dict[str, Any]
     files: list[str]
+
+    if TYPE_CHECKING:
+        # What a subclass has of its own is a module, a tensor or a plain value.
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     @abstractmethod
@@ -176,7 +183,7 @@ def config_from_dict(architecture: dict[str, Any], needed_by: str, such_as: str)
     return AutoConfig.for_model(model_type, **architecture)
 
 
-def model_class(config: Any, unlisted: Mapping[str, str]) -> Any:
+def model_class(config: PreTrainedConfig, unlisted: Mapping[str, str]) -> Any:
     """transformers' class for a configuration; `unlisted`: names of those that are not in its table of AutoModel."""
     import transformers as tf
 

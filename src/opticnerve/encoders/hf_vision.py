@@ -224,7 +224,7 @@ def _vision_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def _preparation(name: str, config: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _preparation(name: str, config: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
     """How the checkpoint prepares pictures, as this encoder's options."""
     found = preparation(name, config.model_type, given)
     if found.get("image_size") == _sizes(config)[0]:
@@ -238,7 +238,7 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in ("_name_or_path", "dtype")}  # the weights' dtype is the recipe's
 
 
-def _sizes(config: Any) -> tuple[int, int]:
+def _sizes(config: PreTrainedConfig) -> tuple[int, int]:
     """Side of the pictures that the model was trained on, and of its patches, in pixels."""
     patch = _side(config.patch_size, "patch_size")
     if config.model_type == _FLEXIBLE:  # it says how many patches its table of positions holds

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig
+from transformers import CompileConfig, PreTrainedConfig
 
 from opticnerve.common.private_names import CACHE, compile_on_any_device, generation_config, generation_rules
-from opticnerve.models.vlm.modeling import settled_rows
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration, settled_rows
 from opticnerve.models.vlm.prompt import kept
 from opticnerve.ops.fused_decode import FusedDecoder, ReservedLayer, reserve
 from opticnerve.types import OpticNerveError
@@ -23,8 +23,9 @@ from opticnerve.types import OpticNerveError
 
 @torch.inference_mode()
 def decode(
-    model: Any, inputs: dict[str, Any], *, max_new_tokens: int, cache: Any = None, fused: FusedDecoder | None = None,
-    drop_finished: bool = True, room: bool = True, seed: int | None = None, **options: Any,
+    model: OpticNerveForConditionalGeneration, inputs: dict[str, Any], *, max_new_tokens: int, cache: Any = None,
+    fused: FusedDecoder | None = None, drop_finished: bool = True, room: bool = True, seed: int | None = None,
+    **options: Any,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The next token of each row, (B,), until all rows have ended; a row that has ended goes on with padding.
 
@@ -79,7 +80,7 @@ def decode(
         logits_BV = state.step(chosen_B)
 
 
-def plain(config: Any) -> bool:
+def plain(config: PreTrainedConfig) -> bool:
     """Whether this generation_config asks for plain greedy or sampled decoding, one step per token."""
     return (
         (config.num_beams or 1) == 1
@@ -96,7 +97,13 @@ def plain(config: Any) -> bool:
 
 @torch.inference_mode()
 def decode_compiled(
-    model: Any, inputs: dict[str, Any], *, max_new_tokens: int, cache: None = None, fused: Any = None, **options: Any
+    model: OpticNerveForConditionalGeneration,
+    inputs: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    cache: None = None,
+    fused: Any = None,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """As `decode`, by transformers' compiled step over a static cache, for devices where launching costs more than
     computing; all tokens come at its end. The prompt is read by `model`, the steps are its language model's.

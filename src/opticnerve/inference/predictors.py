@@ -255,7 +255,7 @@ def load_classifier(
 
 @singledispatch
 def answers_of(
-    model: Any, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
+    model: object, processor: object, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
     """What a model answers to each question: what a language model says, what a classifier chooses."""
     raise OpticNerveError(f"a {type(model).__name__} answers no questions")

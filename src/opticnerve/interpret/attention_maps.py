@@ -133,7 +133,7 @@ def cross_weights(forced: TeacherForced) -> Tensor:
     """The cross-attention's weights (layers, heads, L, V): computed beside each layer from what goes into it."""
     caught: list[Tensor] = []
 
-    def catch(module: Any, args: tuple[Any, ...], _: Any) -> None:
+    def catch(module: Any, args: tuple[Any, ...], _: object) -> None:
         caught.append(weights_of(module, *args)[0])
 
     with ExitStack() as hooks:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.prompt import Prompt
 from opticnerve.types import Conversation, Features, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 
 # Chinese, Japanese and Korean are written without spaces: there each character is a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
@@ -123,7 +126,7 @@ class ForcedTrace:
         return self.forced._pick(out.logits)[0], out
 
 
-def check(model: Any, conversation: Conversation) -> None:
+def check(model: OpticNerveForConditionalGeneration, conversation: Conversation) -> None:
     """What can be looked into: one picture, whole, before a model with a vision encoder."""
     if "image" not in getattr(model, "towers", {}):
         raise OpticNerveError("this model has no vision encoder; `look` shows where in a picture a model looks")
@@ -140,7 +143,7 @@ def check(model: Any, conversation: Conversation) -> None:
 
 
 @contextmanager
-def frozen(model: Any) -> Iterator[None]:
+def frozen(model: OpticNerveForConditionalGeneration) -> Iterator[None]:
     """Within it no weight asks for a gradient: what is differentiated are attention weights and tokens."""
     asking = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     asking.requires_grad_(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.recipe import Stage
 
 
 class Objective(nn.Module, ABC):
@@ -45,7 +48,7 @@ class Objective(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} is computed micro-batch by micro-batch")
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> Callable[[Sequence[Sequence[Any]]], Any] | None:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> Callable[[Sequence[Sequence[Any]]], Any] | None:
         """What makes a batch of each row's conversations; None for rows of tokens with labels (`data.collate`)."""
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from opticnerve.data.collators.preference import PreferenceBatch, PreferenceColl
 from opticnerve.objectives.base import Objective
 from opticnerve.objectives.next_token import IGNORE, batch_logits
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.recipe import Stage
 
 
 class DPO(Objective):
@@ -55,7 +58,7 @@ class DPO(Objective):
         self._reference = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> PreferenceCollator:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> PreferenceCollator:
         return PreferenceCollator(processor, max_length=stage.max_length)
 
     def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,6 +13,11 @@ from opticnerve.objectives.base import Objective
 from opticnerve.ops.head import supervised_logits, supervised_loss
 from opticnerve.ops.varlen import supported, within
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from opticnerve.recipe import Stage
 
 IGNORE = -100
 
@@ -42,7 +47,7 @@ class Classification(Objective):
         return scores.loss(batch.targets), batch.targets.new_tensor(len(batch.targets))
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> AnswerCollator:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> AnswerCollator:
         """What makes batches of questions."""
         return AnswerCollator(processor)
 
@@ -70,7 +75,7 @@ def reading(model: Any, batch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield language_model, inputs
 
 
-def _check_window(config: Any, length: int) -> None:
+def _check_window(config: PreTrainedConfig, length: int) -> None:
     """A mask of ours replaces the language model's own, sliding windows included: refuse rows that would notice."""
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and length > window:

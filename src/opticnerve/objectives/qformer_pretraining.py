@@ -3,7 +3,7 @@ language model (Li et al. 2023, section 3.2; the losses' details as in its refer
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.collators.contrastive import CaptionBatch, CaptionCollator
 from opticnerve.objectives.base import Objective, gather, gather_padded, processes, shared_uniform
 from opticnerve.types import Features, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.recipe import Stage
 
 Sees = Literal["bidirectional", "causal", "unimodal"]
 
@@ -68,7 +71,7 @@ class QFormerPretraining(Objective):
         self.label_smoothing = label_smoothing
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> CaptionCollator:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> CaptionCollator:
         """What makes batches: captions are read by the processor's `qformer_tokenizer`."""
         tokenizer = getattr(processor, "qformer_tokenizer", None)
         if tokenizer is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -195,7 +195,7 @@ ENCODERS = "opticnerve_encoders"
 
 
 @contextmanager
-def plain_attention(model: Any) -> Iterator[int]:
+def plain_attention(model: nn.Module) -> Iterator[int]:
     """Within it, the encoders in `model` that have torch's attention have ours where it is faster; yields how many
     configurations say so. For a stage that trains, or sees all pictures for its cache; answers are torch's."""
     wrapped = (m for encoder in model.modules() if isinstance(encoder, Encoder) for m in encoder.modules())
@@ -215,7 +215,7 @@ def plain_attention(model: Any) -> Iterator[int]:
 
 
 def vision_attention(
-    module: Any,
+    module: nn.Module,
     query_BHLD: Tensor,
     key_BKLD: Tensor,
     value_BKLD: Tensor,

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opticnerve.common.private_names import attention_of, can_reorder, has_hooks, reorder_weight, reordered_linear
@@ -53,14 +54,14 @@ class FusedDecoder:
         self.head = _Product([language_model.lm_head])
 
     @classmethod
-    def of(cls, language_model: Any, **options: bool) -> FusedDecoder | None:
+    def of(cls, language_model: PreTrainedModel, **options: bool) -> FusedDecoder | None:
         """The fused form of this model; None where its class, or something hooked onto it, is not known to fit."""
         if _fits(language_model):
             return cls(language_model, **options)
         tell(f"{type(language_model).__name__} decodes by its own forward pass")
         return None
 
-    def still_fits(self, language_model: Any) -> bool:
+    def still_fits(self, language_model: PreTrainedModel) -> bool:
         """Whether the model is as it was: hooks, adapters, moving and casting change it."""
         return _fits(language_model) and all(product.in_place() for product in self.products())
 
@@ -188,7 +189,7 @@ def _rms_norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon).mul_(norm.weight)
 
 
-def _fits(language_model: Any) -> bool:
+def _fits(language_model: PreTrainedModel) -> bool:
     import transformers as tf
 
     known = type(language_model) in {getattr(tf, name) for name in CLASSES}

@@ -81,7 +81,7 @@ def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -
             del module.forward
 
 
-def _fused_forward(module: Any, mask: Any, functions: Functions) -> partial[Tensor] | None:
+def _fused_forward(module: nn.Module, mask: Any, functions: Functions) -> partial[Tensor] | None:
     if "forward" in vars(module):
         return None  # somebody else's business already
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -170,7 +170,7 @@ def computed_by(change: Callable[[Any], Any]) -> Functions:
     )
 
 
-def _plain_lora(layer: Any) -> bool:
+def _plain_lora(layer: nn.Module) -> bool:
     """Low-rank and nothing else: one adapter, not merged, on a frozen linear layer; no dropout in use, no variant."""
     if type(layer) is not LoraLinear or layer.merged or len(layer.active_adapters) != 1:
         return False

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 
 from opticnerve.common.private_names import attention_of, offers_attention, set_attention
 from opticnerve.ops import enabled, tell
@@ -125,7 +125,7 @@ def _branches(branch_NL: Tensor) -> Tensor:
 _current: ContextVar[Segments | None] = ContextVar("segments", default=None)
 
 
-def supported(language_model: Any) -> bool:
+def supported(language_model: PreTrainedModel) -> bool:
     """Whether a language model takes its attention from transformers' interface, and has SDPA for it now."""
     if not enabled():
         return False
@@ -136,7 +136,7 @@ def supported(language_model: Any) -> bool:
 
 
 @contextmanager
-def within(language_model: Any, segments: Segments | None) -> Iterator[None]:
+def within(language_model: PreTrainedModel, segments: Segments | None) -> Iterator[None]:
     """Within it, a forward pass of the language model attends within the segments; `supported` must hold.
 
     The backward pass may lie outside, but for gradient checkpointing, which computes forward again: enter there, too.
@@ -160,12 +160,12 @@ def current() -> Segments | None:
     return _current.get()
 
 
-def _text_config(language_model: Any) -> Any:
+def _text_config(language_model: PreTrainedModel) -> Any:
     return language_model.config.get_text_config(decoder=True)
 
 
 def segmented_attention(
-    module: Any,
+    module: nn.Module,
     query_BHLD: Tensor,
     key_BKLD: Tensor,
     value_BKLD: Tensor,

@@ -281,5 +281,5 @@ class EventStream(Response):
         return made | {"usage": usage} if self.include_usage else made
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

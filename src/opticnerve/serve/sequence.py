@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from opticnerve.language.thinking import AnswerText
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.schema import ChatRequest, Finish, TokenLogprob, TopLogprob
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 
 # -- tokens to text: whole characters only, nothing behind a stop word ------------------------------------------------
 
@@ -133,7 +136,7 @@ class TokenSampler:
         self.generator = torch.Generator(device).manual_seed(seed) if config.do_sample else None
 
     @staticmethod
-    def _options(model: Any, asked: ChatRequest) -> dict[str, Any]:
+    def _options(model: OpticNerveForConditionalGeneration, asked: ChatRequest) -> dict[str, Any]:
         """As transformers' `generate` is told."""
         temperature, top_p = asked.temperature, asked.top_p
         open_ = temperature is None and top_p is None
@@ -161,7 +164,7 @@ class TokenSampler:
         return token
 
 
-def check_plain(model: Any) -> None:
+def check_plain(model: OpticNerveForConditionalGeneration) -> None:
     """Refuse a model whose generation_config wants more than a step per token. Raises OpticNerveError: beams,
     contrastive search, and the like."""
     config = generation_config(model, max_new_tokens=1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from opticnerve.fusion.base import words_of
-from opticnerve.models.vlm.tower import MEDIA_INPUT, placed_like
+from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, placed_like
 from opticnerve.train.sampler import StageSampler
 from opticnerve.types import Features
 
@@ -48,7 +48,7 @@ def calibrate(model: Any, sampler: StageSampler, *, pieces: int = 64) -> None:
             _measure(tower, features, words_std)
 
 
-def _measure(tower: Any, features: Features, embedding_std: float) -> None:
+def _measure(tower: Tower, features: Features, embedding_std: float) -> None:
     connector = tower.connector
     dtype = placed_like(connector).dtype
     text: list[torch.Tensor] = []

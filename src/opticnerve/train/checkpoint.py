@@ -113,7 +113,7 @@ def looks_whole(path: Path) -> bool:
         return False
 
 
-def size_of(state: Any) -> int:
+def size_of(state: object) -> int:
     """About the bytes that a state takes on disk: its tensors', and something for the archive around each."""
     if isinstance(state, torch.Tensor):
         return state.nbytes + 256

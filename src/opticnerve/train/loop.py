@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,9 @@ from opticnerve.train.metrics import METRICS, MetricsLog, fill, media_counts
 from opticnerve.train.optim import schedule
 from opticnerve.train.setup import StageSetup, make_accelerator, set_up
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
@@ -224,7 +227,7 @@ def _signals(ask: Callable[[], None]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks the loop to save and leave after its step; a second one is Python's own."""
     before: dict[Any, Any] = {}
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, before[number])
         ask()
 

@@ -70,7 +70,7 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
         return data
 
 
-def _placeholders(processor: Any, pictures: int, sounds: int) -> str:
+def _placeholders(processor: OpticNerveProcessor, pictures: int, sounds: int) -> str:
     return str(processor.image_token) * pictures + str(processor.audio_token) * sounds
 
 

@@ -167,6 +167,6 @@ def _bits(hashes: NDArray[Any]) -> NDArray[Any]:
     return sums
 
 
-def _band(hashes: Any, number: int) -> Any:
+def _band(hashes: NDArray[Any], number: int) -> Any:
     start, width = _BANDS[number]
     return (hashes >> np.uint64(start)) & np.uint64((1 << width) - 1)
