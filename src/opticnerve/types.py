@@ -215,6 +215,17 @@ class ChatProcessor(MediaProcessor, Protocol):
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
+class AutogradContext(Protocol):
+    """What a `torch.autograd.Function` keeps from its forward to its backward pass: tensors, and values by name."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...
+    def __setattr__(self, name: str, value: Any) -> None: ...
+
+
 def _part_to_chat(part: Part) -> dict[str, Any]:
     match part:
         case TextPart(text):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # -- transformers -----------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def layers_not_to_split(model: nn.Module) -> list[str]:
     return list(getattr(model, "_no_split_modules", None) or [])
 
 
-def set_layers_not_to_split(model: Any, names: list[str]) -> None:
+def set_layers_not_to_split(model: PreTrainedModel, names: list[str]) -> None:
     """For the model around another one: accelerate asks it."""
     model._no_split_modules = names
 
@@ -117,7 +117,9 @@ def forget_where_from(config: PreTrainedConfig) -> None:
     config._name_or_path = ""
 
 
-def saved_parts(processor_class: Any, names: list[str], folder: Any, saved: Any, **options: Any) -> list[Any]:
+def saved_parts(
+    processor_class: type[Any], names: list[str], folder: object, saved: object, **options: Any
+) -> list[Any]:
     """The parts of a saved processor, in the order of `names`. transformers asks the class which parts it has: here
     one that knows only those that were saved."""
     from transformers import ProcessorMixin
@@ -127,7 +129,7 @@ def saved_parts(processor_class: Any, names: list[str], folder: Any, saved: Any,
     return parts
 
 
-def preprocess_of(image_processor_class: Any) -> Any:
+def preprocess_of(image_processor_class: type[Any]) -> Any:
     """The method of an image processor that makes a batch of tensors from pictures."""
     return image_processor_class._preprocess
 

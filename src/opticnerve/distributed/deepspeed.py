@@ -28,7 +28,7 @@ from opticnerve.common.private_names import start_optimizer_state
 from opticnerve.distributed.fsdp import Twin, layers
 from opticnerve.models.freeze import Frozen, decay_groups
 from opticnerve.objectives.base import Objective
-from opticnerve.types import OpticNerveError, to_install
+from opticnerve.types import AutogradContext, OpticNerveError, to_install
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -144,7 +144,7 @@ class _Facade(nn.Module):
             set_z3_leaf_module(layer, True)
             layer.register_forward_pre_hook(_leads_back)
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: object) -> Tensor:
         """The float32 loss sum of a batch."""
         objective = self._objective[0]
         if not self.loose:
@@ -160,11 +160,11 @@ class _Together(torch.autograd.Function):
     """Weights, unchanged; their gradients come back all at once, zeros where a weight had no part."""
 
     @staticmethod
-    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: AutogradContext, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(w.view_as(w) for w in weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, ...]:
         return grads
 
 

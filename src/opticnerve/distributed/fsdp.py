@@ -26,6 +26,7 @@ from opticnerve.models.freeze import Frozen
 from opticnerve.objectives.base import Objective
 
 if TYPE_CHECKING:
+    from opticnerve.models.family import FamilyModel
     from opticnerve.models.vlm.tower import Tower
 
 
@@ -103,7 +104,7 @@ def as_shard(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def layers(model: Any) -> list[nn.Module]:
+def layers(model: FamilyModel) -> list[nn.Module]:
     """What is whole only while it computes, from the inside out."""
     blocks = [
         block

@@ -195,7 +195,9 @@ def model_class(config: PreTrainedConfig, unlisted: Mapping[str, str]) -> Any:
         raise OpticNerveError(f"transformers has no model for {type(config).__name__}") from e
 
 
-def load_part(cls: Any, folder: str, name: str, part: str, *, optional: tuple[str, ...] = (), **options: Any) -> Any:
+def load_part(
+    cls: type[Any], folder: str, name: str, part: str, *, optional: tuple[str, ...] = (), **options: Any
+) -> Any:
     """A model of transformers' `cls` with the weights in `folder`, which may hold more than these.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -136,7 +137,7 @@ class HFVisionEncoder(Encoder):
         # Folders from before `crop_pct` were trained without it.
         return {"crop_pct": 1.0, **super().loading_options(options)}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Tables that the model computes itself (DINOv3's and Pixtral's rotary frequencies) keep their precision, as
         they do where transformers loads the model in another dtype."""
         kept = list(computed_tables(self.model))

@@ -146,7 +146,7 @@ def _parts(options: dict[str, Any], *, may_name: bool = False) -> dict[str, tupl
     return found
 
 
-def _part_class(part: str, spec: Any) -> type[Encoder]:
+def _part_class(part: str, spec: object) -> type[Encoder]:
     """The class of one of the two.
 
     Only registered names: a pair's configuration may come from a downloaded folder, and a dotted path in it would run

@@ -81,7 +81,9 @@ class Format(ABC):
         merge_adapter(model)
 
     @abstractmethod
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+    def write(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
+    ) -> list[str]:
         """Write the format's files; returns what the user should know."""
 
     @abstractmethod
@@ -104,7 +106,7 @@ class Format(ABC):
         """The engine's pixels in our shape."""
         return theirs
 
-    def picture_sizes(self, model: Any) -> list[tuple[int, int]]:
+    def picture_sizes(self, model: OpticNerveForConditionalGeneration | None) -> list[tuple[int, int]]:
         """Widths and heights of the samples' pictures."""
         return [(320, 240), (97, 333), (224, 224)]
 
@@ -121,7 +123,9 @@ class Merged(Format):
     def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         return []
 
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+    def write(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
+    ) -> list[str]:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         gated = "the adapter works beside pictures alone (lora.when: media); it goes along as it is, not added in"

@@ -65,7 +65,7 @@ class Fusion(nn.Module, ABC):
         return seen
 
     @contextmanager
-    def seeing(self, seen: Any) -> Iterator[None]:
+    def seeing(self, seen: object) -> Iterator[None]:
         """Within it, a forward pass of the language model sees what `see` gave."""
         before, self.seen = self.seen, seen
         try:

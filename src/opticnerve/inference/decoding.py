@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, PreTrainedConfig
+from transformers import Cache, CompileConfig, PreTrainedConfig
 
 from opticnerve.common.private_names import CACHE, compile_on_any_device, generation_config, generation_rules
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration, settled_rows
@@ -129,7 +129,14 @@ def decode_compiled(
 class _State:
     """What one decoding carries from step to step."""
 
-    def __init__(self, model: Any, ids_BL: Tensor, mask_BL: Tensor, new: int, fused: FusedDecoder | None) -> None:
+    def __init__(
+        self,
+        model: OpticNerveForConditionalGeneration,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        new: int,
+        fused: FusedDecoder | None,
+    ) -> None:
         self.model, self.fused = model, fused
         self.media_B = model.rows_with_media(ids_BL)
         self.length = ids_BL.shape[1]
@@ -144,7 +151,7 @@ class _State:
     def ids(self) -> Tensor:
         return self.all_ids_BT[:, : self.length]
 
-    def read(self, cache: Any, media: dict[str, Any], room: bool) -> Tensor:
+    def read(self, cache: Cache | None, media: dict[str, Any], room: bool) -> Tensor:
         """Logits (B, V) behind the prompt."""
         past = 0 if cache is None else cache.get_seq_length()
         mask_BL = self.all_mask_BT[:, : self.length]

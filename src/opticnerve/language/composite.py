@@ -155,7 +155,7 @@ def _load_whole(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     return load_weights(cls, name, name, dtype, left_over=True)
 
 
-def load_weights(cls: Any, place: str, name: str, dtype: torch.dtype, *, left_over: bool = False) -> Any:
+def load_weights(cls: type[Any], place: str, name: str, dtype: torch.dtype, *, left_over: bool = False) -> Any:
     """transformers' `cls` with its weights. `place`: a folder, or a name that `cls` finds. `left_over`: the files may
     hold more than it has."""
     try:

@@ -66,7 +66,7 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     input_modalities = ("image", "text")  # type: ignore[assignment]
     _supports_sdpa = True
 
-    def __init__(self, config: Any, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> None:
         super().__init__(config)
         trusted = trusts(trust_remote_code)
         vision_encoder = make(registry.encoders, config.image["encoder"], trusted) if config.image else None

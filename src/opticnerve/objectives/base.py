@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticnerve.types import OpticNerveError
+from opticnerve.types import AutogradContext, OpticNerveError
 
 if TYPE_CHECKING:
     from opticnerve.recipe import Stage
@@ -107,12 +107,12 @@ def _all_gather(x: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor) -> Tensor:
         ctx.count = x.shape[0]
         return _all_gather(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous()
         dist.all_reduce(total)
         rank = processes()[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opticnerve.data.collators.preference import PreferenceBatch, PreferenceCollator
@@ -105,7 +105,7 @@ class DPO(Objective):
                 module.training = True
 
 
-def log_likelihoods(model: Any, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+def log_likelihoods(model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """Of each pair's chosen and rejected answer: log-probability (P, 2), float32, and number of tokens (P, 2)."""
     keep_BL = batch.targets != IGNORE
     logits_MV = batch_logits(model, batch, keep_BL)

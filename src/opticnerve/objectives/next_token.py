@@ -17,6 +17,7 @@ from opticnerve.types import OpticNerveError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from opticnerve.data.collators.next_token import Batch
     from opticnerve.recipe import Stage
 
 IGNORE = -100
@@ -25,7 +26,7 @@ IGNORE = -100
 class NextToken(Objective):
     """The assistant's next token: the sum over supervised tokens, so that any split of a batch adds up exactly."""
 
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
         keep_BL = batch.targets != IGNORE
         with reading(self.model, batch) as (language_model, inputs):
@@ -52,14 +53,14 @@ class Classification(Objective):
         return AnswerCollator(processor)
 
 
-def batch_logits(model: Any, batch: Any, keep_BL: Tensor) -> Tensor:
+def batch_logits(model: Any, batch: Batch, keep_BL: Tensor) -> Tensor:
     """Logits (M, V) of a batch's rows at the M positions where `keep_BL` is True, pictures and packing and all."""
     with reading(model, batch) as (language_model, inputs):
         return supervised_logits(language_model, keep_BL, **inputs)
 
 
 @contextmanager
-def reading(model: Any, batch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+def reading(model: Any, batch: Batch) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The language model of `model`, and what it takes for a batch; it must run within."""
     language_model = model.language_model
     prompt = model.read(batch.input_ids, group=None if batch.plain else batch.group, **batch.media)

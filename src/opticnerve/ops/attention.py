@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from opticnerve.common.private_names import attention_of, set_attention, softmax_backward
 from opticnerve.encoders.base import Encoder
 from opticnerve.ops import enabled, tell
+from opticnerve.types import AutogradContext
 
 LONGEST = {torch.bfloat16: 8192, torch.float32: 768}
 """Positions up to which plain products are faster than torch's kernel on a CPU (`benchmarks/attention.py`); in float32
@@ -100,7 +101,13 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_NHLD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, bias_MLL: Tensor | None, scaling: float, causal: bool
+        ctx: AutogradContext,
+        q_NHLD: Tensor,
+        k_NKLD: Tensor,
+        v_NKLD: Tensor,
+        bias_MLL: Tensor | None,
+        scaling: float,
+        causal: bool,
     ) -> Tensor:
         k, v = k_NKLD.contiguous(), v_NKLD.contiguous()
         segments, heads, length, width = q_NHLD.shape
@@ -115,7 +122,7 @@ class _Grouped(torch.autograd.Function):
         return out_NLHD
 
     @staticmethod
-    def backward(ctx: Any, grad_NLHD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, grad_NLHD: Tensor) -> tuple[Tensor | None, ...]:
         q_NHLD, k, v, bias_MLL = ctx.saved_tensors
         segments, heads, length, _ = q_NHLD.shape
         dq_NLHD = torch.empty_like(grad_NLHD)

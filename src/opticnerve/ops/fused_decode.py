@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opticnerve.common.private_names import attention_of, can_reorder, has_hooks, reorder_weight, reordered_linear
@@ -46,7 +46,7 @@ class FusedDecoder:
         pack: for batches, products over packed copies of the weights.
     """
 
-    def __init__(self, language_model: Any, *, pack: bool = True) -> None:
+    def __init__(self, language_model: PreTrainedModel, *, pack: bool = True) -> None:
         inner, config = language_model.model, language_model.config
         self.pack = pack
         self.embedding, self.rotary, self.norm = inner.embed_tokens, inner.rotary_emb, inner.norm
@@ -251,7 +251,7 @@ class ReservedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def reserve(cache: Any, room: int) -> bool:
+def reserve(cache: Cache, room: int) -> bool:
     """Let each plain layer of a `DynamicCache` hold so many more tokens; True if that was all of its layers.
 
     Layers of other kinds (sliding windows, linear attention) know best how to keep themselves and stay.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from opticnerve.ops import enabled, tell
-from opticnerve.types import OpticNerveError
+from opticnerve.types import AutogradContext, OpticNerveError
 
 
 def _named(ending: str, *families: str) -> frozenset[str]:
@@ -107,14 +107,16 @@ class _RMSNorm(torch.autograd.Function):
     """Root mean square norm (Zhang & Sennrich 2019), the arithmetic float32, as Llama's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, norm: Any = None, back: Any = None) -> Tensor:
+    def forward(
+        ctx: AutogradContext, x: Tensor, weight_D: Tensor, epsilon: float, norm: Any = None, back: Any = None
+    ) -> Tensor:
         y, scale = (norm or rms_norm)(x, weight_D, epsilon)
         ctx.save_for_backward(x, scale, weight_D)
         ctx.back = back or rms_norm_back
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight_D = ctx.back(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
         return grad_x, grad_weight_D, None, None, None
 
@@ -141,13 +143,13 @@ class _SwiGLU(torch.autograd.Function):
     """silu(gate) · up (Shazeer 2020, GLU Variants, equation 6)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, swiglu: Any = None, back: Any = None) -> Tensor:
+    def forward(ctx: AutogradContext, gate: Tensor, up: Tensor, swiglu: Any = None, back: Any = None) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.back = back or gated_silu_back
         return (swiglu or gated_silu)(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.back(grad, *ctx.saved_tensors), None, None
 
 
@@ -202,8 +204,8 @@ class _LoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down_RI: Tensor, up_OR: Tensor, scaling: float,
-        rows_B: Tensor | None,
+        ctx: AutogradContext, x: Tensor, weight: Tensor, bias: Tensor | None, down_RI: Tensor, up_OR: Tensor,
+        scaling: float, rows_B: Tensor | None,
     ) -> Tensor:  # fmt: skip
         low = F.linear(x, down_RI)
         if rows_B is not None:
@@ -215,7 +217,7 @@ class _LoRA(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down_RI, up_OR, low, rows_B = ctx.saved_tensors
         grad_TO = grad.flatten(0, -2)
         grad_low = (grad @ up_OR).mul_(ctx.scaling)

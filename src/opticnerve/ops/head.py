@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opticnerve.ops import enabled, tell
+from opticnerve.types import AutogradContext
 
 PIECE = 1 << 22
 """Logits that exist at a time: of so many positions as come to it, of 64 at least."""
@@ -87,7 +88,7 @@ class _InPieces(torch.autograd.Function):
     """The loss under a frozen head; the gradient of what goes in is made on the way."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, targets_M: Tensor, head: nn.Module) -> Tensor:
+    def forward(ctx: AutogradContext, hidden_MD: Tensor, targets_M: Tensor, head: nn.Module) -> Tensor:
         total, grads = hidden_MD.new_zeros((), dtype=torch.float32), []
         many = _at_a_time(head)
         for hidden, targets in zip(hidden_MD.split(many), targets_M.split(many), strict=True):
@@ -102,7 +103,7 @@ class _InPieces(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.saved_tensors[0] * grad, None, None
 
 

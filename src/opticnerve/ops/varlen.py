@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from opticnerve.common.private_names import attention_of, offers_attention, set_attention
 from opticnerve.ops import enabled, tell
 from opticnerve.ops.attention import attend
+from opticnerve.types import AutogradContext
 
 NAME = "opticnerve_segments"
 LIKE = 0.75
@@ -49,7 +50,7 @@ class Bucket:
             return self.mask_NLL
         return self.mask_NLL & (self.back_NLL < window)
 
-    def to(self, device: Any) -> Bucket:
+    def to(self, device: torch.device | str) -> Bucket:
         moved = (t if t is None else t.to(device, non_blocking=True) for t in vars(self).values())
         return Bucket(*moved)  # type: ignore[arg-type]
 
@@ -68,7 +69,7 @@ class Segments:
     pads_P: Tensor | None = None
     rows: bool = False
 
-    def to(self, device: Any) -> Segments:
+    def to(self, device: torch.device | str) -> Segments:
         back_T, pads_P = (t if t is None else t.to(device, non_blocking=True) for t in (self.back_T, self.pads_P))
         return Segments(tuple(b.to(device) for b in self.buckets), back_T, pads_P, self.rows)
 
@@ -207,12 +208,12 @@ class _Lay(torch.autograd.Function):
     """(B·L, heads, D) → for each bucket (N, L', heads, D). Each position stands in one place: backward is a gather."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, segments: Segments) -> tuple[Tensor, ...]:
+    def forward(ctx: AutogradContext, flat: Tensor, segments: Segments) -> tuple[Tensor, ...]:
         ctx.segments = segments
         return tuple(_laid(flat, b, zeros=False) for b in segments.buckets)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, None]:
         return _gathered(grads, ctx.segments), None
 
 
@@ -220,12 +221,12 @@ class _GatherRows(torch.autograd.Function):
     """The way back; what pads a segment on its right gets no gradient, and so gives none to the keys before it."""
 
     @staticmethod
-    def forward(ctx: Any, segments: Segments, *laid: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, segments: Segments, *laid: Tensor) -> Tensor:
         ctx.segments = segments
         return _gathered(laid, segments)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(_laid(grad, b, zeros=True) for b in ctx.segments.buckets)
 
 

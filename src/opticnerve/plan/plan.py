@@ -191,10 +191,11 @@ def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int)
     return StagePlan(stage.name, frozen, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
 
 
-def _most_placeholders(tower: Any) -> int:
+def _most_placeholders(tower: Tower) -> int:
     """Tokens that one picture (or window of sound) takes in the text, at most."""
-    tiled = tower.tiling is not None and tower.num_placeholders > 1
-    return int(tower.tiling.spec.max_tokens if tiled else tower.num_placeholders)
+    if tower.tiling is not None and tower.num_placeholders > 1:
+        return int(tower.tiling.spec.max_tokens)
+    return tower.num_placeholders
 
 
 def _pieces(tower: Tower) -> int:

@@ -40,7 +40,7 @@ class Results:
         self.path, self.writes = path, writes
         self.data = {} if fresh else _read(path, "delete it: what it held is measured again")
 
-    def set(self, key: str, value: Any) -> None:
+    def set(self, key: str, value: object) -> None:
         self.data[key] = value
         self.write()
 

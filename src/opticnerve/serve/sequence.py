@@ -20,6 +20,8 @@ from opticnerve.serve.schema import ChatRequest, Finish, TokenLogprob, TopLogpro
 from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 
 # -- tokens to text: whole characters only, nothing behind a stop word ------------------------------------------------
@@ -38,7 +40,7 @@ class IncrementalDetokenizer:
         tokenizer: of transformers. stops: words at which the answer ends; they are left out.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, list(stops)
         self.ids: list[int] = []
         self._from, self._read = 0, 0  # the window begins at one token, and is decoded up to the other
@@ -127,7 +129,9 @@ class TokenSampler:
             request this row is.
     """
 
-    def __init__(self, model: Any, asked: ChatRequest, prompt: list[int], number: int) -> None:
+    def __init__(
+        self, model: OpticNerveForConditionalGeneration, asked: ChatRequest, prompt: list[int], number: int
+    ) -> None:
         config = generation_config(model, max_new_tokens=1, **self._options(model, asked))
         device = model.device
         self.ids: list[int] = list(prompt)
@@ -218,7 +222,14 @@ class GenerationJob:
 class RunningSequence:
     """A choice of a job while it is written."""
 
-    def __init__(self, job: GenerationJob, number: int, model: Any, tokenizer: Any, ends: Sequence[int]) -> None:
+    def __init__(
+        self,
+        job: GenerationJob,
+        number: int,
+        model: OpticNerveForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Sequence[int],
+    ) -> None:
         self.job, self.number, self.tokenizer, self.ends = job, number, tokenizer, ends
         self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number)
         self.text, self.answer = IncrementalDetokenizer(tokenizer, job.asked.stops), AnswerText()

@@ -19,13 +19,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.types import OpticNerveError, to_install
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PROGRAM = "espeak-ng"
 RATE = 16_000
@@ -231,7 +234,7 @@ def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
-def _resample(samples_N: Any, rate: int) -> Any:
+def _resample(samples_N: NDArray[Any], rate: int) -> Any:
     try:
         import soxr
     except ImportError as e:

@@ -60,7 +60,7 @@ class Docked:
         """Another of the same options, with other weights."""
         return dock(self.rebuild(), self.rebuild, self.unused)
 
-    def elsewhere(self, to: Any) -> Docked:
+    def elsewhere(self, to: torch.device | torch.dtype | str) -> Docked:
         """The same weights elsewhere, wired anew."""
         made = self.again()
         made.part.load_state_dict(self.part.state_dict())

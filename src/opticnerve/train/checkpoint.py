@@ -158,7 +158,7 @@ class _Writing:
         self.file, self.flush = file, file.flush
         self.failed: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         try:
             return self.file.write(data)
         except OSError as e:

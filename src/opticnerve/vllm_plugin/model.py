@@ -74,7 +74,7 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
                 windows = windows[count:]
         return found
 
-    def _soft(self, modality: str, media: Any, sizes: Tensor | None) -> list[Tensor]:
+    def _soft(self, modality: str, media: object, sizes: Tensor | None) -> list[Tensor]:
         soft = getattr(self, modality)(_joined(media), sizes)
         return [tokens_ND[mask_N] for tokens_ND, mask_N in zip(soft.tokens_BND, soft.mask_BN, strict=True)]
 

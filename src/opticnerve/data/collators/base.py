@@ -25,7 +25,7 @@ _B = TypeVar("_B", bound="Moving")
 class Moving:
     """A dataclass whose tensors, `Features` and `Segments` go to a device together; all else that it holds stays."""
 
-    def to(self: _B, device: Any) -> _B:
+    def to(self: _B, device: torch.device | str) -> _B:
         """A batch of the same, on that device."""
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})  # type: ignore[type-var,arg-type]
 

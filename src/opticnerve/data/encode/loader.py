@@ -87,7 +87,7 @@ class TimedBatches(Iterator[Any]):
         OpticNerveError: what came up in a worker, as it was raised there.
     """
 
-    def __init__(self, batches: DataLoader[Sent], device: Any = None) -> None:
+    def __init__(self, batches: DataLoader[Sent], device: torch.device | str | None = None) -> None:
         self._loader, self._device = batches, device
         self._batches: Iterator[Sent] | None = None
         self.seconds = self.first_seconds = 0.0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from opticnerve.data.encode.chat_layout import ChatForm, Layout, form_of
 from opticnerve.data.media.audio import open_audio
@@ -132,7 +131,7 @@ def picture_questions(conversation: Conversation) -> list[str]:
     return [m.text.strip() for m in conversation.messages for p in m.parts if isinstance(p, ImagePart)]
 
 
-def end_of_turn(processor: Any, template: str | None = None) -> str:
+def end_of_turn(processor: ChatProcessor, template: str | None = None) -> str:
     """The special token that a template writes after an assistant's words (`<|im_end|>`, `</s>`, `<end_of_turn>`).
 
     Raises:

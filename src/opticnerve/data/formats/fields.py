@@ -47,7 +47,7 @@ class Fields(dict[str, Any]):
         return iter(super().items())
 
 
-def empty(value: Any) -> bool:
+def empty(value: object) -> bool:
     """Whether a value says nothing: null, NaN (a table's missing number), blank text, and what holds nothing else."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True

@@ -68,7 +68,9 @@ class Gguf(Format):
         """The language model's file and the vision encoder's."""
         return folder / f"model-{self.dtype}.gguf", folder / f"mmproj-{self.dtype}.gguf"
 
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+    def write(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
+    ) -> list[str]:
         language, vision_encoder = self.files(folder)
         config = model.language_model.config
         writer = GGUFWriter(language, MODEL_ARCH_NAMES[gguf_language.ARCHITECTURES[config.model_type]])

@@ -48,7 +48,7 @@ def refusals(language_model: PreTrainedModel) -> list[str]:
     return reasons
 
 
-def write(writer: GGUFWriter, language_model: Any, dtype: str) -> None:
+def write(writer: GGUFWriter, language_model: PreTrainedModel, dtype: str) -> None:
     """Sizes and tensors. `dtype`: of `TYPES`."""
     config = language_model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -125,7 +125,13 @@ def beginning(processor: OpticNerveProcessor) -> str:
 
 
 def write(
-    writer: GGUFWriter, tokenizer: Any, template: str, *, rows: int, turn_end: int | None, begins: str = ""
+    writer: GGUFWriter,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    rows: int,
+    turn_end: int | None,
+    begins: str = "",
 ) -> None:
     """Words, kinds, merges or scores, special ids and chat template.
 

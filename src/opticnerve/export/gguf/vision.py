@@ -19,6 +19,7 @@ from opticnerve.export.simplify import connector_matrices, encoder_refusals
 if TYPE_CHECKING:
     from opticnerve.encoders.base import Encoder
     from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.tower import Tower
 
 _GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _VISION = {
@@ -70,7 +71,7 @@ def refusals(model: OpticNerveForConditionalGeneration) -> list[str]:
     return reasons
 
 
-def write(writer: GGUFWriter, tower: Any, dtype: str) -> None:
+def write(writer: GGUFWriter, tower: Tower, dtype: str) -> None:
     """Sizes and tensors of vision encoder and projector."""
     encoder, config = tower.encoder, tower.encoder.model.config
     layers = _layers(encoder)

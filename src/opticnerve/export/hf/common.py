@@ -51,7 +51,9 @@ class HFFormat(Format):
     def notes(self, config: PreTrainedConfig) -> list[str]:
         return []
 
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+    def write(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
+    ) -> list[str]:
         """Weights, configuration, stock processor and an answer's end, as `from_pretrained` reads them."""
         dtype, config = model.language_model.dtype, self.config(model, processor)
         for part in (config, *(getattr(config, p) for p in self.parts)):

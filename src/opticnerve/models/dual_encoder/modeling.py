@@ -7,7 +7,7 @@ with other parts, another loss, and other parts frozen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from opticnerve.models.two_towers import TwoTowerModel
 from opticnerve.models.vlm.tower import described
 from opticnerve.recipe import DualSpec
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.data.collators.contrastive import PairBatch
 
 
 @dataclass
@@ -115,7 +118,7 @@ class DualEncoder(TwoTowerModel):
         out: Tensor = self.text(input_ids, attention_mask)
         return out
 
-    def embed(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """L2-normalised float32 vectors (B, D) of a batch's pictures and of its captions."""
         image_BD = self.get_image_features(batch.pixel_values, batch.image_features)
         text_BD = self.get_text_features(batch.input_ids, batch.attention_mask)

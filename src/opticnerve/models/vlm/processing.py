@@ -63,6 +63,7 @@ class OpticNerveProcessor(ProcessorMixin):
 
     get_attributes = _Attributes()
     qformer_tokenizer: Any
+    chat_template: str
 
     def __init__(
         self,
