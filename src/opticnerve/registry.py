@@ -85,12 +85,13 @@ class Registry(Generic[T]):
         return iter(self.names())
 
 
-def _import(path: str, kind: str) -> Any:
+def _import(path: str, kind: str) -> type[Any]:
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found: type[Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as e:
         raise OpticNerveError(f"cannot import the {kind} {path!r}: {e}", kind="not-installed") from e
+    return found
 
 
 encoders: Registry[Any] = Registry(

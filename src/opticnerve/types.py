@@ -9,12 +9,13 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 if TYPE_CHECKING:
     import PIL.Image
     from numpy.typing import NDArray
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 Kind = Literal[
@@ -228,6 +229,49 @@ class Conversation:
     def to_chat(self) -> list[dict[str, Any]]:
         """transformers' chat format; media are given as `{"type": "image", "image": source}`."""
         return [{"role": m.role, "content": [_part_to_chat(p) for p in m.parts]} for m in self.messages]
+
+
+class MediaProcessor(Protocol):
+    """The processor of a model of any family: words and pictures to tensors."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Any
+
+    def __call__(self, *, images: Any = None, text: Any = None, **options: Any) -> Any: ...
+
+
+class ChatProcessor(MediaProcessor, Protocol):
+    """The processor of a docked model, as far as its data need it; `models.vlm.processing` says what each is."""
+
+    feature_extractor: Any
+    chat_template: Any  # a string; transformers knows dictionaries, too
+    thinking: Thinking | None
+    sanitize_control_tokens: bool
+    image_token: str | None
+    audio_token: str | None
+    image_token_id: int | None
+    audio_token_id: int | None
+
+    @property
+    def reads_questions(self) -> bool: ...
+    @property
+    def counts_by_size(self) -> bool: ...
+    def image_placeholders(self, height: int = 0, width: int = 0) -> int: ...
+    def audio_placeholders(self, samples: int) -> int: ...
+    def extract(self, sounds: Sequence[Any]) -> tuple[Any, list[int]]: ...
+    def read_questions(self, questions: Sequence[str]) -> dict[str, Any]: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+class AutogradContext(Protocol):
+    """What a `torch.autograd.Function` keeps from its forward to its backward pass: tensors, and values by name."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...
+    def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 def _part_to_chat(part: Part) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -16,6 +16,9 @@ from opticnerve.cli.guard import fail
 from opticnerve.cli.options import AnswerTokens, JsonFlag, ModelArgument, TrustFlag
 from opticnerve.cli.output import console_for, examples, load_answerer, print_json
 from opticnerve.types import Conversation, ImagePart, Message, OpticNerveError, Part, TextPart
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ASK_EPILOG = examples(
     'opticnerve ask starter "what shape is in the image?" --image picture.png',
@@ -187,7 +190,7 @@ def _part(part: Part) -> dict[str, str]:
     return {"type": "image", "path": str(Path(str(part.source)).resolve())}
 
 
-def show_picture(source: Any, console: Any) -> None:
+def show_picture(source: object, console: Console) -> None:
     """On a terminal, the picture in it."""
     if console.is_terminal:
         console.print(draw(source, columns=24))

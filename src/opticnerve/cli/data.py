@@ -18,7 +18,10 @@ from opticnerve.cli.output import console_for, examples, is_recipe, print_json, 
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from opticnerve.data.encode.tokenize import Encoded
+    from opticnerve.recipe import DataSpec
 
     Entry = tuple[str, Any, Callable[[Conversation], Encoded] | None, str]  # name, data entry, encoder, train or test
 
@@ -179,7 +182,8 @@ def _of_recipe(source: str, overrides: list[str], quick: bool) -> Iterator[Entry
     if not quick and recipe.model.KIND == "docked":
         from opticnerve.data.encode.tokenize import encode
         from opticnerve.language.chat_template import stage_template
-        from opticnerve.plan.plan import context_length, processor_for
+        from opticnerve.plan.model import processor_for
+        from opticnerve.plan.plan import context_length
 
         processor, context = processor_for(recipe), context_length(recipe)
     for i, stage in enumerate(recipe.stages):
@@ -195,7 +199,7 @@ def _of_recipe(source: str, overrides: list[str], quick: bool) -> Iterator[Entry
         yield f"evaluate.{i} ({task.name}): {task.data.path}", task.data, None, "test"
 
 
-def _samples(spec: Any) -> Iterator[Conversation | DataError]:
+def _samples(spec: DataSpec) -> Iterator[Conversation | DataError]:
     """Good samples and bad ones as they come; a file that cannot be read at all is a bad one, too."""
     from opticnerve.data.dataset.load import stream_data
 
@@ -227,7 +231,7 @@ def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] 
 def _processor_of(name: str, overrides: list[str] | None = None) -> Any:
     """The processor of a model or of a recipe's model; no weight is read."""
     if is_recipe(name):
-        from opticnerve.plan.plan import processor_for
+        from opticnerve.plan.model import processor_for
 
         return processor_for(read_recipe(name, overrides))
     from opticnerve.inference.load import load_processor, resolve
@@ -236,7 +240,7 @@ def _processor_of(name: str, overrides: list[str] | None = None) -> Any:
 
 
 @contextlib.contextmanager
-def _counting(console: Any, name: str) -> Iterator[Callable[[int], None]]:
+def _counting(console: Console, name: str) -> Iterator[Callable[[int], None]]:
     """A line that counts samples on a terminal."""
     if not console.is_terminal:
         yield lambda n: None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -12,6 +12,9 @@ from opticnerve.cli.output import console_for, examples, print_json, quiet_libra
 from opticnerve.common import atomic
 from opticnerve.common.units import format_duration
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EPILOG = examples(
     "opticnerve eval runs/demo --data starter/easy-vqa/test-questions --sample 500",
@@ -121,7 +124,7 @@ def _spec(
         raise OpticNerveError(wrong, kind="recipe") from None
 
 
-def show_results(results: dict[str, Any], console: Any) -> None:
+def show_results(results: dict[str, Any], console: Console) -> None:
     """Whatever `results` holds of tasks, image dependence, forgetting and stages, one table each."""
     if stages := results.get("stages"):
         table = table_of("Trained", "stage", ">steps", ">samples", ">loss at the end", ">time")
@@ -194,5 +197,5 @@ def _dependences(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return both
 
 
-def _number(value: Any, digits: int) -> str:
+def _number(value: object, digits: int) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) else ""

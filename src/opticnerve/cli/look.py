@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -11,6 +11,9 @@ from typer import Argument, Option
 from opticnerve.cli.options import AnswerTokens, JsonFlag, ModelArgument, TrustFlag
 from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.interpret.attribution import Attribution
 
 EPILOG = examples(
     'opticnerve look starter "what shape is in the image?" --image picture.png -o where.png',
@@ -94,7 +97,7 @@ def look_command(
     console.print(f"written: {output}", markup=False, highlight=False)
 
 
-def _plain(looked: Any) -> dict[str, Any]:
+def _plain(looked: Attribution) -> dict[str, Any]:
     """Words, and for each method its grids (rows from the top) and the place of the highest cell (0 to 1)."""
     words = [
         {"text": w.text, "tokens": len(w.tokens), "log_p": p} for w, p in zip(looked.words, looked.log_p, strict=True)

@@ -33,13 +33,13 @@ def table_of(title: str, *columns: str, **more: Any) -> Any:
     return table
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Strict JSON on stdout: infinities and NaN, for which JSON has no word, become null."""
     sys.stdout.write(json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
@@ -11,6 +11,11 @@ from opticnerve.cli import part_docs
 from opticnerve.cli.options import JsonFlag
 from opticnerve.cli.output import console_for, examples, print_json, table_of
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from opticnerve.registry import Registry
 
 EPILOG = examples(
     "opticnerve parts",
@@ -37,7 +42,7 @@ def _registries() -> list[Any]:
     return [found for found in vars(registry).values() if isinstance(found, registry.Registry)]
 
 
-def _target(parts_of_a_kind: Any, name: str) -> str:
+def _target(parts_of_a_kind: Registry[Any], name: str) -> str:
     """`module:Class` of a registered part."""
     target = parts_of_a_kind._targets[name]
     return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
@@ -102,7 +107,7 @@ def _unknown(name: str) -> str:
     return f"no part is called {name!r}{hint}. `opticnerve parts` lists them all: {', '.join(known)}"
 
 
-def _show(kind: str, name: str, page: Any, console: Any) -> None:
+def _show(kind: str, name: str, page: Any, console: Console) -> None:
     from rich.text import Text
 
     console.print(Text.assemble((name, "bold"), f"  {kind}, ", (page.target, "dim")), soft_wrap=True)

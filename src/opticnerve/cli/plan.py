@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -10,6 +10,11 @@ from opticnerve.cli import tokens
 from opticnerve.cli.options import RECIPE_HELP, JsonFlag, Overrides
 from opticnerve.cli.output import console_for, examples, print_json, quiet_libraries, read_recipe, table_of
 from opticnerve.common.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from opticnerve.plan.plan import Plan, StagePlan
 
 EPILOG = examples(
     "opticnerve plan recipe.yaml",
@@ -55,7 +60,7 @@ def plan(
         _render(made, console)
 
 
-def _render(made: Any, console: Any) -> None:
+def _render(made: Plan, console: Console) -> None:
     """The plan for people."""
     from rich.text import Text
 
@@ -97,7 +102,7 @@ def _per_piece(made: Any) -> str:
     return f"{'visual ' if vision_encoder else ''}tokens per {piece}{most}"
 
 
-def _stage(stage: Any, console: Any) -> None:
+def _stage(stage: StagePlan, console: Console) -> None:
     title = (
         f"Stage {stage.name}: {stage.trained:,} of {stage.total:,} parameters train ({stage.trained / stage.total:.2%})"
     )
@@ -125,7 +130,7 @@ def _stage(stage: Any, console: Any) -> None:
     console.print()
 
 
-def _memory(made: Any) -> Any:
+def _memory(made: Plan) -> Any:
     table = table_of("Memory of a step", "", *(f">{stage.name}" for stage in made.stages))
     rows = {
         "Python and torch": "process", "weights": "weights", "gradients": "gradients", "optimizer": "optimizer",

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from opticnerve.data.encode.tokenize import Encoded
 
 IGNORE = -100
 MARK = "▦"
@@ -25,7 +31,7 @@ class TokenPiece:
     count: int = 1
 
 
-def pieces(encoded: Any, processor: Any) -> list[TokenPiece]:
+def pieces(encoded: Encoded, processor: Any) -> list[TokenPiece]:
     """Split an `Encoded` into what is shown; a character spread over several tokens is one piece of several tokens."""
     tokenizer = processor.tokenizer
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
@@ -62,7 +68,7 @@ def pieces(encoded: Any, processor: Any) -> list[TokenPiece]:
     return found
 
 
-def show(encoded: Any, processor: Any, console: Any) -> None:
+def show(encoded: Any, processor: Any, console: Console) -> None:
     """Print the pieces of an `Encoded`, what their looks mean, and how many tokens there are of which kind."""
     from rich.text import Text
 
@@ -98,7 +104,7 @@ def as_text(found: list[TokenPiece]) -> Any:
     return text
 
 
-def to_dict(encoded: Any, found: list[TokenPiece]) -> dict[str, Any]:
+def to_dict(encoded: Encoded, found: list[TokenPiece]) -> dict[str, Any]:
     """JSON-ready."""
     return {
         "id": encoded.id, "where": encoded.where, "tokens": len(encoded.input_ids), "trained": encoded.supervised,
@@ -124,5 +130,5 @@ def choose(conversations: Sequence[Any], *, index: int | None, sample_id: str | 
     return conversations[at]
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -26,6 +26,11 @@ from opticnerve.cli.output import (
     read_recipe,
 )
 from opticnerve.types import Conversation, OpticNerveError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from opticnerve.recipe import Recipe
 
 TRAIN_EPILOG = examples(
     "opticnerve train recipe.yaml",
@@ -83,7 +88,7 @@ def _of_folder(recipe: str, out: Path | None, *, resume: bool) -> tuple[str, Pat
     return str(kept), folder
 
 
-def _run(recipe: Any, folder: Path, command: list[str], *, resume: bool, as_json: bool) -> dict[str, Any]:
+def _run(recipe: Recipe, folder: Path, command: list[str], *, resume: bool, as_json: bool) -> dict[str, Any]:
     """Run the recipe; an interruption says what was saved and how to go on."""
     from opticnerve.runs.pipeline import run_recipe
 
@@ -192,7 +197,7 @@ def _clear(out: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _three_questions(recipe: Any, out: Path, console: Any) -> Path:
+def _three_questions(recipe: Recipe, out: Path, console: Console) -> Path:
     """Three questions about one picture that training has not seen, answered on screen; returns the picture's path."""
     from opticnerve.data.dataset.load import by_picture, load_data
 

@@ -62,7 +62,7 @@ def write(path: Path, content: str | bytes) -> None:
         partial.write_bytes(data)
 
 
-def write_json(path: Path, value: Any, **options: Any) -> None:
+def write_json(path: Path, value: object, **options: Any) -> None:
     """`value` as JSON of one space's indent; `options` go to `json.dumps`."""
     write(path, json.dumps(value, indent=1, **options) + "\n")
 

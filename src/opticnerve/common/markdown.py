@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from opticnerve.common.units import format_duration
 
@@ -17,7 +16,7 @@ def table(head: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
-def plain(text: Any, most: int = 400) -> str:
+def plain(text: object, most: int = 400) -> str:
     """Text as plain Markdown of one line: what others wrote must not become layout."""
     line = " ".join(str(text).split())
     line = line if len(line) <= most else line[: most - 1] + "…"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # -- transformers -----------------------------------------------------------------------------------------------------
@@ -29,33 +30,33 @@ PREPROCESS_STEPS = (
 )
 
 
-def attention_of(config: Any) -> str | None:
+def attention_of(config: PreTrainedConfig) -> str | None:
     """The name of the attention that a configuration has chosen, such as `sdpa`."""
     name: str | None = config._attn_implementation
     return name
 
 
-def set_attention(config: Any, name: str | None) -> None:
+def set_attention(config: PreTrainedConfig, name: str | None) -> None:
     """As a model's `set_attn_implementation`, for one configuration and without its checks: it is done in each step."""
     config._attn_implementation = name
 
 
-def offers_attention(model: Any) -> bool:
+def offers_attention(model: nn.Module) -> bool:
     """Whether a model takes its attention from `AttentionInterface`."""
     return bool(getattr(model, "_supports_attention_backend", False))
 
 
-def is_stateful(model: Any) -> bool:
+def is_stateful(model: nn.Module) -> bool:
     """Whether a model carries a recurrent state, so that its cache cannot be cut or put beside another."""
     return bool(model._is_stateful)
 
 
-def layers_not_to_split(model: Any) -> list[str]:
+def layers_not_to_split(model: nn.Module) -> list[str]:
     """The classes of a model's layers that must stay on one device: what a model around it hands on."""
     return list(getattr(model, "_no_split_modules", None) or [])
 
 
-def set_layers_not_to_split(model: Any, names: list[str]) -> None:
+def set_layers_not_to_split(model: PreTrainedModel, names: list[str]) -> None:
     """For the model around another one: accelerate asks it."""
     model._no_split_modules = names
 
@@ -75,7 +76,7 @@ def keep_activations(model: Any) -> None:
     (renamed or model.gradient_checkpointing_disable)()
 
 
-def checkpoint_context(layer: Any) -> Callable[[], Any] | None:
+def checkpoint_context(layer: nn.Module) -> Callable[[], Any] | None:
     """The `context_fn` that gradient checkpointing runs a layer again in; None where it has none."""
     again = getattr(layer, "_gradient_checkpointing_func", None)
     found: Callable[[], Any] | None = getattr(again, "keywords", {}).get("context_fn")
@@ -111,12 +112,14 @@ def compile_on_any_device(config: Any) -> None:
     config._compile_all_devices = True
 
 
-def forget_where_from(config: Any) -> None:
+def forget_where_from(config: PreTrainedConfig) -> None:
     """A configuration without the place that it came from. (Its public name would turn None into the word.)"""
     config._name_or_path = ""
 
 
-def saved_parts(processor_class: Any, names: list[str], folder: Any, saved: Any, **options: Any) -> list[Any]:
+def saved_parts(
+    processor_class: type[Any], names: list[str], folder: object, saved: object, **options: Any
+) -> list[Any]:
     """The parts of a saved processor, in the order of `names`. transformers asks the class which parts it has: here
     one that knows only those that were saved."""
     from transformers import ProcessorMixin
@@ -126,7 +129,7 @@ def saved_parts(processor_class: Any, names: list[str], folder: Any, saved: Any,
     return parts
 
 
-def preprocess_of(image_processor_class: Any) -> Any:
+def preprocess_of(image_processor_class: type[Any]) -> Any:
     """The method of an image processor that makes a batch of tensors from pictures."""
     return image_processor_class._preprocess
 
@@ -134,7 +137,7 @@ def preprocess_of(image_processor_class: Any) -> Any:
 # -- peft -------------------------------------------------------------------------------------------------------------
 
 
-def forget_adapters(model: Any) -> None:
+def forget_adapters(model: nn.Module) -> None:
     """What transformers and peft note on a model with adapters; the second also stands on transformers' class."""
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(attribute, None)

@@ -27,7 +27,7 @@ from opticnerve.inference.predictors import LateFusion, VLMPredictor, load_class
 from opticnerve.inference.zero_shot import ZeroShotPredictor
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.runs.pipeline import machine, run_recipe
-from opticnerve.train.loop import Diverged
+from opticnerve.train.divergence import Diverged
 from opticnerve.types import Conversation, OpticNerveError
 
 

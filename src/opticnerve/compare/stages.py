@@ -93,7 +93,8 @@ def extra_steps(base: Base, budget: Budget) -> int:
         max(1, plan_data.inspect_data(stage, processor, seed=base.recipe.seed).length)
         for stage in (base.captions, base.questions)
     )
-    return max(1, round(align["steps"] * align["batch"] * captions / (instruct["batch"] * questions)))
+    count: int = max(1, round(align["steps"] * align["batch"] * captions / (instruct["batch"] * questions)))
+    return count
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

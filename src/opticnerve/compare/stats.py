@@ -124,7 +124,7 @@ def _counts(rng: np.random.Generator, questions: int, draws: int) -> Array:
     equal_Q = np.full(questions, 1 / questions)
     sizes = [min(_AT_ONCE, draws - start) for start in range(0, draws, _AT_ONCE)]
     chunks = [rng.multinomial(questions, equal_Q, size=size).astype(np.float32) for size in sizes]
-    return np.concatenate(chunks) / questions  # type: ignore[return-value]
+    return np.concatenate(chunks) / questions
 
 
 def _seed_means(scores_SQ: Array, counts_BQ: Array, rng: np.random.Generator) -> Array:

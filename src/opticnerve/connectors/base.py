@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ class Connector(nn.Module, ABC):
     input_std: Tensor
     output_scale: Tensor
     calibrated: Tensor
+
+    if TYPE_CHECKING:
+        # What a subclass has of its own is a module, a tensor or a plain value.
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, *, in_size: int, out_size: int, in_tokens: int, calibrate: bool = True) -> None:
         super().__init__()

@@ -103,7 +103,8 @@ class QFormerConnector(Connector):
         """[DEC], which begins a caption that is to be generated: the last row of the word table (with `text`)."""
         assert self.pretraining is not None
         assert self.vocab_size is not None
-        return self.vocab_size - 1
+        count: int = self.vocab_size - 1
+        return count
 
     def text_tokenizer(self) -> Any:
         """The transformers tokenizer for the question and for the first stage's captions, read by its recorded name.

@@ -99,7 +99,7 @@ def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:
     return timedelta(seconds=seconds)
 
 
-def gather_objects(accelerator: Accelerator, value: Any) -> list[Any]:
+def gather_objects(accelerator: Accelerator, value: object) -> list[Any]:
     """Each process's `value`, in the order of the processes, on all of them; every process must call it.
 
     `value` is what `pickle` takes: tensors (on the CPU) and plain values. One process: `[value]`.
@@ -131,6 +131,7 @@ def add_up(accelerator: Accelerator, counts: list[int], error: OpticNerveError |
             raise error
         return counts
     summed = torch.tensor([*counts, int(error is not None)], device=accelerator.device)
+    totals: list[int]
     *totals, failed = accelerator.reduce(summed).tolist()
     if failed:
         said = gather_objects(accelerator, None if error is None else str(error))

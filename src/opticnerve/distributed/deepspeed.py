@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from opticnerve.common.private_names import start_optimizer_state
 from opticnerve.distributed.fsdp import Twin, layers
 from opticnerve.models.freeze import Frozen, decay_groups
 from opticnerve.objectives.base import Objective
-from opticnerve.types import OpticNerveError, to_install
+from opticnerve.types import AutogradContext, OpticNerveError, to_install
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -146,26 +146,27 @@ class _Facade(nn.Module):
             set_z3_leaf_module(layer, True)
             layer.register_forward_pre_hook(_leads_back)
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: object) -> Tensor:
         """The float32 loss sum of a batch."""
         objective = self._objective[0]
         if not self.loose:
             loss: Tensor = objective(batch)[0]
             return loss
-        taken = _Together.apply(*self.loose)  # type: ignore[no-untyped-call]
+        taken = _Together.apply(*self.loose)
         loss = functional_call(objective, dict(zip(self.names, taken, strict=True)), (batch,))[0]
-        return loss + taken[0].sum() * 0  # also where nothing else needs them
+        out: Tensor = loss + taken[0].sum() * 0  # also where nothing else needs them
+        return out
 
 
 class _Together(torch.autograd.Function):
     """Weights, unchanged; their gradients come back all at once, zeros where a weight had no part."""
 
     @staticmethod
-    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: AutogradContext, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(w.view_as(w) for w in weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, ...]:
         return grads
 
 
@@ -213,7 +214,7 @@ class GatedAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for flat in group["params"]:
                 if self.still or group["part"].partition(".")[0] in self.resting:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from opticnerve.language.layers import decoder_layers
 from opticnerve.models.freeze import Frozen
 from opticnerve.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from opticnerve.models.family import FamilyModel
+    from opticnerve.models.vlm.tower import Tower
 
 
 class Twin:
@@ -100,7 +104,7 @@ def as_shard(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def layers(model: Any) -> list[nn.Module]:
+def layers(model: FamilyModel) -> list[nn.Module]:
     """What is whole only while it computes, from the inside out."""
     blocks = [
         block
@@ -111,7 +115,7 @@ def layers(model: Any) -> list[nn.Module]:
     return [*blocks, *decoder_layers(model.language_model)[1]]
 
 
-def _frozen_encoder(tower: Any) -> list[nn.Parameter]:
+def _frozen_encoder(tower: Tower) -> list[nn.Parameter]:
     """An encoder's weights, if none of them trains."""
     weights = list(tower.encoder.parameters())
     return [] if any(p.requires_grad for p in weights) else weights

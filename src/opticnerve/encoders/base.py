@@ -6,12 +6,15 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from opticnerve.types import Features, OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Encoder(nn.Module, ABC):
@@ -37,6 +40,10 @@ class Encoder(nn.Module, ABC):
     crop_pct: float
     options: dict[str, Any]
     files: list[str]
+
+    if TYPE_CHECKING:
+        # What a subclass has of its own is a module, a tensor or a plain value.
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     @abstractmethod
@@ -180,7 +187,7 @@ def config_from_dict(architecture: dict[str, Any], needed_by: str, such_as: str)
     return AutoConfig.for_model(model_type, **architecture)
 
 
-def model_class(config: Any, unlisted: Mapping[str, str]) -> Any:
+def model_class(config: PreTrainedConfig, unlisted: Mapping[str, str]) -> Any:
     """transformers' class for a configuration; `unlisted`: names of those that are not in its table of AutoModel."""
     import transformers as tf
 
@@ -192,7 +199,9 @@ def model_class(config: Any, unlisted: Mapping[str, str]) -> Any:
         raise OpticNerveError(f"transformers has no model for {type(config).__name__}", kind="unknown-name") from e
 
 
-def load_part(cls: Any, folder: str, name: str, part: str, *, optional: tuple[str, ...] = (), **options: Any) -> Any:
+def load_part(
+    cls: type[Any], folder: str, name: str, part: str, *, optional: tuple[str, ...] = (), **options: Any
+) -> Any:
     """A model of transformers' `cls` with the weights in `folder`, which may hold more than these.
 
     Args:
@@ -232,7 +241,8 @@ def cut_patches(pixels_BCHW: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) → (B, H/p · W/p, p · p · C): patches in raster order; within one, row by row, each pixel's channels
     together (red, green, blue, red, …), as transformers' Fuyu and SigLIP 2 have it. H and W are multiples of p."""
     cut_BCYpXp = pixels_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
-    return cut_BCYpXp.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    out: Tensor = cut_BCYpXp.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return out
 
 
 FITS = ("squash", "squash_float", "crop", "pad")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -137,11 +138,11 @@ class HFVisionEncoder(Encoder):
         # Folders from before `crop_pct` were trained without it.
         return {"crop_pct": 1.0, **super().loading_options(options)}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Tables that the model computes itself (DINOv3's and Pixtral's rotary frequencies) keep their precision, as
         they do where transformers loads the model in another dtype."""
         kept = list(computed_tables(self.model))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, before in kept:
             now = module.get_buffer(name)
             if now.dtype != before.dtype:
@@ -161,7 +162,8 @@ class HFVisionEncoder(Encoder):
         elif self.image_size != self.native_size and _can_be_asked_to_interpolate(model):
             inputs["interpolate_pos_encoding"] = True
         if self.layer == "last":
-            return model(**inputs).last_hidden_state
+            out: Tensor = model(**inputs).last_hidden_state
+            return out
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
         blocks = longest_list(model, "encoder")
         # An entry is what a block gets, the last one what comes out behind all. The first pass goes through all blocks,
@@ -222,8 +224,8 @@ class HFVisionEncoder(Encoder):
 
 
 def _vision_config(name: str) -> PreTrainedConfig:
-    config = read_config(name)
-    config = getattr(config, "vision_config", config)
+    whole = read_config(name)
+    config: PreTrainedConfig = getattr(whole, "vision_config", whole)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
         raise OpticNerveError(
             f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm", kind="unsupported"
@@ -231,7 +233,7 @@ def _vision_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def _preparation(name: str, config: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _preparation(name: str, config: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
     """How the checkpoint prepares pictures, as this encoder's options."""
     found = preparation(name, config.model_type, given)
     if found.get("image_size") == _sizes(config)[0]:
@@ -245,7 +247,7 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in ("_name_or_path", "dtype")}  # the weights' dtype is the recipe's
 
 
-def _sizes(config: Any) -> tuple[int, int]:
+def _sizes(config: PreTrainedConfig) -> tuple[int, int]:
     """Side of the pictures that the model was trained on, and of its patches, in pixels."""
     patch = _side(config.patch_size, "patch_size")
     if config.model_type == _FLEXIBLE:  # it says how many patches its table of positions holds

@@ -148,7 +148,7 @@ def _parts(options: dict[str, Any], *, may_name: bool = False) -> dict[str, tupl
     return found
 
 
-def _part_class(part: str, spec: Any) -> type[Encoder]:
+def _part_class(part: str, spec: object) -> type[Encoder]:
     """The class of one of the two.
 
     Only registered names: a pair's configuration may come from a downloaded folder, and a dotted path in it would run
@@ -237,7 +237,8 @@ class DualEncoderVision(Encoder):
         return cls(encoder=spec)
 
     def forward(self, media: Tensor) -> Features:
-        return self.inner(media)
+        features: Features = self.inner(media)
+        return features
 
     def image_processor(self) -> Any:
         return self.inner.image_processor()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opticnerve.encoders.base import Encoder
-from opticnerve.types import OpticNerveError
+from opticnerve.types import Features, OpticNerveError
 
 VisionPooling = Literal["mean", "class_token", "pooler"]
 
@@ -26,7 +26,7 @@ def pool(encoder: Encoder, pixel_values: Tensor, how: VisionPooling) -> Tensor:
     """
     if how == "pooler":
         return _own_pooler(encoder, pixel_values)
-    features = encoder(pixel_values)
+    features: Features = encoder(pixel_values)
     if how == "class_token":
         return features.tokens_BND[:, 0]
     weight_BN1 = features.mask_BN.unsqueeze(2).to(features.tokens_BND.dtype)
@@ -74,7 +74,8 @@ def pooled_size(encoder: Encoder, how: VisionPooling) -> int:
 def _own_pooler(encoder: Encoder, pixel_values: Tensor) -> Tensor:
     model: Any = encoder.model
     if hasattr(model, "forward_head"):
-        return model.forward_head(model.forward_features(pixel_values), pre_logits=True)
+        pooled_BD: Tensor = model.forward_head(model.forward_features(pixel_values), pre_logits=True)
+        return pooled_BD
     # The encoder alone knows what inputs its model wants: run it, and catch what the model says on the way.
     said: list[Any] = []
     handle = model.register_forward_hook(lambda _module, _inputs, out: said.append(out))
@@ -85,7 +86,8 @@ def _own_pooler(encoder: Encoder, pixel_values: Tensor) -> Tensor:
     (out,) = said
     if getattr(out, "pooler_output", None) is None:
         raise OpticNerveError(f"{_name(encoder)} has no pooler of its own; use pooling: mean", kind="unsupported")
-    return out.pooler_output
+    pooler_output: Tensor = out.pooler_output
+    return pooler_output
 
 
 def _name(encoder: Encoder) -> str:

@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from opticnerve.common import hub
@@ -111,7 +112,7 @@ class HFTextEncoder(nn.Module):
         return encoder
 
     @classmethod
-    def from_loaded(cls, model: Any, tokenizer: Any, **options: Any) -> HFTextEncoder:
+    def from_loaded(cls, model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> HFTextEncoder:
         """Around a model that is in memory already; of a causal language model, all but its LM head."""
         model = model.base_model
         if tokenizer.pad_token_id is None:

@@ -134,7 +134,8 @@ class TimmEncoder(Encoder):
         if keep:
             map_BCHW, prefix_BPD = found
             return torch.cat([prefix_BPD, map_BCHW.flatten(2).transpose(1, 2)], dim=1)
-        return found.flatten(2).transpose(1, 2)
+        tokens_BND: Tensor = found.flatten(2).transpose(1, 2)
+        return tokens_BND
 
     def _probe(self, name: str, image_size: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
         """Tokens and width, from a forward pass on the meta device: shapes without arithmetic."""

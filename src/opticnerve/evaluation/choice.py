@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from opticnerve.evaluation.metrics import choice_rank, summarise
 from opticnerve.evaluation.tasks import Progress, harness_version
 from opticnerve.inference.likelihood import answer_scores
 from opticnerve.types import Conversation, DataError, OpticNerveError
 
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
+
 
 def run_choice(
-    model: Any, processor: Any, conversations: Sequence[Conversation], *, name: str, others: int = 9, seed: int = 0,
-    progress: Progress | None = None,
+    model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, conversations: Sequence[Conversation],
+    *, name: str, others: int = 9, seed: int = 0, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """An entry of results.json's `tasks`: how often the true answer is likelier than `others` answers of other
     pictures.
@@ -43,7 +47,12 @@ def run_choice(
 
 
 def run_multiple_choice(
-    model: Any, processor: Any, conversations: Sequence[Conversation], *, name: str, progress: Progress | None = None
+    model: OpticNerveForConditionalGeneration,
+    processor: OpticNerveProcessor,
+    conversations: Sequence[Conversation],
+    *,
+    name: str,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """An entry of results.json's `tasks`: how often the right one of a question's own choices is the likeliest answer.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -26,11 +26,14 @@ from opticnerve.inference.load import load_any
 from opticnerve.inference.predictors import answers_of
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.recipe.model import Strict
-from opticnerve.types import Conversation, OpticNerveError
+from opticnerve.types import Conversation, MediaProcessor, OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def evaluate_model(
-    model: Any, processor: Any, specs: Sequence[EvaluateSpec], *, console: Console | None = None,
+    model: PreTrainedModel, processor: MediaProcessor, specs: Sequence[EvaluateSpec], *, console: Console | None = None,
     run_dir: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The `tasks` and `image_dependence` entries of results.json, from the recipe's `evaluate` list."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from torch.nn import functional as F
 from opticnerve.evaluation.tasks import Generate
 from opticnerve.types import OpticNerveError, ask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PROBE = "Before the ship left, the captain counted the lamps: 3 on deck, 2 below. How many lamps were there? There were"
 
 _LOGITS_BYTES = 512 * 2**20  # float32 logits of one forward pass stay below this, whatever the batch size asked for
@@ -32,8 +35,8 @@ _POSITIONS = 256  # positions whose log-probabilities are taken at a time
 
 
 def perplexity(
-    language_model: nn.Module, tokenizer: Any, *, text: str | None = None, tokens: int | None = 20_480,
-    window: int = 1024, batch_size: int = 4,
+    language_model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, text: str | None = None,
+    tokens: int | None = 20_480, window: int = 1024, batch_size: int = 4,
 ) -> dict[str, Any]:  # fmt: skip
     """Perplexity of a causal language model on a text, read in windows that do not overlap.
 
@@ -90,7 +93,7 @@ def text_answers(generate: Generate) -> list[dict[str, Any]]:
     return [{**q, "answer": a, "holds": holds_expected(a, q["expected"])} for q, a in zip(asked, answers, strict=True)]
 
 
-def text_probe(language_model: nn.Module, tokenizer: Any) -> str:
+def text_probe(language_model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the float32 logits (and their shape) of a fixed text-only prompt.
 
     Equal before and after means bit-identical. Compare on one machine with one number of threads only: elsewhere the
@@ -103,7 +106,7 @@ def text_probe(language_model: nn.Module, tokenizer: Any) -> str:
 
 
 def forgetting_entry(
-    after: str, language_model: nn.Module, tokenizer: Any, generate: Generate, *,
+    after: str, language_model: nn.Module, tokenizer: PreTrainedTokenizerBase, generate: Generate, *,
     untouched: dict[str, Any] | None = None, reuse_identical: bool = False, tokens: int | None = 20_480,
 ) -> dict[str, Any]:  # fmt: skip
     """One entry of "forgetting" in results.json: all three looks after a stage (or "untouched").
@@ -156,7 +159,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: the tokenizer would warn that the text is longer than the model's context; we cut it into windows.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

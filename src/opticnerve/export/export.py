@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +17,10 @@ from opticnerve.export.formats import PLAIN, Format, Options, Proof, Trial, form
 from opticnerve.inference.load import load_model
 from opticnerve.language.load import no_bars
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 RECORD = "export.json"
 
@@ -57,7 +61,7 @@ def export(
     out = Path(out)
     if out.exists():
         raise OpticNerveError(f"{out} exists already; choose another folder", kind="exists-already")
-    maker: Format = formats.get(to)(options)  # type: ignore[arg-type]
+    maker: Format = formats.get(to)(options)
     if options.dtype not in ("auto", *maker.dtypes):
         raise OpticNerveError(
             f"{to} is not written as {options.dtype!r}; known: auto, {', '.join(maker.dtypes)}", kind="unknown-name"
@@ -79,7 +83,13 @@ def export(
 
 
 def _export(
-    model: Any, processor: Any, maker: Format, to: str, out: Path, scratch: Path, emit: Callable[[str], None]
+    model: OpticNerveForConditionalGeneration,
+    processor: OpticNerveProcessor,
+    maker: Format,
+    to: str,
+    out: Path,
+    scratch: Path,
+    emit: Callable[[str], None],
 ) -> Exported:
     towers = model.towers
     made_up = samples.make(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -15,6 +15,10 @@ from opticnerve.export.parity import Reference
 from opticnerve.export.samples import ExportSample
 from opticnerve.models.vlm.build import is_gated, merge_adapter
 from opticnerve.registry import Registry
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,17 @@ class Format(ABC):
         self.options = options
 
     @abstractmethod
-    def refuse(self, model: Any, processor: Any) -> list[str]:
+    def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         """What of this model the format cannot express: each reason with the nearest recipe that it can."""
 
-    def simplify(self, model: Any, processor: Any) -> None:
+    def simplify(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
         """Fold what the format has no place for into plain weights, in place (see `export.simplify`)."""
         merge_adapter(model)
 
     @abstractmethod
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+    def write(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
+    ) -> list[str]:
         """Write the format's files; returns what the user should know."""
 
     @abstractmethod
@@ -100,7 +106,7 @@ class Format(ABC):
         """The engine's pixels in our shape."""
         return theirs
 
-    def picture_sizes(self, model: Any) -> list[tuple[int, int]]:
+    def picture_sizes(self, model: OpticNerveForConditionalGeneration | None) -> list[tuple[int, int]]:
         """Widths and heights of the samples' pictures."""
         return [(320, 240), (97, 333), (224, 224)]
 
@@ -114,10 +120,12 @@ class Merged(Format):
 
     program = "own_folder"
 
-    def refuse(self, model: Any, processor: Any) -> list[str]:
+    def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         return []
 
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+    def write(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
+    ) -> list[str]:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         gated = "the adapter works beside pictures alone (lora.when: media); it goes along as it is, not added in"

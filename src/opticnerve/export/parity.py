@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from opticnerve.common import atomic
 from opticnerve.export.samples import ExportSample
 from opticnerve.inference.generate import Answerer
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 CHECKS = Path(__file__).parent / "checks"
 SECONDS = 3600.0
@@ -47,7 +51,7 @@ class Reference:
 
 
 @torch.no_grad()
-def record(model: Any, processor: Any, samples: Sequence[ExportSample]) -> list[Reference]:
+def record(model: Any, processor: OpticNerveProcessor, samples: Sequence[ExportSample]) -> list[Reference]:
     """Our model, in float32 on the CPU, on every sample."""
     dtype = model.language_model.dtype
     cast(model.to("cpu").eval(), torch.float32)
@@ -198,8 +202,8 @@ def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]],
 
 @torch.no_grad()
 def compare_logprobs(
-    model: Any,
-    processor: Any,
+    model: OpticNerveForConditionalGeneration,
+    processor: OpticNerveProcessor,
     samples: Sequence[ExportSample],
     wanted: Sequence[Reference],
     said: dict[str, Any],

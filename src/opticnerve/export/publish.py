@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,6 +17,9 @@ from opticnerve.export.formats import PLAIN, Options
 from opticnerve.inference.load import resolve
 from opticnerve.runs.card.card import write_card
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 LIBRARY = {
     "hf-llava": "transformers", "hf-idefics3": "transformers", "hf-blip2": "transformers", "gguf": "llama.cpp",
@@ -42,7 +45,7 @@ def push(
     datasets: Sequence[str] = (),
     private: bool = False,
     options: Options = PLAIN,
-    api: Any = None,
+    api: HfApi | None = None,
     emit: Callable[[str], None] = lambda line: None,
 ) -> Published:
     """Export a model, put its card beside it, and upload both.

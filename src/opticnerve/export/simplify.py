@@ -8,7 +8,7 @@ Folding is done in place and leaves the function the same; only rounding to the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from opticnerve.models.vlm.build import is_gated
 from opticnerve.types import OpticNerveError
 
+if TYPE_CHECKING:
+    from opticnerve.connectors.base import Connector
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+
 VISION_ENCODERS = ("clip_vision_model", "siglip_vision_model")
 
 
-def encoder_refusals(model: Any, engine: str, vision_encoders: Sequence[str] = VISION_ENCODERS) -> list[str]:
+def encoder_refusals(
+    model: OpticNerveForConditionalGeneration, engine: str, vision_encoders: Sequence[str] = VISION_ENCODERS
+) -> list[str]:
     """Why the towers and their fusion are no vision encoder of the given families with soft tokens in the text; empty
     if they are."""
     reasons, towers = [], model.config.towers
@@ -47,7 +53,9 @@ def encoder_refusals(model: Any, engine: str, vision_encoders: Sequence[str] = V
     return reasons
 
 
-def adapter_refusals(model: Any, nearest: str = "lora {when: always}, or the format merged") -> list[str]:
+def adapter_refusals(
+    model: OpticNerveForConditionalGeneration, nearest: str = "lora {when: always}, or the format merged"
+) -> list[str]:
     """Why the adapter cannot be added into weights; empty if it can."""
     if not is_gated(model):
         return []
@@ -57,14 +65,14 @@ def adapter_refusals(model: Any, nearest: str = "lora {when: always}, or the for
     ]
 
 
-def connector_matrices(connector: Any) -> tuple[nn.Linear, nn.Linear]:
+def connector_matrices(connector: Connector) -> tuple[nn.Linear, nn.Linear]:
     """The first and the last matrix of a linear or mlp connector, or of a pixel shuffle."""
     layers = [m for m in connector.modules() if isinstance(m, nn.Linear)]
     return layers[0], layers[-1]
 
 
 @torch.no_grad()
-def fold_calibration(connector: Any, first: nn.Linear, last: nn.Linear) -> None:
+def fold_calibration(connector: Connector, first: nn.Linear, last: nn.Linear) -> None:
     """Put the connector's standardising and scaling into its first and last matrix, and set the buffers to nothing.
 
     (x - mean) / std through W, b is x through W / std, b - (W / std) · mean. A matrix without bias gets one.
@@ -76,7 +84,7 @@ def fold_calibration(connector: Any, first: nn.Linear, last: nn.Linear) -> None:
 
 
 @torch.no_grad()
-def fold_into_norm(connector: Any, norm: nn.LayerNorm, last: nn.Linear) -> None:
+def fold_into_norm(connector: Connector, norm: nn.LayerNorm, last: nn.Linear) -> None:
     """As `fold_calibration`, for a first matrix that has no bias: the standardising goes into the layer norm before it.
 
     ((γ·n + β) - mean) / std is (γ / std)·n + (β - mean) / std. Nothing else may read that norm.
@@ -86,7 +94,7 @@ def fold_into_norm(connector: Any, norm: nn.LayerNorm, last: nn.Linear) -> None:
     _fold_scale(connector, last)
 
 
-def _fold_scale(connector: Any, last: nn.Linear) -> None:
+def _fold_scale(connector: Connector, last: nn.Linear) -> None:
     scale = connector.output_scale.double()
     _put(last, last.weight.double() * scale, None if last.bias is None else last.bias.double() * scale)
     connector.input_mean.zero_()

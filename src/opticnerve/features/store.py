@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -32,7 +32,12 @@ from opticnerve.features import shards
 from opticnerve.features.budget import default_budget, evict, features_dir, hold
 from opticnerve.features.digests import Digests
 from opticnerve.language.load import tensor_fingerprint
-from opticnerve.types import DataError, Features
+from opticnerve.types import DataError, Features, MediaProcessor
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+    from opticnerve.models.family import FamilyModel
 
 BATCH = 32
 Named = tuple[str, Source, str]  # a picture's digest, the picture, the sample that shows it
@@ -125,9 +130,9 @@ class FeatureStore:
         return list(wanted.values())
 
     def fill(
-        self, pictures: Sequence[tuple[Source, str]], encode: Callable[[Tensor], Features], image_processor: Any, *,
-        missing: Sequence[Named] | None = None, rank: int = 0, world: int = 1, threads: int | None = None,
-        progress: Callable[[int], None] | None = None, on_error: OnError | None = None,
+        self, pictures: Sequence[tuple[Source, str]], encode: Callable[[Tensor], Features],
+        image_processor: BaseImageProcessor, *, missing: Sequence[Named] | None = None, rank: int = 0, world: int = 1,
+        threads: int | None = None, progress: Callable[[int], None] | None = None, on_error: OnError | None = None,
     ) -> int:  # fmt: skip
         """See the pictures that are not there yet; returns how many these were.
 
@@ -187,7 +192,7 @@ class FeatureStore:
 
 
 def extract(
-    pictures: Sequence[Named], encode: Callable[[Tensor], Features], image_processor: Any, *,
+    pictures: Sequence[Named], encode: Callable[[Tensor], Features], image_processor: BaseImageProcessor, *,
     threads: int | None = None, on_error: OnError | None = None,
 ) -> Iterator[tuple[list[str], Features]]:  # fmt: skip
     """Batch by batch the digests of pictures and what the vision encoder sees of them, on the CPU.
@@ -254,7 +259,12 @@ class Counter(Counting):
 
 
 def open_store(
-    model: Any, processor: Any, *, root: Path | None = None, budget: int | None = None, stored: str | None = None
+    model: FamilyModel,
+    processor: MediaProcessor,
+    *,
+    root: Path | None = None,
+    budget: int | None = None,
+    stored: str | None = None,
 ) -> FeatureStore:
     """The store of a model's frozen vision encoder, in `root` (default: `features` in opticnerve's cache).
 
@@ -281,7 +291,7 @@ def open_store(
     return FeatureStore(root / name.hexdigest()[:24], dtype=dtype, stored=stored_as, budget=budget)
 
 
-def encode_function(model: Any) -> Callable[[Tensor], Features]:
+def encode_function(model: FamilyModel) -> Callable[[Tensor], Features]:
     """Pixels → what the store holds, for a model of any family."""
 
     def encode(pixel_values: Tensor) -> Features:
@@ -294,7 +304,7 @@ def encode_function(model: Any) -> Callable[[Tensor], Features]:
 
 
 def see_all(
-    model: Any, processor: Any, pictures: Sequence[tuple[Source, str]], *, budget: int | None = None,
+    model: FamilyModel, processor: MediaProcessor, pictures: Sequence[tuple[Source, str]], *, budget: int | None = None,
     stored: str | None = None, rank: int = 0, world: int = 1, wait: Callable[[], None] | None = None,
     threads: int | None = None, on_error: OnError | None = None, console: Console | None = None,
 ) -> FeatureStore:  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ class Fusion(nn.Module, ABC):
         self.language_size, self.language_layers = language_size, language_layers
         self.options: dict[str, Any] = {}
         self.seen: Any = None
+
+    if TYPE_CHECKING:
+        # What a subclass has of its own is a module, a tensor or a plain value.
+        def __getattr__(self, name: str) -> Any: ...
 
     @abstractmethod
     def placeholders(self, num_tokens: int) -> int:
@@ -61,7 +65,7 @@ class Fusion(nn.Module, ABC):
         return seen
 
     @contextmanager
-    def seeing(self, seen: Any) -> Iterator[None]:
+    def seeing(self, seen: object) -> Iterator[None]:
         """Within it, a forward pass of the language model sees what `see` gave."""
         before, self.seen = self.seen, seen
         try:

@@ -38,10 +38,12 @@ class CrossAttention(nn.Module):
     def forward(self, hidden_BLD: Tensor, keys_values: tuple[Tensor, Tensor], allowed_BLK: Tensor) -> Tensor:
         query_BHLd = self._split(self.q_proj(hidden_BLD))
         out_BHLd = F.scaled_dot_product_attention(query_BHLd, *keys_values, attn_mask=allowed_BLK[:, None])
-        return self.o_proj(out_BHLd.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(out_BHLd.transpose(1, 2).flatten(2))
+        return out
 
     def _split(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        out: Tensor = x_BLD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return out
 
 
 class GatedCrossAttentionLayer(nn.Module):
@@ -67,7 +69,8 @@ class GatedCrossAttentionLayer(nn.Module):
         looked_BLD = self.cross_attn(self.input_layernorm(hidden_BLD), keys_values, allowed_BLK)
         looked_BLD = looked_BLD.masked_fill(~sees_BL[:, :, None], 0.0)
         hidden_BLD = hidden_BLD + self.alpha_cross_attn.tanh() * looked_BLD
-        return hidden_BLD + self.alpha_dense.tanh() * self.mlp(self.post_attention_layernorm(hidden_BLD))
+        out: Tensor = hidden_BLD + self.alpha_dense.tanh() * self.mlp(self.post_attention_layernorm(hidden_BLD))
+        return out
 
 
 @dataclass

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig
+from transformers import Cache, CompileConfig, PreTrainedConfig
 
 from opticnerve.common.private_names import CACHE, compile_on_any_device, generation_config, generation_rules
-from opticnerve.models.vlm.modeling import settled_rows
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration, settled_rows
 from opticnerve.models.vlm.prompt import kept
 from opticnerve.ops.fused_decode import FusedDecoder, ReservedLayer, reserve
 from opticnerve.types import OpticNerveError
@@ -23,8 +23,9 @@ from opticnerve.types import OpticNerveError
 
 @torch.inference_mode()
 def decode(
-    model: Any, inputs: dict[str, Any], *, max_new_tokens: int, cache: Any = None, fused: FusedDecoder | None = None,
-    drop_finished: bool = True, room: bool = True, seed: int | None = None, **options: Any,
+    model: OpticNerveForConditionalGeneration, inputs: dict[str, Any], *, max_new_tokens: int, cache: Any = None,
+    fused: FusedDecoder | None = None, drop_finished: bool = True, room: bool = True, seed: int | None = None,
+    **options: Any,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The next token of each row, (B,), until all rows have ended; a row that has ended goes on with padding.
 
@@ -79,7 +80,7 @@ def decode(
         logits_BV = state.step(chosen_B)
 
 
-def plain(config: Any) -> bool:
+def plain(config: PreTrainedConfig) -> bool:
     """Whether this generation_config asks for plain greedy or sampled decoding, one step per token."""
     return (
         (config.num_beams or 1) == 1
@@ -96,7 +97,13 @@ def plain(config: Any) -> bool:
 
 @torch.inference_mode()
 def decode_compiled(
-    model: Any, inputs: dict[str, Any], *, max_new_tokens: int, cache: None = None, fused: Any = None, **options: Any
+    model: OpticNerveForConditionalGeneration,
+    inputs: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    cache: None = None,
+    fused: Any = None,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """As `decode`, by transformers' compiled step over a static cache, for devices where launching costs more than
     computing; all tokens come at its end. The prompt is read by `model`, the steps are its language model's.
@@ -124,7 +131,14 @@ def decode_compiled(
 class _State:
     """What one decoding carries from step to step."""
 
-    def __init__(self, model: Any, ids_BL: Tensor, mask_BL: Tensor, new: int, fused: FusedDecoder | None) -> None:
+    def __init__(
+        self,
+        model: OpticNerveForConditionalGeneration,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        new: int,
+        fused: FusedDecoder | None,
+    ) -> None:
         self.model, self.fused = model, fused
         self.media_B = model.rows_with_media(ids_BL)
         self.length = ids_BL.shape[1]
@@ -139,7 +153,7 @@ class _State:
     def ids(self) -> Tensor:
         return self.all_ids_BT[:, : self.length]
 
-    def read(self, cache: Any, media: dict[str, Any], room: bool) -> Tensor:
+    def read(self, cache: Cache | None, media: dict[str, Any], room: bool) -> Tensor:
         """Logits (B, V) behind the prompt."""
         past = 0 if cache is None else cache.get_seq_length()
         mask_BL = self.all_mask_BT[:, : self.length]
@@ -159,7 +173,8 @@ class _State:
             self.tables = self.fused.tables(first_B, self.new)
             self.fused.prepare(len(self.next_B))
             self.sees_BT = self.all_mask_BT.bool()[:, None, None]
-        return out.logits[:, -1]
+        found: Tensor = out.logits[:, -1]
+        return found
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Logits (B, V) behind one more token of each row."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.encode.chat_layout import form_of
@@ -16,9 +16,12 @@ from opticnerve.data.encode.tokenize import encode
 from opticnerve.inference.decoding import decode, decode_compiled
 from opticnerve.inference.shared_prefix import layout, read_shared, share
 from opticnerve.language.thinking import AnswerText, shown
-from opticnerve.models.vlm.processing import stops
+from opticnerve.models.vlm.processing import OpticNerveProcessor, stops
 from opticnerve.ops.fused_decode import FusedDecoder
 from opticnerve.types import Conversation
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 
 
 class Answerer:
@@ -30,7 +33,9 @@ class Answerer:
             answers: the first of each batch size waits for the compiler.
     """
 
-    def __init__(self, model: Any, processor: Any, *, compile: bool = False) -> None:
+    def __init__(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, *, compile: bool = False
+    ) -> None:
         self.model, self.processor, self.compile = model, processor, compile
         self._fused: FusedDecoder | None = None
 
@@ -88,7 +93,7 @@ class Answerer:
             **self.stops(),
         )  # fmt: skip
         tokens_BT = torch.stack(list(tokens), 1)
-        return [shown(t) for t in self.processor.batch_decode(tokens_BT, skip_special_tokens=True)]
+        return [shown(t) for t in self.processor.tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)]
 
     def stream(
         self, conversation: Conversation, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
@@ -105,7 +110,7 @@ class Answerer:
         )  # fmt: skip
         for token_B in tokens:
             yield from filter(None, map(answer.put, words.put_and_take(token_B)))
-        words.end()
+        words.end()  # type: ignore[no-untyped-call]
         yield from filter(None, [*map(answer.put, words.take()), answer.end()])
 
     def fused(self) -> FusedDecoder | None:
@@ -144,7 +149,7 @@ class Answerer:
 class _PieceStreamer(TextStreamer):
     """Tokens in, whole words out: transformers' rules for when a piece of text will change no more."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
         self._ready: list[str] = []
 
@@ -152,7 +157,7 @@ class _PieceStreamer(TextStreamer):
         self._ready.append(text)
 
     def put_and_take(self, token_B: Tensor) -> list[str]:
-        self.put(token_B)
+        self.put(token_B)  # type: ignore[no-untyped-call]
         return self.take()
 
     def take(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,14 @@ from opticnerve.data.encode.tokenize import IGNORE, encode
 from opticnerve.objectives.next_token import batch_logits
 from opticnerve.types import Conversation, Message, TextPart
 
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
+
 
 def answer_scores(
-    model: Any,
-    processor: Any,
+    model: OpticNerveForConditionalGeneration,
+    processor: OpticNerveProcessor,
     conversation: Conversation,
     candidates: Sequence[str],
     *,

@@ -48,7 +48,7 @@ def load_any(
     return model.to(device or default_device()).eval(), load_processor(folder, family.PROCESSOR)
 
 
-def load_processor(folder: str, cls: Any = OpticNerveProcessor) -> Any:
+def load_processor(folder: str, cls: type[Any] = OpticNerveProcessor) -> Any:
     """The processor beside a model; whatever is wrong with its files is one error."""
     with wrap_errors("the processor", folder):
         return cls.from_pretrained(folder)

@@ -104,7 +104,7 @@ class ClassifierPredictor:
         """(questions, answers), float64. A picture that many questions are about is seen once."""
         if not conversations:
             raise OpticNerveError("there is nothing to ask: the list of questions is empty", kind="empty")
-        self.model.eval()
+        self.model.eval()  # type: ignore[no-untyped-call]
         found, most = [], self._most()
         for start in range(0, len(conversations), most):
             chunk = conversations[start : start + most]
@@ -132,7 +132,8 @@ class ClassifierPredictor:
             if vision_encoder is None
             else vision_encoder.encoder.num_tokens * vision_encoder.encoder.hidden_size
         )
-        return max(self.batch_size, min(_QUESTIONS, _NUMBERS // each))
+        count: int = max(self.batch_size, min(_QUESTIONS, _NUMBERS // each))
+        return count
 
     def _see(self, pictures: list[tuple[Any, str]]) -> Any:
         """Features of the pictures; their pixels for early fusion, which has no vision encoder."""
@@ -208,7 +209,7 @@ class LateFusion:
             value.backward()
             return value
 
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
         self.weights, self.combine = F.softplus(free_M.detach()).tolist(), "learned"
         return self
 
@@ -265,7 +266,7 @@ def load_classifier(
 
 @singledispatch
 def answers_of(
-    model: Any, processor: Any, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
+    model: object, processor: object, asked: Sequence[Conversation], *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
     """What a model answers to each question: what a language model says, what a classifier chooses."""
     raise OpticNerveError(f"a {type(model).__name__} answers no questions", kind="unsupported")

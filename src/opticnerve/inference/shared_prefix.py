@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from opticnerve.common.private_names import CACHE, is_stateful
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.fusion.base import Fusion
 from opticnerve.types import AudioPart, Conversation, ImagePart
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,12 @@ class SharedRow:
     first: Conversation
 
 
-def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_tokens: int) -> list[SharedRow]:
+def share(
+    model: OpticNerveForConditionalGeneration,
+    processor: OpticNerveProcessor,
+    prompts: Sequence[Conversation],
+    max_new_tokens: int,
+) -> list[SharedRow]:
     """The prompts that share their beginning with another, groups together, like lengths beside each other."""
     by_media: dict[Hashable, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -68,7 +77,10 @@ def share(model: Any, processor: Any, prompts: Sequence[Conversation], max_new_t
 
 
 def read_shared(
-    model: Any, pad: int, rows: Sequence[SharedRow], inputs_of: Callable[[list[Conversation]], dict[str, Any]]
+    model: OpticNerveForConditionalGeneration,
+    pad: int,
+    rows: Sequence[SharedRow],
+    inputs_of: Callable[[list[Conversation]], dict[str, Any]],
 ) -> tuple[dict[str, Tensor], Any]:
     """The batch of these rows as `decode` takes it, and the cache with each group's beginning read."""
     firsts = list({row.group: row for row in rows}.values())
@@ -82,7 +94,12 @@ def read_shared(
 
 @torch.inference_mode()
 def read_heads(
-    model: Any, heads: Sequence[list[int]], media: dict[str, Any], places: Sequence[int], *, pad: int
+    model: OpticNerveForConditionalGeneration,
+    heads: Sequence[list[int]],
+    media: dict[str, Any],
+    places: Sequence[int],
+    *,
+    pad: int,
 ) -> Any:
     """A cache of rows, row i of which holds `heads[places[i]]`; each head is read once, its media in `media`."""
     inputs = {k: v.to(model.device) for k, v in layout(heads, [[]] * len(heads), pad=pad).items()}
@@ -104,13 +121,13 @@ def layout(heads: Sequence[list[int]], tails: Sequence[list[int]], *, pad: int) 
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def _in_cache(model: Any, processor: Any) -> bool:
+def _in_cache(model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> bool:
     """Whether all that a picture tells is keys and values of the text, the same for every question."""
     beside = any(type(t.fusion).see is not Fusion.see for t in model.towers.values())
     return not (beside or processor.reads_questions)
 
 
-def _plain_cache(model: Any, length: int) -> bool:
+def _plain_cache(model: OpticNerveForConditionalGeneration, length: int) -> bool:
     """Whether a cache of so many tokens would hold the keys and values of each of them, in every layer."""
     language = model.language_model
     if is_stateful(language):

@@ -10,7 +10,7 @@ equations 5 and 6 (relevance); Shrikumar et al. 2016, Not Just a Black Box (grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -135,7 +135,7 @@ def cross_weights(forced: TeacherForced) -> Tensor:
     """The cross-attention's weights (layers, heads, L, V): computed beside each layer from what goes into it."""
     caught: list[Tensor] = []
 
-    def catch(module: Any, args: tuple[Any, ...], _: Any) -> None:
+    def catch(module: CrossAttention, args: tuple[Any, ...], _: object) -> None:
         caught.append(weights_of(module, *args)[0])
 
     with ExitStack() as hooks:
@@ -146,14 +146,17 @@ def cross_weights(forced: TeacherForced) -> Tensor:
     return torch.stack(caught)
 
 
-def weights_of(module: CrossAttention, hidden_BLD: Tensor, keys_values: Any, allowed_BLK: Tensor) -> Tensor:
+def weights_of(
+    module: CrossAttention, hidden_BLD: Tensor, keys_values: tuple[Tensor, Tensor], allowed_BLK: Tensor
+) -> Tensor:
     """What `CrossAttention.forward` computes within its fused kernel, written out: (B, heads, L, K)."""
     query_BHLd, key_BHKd = module._split(module.q_proj(hidden_BLD)).float(), keys_values[0].float()
     score_BHLK = query_BHLd @ key_BHKd.transpose(2, 3) / query_BHLd.shape[-1] ** 0.5
-    return score_BHLK.masked_fill(~allowed_BLK[:, None], float("-inf")).softmax(-1)
+    out: Tensor = score_BHLK.masked_fill(~allowed_BLK[:, None], float("-inf")).softmax(-1)
+    return out
 
 
-def given(out: Any, forced: TeacherForced) -> list[Tensor]:
+def given(out: Mapping[str, Any], forced: TeacherForced) -> list[Tensor]:
     """The attention weights among a language model's outputs, one (1, H, L, L) for each layer."""
     layers = [a for a in (out.get("attentions") or ()) if a is not None]
     length = forced.ids_1L.shape[1]

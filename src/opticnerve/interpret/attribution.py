@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ from opticnerve.fusion.gated_cross_attention import GatedCrossAttention
 from opticnerve.interpret import attention_maps
 from opticnerve.interpret.teacher_forcing import TeacherForced, Word, check
 from opticnerve.types import Conversation, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 # What each method needs: soft tokens in the text ("splice"), layers of cross-attention, or neither.
 METHODS = {
@@ -73,7 +77,7 @@ class Attribution:
     box: Box
 
 
-def default_method(model: Any) -> str:
+def default_method(model: OpticNerveForConditionalGeneration) -> str:
     """Relevance; the cross-attention itself for models that have one; for tokens without a place, `gradient`."""
     if soft_side(model) is None:
         return "gradient"
@@ -81,8 +85,9 @@ def default_method(model: Any) -> str:
 
 
 def attribute(
-    model: Any, processor: Any, conversation: Conversation, *, methods: Sequence[str] | None = None,
-    layer: int | None = None, head: int | None = None, grid: int = 6, patch: int = 2, max_new_tokens: int = 24,
+    model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, conversation: Conversation, *,
+    methods: Sequence[str] | None = None, layer: int | None = None, head: int | None = None, grid: int = 6,
+    patch: int = 2, max_new_tokens: int = 24,
 ) -> Attribution:  # fmt: skip
     """Ask, and explain the greedy answer.
 
@@ -150,14 +155,14 @@ def _words(weight_THW: Tensor, words: Sequence[Word], merge: Callable[..., Tenso
 # -- what a model allows, and where a token lies ----------------------------------------------------------------------
 
 
-def soft_side(model: Any) -> int | None:
+def soft_side(model: OpticNerveForConditionalGeneration) -> int | None:
     """The side of the map that the soft tokens of a picture make; None if they make none."""
     connector = model.image.connector
     side = isqrt(connector.num_tokens)
     return side if connector.keeps_grid and side**2 == connector.num_tokens else None
 
 
-def check_method(model: Any, method: str) -> None:
+def check_method(model: OpticNerveForConditionalGeneration, method: str) -> None:
     """Refuse what a model's parts do not allow."""
     if method not in METHODS:
         raise OpticNerveError(f"unknown method {method!r}; known: {', '.join(METHODS)}", kind="unknown-name")

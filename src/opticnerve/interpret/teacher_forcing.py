@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ from torch import Tensor, nn
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.prompt import Prompt
 from opticnerve.types import Conversation, Features, OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 # Chinese, Japanese and Korean are written without spaces: there each character is a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
@@ -45,7 +51,14 @@ class TeacherForced:
         OpticNerveError: not one picture, no vision encoder, tiles, or an empty answer.
     """
 
-    def __init__(self, model: Any, processor: Any, conversation: Conversation, *, max_new_tokens: int = 24) -> None:
+    def __init__(
+        self,
+        model: OpticNerveForConditionalGeneration,
+        processor: OpticNerveProcessor,
+        conversation: Conversation,
+        *,
+        max_new_tokens: int = 24,
+    ) -> None:
         check(model, conversation)
         self.model, self.tower = model, model.image
         answerer = Answerer(model, processor)
@@ -76,7 +89,9 @@ class TeacherForced:
     @property
     def visual_V(self) -> Tensor:
         """Positions of the soft tokens in `ids_1L` (one, if the model cross-attends)."""
-        found: Tensor = (self.ids_1L[0] == self.model.config.image_token_id).nonzero()[:, 0]
+        number = self.model.config.image_token_id
+        assert number is not None
+        found: Tensor = (self.ids_1L[0] == number).nonzero()[:, 0]
         return found
 
     def log_p(self, pixels_NCHW: Tensor) -> Tensor:
@@ -125,7 +140,7 @@ class ForcedTrace:
         return self.forced._pick(out.logits)[0], out
 
 
-def check(model: Any, conversation: Conversation) -> None:
+def check(model: OpticNerveForConditionalGeneration, conversation: Conversation) -> None:
     """What can be looked into: one picture, whole, before a model with a vision encoder."""
     if "image" not in getattr(model, "towers", {}):
         raise OpticNerveError(
@@ -146,7 +161,7 @@ def check(model: Any, conversation: Conversation) -> None:
 
 
 @contextmanager
-def frozen(model: Any) -> Iterator[None]:
+def frozen(model: OpticNerveForConditionalGeneration) -> Iterator[None]:
     """Within it no weight asks for a gradient: what is differentiated are attention weights and tokens."""
     asking = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     asking.requires_grad_(False)
@@ -156,19 +171,19 @@ def frozen(model: Any) -> Iterator[None]:
         asking.requires_grad_(True)
 
 
-def split_words(ids: list[int], tokenizer: Any) -> tuple[str, list[Word]]:
+def split_words(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Word]]:
     """The text of an answer, and its words with the tokens that spell each.
 
     A token begins a word if the text so far has one more word with it. A token that spells the end of a word and the
     beginning of the next joins the two.
     """
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     found: list[str] = _WORD.findall(text)
     groups: list[list[int]] = []  # tokens
     ends: list[int] = []  # how many words of the text each group reaches to
     waiting: list[int] = []  # spaces and half characters: they belong to the word behind them
     for t in range(len(ids)):
-        sofar = tokenizer.decode(ids[: t + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        sofar = str(tokenizer.decode(ids[: t + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         count = len(_WORD.findall(sofar if t + 1 == len(ids) else sofar.rstrip(_HALF)))
         if count > (ends[-1] if ends else 0):
             groups.append([*waiting, t])

@@ -11,12 +11,15 @@ from __future__ import annotations
 import datetime
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
 from opticnerve.language import thinking as think
 from opticnerve.types import OpticNerveError, Thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
 AUDIO_TOKEN = "<audio>"
@@ -105,18 +108,18 @@ def read_template(text: str) -> str:
     return Path(text).read_text(encoding="utf-8")
 
 
-def set_template(tokenizer: Any, text: str) -> None:
+def set_template(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Give a tokenizer a chat template instead of its own: by name, as it stands, or from a file."""
     template = read_template(text)
     tokenizer.chat_template = begun(template, tokenizer) if text in NAMED else template
 
 
-def stage_template(name: Literal["chat", "caption"], tokenizer: Any) -> str | None:
+def stage_template(name: Literal["chat", "caption"], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What a stage trains with instead of the model's own template: LLaVA's alignment form, or nothing else."""
     return with_parts(begun(CAPTION_ONLY, tokenizer)) if name == "caption" else None
 
 
-def begun(template: str, tokenizer: Any) -> str:
+def begun(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A template that writes no beginning of text, with one where the language model wants it and its tokenizer adds
     none (DeepSeek-V3's): its own template then writes it."""
     bos = tokenizer.bos_token_id
@@ -127,7 +130,7 @@ def begun(template: str, tokenizer: Any) -> str:
     return "{{ bos_token }}" + template
 
 
-def settled(tokenizer: Any, *, thinking: Thinking | None, date: datetime.date) -> str:
+def settled(tokenizer: PreTrainedTokenizerBase, *, thinking: Thinking | None, date: datetime.date) -> str:
     """The template of a docked model: the tokenizer's own, with parts, its clock stopped at a day, and a generation
     prompt behind which answers are learned as they stand.
 

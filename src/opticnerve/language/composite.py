@@ -19,6 +19,8 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 
@@ -32,7 +34,7 @@ _PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text":
 _FOREIGN = ("model_type", "architectures", "rope_scaling", "rope_parameters", "transformers_version", "_name_or_path")
 
 
-def causal_config(name: str, config: Any) -> Any:
+def causal_config(name: str, config: PreTrainedConfig) -> Any:
     """The configuration of the causal language model in a checkpoint: `config`, or its text model's.
 
     Raises:
@@ -84,7 +86,7 @@ def _is_medium(key: str) -> bool:
     return any(word in key for word in ("vision", "image", "audio", "speech", "vq", "text"))
 
 
-def text_config_of(config: Any) -> Any:
+def text_config_of(config: PreTrainedConfig) -> Any:
     """Of a composite configuration the text model's, of any other itself."""
     try:
         return config.get_text_config(decoder=True)
@@ -92,7 +94,7 @@ def text_config_of(config: Any) -> Any:
         return config
 
 
-def _plain(text: Any) -> Any:
+def _plain(text: PreTrainedConfig) -> Any:
     """The same text model under the family whose code it is."""
     kind = _PLAIN[text.model_type]
     known = AutoConfig.for_model(kind).to_dict()
@@ -105,7 +107,7 @@ def _plain(text: Any) -> Any:
     return AutoConfig.for_model(kind, **kept, rope_parameters=rope)
 
 
-def text_model(name: str, config: Any, text_config: Any, *, dtype: torch.dtype) -> Any:
+def text_model(name: str, config: PreTrainedConfig, text_config: PreTrainedConfig, *, dtype: torch.dtype) -> Any:
     """The text model of a composite checkpoint as a causal language model of its own.
 
     Args:
@@ -124,7 +126,7 @@ def text_model(name: str, config: Any, text_config: Any, *, dtype: torch.dtype) 
     return model.eval()
 
 
-def _with_head(name: str, whole: Any, text_config: Any, dtype: torch.dtype) -> Any:
+def _with_head(name: str, whole: PreTrainedModel, text_config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """The causal language model of a composite's decoder and head; the tensors are theirs."""
     decoder, head = whole.get_decoder(), whole.get_output_embeddings()
     if head is None:
@@ -152,7 +154,7 @@ def _with_head(name: str, whole: Any, text_config: Any, dtype: torch.dtype) -> A
     return model
 
 
-def _load_whole(name: str, config: Any, dtype: torch.dtype) -> Any:
+def _load_whole(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     written = (config.architectures or [""])[0]
     cls: Any = getattr(transformers, written, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if cls is None:
@@ -162,7 +164,7 @@ def _load_whole(name: str, config: Any, dtype: torch.dtype) -> Any:
     return load_weights(cls, name, name, dtype, left_over=True)
 
 
-def load_weights(cls: Any, place: str, name: str, dtype: torch.dtype, *, left_over: bool = False) -> Any:
+def load_weights(cls: type[Any], place: str, name: str, dtype: torch.dtype, *, left_over: bool = False) -> Any:
     """transformers' `cls` with its weights. `place`: a folder, or a name that `cls` finds. `left_over`: the files may
     hold more than it has."""
     try:
@@ -188,7 +190,7 @@ def check_complete(name: str, report: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _check_same(name: str, whole: Any, model: Any) -> None:
+def _check_same(name: str, whole: PreTrainedModel, model: PreTrainedModel) -> None:
     """Whatever the composite does around its text model (a mask that looks ahead, another scale) would show here."""
     size = int(model.config.vocab_size)
     ids_BL = (torch.arange(8, device=model.device) * 7 + 3)[None] % size

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from opticnerve.encoders.base import inputs_of
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def decoder_layers(language_model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -37,7 +40,7 @@ def context_length(config: Any) -> int | None:
 
 
 @torch.no_grad()
-def check_takes_embeddings(language_model: Any, name: str) -> None:
+def check_takes_embeddings(language_model: PreTrainedModel, name: str) -> None:
     """Refuse a language model whose layers get something else from words' embeddings than from the words.
 
     Falcon-H1 multiplies what it looked up itself, Gemma 3n looks every word up once more for each layer: beside a
@@ -66,7 +69,7 @@ def check_takes_embeddings(language_model: Any, name: str) -> None:
         )
 
 
-def _entering(language_model: Any, **inputs: Tensor) -> list[Tensor]:
+def _entering(language_model: PreTrainedModel, **inputs: Tensor) -> list[Tensor]:
     """The numbers that the first layer is given; all that the model gives where there is no list of layers."""
     found: list[Any] = []
     first = decoder_layers(language_model)[1][:1]
@@ -74,7 +77,7 @@ def _entering(language_model: Any, **inputs: Tensor) -> list[Tensor]:
     return list(_floats([given, found]))
 
 
-def _floats(value: Any) -> Iterator[Tensor]:
+def _floats(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value

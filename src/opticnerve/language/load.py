@@ -90,7 +90,7 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
 _PROBES = ("dog", " dog", "42 犬です", "a\n\n b\t(c)", "🦊 é")
 
 
-def keep_arguments(tokenizer: Any) -> None:
+def keep_arguments(tokenizer: PreTrainedTokenizerBase) -> None:
     """Have a tokenizer write down all arguments of its constructor: Llama's forgets `legacy`, by which it spaces words
     behind special tokens."""
     for name in inspect.signature(type(tokenizer).__init__).parameters:
@@ -99,7 +99,7 @@ def keep_arguments(tokenizer: Any) -> None:
             tokenizer.init_kwargs[name] = value
 
 
-def check_saved(tokenizer: Any, folder: Path) -> None:
+def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Refuse a folder from which another tokenizer would come back.
 
     Raises:

@@ -66,12 +66,12 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     input_modalities = ("image", "text")  # type: ignore[assignment]
     _supports_sdpa = True
 
-    def __init__(self, config: Any, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> None:
         super().__init__(config)
         trusted = trusts(trust_remote_code)
         vision_encoder = make(registry.encoders, config.image["encoder"], trusted) if config.image else None
         self._assemble(vision_encoder, make(text_encoders, config.text["encoder"], trusted))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _assemble(self, vision_encoder: Encoder | None, text_encoder: HFTextEncoder) -> None:
         raise NotImplementedError
@@ -86,7 +86,7 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
         model.all_tied_weights_keys = {}
         model.config.dtype = placed_like(model).dtype
         model.config.architectures = [cls.__name__]
-        return model.eval()
+        return model.eval()  # type: ignore[no-untyped-call]
 
     def restore_tables(self) -> None:
         """The vision encoder may be no model of transformers; the text encoder is one always."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticnerve.types import OpticNerveError
+from opticnerve.types import AutogradContext, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.recipe import Stage
 
 
 class Objective(nn.Module, ABC):
@@ -45,7 +48,7 @@ class Objective(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} is computed micro-batch by micro-batch")
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> Callable[[Sequence[Sequence[Any]]], Any] | None:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> Callable[[Sequence[Sequence[Any]]], Any] | None:
         """What makes a batch of each row's conversations; None for rows of tokens with labels (`data.collate`)."""
         return None
 
@@ -106,12 +109,12 @@ def _all_gather(x: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor) -> Tensor:
         ctx.count = x.shape[0]
         return _all_gather(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous()
         dist.all_reduce(total)
         rank = processes()[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from opticnerve.data.collators.contrastive import PairBatch, PairCollator
 from opticnerve.objectives.base import Objective, gather, processes
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.recipe import Stage
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MAX_SCALE = 100.0
@@ -105,7 +108,7 @@ class Contrastive(Objective):
         self.duplicates = duplicates
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> PairCollator:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> PairCollator:
         """What makes batches of captioned pictures; the stage's `max_length` is the captions'."""
         return PairCollator(processor, max_length=stage.max_length)
 

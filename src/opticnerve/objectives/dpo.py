@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opticnerve.data.collators.preference import PreferenceBatch, PreferenceCollator
 from opticnerve.objectives.base import Objective
 from opticnerve.objectives.next_token import IGNORE, batch_logits
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.recipe import Stage
 
 
 class DPO(Objective):
@@ -57,7 +60,7 @@ class DPO(Objective):
         self._reference = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> PreferenceCollator:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> PreferenceCollator:
         return PreferenceCollator(processor, max_length=stage.max_length)
 
     def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
@@ -106,7 +109,7 @@ class DPO(Objective):
                 module.training = True
 
 
-def log_likelihoods(model: Any, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+def log_likelihoods(model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """Of each pair's chosen and rejected answer: log-probability (P, 2), float32, and number of tokens (P, 2)."""
     keep_BL = batch.targets != IGNORE
     logits_MV = batch_logits(model, batch, keep_BL)

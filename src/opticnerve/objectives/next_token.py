@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,13 +14,19 @@ from opticnerve.ops.head import supervised_logits, supervised_loss
 from opticnerve.ops.varlen import supported, within
 from opticnerve.types import OpticNerveError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from opticnerve.data.collators.next_token import Batch
+    from opticnerve.recipe import Stage
+
 IGNORE = -100
 
 
 class NextToken(Objective):
     """The assistant's next token: the sum over supervised tokens, so that any split of a batch adds up exactly."""
 
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
         keep_BL = batch.targets != IGNORE
         with reading(self.model, batch) as (language_model, inputs):
@@ -42,19 +48,19 @@ class Classification(Objective):
         return scores.loss(batch.targets), batch.targets.new_tensor(len(batch.targets))
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> AnswerCollator:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> AnswerCollator:
         """What makes batches of questions."""
         return AnswerCollator(processor)
 
 
-def batch_logits(model: Any, batch: Any, keep_BL: Tensor) -> Tensor:
+def batch_logits(model: Any, batch: Batch, keep_BL: Tensor) -> Tensor:
     """Logits (M, V) of a batch's rows at the M positions where `keep_BL` is True, pictures and packing and all."""
     with reading(model, batch) as (language_model, inputs):
         return supervised_logits(language_model, keep_BL, **inputs)
 
 
 @contextmanager
-def reading(model: Any, batch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+def reading(model: Any, batch: Batch) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The language model of `model`, and what it takes for a batch; it must run within."""
     language_model = model.language_model
     prompt = model.read(batch.input_ids, group=None if batch.plain else batch.group, **batch.media)
@@ -70,7 +76,7 @@ def reading(model: Any, batch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield language_model, inputs
 
 
-def _check_window(config: Any, length: int) -> None:
+def _check_window(config: PreTrainedConfig, length: int) -> None:
     """A mask of ours replaces the language model's own, sliding windows included: refuse rows that would notice."""
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and length > window:

@@ -3,7 +3,7 @@ language model (Li et al. 2023, section 3.2; the losses' details as in its refer
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.collators.contrastive import CaptionBatch, CaptionCollator
 from opticnerve.objectives.base import Objective, gather, gather_padded, processes, shared_uniform
 from opticnerve.types import Features, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.recipe import Stage
 
 Sees = Literal["bidirectional", "causal", "unimodal"]
 
@@ -69,7 +72,7 @@ class QFormerPretraining(Objective):
         self.label_smoothing = label_smoothing
 
     @classmethod
-    def collator(cls, processor: Any, stage: Any, seed: int) -> CaptionCollator:
+    def collator(cls, processor: Any, stage: Stage, seed: int) -> CaptionCollator:
         """What makes batches: captions are read by the processor's `qformer_tokenizer`."""
         tokenizer = getattr(processor, "qformer_tokenizer", None)
         if tokenizer is None:
@@ -150,7 +153,8 @@ class QFormerPretraining(Objective):
     def match_logits(self, features: Features, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(B, 2): [do not belong together, belong together], the mean over the queries."""
         queries_BQD, _ = self._attend("bidirectional", features, text_ids, text_mask)
-        return self.heads.itm_head(queries_BQD).float().mean(1)
+        out: Tensor = self.heads.itm_head(queries_BQD).float().mean(1)
+        return out
 
     def caption_states(self, features: Features, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(B, L, D): word i's state, from the picture and the words up to i, after [DEC] in the first one's place."""
@@ -162,7 +166,8 @@ class QFormerPretraining(Objective):
         """Logits (…, V) of the word after each state."""
         embeddings = self.connector.text_embeddings
         assert embeddings is not None
-        return self.heads.token_logits(states_MD, embeddings.word_embeddings.weight).float()
+        out: Tensor = self.heads.token_logits(states_MD, embeddings.word_embeddings.weight).float()
+        return out
 
     def _attend(self, kind: Sees, features: Features, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return self.connector.attend(features, ids, mask, attention_mask(kind, self.connector.num_tokens, mask))

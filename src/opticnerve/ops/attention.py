@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from opticnerve.common.private_names import attention_of, set_attention, softmax_backward
 from opticnerve.encoders.base import Encoder
 from opticnerve.ops import enabled, tell
+from opticnerve.types import AutogradContext
 
 LONGEST = {torch.bfloat16: 8192, torch.float32: 768}
 """Positions up to which plain products are faster than torch's kernel on a CPU (`benchmarks/attention.py`); in float32
@@ -77,7 +78,7 @@ def products(
 ) -> Tensor:
     """`attend` by plain products, whether or not that is the faster way."""
     bias_MLL = None if mask_NLL is None else _bias(mask_NLL, q_NHLD.dtype)
-    out: Tensor = _Grouped.apply(q_NHLD, k_NKLD, v_NKLD, bias_MLL, scaling, causal)  # type: ignore[no-untyped-call]
+    out: Tensor = _Grouped.apply(q_NHLD, k_NKLD, v_NKLD, bias_MLL, scaling, causal)
     return out.transpose(1, 2)
 
 
@@ -99,8 +100,14 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q_NHLD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, bias_MLL: Tensor | None, scaling: float, causal: bool
+    def forward(
+        ctx: AutogradContext,
+        q_NHLD: Tensor,
+        k_NKLD: Tensor,
+        v_NKLD: Tensor,
+        bias_MLL: Tensor | None,
+        scaling: float,
+        causal: bool,
     ) -> Tensor:
         k, v = k_NKLD.contiguous(), v_NKLD.contiguous()
         segments, heads, length, width = q_NHLD.shape
@@ -115,7 +122,7 @@ class _Grouped(torch.autograd.Function):
         return out_NLHD
 
     @staticmethod
-    def backward(ctx: Any, grad_NLHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: AutogradContext, grad_NLHD: Tensor) -> tuple[Tensor | None, ...]:
         q_NHLD, k, v, bias_MLL = ctx.saved_tensors
         segments, heads, length, _ = q_NHLD.shape
         dq_NLHD = torch.empty_like(grad_NLHD)
@@ -135,7 +142,8 @@ class _Grouped(torch.autograd.Function):
 
 def _by_key_head(t_NHLD: Tensor, k_NKLD: Tensor) -> Tensor:
     """(N, K, H/K, L, D): query head h asks key head h // (H/K)."""
-    return t_NHLD.unflatten(1, (k_NKLD.shape[1], -1))
+    out: Tensor = t_NHLD.unflatten(1, (k_NKLD.shape[1], -1))
+    return out
 
 
 def _weights(q_NKGQD: Tensor, k_NKLD: Tensor, bias_MQL: Tensor | None, scaling: float) -> Tensor:
@@ -194,7 +202,7 @@ ENCODERS = "opticnerve_encoders"
 
 
 @contextmanager
-def plain_attention(model: Any) -> Iterator[int]:
+def plain_attention(model: nn.Module) -> Iterator[int]:
     """Within it, the encoders in `model` that have torch's attention have ours where it is faster; yields how many
     configurations say so. For a stage that trains, or sees all pictures for its cache; answers are torch's."""
     wrapped = (m for encoder in model.modules() if isinstance(encoder, Encoder) for m in encoder.modules())
@@ -214,7 +222,7 @@ def plain_attention(model: Any) -> Iterator[int]:
 
 
 def vision_attention(
-    module: Any,
+    module: nn.Module,
     query_BHLD: Tensor,
     key_BKLD: Tensor,
     value_BKLD: Tensor,

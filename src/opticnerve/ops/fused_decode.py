@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opticnerve.common.private_names import attention_of, can_reorder, has_hooks, reorder_weight, reordered_linear
@@ -45,7 +46,7 @@ class FusedDecoder:
         pack: for batches, products over packed copies of the weights.
     """
 
-    def __init__(self, language_model: Any, *, pack: bool = True) -> None:
+    def __init__(self, language_model: PreTrainedModel, *, pack: bool = True) -> None:
         inner, config = language_model.model, language_model.config
         self.pack = pack
         self.embedding, self.rotary, self.norm = inner.embed_tokens, inner.rotary_emb, inner.norm
@@ -53,14 +54,14 @@ class FusedDecoder:
         self.head = _Product([language_model.lm_head])
 
     @classmethod
-    def of(cls, language_model: Any, **options: bool) -> FusedDecoder | None:
+    def of(cls, language_model: PreTrainedModel, **options: bool) -> FusedDecoder | None:
         """The fused form of this model; None where its class, or something hooked onto it, is not known to fit."""
         if _fits(language_model):
             return cls(language_model, **options)
         tell(f"{type(language_model).__name__} decodes by its own forward pass")
         return None
 
-    def still_fits(self, language_model: Any) -> bool:
+    def still_fits(self, language_model: PreTrainedModel) -> bool:
         """Whether the model is as it was: hooks, adapters, moving and casting change it."""
         return _fits(language_model) and all(product.in_place() for product in self.products())
 
@@ -175,7 +176,8 @@ class _Product:
 
 def _join(parameters: list[Any]) -> Tensor:
     if len(parameters) == 1:
-        return parameters[0].detach()
+        out: Tensor = parameters[0].detach()
+        return out
     joined = torch.cat([p.detach() for p in parameters])
     for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
@@ -187,7 +189,7 @@ def _rms_norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon).mul_(norm.weight)
 
 
-def _fits(language_model: Any) -> bool:
+def _fits(language_model: PreTrainedModel) -> bool:
     import transformers as tf
 
     known = type(language_model) in {getattr(tf, name) for name in CLASSES}
@@ -227,7 +229,7 @@ class ReservedLayer(DynamicLayer):
     """
 
     def __init__(self, layer: DynamicLayer, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.__dict__.update(vars(layer))
         self.room = room
         self._buffers: list[Tensor] = []
@@ -249,7 +251,7 @@ class ReservedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def reserve(cache: Any, room: int) -> bool:
+def reserve(cache: Cache, room: int) -> bool:
     """Let each plain layer of a `DynamicCache` hold so many more tokens; True if that was all of its layers.
 
     Layers of other kinds (sliding windows, linear attention) know best how to keep themselves and stay.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from opticnerve.ops import enabled, tell
-from opticnerve.types import OpticNerveError
+from opticnerve.types import AutogradContext, OpticNerveError
 
 
 def _named(ending: str, *families: str) -> frozenset[str]:
@@ -82,7 +82,7 @@ def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -
             del module.forward
 
 
-def _fused_forward(module: Any, mask: Any, functions: Functions) -> partial[Tensor] | None:
+def _fused_forward(module: nn.Module, mask: Any, functions: Functions) -> partial[Tensor] | None:
     if "forward" in vars(module):
         return None  # somebody else's business already
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -108,16 +108,16 @@ class _RMSNorm(torch.autograd.Function):
     """Root mean square norm (Zhang & Sennrich 2019), the arithmetic float32, as Llama's."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, norm: Any = None, back: Any = None
+    def forward(
+        ctx: AutogradContext, x: Tensor, weight_D: Tensor, epsilon: float, norm: Any = None, back: Any = None
     ) -> Tensor:
         y, scale = (norm or rms_norm)(x, weight_D, epsilon)
         ctx.save_for_backward(x, scale, weight_D)
         ctx.back = back or rms_norm_back
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight_D = ctx.back(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
         return grad_x, grad_weight_D, None, None, None
 
@@ -144,15 +144,13 @@ class _SwiGLU(torch.autograd.Function):
     """silu(gate) · up (Shazeer 2020, GLU Variants, equation 6)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, gate: Tensor, up: Tensor, swiglu: Any = None, back: Any = None
-    ) -> Tensor:
+    def forward(ctx: AutogradContext, gate: Tensor, up: Tensor, swiglu: Any = None, back: Any = None) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.back = back or gated_silu_back
-        return (swiglu or gated_silu)(gate, up)  # type: ignore[no-any-return]
+        return (swiglu or gated_silu)(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.back(grad, *ctx.saved_tensors), None, None
 
 
@@ -175,7 +173,7 @@ def computed_by(change: Callable[[Any], Any]) -> Functions:
     )
 
 
-def _plain_lora(layer: Any) -> bool:
+def _plain_lora(layer: nn.Module) -> bool:
     """Low-rank and nothing else: one adapter, not merged, on a frozen linear layer; no dropout in use, no variant."""
     if type(layer) is not LoraLinear or layer.merged or len(layer.active_adapters) != 1:
         return False
@@ -196,7 +194,7 @@ def _lora_forward(layer: Any, mask: Any, x: Tensor, *args: Any, **kwargs: Any) -
     [name] = layer.active_adapters
     base = layer.base_layer
     rows_B = None if mask is None else mask.rows_B
-    out: Tensor = _LoRA.apply(  # type: ignore[no-untyped-call]
+    out: Tensor = _LoRA.apply(
         x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], rows_B
     )
     return out
@@ -206,9 +204,9 @@ class _LoRA(torch.autograd.Function):
     """W x + b + s · B (A x) (Hu et al. 2021, equation 3), the adapter's part for the rows that it works on."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down_RI: Tensor, up_OR: Tensor, scaling: float,
-        rows_B: Tensor | None,
+    def forward(
+        ctx: AutogradContext, x: Tensor, weight: Tensor, bias: Tensor | None, down_RI: Tensor, up_OR: Tensor,
+        scaling: float, rows_B: Tensor | None,
     ) -> Tensor:  # fmt: skip
         low = F.linear(x, down_RI)
         if rows_B is not None:
@@ -220,7 +218,7 @@ class _LoRA(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down_RI, up_OR, low, rows_B = ctx.saved_tensors
         grad_TO = grad.flatten(0, -2)
         grad_low = (grad @ up_OR).mul_(ctx.scaling)

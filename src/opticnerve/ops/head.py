@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opticnerve.ops import enabled, tell
+from opticnerve.types import AutogradContext
 
 PIECE = 1 << 22
 """Logits that exist at a time: of so many positions as come to it, of 64 at least."""
@@ -69,13 +70,14 @@ def loss_in_pieces(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> Ten
         for hidden, targets in zip(hidden_MD.split(many), targets_M.split(many), strict=True):
             total = total + checkpoint(_loss, head, hidden, targets, use_reentrant=False)
         return total
-    out: Tensor = _InPieces.apply(hidden_MD, targets_M, head)  # type: ignore[no-untyped-call]
+    out: Tensor = _InPieces.apply(hidden_MD, targets_M, head)
     return out
 
 
 def _at_a_time(head: nn.Module) -> int:
     weight: Any = head.weight
-    return max(_LEAST, PIECE // weight.shape[0])
+    count: int = max(_LEAST, PIECE // weight.shape[0])
+    return count
 
 
 def _loss(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class _InPieces(torch.autograd.Function):
     """The loss under a frozen head; the gradient of what goes in is made on the way."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, targets_M: Tensor, head: nn.Module) -> Tensor:  # type: ignore[override]
+    def forward(ctx: AutogradContext, hidden_MD: Tensor, targets_M: Tensor, head: nn.Module) -> Tensor:
         total, grads = hidden_MD.new_zeros((), dtype=torch.float32), []
         many = _at_a_time(head)
         for hidden, targets in zip(hidden_MD.split(many), targets_M.split(many), strict=True):
@@ -101,7 +103,7 @@ class _InPieces(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.saved_tensors[0] * grad, None, None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from opticnerve.common import atomic
 from opticnerve.ops import enabled, tell
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-def offload_encoder(vision_encoder: nn.Module, folder: Path, console: Any = None) -> None:
+
+def offload_encoder(vision_encoder: nn.Module, folder: Path, console: Console | None = None) -> None:
     """Offload a vision encoder that the stage does not need; where the disk has no room it stays, and the console says
     so."""
     try:

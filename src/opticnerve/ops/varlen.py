@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 
 from opticnerve.common.private_names import attention_of, offers_attention, set_attention
 from opticnerve.ops import enabled, tell
 from opticnerve.ops.attention import attend
+from opticnerve.types import AutogradContext
 
 NAME = "opticnerve_segments"
 LIKE = 0.75
@@ -49,7 +50,7 @@ class Bucket:
             return self.mask_NLL
         return self.mask_NLL & (self.back_NLL < window)
 
-    def to(self, device: Any) -> Bucket:
+    def to(self, device: torch.device | str) -> Bucket:
         moved = (t if t is None else t.to(device, non_blocking=True) for t in vars(self).values())
         return Bucket(*moved)  # type: ignore[arg-type]
 
@@ -68,7 +69,7 @@ class Segments:
     pads_P: Tensor | None = None
     rows: bool = False
 
-    def to(self, device: Any) -> Segments:
+    def to(self, device: torch.device | str) -> Segments:
         back_T, pads_P = (t if t is None else t.to(device, non_blocking=True) for t in (self.back_T, self.pads_P))
         return Segments(tuple(b.to(device) for b in self.buckets), back_T, pads_P, self.rows)
 
@@ -125,7 +126,7 @@ def _branches(branch_NL: Tensor) -> Tensor:
 _current: ContextVar[Segments | None] = ContextVar("segments", default=None)
 
 
-def supported(language_model: Any) -> bool:
+def supported(language_model: PreTrainedModel) -> bool:
     """Whether a language model takes its attention from transformers' interface, and has SDPA for it now."""
     if not enabled():
         return False
@@ -136,7 +137,7 @@ def supported(language_model: Any) -> bool:
 
 
 @contextmanager
-def within(language_model: Any, segments: Segments | None) -> Iterator[None]:
+def within(language_model: PreTrainedModel, segments: Segments | None) -> Iterator[None]:
     """Within it, a forward pass of the language model attends within the segments; `supported` must hold.
 
     The backward pass may lie outside, but for gradient checkpointing, which computes forward again: enter there, too.
@@ -160,12 +161,12 @@ def current() -> Segments | None:
     return _current.get()
 
 
-def _text_config(language_model: Any) -> Any:
+def _text_config(language_model: PreTrainedModel) -> Any:
     return language_model.config.get_text_config(decoder=True)
 
 
 def segmented_attention(
-    module: Any,
+    module: nn.Module,
     query_BHLD: Tensor,
     key_BKLD: Tensor,
     value_BKLD: Tensor,
@@ -191,7 +192,7 @@ def segmented_attention(
         return out_BHLD.transpose(1, 2).contiguous(), None
     rows, _, length, _ = query_BHLD.shape
     flat = (t.transpose(1, 2).flatten(0, 1) for t in (query_BHLD, key_BKLD, value_BKLD))  # each (B·L, heads, D)
-    laid = zip(*(_Lay.apply(t, segments) for t in flat), strict=True)  # type: ignore[no-untyped-call]
+    laid = zip(*(_Lay.apply(t, segments) for t in flat), strict=True)
     done = []
     for bucket, (q, k, v) in zip(segments.buckets, laid, strict=True):  # each (N, L', heads, D)
         out_NHLD = attend(
@@ -199,7 +200,7 @@ def segmented_attention(
             dropout=dropout, window=sliding_window if bucket.mask_NLL is None else None,
         )  # fmt: skip
         done.append(out_NHLD.transpose(1, 2))
-    gathered: Tensor = _GatherRows.apply(segments, *done)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(segments, *done)
     return gathered.unflatten(0, (rows, length)), None
 
 
@@ -207,12 +208,12 @@ class _Lay(torch.autograd.Function):
     """(B·L, heads, D) → for each bucket (N, L', heads, D). Each position stands in one place: backward is a gather."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, segments: Segments) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: AutogradContext, flat: Tensor, segments: Segments) -> tuple[Tensor, ...]:
         ctx.segments = segments
         return tuple(_laid(flat, b, zeros=False) for b in segments.buckets)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, None]:
         return _gathered(grads, ctx.segments), None
 
 
@@ -220,12 +221,12 @@ class _GatherRows(torch.autograd.Function):
     """The way back; what pads a segment on its right gets no gradient, and so gives none to the keys before it."""
 
     @staticmethod
-    def forward(ctx: Any, segments: Segments, *laid: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: AutogradContext, segments: Segments, *laid: Tensor) -> Tensor:
         ctx.segments = segments
         return _gathered(laid, segments)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(_laid(grad, b, zeros=True) for b in ctx.segments.buckets)
 
 
@@ -233,7 +234,8 @@ def _laid(flat: Tensor, bucket: Bucket, *, zeros: bool) -> Tensor:
     out = flat.index_select(0, bucket.index_NL.flatten())
     if zeros:
         out.index_fill_(0, bucket.pads_P, 0)
-    return out.unflatten(0, bucket.index_NL.shape)
+    found: Tensor = out.unflatten(0, bucket.index_NL.shape)
+    return found
 
 
 def _gathered(laid: Sequence[Tensor], segments: Segments) -> Tensor:

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -21,6 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.models.vlm.prompt import Prompt
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.tower import Tower
 
 # The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3
 # to 0.5; norms, activations and memory traffic take the rest.
@@ -73,7 +77,9 @@ def memory(model: nn.Module, trace: Trace, *, checkpointing: bool, process: int)
     return Memory(process, weights, gradients, optimizer, trace.kept, trace.checkpointed, checkpointing)
 
 
-def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], supervised: int) -> Trace:
+def trace_step(
+    model: OpticNerveForConditionalGeneration, *, rows: int, length: int, media: dict[str, int], supervised: int
+) -> Trace:
     """Send one micro-batch of `rows` × `length` tokens and its media through the meta model, there and back.
 
     `media`: by modality, how many pieces (images or tiles, windows of sound) the micro-batch holds.
@@ -91,8 +97,8 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
     if any(p.device.type != "meta" for p in model.parameters()):
         raise OpticNerveError("trace_step counts on the meta device; give it a `meta_model`", kind="missing-field")
     language = model.language_model
-    width = model.get_input_embeddings().embedding_dim
-    dtype = model.get_input_embeddings().weight.dtype
+    embedding: Any = model.get_input_embeddings()
+    width, dtype = embedding.embedding_dim, embedding.weight.dtype
     saved = _Saved(model, length)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda t: t):
@@ -103,7 +109,7 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
                     prompt.soft[modality] = soft.tokens_BND
                     prompt.seen[modality] = tower.fusion.imagine(rows, length, soft)
             embeds = torch.empty(rows, length, width, dtype=dtype)
-            opened = model.get_input_embeddings().weight.requires_grad
+            opened = embedding.weight.requires_grad
             embeds.requires_grad_(opened or any(s.requires_grad for s in prompt.soft.values()))
             # A mask of its own, for deriving one would ask the meta device for values.
             mask = torch.empty(rows, 1, length, length, dtype=dtype)
@@ -119,8 +125,8 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
                 soft_BND.backward(torch.empty_like(soft_BND))
     for parameter in model.parameters():
         parameter.grad = None
-    vocabulary = language.get_output_embeddings().weight.shape[0]
-    head_ways = 3 if language.get_output_embeddings().weight.requires_grad else 2
+    head: Any = language.get_output_embeddings()
+    vocabulary, head_ways = head.weight.shape[0], 3 if head.weight.requires_grad else 2
     flops = counter.get_total_flops() + 2 * head_ways * supervised * width * vocabulary
     logits = supervised * vocabulary * (8 + dtype.itemsize)
     layers = max((len(m) for m in language.modules() if isinstance(m, nn.ModuleList)), default=1)
@@ -128,7 +134,7 @@ def trace_step(model: Any, *, rows: int, length: int, media: dict[str, int], sup
     return Trace(saved.bytes + logits, inputs + saved.bytes // layers + logits, flops)
 
 
-def _soft_tokens(tower: Any, pieces: int, dtype: torch.dtype) -> Any:
+def _soft_tokens(tower: Tower, pieces: int, dtype: torch.dtype) -> Any:
     """What connector and encoder make of so many pieces; arranging tiles costs nothing."""
     features = tower.encoder(torch.empty(pieces, *tower.encoder.media_shape, dtype=dtype))
     return tower.connector(features, *[torch.empty(pieces, 16, dtype=torch.long)] * (2 * tower.wants_text))

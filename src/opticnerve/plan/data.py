@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opticnerve.data.dataset.dataset import Example
 from opticnerve.data.dataset.load import draw, load_examples, load_streams
@@ -15,6 +15,9 @@ from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.language.chat_template import stage_template
 from opticnerve.recipe import Stage
 from opticnerve.types import DataError, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 LOOK_AT = 96  # rows that are encoded to learn their length
 
@@ -55,7 +58,7 @@ class StageData:
         return sum(len(r.images if modality == "image" else r.audios) for r in self.rows) / len(self.rows)
 
 
-def inspect_data(stage: Stage, processor: Any, *, seed: int) -> StageData:
+def inspect_data(stage: Stage, processor: OpticNerveProcessor, *, seed: int) -> StageData:
     """Read a stage's data as training does, and encode some rows of it. What cannot be read is noted, not raised.
 
     Of streamed data the first rows, for no more is known: how many samples and pictures there are stays 0.
@@ -93,7 +96,8 @@ def _first(streams: Any, bad: list[DataError]) -> Iterator[Example]:
 
 
 def _encode_some(
-    found: StageData, examples: Sequence[Example], stage: Stage, processor: Any, seed: int, bad: list[DataError],
+    found: StageData, examples: Sequence[Example], stage: Stage, processor: OpticNerveProcessor, seed: int,
+    bad: list[DataError],
 ) -> None:  # fmt: skip
     template = stage_template(stage.template, processor.tokenizer)
     rng = random.Random(seed)

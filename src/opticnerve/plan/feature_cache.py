@@ -4,16 +4,19 @@ takes."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.common.units import format_bytes, format_duration
 from opticnerve.features.budget import default_budget, features_dir, folder_bytes, free_bytes
-from opticnerve.models.vlm.tower import placed_like
+from opticnerve.models.vlm.tower import Tower, placed_like
 from opticnerve.plan.data import StageData
 from opticnerve.recipe import Stage
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 
 # Bytes a second to and from disk: that of a plain solid-state disk, and less than what its cache in memory gives.
 _DISK = 500_000_000
@@ -78,7 +81,9 @@ class CachePlan:
         return False, f"cache_features {'hardly pays' if self.on else 'does not pay'}: {why}"
 
 
-def foresee(stage: Stage, model: Any, data: StageData, *, flops: int, seconds: float | None) -> CachePlan | None:
+def foresee(
+    stage: Stage, model: OpticNerveForConditionalGeneration, data: StageData, *, flops: int, seconds: float | None
+) -> CachePlan | None:
     """What a cache does for a stage; None where there can be none, or where the stage's data are not known.
 
     Args:
@@ -120,7 +125,7 @@ def foresee(stage: Stage, model: Any, data: StageData, *, flops: int, seconds: f
     )
 
 
-def _look_once(tower: Any) -> tuple[int, tuple[int, int], torch.dtype]:
+def _look_once(tower: Tower) -> tuple[int, tuple[int, int], torch.dtype]:
     """Arithmetic of the vision encoder on one picture, the shape (N, D) of what it sees, and its dtype."""
     dtype = placed_like(tower.encoder).dtype
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

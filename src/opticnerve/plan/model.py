@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +16,9 @@ from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.recipe import Recipe
+
+if TYPE_CHECKING:
+    from opticnerve.encoders.base import Encoder
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
         }
     # The real ids are the tokenizer's business; shapes do not depend on them.
     size = int(config.get_text_config().vocab_size)
-    return OpticNerveForConditionalGeneration.from_parts(
+    model: OpticNerveForConditionalGeneration = OpticNerveForConditionalGeneration.from_parts(
         language_part, towers, image_token_id=size, audio_token_id=size + 1
     )
+    return model
 
 
 def processor_for(recipe: Recipe, model: OpticNerveForConditionalGeneration | None = None) -> OpticNerveProcessor:
@@ -65,7 +69,7 @@ def processor_for(recipe: Recipe, model: OpticNerveForConditionalGeneration | No
     return OpticNerveProcessor.from_tower((model or meta_model(recipe)).towers, tokenizer, **language.processor_keys())
 
 
-def shapes(recipe: Recipe, model: Any) -> list[Shape]:
+def shapes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> list[Shape]:
     """The picture's way through every part."""
     width = model.get_input_embeddings().embedding_dim
     found = []
@@ -89,7 +93,7 @@ def shapes(recipe: Recipe, model: Any) -> list[Shape]:
     return [*found, Shape("language", kind, f"tokens × {width}", _count(language))]
 
 
-def native_size(vision_encoder: Any) -> int | None:
+def native_size(vision_encoder: Encoder) -> int | None:
     """The input size that a vision encoder was pretrained with, if it says so."""
     if isinstance(size := getattr(vision_encoder, "native_size", None), int):
         return size

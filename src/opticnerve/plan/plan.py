@@ -18,7 +18,7 @@ from opticnerve.language.load import load_language_config
 from opticnerve.models.checkpoint.delta import weight_names
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.build import Dock, dtype_of
-from opticnerve.models.vlm.tower import placed_like
+from opticnerve.models.vlm.tower import Tower, placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan import cost, feature_cache
 from opticnerve.plan.data import StageData, inspect_data
@@ -191,13 +191,14 @@ def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int)
     return StagePlan(stage.name, frozen, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
 
 
-def _most_placeholders(tower: Any) -> int:
+def _most_placeholders(tower: Tower) -> int:
     """Tokens that one picture (or window of sound) takes in the text, at most."""
-    tiled = tower.tiling is not None and tower.num_placeholders > 1
-    return int(tower.tiling.spec.max_tokens if tiled else tower.num_placeholders)
+    if tower.tiling is not None and tower.num_placeholders > 1:
+        return int(tower.tiling.spec.max_tokens)
+    return tower.num_placeholders
 
 
-def _pieces(tower: Any) -> int:
+def _pieces(tower: Tower) -> int:
     """Tiles of a picture in the middle of what the tiling allows; 1 where there are no tiles."""
     if tower.tiling is None:
         return 1

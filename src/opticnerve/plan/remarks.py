@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from opticnerve.common.units import format_bytes
 from opticnerve.data.dataset.dataset import NO_MEDIA
 from opticnerve.plan.model import native_size
 from opticnerve.recipe import DataSpec, Recipe, Stage
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 
 _HIGH = {"language": 1e-4, "language.last": 1e-4, "language.embeddings": 1e-3, "encoder": 1e-4, "encoder.last": 2e-4}
 
@@ -23,7 +26,7 @@ class Remark:
     text: str
 
 
-def remarks(recipe: Recipe, plan: Any, model: Any) -> list[Remark]:
+def remarks(recipe: Recipe, plan: Any, model: OpticNerveForConditionalGeneration) -> list[Remark]:
     """All that is remarkable about a `Plan`; `model` is what `meta_model` made."""
     found: list[Remark] = []
 

@@ -167,7 +167,7 @@ def _keys_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str
     return list(getattr(here, "model_fields", {}))
 
 
-def _arguments(annotation: Any) -> Iterator[Any]:
+def _arguments(annotation: object) -> Iterator[Any]:
     yield annotation
     for argument in get_args(annotation):
         yield from _arguments(argument)

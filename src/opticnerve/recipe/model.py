@@ -28,7 +28,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def pinned(given: Any) -> Any:
+def pinned(given: object) -> Any:
     """`name` with `revision` beside it as the one name `NAME@REVISION`, by which weights are found and kept."""
     if not isinstance(given, dict) or given.get("revision") is None:
         return given
@@ -237,7 +237,7 @@ class ClassifierSpec(TwoTowerSpec):
         return self
 
 
-def _kind(model: Any) -> str:
+def _kind(model: object) -> str:
     given = model if isinstance(model, dict) else {"timing": 0} if isinstance(model, ClassifierSpec) else {}
     if "timing" in given:
         return "classifier"

@@ -180,7 +180,7 @@ class Stage(Strict):
 
     @field_validator("objective", mode="before")
     @classmethod
-    def _objective_by_name(cls, objective: Any) -> Any:
+    def _objective_by_name(cls, objective: object) -> Any:
         """`objective: next_token` is short for `objective: {type: next_token}`."""
         return {"type": objective} if isinstance(objective, str) else objective
 
@@ -192,7 +192,7 @@ class Stage(Strict):
 
     @field_validator("train", "data")
     @classmethod
-    def _some(cls, given: Any, info: ValidationInfo) -> Any:
+    def _some(cls, given: object, info: ValidationInfo) -> Any:
         if not given and info.field_name == "train":
             raise ValueError(f"a stage with nothing to train; name at least one part: {', '.join(PARTS)}")
         if not given:

@@ -50,8 +50,8 @@ class _BoundedLoader(yaml.SafeLoader):
         self._values = 0
         self._size_of: dict[str, int] = {}
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
+    def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             name = str(event.anchor)
             if name in self.anchors and name not in self._size_of:

@@ -40,7 +40,7 @@ class Results:
         self.path, self.writes = path, writes
         self.data = {} if fresh else _read(path, "delete it: what it held is measured again")
 
-    def set(self, key: str, value: Any) -> None:
+    def set(self, key: str, value: object) -> None:
         self.data[key] = value
         self.write()
 
@@ -79,7 +79,7 @@ def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
     return recipe
 
 
-def differences(was: Any, now: Any, key: str = "") -> list[str]:
+def differences(was: object, now: object, key: str = "") -> list[str]:
     """`key: a there, b given` for every value in which two recipes differ."""
     if isinstance(was, dict) and isinstance(now, dict):
         inner = [(f"{key}.{k}" if key else str(k), was.get(k), now.get(k)) for k in {**was, **now}]
@@ -211,7 +211,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [steps[s] for s in sorted(steps)]
 
 
-def finite(value: Any) -> float:
+def finite(value: object) -> float:
     """The number, or NaN for what is none: JSON has no word for infinity, and a step may lack a record."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
 

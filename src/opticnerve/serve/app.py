@@ -65,7 +65,7 @@ def create_app(
     kinds = {"image": reader.processor.image_processor, "audio": reader.processor.feature_extractor}
     about = Model(
         id=name, created=int(time.time()), max_model_len=reader.context,
-        modalities=["text", *(k for k, part in kinds.items() if part is not None)],  # type: ignore[list-item]
+        modalities=["text", *(k for k, part in kinds.items() if part is not None)],
     )  # fmt: skip
 
     def check_name(model: str) -> None:
@@ -281,5 +281,5 @@ class EventStream(Response):
         return made | {"usage": usage} if self.include_usage else made
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

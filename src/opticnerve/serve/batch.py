@@ -18,14 +18,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from opticnerve.common.private_names import CACHE, is_stateful, repeat_rows
 from opticnerve.fusion.base import Fusion
 from opticnerve.inference.generate import Answerer
-from opticnerve.models.vlm.modeling import settled_rows
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration, settled_rows
 from opticnerve.ops.fused_decode import FusedDecoder, reserve
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
 _GROWING_ROPE = ("dynamic", "longrope")
 
 
-def why_alone(model: Any) -> str | None:
+def why_alone(model: OpticNerveForConditionalGeneration) -> str | None:
     """Why this model's prompts are answered one at a time; None where they share a batch."""
     if any(type(tower.fusion).see is not Fusion.see for tower in model.towers.values()):
         return "its layers look at the picture beside the text (cross-attention)"

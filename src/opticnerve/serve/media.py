@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import PIL.Image
@@ -34,6 +34,9 @@ from opticnerve.data.media.transform import open_for
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import ServerLimits
 from opticnerve.types import DataError, OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 
 def _refuse(param: str, why: str, code: str | None = "invalid_image_url") -> ApiError:
@@ -196,7 +199,7 @@ class MediaSources:
 class MediaOpener:
     """Opens what one request shows, and counts it: `pixels` and `media` are for all of it together."""
 
-    def __init__(self, processor: Any, sources: MediaSources, limits: ServerLimits) -> None:
+    def __init__(self, processor: OpticNerveProcessor, sources: MediaSources, limits: ServerLimits) -> None:
         self.processor, self.sources, self.limits = processor, sources, limits
         self.pixels, self.media = 0, 0
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import Metrics, ServerLimits
 from opticnerve.web.guard import Keys, Receive, Scope, Send, answers_to
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 log = logging.getLogger("opticnerve.serve")
 OPEN = ("/health",)  # no key, and answered to the last
@@ -30,7 +33,7 @@ class Middleware:
     """
 
     def __init__(
-        self, app: Any, *, limits: ServerLimits, keys: Keys, metrics: Metrics, hosts: frozenset[str] | None
+        self, app: ASGIApp, *, limits: ServerLimits, keys: Keys, metrics: Metrics, hosts: frozenset[str] | None
     ) -> None:
         self.app, self.limits, self.keys, self.metrics, self.hosts = app, limits, keys, metrics, hosts
         self.admitted, self.stopping = 0, False

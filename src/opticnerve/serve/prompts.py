@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING
 
 from opticnerve.inference.generate import Answerer
 from opticnerve.serve import schema
@@ -13,10 +13,13 @@ from opticnerve.serve.media import MediaOpener, MediaSources
 from opticnerve.serve.sequence import PromptInputs
 from opticnerve.types import AudioPart, Conversation, ImagePart, Message, OpticNerveError, Part, TextPart
 
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+
 UNKNOWN_CONTEXT = 2048  # for language models whose configuration names no bound
 
 
-def check_context(model: Any, wished: int | None) -> int:
+def check_context(model: OpticNerveForConditionalGeneration, wished: int | None) -> int:
     """Tokens of prompt and answer together. Raises OpticNerveError: more are wished than the model knows positions."""
     config = model.language_model.config.get_text_config(decoder=True)
     known = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from opticnerve.language.thinking import AnswerText
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.schema import ChatRequest, Finish, TokenLogprob, TopLogprob
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 
 # -- tokens to text: whole characters only, nothing behind a stop word ------------------------------------------------
 
@@ -35,7 +40,7 @@ class IncrementalDetokenizer:
         tokenizer: of transformers. stops: words at which the answer ends; they are left out.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, list(stops)
         self.ids: list[int] = []
         self._from, self._read = 0, 0  # the window begins at one token, and is decoded up to the other
@@ -124,7 +129,9 @@ class TokenSampler:
             request this row is.
     """
 
-    def __init__(self, model: Any, asked: ChatRequest, prompt: list[int], number: int) -> None:
+    def __init__(
+        self, model: OpticNerveForConditionalGeneration, asked: ChatRequest, prompt: list[int], number: int
+    ) -> None:
         config = generation_config(model, max_new_tokens=1, **self._options(model, asked))
         device = model.device
         self.ids: list[int] = list(prompt)
@@ -133,7 +140,7 @@ class TokenSampler:
         self.generator = torch.Generator(device).manual_seed(seed) if config.do_sample else None
 
     @staticmethod
-    def _options(model: Any, asked: ChatRequest) -> dict[str, Any]:
+    def _options(model: OpticNerveForConditionalGeneration, asked: ChatRequest) -> dict[str, Any]:
         """As transformers' `generate` is told."""
         temperature, top_p = asked.temperature, asked.top_p
         open_ = temperature is None and top_p is None
@@ -161,7 +168,7 @@ class TokenSampler:
         return token
 
 
-def check_plain(model: Any) -> None:
+def check_plain(model: OpticNerveForConditionalGeneration) -> None:
     """Refuse a model whose generation_config wants more than a step per token. Raises OpticNerveError: beams,
     contrastive search, and the like."""
     config = generation_config(model, max_new_tokens=1)
@@ -216,7 +223,14 @@ class GenerationJob:
 class RunningSequence:
     """A choice of a job while it is written."""
 
-    def __init__(self, job: GenerationJob, number: int, model: Any, tokenizer: Any, ends: Sequence[int]) -> None:
+    def __init__(
+        self,
+        job: GenerationJob,
+        number: int,
+        model: OpticNerveForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Sequence[int],
+    ) -> None:
         self.job, self.number, self.tokenizer, self.ends = job, number, tokenizer, ends
         self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number)
         self.text, self.answer = IncrementalDetokenizer(tokenizer, job.asked.stops), AnswerText()

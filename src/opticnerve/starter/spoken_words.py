@@ -19,13 +19,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.types import OpticNerveError, to_install
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PROGRAM = "espeak-ng"
 RATE = 16_000
@@ -231,14 +234,15 @@ def speak(clip: Clip, program: str) -> np.ndarray[Any, np.dtype[np.int16]]:
         raise OpticNerveError(
             f"{clip.id} takes {len(padded_N) / RATE:.2f} seconds, more than the {SECONDS} of a window", kind="too-long"
         )
-    return np.rint(padded_N.clip(-1, 1) * 32767).astype(np.int16)
+    samples: np.ndarray[Any, np.dtype[np.int16]] = np.rint(padded_N.clip(-1, 1) * 32767).astype(np.int16)
+    return samples
 
 
 def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
-def _resample(samples_N: Any, rate: int) -> Any:
+def _resample(samples_N: NDArray[Any], rate: int) -> Any:
     try:
         import soxr
     except ImportError as e:

@@ -14,11 +14,14 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.types import OpticNerveError, has_pip
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PREFIX = "starter/"
 
@@ -60,7 +63,7 @@ class StarterModel:
     def file(self) -> Path:
         return self.source.locate()
 
-    def load_into(self, model: Any) -> None:
+    def load_into(self, model: nn.Module) -> None:
         """Load by position after checking every shape: the two name their tensors differently, in the same order."""
         import torch
 

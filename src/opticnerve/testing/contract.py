@@ -61,7 +61,7 @@ class Subject:
         """Another of the same options, with other weights."""
         return replace(self, part=self.rebuild().eval())
 
-    def elsewhere(self, to: Any) -> Subject:
+    def elsewhere(self, to: torch.device | torch.dtype | str) -> Subject:
         """A copy on another device, or in another dtype."""
         return replace(self, part=copy.deepcopy(self.part).to(to))
 
@@ -69,7 +69,7 @@ class Subject:
 Rule = Callable[[Any], None]
 
 
-def apply(rules: Iterable[Rule], subject: Any, name: str) -> None:
+def apply(rules: Iterable[Rule], subject: object, name: str) -> None:
     """Run every rule.
 
     Raises:
@@ -120,7 +120,7 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one.detach() - other.detach()).abs().max()) / max(1.0, float(other.detach().abs().max()))
 
 
-def moved(inputs: tuple[Tensor, ...], to: Any) -> tuple[Tensor, ...]:
+def moved(inputs: tuple[Tensor, ...], to: torch.device | torch.dtype | str) -> tuple[Tensor, ...]:
     """`Tensor.to` for a device or a dtype; what is no float keeps its dtype."""
     return tuple(t.to(to) if isinstance(to, str) or t.is_floating_point() else t for t in inputs)
 
@@ -142,7 +142,7 @@ def declared_shapes(s: Subject) -> None:
         expect(bool(out.tokens_BND.isfinite().all()), "tokens are not finite")
 
 
-def options_are_json(s: Any) -> None:
+def options_are_json(s: Subject) -> None:
     """`options` is a dict of plain JSON values: it goes into config.json, and the part is built from what is read
     there."""
     expect(isinstance(s.part.options, dict), f"options is a {type(s.part.options).__name__}, no dict")
@@ -208,9 +208,9 @@ def gradients_flow(s: Subject) -> None:
     expect(not frozen, f"frozen from the start: {', '.join(frozen[:5])}")
     without = [n for n, p in named.items() if p.grad is None]
     expect(not without, f"no gradient reaches {', '.join(without[:5])} ({len(without)} parameters in all)")
-    wild = [n for n, p in named.items() if not p.grad.isfinite().all()]  # type: ignore[union-attr]
+    wild = [n for n, p in named.items() if not p.grad.isfinite().all()]
     expect(not wild, f"the gradients of {', '.join(wild[:5])} are not finite")
-    expect(not named or any(p.grad.any() for p in named.values()), "all gradients are zero")  # type: ignore[union-attr]
+    expect(not named or any(p.grad.any() for p in named.values()), "all gradients are zero")
     s.part.zero_grad()
     expect(media.grad is not None, "no gradient reaches the input")
     blind = [i for i, g in enumerate(media.grad) if not g.isfinite().all() or not g.any()]  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ def imagined(device: str) -> Iterator[Callable[[Any], Any]]:
     """
     mode, outside = fake_tensors()
 
-    def there(what: Any) -> Any:
+    def there(what: nn.Module | Tensor) -> Any:
         if isinstance(what, Tensor):
             return torch.empty(what.shape, dtype=what.dtype, device=device)
         with outside():

@@ -60,7 +60,7 @@ class Docked:
         """Another of the same options, with other weights."""
         return dock(self.rebuild(), self.rebuild, self.unused)
 
-    def elsewhere(self, to: Any) -> Docked:
+    def elsewhere(self, to: torch.device | torch.dtype | str) -> Docked:
         """The same weights elsewhere, wired anew."""
         made = self.again()
         made.part.load_state_dict(self.part.state_dict())
@@ -71,7 +71,8 @@ class Docked:
     @property
     def length(self) -> int:
         """Of every row: room for two pictures, and three words behind them."""
-        return 4 + 2 * (self.part.placeholders(SOFT) + 1)
+        count: int = 4 + 2 * (self.part.placeholders(SOFT) + 1)
+        return count
 
     def prompt(self, pictures: Sequence[int] = PICTURES) -> tuple[Tensor, Tensor, Features]:
         """Word ids (B, L), the mask of placeholders (B, L) and soft tokens, one row for each picture."""
@@ -87,13 +88,15 @@ class Docked:
         return ids_BL, placeholder_BL, features
 
     def embed(self, ids_BL: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
-        return self.part.embed(self.language.get_input_embeddings()(ids_BL), placeholder_BL, features)
+        out: Tensor = self.part.embed(self.language.get_input_embeddings()(ids_BL), placeholder_BL, features)
+        return out
 
     def hidden(self, ids_BL: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
         """The language model's last hidden states (B, L, D), as the docked model computes them."""
         embeds_BLD = self.embed(ids_BL, placeholder_BL, features)
         with self.part.seeing(self.part.see(placeholder_BL, features)):
-            return self.language.model(inputs_embeds=embeds_BLD, use_cache=False).last_hidden_state
+            out: Tensor = self.language.model(inputs_embeds=embeds_BLD, use_cache=False).last_hidden_state
+            return out
 
 
 def dock(fusion: Fusion, rebuild: Callable[[], Fusion], unused: tuple[str, ...]) -> Docked:

@@ -3,18 +3,21 @@ resemble."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opticnerve.fusion.base import words_of
-from opticnerve.models.vlm.tower import MEDIA_INPUT, placed_like
+from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, placed_like
 from opticnerve.train.sampler import StageSampler
 from opticnerve.types import Features
 
+if TYPE_CHECKING:
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+
 
 @torch.no_grad()
-def calibrate(model: Any, sampler: StageSampler, *, pieces: int = 64) -> None:
+def calibrate(model: OpticNerveForConditionalGeneration, sampler: StageSampler, *, pieces: int = 64) -> None:
     """Set the calibration buffers of every connector that wants it and has none, on the stage's first media.
 
     Models without connectors are left as they are.
@@ -36,7 +39,7 @@ def calibrate(model: Any, sampler: StageSampler, *, pieces: int = 64) -> None:
                 found[modality].append(tower.encode(given))
         if all(sum(len(f.mask_BN) for f in seen) >= pieces for seen in found.values()):
             break
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     _, words_std = words_of(embeddings) if any(found.values()) else (None, 0.0)
     for modality, tower in waiting.items():
         if found[modality]:
@@ -48,7 +51,7 @@ def calibrate(model: Any, sampler: StageSampler, *, pieces: int = 64) -> None:
             _measure(tower, features, words_std)
 
 
-def _measure(tower: Any, features: Features, embedding_std: float) -> None:
+def _measure(tower: Tower, features: Features, embedding_std: float) -> None:
     connector = tower.connector
     dtype = placed_like(connector).dtype
     text: list[torch.Tensor] = []

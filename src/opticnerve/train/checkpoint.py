@@ -114,7 +114,7 @@ def looks_whole(path: Path) -> bool:
         return False
 
 
-def size_of(state: Any) -> int:
+def size_of(state: object) -> int:
     """About the bytes that a state takes on disk: its tensors', and something for the archive around each."""
     if isinstance(state, torch.Tensor):
         return state.nbytes + 256
@@ -159,7 +159,7 @@ class _Writing:
         self.file, self.flush = file, file.flush
         self.failed: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         try:
             return self.file.write(data)
         except OSError as e:

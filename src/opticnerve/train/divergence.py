@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from opticnerve.common import atomic
 from opticnerve.data.media.open import open_image
@@ -35,7 +36,7 @@ class Divergence:
         model: whose `moving` buffers (a batch norm's statistics) a step that is left out must not leave changed.
     """
 
-    def __init__(self, stage: Stage, folder: Path, state: TrainState, model: Any) -> None:
+    def __init__(self, stage: Stage, folder: Path, state: TrainState, model: nn.Module) -> None:
         self.stage, self.folder, self.state = stage, folder, state
         self._model, self._moving = model, state.moving if stage.on_divergence == "skip" else ()
         self._before: dict[str, torch.Tensor] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
@@ -14,6 +14,9 @@ import torch
 from opticnerve.objectives.base import Objective
 from opticnerve.train.sampler import StageSampler
 from opticnerve.types import DataError
+
+if TYPE_CHECKING:
+    from opticnerve.data.encode.packing import Row
 
 SAMPLES, TOKENS = 16, 3_000
 """At most so many of the stage's first samples, and about so many tokens: it shall cost seconds, not minutes."""
@@ -74,11 +77,11 @@ def _rows(sampler: StageSampler) -> list[Any]:
     return found
 
 
-def _loss(objective: Objective, sampler: StageSampler, row: Any) -> float:
+def _loss(objective: Objective, sampler: StageSampler, row: Row) -> float:
     device = next(objective.parameters()).device
     loss, count = objective(sampler.collate([row]).to(device))
     return float(loss) / max(1, int(count))
 
 
-def _key(source: Any) -> Any:
+def _key(source: object) -> Any:
     return id(source) if isinstance(source, PIL.Image.Image) else source

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from opticnerve.common import atomic
 from opticnerve.common.progress import Progress
+from opticnerve.common.units import format_bytes
 from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
 from opticnerve.distributed.heartbeat import LostProcess
@@ -33,6 +34,9 @@ from opticnerve.train.metrics import METRICS, MetricsLog, fill, media_counts
 from opticnerve.train.optim import schedule
 from opticnerve.train.setup import StageSetup, make_accelerator, set_up
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
@@ -211,7 +215,7 @@ def _save_model(ready: StageSetup, trained: set[str]) -> None:
     try:
         ready.dock.save(ready.folder, trained)
     except (OSError, SafetensorError) as e:
-        free = atomic.format_bytes(shutil.disk_usage(ready.folder).free)
+        free = format_bytes(shutil.disk_usage(ready.folder).free)
         raise OpticNerveError(
             f"the model of stage {ready.stage.name} could not be written to {ready.folder}: {e}; {free} are free "
             f"there. Free some space, and resume",
@@ -224,7 +228,7 @@ def _signals(ask: Callable[[], None]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks the loop to save and leave after its step; a second one is Python's own."""
     before: dict[Any, Any] = {}
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, before[number])
         ask()
 

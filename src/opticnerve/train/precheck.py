@@ -12,7 +12,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from opticnerve.data.media.transform import open_for
 from opticnerve.recipe import Stage
 from opticnerve.train.sampler import Collate, StageSampler
 from opticnerve.types import Conversation, DataError, Frame, OpticNerveError, TextPart
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 MOST, FIRST = 10_000, 64
 """So many samples are looked at, and so many examples, evenly spread, are read to tell the data apart (of a stream the
@@ -175,7 +178,7 @@ def _words(conversation: Conversation) -> str:
     return "\0".join(said)
 
 
-def _open_once(conversation: Conversation, opened: set[Path], image_processor: Any) -> None:
+def _open_once(conversation: Conversation, opened: set[Path], image_processor: BaseImageProcessor) -> None:
     """Open each picture file that has not been looked at yet; only good ones are remembered."""
     for image in conversation.images:
         if not isinstance(image.source, Path) or image.source not in opened:

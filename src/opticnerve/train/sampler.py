@@ -87,13 +87,16 @@ class StageSampler(Dataset[Batch]):
             first = step * self.stage.batch_size
             lengths = self.plan.lengths[first : first + self.stage.batch_size]
             dealt = deal(lengths, accumulate=self.stage.accumulate, world=self.world)[self.rank][micro_batch]
-            return self.collate([self.planned_row(first + r) for r in dealt])
+            planned: Batch = self.collate([self.planned_row(first + r) for r in dealt])
+            return planned
         rows = self.stage.batch_size // self.stage.accumulate
         mine = range(index * rows + self.rank, (index + 1) * rows, self.world)
         if self.own_collate is not None:
-            return self.own_collate([self._collatable(v) for v in mine])
+            own: Batch = self.own_collate([self._collatable(v) for v in mine])
+            return own
         apart = [self.row(v) for v in mine]
-        return self.collate(fit(apart, self.stage.pack) if isinstance(self.stage.pack, int) else apart)
+        batch: Batch = self.collate(fit(apart, self.stage.pack) if isinstance(self.stage.pack, int) else apart)
+        return batch
 
     def row(self, index: int) -> Row:
         """The row of one sample, its pictures opened. Where bad samples are skipped, the next good sample stands in."""
@@ -313,7 +316,8 @@ class StreamingSampler(StageSampler):
 
     def state_delta(self) -> list[Any]:
         """Where windows begin, for the process that saves; `data.loader` brings them from its workers."""
-        return self.examples.state_delta()
+        marks: list[Any] = self.examples.state_delta()
+        return marks
 
     def load_state_delta(self, found: list[Any]) -> None:
         self.examples.load_state_delta(found)

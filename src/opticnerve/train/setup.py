@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from rich.console import Console
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve import registry
@@ -29,7 +30,7 @@ from opticnerve.features.store import see_all
 from opticnerve.language.chat_template import stage_template
 from opticnerve.language.layers import context_length, decoder_layers
 from opticnerve.language.lora import has_lora
-from opticnerve.models.family import Family
+from opticnerve.models.family import Family, FamilyModel
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.tower import check_options
 from opticnerve.ops.fused_layers import fuse_layers
@@ -43,7 +44,7 @@ from opticnerve.train.precheck import Notes, fingerprint, precheck, samples_to_c
 from opticnerve.train.sampler import Collate, StageSampler, StreamingSampler
 from opticnerve.train.state import TrainState
 from opticnerve.train.strategy import Strategy, make_strategy
-from opticnerve.types import OpticNerveError, to_install
+from opticnerve.types import MediaProcessor, OpticNerveError, to_install
 
 BACKEND = "inductor"
 _LOOKED_AT = 32  # rows of a stream
@@ -190,7 +191,7 @@ def _check_trackers(names: list[str]) -> None:
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def make_objective(stage: Stage, model: Any) -> Any:
+def make_objective(stage: Stage, model: FamilyModel) -> Any:
     """What the stage minimises, with the recipe's options."""
     spec = stage.objective
     cls = registry.objectives.get(spec.type)
@@ -198,7 +199,7 @@ def make_objective(stage: Stage, model: Any) -> Any:
     return cls(model, **spec.options)
 
 
-def within_context(stage: Stage, model: Any) -> Stage:
+def within_context(stage: Stage, model: PreTrainedModel) -> Stage:
     """No sample may be longer than the language model's context, whether the stage says so or not."""
     context = context_length(getattr(model.config, "text_config", None))
     if not context:
@@ -234,7 +235,7 @@ def checkpoint_layers(model: Any) -> None:
 
 
 @contextmanager
-def compiled_layers(model: Any) -> Iterator[None]:
+def compiled_layers(model: FamilyModel) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
     if model.language_model is None:
         raise OpticNerveError("compile is for docked language models; leave it out", kind="unsupported")
@@ -261,7 +262,7 @@ def give_memory_back() -> None:
 
 
 def make_sampler(
-    stage: Stage, processor: Any, *, seed: int, accelerator: Accelerator, skipped: BadSampleCounter,
+    stage: Stage, processor: MediaProcessor, *, seed: int, accelerator: Accelerator, skipped: BadSampleCounter,
     collate: Collate | None, console: Console | None = None,
 ) -> tuple[StageSampler, dict[str, Any]]:  # fmt: skip
     """The samples of a stage, and the fingerprint of its data. The first samples are looked at.
@@ -300,7 +301,7 @@ def make_sampler(
 
 
 def cache_features(
-    model: Any, processor: Any, stage: Stage, sampler: StageSampler, accelerator: Accelerator,
+    model: FamilyModel, processor: MediaProcessor, stage: Stage, sampler: StageSampler, accelerator: Accelerator,
     skipped: BadSampleCounter, console: Console | None,
 ) -> None:  # fmt: skip
     """Have the frozen vision encoder see all pictures of the stage once, and the sampler take what it saw."""

@@ -35,7 +35,7 @@ class Translations:
     def __call__(self, key: str, **values: object) -> str:
         """The text of `key`. Raises KeyError: no text has that key."""
         own = TEXTS[self.language]
-        text = own[key] if key in own else RUN_TEXTS[self.language][key]
+        text: str = own[key] if key in own else RUN_TEXTS[self.language][key]
         return text.format(**values) if values else text
 
 

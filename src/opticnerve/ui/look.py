@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -19,6 +19,9 @@ from opticnerve.types import Conversation, OpticNerveError
 from opticnerve.ui.chat import ChatState, Refused, alert, note
 from opticnerve.ui.i18n import Translations
 from opticnerve.ui.models import Models
+
+if TYPE_CHECKING:
+    from opticnerve.interpret.attribution import Attribution
 
 AUTO = "auto"
 TOKENS = 24  # of the explained answer: each takes a pass backwards
@@ -48,7 +51,7 @@ class AttributionMaps:
         return words("look_told", word=self.looked.words[number].text, places="; ".join(places))
 
 
-def _draw(shown: NDArray[Any], looked: Any, found: Any, number: int) -> PIL.Image.Image:
+def _draw(shown: NDArray[Any], looked: Attribution, found: Any, number: int) -> PIL.Image.Image:
     """One panel of `opticnerve look` by itself, as wide as a phone shows it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

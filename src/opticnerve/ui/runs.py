@@ -213,7 +213,7 @@ def read_file(folder: Path, name: str | Path, most: int) -> bytes:
     return data
 
 
-def dicts(value: Any) -> list[dict[str, Any]]:
+def dicts(value: object) -> list[dict[str, Any]]:
     """The mappings in what should be a list of them."""
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 

@@ -112,7 +112,7 @@ def _answer(found: dict[str, Any]) -> RunAnswer:
     )  # fmt: skip
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     text = " ".join(str(value if value is not None else "").split())
     return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
 

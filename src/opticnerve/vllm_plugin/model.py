@@ -74,7 +74,7 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
                 windows = windows[count:]
         return found
 
-    def _soft(self, modality: str, media: Any, sizes: Tensor | None) -> list[Tensor]:
+    def _soft(self, modality: str, media: object, sizes: Tensor | None) -> list[Tensor]:
         soft = getattr(self, modality)(_joined(media), sizes)
         return [tokens_ND[mask_N] for tokens_ND, mask_N in zip(soft.tokens_BND, soft.mask_BN, strict=True)]
 
@@ -87,7 +87,8 @@ class OpticNerveInVLLM(nn.Module, SupportsMultiModal):
         return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.language_model.compute_logits(hidden_states)
+        logits_BLV: Tensor | None = self.language_model.compute_logits(hidden_states)
+        return logits_BLV
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Every tensor of the folder to its place; the towers' must all be there, in their shapes, and no other."""

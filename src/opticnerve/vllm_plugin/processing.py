@@ -32,10 +32,12 @@ class Info(BaseProcessingInfo):
     """What a docked model takes, and how many tokens it makes of it."""
 
     def get_hf_config(self) -> OpticNerveConfig:
-        return self.ctx.get_hf_config(OpticNerveConfig)
+        config: OpticNerveConfig = self.ctx.get_hf_config(OpticNerveConfig)
+        return config
 
     def get_hf_processor(self, **kwargs: object) -> OpticNerveProcessor:
-        return self.ctx.get_hf_processor(OpticNerveProcessor, **kwargs)
+        processor: OpticNerveProcessor = self.ctx.get_hf_processor(OpticNerveProcessor, **kwargs)
+        return processor
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return dict.fromkeys(self.get_hf_config().towers)
@@ -68,7 +70,7 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
         return data
 
 
-def _placeholders(processor: Any, pictures: int, sounds: int) -> str:
+def _placeholders(processor: OpticNerveProcessor, pictures: int, sounds: int) -> str:
     return str(processor.image_token) * pictures + str(processor.audio_token) * sounds
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import restore_buffers
@@ -68,13 +68,13 @@ class Towers(PreTrainedModel):
         for modality in sorted(modalities):
             spec = config.towers[modality]
             setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         """Nothing: a tensor that is missing is an error."""
 
 
-def language_sizes(text_config: Any) -> dict[str, int]:
+def language_sizes(text_config: PreTrainedConfig) -> dict[str, int]:
     """What connectors and fusions must know of a language model, by its configuration."""
     return {"language_size": int(text_config.hidden_size), "language_layers": int(text_config.num_hidden_layers)}
 

@@ -163,9 +163,10 @@ _COUNTS = np.array([n.bit_count() for n in range(1 << 16)], np.uint8)
 
 def _bits(hashes: NDArray[Any]) -> NDArray[Any]:
     """How many bits are set in each."""
-    return _COUNTS[np.ascontiguousarray(hashes).reshape(-1, 1).view(np.uint16)].sum(axis=1)
+    sums: NDArray[Any] = _COUNTS[np.ascontiguousarray(hashes).reshape(-1, 1).view(np.uint16)].sum(axis=1)
+    return sums
 
 
-def _band(hashes: Any, number: int) -> Any:
+def _band(hashes: NDArray[Any], number: int) -> Any:
     start, width = _BANDS[number]
     return (hashes >> np.uint64(start)) & np.uint64((1 << width) - 1)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from opticnerve.data.media.transform import open_for
 from opticnerve.ops.varlen import Segments
 from opticnerve.types import Conversation, Features
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
 _B = TypeVar("_B", bound="Moving")
 
 
 class Moving:
     """A dataclass whose tensors, `Features` and `Segments` go to a device together; all else that it holds stays."""
 
-    def to(self: _B, device: Any) -> _B:
+    def to(self: _B, device: torch.device | str) -> _B:
         """A batch of the same, on that device."""
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})  # type: ignore[type-var,arg-type]
 
@@ -42,7 +45,7 @@ class SampleBatch(Moving):
         return len(self.ids)
 
 
-def _moved(value: Any, device: Any) -> Any:
+def _moved(value: object, device: torch.device | str) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Segments):
@@ -81,7 +84,7 @@ class SampleCollator:
         return self.processor(images=pictures, text=words, return_tensors="pt", **options), cached
 
 
-def open_once(conversation: Conversation, image_processor: Any, opened: set[Path]) -> None:
+def open_once(conversation: Conversation, image_processor: BaseImageProcessor, opened: set[Path]) -> None:
     """Open each picture of a conversation whose file is not among those that have been opened: to see that it can be.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from torch import Tensor
 from opticnerve.data.collators.base import SampleBatch, SampleCollator, keys_of
 from opticnerve.data.media.open import image_digest
 from opticnerve.data.media.transform import open_for
-from opticnerve.types import Conversation, DataError, OpticNerveError
+from opticnerve.types import Conversation, DataError, MediaProcessor, OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -47,7 +50,7 @@ class PairCollator(SampleCollator):
         processor: a `DualEncoderProcessor`; it cuts captions at `max_length` tokens (its own by default).
     """
 
-    def __init__(self, processor: Any, *, max_length: int | None = None) -> None:
+    def __init__(self, processor: MediaProcessor, *, max_length: int | None = None) -> None:
         super().__init__(processor)
         self.limit = {} if max_length is None else {"max_length": max_length}
 
@@ -119,7 +122,9 @@ class CaptionCollator:
     Captions longer than `max_length` tokens end there, with [SEP], as in BLIP-2 (which ends them at 32).
     """
 
-    def __init__(self, image_processor: Any, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(
+        self, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    ) -> None:
         self.image_processor, self.tokenizer, self.max_length = image_processor, tokenizer, max_length
 
     def __call__(self, rows: Sequence[Sequence[Conversation]]) -> CaptionBatch:

@@ -15,6 +15,7 @@ from opticnerve.data.encode.tokenize import IGNORE
 from opticnerve.data.media.audio import open_audio
 from opticnerve.data.media.transform import open_for, pixels
 from opticnerve.ops.varlen import Segments, segments_of
+from opticnerve.types import ChatProcessor
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Collator:
     features: Any = None
     compact = False
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: ChatProcessor) -> None:
         self.processor = processor
         self.pad = processor.tokenizer.pad_token_id
 

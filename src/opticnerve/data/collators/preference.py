@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from opticnerve.data.collators.base import open_once
 from opticnerve.data.collators.next_token import Batch, Collator
 from opticnerve.data.encode.packing import Row, fit, pack
 from opticnerve.data.encode.tokenize import IGNORE, Encoded, encode
-from opticnerve.types import Conversation, DataError, Message, TextPart
+from opticnerve.types import ChatProcessor, Conversation, DataError, Message, TextPart
 
 CHOSEN, REJECTED = 1, 2
 """Branches of a pair."""
@@ -44,7 +43,7 @@ class PreferenceCollator(Collator):
         max_length: longest picture, question and answer, in tokens.
     """
 
-    def __init__(self, processor: Any, *, max_length: int | None = None) -> None:
+    def __init__(self, processor: ChatProcessor, *, max_length: int | None = None) -> None:
         super().__init__(processor)
         self.max_length = max_length
         self._opened: set[Path] = set()

@@ -133,7 +133,7 @@ def held_out(conversation: Conversation) -> bool:
     return False
 
 
-def _named(source: Any) -> str:
+def _named(source: object) -> str:
     if isinstance(source, Frame):
         return f"{_named(source.source)} {source.index}/{source.of}"
     return f"{type(source).__name__} {hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else source}"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 from jinja2 import TemplateError
@@ -21,7 +21,10 @@ from jinja2 import TemplateError
 from opticnerve.data.encode.chat_skeleton import MARK, Skeleton, SkeletonTurn, mark, marked, plain, text_part, trimmed
 from opticnerve.language import thinking
 from opticnerve.language.chat_template import CAPTION_ONLY
-from opticnerve.types import Conversation, DataError, Message, TextPart
+from opticnerve.types import ChatProcessor, Conversation, DataError, Message, TextPart
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MOST_SHAPES = 1024
 # What Jinja raises, and what Python raises from within a template's expressions.
@@ -287,7 +290,7 @@ def _drops(turn: SkeletonTurn) -> DataError:
 _FORMS: WeakKeyDictionary[Any, dict[tuple[str, str | None], ChatForm]] = WeakKeyDictionary()
 
 
-def form_of(processor: Any, template: str | None = None) -> ChatForm:
+def form_of(processor: ChatProcessor, template: str | None = None) -> ChatForm:
     """The form of a processor's own template, or of another; made once for each."""
     template = template or processor.chat_template
     forms = _FORMS.setdefault(processor, {})
@@ -303,7 +306,7 @@ def _spelling(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile("(?=(" + "|".join(map(re.escape, longest_first)) + "))" if longest_first else "(?!)()")
 
 
-def _beginning(tokenizer: Any) -> list[int]:
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What a tokenizer writes before a text."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)

@@ -60,7 +60,7 @@ class FromStep(Dataset[Sent]):
             return Sent(error=e, left_out=take(), state=state())
 
 
-def loader(sampler: Any, first: int, workers: int, device: Any) -> DataLoader[Sent]:
+def loader(sampler: Any, first: int, workers: int, device: torch.device | str) -> DataLoader[Sent]:
     """Micro-batch `first` and all that follow it, in order; go through it with `TimedBatches`.
 
     Args:
@@ -87,7 +87,7 @@ class TimedBatches(Iterator[Any]):
         OpticNerveError: what came up in a worker, as it was raised there.
     """
 
-    def __init__(self, batches: DataLoader[Sent], device: Any = None) -> None:
+    def __init__(self, batches: DataLoader[Sent], device: torch.device | str | None = None) -> None:
         self._loader, self._device = batches, device
         self._batches: Iterator[Sent] | None = None
         self.seconds = self.first_seconds = 0.0
@@ -118,7 +118,7 @@ def _send_bytes(worker: int) -> None:
         sampler.collate.compact = True
 
 
-def _each(value: Any, tensor: Callable[[Tensor], Tensor], pixels: Callable[[Bytes], Any]) -> Any:
+def _each(value: object, tensor: Callable[[Tensor], Tensor], pixels: Callable[[Bytes], Any]) -> Any:
     """A batch with each of its tensors, and each of its `Bytes`, put through a function."""
     if isinstance(value, Bytes):
         return pixels(value)

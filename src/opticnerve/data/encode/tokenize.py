@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from opticnerve.data.encode.chat_layout import ChatForm, Layout, form_of
 from opticnerve.data.media.audio import open_audio
 from opticnerve.data.media.files import errors_at
 from opticnerve.data.media.open import image_size
-from opticnerve.types import AudioPart, Conversation, DataError, ImagePart, OpticNerveError
+from opticnerve.types import AudioPart, ChatProcessor, Conversation, DataError, ImagePart, OpticNerveError
 
 IGNORE = -100
 
@@ -44,7 +43,7 @@ class Encoded:
 
 def encode(
     conversation: Conversation,
-    processor: Any,
+    processor: ChatProcessor,
     *,
     template: str | None = None,
     max_length: int | None = None,
@@ -102,7 +101,7 @@ def encode(
         )  # fmt: skip
 
 
-def media_blocks(conversation: Conversation, processor: Any) -> dict[str, list[int]]:
+def media_blocks(conversation: Conversation, processor: ChatProcessor) -> dict[str, list[int]]:
     """By placeholder word, how many of it each picture (or sound) of the conversation takes, in order.
 
     Raises:
@@ -133,7 +132,7 @@ def picture_questions(conversation: Conversation) -> list[str]:
     return [m.text.strip() for m in conversation.messages for p in m.parts if isinstance(p, ImagePart)]
 
 
-def end_of_turn(processor: Any, template: str | None = None) -> str:
+def end_of_turn(processor: ChatProcessor, template: str | None = None) -> str:
     """The special token that a template writes after an assistant's words (`<|im_end|>`, `</s>`, `<end_of_turn>`).
 
     Raises:
@@ -149,12 +148,12 @@ def end_of_turn(processor: Any, template: str | None = None) -> str:
     return form.end
 
 
-def _placeholder_ids(processor: Any) -> dict[str, int]:
+def _placeholder_ids(processor: ChatProcessor) -> dict[str, int]:
     pairs = ((processor.image_token, processor.image_token_id), (processor.audio_token, processor.audio_token_id))
-    return {token: number for token, number in pairs if token is not None}
+    return {token: number for token, number in pairs if token is not None and number is not None}
 
 
-def _check_placeholders(conversation: Conversation, processor: Any) -> None:
+def _check_placeholders(conversation: Conversation, processor: ChatProcessor) -> None:
     for message in conversation.messages:
         for token in _placeholder_ids(processor):
             if token in message.text:
@@ -225,7 +224,7 @@ def _tokens(
 
 
 def _expand(
-    ids: list[int], labels: list[int], blocks: dict[str, list[int]], processor: Any
+    ids: list[int], labels: list[int], blocks: dict[str, list[int]], processor: ChatProcessor
 ) -> tuple[list[int], list[int], int]:
     """Each placeholder becomes as many of it as its picture takes; and where the last one ends."""
     wanted = {number: iter(blocks.get(token, ())) for token, number in _placeholder_ids(processor).items()}

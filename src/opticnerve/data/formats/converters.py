@@ -125,7 +125,7 @@ def _completion(fields: Fields, context: Context, id: str) -> Iterator[Sample]:
     yield id, [*asked, *_words_or_turns(answer, "assistant", "completion", context)], {}
 
 
-def _words_or_turns(value: Any, role: Role, what: str, context: Context) -> list[Turn]:
+def _words_or_turns(value: object, role: Role, what: str, context: Context) -> list[Turn]:
     """A text, which is one turn, or messages."""
     if isinstance(value, list):
         return turns_of(value, what, context)
@@ -141,7 +141,7 @@ def _preference(fields: Fields, context: Context, id: str) -> Iterator[Sample]:
     yield id, [*asked, said("assistant", better, tags=False)], {"rejected": worse}
 
 
-def _preferred(found: Any, name: str, context: Context) -> str:
+def _preferred(found: object, name: str, context: Context) -> str:
     """A text, or one assistant message (in a list of one, as TRL has it)."""
     if isinstance(found, list):
         turns = turns_of(found, name, context)
@@ -194,7 +194,7 @@ def choices_of(fields: Fields) -> tuple[list[Any], bool]:
     return found, names != ["choices"]
 
 
-def chosen(answer: Any, choices: list[Any]) -> str:
+def chosen(answer: object, choices: list[Any]) -> str:
     """The words of the choice that `answer` names.
 
     A JSON number is a place, counted from 0; a text is a choice's words, or its letter.
@@ -233,7 +233,7 @@ def lettered(question: str, choices: list[str]) -> str:
     return "\n".join([question.rstrip("\n"), *(f"{c}. {w}" for c, w in zip(ascii_uppercase, choices, strict=False))])
 
 
-def _none(answer: Any, words: list[str]) -> DataError:
+def _none(answer: object, words: list[str]) -> DataError:
     return _wrong(
         f"the answer {brief(answer)} is none of the {len(words)} choices",
         f"write one of {', '.join(w[:40] for w in words[:8])}; its letter; or its place as a JSON number, 0 to "

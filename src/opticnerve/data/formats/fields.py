@@ -39,7 +39,7 @@ class Fields(dict[str, Any]):
         super().__setitem__(key, value)
         return value
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         return self[key] if key in self else default  # noqa: SIM401  (`dict.get` would note nothing)
 
     def raw(self) -> Iterator[tuple[str, Any]]:
@@ -47,7 +47,7 @@ class Fields(dict[str, Any]):
         return iter(super().items())
 
 
-def empty(value: Any) -> bool:
+def empty(value: object) -> bool:
     """Whether a value says nothing: null, NaN (a table's missing number), blank text, and what holds nothing else."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
@@ -58,7 +58,7 @@ def empty(value: Any) -> bool:
     return _nulls(value)
 
 
-def _nulls(value: Any) -> bool:
+def _nulls(value: object) -> bool:
     return isinstance(value, dict) and all(v is None for v in value.values())
 
 
@@ -89,7 +89,7 @@ def missing(fields: dict[str, Any], names: Sequence[str], what: str) -> DataErro
     return DataError(problem, remedy=f"wanted {' or '.join(names)}", kind="missing-field")
 
 
-def text(value: Any, what: str) -> str:
+def text(value: object, what: str) -> str:
     """A string; numbers are written out, whole ones without a point: tables keep a column of whole numbers with holes
     in it as 1.0, 2.0, NaN.
 
@@ -103,7 +103,7 @@ def text(value: Any, what: str) -> str:
     raise DataError(f"the {what} is not text but {brief(value)}", kind="wrong-type")
 
 
-def objects(value: Any, what: str) -> list[Fields]:
+def objects(value: object, what: str) -> list[Fields]:
     """A list of JSON objects.
 
     Raises:
@@ -114,6 +114,6 @@ def objects(value: Any, what: str) -> list[Fields]:
     return [v if isinstance(v, Fields) else Fields(v) for v in value]
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     shown = repr(value[:60] if isinstance(value, str | bytes) else value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '…'}"

@@ -82,7 +82,7 @@ class Context:
             found[kind] = [self.example(kind, v) for v in examples]
         return found
 
-    def example(self, kind: Kind, value: Any) -> Example:
+    def example(self, kind: Kind, value: object) -> Example:
         """One picture, one video's frames (not yet decoded) or one sound: a path, a `data:` URL, bytes, datasets'
         `{"bytes": …, "path": …}`; of a video also a folder of pictures or a list of them.
 
@@ -101,7 +101,7 @@ class Context:
         source = self._medium(value, kind)
         return [ImagePart(Frame(source, index, self.frames)) for index in range(self.frames)]
 
-    def _medium(self, value: Any, kind: str) -> Path | bytes:
+    def _medium(self, value: object, kind: str) -> Path | bytes:
         if isinstance(value, dict):
             value = next((value[k] for k in ("bytes", "path", "url", "data") if value.get(k) is not None), value)
         if isinstance(value, bytes):
@@ -161,7 +161,7 @@ def folder_age(folder: str) -> int:
         return -1
 
 
-def _is_still(value: Any) -> bool:
+def _is_still(value: object) -> bool:
     return isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
 
 
@@ -186,7 +186,7 @@ def _joined(fields: Fields, keys: list[str]) -> Any:
     return value
 
 
-def same_files(one: Any, other: Any) -> bool:
+def same_files(one: object, other: object) -> bool:
     """Whether two values name the same files: paths of which one is the other's end."""
     left, right = list(file_names(one)), list(file_names(other))
     return len(left) == len(right) > 0 and all(ends_alike(a, b) for a, b in zip(left, right, strict=True))

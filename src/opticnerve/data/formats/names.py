@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from opticnerve.data.formats.fields import empty
 
@@ -66,7 +66,7 @@ def names_by_number(key: str) -> bool:
     return any(w in _KIND_OF for w in words) and words[-1:] in (("id",), ("ids",), ("index",))
 
 
-def kind_by_value(value: Any, depth: int = 0) -> Kind | None:
+def kind_by_value(value: object, depth: int = 0) -> Kind | None:
     """What media a value is or names, where it can be nothing else."""
     if isinstance(value, str) and len(value) > 4:
         if found := _DATA_URL.match(value):
@@ -82,7 +82,7 @@ def kind_by_value(value: Any, depth: int = 0) -> Kind | None:
     return None
 
 
-def kind_of(key: str, value: Any) -> Kind | None:
+def kind_of(key: str, value: object) -> Kind | None:
     """What media the field names: by its name and a value that may name some, or by its value alone."""
     if empty(value) or isinstance(value, bool | int | float):
         return None
@@ -92,7 +92,7 @@ def kind_of(key: str, value: Any) -> Kind | None:
     return kind_by_value(value) or ("image" if by_name == "file" and isinstance(value, str) else None)
 
 
-def file_names(value: Any) -> Iterator[tuple[str, ...]]:
+def file_names(value: object) -> Iterator[tuple[str, ...]]:
     """The files that a value names, each as the parts of its path."""
     if isinstance(value, str) and len(value) <= _LONGEST_NAME and not value.startswith("data:"):
         yield tuple(p for p in re.split(r"[/\\]+", re.sub(r"[?#].*$", "", value.strip())) if p not in ("", "."))

@@ -169,7 +169,7 @@ def _files_used(fields: Fields, depth: int) -> Iterator[tuple[str, ...]]:
                 yield from _files_used(item, depth + 1)
 
 
-def _is_used(key: str, value: Any, used: set[tuple[str, ...]], media: int) -> bool:
+def _is_used(key: str, value: object, used: set[tuple[str, ...]], media: int) -> bool:
     """The same file again, or, under another name than one for media, the web address that media at hand came from."""
     if media and kind_by_name(key) is None and isinstance(value, str) and is_url(value):
         return True
@@ -177,7 +177,7 @@ def _is_used(key: str, value: Any, used: set[tuple[str, ...]], media: int) -> bo
     return bool(names) and all(any(ends_alike(name, other) for other in used) for name in names)
 
 
-def _unused(path: str, does: str, value: Any, format: str) -> DataError:
+def _unused(path: str, does: str, value: object, format: str) -> DataError:
     shown = value if isinstance(value, str) else type(value).__name__
     return DataError(
         f"{path} ({shown[:60]}) {does}, and is not read in the format {format}", kind="unused-field",

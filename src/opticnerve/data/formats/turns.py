@@ -53,7 +53,7 @@ def said(role: Role, words: str, *, tags: bool = True) -> Turn:
     return Turn(role, [TextPart(p) if isinstance(p, str) else p for p in pieces])
 
 
-def turns_of(value: Any, what: str, context: Context) -> list[Turn]:
+def turns_of(value: object, what: str, context: Context) -> list[Turn]:
     """A list of messages, `{"role", "content"}` or `{"from", "value"}`."""
     return [_turn(message, context) for message in objects(value, what)]
 
@@ -173,7 +173,7 @@ def _part(part: Fields, context: Context) -> list[Part | Tag]:
     return list(context.example(kind, _located(source, kind)))
 
 
-def _located(source: Any, kind: Kind) -> Any:
+def _located(source: object, kind: Kind) -> Any:
     """Of `{"url": …}` (OpenAI), `{"type": "base64", "media_type", "data"}` (Anthropic) and `{"data", "format"}`
     (OpenAI's sound) what names the medium."""
     if not isinstance(source, Fields):
@@ -222,7 +222,7 @@ def _check_record_flags(fields: Fields, turns: Sequence[Turn]) -> None:
             turn.learn = _flag(name, item, turn.role, "write 0 in its place") and turn.learn
 
 
-def _flag(name: str, value: Any, role: Role, remedy: str) -> bool:
+def _flag(name: str, value: object, role: Role, remedy: str) -> bool:
     """Whether a turn is learned, by a flag of this name: 0 or 1, true or false. An assistant's alone may be."""
     known = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
     found = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None

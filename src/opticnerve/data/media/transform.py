@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from opticnerve.data.media.images import Source
 from opticnerve.data.media.open import open_image
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 # Pillow's pixels are read here, never written: no reason to copy them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -72,7 +75,7 @@ class Bytes:
         """The same in page-locked memory."""
         return replace(self, pixels_BCHW=self.pixels_BCHW.pin_memory())
 
-    def normalised(self, device: Any = None) -> Tensor:
+    def normalised(self, device: torch.device | str | None = None) -> Tensor:
         """`pixel_values` (B, 3, H, W) float32, computed on that device."""
         pixels_BCHW = self.pixels_BCHW.to(device, non_blocking=True)
         out_BCHW = _floats(pixels_BCHW.shape, pixels_BCHW.device)
@@ -80,7 +83,7 @@ class Bytes:
         return out_BCHW
 
 
-def open_for(image_processor: Any, source: Source, *, where: str = "") -> PIL.Image.Image:
+def open_for(image_processor: BaseImageProcessor, source: Source, *, where: str = "") -> PIL.Image.Image:
     """`open_image` to be read, not written: a JPEG is decoded no larger than `image_processor` has use for, and what is
     opened already is not copied.
 
@@ -92,7 +95,9 @@ def open_for(image_processor: Any, source: Source, *, where: str = "") -> PIL.Im
     return open_image(source, where=where, at_least=at_least, copy=False)
 
 
-def pixels(image_processor: Any, pictures: Sequence[PIL.Image.Image], *, compact: bool = False) -> dict[str, Any]:
+def pixels(
+    image_processor: BaseImageProcessor, pictures: Sequence[PIL.Image.Image], *, compact: bool = False
+) -> dict[str, Any]:
     """What `image_processor(pictures, return_tensors="pt")` gives a model: `pixel_values` and, of tiles, `image_sizes`.
 
     Args:
@@ -114,7 +119,7 @@ def pixels(image_processor: Any, pictures: Sequence[PIL.Image.Image], *, compact
     return {"pixel_values": Bytes(out_BCHW, known.mean, known.std) if compact else out_BCHW}
 
 
-def steps(image_processor: Any) -> Steps | None:
+def steps(image_processor: BaseImageProcessor) -> Steps | None:
     """The steps of an image processor, or None where it does, or may do, something else.
 
     It must be a torchvision-backed processor of transformers with the methods that it inherits (or LLaVA's, which pads

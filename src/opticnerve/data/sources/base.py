@@ -172,7 +172,7 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def record_of(entry: Any, where: str, index: int, place: Location) -> Record:
+def record_of(entry: object, where: str, index: int, place: Location) -> Record:
     if not isinstance(entry, dict):
         raise DataError(f"a record is a JSON object {{…}}, this is {type(entry).__name__}", where=where, kind="json")
     return Record(entry, where, index, place)

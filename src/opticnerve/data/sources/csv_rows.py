@@ -140,7 +140,7 @@ class _Lines(Iterator[str]):
     Bytes that are not UTF-8 pass as lone surrogates, so that only the row they stand in is lost.
     """
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: io.BufferedReader) -> None:
         self.read = 3 if file.peek(3).startswith(b"\xef\xbb\xbf") else 0  # a byte order mark
         self.number = 0
         self.taken: list[str] = []

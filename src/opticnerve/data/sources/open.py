@@ -129,7 +129,7 @@ class Files:
         return replace(record, fields=fields, place=Location(number, record.place.start, record.place.size))
 
 
-def _below(folder: Path, value: Any) -> Any:
+def _below(folder: Path, value: object) -> Any:
     """imagefolder's names start from where its metadata lie."""
     if isinstance(value, list):
         return [_below(folder, v) for v in value]

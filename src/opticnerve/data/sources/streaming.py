@@ -18,7 +18,7 @@ import re
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,9 @@ class HubShards:
 Tables = Callable[[str, int, int, int], Iterator[tuple[int, Any]]]
 
 
-def read_rows(name: str, shard: int, start: int, tables: Tables, features: Any) -> Iterator[Record | DataError]:
+def read_rows(
+    name: str, shard: int, start: int, tables: Tables, features: Mapping[str, object] | None
+) -> Iterator[Record | DataError]:
     """The rows of a shard from row `start` on, as `ShardSource` promises them.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def _open(name: str) -> Any:
     return fsspec.open(name, "rb").open()
 
 
-def rows_of(table: Any, features: Any) -> Iterator[dict[str, Any]]:
+def rows_of(table: Any, features: Mapping[str, object] | None) -> Iterator[dict[str, Any]]:
     """The rows of an Arrow table; `features`: as `datasets` knows them, or None where the table's own notes tell."""
     kinds = features or {}
     if features is None and b"huggingface" in (table.schema.metadata or {}):  # written by datasets
@@ -183,7 +183,7 @@ def rows_of(table: Any, features: Any) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _read_json(value: Any, kind: Any) -> Any:
+def _read_json(value: Any, kind: object) -> Any:
     """Values of mixed types, such as chat's `content`, are JSON texts in Arrow."""
     import datasets
 

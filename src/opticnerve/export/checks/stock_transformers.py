@@ -18,7 +18,7 @@ from typing import Any
 class Barrier(MetaPathFinder):
     """Nobody imports opticnerve here: the folder must load without it."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.partition(".")[0] == "opticnerve":
             raise ModuleNotFoundError(f"the exported folder asks for {fullname}; it must load in stock transformers")
 

@@ -6,7 +6,7 @@ llama-server -m model-f16.gguf --mmproj mmproj-f16.gguf
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from gguf import MODEL_ARCH_NAMES, GGUFWriter
@@ -19,6 +19,12 @@ from opticnerve.export.gguf import tokenizer as gguf_tokens
 from opticnerve.export.gguf import vision as gguf_vision
 from opticnerve.export.simplify import adapter_refusals, connector_matrices, fix_picture_size, fold_calibration
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 # Largest difference of a likely word's log-probability, in nats. llama.cpp rounds activations as it does weights, and
 # takes GELU from a table of 16-bit floats. Seen on SmolLM2-135M: f16 0.014, bf16 0.08, q8_0 0.34.
@@ -42,7 +48,7 @@ class Gguf(Format):
         super().__init__(options)
         self.dtype = "f16" if options.dtype == "auto" else options.dtype
 
-    def refuse(self, model: Any, processor: Any) -> list[str]:
+    def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         reasons = [*gguf_vision.refusals(model), *gguf_language.refusals(model.language_model)]
         reasons += adapter_refusals(model, "lora {when: always}")
         if words := gguf_tokens.refusals(processor.tokenizer):
@@ -53,7 +59,7 @@ class Gguf(Format):
             reasons.append(str(e))
         return reasons
 
-    def simplify(self, model: Any, processor: Any) -> None:
+    def simplify(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
         super().simplify(model, processor)
         fold_calibration(model.image.connector, *connector_matrices(model.image.connector))
         fix_picture_size(model.image.encoder)
@@ -62,7 +68,9 @@ class Gguf(Format):
         """The language model's file and the vision encoder's."""
         return folder / f"model-{self.dtype}.gguf", folder / f"mmproj-{self.dtype}.gguf"
 
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+    def write(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
+    ) -> list[str]:
         language, vision_encoder = self.files(folder)
         config = model.language_model.config
         writer = GGUFWriter(language, MODEL_ARCH_NAMES[gguf_language.ARCHITECTURES[config.model_type]])
@@ -126,14 +134,14 @@ def _texts(trial: Trial) -> list[str]:
     return [r.text for r, s in zip(trial.wanted, trial.samples, strict=True) if not s.pictures]
 
 
-def _read(tokenizer: Any, text: str) -> list[int]:
+def _read(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Our token ids; a begin token is never written twice."""
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids: list[int] = tokenizer(text, add_special_tokens=not begun)["input_ids"]
     return ids
 
 
-def _unbegun(tokenizer: Any, text: str) -> str:
+def _unbegun(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text without the begin token: where llama.cpp's tokeniser adds it by itself, its server takes it off."""
     adds = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return text.removeprefix(tokenizer.bos_token) if adds else text

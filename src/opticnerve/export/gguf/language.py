@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -11,6 +11,9 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA,
@@ -26,7 +29,7 @@ _FILE_TYPES = {
 }  # fmt: skip
 
 
-def refusals(language_model: Any) -> list[str]:
+def refusals(language_model: PreTrainedModel) -> list[str]:
     """Why a language model cannot be written; empty if it can."""
     config = language_model.config
     if config.model_type not in ARCHITECTURES:
@@ -45,7 +48,7 @@ def refusals(language_model: Any) -> list[str]:
     return reasons
 
 
-def write(writer: GGUFWriter, language_model: Any, dtype: str) -> None:
+def write(writer: GGUFWriter, language_model: PreTrainedModel, dtype: str) -> None:
     """Sizes and tensors. `dtype`: of `TYPES`."""
     config = language_model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -90,7 +93,7 @@ def _neighbours(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _add_frequencies(writer: GGUFWriter, language_model: Any, theta: float, head: int) -> None:
+def _add_frequencies(writer: GGUFWriter, language_model: PreTrainedModel, theta: float, head: int) -> None:
     """How rotary frequencies differ from the plain ones (Llama 3's stretching): what llama.cpp divides them by."""
     plain = 1.0 / theta ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
     divisors = plain / language_model.model.rotary_emb.inv_freq.double().cpu()

@@ -7,13 +7,18 @@ here, letter by letter; any other is refused, for llama.cpp would cut the text e
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, TokenType
 
 from opticnerve.export.gguf import sentencepiece
 from opticnerve.language.chat_template import with_parts
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -32,7 +37,7 @@ _LINE_BREAKS = (
 )
 
 
-def pre_tokenizer(tokenizer: Any) -> str | None:
+def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """llama.cpp's name of the rule by which a byte-level BPE cuts text; None where no known rule does the same."""
     state = _state(tokenizer)
     rule = state.get("pre_tokenizer") or {}
@@ -65,7 +70,7 @@ def _step(step: dict[str, Any]) -> tuple[Any, ...]:
             return (other,)
 
 
-def refusals(tokenizer: Any) -> list[str]:
+def refusals(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Why a tokenizer cannot be written; empty if it can."""
     if not getattr(tokenizer, "is_fast", False):
         return ["its tokenizer is not one of the tokenizers library"]
@@ -85,19 +90,19 @@ def refusals(tokenizer: Any) -> list[str]:
     return []
 
 
-def _state(tokenizer: Any) -> dict[str, Any]:
+def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What stands in `tokenizer.json`."""
     found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return found
 
 
-def first_space(tokenizer: Any) -> str:
+def first_space(tokenizer: PreTrainedTokenizerBase) -> str:
     """The space that a tokenizer puts at the beginning of a text, and there alone, which llama.cpp must be given."""
     state = _state(tokenizer)
     return " " if sentencepiece.is_sentencepiece(state) and sentencepiece.rule(state) == "first" else ""
 
 
-def beginning(processor: Any) -> str:
+def beginning(processor: OpticNerveProcessor) -> str:
     """What the chat template must write first in llama.cpp: `first_space`, unless it begins with a special word. An
     error where it does so in one conversation and not in another."""
     space = first_space(processor.tokenizer)
@@ -121,7 +126,13 @@ def beginning(processor: Any) -> str:
 
 
 def write(
-    writer: GGUFWriter, tokenizer: Any, template: str, *, rows: int, turn_end: int | None, begins: str = ""
+    writer: GGUFWriter,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    rows: int,
+    turn_end: int | None,
+    begins: str = "",
 ) -> None:
     """Words, kinds, merges or scores, special ids and chat template.
 
@@ -168,6 +179,6 @@ def own_template(template: str) -> str:
     return _LINE_BREAKS + rest if found and with_parts(rest) == template else template
 
 
-def half_letters(tokenizer: Any, rows: int) -> list[int]:
+def half_letters(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     """Words that are no whole letters of UTF-8: llama.cpp reports no probabilities for them."""
     return [i for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(rows)])) if "\ufffd" in text]

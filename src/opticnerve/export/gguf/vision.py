@@ -7,14 +7,19 @@ first [W; -W], then [I, -I].
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGUFWriter
-from torch import Tensor
+from torch import Tensor, nn
 
 from opticnerve.export.gguf.language import add
 from opticnerve.export.simplify import connector_matrices, encoder_refusals
+
+if TYPE_CHECKING:
+    from opticnerve.encoders.base import Encoder
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.tower import Tower
 
 _GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _VISION = {
@@ -28,7 +33,7 @@ _BLOCK = {
 }  # fmt: skip
 
 
-def refusals(model: Any) -> list[str]:
+def refusals(model: OpticNerveForConditionalGeneration) -> list[str]:
     """Why vision encoder and connector cannot be written; empty if they can."""
     if reasons := encoder_refusals(model, "llama.cpp's LLaVA"):
         return reasons
@@ -66,7 +71,7 @@ def refusals(model: Any) -> list[str]:
     return reasons
 
 
-def write(writer: GGUFWriter, tower: Any, dtype: str) -> None:
+def write(writer: GGUFWriter, tower: Tower, dtype: str) -> None:
     """Sizes and tensors of vision encoder and projector."""
     encoder, config = tower.encoder, tower.encoder.model.config
     layers = _layers(encoder)
@@ -98,7 +103,7 @@ def write(writer: GGUFWriter, tower: Any, dtype: str) -> None:
         add(writer, f"{name}.bias", bias, dtype)
 
 
-def _layers(encoder: Any) -> list[int]:
+def _layers(encoder: Encoder) -> list[int]:
     """The entries of `hidden_states` that are read, counted from the input: 0 is what the first block gets."""
     depth = encoder.model.config.num_hidden_layers
     if encoder.layer == "last":
@@ -120,7 +125,7 @@ def _name(ours: str, *, depth: int, normed: bool) -> str | None:
     return f"{_VISION[path]}.{leaf}" if path in _VISION else None
 
 
-def _projector(first: Any, last: Any) -> dict[str, tuple[Any, Any]]:
+def _projector(first: nn.Linear, last: nn.Linear) -> dict[str, tuple[Any, Any]]:
     w1, b1 = _numbers(first.weight), _bias(first)
     if first is not last:
         return {"mm.0": (w1, b1), "mm.2": (_numbers(last.weight), _bias(last))}

@@ -14,16 +14,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from opticnerve.export.hf import common
 from opticnerve.export.samples import ExportSample
 from opticnerve.export.simplify import adapter_refusals, encoder_refusals, fix_picture_size, fold_into_norm
 from opticnerve.inference.generate import Answerer
+
+if TYPE_CHECKING:
+    from opticnerve.encoders.base import Encoder
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 _OWN = ("instructblip_vision_model", "blip_2_vision_model")
 _VISION_SIZES = (
@@ -49,13 +55,13 @@ class HFBlip2(common.HFFormat):
     model_class = "Blip2ForConditionalGeneration"
     parts = ("text_config", "vision_config", "qformer_config")
 
-    def refuse(self, model: Any, processor: Any) -> list[str]:
+    def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         adapter = adapter_refusals(model)
         if reasons := encoder_refusals(model, "BLIP-2's class", ("vit", "dinov2", *_OWN)):
             return [*reasons, *adapter]
         return [*_connector_refusals(model), *_encoder_refusals(model.image.encoder), *adapter]
 
-    def simplify(self, model: Any, processor: Any) -> None:
+    def simplify(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
         super().simplify(model, processor)
         tower = model.image
         fold_into_norm(tower.connector, final_norm(tower.encoder.model), tower.connector.language_projection)
@@ -66,7 +72,7 @@ class HFBlip2(common.HFFormat):
         """BLIP-2's class answers nothing without a picture."""
         return [s for s in samples if s.pictures]
 
-    def config(self, model: Any, processor: Any) -> Any:
+    def config(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> Any:
         connector, text = model.image.connector, common.text_config(model, processor)
         # `Blip2ForConditionalGeneration.generate` asks the language model, which takes its ends from its configuration.
         for key, value in Answerer(model, processor).stops().items():
@@ -79,7 +85,7 @@ class HFBlip2(common.HFFormat):
         }  # fmt: skip
         return tf.Blip2Config(**options)
 
-    def state(self, model: Any, rows: int) -> dict[str, Tensor]:
+    def state(self, model: OpticNerveForConditionalGeneration, rows: int) -> dict[str, Tensor]:
         state = common.under("language_model", common.language_state(model.language_model, rows))
         state |= common.under("vision_model", vision_state(model.image.encoder.model))
         for name, tensor in model.image.connector.named_parameters():
@@ -87,15 +93,15 @@ class HFBlip2(common.HFFormat):
                 state[name] = tensor
         return state
 
-    def stock_processor(self, model: Any, processor: Any) -> Any:
+    def stock_processor(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> Any:
         side, tokens = model.image.encoder.image_size, model.image.connector.num_tokens
         return common.placeholders(processor, processor.image_processor, side, tokens - 1)
 
-    def notes(self, config: Any) -> list[str]:
+    def notes(self, config: PreTrainedConfig) -> list[str]:
         return ["transformers' BLIP-2 takes no prompt without a picture; the model itself does"]
 
 
-def _connector_refusals(model: Any) -> list[str]:
+def _connector_refusals(model: OpticNerveForConditionalGeneration) -> list[str]:
     options = model.config.towers["image"]["connector"]
     if options["type"] != "qformer":
         return [f"its connector is {options['type']}, BLIP-2's a qformer; nearest: connector {{type: qformer}}"]
@@ -107,7 +113,7 @@ def _connector_refusals(model: Any) -> list[str]:
     return []
 
 
-def _encoder_refusals(encoder: Any) -> list[str]:
+def _encoder_refusals(encoder: Encoder) -> list[str]:
     reasons = common.layer_refusals(encoder, "BLIP-2")
     if encoder.class_token != "keep":
         reasons.append(
@@ -128,7 +134,7 @@ def _for_words(name: str) -> bool:
 # -- the vision encoder as a `Blip2VisionModel` -----------------------------------------------------------------------
 
 
-def final_norm(model: Any) -> nn.LayerNorm:
+def final_norm(model: OpticNerveForConditionalGeneration) -> nn.LayerNorm:
     """The norm behind the last block."""
     found = model.post_layernorm if model.config.model_type in _OWN else model.layernorm
     assert isinstance(found, nn.LayerNorm)
@@ -146,7 +152,7 @@ def fold_scales(model: Any) -> None:
             scale_D.fill_(1)
 
 
-def vision_config(model: Any) -> dict[str, Any]:
+def vision_config(model: OpticNerveForConditionalGeneration) -> dict[str, Any]:
     """Options of a `Blip2VisionConfig`."""
     config = model.config
     width = getattr(config, "intermediate_size", None)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers as tf
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from opticnerve.common.private_names import forget_where_from
 from opticnerve.export import parity
 from opticnerve.export.formats import Format, Trial
 from opticnerve.export.simplify import adapter_refusals
 from opticnerve.inference.generate import Answerer
+
+if TYPE_CHECKING:
+    from opticnerve.encoders.base import Encoder
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 # What scales or bends logits behind the head of a causal model: a class with a decoder and a head has nothing of it.
 _BENDS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
@@ -31,21 +37,23 @@ class HFFormat(Format):
     parts: ClassVar[tuple[str, ...]] = ("text_config", "vision_config")
 
     @abstractmethod
-    def config(self, model: Any, processor: Any) -> Any:
+    def config(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> Any:
         """The class's configuration."""
 
     @abstractmethod
-    def state(self, model: Any, rows: int) -> dict[str, Tensor]:
+    def state(self, model: OpticNerveForConditionalGeneration, rows: int) -> dict[str, Tensor]:
         """Every tensor under the class's name; the embedding table `rows` long."""
 
     @abstractmethod
-    def stock_processor(self, model: Any, processor: Any) -> Any:
+    def stock_processor(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> Any:
         """A stock processor that writes the tokens that this model was trained on."""
 
-    def notes(self, config: Any) -> list[str]:
+    def notes(self, config: PreTrainedConfig) -> list[str]:
         return []
 
-    def write(self, model: Any, processor: Any, folder: Path) -> list[str]:
+    def write(
+        self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
+    ) -> list[str]:
         """Weights, configuration, stock processor and an answer's end, as `from_pretrained` reads them."""
         dtype, config = model.language_model.dtype, self.config(model, processor)
         for part in (config, *(getattr(config, p) for p in self.parts)):
@@ -73,7 +81,7 @@ class HFFormat(Format):
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def decoder_refusals(model: Any, holder: str) -> list[str]:
+def decoder_refusals(model: OpticNerveForConditionalGeneration, holder: str) -> list[str]:
     """Why the language model is no plain decoder with a head, which is all that `holder` has room for."""
     language, reasons = model.language_model, adapter_refusals(model)
     kind = language.config.model_type
@@ -90,7 +98,7 @@ def decoder_refusals(model: Any, holder: str) -> list[str]:
     return reasons
 
 
-def layer_refusals(encoder: Any, engine: str) -> list[str]:
+def layer_refusals(encoder: Encoder, engine: str) -> list[str]:
     """Why the vision encoder is not read behind its final norm."""
     if encoder.layer == "last":
         return []
@@ -110,7 +118,7 @@ def text_config(model: Any, processor: Any) -> Any:
     return made
 
 
-def language_state(language: Any, rows: int) -> dict[str, Tensor]:
+def language_state(language: PreTrainedModel, rows: int) -> dict[str, Tensor]:
     """A causal model's tensors, tables lengthened to `rows`; a head that is the table itself is left out."""
     state = dict(language.state_dict())
     embedding, head = language.get_input_embeddings(), language.get_output_embeddings()
@@ -138,7 +146,7 @@ def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
 
 
-def generation(model: Any, processor: Any, rows: int) -> Any:
+def generation(model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, rows: int) -> Any:
     """Settings as the model has them, with the ends of a turn that training taught, and never a placeholder as a
     word."""
     made = copy.deepcopy(model.generation_config)
@@ -150,7 +158,9 @@ def generation(model: Any, processor: Any, rows: int) -> Any:
     return made
 
 
-def placeholders(processor: Any, images: Any, patch_size: int, additional: int = 0, strategy: str = "full") -> Any:
+def placeholders(
+    processor: OpticNerveProcessor, images: Any, patch_size: int, additional: int = 0, strategy: str = "full"
+) -> Any:
     """LLaVA's processor, which writes nothing but placeholders: (side / `patch_size`)² + `additional` a picture."""
     return tf.LlavaProcessor(
         images, processor.tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,

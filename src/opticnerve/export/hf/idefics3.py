@@ -12,14 +12,20 @@ Sources: Laurençon et al. 2024, Building and better understanding vision-langua
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers as tf
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from opticnerve.export.hf import common
 from opticnerve.export.simplify import connector_matrices, encoder_refusals, fix_picture_size, fold_into_norm
+
+if TYPE_CHECKING:
+    from opticnerve.encoders.base import Encoder
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 OWN = ("idefics3_vision", "smolvlm_vision")
 _SIZES = (
@@ -33,7 +39,7 @@ class HFIdefics3(common.HFFormat):
 
     model_class = "Idefics3ForConditionalGeneration"
 
-    def refuse(self, model: Any, processor: Any) -> list[str]:
+    def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         language = common.decoder_refusals(model, "Idefics3's class")
         if reasons := encoder_refusals(model, "Idefics3's class", (*OWN, "siglip_vision_model")):
             return [*reasons, *language]
@@ -41,7 +47,7 @@ class HFIdefics3(common.HFFormat):
         reasons = [*_connector_refusals(model), *common.layer_refusals(encoder, "Idefics3")]
         return [*reasons, *_picture_refusals(encoder), *language]
 
-    def simplify(self, model: Any, processor: Any) -> None:
+    def simplify(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
         super().simplify(model, processor)
         tower = model.image
         matrix, _ = connector_matrices(tower.connector)
@@ -49,7 +55,7 @@ class HFIdefics3(common.HFFormat):
         if tower.encoder.model.config.model_type not in OWN:
             fix_picture_size(tower.encoder)
 
-    def config(self, model: Any, processor: Any) -> Any:
+    def config(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> Any:
         text, theirs = common.text_config(model, processor), model.image.encoder.model.config
         options: dict[str, Any] = {
             "vision_config": {name: getattr(theirs, name) for name in _SIZES}, "text_config": text,
@@ -58,7 +64,7 @@ class HFIdefics3(common.HFFormat):
         }  # fmt: skip
         return tf.Idefics3Config(**options)
 
-    def state(self, model: Any, rows: int) -> dict[str, Tensor]:
+    def state(self, model: OpticNerveForConditionalGeneration, rows: int) -> dict[str, Tensor]:
         """Under the names of the published Idefics3 and SmolVLM checkpoints."""
         state = {
             n if n.startswith("lm_head.") else f"model.text_model.{n.removeprefix('model.')}": t
@@ -69,7 +75,7 @@ class HFIdefics3(common.HFFormat):
         matrix, _ = connector_matrices(model.image.connector)
         return {**state, "model.connector.modality_projection.proj.weight": matrix.weight}
 
-    def stock_processor(self, model: Any, processor: Any) -> Any:
+    def stock_processor(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> Any:
         encoder = model.image.encoder
         images = tf.PerceptionLMImageProcessor(
             vision_input_type="vanilla", tile_size=encoder.image_size, max_num_tiles=1, image_mean=encoder.mean,
@@ -77,7 +83,7 @@ class HFIdefics3(common.HFFormat):
         )  # fmt: skip
         return common.placeholders(processor, images, encoder.patch_size * model.image.connector.scale)
 
-    def notes(self, config: Any) -> list[str]:
+    def notes(self, config: PreTrainedConfig) -> list[str]:
         return [
             "the processor is LLaVA's, for Idefics3's own writes words around each picture that this model never saw: "
             "engines that bring their own processor for Idefics3 (vLLM, llama.cpp) write them, too"
@@ -87,7 +93,7 @@ class HFIdefics3(common.HFFormat):
         return theirs.flatten(0, 1)
 
 
-def _connector_refusals(model: Any) -> list[str]:
+def _connector_refusals(model: OpticNerveForConditionalGeneration) -> list[str]:
     options = model.config.towers["image"]["connector"]
     if options["type"] != "pixel_shuffle":
         return [
@@ -102,7 +108,7 @@ def _connector_refusals(model: Any) -> list[str]:
     return []
 
 
-def _picture_refusals(encoder: Any) -> list[str]:
+def _picture_refusals(encoder: Encoder) -> list[str]:
     reasons = []
     if encoder.fit != "squash" or encoder.crop_pct != 1:
         reasons.append(

@@ -8,14 +8,20 @@ Sources: Liu et al. 2024, Improved Baselines with Visual Instruction Tuning; tra
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers as tf
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from opticnerve.export.hf import common
 from opticnerve.export.simplify import connector_matrices, encoder_refusals, fix_picture_size, fold_calibration
+
+if TYPE_CHECKING:
+    from opticnerve.encoders.base import Encoder
+    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 
 class HFLlava(common.HFFormat):
@@ -23,11 +29,11 @@ class HFLlava(common.HFFormat):
 
     model_class = "LlavaForConditionalGeneration"
 
-    def refuse(self, model: Any, processor: Any) -> list[str]:
+    def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         language = common.decoder_refusals(model, "LLaVA's class")
         return [*encoder_refusals(model, "LLaVA's class"), *_connector_refusals(model), *language]
 
-    def simplify(self, model: Any, processor: Any) -> None:
+    def simplify(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
         super().simplify(model, processor)
         fold_calibration(model.image.connector, *connector_matrices(model.image.connector))
         fix_picture_size(model.image.encoder)
@@ -50,7 +56,7 @@ class HFLlava(common.HFFormat):
         config.pad_token_id = processor.tokenizer.pad_token_id
         return config
 
-    def state(self, model: Any, rows: int) -> dict[str, Tensor]:
+    def state(self, model: OpticNerveForConditionalGeneration, rows: int) -> dict[str, Tensor]:
         state = common.under("language_model", common.language_state(model.language_model, rows))
         state |= common.under("vision_tower.vision_model", model.image.encoder.model.state_dict())
         first, last = connector_matrices(model.image.connector)
@@ -62,13 +68,13 @@ class HFLlava(common.HFFormat):
             state |= common.under(f"multi_modal_projector.{name}", {"weight": weight, "bias": bias})
         return state
 
-    def stock_processor(self, model: Any, processor: Any) -> Any:
+    def stock_processor(self, model: OpticNerveForConditionalGeneration, processor: Any) -> Any:
         encoder = model.image.encoder
         return common.placeholders(
             processor, processor.image_processor, encoder.patch_size, encoder.prefix_tokens, _strategy(encoder)
         )
 
-    def notes(self, config: Any) -> list[str]:
+    def notes(self, config: PreTrainedConfig) -> list[str]:
         notes = []
         if config.projector_hidden_act == "linear":
             notes.append(
@@ -83,7 +89,7 @@ class HFLlava(common.HFFormat):
         return notes
 
 
-def _connector_refusals(model: Any) -> list[str]:
+def _connector_refusals(model: OpticNerveForConditionalGeneration) -> list[str]:
     options = model.config.towers.get("image", {}).get("connector", {})
     match options.get("type"):
         case None | "linear":
@@ -96,5 +102,5 @@ def _connector_refusals(model: Any) -> list[str]:
             return [f"its connector is {other}, LLaVA's projector an mlp; nearest: connector {{type: mlp}}"]
 
 
-def _strategy(encoder: Any) -> Literal["default", "full"]:
+def _strategy(encoder: Encoder) -> Literal["default", "full"]:
     return "default" if encoder.prefix_tokens and encoder.class_token == "drop" else "full"

@@ -179,7 +179,9 @@ def read(folder: Path) -> dict[str, Any]:
     return reference
 
 
-def load(cls: Any, folder: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False) -> Any:
+def load(
+    cls: type[Any], folder: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+) -> Any:
     """A model of `cls`: build the bases, check their hashes, put in what was trained; every tensor is accounted for.
 
     Raises:

@@ -101,7 +101,7 @@ class FusionClassifier(TwoTowerModel):
                 kind="conflict",
             )
         self.config.combine = rule
-        self.classifier.combine = rule  # type: ignore[assignment]
+        self.classifier.combine = rule
 
     def score(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None,
@@ -127,11 +127,13 @@ class FusionClassifier(TwoTowerModel):
         if self.image is None:
             if pixel_values is None:
                 raise ValueError("early fusion reads pixels, not features; give pixel_values")
-            return self.classifier(pixel_values.to(weight.device, weight.dtype), read)
+            scores: Scores = self.classifier(pixel_values.to(weight.device, weight.dtype), read)
+            return scores
         features = self.image.encode(pixel_values) if pixel_values is not None else image_features
         assert features is not None
         tokens_BND = features.tokens_BND.to(weight.device, weight.dtype)
-        return self.classifier(Features(tokens_BND, features.mask_BN.to(weight.device)), read)
+        scored: Scores = self.classifier(Features(tokens_BND, features.mask_BN.to(weight.device)), read)
+        return scored
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None,

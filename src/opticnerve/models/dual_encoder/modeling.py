@@ -7,7 +7,7 @@ with other parts, another loss, and other parts frozen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from opticnerve.models.two_towers import TwoTowerModel
 from opticnerve.models.vlm.tower import described
 from opticnerve.recipe import DualSpec
 from opticnerve.types import OpticNerveError
+
+if TYPE_CHECKING:
+    from opticnerve.data.collators.contrastive import PairBatch
 
 
 @dataclass
@@ -110,13 +113,15 @@ class DualEncoder(TwoTowerModel):
         """
         if (pixel_values is None) == (image_features is None):
             raise ValueError("give exactly one of pixel_values and image_features")
-        return self.image(pixel_values) if image_features is None else self.image.project(image_features)
+        out: Tensor = self.image(pixel_values) if image_features is None else self.image.project(image_features)
+        return out
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Texts in the common space, not normalised: token ids and mask (B, L) → (B, D)."""
-        return self.text(input_ids, attention_mask)
+        out: Tensor = self.text(input_ids, attention_mask)
+        return out
 
-    def embed(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """L2-normalised float32 vectors (B, D) of a batch's pictures and of its captions."""
         image_BD = self.get_image_features(batch.pixel_values, batch.image_features)
         text_BD = self.get_text_features(batch.input_ids, batch.attention_mask)

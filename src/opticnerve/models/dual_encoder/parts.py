@@ -38,7 +38,8 @@ class EmbeddingTower(nn.Module):
     def project(self, pooled_BD: Tensor) -> Tensor:
         if self.projection is None:
             return pooled_BD
-        return self.projection(pooled_BD.to(self.projection.weight.device, self.projection.weight.dtype))
+        out: Tensor = self.projection(pooled_BD.to(self.projection.weight.device, self.projection.weight.dtype))
+        return out
 
     def forward(self, *inputs: Any) -> Tensor:
         return self.project(self.encode(*inputs))
@@ -62,7 +63,7 @@ class ImageTower(EmbeddingTower):
         super().__init__(encoder, pooled_size(encoder, pooling), out_size, projection)
         self.pooling = pooling
 
-    def encode(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
+    def encode(self, pixel_values: Tensor) -> Tensor:
         return pool(self.encoder, pixel_values.to(placed_like(self.encoder)), self.pooling)
 
 
@@ -72,5 +73,6 @@ class TextTower(EmbeddingTower):
     def __init__(self, encoder: HFTextEncoder, out_size: int | None, projection: dict[str, Any] | None) -> None:
         super().__init__(encoder, encoder.hidden_size, out_size, projection)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return self.encoder(input_ids, attention_mask)
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        out: Tensor = self.encoder(input_ids, attention_mask)
+        return out

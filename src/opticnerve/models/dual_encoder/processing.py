@@ -29,7 +29,7 @@ class DualEncoderProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         self.max_length, self.padding = max_length, padding
-        super().__init__(image_processor, tokenizer)
+        super().__init__(image_processor, tokenizer)  # type: ignore[no-untyped-call]
 
     @classmethod
     def of(cls, image_processor: BaseImageProcessor, text_encoder: HFTextEncoder, **options: Any) -> Any:

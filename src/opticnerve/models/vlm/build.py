@@ -198,10 +198,10 @@ def vision_spec(vision: Spec) -> PartSpec:
             )
         return PartSpec(**vision)
     if vision.startswith("timm/"):
-        return PartSpec(type="timm", name=vision.removeprefix("timm/"))  # type: ignore[call-arg]
+        return PartSpec(type="timm", name=vision.removeprefix("timm/"))
     if vision.startswith("starter/"):
-        return PartSpec(type="timm", name=vision)  # type: ignore[call-arg]
-    return PartSpec(type="hf_vision", name=vision)  # type: ignore[call-arg]
+        return PartSpec(type="timm", name=vision)
+    return PartSpec(type="hf_vision", name=vision)
 
 
 def _part(spec: Spec) -> PartSpec:
@@ -228,7 +228,8 @@ def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
 
 def is_gated(model: OpticNerveForConditionalGeneration) -> bool:
     """Whether the adapter steps aside for text alone (`lora.when: media`): no sum of weights can do that."""
-    return (model.config.lora or {}).get("when", "always") != "always"
+    differs: bool = (model.config.lora or {}).get("when", "always") != "always"
+    return differs
 
 
 def merge_adapter(model: OpticNerveForConditionalGeneration) -> None:

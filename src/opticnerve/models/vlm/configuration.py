@@ -78,7 +78,7 @@ class OpticNerveConfig(PreTrainedConfig):
         return {**super().to_diff_dict(), "dock_format": self.dock_format}
 
 
-def check_format(found: Any, where: str) -> None:
+def check_format(found: object, where: str) -> None:
     """Refuse what a later opticnerve wrote.
 
     Raises:
@@ -105,7 +105,7 @@ def _check_layers(text_config: dict[str, Any]) -> None:
             )
 
 
-def _check(towers: Any, image_token_id: Any, audio_token_id: Any, lora: Any) -> None:
+def _check(towers: object, image_token_id: object, audio_token_id: object, lora: object) -> None:
     if not isinstance(towers, dict) or set(towers) - set(MODALITIES):
         raise OpticNerveError(
             f"config.json: towers is a mapping of {' and '.join(MODALITIES)}, not {str(towers)[:80]}", kind="wrong-type"

@@ -80,7 +80,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
             add_lora(self.language_model, config.lora)
         set_layers_not_to_split(self, layers_not_to_split(self.language_model))
         self._wire()
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_parts(
@@ -112,7 +112,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         if language_model.can_generate():
             model.generation_config = language_model.generation_config
         model._wire()
-        return model.eval()
+        return model.eval()  # type: ignore[no-untyped-call]
 
     @property
     def towers(self) -> dict[str, Tower]:
@@ -152,19 +152,22 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
     # -- what transformers asks for -------------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        module: nn.Module = self.language_model.get_input_embeddings()
+        return module
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return self.language_model.get_output_embeddings()
+        module: nn.Module | None = self.language_model.get_output_embeddings()
+        return module
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
     def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return self.language_model.get_decoder()
+        module: nn.Module = self.language_model.get_decoder()
+        return module
 
     def _init_weights(self, module: nn.Module) -> None:
         """Random weights of a fresh model; encoders and language models draw their own when they are built."""
@@ -183,11 +186,13 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
 
     def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, *question: Tensor) -> Tensor:
         """Soft tokens of pictures: (images, 3, H, W) → (images, num_tokens, language width)."""
-        return self.image(pixel_values, image_sizes, question or None).tokens_BND
+        out: Tensor = self.image(pixel_values, image_sizes, question or None).tokens_BND
+        return out
 
     def get_audio_features(self, input_features: Tensor) -> Tensor:
         """Soft tokens of sound: (windows, mels, frames) → (windows, num_tokens, language width)."""
-        return self.audio(input_features).tokens_BND
+        out: Tensor = self.audio(input_features).tokens_BND
+        return out
 
     def read(self, input_ids: Tensor, *, group: Tensor | None = None, **media: Any) -> Prompt:
         """Text and media as the language model takes them.
@@ -358,7 +363,7 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         finally:
             settled_rows.reset(token)
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
+    def _expand_inputs_for_generation(
         self: Any, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Beams and several answers repeat each row; the media of a row are repeated as one block, in their order."""

@@ -61,8 +61,9 @@ class OpticNerveProcessor(ProcessorMixin):
         chat_template: Jinja; the tokenizer's own, made to take pictures and sound, by default.
     """
 
-    get_attributes = _Attributes()  # type: ignore[assignment]
+    get_attributes = _Attributes()
     qformer_tokenizer: Any
+    chat_template: str
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class OpticNerveProcessor(ProcessorMixin):
             if part is None:
                 setattr(self, name, None)
         template = chat_template or settled(tokenizer, thinking=thinking, date=datetime.date.fromisoformat(self.date))
-        super().__init__(**{k: v for k, v in parts.items() if v is not None}, chat_template=template)
+        super().__init__(**{k: v for k, v in parts.items() if v is not None}, chat_template=template)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_tower(
@@ -162,7 +163,8 @@ class OpticNerveProcessor(ProcessorMixin):
 
     def audio_windows(self, samples: int) -> int:
         """Windows that a sound of so many samples (at the feature extractor's rate) is cut into."""
-        return max(1, math.ceil(samples / self.feature_extractor.n_samples))
+        count: int = max(1, math.ceil(samples / self.feature_extractor.n_samples))
+        return count
 
     def audio_placeholders(self, samples: int) -> int:
         """Placeholders of a sound of so many samples."""
@@ -177,7 +179,8 @@ class OpticNerveProcessor(ProcessorMixin):
 
     def replace_audio_token(self, audio_inputs: Any = None, audio_idx: int = 0, **kwargs: Any) -> str:
         """The placeholders of one sound."""
-        return str(self.audio_token) * int(self.num_audio_tokens or 0) * audio_inputs["windows"][audio_idx]
+        words: str = str(self.audio_token) * int(self.num_audio_tokens or 0) * audio_inputs["windows"][audio_idx]
+        return words
 
     @property
     def unused_input_names(self) -> list[str]:

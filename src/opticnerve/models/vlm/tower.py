@@ -89,7 +89,8 @@ class Tower(nn.Module):
             raise ValueError("this connector reads the question: give qformer_input_ids and qformer_attention_mask")
         words: list[Tensor] = [t.to(weight.device) for t in text or ()] if self.wants_text else []
         if self.tiling is None:
-            return self.connector(features, *words)
+            soft: Features = self.connector(features, *words)
+            return soft
         assert sizes is not None
         tiles = torch.tensor([self.tiling.tiles(*size) for size in sizes.tolist()], device=weight.device)
         soft = self.connector(features, *(t.repeat_interleave(tiles, 0) for t in words))
@@ -103,7 +104,8 @@ class Tower(nn.Module):
         if self.tiling is not None and sizes is not None:
             media = media.expand(self.tiling.tiles(*sizes[0].tolist()), -1, -1, -1)
         word = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-        return self(media, sizes, (word, torch.ones_like(word)) if self.wants_text else None)
+        features: Features = self(media, sizes, (word, torch.ones_like(word)) if self.wants_text else None)
+        return features
 
     def describe(self) -> dict[str, Any]:
         """The tower's entry in `OpticNerveConfig.towers`."""
