@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
@@ -91,18 +92,24 @@ def _opened(source: Stored, max_pixels: int, at_least: tuple[int, int] | None, c
     given = source if isinstance(source, PIL.Image.Image) else None
     name = name_of(source, "image") if given is None else f"the opened picture of mode {given.mode}"
     try:
-        image = open_lazily(locate(source, "image")) if given is None else given  # type: ignore[arg-type]
-        _check_size(image, name, max_pixels)
-        if at_least is not None and given is None and isinstance(image, JpegImageFile):
-            height, width = at_least
-            image.draft(None, (height, width) if orientation_of(image) in ON_ITS_SIDE else (width, height))
-        image.load()
-        _check_size(image, name, max_pixels)  # icons declare one size and may carry another
-        upright = _upright(image)
-        # What was opened here belongs to nobody else. (Formats with several frames would keep their file open.)
-        closed = upright is not image or type(image) in (PIL.Image.Image, JpegImageFile)
-        own = closed and (upright is not source or not copy)
-        return upright if own and upright.mode == "RGB" and not upright.has_transparency_data else _to_rgb(upright)
+        with ExitStack() as unfinished:
+            image = open_lazily(locate(source, "image")) if given is None else given  # type: ignore[arg-type]
+            if given is None:
+                unfinished.callback(image.close)  # what cannot be read would keep its file open
+            _check_size(image, name, max_pixels)
+            if at_least is not None and given is None and isinstance(image, JpegImageFile):
+                height, width = at_least
+                image.draft(None, (height, width) if orientation_of(image) in ON_ITS_SIDE else (width, height))
+            image.load()
+            _check_size(image, name, max_pixels)  # icons declare one size and may carry another
+            upright = _upright(image)
+            # What was opened here belongs to nobody else. (Formats with several frames would keep their file open.)
+            closed = upright is not image or type(image) in (PIL.Image.Image, JpegImageFile)
+            own = closed and (upright is not source or not copy)
+            plain = own and upright.mode == "RGB" and not upright.has_transparency_data
+            made = upright if plain else _to_rgb(upright)
+            unfinished.pop_all()
+            return made
     except (DataError, MemoryError):
         raise
     except PIL.UnidentifiedImageError as e:
