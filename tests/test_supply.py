@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from errors import refused
 from opticnerve.encoders.whisper import read_openai
-from opticnerve.types import OpticNerveError
 
 SOURCE = Path(__file__).parents[1] / "src"
 # Called by these names, they run what a file says.
@@ -102,6 +102,6 @@ def test_a_pickle_in_place_of_weights_does_not_run(
         torch.save(stored, "ear.pt")
     else:
         Path("ear.pt").write_bytes(pickle.dumps(stored))
-    with pytest.raises(OpticNerveError, match="no OpenAI Whisper checkpoint"):
+    with refused("damaged", "ear.pt", "OpenAI Whisper"):
         read_openai(Path("ear.pt"))
     assert not Path("the-bomb-went-off").exists()

@@ -22,7 +22,7 @@ from opticnerve.inference.predictors import (
 )
 from opticnerve.models.classifier.build import ClassifierDock, classifier
 from opticnerve.models.vlm.build import Dock
-from opticnerve.types import DataError, OpticNerveError, ask
+from opticnerve.types import DataError, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 CHOICES = ["yes", "no", "red"]
@@ -104,7 +104,7 @@ def test_kinds_of_models_together(docked: Callable[..., Dock], token_sampler: Cl
 
 def test_bad_input(token_sampler: ClassifierDock, docked: Callable[..., Dock]) -> None:
     predictor, question = ClassifierPredictor(*token_sampler), ask("is it red?", tiny.picture(0))
-    with pytest.raises(OpticNerveError, match=r"'yess' is none of the 3 in the closed set; the nearest is 'yes'"):
+    with refused("unknown-name", "'yess'", 3, "'yes'"):
         predictor.scores(question, ["yess", "no"])
     with refused("out-of-range", "1 choices"):
         predictor.scores(question, ["yes"])
