@@ -72,7 +72,11 @@ def test_two_processes_are_one(
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+        off = ~torch.isclose(others[name], tensor, rtol=1e-3, atol=2e-5)
+        # Adam divides a gradient by its own size: where that is rounding alone, so is the step. A single weight of
+        # thousands may meet that (behind a gate that opens from zero), never a share of them.
+        assert int(off.sum()) <= off.numel() // 2000, name
+        torch.testing.assert_close(others[name], tensor, rtol=0.0, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
