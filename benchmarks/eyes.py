@@ -5,7 +5,7 @@
 
 Random weights of public shapes, bf16, the tokens that a language model would get: the layer before the last of CLIP (as
 LLaVA-1.5 takes), the last one of the others. Both sides hold the same weights, in turn in one process. Ours attends by
-plain products (`ops.vision_attention`), stops at the layer that is asked for, and leaves out SigLIP's pooling head.
+plain products (`ops.attention`), stops at the layer that is asked for, and leaves out SigLIP's pooling head.
 """
 
 from __future__ import annotations
