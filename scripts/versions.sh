@@ -16,7 +16,7 @@ UV=$(command -v uv || echo "$PWD/.uv/bin/uv")
 command -v pyenv >/dev/null && export PYENV_VERSION=$(pyenv versions --bare | paste -sd:)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$PWD/src"
 
-CORE="tests/test_private_names.py tests/models tests/train/test_loop.py tests/data tests/inference tests/language tests/encoders"
+CORE="tests/test_private_names.py tests/models tests/train/test_loop.py tests/data tests/inference tests/language tests/ops tests/encoders"
 TOOLS="pytest pytest-timeout pytest-xdist hypothesis httpx sentencepiece"  # always the newest, beside what is there
 EXTRAS="audio,captions,serve,starter,video"  # not `ui`: gradio holds others back
 PACKAGES="transformers torch torchvision peft accelerate timm datasets tokenizers pydantic numpy pillow"
