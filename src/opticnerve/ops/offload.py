@@ -7,6 +7,7 @@ copy.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def offload(modules: Sequence[nn.Module], folder: Path) -> int:
         path.unlink(missing_ok=True)
     for weight, tensor in zip(weights, mapped, strict=True):
         weight.data = tensor
+    gc.collect()  # torch 2.9's writer holds what it wrote in a circle
     return sum({t.data_ptr(): t.nbytes for t in mapped}.values())
 
 
