@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from opticnerve.inference.generate import Answerer
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.build import Dock, merge
+from opticnerve.ops.fused_layers import fuse_layers
+from opticnerve.train.setup import checkpoint_layers
 from opticnerve.types import ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -77,3 +80,25 @@ def test_saved_whole_it_keeps_its_gate(docked: Callable[..., Dock], tmp_path: Pa
         with torch.no_grad():
             for given in (inputs(dock, ()), inputs(dock, (RED,))):
                 assert torch.equal(back(**given).logits, dock.model(**given).logits)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain layers", "fused layers"])
+def test_layers_run_again_mask_the_same_rows(docked: Callable[..., Dock], plain: bool) -> None:
+    """Gradient checkpointing computes a layer twice; text alone stays without the adapter the second time, too."""
+    given = inputs(docked("llama"), (), (RED,))
+    found = []
+    for again in (False, True):
+        dock = gated(docked, when="media")
+        dock.model.requires_grad_(False)
+        for name, parameter in dock.model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        if again:
+            checkpoint_layers(dock.model)
+        dock.model.train()
+        with nullcontext() if plain else fuse_layers(dock.model.language_model):
+            dock.model(**given).logits.square().sum().backward()
+        found.append({n: p.grad for n, p in dock.model.named_parameters() if p.grad is not None})
+    once, twice = found
+    assert once.keys() == twice.keys()
+    for name, gradient in once.items():
+        torch.testing.assert_close(twice[name], gradient, rtol=1e-5, atol=1e-7, msg=name)

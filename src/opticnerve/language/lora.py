@@ -94,10 +94,16 @@ class AdapterMask:
         return out * self.rows_B.to(out.dtype).view(-1, *[1] * (out.ndim - 1))
 
 
+def mask_of(language_model: nn.Module) -> AdapterMask | None:
+    """The mask on a language model's adapter, where it has one."""
+    mask: AdapterMask | None = getattr(language_model, "adapter_mask", None)
+    return mask
+
+
 @contextmanager
 def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[None]:
     """Within it, the adapter works on the rows where `rows_B` is True; on all of them for None, or without a mask."""
-    mask = getattr(language_model, "adapter_mask", None)
+    mask = mask_of(language_model)
     if mask is None:
         yield
         return

@@ -23,7 +23,7 @@ from opticnerve.common.private_names import (
     set_attention,
     set_layers_not_to_split,
 )
-from opticnerve.language.lora import add_lora
+from opticnerve.language.lora import add_lora, mask_of
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.vlm.configuration import OpticNerveConfig
@@ -246,8 +246,8 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
     def recompute(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` for gradient checkpointing: a layer that is run again sees what it saw the first time."""
         seen, attended = {m: t.fusion.seen for m, t in self.towers.items()}, varlen.current()
-        gate = getattr(self.language_model, "lora_gate", None)
-        prompt = Prompt(seen=seen, rows_B=gate.rows_B if gate is not None else None)
+        mask = mask_of(self.language_model)
+        prompt = Prompt(seen=seen, rows_B=None if mask is None else mask.rows_B)
 
         @contextmanager
         def again() -> Iterator[None]:
@@ -333,8 +333,8 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         )  # fmt: skip
 
     def rows_with_media(self, input_ids: Tensor) -> Tensor | None:
-        """(B,) bool: the rows that hold media; None where the adapter does not ask (no gate on it)."""
-        if getattr(self.language_model, "adapter_mask", None) is None:
+        """(B,) bool: the rows that hold media; None where the adapter does not ask (no mask on it)."""
+        if mask_of(self.language_model) is None:
             return None
         return self._placeholders(input_ids).any(1)
 
