@@ -22,7 +22,6 @@ SOURCE = ROOT / "src" / "opticnerve"
 MODULES = sorted(SOURCE.rglob("*.py"))
 LOOSE = {"__init__.py", "types.py", "registry.py"}
 MOST_LINES, FEWEST_LINES = 400, 60
-SHORT = {"common/moved.py"}  # goes with the aliases, after a version
 # Private poetry, by what the field says instead (docs/architecture.md, "Words").
 POETRY = {
     "eye", "eyes", "ear", "ears", "brain", "brains", "visit", "visits", "usable", "tally", "lean", "chooser", "dice",
@@ -140,7 +139,7 @@ class TestFiles:
         alone = {}
         for path in MODULES:
             module = "opticnerve." + name_of(path).removesuffix(".py").replace("/", ".")
-            if path.name == "__init__.py" or lines_of(path) >= FEWEST_LINES or name_of(path) in SHORT:
+            if path.name == "__init__.py" or lines_of(path) >= FEWEST_LINES:
                 continue
             users = found.find_modules_that_directly_import(module)
             if len(users) == 1:

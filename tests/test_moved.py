@@ -13,9 +13,10 @@ from opticnerve.common.moved import MOVED
 
 @pytest.mark.parametrize("old", MOVED)
 def test_an_old_path_leads_to_a_module_that_is_there(old: str) -> None:
-    found = find_spec(MOVED[old])
-    assert found is not None
-    assert found.origin is not None
+    for new in MOVED[old]:
+        found = find_spec(new)
+        assert found is not None
+        assert found.origin is not None
 
 
 def test_an_old_path_is_the_module_and_says_where_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +38,22 @@ def test_a_folder_that_is_gone_is_passed_through(monkeypatch: pytest.MonkeyPatch
     with pytest.warns(DeprecationWarning, match=r"opticnerve\.data\.dataset\.read now"):
         module = importlib.import_module("opticnerve.data.readers.read")
     assert module.__name__ == "opticnerve.data.dataset.read"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_that_came_apart_has_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("opticnerve.data.images", "opticnerve.data.readers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    from opticnerve.data.images import MAX_PIXELS, Frame, open_image  # type: ignore[import-not-found]
+    from opticnerve.data.readers import FORMATS, read  # type: ignore[import-not-found]
+
+    from opticnerve.data.dataset import read as reading
+    from opticnerve.data.media import images
+    from opticnerve.data.media import open as opening
+    from opticnerve.types import Frame as frame_of_a_video
+
+    assert (open_image, MAX_PIXELS, Frame) == (opening.open_image, images.MAX_PIXELS, frame_of_a_video)
+    assert (read, FORMATS) == (reading.read, reading.FORMATS)
 
 
 def test_what_never_was_is_not_found() -> None:

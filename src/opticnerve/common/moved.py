@@ -10,18 +10,27 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Those that the documents named, and those of classes that others import.
+# Those that the documents named, and those that others' code is likeliest to import; where a module came apart, the
+# modules that its names are in now.
 MOVED = {
-    f"opticnerve.{old}": f"opticnerve.{new}"
+    f"opticnerve.{old}": [f"opticnerve.{n}" for n in new.split()]
     for old, new in {
         "build": "models.vlm.build",
         "build_classifier": "models.classifier.build",
         "build_dual": "models.dual_encoder.build",
+        "data.audio": "data.media.audio",
+        "data.images": "data.media.open data.media.images data.media.files types",
         "data.labels": "data.encode.tokenize",
         "data.packing": "data.encode.packing",
+        "data.readers": "data.dataset.read",
         "data.readers.read": "data.dataset.read",
+        "data.source": "data.dataset.load",
+        "data.transform": "data.media.transform",
+        "data.video": "data.media.video",
         "durable": "common.atomic",
         "encoders.dual_eye": "encoders.nested",
+        "encoders.pair": "encoders.nested",
+        "fusion.splice": "fusion.base",
         "hub": "common.hub",
         "models.configuration": "models.vlm.configuration",
         "models.delta": "models.checkpoint.delta",
@@ -45,14 +54,18 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # `opticnerve.data.readers` is there only to be passed through.
         package = any(old.startswith(f"{name}.") for old in MOVED)
-        return ModuleSpec(name, self, is_package=package) if package or name in MOVED else None
+        return ModuleSpec(name, self, is_package=package) if name in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        if (new := MOVED.get(module.__name__)) is not None:
-            warnings.warn(f"{module.__name__} is {new} now; import it from there", DeprecationWarning, stacklevel=2)
-            sys.modules[module.__name__] = importlib.import_module(new)
+        old, new = module.__name__, MOVED[module.__name__]
+        warnings.warn(f"{old} is {' and '.join(new)} now; import it from there", DeprecationWarning, stacklevel=2)
+        found = [importlib.import_module(name) for name in new]
+        if len(found) == 1 and not hasattr(module, "__path__"):
+            sys.modules[old] = found[0]
+            return
+        for part in reversed(found):
+            vars(module).update({k: v for k, v in vars(part).items() if not k.startswith("_")})
 
 
 def install() -> None:
