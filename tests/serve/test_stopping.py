@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,27 +40,39 @@ def test_sigterm(both: Dock, tmp_path: Path) -> None:
             headers = {"authorization": "Bearer a-key-of-the-environment"}
             assert httpx.get(f"{url}/v1/models").status_code == 401
             secret = {"type": "image_url", "image_url": {"url": image_url(1)}}
-            body = chat("never to be logged", secret) | {"stream": True, "n": 4, "max_tokens": 450}
-            body |= {"logprobs": True, "top_logprobs": 20}  # it takes a while
-            # However fast the model is: the answer cannot end before it is read, for little of it fits into the socket.
-            narrow = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)])
+            body = chat("never to be logged", secret) | {"stream": True, "max_tokens": 200}
+            # However fast the model is, one request runs until the test lets it: the end of its body is kept back.
+            whole, kept_back = json.dumps(chat("hello") | {"max_tokens": 2}).encode(), threading.Event()
+
+            def halves() -> Iterator[bytes]:
+                yield whole[:20]
+                kept_back.wait(60)
+                yield whole[20:]
+
             with (
-                httpx.Client(base_url=url, headers=headers, timeout=120) as other,
-                httpx.Client(base_url=url, headers=headers, timeout=120, transport=narrow) as slow,
-                slow.stream("POST", "/v1/chat/completions", json=body) as answer,
+                httpx.Client(base_url=url, headers=headers, timeout=120) as client,
+                ThreadPoolExecutor(1) as pool,
             ):
-                assert answer.status_code == 200
-                assert other.get("/health").json()["status"] == "ok"
-                coming = answer.iter_lines()
-                next(coming)
-                process.send_signal(signal.SIGTERM)
-                while (health := other.get("/health")).json()["status"] == "ok":
-                    time.sleep(0.001)
-                late = other.get("/v1/models")
-                assert health.json()["status"] == "stopping"
-                assert late.status_code == 503
-                assert "retry-after" in late.headers
-                *_, last = (line for line in coming if line)
+                json_type = {"content-type": "application/json", **headers}
+                held = pool.submit(
+                    httpx.post, f"{url}/v1/chat/completions", content=halves(), headers=json_type, timeout=120
+                )
+                try:
+                    assert until(lambda: "opticnerve_admitted_requests 1.0" in client.get("/metrics").text)
+                    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                        assert answer.status_code == 200
+                        coming = answer.iter_lines()
+                        next(coming)
+                        assert client.get("/health").json()["status"] == "ok"
+                        process.send_signal(signal.SIGTERM)
+                        assert until(lambda: client.get("/health").json()["status"] == "stopping")
+                        late = client.get("/v1/models")
+                        assert late.status_code == 503
+                        assert "retry-after" in late.headers
+                        *_, last = (line for line in coming if line)
+                finally:
+                    kept_back.set()
+                assert held.result().json()["choices"][0]["message"]["content"]
             assert last == "data: [DONE]"
             assert process.wait(timeout=60) == 0
             log = "".join(lines) + process.stderr.read()

@@ -97,7 +97,8 @@ def watch_picture(picture: Any, error: Any, words: Translations, limits: PageLim
             return None, alert(str(e))
         return gr.skip(), ""
 
-    picture.change(show_image, picture, [picture, error], show_progress="hidden")
+    # Not through the queue: gradio's page loses a question that is sent while the stream of an event before it closes.
+    picture.change(show_image, picture, [picture, error], show_progress="hidden", queue=False)
 
 
 @dataclass(frozen=True)
