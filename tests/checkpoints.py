@@ -31,7 +31,8 @@ def opt_words() -> Any:
     """OPT's kind: GPT-2's pieces, and every text begins with `</s>`."""
     model = json.loads(tiny.byte_level().to_str())["model"]
     made = tf.GPT2Tokenizer(
-        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], bos_token="</s>", eos_token="</s>",
+        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]],  # type: ignore[misc]
+        bos_token="</s>", eos_token="</s>",
         unk_token="</s>", pad_token="<pad>", add_bos_token=True,
     )  # fmt: skip
     made.add_special_tokens({"additional_special_tokens": ["<image>"]})

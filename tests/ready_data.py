@@ -68,8 +68,8 @@ def silence(file: Path, seconds: int = 1) -> None:
 
 def vqav2(folder: Path) -> None:
     """A Parquet file with the columns of `lmms-lab/VQAv2`."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     folder.mkdir(parents=True)
     tiny.picture(0, size=8).save(folder / "cats.png")

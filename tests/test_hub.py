@@ -47,7 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Path:
     hub.add(EAR, tiny.save_whisper(kept / "ear"))
     tiny.save_captions(place)
     tiny.save_questions(place)
-    for name, changes in {"recipe": {}, "small": {"stages": []}}.items():
+    changed: dict[str, dict[str, Any]] = {"recipe": {}, "small": {"stages": []}}
+    for name, changes in changed.items():
         (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe(**changes)), encoding="utf-8")
     return place
 
@@ -352,8 +353,8 @@ def test_another_kind_of_model(hub: Hub, opticnerve: CommandLine, tmp_path: Path
 
 
 def test_data_of_the_hub(hub: Hub, opticnerve: CommandLine, offline: CommandLine, tmp_path: Path) -> None:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     tiny.picture(0, size=8).save(tmp_path / "1.png")
     row = {"image": {"bytes": (tmp_path / "1.png").read_bytes(), "path": "1.png"}, "caption": "a red circle"}
@@ -396,7 +397,7 @@ def test_no_name_of_a_hub(name: str) -> None:
 
 def test_what_is_no_fault_of_a_hub_passes() -> None:
     assert explain(ValueError("something else"), "a/b") is None
-    assert explain(OSError(28, "No space left on device"), "a/b").kind == "disk"  # type: ignore[union-attr]
+    assert explain(OSError(28, "No space left on device"), "a/b").kind == "disk"
 
 
 def test_revision_stands_beside_a_name_or_in_it() -> None:

@@ -25,7 +25,7 @@ def test_an_old_path_is_the_module_and_says_where_it_is_now(monkeypatch: pytest.
 
     spec = there.__spec__
     with pytest.warns(DeprecationWarning, match=r"opticnerve\.build is opticnerve\.models\.vlm\.build now") as told:
-        from opticnerve.build import dock  # type: ignore[import-not-found]
+        from opticnerve.build import dock
     assert told[0].filename == __file__
     assert dock is there.dock
     assert sys.modules["opticnerve.build"] is there
@@ -44,8 +44,8 @@ def test_a_folder_that_is_gone_is_passed_through(monkeypatch: pytest.MonkeyPatch
 def test_a_module_that_came_apart_has_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("opticnerve.data.images", "opticnerve.data.readers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    from opticnerve.data.images import MAX_PIXELS, Frame, open_image  # type: ignore[import-not-found]
-    from opticnerve.data.readers import FORMATS, read  # type: ignore[import-not-found]
+    from opticnerve.data.images import MAX_PIXELS, Frame, open_image
+    from opticnerve.data.readers import FORMATS, read
 
     from opticnerve.data.dataset import read as reading
     from opticnerve.data.media import images

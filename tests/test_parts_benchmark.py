@@ -33,7 +33,7 @@ def own(known: Any) -> set[str]:
 
 
 def test_every_part_has_a_row() -> None:
-    made = []
+    made: list[Any] = []
     for row in parts.ROWS:
         recipe = recipes.load(ROOT / "recipes" / f"{row.base}.yaml", row.overrides(parts.BUDGET))
         made += recipe.model.towers.values()

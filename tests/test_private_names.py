@@ -364,7 +364,7 @@ def test_the_models_hooks_are_called(counted: Any, docked: Callable[..., Dock]) 
 def test_the_tiling_processors_step_is_called(counted: Any) -> None:
     steps = counted(TilingImageProcessor, "_preprocess")
     side = {"height": 16, "width": 16}
-    made = TilingImageProcessor(image_grid_pinpoints=[[32, 32]], size=side, crop_size=side, thumbnail=True)
+    made = TilingImageProcessor(image_grid_pinpoints=[[32, 32]], size=side, crop_size=side, thumbnail=True)  # type: ignore[call-arg]
     out = made([tiny.picture()], return_tensors="pt")
     assert steps
     assert out["pixel_values"].shape == (5, 3, 16, 16)

@@ -88,7 +88,7 @@ def test_the_search_finds(text: str) -> None:
 
 
 class Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.touch, (Path("the-bomb-went-off"),)
 
 

@@ -55,7 +55,7 @@ def metaspace(*, legacy: bool = False) -> Tokenizer:
     state["model"] |= {"byte_fallback": True, "fuse_unk": True}
     tokenizer = Tokenizer.from_str(json.dumps(state))
     if legacy:
-        tokenizer.pre_tokenizer = None  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = None
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -107,7 +107,7 @@ def language_config(family: str, vocabulary: int) -> Any:
         case "phi":
             return tf.PhiConfig(**{**common, "num_key_value_heads": 4})
         case "gemma2":
-            return tf.Gemma2Config(**common, head_dim=8, query_pre_attn_scalar=8, sliding_window=256,
+            return tf.Gemma2Config(**common, head_dim=8, query_pre_attn_scalar=8, sliding_window=256,  # type: ignore[call-arg]
                                    attn_implementation="eager", final_logit_softcapping=2.0)  # fmt: skip
         case "gpt2":
             return tf.GPT2Config(**tokens, n_embd=32, n_layer=2, n_head=4, n_positions=512)

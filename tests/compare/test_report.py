@@ -28,7 +28,7 @@ def findings() -> Findings:
         )
         for s in (0, 1)
     ]
-    return Findings(None, {}, systems, groups_of(["a", "a", "a", "b"]), outcomes, {}, {})  # type: ignore[arg-type]
+    return Findings(None, {}, systems, groups_of(["a", "a", "a", "b"]), outcomes, {}, {})
 
 
 def test_verdicts_claim_no_more_than_their_interval() -> None:

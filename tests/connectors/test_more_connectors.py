@@ -61,7 +61,7 @@ class TestPixelShuffle:
         """With the identity for a matrix the numbers themselves come out, each once."""
         connector = PixelShuffleConnector(in_size=6, out_size=24, in_tokens=16)
         with torch.no_grad():
-            connector.layers[0].weight.copy_(torch.eye(24))  # type: ignore[operator, union-attr]
+            connector.layers[0].weight.copy_(torch.eye(24))
         features = random_features(16)
         out = connector(features).tokens_BND
         assert torch.equal(out.flatten().sort().values, features.tokens_BND.flatten().sort().values)

@@ -127,7 +127,7 @@ class TestByDottedPath:
             "precision": "fp32",
         }
         read = recipe.load(EXAMPLE / "recipe.yaml", [f"{key}={value}" for key, value in changes.items()])
-        assert (read.model.image.encoder.type, read.model.image.connector.type) == (ENCODER, CONNECTOR)  # type: ignore[union-attr]
+        assert (read.model.image.encoder.type, read.model.image.connector.type) == (ENCODER, CONNECTOR)
         return dock_recipe(read)
 
     @pytest.fixture

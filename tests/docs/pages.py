@@ -32,7 +32,9 @@ class Block(NamedTuple):
 
 @cache
 def blocks(path: Path) -> list[Block]:
-    found, opened, before = [], None, ""
+    found: list[Block] = []
+    opened: tuple[int, str, str, str, list[str]] | None = None
+    before = ""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         fence = re.match(r"^(\s*)```(.*)$", line)
         if fence and opened is None:

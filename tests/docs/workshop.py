@@ -52,7 +52,7 @@ def furnish(
     for variable, name in PUBLIC.items():
         Path(made[variable]).rename(folder / "data" / name)
     shutil.rmtree(folder / "public")
-    recipe = {
+    recipe: dict[str, Any] = {
         "precision": "fp32", "forgetting": False,
         "model": {
             "language": {"name": language},

@@ -62,7 +62,7 @@ def test_there_are_no_weights_to_name_or_train() -> None:
     with refused("out-of-range", "0 blocks"):
         last_blocks(encoder, 1)
     with refused("conflict", "'fuyu'"):
-        PatchesEncoder.from_pretrained("fuyu")  # type: ignore[arg-type]
+        PatchesEncoder.from_pretrained("fuyu")
 
 
 @pytest.mark.parametrize("fit", ["squash", "crop", "pad"])

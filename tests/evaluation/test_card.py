@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -29,7 +30,7 @@ def edit(run_dir: Path, **changes: object) -> None:
     path.write_text(json.dumps({k: v for k, v in results.items() if v is not None}))
 
 
-def front_matter(card: str) -> dict:
+def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
 
 

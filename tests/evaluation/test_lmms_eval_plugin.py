@@ -48,7 +48,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest},
     }.items():  # fmt: skip
         module = ModuleType(name)
-        vars(module).update(held)
+        vars(module).update(held)  # type: ignore[call-overload]
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "opticnerve.evaluation.lmms_eval_plugin", raising=False)
     yield importlib.import_module("opticnerve.evaluation.lmms_eval_plugin")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -79,7 +80,7 @@ class TestMass:
         ("bad", "kind"),
         [([[0.0, -1], [0, 0]], "empty"), ([[np.nan, 1], [0, 0]], "wrong-type"), ([1.0, 2.0], "wrong-type")],
     )
-    def test_maps_that_say_nothing(self, bad: list, kind: str) -> None:
+    def test_maps_that_say_nothing(self, bad: list[Any], kind: str) -> None:
         with refused(kind, "map"):
             localization.mass_on_object(bad, half())
 

@@ -83,7 +83,7 @@ def test_recalls_and_chance() -> None:
 def test_several_captions_of_a_picture_and_several_pictures_of_a_caption() -> None:
     talks = [pair(n) for n in range(12)]
     talks += [pair(3, "also 3"), pair(3, "and 3"), pair(20, "thing 3")]
-    entry = run_retrieval(Oracle(), talks, name="things")  # type: ignore[arg-type]
+    entry = run_retrieval(Oracle(), talks, name="things")
     assert entry["image_to_text"]["n"] == 13
     assert entry["image_to_text"]["candidates"] == 14
     assert entry["text_to_image"]["n"] == 14
@@ -94,7 +94,7 @@ def test_several_captions_of_a_picture_and_several_pictures_of_a_caption() -> No
 
 
 def test_confusion_shows() -> None:
-    entry = run_retrieval(Oracle(confused=[4]), [pair(n) for n in range(12)], name="things")  # type: ignore[arg-type]
+    entry = run_retrieval(Oracle(confused=[4]), [pair(n) for n in range(12)], name="things")
     assert entry["image_to_text"]["R@1"]["accuracy"] == pytest.approx(11 / 12)
     # Two pictures lie at "thing 5", a tie; none at "thing 4".
     assert entry["text_to_image"]["R@1"]["accuracy"] == pytest.approx(10 / 12)
@@ -102,27 +102,27 @@ def test_confusion_shows() -> None:
 
 def test_too_little_to_search() -> None:
     with refused("out-of-range", "1 pictures and 2 captions"):
-        run_retrieval(Oracle(), [pair(3), pair(3, "also 3")], name="")  # type: ignore[arg-type]
+        run_retrieval(Oracle(), [pair(3), pair(3, "also 3")], name="")
     with refused("no-pair", "0 pictures and 1 answers", error=DataError):
-        run_retrieval(Oracle(), [ask("what?", answer="7"), pair(1)], name="")  # type: ignore[arg-type]
+        run_retrieval(Oracle(), [ask("what?", answer="7"), pair(1)], name="")
 
 
 def test_zero_shot_accuracy() -> None:
     talks = [pair(n, f"{n % 4}") for n in range(4)] + [pair(9, "1")]
     seen: list[tuple[int, int]] = []
-    entry = run_zero_shot(Oracle(), talks, name="digits", progress=lambda a, b: seen.append((a, b)))  # type: ignore[arg-type]
+    entry = run_zero_shot(Oracle(), talks, name="digits", progress=lambda a, b: seen.append((a, b)))
     assert (entry["n"], entry["accuracy"], entry["classes"], entry["chance"]) == (5, 0.8, 4, 0.25)
     assert seen == [(5, 5)]
-    more = run_zero_shot(Oracle(), talks, name="digits", classes=[str(n) for n in range(20)])  # type: ignore[arg-type]
+    more = run_zero_shot(Oracle(), talks, name="digits", classes=[str(n) for n in range(20)])
     assert more["chance"] == 0.05
 
 
 def test_answers_outside_the_closed_set_and_one_class() -> None:
     talks = [pair(1, "1"), pair(2, "2"), pair(3, "3")]
     with refused("unknown-name", "1 answers", "2 classes", "'3'"):
-        run_zero_shot(Oracle(), talks, name="", classes=["1", "2"])  # type: ignore[arg-type]
+        run_zero_shot(Oracle(), talks, name="", classes=["1", "2"])
     with refused("out-of-range", "'1'"):
-        run_zero_shot(Oracle(), talks[:1], name="")  # type: ignore[arg-type]
+        run_zero_shot(Oracle(), talks[:1], name="")
 
 
 def test_files_with_equal_content_are_one_picture(tmp_path: Any) -> None:
@@ -135,5 +135,5 @@ def test_files_with_equal_content_are_one_picture(tmp_path: Any) -> None:
         def images(self, sources: Sequence[Any], progress: Any = None) -> Any:
             return self.directions[: len(sources)]
 
-    entry = run_retrieval(Blind(), talks, name="")  # type: ignore[arg-type]
+    entry = run_retrieval(Blind(), talks, name="")
     assert entry["image_to_text"]["n"] == 2

@@ -70,7 +70,7 @@ class TestIdeficsLayer:
     def test_parity(self, gate: str) -> None:
         from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 
-        config = tf.IdeficsConfig(
+        config = tf.IdeficsConfig(  # type: ignore[call-arg]
             hidden_size=32, intermediate_size=64, num_attention_heads=4, alpha_type={"scalar": "float"}.get(gate, gate),
             alpha_initializer="ones", vision_config={"embed_dim": 32}, dropout=0.0, attn_implementation="eager",
         )  # fmt: skip
@@ -276,7 +276,7 @@ def test_refusals() -> None:
     with refused("out-of-range", "every", 1, 0):
         GatedCrossAttention(language_size=32, language_layers=2, every=0)
     with refused("unknown-name", "'scalar'", "'vector'", "'tensor'"):
-        GatedCrossAttention(language_size=32, language_layers=2, gate="tensor")  # type: ignore[arg-type]
+        GatedCrossAttention(language_size=32, language_layers=2, gate="tensor")
 
 
 def test_wrong_number_of_pictures(flamingo: Dock) -> None:

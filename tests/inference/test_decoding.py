@@ -81,7 +81,7 @@ class TestAgainstTransformers:
 def test_a_window_that_slides_over_the_conversation(docked: Callable[..., Dock]) -> None:
     made = lively(docked("mistral"))
     inputs = Answerer(made.model, made.processor).inputs(ASKED)
-    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     wide = generated(made.model, inputs, 14, **options)
     made.model.language_model.config.sliding_window = 8
     assert FusedDecoder.of(made.model.language_model) is None

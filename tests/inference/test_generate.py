@@ -109,7 +109,7 @@ class TestStream:
         before = threads()
         stream = answerer.stream(ASKED[2], max_new_tokens=400)
         next(stream)
-        stream.close()
+        stream.close()  # type: ignore[attr-defined]
         handle.remove()
         assert threads() == before
         assert len(steps) < 300

@@ -254,7 +254,7 @@ class TestMaps:
         only = torch.zeros(1, connector.num_tokens, 1)
         only[:, 8] = 1
         plain = connector.project
-        connector.project = lambda features: type(features)(plain(features).tokens_BND * only, features.mask_BN)
+        connector.project = lambda features: type(features)(plain(features).tokens_BND * only, features.mask_BN)  # type: ignore[method-assign]
         assert attribute(spliced, "gradient").maps[0].peak(0) == (0.125, 0.625)
 
     @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox", "opt", "qwen3"])

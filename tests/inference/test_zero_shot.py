@@ -120,7 +120,7 @@ def test_loaded_from_a_folder(embedder: Embedder, tmp_path: Path) -> None:
 
 def test_vectors_in_a_file_are_ready_for_faiss(tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).standard_normal((3, 5)).T.astype(np.float64)  # neither contiguous nor float32
-    written = save_embeddings(tmp_path, "pictures", vectors, [f"id-{i}" for i in range(5)])  # type: ignore[arg-type]
+    written = save_embeddings(tmp_path, "pictures", vectors, [f"id-{i}" for i in range(5)])
     found = np.load(written["vectors"])
     assert found.dtype == np.float32
     assert found.flags["C_CONTIGUOUS"]

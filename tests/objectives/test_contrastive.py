@@ -82,7 +82,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")  # type: ignore[misc]
 
 
 # -- the losses -----------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_duplicates_are_refused_by_name_or_masked(keys: str) -> None:
 
 def test_an_unknown_rule_for_duplicates() -> None:
     with refused("unknown-name", "'refuse'", "'mask'"):
-        Contrastive(TwoTowers("clip"), duplicates="drop")  # type: ignore[arg-type]
+        Contrastive(TwoTowers("clip"), duplicates="drop")
 
 
 # -- temperature ----------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_the_papers(docked: Callable[..., Dock], fusion: 
         with torch.no_grad():
             before = [answer_alone(dock, reference, c, a) for a in (c.answer or "", c.meta["rejected"])]
         expected = expected - F.logsigmoid(0.2 * ((policy[0] - before[0]) - (policy[1] - before[1])))
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
     (expected / 3).backward()
     for name, gradient in found.items():
         other = dict(dock.model.named_parameters())[name].grad

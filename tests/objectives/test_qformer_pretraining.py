@@ -158,7 +158,7 @@ class TestGeneration:
         changed = pairs.text_ids.clone()
         changed[:, 0] = 5
         assert torch.equal(states, made.caption_states(seen, changed, pairs.text_mask))
-        made.connector.text_embeddings.word_embeddings.weight[made.connector.decoder_token_id] += 1.0  # type: ignore
+        made.connector.text_embeddings.word_embeddings.weight[made.connector.decoder_token_id] += 1.0
         assert not torch.allclose(states, made.caption_states(seen, pairs.text_ids, pairs.text_mask))
 
     @torch.no_grad()
@@ -387,7 +387,7 @@ def test_refusals() -> None:
     pairs.text_ids[3, 1] = made.connector.decoder_token_id
     with refused("out-of-range", len(VOCABULARY)):
         made(pairs)
-    model = nn.Module()
+    model: Any = nn.Module()
     with refused("unsupported", "type: qformer"):
         QFormerPretraining(model)
     model.image = Tower()
@@ -473,7 +473,11 @@ def test_two_processes_find_the_gradient_of_one_batch(tmp_path: Path) -> None:
             assert expected.keys() <= result[way].keys()
             for name, gradient in expected.items():
                 torch.testing.assert_close(
-                    result[way][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name, w=way: f"{w} {n}: {m}"
+                    result[way][name],
+                    gradient,
+                    rtol=1e-4,
+                    atol=1e-6,
+                    msg=lambda m, n=name, w=way: f"{w} {n}: {m}",  # type: ignore[misc]
                 )
         assert result["uneven"] == (
             "the processes hold [2, 3] samples; in-batch negatives want the same number on each"

@@ -152,7 +152,7 @@ def test_every_listed_class_computes_what_it_is_listed_for(name: str) -> None:
         layer = made(32, 1e-5)
         nn.init.normal_(layer.weight)
     else:
-        layer = made(tf.LlamaConfig(**SIZES, use_bias=False))
+        layer = made(tf.LlamaConfig(**SIZES, use_bias=False))  # type: ignore[call-arg]
     x = torch.randn(3, 5, 32)
 
     def gradients() -> list[Tensor]:

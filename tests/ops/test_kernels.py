@@ -106,9 +106,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_recipe_takes_one_way_to_fuse() -> None:
     stage = {"name": "s", "train": {"connector": 1e-3}, "data": [{"path": "x.json"}], "steps": 1}
-    assert recipe.Stage(**stage, kernels="liger").kernels == "liger"  # type: ignore[arg-type]
+    assert recipe.Stage(**stage, kernels="liger").kernels == "liger"
     with pytest.raises(ValueError, match="keep one of them"):
-        recipe.Stage(**stage, kernels="liger", compile=True)  # type: ignore[arg-type]
+        recipe.Stage(**stage, kernels="liger", compile=True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
@@ -175,6 +175,6 @@ def test_what_cannot_be_compiled_is_said_first(monkeypatch: pytest.MonkeyPatch) 
 def test_a_recipe_names_who_fuses() -> None:
     stage = {"name": "s", "train": {"connector": 1e-3}, "data": [{"path": "x.json"}], "steps": 1}
     for name in KERNELS:
-        assert recipe.Stage(**stage, kernels=name).kernels == name  # type: ignore[arg-type]
+        assert recipe.Stage(**stage, kernels=name).kernels == name
     with pytest.raises(ValueError, match="inductor"):
-        recipe.Stage(**stage, kernels="triton")  # type: ignore[arg-type]
+        recipe.Stage(**stage, kernels="triton")

@@ -40,7 +40,8 @@ def layout(rows: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     first is what they share)."""
     made = []
     for row in rows:
-        group, branch, positions = [], [], []
+        group, branch = [], []
+        positions: list[int] = []
         for number, lengths in enumerate(row):
             for k, length in enumerate(lengths):
                 group += [number] * length
@@ -149,7 +150,7 @@ def test_products_over_heads_are_torchs_attention(
     window = 7 if sight == "window" else None
     allowed = torch.ones(count, length, length, dtype=torch.bool) if sight == "all" else sees(*rows, window)
     mask = allowed if sight == "branches" else None
-    out, grads = _run(lambda *a: attend(*a, 0.3, mask_NLL=mask, window=window, causal=sight != "all"), q, k, v)
+    out, grads = _run(lambda *a: attend(*a, 0.3, mask_NLL=mask, window=window, causal=sight != "all"), q, k, v)  # type: ignore[misc]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(shared, 1) for t in (k, v))

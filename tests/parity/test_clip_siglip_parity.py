@@ -29,7 +29,7 @@ def save(folder: Path, family: str) -> Any:
     if family == "clip":
         # CLIP reads a text's vector at its first end token: this tokenizer writes none, so one is appended below.
         text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.eos_token_id}
-        model = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+        model: Any = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
     else:
         text |= {"projection_size": 24, "eos_token_id": 0, "bos_token_id": 0}
         model = tf.SiglipModel(tf.SiglipConfig(text_config=text, vision_config=vision))

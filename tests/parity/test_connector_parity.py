@@ -103,7 +103,7 @@ def test_pixel_shuffle_of_depth_two_is_internvls_projector(scale: int, side: int
     for at, part in {0: theirs.layer_norm, 1: theirs.linear_1, 3: theirs.linear_2}.items():
         ours.layers[at].load_state_dict(part.state_dict())
     tokens = seen(side**2).tokens_BND
-    shuffled = InternVLModel.pixel_shuffle(None, tokens.unflatten(1, (side, side)), 1 / scale)  # type: ignore[arg-type]
+    shuffled = InternVLModel.pixel_shuffle(None, tokens.unflatten(1, (side, side)), 1 / scale)
     close(ours, seen(side**2), theirs(shuffled.flatten(1, 2)))
 
 
@@ -211,7 +211,7 @@ def bottleneck(x_BDHW: torch.Tensor, weights: dict[str, Any], block: str) -> tor
         for dy in range(3)
         for dx in range(3)
     )
-    inner = silu(norm(neighbours, weights, f"{block}conv2.bn"))  # type: ignore[arg-type]
+    inner = silu(norm(neighbours, weights, f"{block}conv2.bn"))
     mean_BD11 = inner.mean((2, 3), keepdim=True)
     squeezed = silu(one_by_one(mean_BD11, "se.fc1") + weights[f"{block}se.fc1.bias"][:, None, None])
     gate = torch.sigmoid(one_by_one(squeezed, "se.fc2") + weights[f"{block}se.fc2.bias"][:, None, None])

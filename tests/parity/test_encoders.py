@@ -171,7 +171,7 @@ def test_timm_behind_its_own_transform(name: str) -> None:
     transform = timm.data.create_transform(**settings, is_training=False)
     picture = tiny.picture(1, 64)
     with torch.no_grad():
-        wanted = model.forward_features(transform(picture)[None])  # type: ignore[index, operator]
+        wanted = model.forward_features(transform(picture)[None])
     wanted = wanted.flatten(2).transpose(1, 2) if wanted.ndim == 4 else wanted[:, model.num_prefix_tokens :]
     assert apart(ours(encoder, [picture]), wanted) <= 1e-5
 

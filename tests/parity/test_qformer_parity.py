@@ -147,7 +147,7 @@ def retrieval() -> tuple[Any, QFormerPretraining]:
     ours = connector(text=True, vocab_size=VOCABULARY, max_positions=20, image_text_size=16)
     fill(ours, theirs)
     ours.qformer.load_state_dict(theirs.qformer.state_dict())
-    ours.text_embeddings.load_state_dict(theirs.embeddings.state_dict())  # type: ignore[union-attr]
+    ours.text_embeddings.load_state_dict(theirs.embeddings.state_dict())
     for head in ("vision_projection", "text_projection", "itm_head"):
         getattr(ours.pretraining, head).load_state_dict(getattr(theirs, head).state_dict())
     return theirs, QFormerPretraining(Docked(theirs, ours))

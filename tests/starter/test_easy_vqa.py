@@ -143,7 +143,7 @@ def test_captions_show_in_the_pictures(prepared: dict[str, Path]) -> None:
 def test_conversations_hold_every_question_once_and_one_picture(prepared: dict[str, Path]) -> None:
     talks = rows(prepared["conversations"])
     assert len(talks) == 4_000
-    assert sum(len(t["messages"]) for t in talks) == 2 * 38_575  # type: ignore[arg-type,misc]
+    assert sum(len(t["messages"]) for t in talks) == 2 * 38_575  # type: ignore[misc]
     first = talks[0]["messages"]
     assert [p["type"] for p in first[0]["content"]] == ["image", "text"]  # type: ignore[index]
     assert all(len(m["content"]) == 1 for m in first[1:])  # type: ignore[index]

@@ -74,7 +74,7 @@ def test_soft_tokens_weigh_what_the_first_layer_gets_of_words(family: str, fusio
         fusion={"type": fusion},
     )
     pixels = torch.randn(8, 3, 32, 32)
-    calibrate(model, [SimpleNamespace(media={"pixel_values": pixels})])  # type: ignore[arg-type]
+    calibrate(model, [SimpleNamespace(media={"pixel_values": pixels})])
     embeddings = model.get_input_embeddings()
     words = embeddings(torch.arange(embeddings.num_embeddings)).detach()
     assert float(model.get_image_features(pixels).std() / words.std()) == pytest.approx(1, rel=1e-3)

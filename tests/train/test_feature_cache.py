@@ -106,7 +106,7 @@ def test_a_docked_model_trains_the_same_on_the_cache(
 ) -> None:
     def curve(name: str, **stage: Any) -> list[float]:
         recipe = make_recipe(**stage)
-        tower = recipe.docked.image.model_copy(update={"fusion": recipe.docked.image.fusion.model_copy(update={"type": fusion})})  # type: ignore[union-attr]  # fmt: skip
+        tower = recipe.docked.image.model_copy(update={"fusion": recipe.docked.image.fusion.model_copy(update={"type": fusion})})  # fmt: skip
         recipe = recipe.model_copy(update={"model": recipe.docked.model_copy(update={"image": tower})})
         train(recipe, name)
         lines = (tmp_path / name / "stages" / "0-align" / "metrics.jsonl").read_text().splitlines()

@@ -57,7 +57,7 @@ def test_every_sample_once_an_epoch_in_rows_within_the_budget(processor: Any) ->
     sampler = StageSampler(samples(21), packed(150, epochs=2), processor, seed=0)
     assert sampler.plan is not None
     sampler.collate = Rows()
-    steps = [sampler[i] for i in range(len(sampler))]
+    steps: list[Any] = [sampler[i] for i in range(len(sampler))]
     assert sampler.steps < 2 * 21 / 4 / 1.5  # fewer steps than rows of one sample would take
     assert all(len(rows) == 4 and max(map(len, rows)) <= 150 for rows in steps)
     # Two epochs, and of a third what fills the last step.

@@ -99,7 +99,7 @@ def test_one_model_works_at_a_time(asker: Asker, two_models: list[str]) -> None:
     thread = threading.Thread(target=other, daemon=True)
     thread.start()
     assert not entered.wait(0.3)
-    states.close()  # as when the visitor leaves or presses Stop
+    states.close()  # type: ignore[attr-defined]  # as when the visitor leaves or presses Stop
     assert entered.wait(60)
     thread.join()
 
@@ -204,7 +204,7 @@ def test_closing_the_stream_stops_the_model() -> None:
     answerer = Endless()
     pieces = stream(answerer, ChatState().asked("?", None), tokens=5)
     assert [next(pieces), next(pieces)] == ["word", "word word"]
-    pieces.close()
+    pieces.close()  # type: ignore[attr-defined]
     assert answerer.closed
 
 
