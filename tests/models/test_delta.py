@@ -14,9 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tiny
 from errors import refused
+from opticnerve.common.private_names import attention_of
 from opticnerve.inference.generate import Answerer
 from opticnerve.language.lora import add_lora, has_lora
-from opticnerve.models import OpticNerveForConditionalGeneration
+from opticnerve.models import OpticNerveConfig, OpticNerveForConditionalGeneration
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.vlm.build import Dock, merge
 from opticnerve.types import OpticNerveError, ask
@@ -289,3 +290,64 @@ def test_a_gguf_file_within_a_folder_is_found_again(
     (tmp_path / "base/small.gguf").write_bytes(b"other weights")
     with refused("mismatch", "of language", "SHA-256"):
         OpticNerveForConditionalGeneration.from_pretrained(folder)
+
+
+class TestKeywords:
+    """What `from_pretrained` is given beside a run's folder is honoured, or refused by its name."""
+
+    @pytest.fixture
+    def run(self, docked: Callable[..., Dock], tmp_path: Path) -> Path:
+        return save(trained(docked("llama"), "connector"), tmp_path / "run", "connector")
+
+    def load(self, run: Path, **options: Any) -> Any:
+        return delta.load(OpticNerveForConditionalGeneration, run, **options)
+
+    def test_attention(self, run: Path) -> None:
+        model = self.load(run, attn_implementation="eager")
+        assert attention_of(model.config) == attention_of(model.language_model.config) == "eager"
+        assert attention_of(self.load(run).language_model.config) == "sdpa"
+        with refused("unsupported", "attn_implementation", "no_such"):
+            self.load(run, attn_implementation="no_such")
+
+    def test_report_and_older_names(self, run: Path) -> None:
+        model, report = self.load(run, output_loading_info=True, torch_dtype=torch.bfloat16)
+        assert model.dtype == torch.bfloat16
+        assert not any(report.values())
+        assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= set(report)
+
+    def test_what_does_no_harm(self, run: Path) -> None:
+        self.load(run, revision="main", cache_dir="x", local_files_only=True, token=None, low_cpu_mem_usage=True,
+                  use_safetensors=True, _from_auto=True, subfolder="", trust_remote_code=None)  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "options", [{"foo": 1}, {"quantization_config": {"load_in_4bit": True}}, {"config": "elsewhere"},
+                    {"subfolder": "x"}, {"key_mapping": {"a": "b"}}],
+    )  # fmt: skip
+    def test_what_cannot_be(self, run: Path, options: dict[str, Any]) -> None:
+        with refused("unsupported", *options):
+            self.load(run, **options)
+
+    def test_the_remedy_is_named(self, run: Path) -> None:
+        with refused("unsupported", "opticnerve merge", run):
+            self.load(run, foo=1)
+
+    def test_a_configuration(self, run: Path) -> None:
+        own = OpticNerveConfig.from_pretrained(run, attn_implementation="eager")
+        assert attention_of(self.load(run, config=own).language_model.config) == "eager"
+        own.image_token_id += 1
+        with refused("mismatch", "image_token_id"):
+            self.load(run, config=own)
+
+    @pytest.mark.parametrize("device_map", ["cpu", "auto", torch.device("cpu"), {"": "cpu"}, "disk"], ids=str)
+    def test_devices(self, run: Path, device_map: Any, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"device_map": device_map}
+        if device_map == "disk":  # as much of it as can be
+            options["device_map"] = {"image": "cpu", "language_model.lm_head": "cpu", "language_model.model": "disk"}
+            options["offload_folder"] = tmp_path / "offload"
+        model, processor = self.load(run, **options), AutoProcessor.from_pretrained(run)
+        assert (next(model.language_model.model.parameters()).device.type == "meta") == (device_map == "disk")
+        assert torch.equal(logits(model, processor), logits(self.load(run), processor))
+
+    def test_devices_that_are_not(self, run: Path) -> None:
+        with refused("unsupported", "device_map"):
+            self.load(run, device_map={"image": "cpu", "language_model": "disk"})

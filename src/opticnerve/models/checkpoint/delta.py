@@ -33,6 +33,7 @@ from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
 from opticnerve.common.version import __version__
 from opticnerve.language.load import load_language
+from opticnerve.models.checkpoint.options import LoadOptions, floating
 from opticnerve.models.checkpoint.strict import no_larger_than, shapes, wrap_errors
 from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
 from opticnerve.models.vlm.parts import is_docked, moving_buffers
@@ -180,20 +181,30 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def load(
-    cls: type[Any], folder: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+    cls: type[Any],
+    folder: Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool | None = False,
+    **options: Any,
 ) -> Any:
     """A model of `cls`: build the bases, check their hashes, put in what was trained; every tensor is accounted for.
 
+    `options`: the other keywords of `from_pretrained`, see `checkpoint.options`.
+
     Raises:
-        OpticNerveError: a file is damaged or of a newer format, a base is not the one that was trained on, or the
-            tensors are not those that dock.json lists and the model wants.
+        OpticNerveError: a file is damaged or of a newer format, a base is not the one that was trained on, the
+            tensors are not those that dock.json lists and the model wants, or an option asks for what cannot be done.
     """
+    dtype, trust_remote_code = floating(options, dtype), bool(trust_remote_code)
+    chosen = LoadOptions.of(folder, options)
     reference = read(folder)
     if dtype in (None, "auto"):
         dtype = reference["dtype"]
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with wrap_errors("config.json", folder):
         config = OpticNerveConfig.from_pretrained(folder)
+    chosen.agree(folder, config)
     towers_differ(folder, set(config.towers), set(reference["bases"]) - {"language"})
     named = reference["bases"]["language"]
     with wrap_errors(f"the language model {named['name']!r}", folder):
@@ -222,7 +233,8 @@ def load(
         with wrap_errors(GENERATION_CONFIG_NAME, folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
-    return model.eval()
+    chosen.apply(model)
+    return chosen.result(model.eval())
 
 
 def towers_differ(folder: Path, described: set[str], named: set[str]) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from opticnerve.encoders.base import last_blocks
@@ -23,6 +24,15 @@ class DockedParts:
 
     towers: Any
     language_model: Any
+
+    @property
+    def device(self: Any) -> torch.device:
+        """Where inputs go. (transformers asks the first weight, which is on `meta` while it is offloaded.)"""
+        device: torch.device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        if device.type != "meta" or not hasattr(self, "hf_device_map"):
+            return device
+        places = [place for place in self.hf_device_map.values() if place not in ("cpu", "disk")]
+        return torch.device(places[0] if places else "cpu")
 
     def part_parameters(self: Any, part: str) -> dict[str, nn.Parameter]:
         """Full name → parameter of one part. Tied weights appear once.

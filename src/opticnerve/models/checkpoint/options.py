@@ -1,0 +1,142 @@
+"""The keywords of `from_pretrained` for a run's folder: each is honoured, does no harm, or is refused by its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from opticnerve.common.private_names import attention_of, layers_not_to_split
+from opticnerve.types import OpticNerveError
+
+# Where and how to fetch files, which lie here already; how to read tensors, which a run's folder does in its own way.
+_HARMLESS = {
+    "adapter_kwargs", "cache_dir", "code_revision", "disable_mmap", "force_download", "ignore_mismatched_sizes",
+    "local_files_only", "low_cpu_mem_usage", "offload_state_dict", "proxies", "revision", "token", "tqdm_class",
+    "use_safetensors", "weights_only",
+}  # fmt: skip
+# What says nothing of the model, or is named elsewhere.
+_VOLATILE = ("_name_or_path", "dtype", "name_or_path", "torch_dtype", "transformers_version")
+
+
+@dataclass
+class LoadOptions:
+    """What `from_pretrained(run, **options)` was asked for; fields are called as transformers' keywords."""
+
+    attn_implementation: str | dict[str, Any] | None = None
+    config: PreTrainedConfig | None = None
+    device_map: Any = None
+    max_memory: dict[Any, Any] | None = None
+    offload_buffers: bool = False
+    offload_folder: str | Path | None = None
+    output_loading_info: bool = False
+
+    @classmethod
+    def of(cls, folder: Path, options: dict[str, Any]) -> LoadOptions:
+        """Sort the keywords.
+
+        Raises:
+            OpticNerveError: one asks for what a run's folder cannot do.
+        """
+        known = {f.name for f in fields(cls)}
+        given = {k: v for k, v in options.items() if v is not None and not k.startswith("_") and k not in _HARMLESS}
+        if not given.get("subfolder", True):
+            del given["subfolder"]
+        if strange := sorted(set(given) - known):
+            raise OpticNerveError(
+                f"{folder} is a run's folder: it names its base models and holds what was trained beside them, and "
+                f"cannot be loaded with {', '.join(strange)}; `opticnerve merge {folder} OUT` makes a self-contained "
+                "folder, which takes whatever transformers does",
+                kind="unsupported",
+            )
+        chosen = cls(**given)
+        if chosen.config is not None and not isinstance(chosen.config, PreTrainedConfig):
+            raise OpticNerveError(
+                f"config={str(chosen.config)[:80]!r}: a run's folder is loaded by its own config.json; leave config "
+                "out, or give the configuration itself",
+                kind="unsupported",
+            )
+        return chosen
+
+    def agree(self, folder: Path, own: PreTrainedConfig) -> None:
+        """See that `config`, where one was given (transformers' Auto classes always do), is the folder's own.
+
+        Raises:
+            OpticNerveError: it describes another model.
+        """
+        if self.config is None:
+            return
+        theirs, ours = _lasting(self.config.to_dict()), _lasting(own.to_dict())
+        if differing := sorted(k for k in theirs | ours if theirs.get(k) != ours.get(k)):
+            raise OpticNerveError(
+                f"{folder}: the configuration given differs from the folder's own in {', '.join(differing)}; what was "
+                f"trained fits its own alone. Load it as it is, or change config.json after `opticnerve merge {folder} "
+                "OUT`",
+                kind="mismatch",
+            )
+        self.attn_implementation = self.attn_implementation or attention_of(self.config)
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Attention and devices, once the weights are there.
+
+        Raises:
+            OpticNerveError: the model has no such attention, or does not fit where it was told to.
+        """
+        if self.attn_implementation is not None:
+            try:
+                model.set_attn_implementation(self.attn_implementation)
+            except (ImportError, ValueError) as e:
+                raise OpticNerveError(
+                    f"attn_implementation={self.attn_implementation!r}: {str(e)[:500]}", kind="unsupported"
+                ) from e
+        if self.device_map is not None:
+            try:
+                self._place(model)
+            except (RuntimeError, ValueError) as e:
+                raise OpticNerveError(f"device_map={self.device_map!r}: {str(e)[:500]}", kind="unsupported") from e
+
+    def _place(self, model: PreTrainedModel) -> None:
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+
+        device_map, whole = self.device_map, layers_not_to_split(model)
+        if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            memory = self.max_memory
+            if device_map != "sequential":
+                memory = get_balanced_memory(
+                    model, memory, no_split_module_classes=whole, low_zero=device_map == "balanced_low_0"
+                )
+            device_map = infer_auto_device_map(
+                model, memory, no_split_module_classes=whole, offload_buffers=self.offload_buffers
+            )
+        elif not isinstance(device_map, dict):
+            device_map = {"": device_map}
+        places = set(device_map.values())
+        if len(places) == 1 and places != {"disk"}:
+            nn.Module.to(model, places.pop())
+        else:
+            dispatch_model(model, device_map, offload_dir=self.offload_folder, offload_buffers=self.offload_buffers)
+
+    def result(self, model: Any) -> Any:
+        """The model; with `output_loading_info`, transformers' report beside it. (Problems are refused before.)"""
+        if not self.output_loading_info:
+            return model
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        return model, {**{kind: set() for kind in kinds}, "error_msgs": []}
+
+
+def floating(options: dict[str, Any], dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """`dtype`, or what its older name `torch_dtype` says, which is taken out of the options."""
+    older = options.pop("torch_dtype", None)
+    return older if dtype is None else dtype
+
+
+def _lasting(described: Any) -> Any:
+    """A configuration's entries that make a model another one."""
+    if isinstance(described, dict):
+        return {k: _lasting(v) for k, v in described.items() if k not in _VOLATILE}
+    return list(map(_lasting, described)) if isinstance(described, list | tuple) else described
