@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import Cache, CompileConfig, PreTrainedConfig
 
 from opticnerve.common.private_names import CACHE, compile_on_any_device, generation_config, generation_rules
-from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration, settled_rows
+from opticnerve.models.vlm.backbone import settled_rows
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.placeholders import barred
 from opticnerve.models.vlm.prompt import kept
 from opticnerve.ops.fused_decode import FusedDecoder, ReservedLayer, reserve
 from opticnerve.types import OpticNerveError
@@ -123,9 +125,30 @@ def decode_compiled(
     compile_on_any_device(config)
     tokens_BT = language.generate(
         inputs_embeds=prompt.embeds_BLD, attention_mask=mask_BL, max_new_tokens=max_new_tokens,
-        cache_implementation="static", compile_config=config, **options,
+        cache_implementation="static", compile_config=config, suppress_tokens=barred_words(model), **options,
     )  # fmt: skip
     yield from tokens_BT.unbind(1)
+
+
+def forward_rows(
+    model: OpticNerveForConditionalGeneration, media_B: Tensor | None, *, logits_to_keep: int = 1, **inputs: Any
+) -> Any:
+    """A step of generation: the model's output with its cache.
+
+    Args:
+        media_B: which rows hold media (`rows_with_media` of the prompt), which a row's newest token alone does not say.
+        logits_to_keep: as for the model's `forward`.
+    """
+    token = settled_rows.set(media_B)
+    try:
+        return model(**inputs, use_cache=True, logits_to_keep=logits_to_keep)
+    finally:
+        settled_rows.reset(token)
+
+
+def barred_words(model: OpticNerveForConditionalGeneration) -> list[int] | None:
+    """The placeholders that the language model itself could say: those that lie in its table."""
+    return [i for i in model.placeholder_ids if i < model.config.text_config.vocab_size] or None
 
 
 class _State:
@@ -158,8 +181,8 @@ class _State:
         past = 0 if cache is None else cache.get_seq_length()
         mask_BL = self.all_mask_BT[:, : self.length]
         position_BL = (mask_BL.long().cumsum(1) - 1).masked_fill(mask_BL == 0, 0)
-        out = self._forward(
-            input_ids=self.ids()[:, past:], attention_mask=mask_BL if self.padded else None,
+        out = forward_rows(
+            self.model, self.media_B, input_ids=self.ids()[:, past:], attention_mask=mask_BL if self.padded else None,
             position_ids=position_BL[:, past:], **{CACHE: cache}, **media,
         )  # fmt: skip
         self.cache = out[CACHE]
@@ -187,22 +210,16 @@ class _State:
                 tokens_B, cos_BTd[:, self.steps], sin_BTd[:, self.steps], self.cache.layers,
                 self.sees_BT[..., : self.length] if self.padded else None,
             )  # fmt: skip
+            logits_BV = barred(logits_BV, self.model.placeholder_ids)
         else:
-            out = self._forward(
-                input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
+            out = forward_rows(
+                self.model, self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
                 attention_mask=self.all_mask_BT[:, : self.length] if self.padded else None, **{CACHE: self.cache},
             )  # fmt: skip
             self.cache, logits_BV = out[CACHE], out.logits[:, -1]
             self.next_B = self.next_B + 1
         self.steps += 1
         return logits_BV
-
-    def _forward(self, **inputs: Any) -> Any:
-        token = settled_rows.set(self.media_B)  # whether a row holds a picture, its newest token alone does not say
-        try:
-            return self.model(**inputs, use_cache=True, logits_to_keep=1)
-        finally:
-            settled_rows.reset(token)
 
     def can_narrow(self) -> bool:
         """Whether every piece of the state is one that rows can leave."""

@@ -5,6 +5,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
@@ -15,6 +16,7 @@ from opticnerve.models.classifier.processing import FusionClassifierProcessor
 from opticnerve.models.dual_encoder.configuration import DualEncoderConfig
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
+from opticnerve.models.vlm.backbone import OpticNerveModel
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
@@ -23,6 +25,8 @@ from opticnerve.models.vlm.tiling import TilingImageProcessor
 for config in (OpticNerveConfig, DualEncoderConfig, FusionClassifierConfig):
     AutoConfig.register(config.model_type, config, exist_ok=True)
 AutoModelForImageTextToText.register(OpticNerveConfig, OpticNerveForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(OpticNerveConfig, OpticNerveForConditionalGeneration, exist_ok=True)
+AutoModel.register(OpticNerveConfig, OpticNerveModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(DualEncoderConfig, DualEncoder, exist_ok=True)
 AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)
 AutoModel.register(FusionClassifierConfig, FusionClassifier, exist_ok=True)
@@ -35,5 +39,6 @@ AutoProcessor.register(FusionClassifierConfig, FusionClassifierProcessor, exist_
 
 __all__ = [
     "DualEncoder", "DualEncoderConfig", "DualEncoderProcessor", "FusionClassifier", "FusionClassifierConfig",
-    "FusionClassifierProcessor", "OpticNerveConfig", "OpticNerveForConditionalGeneration", "OpticNerveProcessor",
+    "FusionClassifierProcessor", "OpticNerveConfig", "OpticNerveForConditionalGeneration", "OpticNerveModel",
+    "OpticNerveProcessor",
 ]  # fmt: skip

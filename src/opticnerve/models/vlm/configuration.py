@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -11,6 +15,20 @@ from opticnerve.types import OpticNerveError
 
 MAX_LAYERS = 10_000
 FORMAT = 1  # of what opticnerve writes; it rises when an older opticnerve would load it wrong
+
+
+_wide: ContextVar[bool] = ContextVar("wide_vocabulary", default=False)
+
+
+@contextmanager
+def wide_vocabulary() -> Iterator[None]:
+    """Within it, whoever asks a docked model's text configuration how wide logits are is told of placeholders, too:
+    transformers' generation asks there. Else that number is the rows of the table, which others look for."""
+    token = _wide.set(True)
+    try:
+        yield
+    finally:
+        _wide.reset(token)
 
 
 class OpticNerveConfig(PreTrainedConfig):
@@ -34,6 +52,8 @@ class OpticNerveConfig(PreTrainedConfig):
 
     model_type = "opticnerve"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    # Not saved. TRL looks here for the Auto class (of its reference model), as `transformers` has no such class.
+    auto_map: ClassVar[dict[str, str]] = {"AutoModelForImageTextToText": "opticnerve.models"}
 
     def __init__(
         self,
@@ -72,6 +92,20 @@ class OpticNerveConfig(PreTrainedConfig):
     def token_id(self, modality: str) -> int | None:
         """The placeholder's id of a modality; None where the model has no such tower."""
         return getattr(self, f"{modality}_token_id") if modality in self.towers else None
+
+    @property
+    def vocab_size(self) -> int:
+        """How wide the logits are: the language model's vocabulary, and the placeholders beyond it."""
+        ids = [i for m in self.towers if (i := self.token_id(m)) is not None]
+        return max([int(self.text_config.vocab_size), *(i + 1 for i in ids)])
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """The language model's configuration; within `wide_vocabulary` a copy whose vocabulary is `vocab_size`."""
+        found = super().get_text_config(decoder, encoder)
+        if _wide.get() and found is self.text_config and found.vocab_size != self.vocab_size:
+            found = copy.copy(found)
+            found.vocab_size = self.vocab_size
+        return found
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds. The format is always there: what is left out would be read as the reader's own."""

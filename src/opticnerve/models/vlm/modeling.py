@@ -3,38 +3,23 @@ transformers' conventions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from opticnerve.common.private_names import (
-    CACHE,
-    attention_of,
-    layers_not_to_split,
-    set_attention,
-    set_layers_not_to_split,
-)
-from opticnerve.language.lora import add_lora, mask_of
-from opticnerve.models.checkpoint import delta
-from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
-from opticnerve.models.vlm.configuration import OpticNerveConfig
-from opticnerve.models.vlm.parts import DockedParts
-from opticnerve.models.vlm.prompt import MEDIA_KEYS, Prompt, keep, kept, multimodal_context, repeat_media
-from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
-from opticnerve.ops import varlen
+from opticnerve.common.private_names import CACHE
+from opticnerve.models.vlm.backbone import OpticNerveModel, one_cache, prompt_length, seen_of, settled_rows
+from opticnerve.models.vlm.configuration import wide_vocabulary
+from opticnerve.models.vlm.placeholders import barred
+from opticnerve.models.vlm.prompt import MEDIA_KEYS, keep, repeat_media, repeat_pooled
 from opticnerve.types import Features
 
-# While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
-settled_rows: ContextVar[Tensor | None] = ContextVar("rows_with_media", default=None)
+IGNORE = -100
 
 
 @dataclass
@@ -46,117 +31,26 @@ class OpticNerveOutput(CausalLMOutputWithPast):
     audio_hidden_states: Tensor | None = None
 
 
-class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedModel, GenerationMixin):
-    """A language model with a vision encoder, an audio encoder, or both.
+class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
+    """`OpticNerveModel` with its language model's head, which may be more than a product (scales, soft caps).
 
-    `language_model` is any `AutoModelForCausalLM`, untouched; `image` and `audio` are `Tower`s (encoder, connector,
-    fusion). A prompt without media goes to the language model as it came, so its logits are the bare model's, bit for
-    bit.
+    `model` is the backbone that others ask for hidden states.
     """
 
-    config_class = OpticNerveConfig
-    config: OpticNerveConfig
-    image: Tower
-    audio: Tower
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("image", "audio", "text")  # type: ignore[assignment]
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = False
     accepts_loss_kwargs = True
 
-    def __init__(self, config: OpticNerveConfig, *, trust_remote_code: bool = False) -> None:
-        super().__init__(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        sizes = language_sizes(self.language_model)
-        trusted = trusts(trust_remote_code)
-        for modality, spec in config.towers.items():
-            setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
-        if config.lora:
-            add_lora(self.language_model, config.lora)
-        set_layers_not_to_split(self, layers_not_to_split(self.language_model))
-        self._wire()
-        self.post_init()  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def from_parts(
-        cls, language_model: PreTrainedModel, towers: dict[str, Tower], *, image_token_id: int | None = None,
-        audio_token_id: int | None = None,
-    ) -> Any:  # fmt: skip
-        """Dock modules that already hold their weights; nothing is copied. `towers`: by modality."""
-        # The configuration's constructor resets its sub-configurations: remember which attention was loaded.
-        attention = attention_of(language_model.config)
-        config = OpticNerveConfig(
-            text_config=language_model.config, towers={m: t.describe() for m, t in towers.items()},
-            image_token_id=image_token_id, audio_token_id=audio_token_id,
-        )  # fmt: skip
-        set_attention(config, attention)
-        model = cls.__new__(cls)
-        PreTrainedModel.__init__(model, config)
-        set_attention(language_model.config, attention)
-        model.language_model = language_model
-        for modality, tower in towers.items():
-            setattr(model, modality, tower)
-        set_layers_not_to_split(model, layers_not_to_split(language_model))
-        # post_init would draw new random weights for parts that have theirs already; only its bookkeeping is wanted.
-        model.all_tied_weights_keys = {
-            f"language_model.{k}": f"language_model.{v}"
-            for k, v in (getattr(language_model, "all_tied_weights_keys", None) or {}).items()
-        }
-        model.config.dtype = language_model.dtype
-        model.config.architectures = [cls.__name__]
-        if language_model.can_generate():
-            model.generation_config = language_model.generation_config
-        model._wire()
-        return model.eval()  # type: ignore[no-untyped-call]
-
     @property
-    def towers(self) -> dict[str, Tower]:
-        """By modality: `image`, `audio`, as far as the model has them."""
-        return {m: getattr(self, m) for m in MEDIA_INPUT if m in self.config.towers}
-
-    def _wire(self) -> None:
-        for tower in self.towers.values():
-            tower.fusion.wire(self.language_model)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Load a self-contained folder, or a run's folder that holds what was trained and names its bases.
-
-        Every tensor is accounted for: missing, unexpected and mismatched ones are an error that lists them. Parts under
-        dotted paths (code from outside opticnerve) are run with `trust_remote_code=True` only.
-        """
-        trusted = bool(kwargs.get("trust_remote_code", False))
-        folder = delta.find(str(pretrained_model_name_or_path))
-        if folder is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device_map")
-        model = delta.load(cls, folder, dtype=dtype, trust_remote_code=trusted)
-        if isinstance(device, str | int | torch.device) and device not in ("auto", "balanced", "sequential"):
-            model.to(device)
-        return model
-
-    def restore_tables(self) -> None:
-        """Encoders, connectors and fusions may be no models of transformers."""
-        sizes = language_sizes(self.language_model)
-        for modality, tower in self.towers.items():
-            spec = self.config.towers[modality]
-            restore_buffers(tower, partial(build_tower, spec, sizes, trust_remote_code=True))
-
-    # -- what transformers asks for -------------------------------------------------------------------------------
-
-    def get_input_embeddings(self) -> nn.Module:
-        module: nn.Module = self.language_model.get_input_embeddings()
-        return module
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+    def model(self) -> OpticNerveModel:
+        """The backbone: a view of the same modules, so that names in files have nothing before them."""
+        view = self.__dict__.get("_backbone")
+        if view is None or view.config is not self.config:
+            view = OpticNerveModel.__new__(OpticNerveModel)
+            PreTrainedModel.__init__(view, self.config)
+            own = vars(self)
+            view._modules, view._parameters, view._buffers = own["_modules"], own["_parameters"], own["_buffers"]
+            self.__dict__["_backbone"] = view
+        found: OpticNerveModel = view
+        return found
 
     def get_output_embeddings(self) -> nn.Module | None:
         module: nn.Module | None = self.language_model.get_output_embeddings()
@@ -165,97 +59,12 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        module: nn.Module = self.language_model.get_decoder()
-        return module
+    @property
+    def lm_head(self) -> nn.Module | None:
+        """The language model's, by the name that transformers' models have it under."""
+        return self.get_output_embeddings()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Random weights of a fresh model; encoders and language models draw their own when they are built."""
-        connectors = [t.connector for t in self.towers.values()]
-        if isinstance(module, nn.Linear) and any(module is m for c in connectors for m in c.modules()):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    def give_lora(self, options: dict[str, Any]) -> None:
-        """Put an adapter on the language model; the configuration remembers it. (`options`: as for `add_lora`.)"""
-        add_lora(self.language_model, options)
-        self.config.lora = options
-
-    # -- the flow -------------------------------------------------------------------------------------------------
-
-    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, *question: Tensor) -> Tensor:
-        """Soft tokens of pictures: (images, 3, H, W) → (images, num_tokens, language width)."""
-        out: Tensor = self.image(pixel_values, image_sizes, question or None).tokens_BND
-        return out
-
-    def get_audio_features(self, input_features: Tensor) -> Tensor:
-        """Soft tokens of sound: (windows, mels, frames) → (windows, num_tokens, language width)."""
-        out: Tensor = self.audio(input_features).tokens_BND
-        return out
-
-    def read(self, input_ids: Tensor, *, group: Tensor | None = None, **media: Any) -> Prompt:
-        """Text and media as the language model takes them.
-
-        Args:
-            input_ids: (B, L) with placeholders. group: (B, L), which sample of a packed row each position belongs to.
-            media: `pixel_values`, `image_sizes`, `qformer_input_ids`, `qformer_attention_mask`, `input_features`, as
-                `forward` takes them, or `image_features`, `audio_features`: what a tower's `encode` gave (a cache of
-                frozen features).
-
-        Raises:
-            ValueError: the number of placeholders is not that of the soft tokens; the message has both.
-        """
-        places: dict[str, Any] = {m: input_ids == self.config.token_id(m) for m in self.towers}
-        known_BL = input_ids
-        for place_BL in places.values():
-            # A placeholder's id may lie beyond the embedding table; its own embedding is overwritten anyway.
-            known_BL = known_BL.masked_fill(place_BL, 0)
-        prompt = Prompt(self.get_input_embeddings()(known_BL), rows_B=self.rows_with_media(input_ids))
-        for modality, tower in self.towers.items():
-            place_BL, fusion = places[modality], tower.fusion
-            soft = self._soft(modality, tower, media)
-            if soft is not None:
-                prompt.embeds_BLD = fusion.embed(prompt.embeds_BLD, place_BL, soft)  # type: ignore[arg-type]
-                prompt.seen[modality] = fusion.see(place_BL, soft, group)
-                prompt.soft[modality] = soft.tokens_BND
-            elif bool(place_BL.any()):
-                raise ValueError(
-                    f"{int(place_BL.sum())} {modality} placeholders in the text, but 0 visual tokens: "
-                    f"no {MEDIA_INPUT[modality]} given"
-                )
-            elif _must_take_part(tower):
-                prompt.embeds_BLD = fusion.dummy_pass(prompt.embeds_BLD, tower.dummy_features())  # type: ignore[arg-type]
-        return prompt
-
-    def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
-        features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
-        if features is None:
-            if given is None:
-                return None
-            features = tower.encode(given)
-        sizes = media.get("image_sizes") if modality == "image" else None
-        ids, mask = media.get("qformer_input_ids"), media.get("qformer_attention_mask")
-        text = None if ids is None else (ids, torch.ones_like(ids) if mask is None else mask)
-        return tower.connect(features, sizes, text)
-
-    def multimodal_context(self, prompt: Prompt) -> AbstractContextManager[None]:
-        """Within it, a forward pass of `language_model` sees the prompt's media."""
-        return multimodal_context(self.language_model, {m: t.fusion for m, t in self.towers.items()}, prompt)
-
-    def recompute(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """`context_fn` for gradient checkpointing: a layer that is run again sees what it saw the first time."""
-        seen, attended = {m: t.fusion.seen for m, t in self.towers.items()}, varlen.current()
-        mask = mask_of(self.language_model)
-        prompt = Prompt(seen=seen, rows_B=None if mask is None else mask.rows_B)
-
-        @contextmanager
-        def again() -> Iterator[None]:
-            with self.multimodal_context(prompt), varlen.within(self.language_model, attended):
-                yield
-
-        return nullcontext(), again()
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -273,17 +82,20 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         qformer_attention_mask: Tensor | None = None,
         image_features: Features | None = None,
         audio_features: Features | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> OpticNerveOutput:
         """One forward pass.
 
         Args:
-            input_ids: (B, L) with placeholders as the processor wrote them.
+            input_ids: (B, L) with placeholders as the processor wrote them; or inputs_embeds (B, L, D), what
+                `get_input_embeddings` makes of them.
             pixel_values: (images, 3, H, W), the pictures of the whole batch in the order of their placeholders; with
                 tiling the tiles of all of them, and image_sizes (images, 2) their heights and widths.
             input_features: (windows, mels, frames), the sound of the whole batch in the order of its placeholders.
-            labels: (B, L), -100 where there is nothing to learn.
+            mm_encoder_outputs: what `get_image_features` gave, as `{"image": …}`, in place of pixel_values.
+            labels: (B, L), -100 where there is nothing to learn; a placeholder is never learned.
             qformer_input_ids, qformer_attention_mask: (images, T), the questions, where the connector reads them.
             cache, past_key_values: two names of one thing; transformers knows the first from 5.24 on.
             The rest as for any causal language model of transformers.
@@ -291,98 +103,86 @@ class OpticNerveForConditionalGeneration(StrictLoading, DockedParts, PreTrainedM
         Raises:
             ValueError: the number of placeholders is not the number of soft tokens.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if cache is not None and past_key_values is not None:
-            raise ValueError("give one of cache and past_key_values")
-        cache = past_key_values if cache is None else cache
-        media: dict[str, Any] = {
+        cache = one_cache(cache, past_key_values)
+        media = {
             "pixel_values": pixel_values, "image_sizes": image_sizes, "input_features": input_features,
             "qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask,
             "image_features": image_features, "audio_features": audio_features,
+            "mm_encoder_outputs": mm_encoder_outputs,
         }  # fmt: skip
-        if input_ids is not None and (
-            any(v is not None for v in media.values()) or bool(self._placeholders(input_ids).any())
-        ):
-            prompt = self.read(input_ids, **media)
-            input_ids, inputs_embeds = None, prompt.embeds_BLD
-        else:
-            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-            seen = {m: getattr(self, m).fusion.later(s, length) for m, s in kept(cache).items()}
-            prompt = Prompt(seen=seen, rows_B=None if input_ids is None else self.rows_with_media(input_ids))
-        prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
-        with self.multimodal_context(prompt):
+        reading = self.enter(input_ids, inputs_embeds, cache, media)
+        told = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
+        with self.multimodal_context(reading.prompt):
             out = self.language_model(
-                input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+                input_ids=reading.ids_BL, inputs_embeds=reading.embeds_BLD, attention_mask=attention_mask,
                 position_ids=position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True,
-                **{CACHE: cache},
-                **{k: v for k, v in kwargs.items() if k not in ("return_dict", "num_items_in_batch")},
+                **{CACHE: cache}, **kwargs,
             )  # fmt: skip
-        cache = out.get(CACHE)
-        keep(cache, prompt.seen)
+        keep(out.get(CACHE), reading.prompt.seen)
         loss = None
-        if labels is not None:
+        if labels is not None or told.get("shift_labels") is not None:
+            told = {k: self._learned(v) if k == "shift_labels" else v for k, v in told.items()}
             loss = self.loss_function(
-                logits=out.logits, labels=labels, vocab_size=out.logits.shape[-1],
-                **{k: v for k, v in kwargs.items() if k == "num_items_in_batch"},
-            )  # fmt: skip
-        return OpticNerveOutput(
-            loss=loss, logits=out.logits, **{CACHE: cache}, hidden_states=out.get("hidden_states"),
-            attentions=out.get("attentions"), image_hidden_states=prompt.soft.get("image"),
-            audio_hidden_states=prompt.soft.get("audio"),
-        )  # fmt: skip
+                logits=out.logits, labels=self._learned(labels), vocab_size=out.logits.shape[-1], **told
+            )
+        logits = barred(out.logits, self.placeholder_ids)
+        return OpticNerveOutput(loss=loss, logits=logits, **{CACHE: out.get(CACHE)}, **seen_of(out, reading.prompt))
 
-    def rows_with_media(self, input_ids: Tensor) -> Tensor | None:
-        """(B,) bool: the rows that hold media; None where the adapter does not ask (no mask on it)."""
-        if mask_of(self.language_model) is None:
+    def _learned(self, labels: Tensor | None) -> Tensor | None:
+        """Labels without placeholders."""
+        if labels is None:
             return None
-        return self._placeholders(input_ids).any(1)
+        return labels.masked_fill(torch.isin(labels, torch.tensor(self.placeholder_ids, device=labels.device)), IGNORE)
 
-    def _placeholders(self, input_ids: Tensor) -> Tensor:
-        found_BL = torch.zeros_like(input_ids, dtype=torch.bool)
-        for modality in self.towers:
-            found_BL |= input_ids == self.config.token_id(modality)
-        return found_BL
-
-    def _adapter_rows(self, rows_B: Tensor | None, given: Tensor | None) -> Tensor | None:
-        """The rows that the adapter works on in this forward pass."""
-        settled_B = settled_rows.get()
-        if settled_B is None:
-            return rows_B
-        assert given is not None
-        # Beams and several answers stand beside each other, each prompt's together.
-        return settled_B.repeat_interleave(given.shape[0] // settled_B.shape[0])
+    # -- generation -----------------------------------------------------------------------------------------------
 
     def generate(self: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As for any model of transformers. Which rows hold a picture is settled by the prompt, once, for all steps."""
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        rows_B = self.rows_with_media(input_ids) if isinstance(input_ids, Tensor) and input_ids.ndim == 2 else None
-        token = settled_rows.set(rows_B)
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None:
+            input_ids = None
+        rows_B, length = None, None
+        if embeds is not None or (isinstance(input_ids, Tensor) and input_ids.ndim == 2):
+            self._check_media(input_ids, kwargs)
+            rows_B = self.rows_with_media(input_ids, embeds)
+            length = int((input_ids if embeds is None else embeds).shape[1])
+        tokens = settled_rows.set(rows_B), prompt_length.set(length)
         try:
-            return GenerationMixin.generate(self, inputs, **kwargs)
+            with wide_vocabulary():
+                return GenerationMixin.generate(self, inputs, **kwargs)
         finally:
-            settled_rows.reset(token)
+            settled_rows.reset(tokens[0])
+            prompt_length.reset(tokens[1])
+
+    def compute_transition_scores(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any model of transformers."""
+        with wide_vocabulary():
+            return GenerationMixin.compute_transition_scores(self, *args, **kwargs)
+
+    def _check_media(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """A prompt's placeholders have their media. An assistant is given none, and one that goes on has seen them."""
+        goes_on = kwargs.get(CACHE, kwargs.get("past_key_values")) is not None
+        helps = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        given = any(kwargs.get(k) is not None for k in (*MEDIA_KEYS, "mm_encoder_outputs"))
+        if input_ids is not None and not (goes_on or helps or given) and bool(self._placeholders(input_ids).any()):
+            self.read(input_ids)  # it says what is missing
 
     def _expand_inputs_for_generation(
         self: Any, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Beams and several answers repeat each row; the media of a row are repeated as one block, in their order."""
         media = {k: model_kwargs.pop(k) for k in MEDIA_KEYS if model_kwargs.get(k) is not None}
-        if media and expand_size > 1 and input_ids is not None:
-            places = {m: (input_ids == self.config.token_id(m)).sum(1).tolist() for m in self.towers}
+        known = model_kwargs.pop("mm_encoder_outputs", None)
+        if expand_size > 1 and (media or known):
+            embeds = model_kwargs.get("inputs_embeds")
+            ids = None if embeds is not None else input_ids
+            places = {m: self._places(m, ids, embeds).sum(1).tolist() for m in self.towers}
             media = repeat_media(media, places, self.towers, expand_size)
+            known = known and repeat_pooled(known, places, self.towers, expand_size)
+        if known is not None:
+            media["mm_encoder_outputs"] = known
         input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
             self, expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **media}
-
-
-def _must_take_part(tower: Tower) -> bool:
-    """Whether trained weights of a tower that has nothing to do must still get a gradient: other processes wait."""
-    return (
-        torch.is_grad_enabled()
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-        and any(p.requires_grad for p in tower.parameters())
-    )

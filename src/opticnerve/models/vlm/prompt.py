@@ -82,12 +82,32 @@ def _images_of_rows(tower: Tower, sizes: list[list[int]], places: list[int]) -> 
     """How many pictures each row shows, from their sizes and the rows' placeholders."""
     assert tower.tiling is not None
     one_each = tower.num_placeholders == 1
-    tokens = iter([1 if one_each else tower.tiling.count(*size) for size in sizes])
-    counts = []
+    return _pieces_of_rows([1 if one_each else tower.tiling.count(*size) for size in sizes], places)
+
+
+def _pieces_of_rows(tokens: list[int], places: list[int]) -> list[int]:
+    """How many pieces of media each row shows, from their placeholders and the rows'."""
+    each, counts = iter(tokens), []
     for left in places:
         count = 0
         while left > 0:
-            left -= next(tokens)
+            left -= next(each)
             count += 1
         counts.append(count)
     return counts
+
+
+def repeat_pooled(
+    known: dict[str, Any], places: dict[str, list[int]], towers: dict[str, Tower], times: int
+) -> dict[str, Any]:
+    """`repeat_media` for soft tokens that are computed already: `mm_encoder_outputs` by modality."""
+    done = {}
+    for modality, output in known.items():
+        tower, pieces = towers[modality], [*output.pooler_output]
+        one_each = tower.num_placeholders == 1
+        counts = _pieces_of_rows([1 if one_each else len(p) for p in pieces], places[modality])
+        rows = [pieces[a:b] for a, b in pairwise(accumulate(counts, initial=0))]
+        repeated = [piece for row in rows for _ in range(times) for piece in row]
+        whole = isinstance(output.pooler_output, Tensor)
+        done[modality] = type(output)(pooler_output=torch.stack(repeated) if whole else repeated)
+    return done

@@ -1,0 +1,108 @@
+"""What becomes of media before the language model reads them: soft tokens, by transformers' conventions.
+
+transformers' `generate` computes them once, before the prompt is read, and hands them to `forward` as
+`mm_encoder_outputs`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower
+from opticnerve.types import Features, OpticNerveError
+
+
+class MediaFeatures:
+    """`get_image_features` and `get_audio_features` of a model with `towers`."""
+
+    towers: Any
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None, **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:  # fmt: skip
+        """(images, 3, H, W) → `pooler_output`, the soft tokens of each picture: (images, N, language width), with
+        tiling a list of (N, language width); `last_hidden_state`: what the encoder saw. The arguments: as for
+        `forward`.
+
+        Raises:
+            OpticNerveError: a keyword that would change the answer of transformers' own models and that no encoder here
+                takes.
+        """
+        _check_keywords(kwargs)
+        given = {"pixel_values": pixel_values, "image_sizes": image_sizes, "qformer_input_ids": qformer_input_ids}
+        return self._features("image", {**given, "qformer_attention_mask": qformer_attention_mask})
+
+    @can_return_tuple
+    def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """(windows, mels, frames) → `pooler_output`, the soft tokens: (windows, N, language width), and
+        `last_hidden_state`, what the encoder heard."""
+        _check_keywords(kwargs)
+        return self._features("audio", {"input_features": input_features})
+
+    def _features(self, modality: str, media: dict[str, Any]) -> BaseModelOutputWithPooling:
+        tower = self.towers.get(modality)
+        if tower is None:
+            raise OpticNerveError(f"the model has no {modality} encoder", kind="unsupported")
+        encoded = tower.encode(media[MEDIA_INPUT[modality]])
+        soft = self._soft(modality, tower, {**media, f"{modality}_features": encoded})
+        assert soft is not None
+        return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens_BND, pooler_output=pooled_of(tower, soft))
+
+    def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
+        features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
+        known = (media.get("mm_encoder_outputs") or {}).get(modality)
+        if known is not None:
+            return pooled_features(tower, known.pooler_output)
+        if features is None:
+            if given is None:
+                return None
+            features = tower.encode(given)
+        sizes = media.get("image_sizes") if modality == "image" else None
+        ids, mask = media.get("qformer_input_ids"), media.get("qformer_attention_mask")
+        text = None if ids is None else (ids, torch.ones_like(ids) if mask is None else mask)
+        return tower.connect(features, sizes, text)
+
+
+def pooled_of(tower: Tower, soft: Features) -> Tensor | list[Tensor]:
+    """Soft tokens as `pooler_output` holds them: (pieces, N, D), or a list of (N, D) where a piece's size counts."""
+    if tower.tiling is None:
+        return soft.tokens_BND
+    return [tokens_ND[mask_N] for tokens_ND, mask_N in zip(soft.tokens_BND, soft.mask_BN, strict=True)]
+
+
+def pooled_features(tower: Tower, pooled: Tensor | list[Tensor]) -> Features:
+    """What `pooled_of` was made of, also where transformers has cut or repeated it meanwhile.
+
+    Raises:
+        OpticNerveError: pieces of a picture, for a fusion whose layers see a picture whole (`prefill_chunk_size` with
+            cross-attention).
+    """
+    rows = [*pooled]
+    seen_whole = tower.tiling is None and tower.num_placeholders != tower.num_tokens
+    if seen_whole and (wrong := {len(r) for r in rows} - {tower.num_tokens}):
+        raise OpticNerveError(
+            f"a picture has {tower.num_tokens} soft tokens, and {min(wrong)} were given: layers that see pictures "
+            "whole cannot be given them in pieces; leave out prefill_chunk_size",
+            kind="wrong-shape",
+        )
+    lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
+    mask_BN = torch.arange(int(lengths.max()), device=rows[0].device) < lengths[:, None]
+    return Features(pad_sequence(rows, batch_first=True), mask_BN)
+
+
+def _check_keywords(kwargs: dict[str, Any]) -> None:
+    """Refuse what transformers' own models would honour and no encoder here does."""
+    if asked := [k for k, v in kwargs.items() if v not in (None, False) and k not in ("return_dict",)]:
+        raise OpticNerveError(
+            f"{', '.join(asked)}: the encoders of a docked model take no such keyword; their layer and class token are "
+            "set where the model is docked (`layer`, `class_token`)",
+            kind="unknown-key",
+        )
