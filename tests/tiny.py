@@ -286,3 +286,12 @@ def save_questions(folder: Path, pictures: int = 4, each: int = 3) -> Path:
         ]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "questions.jsonl"
+
+
+def words_of(logits: torch.Tensor, bare: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A dock's logits and its bare language model's, both without the columns of placeholders."""
+    from opticnerve.models.vlm.placeholders import sayable
+
+    columns = sayable(logits)
+    assert bare.shape[-1] - 2 <= len(columns) <= bare.shape[-1]
+    return logits[..., columns], bare[..., columns]

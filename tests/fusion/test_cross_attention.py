@@ -102,7 +102,7 @@ class TestFreshDock:
             bare = flamingo.model.language_model(
                 inputs_embeds=prompt.embeds_BLD, attention_mask=batch["attention_mask"]
             ).logits
-        assert torch.equal(ours, bare)
+        assert torch.equal(*tiny.words_of(ours, bare))
 
     def test_one_placeholder_a_picture(self, flamingo: Dock) -> None:
         batch = inputs(flamingo, ask("compare", P[0], P[1]))
@@ -122,10 +122,10 @@ class TestWhoSeesWhat:
     def test_text_alone_meets_the_bare_model_for_good(self, opened: Dock) -> None:
         alone = inputs(opened, ask("text alone"))
         bare = opened.model.language_model(**alone).logits
-        assert torch.equal(opened.model(**alone).logits, bare)
+        assert torch.equal(*tiny.words_of(opened.model(**alone).logits, bare))
         beside = inputs(opened, ask("text alone"), ask("text alone", P[0]))
         row = opened.model(**beside).logits[0][-alone["input_ids"].shape[1] :]
-        torch.testing.assert_close(row, bare[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*tiny.words_of(row, bare[0]), rtol=1e-4, atol=1e-5)
 
     def test_the_latest_picture_before_it(self, opened: Dock) -> None:
         """Of two pictures a word sees the second; words between them see the first."""
@@ -265,9 +265,9 @@ def test_every_language_family_takes_it(docked: Callable[..., Dock]) -> None:
             bare = dock.model.language_model(
                 inputs_embeds=prompt.embeds_BLD, attention_mask=batch["attention_mask"]
             ).logits
-            assert torch.equal(fresh, bare), family
+            assert torch.equal(*tiny.words_of(fresh, bare)), family
             open_gates(dock.model)
-            assert not torch.equal(dock.model(**batch).logits, bare), family
+            assert not torch.equal(*tiny.words_of(dock.model(**batch).logits, bare)), family
 
 
 def test_refusals() -> None:

@@ -60,7 +60,7 @@ def test_logits_and_greedy_words_are_llavas(docked: Callable[..., Dock], vision_
         ours = made.model(**batch)
         logits = theirs(**batch).logits[..., :size]
     real = batch["attention_mask"].bool()
-    torch.testing.assert_close(ours.logits[real], logits[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*tiny.words_of(ours.logits[real], logits[real]), rtol=1e-5, atol=1e-5)
     soft = theirs.get_image_features(batch["pixel_values"])
     soft = getattr(soft, "pooler_output", soft)
     torch.testing.assert_close(ours.image_hidden_states, torch.stack(list(soft)), rtol=1e-5, atol=1e-6)

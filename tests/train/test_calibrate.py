@@ -35,7 +35,7 @@ def test_soft_tokens_weigh_what_words_weigh(make_recipe: Callable[..., Recipe], 
     calibrate(made.model, make_sampler(recipe, made))
     pixels = torch.cat([make_sampler(recipe, made)[i].media["pixel_values"] for i in range(4)])
     with torch.no_grad():
-        soft = made.model.get_image_features(pixels).float()
+        soft = made.model.get_image_features(pixels).pooler_output.float()
         wanted = float(made.model.get_input_embeddings().weight.float().std())
     assert float(soft.std()) == pytest.approx(wanted, rel=0.05)
     assert torch.equal(before, made.model.image.connector.layers[0].weight)
@@ -77,7 +77,7 @@ def test_soft_tokens_weigh_what_the_first_layer_gets_of_words(family: str, fusio
     calibrate(model, [SimpleNamespace(media={"pixel_values": pixels})])
     embeddings = model.get_input_embeddings()
     words = embeddings(torch.arange(embeddings.num_embeddings)).detach()
-    assert float(model.get_image_features(pixels).std() / words.std()) == pytest.approx(1, rel=1e-3)
+    assert float(model.get_image_features(pixels).pooler_output.std() / words.std()) == pytest.approx(1, rel=1e-3)
     if fusion == "cross_attention":
         torch.testing.assert_close(model.image.fusion.marker.detach(), words.mean(0))
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from opticnerve.common import atomic
 from opticnerve.export.samples import ExportSample
 from opticnerve.inference.generate import Answerer
+from opticnerve.models.vlm.placeholders import sayable
 from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def distance(found_KV: Tensor, wanted_KV: Tensor) -> float:
-    """The largest difference of two logits, in units of the largest logit. NaN counts as infinitely far."""
+    """The largest difference of two logits, in units of the largest logit, placeholders left out. NaN counts as
+    infinitely far."""
+    words = sayable(wanted_KV)
+    found_KV, wanted_KV = found_KV[..., words], wanted_KV[..., words]
     difference = (found_KV - wanted_KV).abs().max() / wanted_KV.abs().max().clamp_min(1e-6)
     return float(difference.nan_to_num(nan=math.inf))
 
@@ -185,8 +189,7 @@ def compare_logits(wanted: Sequence[Reference], found: Sequence[dict[str, Any]],
                 raise OpticNerveError(
                     f"{where}: pictures are prepared otherwise; pixels differ by up to {moved:.3g}", kind="mismatch"
                 )
-        vocabulary = ours.logits_KV.shape[-1]
-        far = distance(theirs["logits_KV"][..., :vocabulary], ours.logits_KV)
+        far = distance(theirs["logits_KV"], ours.logits_KV)
         if not far <= TOLERANCE:
             raise OpticNerveError(
                 f"{where}: logits differ by up to {far:.3g} of the largest one (in float32, {TOLERANCE:g} is allowed)",

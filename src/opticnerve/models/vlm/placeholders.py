@@ -82,3 +82,8 @@ def barred(logits: Tensor, ids: Iterable[int]) -> Tensor:
             logits = logits.index_fill_(-1, at, least)
     wanted = max([width, *(i + 1 for i in ids)])
     return logits if wanted == width else F.pad(logits, (0, wanted - width), value=least)
+
+
+def sayable(logits: Tensor) -> Tensor:
+    """The columns of logits (…, V) that `barred` left: what can be compared with another engine's."""
+    return (logits > torch.finfo(logits.dtype).min).flatten(0, -2).any(0).nonzero().squeeze(1)
