@@ -155,12 +155,18 @@ class HFVisionEncoder(Encoder):
             tokens_BND = tokens_BND[:, self.prefix_tokens :]
         return all_real(tokens_BND)
 
-    def _select(self, model: Any, pixel_values: Tensor) -> Tensor:
-        inputs: dict[str, Any] = {"pixel_values": pixel_values}
+    def states(self, media: Tensor, **asked: bool) -> dict[str, Any]:
+        out = self.model(**self._inputs(self.model, media), **asked)
+        return {"hidden_states": out.get("hidden_states"), "attentions": out.get("attentions")}
+
+    def _inputs(self, model: Any, pixel_values: Tensor) -> dict[str, Any]:
         if model.config.model_type == _FLEXIBLE:
-            inputs = self._flexible(pixel_values)
-        elif self.image_size != self.native_size and _can_be_asked_to_interpolate(model):
-            inputs["interpolate_pos_encoding"] = True
+            return self._flexible(pixel_values)
+        larger = self.image_size != self.native_size and _can_be_asked_to_interpolate(model)
+        return {"pixel_values": pixel_values, **({"interpolate_pos_encoding": True} if larger else {})}
+
+    def _select(self, model: Any, pixel_values: Tensor) -> Tensor:
+        inputs = self._inputs(model, pixel_values)
         if self.layer == "last":
             out: Tensor = model(**inputs).last_hidden_state
             return out

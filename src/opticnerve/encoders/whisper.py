@@ -137,6 +137,10 @@ class WhisperEncoder(Encoder):
             frames_BTD = self.model(input_features, output_hidden_states=True).hidden_states[self.layer]
         return all_real(frames_BTD.unflatten(1, (self.num_tokens, self.pool)).mean(2))
 
+    def states(self, media: Tensor, **asked: bool) -> dict[str, Any]:
+        out = self.model(media, **asked)
+        return {"hidden_states": out.get("hidden_states"), "attentions": out.get("attentions")}
+
     def feature_extractor(self) -> Any:
         """Mono sound of 16 kHz → log-mel windows of `media_shape`; longer sound is cut off, so split it before."""
         return WhisperFeatureExtractor(feature_size=self.mels, chunk_length=self.seconds, sampling_rate=SAMPLING_RATE)

@@ -18,10 +18,14 @@ from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower
 from opticnerve.types import Features, OpticNerveError
 
 
+_STATES = ("output_hidden_states", "output_attentions")
+
+
 class MediaFeatures:
     """`get_image_features` and `get_audio_features` of a model with `towers`."""
 
     towers: Any
+    config: Any
 
     @can_return_tuple
     def get_image_features(
@@ -36,25 +40,29 @@ class MediaFeatures:
             OpticNerveError: a keyword that would change the answer of transformers' own models and that no encoder here
                 takes.
         """
-        _check_keywords(kwargs)
         given = {"pixel_values": pixel_values, "image_sizes": image_sizes, "qformer_input_ids": qformer_input_ids}
-        return self._features("image", {**given, "qformer_attention_mask": qformer_attention_mask})
+        return self._features("image", {**given, "qformer_attention_mask": qformer_attention_mask}, kwargs)
 
     @can_return_tuple
     def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """(windows, mels, frames) → `pooler_output`, the soft tokens: (windows, N, language width), and
         `last_hidden_state`, what the encoder heard."""
-        _check_keywords(kwargs)
-        return self._features("audio", {"input_features": input_features})
+        return self._features("audio", {"input_features": input_features}, kwargs)
 
-    def _features(self, modality: str, media: dict[str, Any]) -> BaseModelOutputWithPooling:
+    def _features(self, modality: str, media: dict[str, Any], kwargs: dict[str, Any]) -> BaseModelOutputWithPooling:
         tower = self.towers.get(modality)
         if tower is None:
             raise OpticNerveError(f"the model has no {modality} encoder", kind="unsupported")
-        encoded = tower.encode(media[MEDIA_INPUT[modality]])
+        asked = {k: bool(kwargs.pop(k, getattr(self.config, k, False))) for k in _STATES}
+        _check_keywords(kwargs)
+        given = media[MEDIA_INPUT[modality]]
+        encoded = tower.encode(given)
         soft = self._soft(modality, tower, {**media, f"{modality}_features": encoded})
         assert soft is not None
-        return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens_BND, pooler_output=pooled_of(tower, soft))
+        states = tower.encoder.states(tower.placed(given), **asked) if any(asked.values()) else {}
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.tokens_BND, pooler_output=pooled_of(tower, soft), **states
+        )
 
     def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
         features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
