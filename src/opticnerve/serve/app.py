@@ -22,12 +22,10 @@ from opticnerve.serve.errors import ApiError, from_validation
 from opticnerve.serve.limits import Metrics
 from opticnerve.serve.middleware import CHAT, Middleware
 from opticnerve.serve.prompts import PromptReader
-from opticnerve.serve.scheduler import Scheduler
-from opticnerve.serve.schema import (
+from opticnerve.serve.replies import (
     AnswerMessage,
     ChatCompletion,
     ChatCompletionChunk,
-    ChatRequest,
     Choice,
     ErrorResponse,
     Health,
@@ -37,6 +35,8 @@ from opticnerve.serve.schema import (
     TokenLogprob,
     Usage,
 )
+from opticnerve.serve.scheduler import Scheduler
+from opticnerve.serve.schema import ChatRequest
 from opticnerve.serve.sequence import AnswerPiece, GenerationJob, PromptInputs
 from opticnerve.types import OpticNerveError
 from opticnerve.web.guard import Keys, Receive, Scope, Send
@@ -194,7 +194,7 @@ class ChatAnswer:
         choices = [
             Choice(
                 index=i, message=AnswerMessage(content=text), finish_reason=self.finished[i],
-                logprobs=Logprobs(content=logprobs[i]) if self.asked.logprobs else None,
+                logprobs=Logprobs(content=logprobs[i]) if self.asked.likeliest is not None else None,
             )
             for i, text in enumerate(texts)
         ]  # fmt: skip
@@ -240,7 +240,7 @@ class EventStream(Response):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.answer, options = answer, answer.asked.stream_options
-        self.include_usage = options is not None and options.include_usage
+        self.include_usage = options is not None and bool(options.include_usage)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def event(data: str, more: bool = True) -> None:
@@ -263,7 +263,7 @@ class EventStream(Response):
             yield self._chunk(i, {"role": "assistant", "content": ""})
         async for piece in self.answer.pieces():
             if piece.text or piece.logprobs:
-                logprobs = Logprobs(content=piece.logprobs) if self.answer.asked.logprobs else None
+                logprobs = Logprobs(content=piece.logprobs) if self.answer.asked.likeliest is not None else None
                 yield self._chunk(piece.number, {"content": piece.text}, logprobs)
             if piece.finish is not None:
                 yield self._chunk(piece.number, {}, finish=piece.finish)
@@ -277,7 +277,9 @@ class EventStream(Response):
         return self._made([{"index": number, "delta": delta, "logprobs": content, "finish_reason": finish}])
 
     def _made(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
-        made = {**self.answer.head, "object": "chat.completion.chunk", "choices": choices}
+        head = self.answer.head
+        made = {"id": head["id"], "object": "chat.completion.chunk", "created": head["created"], "model": head["model"]}
+        made["choices"] = choices
         return made | {"usage": usage} if self.include_usage else made
 
 

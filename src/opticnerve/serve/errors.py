@@ -57,7 +57,7 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
     # Of content that may be text or parts, the alternative that was got furthest into is the one that was meant.
     first = max(problems, key=lambda p: len(p["loc"]))
     param = ".".join(_names(first["loc"][1:])) or None  # without "body"
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "none_required"):
         return ApiError(
             400, f"{param} is not supported by this server; leave it out", param=param, code="unsupported_parameter"
         )

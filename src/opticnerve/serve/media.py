@@ -142,6 +142,15 @@ class _Checked(http.client.HTTPConnection):
                 self.raw.shutdown(socket.SHUT_RDWR)
 
 
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+def _standard_base64(text: str) -> str:
+    """Base64 as strict decoders take it: clients also send it with line breaks, URL-safe, and without its padding."""
+    text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
+    return text + "=" * (-len(text) % 4)
+
+
 @dataclass(frozen=True, slots=True)
 class MediaSources:
     """Where media may come from beside the request itself: `hosts` on the web, `folders` on this machine."""
@@ -161,7 +170,8 @@ class MediaSources:
         """The bytes that a URL stands for. Raises ApiError: 400: not base64, not allowed, not there, too big."""
         if url[:5].lower() == "data:":
             try:
-                return decode_data_url(url)
+                head, comma, body = url.partition(",")
+                return decode_data_url(head + comma + _standard_base64(body))
             except DataError as e:
                 raise _refuse(param, str(e)) from None
         if is_url(url):
@@ -225,7 +235,7 @@ class MediaOpener:
             raise _refuse(param, "this model takes no sound", None)
         self._count(param)
         try:
-            sound = base64.b64decode(data, validate=True)
+            sound = base64.b64decode(_standard_base64(data), validate=True)
         except ValueError as e:  # binascii.Error among them
             raise _refuse(param, f"not valid base64: {e}", None) from None
         try:

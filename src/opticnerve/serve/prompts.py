@@ -5,7 +5,11 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from opticnerve.data.collators.next_token import Collator
+from opticnerve.data.encode.packing import pack
+from opticnerve.data.encode.tokenize import Encoded, encode, end_of_turn
 from opticnerve.inference.generate import Answerer
+from opticnerve.inference.shared_prefix import layout
 from opticnerve.serve import schema
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import ServerLimits
@@ -50,15 +54,24 @@ class PromptReader:
         """The prompt as the model takes it. Raises ApiError: 400: media that cannot be had, a conversation that the
         chat template does not know, too long."""
         self._check_turns(asked)
+        self._check_biases(asked)
         conversation = self.conversation(asked)
         try:
             with self._alone:
                 # Whatever a client writes, it is words: no `<|im_end|>` of theirs ends a turn.
-                inputs = self.answerer.inputs([conversation], sanitize_control_tokens=True)
+                prompt = encode(conversation, self.processor, learn=asked.continued, sanitize_control_tokens=True)
+                ids = self._unended(prompt) if asked.continued else prompt.input_ids
+                inputs = layout([[]], [ids], pad=self.processor.tokenizer.pad_token_id)
+                inputs |= Collator(self.processor).media([pack([[prompt]])])
         except OpticNerveError as e:
             raise ApiError(400, str(e), param="messages") from None
-        ids = inputs["input_ids"][0].tolist()
-        return PromptInputs(inputs, ids, self._answer_tokens(asked, len(ids)))
+        return PromptInputs(inputs, ids, self._answer_tokens(asked, len(ids)), raw=asked.continued)
+
+    def _unended(self, sample: Encoded) -> list[int]:
+        """A conversation's tokens up to the one that ends its last turn, as training reads them."""
+        end = self.processor.tokenizer.convert_tokens_to_ids(end_of_turn(self.processor))
+        ids = sample.input_ids
+        return ids[: len(ids) - 1 - ids[::-1].index(end)]
 
     def conversation(self, asked: schema.ChatRequest) -> Conversation:
         """The messages, their media opened."""
@@ -66,22 +79,38 @@ class PromptReader:
         messages = []
         for i, message in enumerate(asked.messages):
             role = "system" if message.role == "developer" else message.role
-            content = message.content
+            content = message.content or ""
             if isinstance(content, str):
                 parts: list[Part] = [TextPart(content)]
             else:
                 parts = [_part(p, opener, f"messages.{i}.content.{k}") for k, p in enumerate(content)]
-            messages.append(Message(role, tuple(parts)))
+            messages.append(Message(role, tuple(parts), learn=i + 1 == len(asked.messages)))
         return Conversation(tuple(messages))
+
+    def _check_biases(self, asked: schema.SampledRequest) -> None:
+        size = self.answerer.model.language_model.config.get_text_config(decoder=True).vocab_size
+        for token in map(int, asked.logit_bias or ()):
+            if token >= size:
+                raise ApiError(
+                    400, f"logit_bias names token {token:,}; the model has {size:,} (0 to {size - 1:,})",
+                    param="logit_bias",
+                )  # fmt: skip
 
     def _check_turns(self, asked: schema.ChatRequest) -> None:
         last = len(asked.messages) - 1
-        if asked.messages[last].role != "user":
+        if asked.continued != (asked.messages[last].role == "assistant"):
+            raise ApiError(
+                400, "the last message must be the assistant's, to be continued"
+                if asked.continued
+                else "the last message is the assistant's; add continue_final_message: true to have it continued, or a "
+                "message of the user", param=f"messages.{last}.role",
+            )  # fmt: skip
+        if asked.messages[last].role in ("system", "developer"):
             raise ApiError(400, "the last message must be the user's", param=f"messages.{last}.role")
         placeholders = [t for t in (self.processor.image_token, self.processor.audio_token) if t]
         letters = 0
         for i, message in enumerate(asked.messages):
-            content = message.content
+            content = message.content or ""
             parts = [content] if isinstance(content, str) else [p.text for p in content if p.type == "text"]
             text = "".join(parts)
             letters += len(text)

@@ -1,15 +1,16 @@
-"""What comes in and what goes out, in OpenAI's words (API reference, "Chat"): validation, and the OpenAPI document.
+"""What comes in, in OpenAI's words (API reference, "Chat" and "Completions"): validation, and its OpenAPI document.
 
-A field that this server does not act on is refused, unless it has the value that asks for nothing.
+A hint that changes no answer is taken; a field that would change one is acted on, or refused by its name.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-MAX_STOPS, MAX_TOP_LOGPROBS, MAX_CHOICES = 4, 20, 16
+MAX_STOPS, MAX_TOP_LOGPROBS, MAX_CHOICES, MAX_BIASES = 4, 20, 16, 1024
+_HINT = "taken, and without effect"
 
 
 def _whole_characters(text: str) -> str:
@@ -21,8 +22,9 @@ def _whole_characters(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
-Zero = Annotated[float, Field(ge=0, le=0)]
 StopWord = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
+TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
 
 
 class Asked(BaseModel):
@@ -36,7 +38,7 @@ class TextContent(Asked):
 
 class ImageUrl(Asked):
     url: Text = Field(min_length=1, description="`data:image/…;base64,…`; https and file: only where they are allowed")
-    detail: Literal["auto"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description=_HINT)
 
 
 class ImageContent(Asked):
@@ -60,63 +62,64 @@ AnyContent = TextContent | ImageContent | AudioContent
 class SystemMessage(Asked):
     role: Literal["system", "developer"]
     content: Text | list[TextContent]
+    name: Text | None = Field(None, description=_HINT)
 
 
 class UserMessage(Asked):
     role: Literal["user"]
     content: Text | list[Annotated[AnyContent, Field(discriminator="type")]]
+    name: Text | None = Field(None, description=_HINT)
 
 
 class AssistantMessage(Asked):
+    """What a client got, sent back: with all fields that `message.model_dump()` writes."""
+
     role: Literal["assistant"]
-    content: Text | list[TextContent]
+    content: Text | list[TextContent] | None = None
+    name: Text | None = Field(None, description=_HINT)
     refusal: None = None
+    annotations: list[dict[str, Any]] | None = Field(None, description=_HINT)
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 AnyMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(Asked):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(None, description=_HINT)
 
 
 class TextFormat(Asked):
     type: Literal["text"]
 
 
-class ChatRequest(Asked):
-    """`POST /v1/chat/completions`."""
+class SampledRequest(Asked):
+    """What chat and plain completions have in common: how tokens are chosen, and how answers end."""
 
     model: Text
-    messages: list[AnyMessage] = Field(min_length=1, max_length=1000)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest word")
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 and -1: all tokens")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="of transformers; 1 asks for nothing")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: Biases | None = Field(None, description="by token id")
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="the newer word for max_tokens")
     stop: StopWord | list[StopWord] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    user: Text | None = Field(None, description="taken, and without effect")
-    frequency_penalty: Zero | None = Field(None, description="0 only")
-    presence_penalty: Zero | None = Field(None, description="0 only")
-    response_format: TextFormat | None = Field(None, description="text only")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="empty only")
-    store: Literal[False] | None = Field(None, description="false only: nothing is kept")
+    user: Text | None = Field(None, description=_HINT)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> ChatRequest:
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError(
-                f"max_tokens is {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}; give one"
-            )
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs wants logprobs: true")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options wants stream: true")
+    def _options_fit(self) -> SampledRequest:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise ValueError("stream_options.include_usage wants stream: true")
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
             raise ValueError(f"stop holds {len(self.stop)} words, more than the {MAX_STOPS} allowed")
         return self
@@ -131,105 +134,68 @@ class ChatRequest(Asked):
 
     @property
     def answer_tokens(self) -> int | None:
+        """The longest answer; None: the server decides."""
+        return self.max_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are told beside each; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+
+class ChatRequest(SampledRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[AnyMessage] = Field(min_length=1, max_length=1000)
+    max_completion_tokens: int | None = Field(None, ge=1, description="the newer word for max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: TextFormat | None = Field(None, description="text only")
+    continue_final_message: bool | None = Field(
+        None, description="the last message is the assistant's, to be continued"
+    )
+    add_generation_prompt: bool | None = Field(None, description="false: the same, in other words")
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="empty only: see tools")
+    function_call: Literal["none", "auto"] | None = Field(None, description="see tool_choice")
+    modalities: list[Literal["text"]] | None = Field(None, description="text only")
+    audio: None = None
+    moderation: None = None
+    reasoning_effort: None = None
+    verbosity: Literal["medium"] | None = None
+    web_search_options: None = None
+    metadata: dict[str, Any] | None = Field(None, description=_HINT)
+    prediction: dict[str, Any] | None = Field(None, description=_HINT)
+    prompt_cache_key: Text | None = Field(None, description=_HINT)
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=_HINT)
+    prompt_cache_retention: Text | None = Field(None, description=_HINT)
+    safety_identifier: Text | None = Field(None, description=_HINT)
+    service_tier: Text | None = Field(None, description=_HINT)
+    store: bool | None = Field(None, description=f"{_HINT}: nothing is kept")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}; give one"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs wants logprobs: true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other; leave one out")
+        return self
+
+    @property
+    def answer_tokens(self) -> int | None:
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
 
+    @property
+    def likeliest(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-# -- what goes out ----------------------------------------------------------------------------------------------------
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-Finish = Literal["stop", "length"]
-
-
-class AnswerMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class Choice(BaseModel):
-    index: int
-    message: AnswerMessage
-    logprobs: Logprobs | None
-    finish_reason: Finish
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: Logprobs | None
-    finish_reason: Finish | None
-
-
-class ChatCompletionChunk(BaseModel):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["opticnerve"] = "opticnerve"
-    max_model_len: int = Field(description="tokens of prompt and answer together")
-    modalities: list[Literal["text", "image", "audio"]]
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class Health(BaseModel):
-    status: Literal["ok", "stopping", "failed"]
-    waiting: int
-    running: int
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    error: ErrorBody
+    @property
+    def continued(self) -> bool:
+        """Whether the last message is the beginning of the answer."""
+        return bool(self.continue_final_message) or self.add_generation_prompt is False

@@ -1,23 +1,20 @@
-"""One answer as it is written: which token comes next, its text so far, and what is told of it."""
+"""One answer as it is written: its text so far, and what is told of it."""
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from opticnerve.common.private_names import generation_config, generation_rules
-from opticnerve.inference.decoding import plain
 from opticnerve.language.thinking import AnswerText
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.schema import ChatRequest, Finish, TokenLogprob, TopLogprob
-from opticnerve.types import OpticNerveError
+from opticnerve.serve.replies import Finish, TokenLogprob, TopLogprob
+from opticnerve.serve.sampling import TokenSampler
+from opticnerve.serve.schema import SampledRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,83 +109,17 @@ def _bytes_of_letters() -> dict[str, int]:
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
-# -- which token comes next -------------------------------------------------------------------------------------------
-
-GREEDY = 1e-4  # below this temperature only the likeliest token is drawn anyway, and scores divided by it overflow
-
-
-class TokenSampler:
-    """Chooses one row's tokens, with a generator of its own.
-
-    With neither temperature nor top_p the model's generation_config decides (greedy, unless it samples); temperature 0
-    (or next to it) is greedy; top_p alone counts as temperature 1. `seed` is of the first choice; the next ones take
-    the numbers behind it.
-
-    Args:
-        model: whose generation_config says what the request leaves open. prompt: token ids. number: which choice of the
-            request this row is.
-    """
-
-    def __init__(
-        self, model: OpticNerveForConditionalGeneration, asked: ChatRequest, prompt: list[int], number: int
-    ) -> None:
-        config = generation_config(model, max_new_tokens=1, **self._options(model, asked))
-        device = model.device
-        self.ids: list[int] = list(prompt)
-        self.change = generation_rules(model, config, torch.tensor([prompt], device=device))
-        seed = secrets.randbits(62) if asked.seed is None else asked.seed + number
-        self.generator = torch.Generator(device).manual_seed(seed) if config.do_sample else None
-
-    @staticmethod
-    def _options(model: OpticNerveForConditionalGeneration, asked: ChatRequest) -> dict[str, Any]:
-        """As transformers' `generate` is told."""
-        temperature, top_p = asked.temperature, asked.top_p
-        open_ = temperature is None and top_p is None
-        if (open_ and not model.generation_config.do_sample) or (temperature is not None and temperature < GREEDY):
-            return {"do_sample": False}
-        # transformers' own default, the 50 likeliest tokens, is nobody's wish here.
-        top_k = model.generation_config.top_k or 0
-        if open_:
-            return {"top_k": top_k}
-        one = 1.0
-        return {
-            "do_sample": True, "temperature": one if temperature is None else temperature,
-            "top_p": one if top_p is None else top_p, "top_k": top_k,
-        }  # fmt: skip
-
-    def choose(self, logits_V: Tensor) -> int:
-        scores_1V = logits_V[None]
-        if self.change:
-            scores_1V = self.change(torch.tensor([self.ids], device=logits_V.device), scores_1V.float())
-        if self.generator is not None:
-            token = int(torch.multinomial(scores_1V.float().softmax(-1), 1, generator=self.generator))
-        else:
-            token = int(scores_1V.argmax(-1))
-        self.ids.append(token)
-        return token
-
-
-def check_plain(model: OpticNerveForConditionalGeneration) -> None:
-    """Refuse a model whose generation_config wants more than a step per token. Raises OpticNerveError: beams,
-    contrastive search, and the like."""
-    config = generation_config(model, max_new_tokens=1)
-    if not plain(config):
-        raise OpticNerveError(
-            "this model's generation_config asks for more than one step per token (beams, guidance, …), which the "
-            "server does not do; edit generation_config.json, or serve it with transformers",
-            kind="unsupported",
-        )
-
-
 # -- an answer while it is written ------------------------------------------------------------------------------------
 
 
 class PromptInputs(NamedTuple):
-    """A prompt as the model takes it: `inputs` of one row, its token ids, and how many tokens its answer may have."""
+    """A prompt as the model takes it: `inputs` of one row, its token ids, and how many tokens its answer may have.
+    `raw`: the answer is told to its last space, for it continues a text."""
 
     inputs: dict[str, Any]
     ids: list[int]
     max_tokens: int
+    raw: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +144,7 @@ class GenerationJob:
             each choice.
     """
 
-    asked: ChatRequest
+    asked: SampledRequest
     prompt: PromptInputs
     deadline: float
     tell: Callable[[AnswerPiece | ApiError], None]
@@ -233,7 +164,8 @@ class RunningSequence:
     ) -> None:
         self.job, self.number, self.tokenizer, self.ends = job, number, tokenizer, ends
         self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number)
-        self.text, self.answer = IncrementalDetokenizer(tokenizer, job.asked.stops), AnswerText()
+        self.text = IncrementalDetokenizer(tokenizer, job.asked.stops)
+        self.answer = None if job.prompt.raw else AnswerText()
         self.count, self.token, self.live = 0, 0, True
         self._logprobs: list[tuple[int, TokenLogprob]] = []  # not yet told, and where their text begins
 
@@ -245,7 +177,7 @@ class RunningSequence:
             return
         at = len(self.text.text)
         text = self.text.put(self.token)
-        if self.job.asked.logprobs:
+        if self.job.asked.likeliest is not None:
             self._logprobs.append((at, self._logprob(logits_V)))
         if self.text.cut is not None:
             self._tell(text, "stop")
@@ -264,13 +196,14 @@ class RunningSequence:
         logprobs = [found for at, found in self._logprobs if cut is None or at < cut]
         self._logprobs = []
         self.live = finish is None
-        text = self.answer.put(text) + (self.answer.end() if finish else "")
+        if self.answer is not None:
+            text = self.answer.put(text) + (self.answer.end() if finish else "")
         self.job.tell(AnswerPiece(self.number, text, logprobs, finish, self.count))
 
     def _logprob(self, logits_V: Tensor) -> TokenLogprob:
         """The model's own, before temperature and top_p."""
         log_p_V = logits_V.float().log_softmax(-1)
-        best = log_p_V.topk(min(self.job.asked.top_logprobs or 0, len(log_p_V)))
+        best = log_p_V.topk(min(self.job.asked.likeliest or 0, len(log_p_V)))
         top = [self._named(*both) for both in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         return TokenLogprob(**self._named(self.token, float(log_p_V[self.token])).model_dump(), top_logprobs=top)
 

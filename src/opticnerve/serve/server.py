@@ -20,8 +20,8 @@ from opticnerve.serve.batch import why_alone
 from opticnerve.serve.limits import Metrics, ServerLimits
 from opticnerve.serve.media import MediaSources
 from opticnerve.serve.prompts import PromptReader
+from opticnerve.serve.sampling import check_plain
 from opticnerve.serve.scheduler import Scheduler
-from opticnerve.serve.sequence import check_plain
 from opticnerve.web.guard import Keys
 
 log = logging.getLogger("opticnerve.serve")
