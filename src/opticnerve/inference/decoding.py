@@ -128,6 +128,22 @@ def decode_compiled(
     yield from tokens_BT.unbind(1)
 
 
+def forward_rows(
+    model: OpticNerveForConditionalGeneration, media_B: Tensor | None, *, logits_to_keep: int = 1, **inputs: Any
+) -> Any:
+    """A step of generation: the model's output with its cache.
+
+    Args:
+        media_B: which rows hold media (`rows_with_media` of the prompt), which a row's newest token alone does not say.
+        logits_to_keep: as for the model's `forward`.
+    """
+    token = settled_rows.set(media_B)
+    try:
+        return model(**inputs, use_cache=True, logits_to_keep=logits_to_keep)
+    finally:
+        settled_rows.reset(token)
+
+
 class _State:
     """What one decoding carries from step to step."""
 
@@ -158,8 +174,8 @@ class _State:
         past = 0 if cache is None else cache.get_seq_length()
         mask_BL = self.all_mask_BT[:, : self.length]
         position_BL = (mask_BL.long().cumsum(1) - 1).masked_fill(mask_BL == 0, 0)
-        out = self._forward(
-            input_ids=self.ids()[:, past:], attention_mask=mask_BL if self.padded else None,
+        out = forward_rows(
+            self.model, self.media_B, input_ids=self.ids()[:, past:], attention_mask=mask_BL if self.padded else None,
             position_ids=position_BL[:, past:], **{CACHE: cache}, **media,
         )  # fmt: skip
         self.cache = out[CACHE]
@@ -188,21 +204,14 @@ class _State:
                 self.sees_BT[..., : self.length] if self.padded else None,
             )  # fmt: skip
         else:
-            out = self._forward(
-                input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
+            out = forward_rows(
+                self.model, self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
                 attention_mask=self.all_mask_BT[:, : self.length] if self.padded else None, **{CACHE: self.cache},
             )  # fmt: skip
             self.cache, logits_BV = out[CACHE], out.logits[:, -1]
             self.next_B = self.next_B + 1
         self.steps += 1
         return logits_BV
-
-    def _forward(self, **inputs: Any) -> Any:
-        token = settled_rows.set(self.media_B)  # whether a row holds a picture, its newest token alone does not say
-        try:
-            return self.model(**inputs, use_cache=True, logits_to_keep=1)
-        finally:
-            settled_rows.reset(token)
 
     def can_narrow(self) -> bool:
         """Whether every piece of the state is one that rows can leave."""

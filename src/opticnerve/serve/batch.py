@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opticnerve.common.private_names import CACHE, is_stateful, repeat_rows
-from opticnerve.fusion.base import Fusion
+from opticnerve.inference.decoding import forward_rows
 from opticnerve.inference.generate import Answerer
-from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration, settled_rows
+from opticnerve.inference.shared_prefix import looks_beside
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.ops.fused_decode import FusedDecoder, reserve
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
@@ -27,7 +28,7 @@ _GROWING_ROPE = ("dynamic", "longrope")
 
 def why_alone(model: OpticNerveForConditionalGeneration) -> str | None:
     """Why this model's prompts are answered one at a time; None where they share a batch."""
-    if any(type(tower.fusion).see is not Fusion.see for tower in model.towers.values()):
+    if looks_beside(model):
         return "its layers look at the picture beside the text (cross-attention)"
     language = model.language_model
     if is_stateful(language):
@@ -79,7 +80,7 @@ class RunningBatch:
             ids_BL, inputs = repeat_rows(self.model, rows, ids_BL, inputs)
         media_B = self.model.rows_with_media(ids_BL)
         position_BL = torch.arange(ids_BL.shape[1], device=self.device).expand_as(ids_BL)
-        out = self._forward(media_B, input_ids=ids_BL, position_ids=position_BL, **inputs)
+        out = forward_rows(self.model, media_B, input_ids=ids_BL, position_ids=position_BL, **inputs)
         logits_BV, cache = out.logits[:, -1], out[CACHE]
         if self.joins and rows > 1:
             cache.batch_select_indices(torch.zeros(rows, dtype=torch.long, device=self.device))
@@ -142,8 +143,8 @@ class RunningBatch:
             mask_B11T = None if mask_BT is None else mask_BT[:, None, None]
             logits_BV = fused.step(tokens_B, cos_B1d[:, 0], sin_B1d[:, 0], self.cache.layers, mask_B11T)
         else:
-            out = self._forward(
-                self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
+            out = forward_rows(
+                self.model, self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
                 attention_mask=None if mask_BT is None else mask_BT.long(), **{CACHE: self.cache},
             )  # fmt: skip
             self.cache, logits_BV = out[CACHE], out.logits[:, -1]
@@ -155,13 +156,6 @@ class RunningBatch:
         if not self.joins or self.media_B is not None or self.model.device.type != "cpu":
             return None
         return self.answerer.fused()
-
-    def _forward(self, media_B: Tensor | None, **inputs: Any) -> Any:
-        token = settled_rows.set(media_B)  # whether a row holds a picture, its newest token alone does not say
-        try:
-            return self.model(**inputs, use_cache=True, logits_to_keep=1)
-        finally:
-            settled_rows.reset(token)
 
 
 class _Read(NamedTuple):
