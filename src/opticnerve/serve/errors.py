@@ -71,7 +71,9 @@ def _names(path: Sequence[Any]) -> list[str]:
     """Fields and indices of pydantic's path, without the alternatives of unions that it names between them."""
     found: list[str] = []
     for i, step in enumerate(path):
-        tag = i > 0 and isinstance(path[i - 1], int) and i + 1 < len(path)  # of messages.0.user.content, the "user"
+        # Of messages.0.user.content the "user", and of response_format.json_schema.json_schema.name one json_schema.
+        union = i > 0 and (isinstance(path[i - 1], int) or (path[i - 1] == "response_format" and i == 1))
+        tag = union and i + 1 < len(path)
         last = i + 1 == len(path)
         kind = isinstance(step, str) and (not step.isidentifier() or (step == "str" and last))
         if not tag and not (kind and found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.inference.shared_prefix import layout
 from opticnerve.serve import schema
 from opticnerve.serve.errors import ApiError
+from opticnerve.serve.grammar import GrammarCompiler, constraint_of
 from opticnerve.serve.limits import ServerLimits
 from opticnerve.serve.media import MediaOpener, MediaSources
 from opticnerve.serve.sequence import PromptInputs
@@ -47,6 +49,7 @@ class PromptReader:
         self.context = check_context(answerer.model, limits.context)
         # No text of more characters can be so few tokens: it need not be taken apart to be refused.
         self.most_letters = self.context * max(map(len, self.processor.tokenizer.get_vocab()))
+        self.grammars = GrammarCompiler(copy.deepcopy(self.processor.tokenizer), answerer.stops()["eos_token_id"])
         # A Rust tokenizer refuses two threads that both set its padding.
         self._alone = threading.Lock()
 
@@ -55,6 +58,8 @@ class PromptReader:
         chat template does not know, too long."""
         self._check_turns(asked)
         self._check_biases(asked)
+        constraint = constraint_of(asked)
+        grammar = None if constraint is None else self.grammars.compile(constraint)
         conversation = self.conversation(asked)
         try:
             with self._alone:
@@ -65,7 +70,8 @@ class PromptReader:
                 inputs |= Collator(self.processor).media([pack([[prompt]])])
         except OpticNerveError as e:
             raise ApiError(400, str(e), param="messages") from None
-        return PromptInputs(inputs, ids, self._answer_tokens(asked, len(ids)), raw=asked.continued)
+        raw = asked.continued or grammar is not None
+        return PromptInputs(inputs, ids, self._answer_tokens(asked, len(ids)), raw, grammar)
 
     def _unended(self, sample: Encoded) -> list[int]:
         """A conversation's tokens up to the one that ends its last turn, as training reads them."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opticnerve.common.private_names import generation_config, generation_rules
 from opticnerve.inference.decoding import plain
+from opticnerve.serve.grammar import AnswerGrammar
 from opticnerve.serve.schema import SampledRequest
 from opticnerve.types import OpticNerveError
 
@@ -33,18 +34,23 @@ class TokenSampler:
 
     Args:
         model: whose generation_config says what the request leaves open. prompt: token ids. number: which choice of the
-            request this row is.
+            request this row is. grammar: what the answer must fit, for this row alone.
     """
 
     def __init__(
-        self, model: OpticNerveForConditionalGeneration, asked: SampledRequest, prompt: list[int], number: int
+        self,
+        model: OpticNerveForConditionalGeneration,
+        asked: SampledRequest,
+        prompt: list[int],
+        number: int,
+        grammar: AnswerGrammar | None = None,
     ) -> None:
         config = generation_config(model, max_new_tokens=1, **self._options(model, asked))
         device = model.device
         self.ids: list[int] = list(prompt)
         self.change = generation_rules(model, config, torch.tensor([prompt], device=device))
         self.frequency, self.presence = asked.frequency_penalty or 0.0, asked.presence_penalty or 0.0
-        self.counts = Counter[int]()
+        self.counts, self.grammar = Counter[int](), grammar
         seed = secrets.randbits(62) if asked.seed is None else asked.seed + number
         self.generator = torch.Generator(device).manual_seed(seed) if config.do_sample else None
 
@@ -74,6 +80,9 @@ class TokenSampler:
 
     def choose(self, logits_V: Tensor) -> int:
         scores_1V = logits_V[None]
+        if self.grammar is not None:
+            barred_V = ~self.grammar.allowed(len(logits_V), logits_V.device)
+            scores_1V = scores_1V.float().masked_fill(barred_V, -torch.inf)
         if self.counts and (self.frequency or self.presence):
             tokens = torch.tensor(list(self.counts), device=logits_V.device)
             times = torch.tensor(list(self.counts.values()), device=logits_V.device)
@@ -85,9 +94,16 @@ class TokenSampler:
             token = int(torch.multinomial(scores_1V.float().softmax(-1), 1, generator=self.generator))
         else:
             token = int(scores_1V.argmax(-1))
+        if self.grammar is not None:
+            self.grammar.take(token)
         self.ids.append(token)
         self.counts[token] += 1
         return token
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer's grammar lets nothing more come."""
+        return self.grammar is not None and self.grammar.finished
 
     def _known(self, logits_V: Tensor) -> Tensor:
         """All tokens so far. Placeholders lie beyond the vocabulary, where no score is: others stand in for them."""

@@ -96,6 +96,37 @@ class TextFormat(Asked):
     type: Literal["text"]
 
 
+class JsonObjectFormat(Asked):
+    type: Literal["json_object"]
+
+
+class DescribedSchema(Asked):
+    name: Text = Field(min_length=1, max_length=64, description=_HINT)
+    description: Text | None = Field(None, description=_HINT)
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="JSON Schema")
+    strict: bool | None = Field(None, description=f"{_HINT}: answers always fit")
+
+
+class JsonSchemaFormat(Asked):
+    type: Literal["json_schema"]
+    json_schema: DescribedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+JsonSchema = dict[str, Any] | Text
+Choices = Annotated[list[Annotated[Text, StringConstraints(min_length=1)]], Field(min_length=1, max_length=1000)]
+
+
+class StructuredOutputs(Asked):
+    """vLLM's newer words for `guided_json` and so on."""
+
+    json_: JsonSchema | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = None
+
+
 class SampledRequest(Asked):
     """What chat and plain completions have in common: how tokens are chosen, and how answers end."""
 
@@ -112,6 +143,11 @@ class SampledRequest(Asked):
     logit_bias: Biases | None = Field(None, description="by token id")
     max_tokens: int | None = Field(None, ge=1)
     stop: StopWord | list[StopWord] | None = None
+    guided_json: JsonSchema | None = Field(None, description="a JSON schema that the answer fits")
+    guided_regex: Text | None = Field(None, description="a regular expression that the whole answer fits")
+    guided_choice: Choices | None = Field(None, description="the answer is one of these")
+    guided_grammar: Text | None = Field(None, description="Lark or GBNF")
+    structured_outputs: StructuredOutputs | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     user: Text | None = Field(None, description=_HINT)
@@ -150,7 +186,7 @@ class ChatRequest(SampledRequest):
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer word for max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: TextFormat | None = Field(None, description="text only")
+    response_format: ResponseFormat | None = None
     continue_final_message: bool | None = Field(
         None, description="the last message is the assistant's, to be continued"
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opticnerve.language.thinking import AnswerText
 from opticnerve.serve.errors import ApiError
+from opticnerve.serve.grammar import AnswerGrammar
 from opticnerve.serve.replies import Finish, TokenLogprob, TopLogprob
 from opticnerve.serve.sampling import TokenSampler
 from opticnerve.serve.schema import SampledRequest
@@ -114,12 +115,13 @@ def _bytes_of_letters() -> dict[str, int]:
 
 class PromptInputs(NamedTuple):
     """A prompt as the model takes it: `inputs` of one row, its token ids, and how many tokens its answer may have.
-    `raw`: the answer is told to its last space, for it continues a text."""
+    `raw`: the answer is told to its last space, for it continues a text, or fits a grammar. `grammar`: that one."""
 
     inputs: dict[str, Any]
     ids: list[int]
     max_tokens: int
     raw: bool = False
+    grammar: AnswerGrammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,9 @@ class RunningSequence:
         ends: Sequence[int],
     ) -> None:
         self.job, self.number, self.tokenizer, self.ends = job, number, tokenizer, ends
-        self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number)
+        grammar = job.prompt.grammar
+        own = None if grammar is None else grammar.copy()
+        self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number, own)
         self.text = IncrementalDetokenizer(tokenizer, job.asked.stops)
         self.answer = None if job.prompt.raw else AnswerText()
         self.count, self.token, self.live = 0, 0, True
@@ -181,6 +185,8 @@ class RunningSequence:
             self._logprobs.append((at, self._logprob(logits_V)))
         if self.text.cut is not None:
             self._tell(text, "stop")
+        elif self.sampler.finished:
+            self.end("stop", text)
         elif self.count >= self.job.prompt.max_tokens:
             self.end("length", text)
         elif text:
