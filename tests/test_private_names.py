@@ -142,10 +142,7 @@ def test_layers_are_computed_again_in_a_context_of_ours(llama: Any) -> None:
         entered.append(1)
         return torch.autograd.profiler.record_function("a"), torch.autograd.profiler.record_function("b")
 
-    layer = llama.train().model.layers[0]
-    assert private_names.checkpoint_context(layer) is None
-    private_names.checkpoint_layers(llama, contexts)
-    assert private_names.checkpoint_context(layer) is contexts
+    private_names.checkpoint_layers(llama.train(), contexts)
     llama(IDS).logits.sum().backward()
     assert len(entered) == llama.config.num_hidden_layers
     private_names.keep_activations(llama)
@@ -270,12 +267,9 @@ def test_compiling_a_module_is_taken_back() -> None:
         ran.append(1)
         return graph.forward
 
-    assert not private_names.is_compiled(module)
     module.compile(backend=backend)
-    assert private_names.is_compiled(module)
     module(torch.ones(1, 2))
     private_names.undo_compile(module)
-    assert not private_names.is_compiled(module)
     torch.compiler.reset()
     module(torch.ones(1, 2))
     assert ran == [1]

@@ -76,13 +76,6 @@ def keep_activations(model: Any) -> None:
     (renamed or model.gradient_checkpointing_disable)()
 
 
-def checkpoint_context(layer: nn.Module) -> Callable[[], Any] | None:
-    """The `context_fn` that gradient checkpointing runs a layer again in; None where it has none."""
-    again = getattr(layer, "_gradient_checkpointing_func", None)
-    found: Callable[[], Any] | None = getattr(again, "keywords", {}).get("context_fn")
-    return found
-
-
 def generation_config(model: Any, **options: Any) -> Any:
     """The `GenerationConfig` that `model.generate(**options)` would go by."""
     config, _ = model._prepare_generation_config(None, **options)
@@ -189,11 +182,6 @@ def computed_tables(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]
         for name, table in part.named_buffers(recurse=False):
             if f"{path}.{name}".lstrip(".") not in kept:
                 yield part, name, table
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def undo_compile(module: nn.Module) -> None:
