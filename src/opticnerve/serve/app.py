@@ -24,6 +24,7 @@ from opticnerve.serve.middleware import CHAT, Middleware
 from opticnerve.serve.prompts import PromptReader
 from opticnerve.serve.replies import (
     AnswerMessage,
+    AnswerToolCall,
     ChatCompletion,
     ChatCompletionChunk,
     Choice,
@@ -33,6 +34,7 @@ from opticnerve.serve.replies import (
     Model,
     ModelList,
     TokenLogprob,
+    ToolCallDelta,
     Usage,
 )
 from opticnerve.serve.scheduler import Scheduler
@@ -187,13 +189,16 @@ class ChatAnswer:
 
     async def whole(self) -> ChatCompletion:
         texts = [""] * self.asked.choices
+        calls: list[list[AnswerToolCall]] = [[] for _ in texts]
         logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
         async for piece in self.pieces():
             texts[piece.number] += piece.text
             logprobs[piece.number] += piece.logprobs
+            calls[piece.number] += piece.calls
         choices = [
             Choice(
-                index=i, message=AnswerMessage(content=text), finish_reason=self.finished[i],
+                index=i, finish_reason=self.finished[i],
+                message=AnswerMessage(content=text or (None if calls[i] else ""), tool_calls=calls[i] or None),
                 logprobs=Logprobs(content=logprobs[i]) if self.asked.likeliest is not None else None,
             )
             for i, text in enumerate(texts)
@@ -265,13 +270,16 @@ class EventStream(Response):
             if piece.text or piece.logprobs:
                 logprobs = Logprobs(content=piece.logprobs) if self.answer.asked.likeliest is not None else None
                 yield self._chunk(piece.number, {"content": piece.text}, logprobs)
+            if piece.calls:
+                called = [ToolCallDelta(index=i, **c.model_dump()).model_dump() for i, c in enumerate(piece.calls)]
+                yield self._chunk(piece.number, {"tool_calls": called})
             if piece.finish is not None:
                 yield self._chunk(piece.number, {}, finish=piece.finish)
         if self.include_usage:
             yield self._made([], self.answer.usage().model_dump())
 
     def _chunk(
-        self, number: int, delta: dict[str, str], logprobs: Logprobs | None = None, finish: str | None = None
+        self, number: int, delta: dict[str, Any], logprobs: Logprobs | None = None, finish: str | None = None
     ) -> dict[str, Any]:
         content = logprobs.model_dump() if logprobs is not None else None
         return self._made([{"index": number, "delta": delta, "logprobs": content, "finish_reason": finish}])

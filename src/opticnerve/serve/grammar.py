@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import llguidance
 import numpy as np
@@ -59,20 +59,24 @@ def constraint_of(asked: SampledRequest) -> Constraint | None:
 
 def json_constraint(schema: object, param: str) -> Constraint:
     """JSON of a schema. Raises ApiError: 400: it is too large."""
-    return Constraint(json_grammar(schema, param), param)
+    return Constraint(llguidance.LLMatcher.grammar_from_json_schema(_dumped(schema, param), overrides=_JSON), param)
 
 
-def json_grammar(schema: object, param: str) -> str:
+def _dumped(schema: object, param: str) -> str:
     try:
-        text = json.dumps(schema, ensure_ascii=False)
+        return _bounded(json.dumps(schema, ensure_ascii=False), param)
     except RecursionError:
         raise ApiError(400, f"{param} is nested too deeply; flatten it", param=param) from None
-    return str(llguidance.LLMatcher.grammar_from_json_schema(_bounded(text, param), overrides=_JSON))
 
 
 def lark_constraint(lark: str, param: str) -> Constraint:
     """llguidance's dialect of Lark."""
     return Constraint(str(llguidance.LLMatcher.grammar_from_lark(_bounded(lark, param))), param)
+
+
+def json_rule(schema: dict[str, Any], param: str) -> str:
+    """JSON of a schema, within a Lark grammar. Raises ApiError: 400: it is too large."""
+    return "%json " + _dumped({**schema, "x-guidance": _JSON}, param)
 
 
 def lark_text(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-MAX_STOPS, MAX_TOP_LOGPROBS, MAX_CHOICES, MAX_BIASES = 4, 20, 16, 1024
+MAX_STOPS, MAX_TOP_LOGPROBS, MAX_CHOICES, MAX_BIASES, MAX_TOOLS = 4, 20, 16, 1024, 128
 _HINT = "taken, and without effect"
 
 
@@ -24,6 +24,7 @@ def _whole_characters(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole_characters)]
 StopWord = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
 
 
@@ -71,6 +72,17 @@ class UserMessage(Asked):
     name: Text | None = Field(None, description=_HINT)
 
 
+class CalledFunction(Asked):
+    name: FunctionName
+    arguments: Text = Field(description="a JSON object, as text")
+
+
+class ToolCall(Asked):
+    id: Text
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Asked):
     """What a client got, sent back: with all fields that `message.model_dump()` writes."""
 
@@ -81,10 +93,38 @@ class AssistantMessage(Asked):
     annotations: list[dict[str, Any]] | None = Field(None, description=_HINT)
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
-AnyMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+class ToolMessage(Asked):
+    role: Literal["tool"]
+    content: Text | list[TextContent]
+    tool_call_id: Text
+    name: Text | None = None
+
+
+AnyMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class FunctionTool(Asked):
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema")
+    strict: bool | None = Field(None, description="true: only where tool_choice makes the answer a call")
+
+
+class Tool(Asked):
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class FunctionChoice(Asked):
+    name: FunctionName
+
+
+class NamedTool(Asked):
+    type: Literal["function"]
+    function: FunctionChoice
 
 
 class StreamOptions(Asked):
@@ -191,8 +231,8 @@ class ChatRequest(SampledRequest):
         None, description="the last message is the assistant's, to be continued"
     )
     add_generation_prompt: bool | None = Field(None, description="false: the same, in other words")
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="empty only: see tools")
     function_call: Literal["none", "auto"] | None = Field(None, description="see tool_choice")
@@ -221,6 +261,11 @@ class ChatRequest(SampledRequest):
             raise ValueError("top_logprobs wants logprobs: true")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other; leave one out")
+        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+        if forced and not self.tools:
+            raise ValueError("tool_choice asks for a call, and there are no tools; give some")
+        if self.tools and not forced and self.tool_choice != "none" and any(t.function.strict for t in self.tools):
+            raise ValueError("a tool with strict: true wants tool_choice required, or its name; or leave strict out")
         return self
 
     @property
@@ -230,6 +275,13 @@ class ChatRequest(SampledRequest):
     @property
     def likeliest(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def with_tools(self) -> bool:
+        """Whether tools may be called, or were."""
+        called = (m for m in self.messages if isinstance(m, AssistantMessage) and m.tool_calls)
+        tools = (m for m in self.messages if isinstance(m, ToolMessage))
+        return any(called) or any(tools) or (bool(self.tools) and self.tool_choice != "none")
 
     @property
     def continued(self) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 from opticnerve.language.thinking import AnswerText
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.grammar import AnswerGrammar
-from opticnerve.serve.replies import Finish, TokenLogprob, TopLogprob
+from opticnerve.serve.replies import AnswerToolCall, Finish, TokenLogprob, TopLogprob
 from opticnerve.serve.sampling import TokenSampler
 from opticnerve.serve.schema import SampledRequest
+from opticnerve.serve.tools import ToolAnswer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,24 +116,28 @@ def _bytes_of_letters() -> dict[str, int]:
 
 class PromptInputs(NamedTuple):
     """A prompt as the model takes it: `inputs` of one row, its token ids, and how many tokens its answer may have.
-    `raw`: the answer is told to its last space, for it continues a text, or fits a grammar. `grammar`: that one."""
+    `raw`: the answer is told to its last space, for it continues a text, or fits a grammar. `grammar`: that one.
+    `tools`: what finds calls of tools in an answer."""
 
     inputs: dict[str, Any]
     ids: list[int]
     max_tokens: int
     raw: bool = False
     grammar: AnswerGrammar | None = None
+    tools: Callable[[], ToolAnswer] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerPiece:
-    """Something new of choice `number`: text, its tokens' log-probabilities, its end; `tokens` counts all so far."""
+    """Something new of choice `number`: text, its tokens' log-probabilities, its end and the tools it calls; `tokens`
+    counts all so far."""
 
     number: int
     text: str
     logprobs: list[TokenLogprob]
     finish: Finish | None
     tokens: int
+    calls: Sequence[AnswerToolCall] = ()
 
 
 @dataclass(eq=False)
@@ -170,6 +175,7 @@ class RunningSequence:
         self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number, own)
         self.text = IncrementalDetokenizer(tokenizer, job.asked.stops)
         self.answer = None if job.prompt.raw else AnswerText()
+        self.tools = None if job.prompt.tools is None else job.prompt.tools()
         self.count, self.token, self.live = 0, 0, True
         self._logprobs: list[tuple[int, TokenLogprob]] = []  # not yet told, and where their text begins
 
@@ -204,7 +210,14 @@ class RunningSequence:
         self.live = finish is None
         if self.answer is not None:
             text = self.answer.put(text) + (self.answer.end() if finish else "")
-        self.job.tell(AnswerPiece(self.number, text, logprobs, finish, self.count))
+        calls: list[AnswerToolCall] = []
+        if self.tools is not None:
+            text = self.tools.put(text)
+            if finish:
+                rest, calls = self.tools.end()
+                text += rest
+                finish = "tool_calls" if calls and finish == "stop" else finish
+        self.job.tell(AnswerPiece(self.number, text, logprobs, finish, self.count, calls))
 
     def _logprob(self, logits_V: Tensor) -> TokenLogprob:
         """The model's own, before temperature and top_p."""
