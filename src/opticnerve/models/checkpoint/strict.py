@@ -24,6 +24,7 @@ from torch.nn.modules import module as hooks
 from opticnerve.common import hub
 from opticnerve.common.private_names import forget_renamings
 from opticnerve.language.adapters import OLD_NAMES
+from opticnerve.models.checkpoint.quantised import spare
 from opticnerve.types import OpticNerveError
 
 MAX_HEADER = 100_000_000  # bytes: what the safetensors library itself takes
@@ -57,6 +58,7 @@ class StrictLoading:
         folder = Path(str(pretrained_model_name_or_path))
         try:
             with wrap_errors("the model", folder), no_larger_than_files(folder):
+                spare(getattr(cls, "config_class", None), pretrained_model_name_or_path, kwargs)
                 loaded: Any = super().from_pretrained(  # type: ignore[misc]
                     pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )
