@@ -68,10 +68,11 @@ class RunningBatch:
         return len(self.next_B)
 
     @torch.inference_mode()
-    def read(self, inputs: dict[str, Any], rows: int) -> tuple[Tensor, _Read]:
+    def read(self, inputs: dict[str, Any], rows: int, *, each: bool = False) -> tuple[Tensor, _Read]:
         """Read one prompt: the logits behind it (rows, V), and what `join` takes.
 
-        `inputs`: as the processor makes them for one prompt. `rows`: how many answers are wanted.
+        `inputs`: as the processor makes them for one prompt. `rows`: how many answers are wanted. `each`: keep the
+        logits behind each of the prompt's tokens, too.
         """
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         inputs.pop("attention_mask", None)
@@ -80,13 +81,16 @@ class RunningBatch:
             ids_BL, inputs = repeat_rows(self.model, rows, ids_BL, inputs)
         media_B = self.model.rows_with_media(ids_BL)
         position_BL = torch.arange(ids_BL.shape[1], device=self.device).expand_as(ids_BL)
-        out = forward_rows(self.model, media_B, input_ids=ids_BL, position_ids=position_BL, **inputs)
+        keep = 0 if each else 1
+        out = forward_rows(
+            self.model, media_B, input_ids=ids_BL, position_ids=position_BL, logits_to_keep=keep, **inputs
+        )
         logits_BV, cache = out.logits[:, -1], out[CACHE]
         if self.joins and rows > 1:
             cache.batch_select_indices(torch.zeros(rows, dtype=torch.long, device=self.device))
             logits_BV = logits_BV.expand(rows, -1)
             media_B = None if media_B is None else media_B.expand(rows)
-        return logits_BV, _Read(cache, ids_BL.shape[1], rows, media_B)
+        return logits_BV, _Read(cache, ids_BL.shape[1], rows, media_B, out.logits[0] if each else None)
 
     @torch.inference_mode()
     def join(self, read: _Read, chosen: Sequence[int]) -> None:
@@ -159,12 +163,14 @@ class RunningBatch:
 
 
 class _Read(NamedTuple):
-    """A prompt that has been read and not yet joined: its cache, tokens, rows, and which of these hold media."""
+    """A prompt that has been read and not yet joined: its cache, tokens, rows, which of these hold media, and the
+    logits behind its tokens, where they are wanted."""
 
     cache: Any
     length: int
     rows: int
     media_B: Tensor | None
+    logits_LV: Tensor | None = None
 
 
 def _wider(x: Tensor, width: int) -> Tensor:

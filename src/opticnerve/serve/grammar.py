@@ -105,7 +105,11 @@ def _guided(asked: SampledRequest) -> list[Constraint]:
             case "choice":
                 found.append(lark_constraint("start: " + " | ".join(map(lark_text, wish)), param))
             case "grammar":
-                found.append(Constraint(llguidance.grammar_from("grammar", _bounded(wish, param)), param))
+                try:
+                    made = llguidance.grammar_from("grammar", _bounded(wish, param))
+                except ValueError as e:  # it looked like GBNF
+                    raise ApiError(400, f"{param}: {e}", param=param, code="invalid_grammar") from None
+                found.append(Constraint(made, param))
     return found
 
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import PIL.Image
@@ -33,10 +33,7 @@ from opticnerve.data.media.open import image_size
 from opticnerve.data.media.transform import open_for
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import ServerLimits
-from opticnerve.types import DataError, OpticNerveError
-
-if TYPE_CHECKING:
-    from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.types import DataError, MediaProcessor, OpticNerveError
 
 
 def _refuse(param: str, why: str, code: str | None = "invalid_image_url") -> ApiError:
@@ -209,7 +206,7 @@ class MediaSources:
 class MediaOpener:
     """Opens what one request shows, and counts it: `pixels` and `media` are for all of it together."""
 
-    def __init__(self, processor: OpticNerveProcessor, sources: MediaSources, limits: ServerLimits) -> None:
+    def __init__(self, processor: MediaProcessor, sources: MediaSources, limits: ServerLimits) -> None:
         self.processor, self.sources, self.limits = processor, sources, limits
         self.pixels, self.media = 0, 0
 
@@ -231,7 +228,8 @@ class MediaOpener:
             raise _refuse(param, str(e), "invalid_image") from None
 
     def audio(self, data: str, param: str) -> Any:
-        if self.processor.feature_extractor is None:
+        extractor = getattr(self.processor, "feature_extractor", None)
+        if extractor is None:
             raise _refuse(param, "this model takes no sound", None)
         self._count(param)
         try:
@@ -239,8 +237,7 @@ class MediaOpener:
         except ValueError as e:  # binascii.Error among them
             raise _refuse(param, f"not valid base64: {e}", None) from None
         try:
-            rate = self.processor.feature_extractor.sampling_rate
-            return open_audio(sound, rate=rate, max_seconds=self.limits.audio_seconds)
+            return open_audio(sound, rate=extractor.sampling_rate, max_seconds=self.limits.audio_seconds)
         except DataError as e:
             raise _refuse(param, str(e), "invalid_audio") from None
 

@@ -17,7 +17,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.inference.shared_prefix import layout
 from opticnerve.serve import schema
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.grammar import Constraint, GrammarCompiler, constraint_of
+from opticnerve.serve.grammar import AnswerGrammar, Constraint, GrammarCompiler, constraint_of
 from opticnerve.serve.limits import ServerLimits
 from opticnerve.serve.media import MediaOpener, MediaSources
 from opticnerve.serve.rendering import encode_with_tools
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "user"
 }  # fmt: skip
+MAX_ECHOED = 2**28  # scores of a prompt: one for each token and word of the vocabulary, a gigabyte in float32
 UNKNOWN_CONTEXT = 2048  # for language models whose configuration names no bound
 
 
@@ -59,6 +60,7 @@ class PromptReader:
         self.context = check_context(answerer.model, limits.context)
         # No text of more characters can be so few tokens: it need not be taken apart to be refused.
         self.most_letters = self.context * max(map(len, self.processor.tokenizer.get_vocab()))
+        self.vocabulary = int(answerer.model.language_model.config.get_text_config(decoder=True).vocab_size)
         self.grammars = GrammarCompiler(copy.deepcopy(self.processor.tokenizer), answerer.stops()["eos_token_id"])
         self.tool_form = form_of_tools(self.processor.chat_template, self.processor.tokenizer)
         # A Rust tokenizer refuses two threads that both set its padding.
@@ -90,6 +92,44 @@ class PromptReader:
             raise ApiError(400, str(e), param="messages") from None
         raw = asked.continued or grammar is not None
         return PromptInputs(inputs, ids, self._answer_tokens(asked, len(ids)), raw, grammar, tools)
+
+    def read_plain(self, asked: schema.CompletionRequest) -> list[PromptInputs]:
+        """The prompts of a text completion. Raises ApiError: 400: tokens that are none, placeholders, too long."""
+        self._check_biases(asked)
+        constraint = constraint_of(asked)
+        grammar = None if constraint is None else self.grammars.compile(constraint)
+        several = len(asked.prompts) > 1
+        return [
+            self._plain(p, asked, grammar, f"prompt.{i}" if several else "prompt") for i, p in enumerate(asked.prompts)
+        ]
+
+    def _plain(
+        self, prompt: str | list[int], asked: schema.CompletionRequest, grammar: AnswerGrammar | None, param: str
+    ) -> PromptInputs:
+        tokenizer = self.processor.tokenizer
+        with self._alone:
+            if isinstance(prompt, str):
+                self._check_letters(len(prompt), param)
+                ids, text = tokenizer(prompt, verbose=False)["input_ids"], prompt
+            else:
+                ids, text = prompt, str(tokenizer.decode(prompt))
+        size = self.vocabulary
+        media = {self.processor.image_token_id, self.processor.audio_token_id}
+        for token in ids:
+            if token in media or token >= size:
+                raise ApiError(
+                    400, f"{param} holds token {token:,}, which stands for a picture or sound; they go into chat"
+                    if token in media
+                    else f"{param} holds token {token:,}; the model has {size:,} (0 to {size - 1:,})", param=param,
+                )  # fmt: skip
+        if asked.echo and asked.likeliest is not None and len(ids) * size > MAX_ECHOED:
+            raise ApiError(
+                400, f"{param} has {len(ids):,} tokens, more than the {MAX_ECHOED // size:,} whose log-probabilities "
+                "are told; leave echo or logprobs out, or shorten it", param=param,
+            )  # fmt: skip
+        pad = tokenizer.pad_token_id
+        most = self._answer_tokens(asked, len(ids))
+        return PromptInputs(layout([[]], [ids], pad=pad), ids, most, True, grammar, None, text if asked.echo else None)
 
     def _tools(self, asked: schema.ChatRequest) -> Callable[[], ToolAnswer] | None:
         """What finds calls in an answer; None where nothing may be called."""
@@ -133,7 +173,7 @@ class PromptReader:
         return Conversation(tuple(messages))
 
     def _check_biases(self, asked: schema.SampledRequest) -> None:
-        size = self.answerer.model.language_model.config.get_text_config(decoder=True).vocab_size
+        size = self.vocabulary
         for token in map(int, asked.logit_bias or ()):
             if token >= size:
                 raise ApiError(
@@ -167,21 +207,26 @@ class PromptReader:
                         400, f"the text holds {token!r}, which stands for a picture or sound; send that as a part of "
                         "its own, or change the text", param=f"messages.{i}.content",
                     )  # fmt: skip
+        self._check_letters(letters, "messages")
+
+    def _check_letters(self, letters: int, param: str) -> None:
         if letters > self.most_letters:
             raise ApiError(
                 400, f"{letters:,} letters do not fit into the model's context of {self.context:,} tokens",
-                param="messages", code="context_length_exceeded",
+                param=param, code="context_length_exceeded",
             )  # fmt: skip
 
-    def _answer_tokens(self, asked: schema.ChatRequest, prompt: int) -> int:
+    def _answer_tokens(self, asked: schema.SampledRequest, prompt: int) -> int:
+        param = "messages" if isinstance(asked, schema.ChatRequest) else "prompt"
         left, wished = self.context - prompt, asked.answer_tokens
-        if left < (wished or 1):
+        least = 1 if wished is None else wished
+        if left < least:
             raise ApiError(
-                400, f"the prompt has {prompt:,} tokens, and with {wished or 1:,} for the answer that is more than the "
+                400, f"the prompt has {prompt:,} tokens, and with {least:,} for the answer that is more than the "
                 f"model's context of {self.context:,}; shorten the messages, send fewer pictures, or ask for less",
-                param="messages" if left < 1 else "max_tokens", code="context_length_exceeded",
+                param=param if left < 1 else "max_tokens", code="context_length_exceeded",
             )  # fmt: skip
-        return wished or min(left, self.limits.answer_tokens)
+        return min(left, self.limits.answer_tokens) if wished is None else wished
 
 
 def _chat(asked: schema.ChatRequest, conversation: Conversation) -> list[dict[str, Any]]:

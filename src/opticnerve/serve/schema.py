@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_STOPS, MAX_TOP_LOGPROBS, MAX_CHOICES, MAX_BIASES, MAX_TOOLS = 4, 20, 16, 1024, 128
+MAX_PROMPTS, MAX_INPUTS = 64, 256
 _HINT = "taken, and without effect"
 
 
@@ -24,6 +25,8 @@ def _whole_characters(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole_characters)]
 StopWord = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+InputText = Annotated[Text, StringConstraints(min_length=1)]
+PromptId = Annotated[int, Field(ge=0, lt=2**31)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
 
@@ -214,6 +217,11 @@ class SampledRequest(Asked):
         return self.max_tokens
 
     @property
+    def tells_end(self) -> bool:
+        """Whether the token that ends an answer is among its log-probabilities."""
+        return False
+
+    @property
     def likeliest(self) -> int | None:
         """How many likeliest tokens are told beside each; None: no log-probabilities at all."""
         raise NotImplementedError
@@ -287,3 +295,58 @@ class ChatRequest(SampledRequest):
     def continued(self) -> bool:
         """Whether the last message is the beginning of the answer."""
         return bool(self.continue_final_message) or self.add_generation_prompt is False
+
+
+class CompletionRequest(SampledRequest):
+    """`POST /v1/completions`: a text that goes on, with no chat template around it."""
+
+    prompt: Text | list[Text] | list[PromptId] | list[list[PromptId]] = Field(
+        description="a text or token ids, or several; special tokens are what they are to the model"
+    )
+    max_tokens: int | None = Field(None, ge=0, description="0: with echo alone")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = Field(None, description="the prompt stands before its continuation")
+    best_of: int | None = Field(None, ge=1, description="as many as n, or nothing")
+    suffix: Annotated[str, StringConstraints(max_length=0)] | None = Field(None, description="empty only")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CompletionRequest:
+        if self.best_of not in (None, self.choices):
+            raise ValueError(
+                f"best_of is {self.best_of} and n {self.choices}; answers are not chosen among: leave it out"
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, which asks for nothing without echo: true")
+        if len(self.prompts) > MAX_PROMPTS:
+            raise ValueError(f"prompt holds {len(self.prompts)} prompts, more than the {MAX_PROMPTS} allowed")
+        if not self.prompts or any(len(p) == 0 for p in self.prompts):
+            raise ValueError("prompt is empty; give at least one word or token")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        several = [p for p in self.prompt if not isinstance(p, int)]
+        return list(several) or ([[p for p in self.prompt if isinstance(p, int)]] if self.prompt else [])
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def tells_end(self) -> bool:
+        return True
+
+
+class EmbeddingRequest(Asked):
+    """`POST /v1/embeddings`, of a dual encoder."""
+
+    model: Text
+    input: InputText | Annotated[list[InputText], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
+        description="texts; beyond OpenAI's API also pictures, as `data:image/…;base64,…`"
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, description="that of the model's vectors, or nothing")
+    user: Text | None = Field(None, description=_HINT)

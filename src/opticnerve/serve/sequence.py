@@ -117,7 +117,7 @@ def _bytes_of_letters() -> dict[str, int]:
 class PromptInputs(NamedTuple):
     """A prompt as the model takes it: `inputs` of one row, its token ids, and how many tokens its answer may have.
     `raw`: the answer is told to its last space, for it continues a text, or fits a grammar. `grammar`: that one.
-    `tools`: what finds calls of tools in an answer."""
+    `tools`: what finds calls of tools in an answer. `echo`: the prompt's text, told before its continuation."""
 
     inputs: dict[str, Any]
     ids: list[int]
@@ -125,6 +125,7 @@ class PromptInputs(NamedTuple):
     raw: bool = False
     grammar: AnswerGrammar | None = None
     tools: Callable[[], ToolAnswer] | None = None
+    echo: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +184,14 @@ class RunningSequence:
         """Choose the next token and tell what is new; `live` is False after the last."""
         self.token, self.count = self.sampler.choose(logits_V), self.count + 1
         if self.token in self.ends:
+            if self.job.asked.tells_end and self.job.asked.likeliest is not None:
+                self._logprobs.append((len(self.text.text), self._logprob(self.token, logits_V)))
             self.end("stop")
             return
         at = len(self.text.text)
         text = self.text.put(self.token)
         if self.job.asked.likeliest is not None:
-            self._logprobs.append((at, self._logprob(logits_V)))
+            self._logprobs.append((at, self._logprob(self.token, logits_V)))
         if self.text.cut is not None:
             self._tell(text, "stop")
         elif self.sampler.finished:
@@ -219,12 +222,24 @@ class RunningSequence:
                 finish = "tool_calls" if calls and finish == "stop" else finish
         self.job.tell(AnswerPiece(self.number, text, logprobs, finish, self.count, calls))
 
-    def _logprob(self, logits_V: Tensor) -> TokenLogprob:
+    def echo(self, logits_TV: Tensor | None) -> None:
+        """Tell the prompt. `logits_TV`: behind each of its tokens, where log-probabilities are wanted."""
+        ids, found = self.job.prompt.ids, []
+        if logits_TV is not None:
+            # Before the first token nothing stands; whoever writes it down leaves its number out.
+            before = zip(ids, [logits_TV[0], *logits_TV[:-1]], strict=True)
+            found = [self._logprob(token, logits_V) for token, logits_V in before]
+        over = self.job.prompt.max_tokens == 0
+        self.live = not over
+        text = self.job.prompt.echo or ""
+        self.job.tell(AnswerPiece(self.number, text, found, "length" if over else None, 0))
+
+    def _logprob(self, token: int, logits_V: Tensor) -> TokenLogprob:
         """The model's own, before temperature and top_p."""
         log_p_V = logits_V.float().log_softmax(-1)
         best = log_p_V.topk(min(self.job.asked.likeliest or 0, len(log_p_V)))
         top = [self._named(*both) for both in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        return TokenLogprob(**self._named(self.token, float(log_p_V[self.token])).model_dump(), top_logprobs=top)
+        return TokenLogprob(**self._named(token, float(log_p_V[token])).model_dump(), top_logprobs=top)
 
     def _named(self, token: int, log_p: float) -> TopLogprob:
         text, raw = token_text(self.tokenizer, token)
