@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoProcessor, CompileConfig, LlamaConfig, MambaConfig, MambaForCausalLM
 from transformers.image_processing_backends import TorchvisionBackend
@@ -142,10 +143,7 @@ def test_layers_are_computed_again_in_a_context_of_ours(llama: Any) -> None:
         entered.append(1)
         return torch.autograd.profiler.record_function("a"), torch.autograd.profiler.record_function("b")
 
-    layer = llama.train().model.layers[0]
-    assert private_names.checkpoint_context(layer) is None
-    private_names.checkpoint_layers(llama, contexts)
-    assert private_names.checkpoint_context(layer) is contexts
+    private_names.checkpoint_layers(llama.train(), contexts)
     llama(IDS).logits.sum().backward()
     assert len(entered) == llama.config.num_hidden_layers
     private_names.keep_activations(llama)
@@ -211,12 +209,19 @@ def test_the_steps_of_an_image_processor() -> None:
 # -- peft, timm, torch ------------------------------------------------------------------------------------------------
 
 
-def test_adapters_are_forgotten(docked: Callable[..., Dock]) -> None:
+def test_renamings_are_forgotten(docked: Callable[..., Dock], tmp_path: Path) -> None:
     model = docked().model
-    model.give_lora({"rank": 2, "alpha": 4, "dropout": 0.0})
-    assert "peft_config" in vars(model.language_model)
-    private_names.forget_adapters(model.language_model)
-    assert "peft_config" not in vars(model.language_model)
+    model.save_pretrained(tmp_path)
+    file, old = tmp_path / "model.safetensors", {r"connector\.old\.": "connector.layers."}
+    save_file({n.replace("connector.layers.", "connector.old."): t for n, t in load_file(file).items()}, file)
+    again = type(model).from_pretrained(tmp_path, key_mapping=old)
+
+    def patterns() -> set[str]:
+        return {p for conversion in again._weight_conversions for p in conversion.source_patterns}
+
+    assert set(old) <= patterns()
+    private_names.forget_renamings(again, old)
+    assert set(old).isdisjoint(patterns())
 
 
 def test_a_folder_of_timms(tmp_path: Path) -> None:
@@ -270,12 +275,9 @@ def test_compiling_a_module_is_taken_back() -> None:
         ran.append(1)
         return graph.forward
 
-    assert not private_names.is_compiled(module)
     module.compile(backend=backend)
-    assert private_names.is_compiled(module)
     module(torch.ones(1, 2))
     private_names.undo_compile(module)
-    assert not private_names.is_compiled(module)
     torch.compiler.reset()
     module(torch.ones(1, 2))
     assert ran == [1]

@@ -137,3 +137,17 @@ objectives: Registry[Any] = Registry(
         "qformer_pretraining": "opticnerve.objectives.qformer_pretraining:QFormerPretraining",
     },
 )
+data_formats: Registry[Any] = Registry(
+    "data format",
+    group="opticnerve.data_formats",
+    builtin={
+        "captions": "opticnerve.data.formats.questions:Captions",
+        "vqa": "opticnerve.data.formats.questions:Questions",
+        "llava": "opticnerve.data.formats.dialogs:Llava",
+        "chat": "opticnerve.data.formats.dialogs:Chat",
+        "texts": "opticnerve.data.formats.dialogs:Texts",
+        "instruction": "opticnerve.data.formats.dialogs:Instruction",
+        "completion": "opticnerve.data.formats.dialogs:PromptCompletion",
+        "preference": "opticnerve.data.formats.preferences:Preference",
+    },
+)

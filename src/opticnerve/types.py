@@ -141,7 +141,7 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame of a video, not yet decoded: number `index` of the `of` that are taken (see `media.video`)."""
+    """One frame of a video, not yet decoded: number `index` of the `of` that are taken (see `data.media.video`)."""
 
     source: Path | bytes
     index: int

@@ -130,11 +130,19 @@ class TestFields:
         for message in ({**SAID[0], "images": ["1.png"]}, {"role": "user", "content": [{"type": "text", "text": "?", "image": "1.png"}]}):  # fmt: skip
             assert "image" in refused(folder, {"messages": [message, SAID[1]]}).problem
 
-    def test_bare_base64_is_told_in_a_line(self, folder: Path) -> None:
+    @pytest.mark.parametrize("before", ["", "data:image/png;base64,"])
+    @pytest.mark.parametrize("form", ["plain", "lines", "unpadded", "url-safe"])
+    def test_base64_as_people_write_it(self, folder: Path, form: str, before: str) -> None:
         out = io.BytesIO()
-        PIL.Image.effect_noise((300, 300), 90).save(out, "PNG")
-        error = refused(folder, {**FORMS["vqa"], "image": base64.b64encode(out.getvalue()).decode()})
-        assert "base64" in error.problem and "data:image/png;base64," in error.remedy and len(str(error)) < 400
+        PIL.Image.effect_noise((30, 30), 90).save(out, "PNG")
+        data = out.getvalue() + b"x" * (2 - len(out.getvalue()) % 3)  # so that there is padding
+        written = {
+            "plain": base64.b64encode, "lines": base64.encodebytes, "url-safe": base64.urlsafe_b64encode,
+            "unpadded": lambda d: base64.b64encode(d).rstrip(b"="),
+        }[form](data).decode()  # fmt: skip
+        assert only(folder, {**FORMS["vqa"], "image": before + written}).images[0].source == data
+        error = refused(folder, {**FORMS["vqa"], "image": before + "".join(written.split())[:81]})
+        assert error.kind == "unreadable-image" and "replace the picture" in error.remedy and len(str(error)) < 400
 
     @given(st.text(max_size=30), st.sampled_from(["image", "photo_path", "VideoURL", "audio-file"]))
     def test_names_with_other_words_say_nothing_by_themselves(self, more: str, key: str) -> None:

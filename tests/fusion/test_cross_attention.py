@@ -220,13 +220,6 @@ class TestTraining:
         ask("compare", P[2], P[3], answer="no"),
     )
 
-    def test_packed_equals_unpacked(self, opened: Dock) -> None:
-        separate, one_by_one = loss_of(opened, [[[c]] for c in self.SAMPLES])
-        packed, together = loss_of(opened, [[[c] for c in self.SAMPLES]])
-        assert packed == pytest.approx(separate, rel=1e-5)
-        for name, gradient in one_by_one.items():
-            torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=2e-5, msg=name)
-
     def test_shared_prefix(self, opened: Dock) -> None:
         questions = [ask("is it red?", P[0], answer="yes"), ask("what is it?", P[0], answer="a dog")]
         separate, one_by_one = loss_of(opened, [[[q]] for q in questions])

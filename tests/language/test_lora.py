@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from errors import refused
+from opticnerve.language.adapters import ADAPTER
 from opticnerve.language.lora import add_lora, has_lora, is_lora, linear_layers, merge_lora
 
 IDS = torch.arange(12)[None]
@@ -41,7 +42,7 @@ def test_options() -> None:
     adapters = {n: p for n, p in model.named_parameters() if is_lora(n)}
     assert {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in adapters} == {"q_proj", "v_proj"}
     assert {p.dtype for p in adapters.values()} == {torch.bfloat16}
-    assert model.model.layers[0].self_attn.q_proj.scaling == {"default": 3.0}
+    assert model.model.layers[0].self_attn.q_proj.scaling == {ADAPTER: 3.0}
 
 
 def test_bf16_weights_get_bf16_adapters() -> None:

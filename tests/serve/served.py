@@ -51,6 +51,14 @@ class Live:
 def serving(model: Any, processor: Any, *, limits: ServerLimits = LIMITS, **options: Any) -> Iterator[Live]:
     """A server in a thread; it is stopped and has stopped at the end."""
     service = Service(model=model, processor=processor, name=NAME, limits=limits, **options)
+    with served_by(service) as live:
+        yield live
+    assert not service.scheduler.alive
+
+
+@contextmanager
+def served_by(service: Any) -> Iterator[Live]:
+    """The same of any service."""
     socket = listen("127.0.0.1", 0)
     server = Server(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
@@ -61,7 +69,6 @@ def serving(model: Any, processor: Any, *, limits: ServerLimits = LIMITS, **opti
     server.stop()
     thread.join(timeout=30)
     assert not thread.is_alive()
-    assert not service.scheduler.alive
 
 
 def chat(question: str, *media: dict[str, Any]) -> dict[str, Any]:

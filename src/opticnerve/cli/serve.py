@@ -64,18 +64,19 @@ def serve(
     device: Device = None,
     trust_remote_code: TrustFlag = False,
 ) -> None:
-    """Serve a model to OpenAI's clients. SIGTERM or Ctrl-C lets running answers end."""
+    """Serve a model to OpenAI's clients: answers, or a dual encoder's vectors. SIGTERM or Ctrl-C lets running answers
+    end."""
     import logging
 
     try:
         from opticnerve.serve.limits import ServerLimits
         from opticnerve.serve.media import MediaSources
-        from opticnerve.serve.server import Server, Service
+        from opticnerve.serve.server import Server, service_of
     except ModuleNotFoundError as e:
         raise OpticNerveError(
             f"{e.name} is not installed: {to_install('opticnerve[serve]')}", kind="not-installed"
         ) from e
-    from opticnerve.inference.load import load_model
+    from opticnerve.inference.load import load_any
     from opticnerve.web.guard import Keys, check_address, read_secrets
     from opticnerve.web.listen import listen, url_of
 
@@ -94,9 +95,9 @@ def serve(
     log = logging.getLogger("opticnerve.serve")
     log.setLevel(logging.INFO)
     quiet_libraries()
-    loaded, processor = load_model(model, device=device, trust_remote_code=trust_remote_code)
-    service = Service(
-        model=loaded, processor=processor, name=name or (Path(model).name if Path(model).is_absolute() else model),
+    loaded, processor = load_any(model, device=device, trust_remote_code=trust_remote_code)
+    service = service_of(
+        loaded, processor, name=name or (Path(model).name if Path(model).is_absolute() else model),
         limits=limits, keys=keys, sources=sources, hosts=hosts,
     )  # fmt: skip
     log.info("%s at %s/v1", service.name, url_of(host, socket))

@@ -213,14 +213,14 @@ def unreadable(what: str, error: BaseException, remedy: str) -> OpticNerveError:
 
 
 @contextlib.contextmanager
-def errors(name: str, *, kind: str = "model", writes: bool = False) -> Iterator[None]:
+def errors(name: str, *, writes: bool = False) -> Iterator[None]:
     """Whatever a library raises because a hub is asked for `name` is one sentence; all else passes."""
     try:
         yield
     except OpticNerveError:
         raise
     except Exception as e:
-        found = explain(e, name, kind=kind)
+        found = explain(e, name)
         if found is None:
             raise
         if writes and found.kind in ("repository", "token", "gated"):
@@ -275,17 +275,16 @@ def explain(error: BaseException, name: str, *, kind: str = "model") -> HubError
     return None
 
 
-def refusal(name: str, *, kind: str = "data set") -> HubError | None:
-    """Why the hub does not give `name`, asked of it directly; None where it would. (`datasets` drops the reason.)"""
+def refusal(name: str) -> HubError | None:
+    """Why the hub does not give a data set, asked of it directly; None where it would. (`datasets` drops it.)"""
     from huggingface_hub import HfApi
 
     repository, _, revision = name.partition("@")
-    repo_type = "dataset" if kind == "data set" else "model"
     try:
-        HfApi().repo_info(repository, repo_type=repo_type, revision=revision or None)
-        HfApi().auth_check(repository, repo_type=repo_type)
+        HfApi().repo_info(repository, repo_type="dataset", revision=revision or None)
+        HfApi().auth_check(repository, repo_type="dataset")
     except Exception as e:  # whatever the hub, the network or the name is wrong in
-        return explain(e, name, kind=kind)
+        return explain(e, name, kind="data set")
     return None
 
 

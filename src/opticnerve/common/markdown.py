@@ -5,10 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from opticnerve.common.units import format_duration
-
-duration = format_duration
-
 
 def table(head: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
     """A Markdown table; `right` are the columns to be set flush right."""

@@ -7,7 +7,7 @@ that it is still called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -76,13 +76,6 @@ def keep_activations(model: Any) -> None:
     (renamed or model.gradient_checkpointing_disable)()
 
 
-def checkpoint_context(layer: nn.Module) -> Callable[[], Any] | None:
-    """The `context_fn` that gradient checkpointing runs a layer again in; None where it has none."""
-    again = getattr(layer, "_gradient_checkpointing_func", None)
-    found: Callable[[], Any] | None = getattr(again, "keywords", {}).get("context_fn")
-    return found
-
-
 def generation_config(model: Any, **options: Any) -> Any:
     """The `GenerationConfig` that `model.generate(**options)` would go by."""
     config, _ = model._prepare_generation_config(None, **options)
@@ -112,6 +105,17 @@ def compile_on_any_device(config: Any) -> None:
     config._compile_all_devices = True
 
 
+def forget_renamings(model: PreTrainedModel, patterns: Iterable[str]) -> None:
+    """Forget that `from_pretrained` gave tensors other names by these patterns: `save_pretrained` takes all back."""
+    known = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [c for c in known if set(c.source_patterns).isdisjoint(patterns)]
+
+
+def saves_adapters_alone(model: PreTrainedModel) -> bool:
+    """Whether transformers put adapters of peft onto a model (`add_adapter`), and `save_pretrained` saves these."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def forget_where_from(config: PreTrainedConfig) -> None:
     """A configuration without the place that it came from. (Its public name would turn None into the word.)"""
     config._name_or_path = ""
@@ -132,15 +136,6 @@ def saved_parts(
 def preprocess_of(image_processor_class: type[Any]) -> Any:
     """The method of an image processor that makes a batch of tensors from pictures."""
     return image_processor_class._preprocess
-
-
-# -- peft -------------------------------------------------------------------------------------------------------------
-
-
-def forget_adapters(model: nn.Module) -> None:
-    """What transformers and peft note on a model with adapters; the second also stands on transformers' class."""
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        vars(model).pop(attribute, None)
 
 
 # -- timm -------------------------------------------------------------------------------------------------------------
@@ -189,11 +184,6 @@ def computed_tables(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]
         for name, table in part.named_buffers(recurse=False):
             if f"{path}.{name}".lstrip(".") not in kept:
                 yield part, name, table
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def undo_compile(module: nn.Module) -> None:

@@ -74,7 +74,7 @@ class Counting(_Bar):
 
     def due(self, now: float, done: int) -> bool:
         """Whether a plain line is to be written."""
-        if self.console is None or not (now - self.last >= self.every_s or done == self.total):
+        if now - self.last < self.every_s and done != self.total:
             return False
         self.last = now
         return True

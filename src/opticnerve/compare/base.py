@@ -140,13 +140,13 @@ class Base:
         evaluate = [] if questions is None else [self.asked(questions)]
         return self._two_towers(name, model, stage | {"cache_features": not early}, evaluate)
 
-    def dual(self, name: str, stage: Raw, dim: int = 256) -> Raw:
+    def dual(self, name: str, stage: Raw) -> Raw:
         """A dual encoder of the same two, trained on the captions; asked afterwards, as a zero-shot classifier."""
         encoder = self.image.encoder.model_dump(mode="json")
         model = {
             "image": {"encoder": encoder, "pooling": "mean", "projection": True},
             "text": {"encoder": {"type": "hf_text", "name": self.text}, "projection": True},
-            "projection_dim": dim, "loss": "clip",
+            "projection_dim": 256, "loss": "clip",
         }  # fmt: skip
         return self._two_towers(name, model, stage, [])
 

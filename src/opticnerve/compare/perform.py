@@ -57,9 +57,9 @@ def perform(spec: dict[str, Any]) -> dict[str, Any]:
     except Diverged as e:
         return {"systems": {}, "facts": facts, "diverged": str(e)}
     for ask in spec["asks"]:
+        spec_of_test = EvaluateSpec(**ask["questions"])
+        asked = fixed_sample(load_data(spec_of_test.data), spec_of_test.sample)
         for name, generate in ASKS[ask["ask"]](ask, folder, needs).items():
-            spec_of_test = EvaluateSpec(**ask["questions"])
-            asked = fixed_sample(load_data(spec_of_test.data), spec_of_test.sample)
             found = run_vqa(generate, asked, name=name, keep=0, run_dir=folder)
             systems[name], facts["accuracy"][name] = f"answers/{name}.jsonl", found["accuracy"]
     return {"systems": systems, "facts": facts}

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from opticnerve.common import atomic
-from opticnerve.common.markdown import duration, plain, table
+from opticnerve.common.markdown import plain, table
+from opticnerve.common.units import format_duration
 from opticnerve.common.version import __version__
 from opticnerve.compare.base import Base, Budget
 from opticnerve.compare.rows import RowResult
@@ -292,7 +293,7 @@ def _made(findings: Findings, command: str) -> list[str]:
         f"versions: opticnerve {__version__}, Python {m.get('python', '?')}, torch {m.get('torch', '?')}, "
         f"transformers {m.get('transformers', '?')}",
         f"seeds: {', '.join(map(str, findings.seeds))}",
-        f"all rows together: {duration(sum(r['wall_seconds'] for r in records))}"
+        f"all rows together: {format_duration(sum(r['wall_seconds'] for r in records))}"
         + (f" ({kept} of {len(outcomes)} kept from an earlier call)" if kept else ""),
         "numbers: [results.csv](results.csv), a line per system, seed and type of question; 95 % intervals there are "
         "Wilson's",

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from opticnerve.common import atomic
-from opticnerve.common.markdown import duration
+from opticnerve.common.units import format_duration
 from opticnerve.common.version import __version__
 from opticnerve.compare.base import Raw
 from opticnerve.types import OpticNerveError
@@ -255,6 +255,6 @@ def _line(result: RowResult, number: int, count: int, left: float | None) -> str
         return f"{head}[red]failed[/]: {escape(str(result.error))}"
     accuracy = result.record["facts"].get("accuracy", {})
     shown = [f"{accuracy[s]:.1%}" for s in result.row.systems if s in accuracy]
-    took = "kept" if result.kept else duration(result.record["wall_seconds"])
-    wait = "" if left is None else f"; about {duration(left)} left"
+    took = "kept" if result.kept else format_duration(result.record["wall_seconds"])
+    wait = "" if left is None else f"; about {format_duration(left)} left"
     return f"{head}{', '.join(shown) or result.record.get('diverged', '')}  ({took}{wait})"

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from opticnerve.common.markdown import duration, plain, table
+from opticnerve.common.markdown import plain, table
+from opticnerve.common.units import format_duration
 from opticnerve.compare import plots
 from opticnerve.compare.base import Base, Budget, Raw, stage_of
 from opticnerve.compare.experiment import Experiment, quick
@@ -178,7 +179,7 @@ def _cost_table(findings: Findings, names: Sequence[str], folder: Path) -> str:
         ("parameters trained", lambda s: number(s.mean("trained"))),
         ("optimizer's memory", lambda s: size(s.mean("optimizer_bytes"))),
         ("peak memory of training", lambda s: size(s.mean("peak_training_bytes"))),
-        ("training", lambda s: duration(s.mean("train_seconds") or 0.0)),
+        ("training", lambda s: format_duration(s.mean("train_seconds") or 0.0)),
         ("steps", lambda s: number(s.mean("steps"))),
         ("tokens", lambda s: number(s.mean("tokens"))),
     ])  # fmt: skip

@@ -61,8 +61,8 @@ class QFormerConnector(Connector):
             "vocab_size": vocab_size, "max_positions": max_positions,
         }  # fmt: skip
         worded = instruct or text
-        token_logits = {"vocab_size": vocab_size, "max_positions": max_positions, "text_tokenizer": text_tokenizer}
-        if not worded and (idle := next((key for key, value in token_logits.items() if value is not None), None)):
+        word_options = {"vocab_size": vocab_size, "max_positions": max_positions, "text_tokenizer": text_tokenizer}
+        if not worded and (idle := next((key for key, value in word_options.items() if value is not None), None)):
             raise OpticNerveError(f"{idle} does nothing in a qformer without instruct or text", kind="conflict")
         tokenizer_name = text_tokenizer or (bert if worded else None)
         sizes = _resolve(sizes, bert, tokenizer_name, worded=worded, decoder_token=text)

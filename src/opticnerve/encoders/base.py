@@ -90,6 +90,18 @@ class Encoder(nn.Module, ABC):
     def forward(self, media: Tensor) -> Features:
         """(B, *media_shape) float → `Features` of (B, num_tokens, hidden_size)."""
 
+    def states(self, media: Tensor, **asked: bool) -> dict[str, Any]:
+        """`hidden_states` and `attentions` of an encoder that is a model of transformers, as `output_hidden_states` and
+        `output_attentions` ask for them.
+
+        Raises:
+            OpticNerveError: it is another's.
+        """
+        raise OpticNerveError(
+            f"{', '.join(k for k, v in asked.items() if v)}: an encoder of type {type(self).__name__} gives features alone",
+            kind="unsupported",
+        )
+
     def take_pictures(
         self, size: int, fit: str, mean: list[float] | None, std: list[float] | None, resample: int = 3,
         crop_pct: float = 1.0,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opticnerve.evaluation.tasks import Generate
+from opticnerve.language.layers import context_length
 from opticnerve.types import OpticNerveError, ask
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def perplexity(
         ids = ids[: tokens + 1]
     if len(ids) < 2:
         raise OpticNerveError("perplexity needs a text of at least two tokens", kind="out-of-range")
-    window = min(window, _most_positions(language_model) or window)
+    window = min(window, context_length(getattr(language_model, "config", None)) or window)
     if window < 1 or batch_size < 1:
         raise OpticNerveError(
             f"window and batch_size must be at least 1, got {window} and {batch_size}", kind="out-of-range"
@@ -184,13 +185,6 @@ def _summed_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 def _fitting(batch_size: int, window: int, vocabulary: int) -> int:
     return max(1, min(batch_size, _LOGITS_BYTES // (4 * window * max(vocabulary, 1))))
-
-
-def _most_positions(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _device(model: nn.Module) -> torch.device:

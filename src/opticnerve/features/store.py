@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,7 @@ class FeatureStore:
     ) -> None:  # fmt: skip
         self.folder, self.dtype, self.stored, self.budget = folder, dtype, stored, budget
         self._mark: Any = hold(folder)
+        weakref.finalize(self, self._mark.close)
         self._digests = Digests(folder.parent / "digests.sqlite")
         self._reader = shards.ShardReader()
         self._places: dict[str, tuple[shards.Shard, int]] = {}
@@ -259,20 +261,15 @@ class Counter(Counting):
 
 
 def open_store(
-    model: FamilyModel,
-    processor: MediaProcessor,
-    *,
-    root: Path | None = None,
-    budget: int | None = None,
-    stored: str | None = None,
+    model: FamilyModel, processor: MediaProcessor, *, budget: int | None = None, stored: str | None = None
 ) -> FeatureStore:
-    """The store of a model's frozen vision encoder, in `root` (default: `features` in opticnerve's cache).
+    """The store of a model's frozen vision encoder, in `features` of opticnerve's cache.
 
     What is stored follows the model: tokens for a docked language model and a fusion classifier, one pooled vector for
     a dual encoder.
 
     Args:
-        budget: bytes for all stores in `root`; see `features.budget.default_budget` for the default.
+        budget: bytes for all stores; see `features.budget.default_budget` for the default.
         stored: `bfloat16` to store features in that dtype, whatever the vision encoder's is; another store than
             without.
     """
@@ -286,7 +283,7 @@ def open_store(
     if stored_as is not None and stored_as != dtype:
         depends_on["stored"] = stored
     name.update(json.dumps(depends_on, sort_keys=True, default=str).encode())
-    root = root or features_dir()
+    root = features_dir()
     budget = default_budget(root) if budget is None else budget
     return FeatureStore(root / name.hexdigest()[:24], dtype=dtype, stored=stored_as, budget=budget)
 

@@ -89,6 +89,19 @@ class Fusion(nn.Module, ABC):
         return embeds_BLD + touched.to(embeds_BLD.dtype)
 
 
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Within it, a module's own weights are there, also where accelerate offloads them: it does so in `forward`
+    alone."""
+    if not any(p.is_meta for p in module.parameters(recurse=False)):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
 def check_count(wanted: int, found: int, kind: str = "image") -> None:
     """The processor wrote as many placeholders as there are soft tokens, or it is an error with both numbers."""
     if wanted != found:
@@ -131,6 +144,6 @@ class Splice(Fusion):
         return num_tokens
 
     def embed(self, embeds_BLD: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
-        soft_MD = features.tokens_BND[features.mask_BN].to(embeds_BLD.dtype)
+        soft_MD = features.tokens_BND[features.mask_BN].to(embeds_BLD)
         check_count(int(placeholder_BL.sum()), soft_MD.shape[0])
         return embeds_BLD.masked_scatter(placeholder_BL.unsqueeze(-1), soft_MD)

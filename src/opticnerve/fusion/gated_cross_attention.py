@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from opticnerve.fusion.base import Fusion, words_of
+from opticnerve.fusion.base import Fusion, onloaded, words_of
 from opticnerve.language.layers import decoder_layers
 from opticnerve.types import Features, OpticNerveError
 
@@ -159,7 +159,8 @@ class GatedCrossAttention(Fusion):
                 f"{wanted} placeholders in the text, but {found} pictures: with cross_attention one placeholder stands "
                 f"for one picture; let the processor write them"
             )
-        return torch.where(placeholder_BL[:, :, None], self.marker.to(embeds_BLD.dtype), embeds_BLD)
+        with onloaded(self):
+            return torch.where(placeholder_BL[:, :, None], self.marker.to(embeds_BLD), embeds_BLD)
 
     def see(self, placeholder_BL: Tensor, features: Features, group_BL: Tensor | None = None) -> CrossAttentionStates:
         counts_B = placeholder_BL.sum(1)
@@ -203,7 +204,8 @@ class GatedCrossAttention(Fusion):
         layer: Any = self.layers[number]
         keys_values = seen.known.get(number)
         if keys_values is None:
-            keys_values = layer.cross_attn.keys_values(seen.media_BKD.to(layer.cross_attn.k_proj.weight.dtype))
+            # Not the dtype of the projections' weights: they may be quantised.
+            keys_values = layer.cross_attn.keys_values(seen.media_BKD.to(layer.alpha_cross_attn.dtype))
             if not torch.is_grad_enabled():
                 seen.known[number] = keys_values
         sees_BL = seen.latest_BL >= 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,11 +119,10 @@ def save_embeddings(
     ready_ND = np.ascontiguousarray(vectors / lengths_N[:, None], dtype=np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     written = {"vectors": folder / f"{name}.npy", "ids": folder / f"{name}.ids.jsonl"}
-    lines = "".join(json.dumps({"row": row, "id": i}, ensure_ascii=False) + "\n" for row, i in enumerate(ids))
     vectors_file = io.BytesIO()
     np.save(vectors_file, ready_ND)
     atomic.write(written["vectors"], vectors_file.getvalue())
-    atomic.write(written["ids"], lines)
+    atomic.write_lines(written["ids"], ({"row": row, "id": i} for row, i in enumerate(ids)), ensure_ascii=False)
     if faiss_index:
         written["index"] = folder / f"{name}.faiss"
         atomic.write(written["index"], _faiss_index(ready_ND))

@@ -121,10 +121,14 @@ def layout(heads: Sequence[list[int]], tails: Sequence[list[int]], *, pad: int) 
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
+def looks_beside(model: OpticNerveForConditionalGeneration) -> bool:
+    """Whether layers look at the picture beside the text (cross-attention), so that the cache does not hold it all."""
+    return any(type(tower.fusion).see is not Fusion.see for tower in model.towers.values())
+
+
 def _in_cache(model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> bool:
     """Whether all that a picture tells is keys and values of the text, the same for every question."""
-    beside = any(type(t.fusion).see is not Fusion.see for t in model.towers.values())
-    return not (beside or processor.reads_questions)
+    return not (looks_beside(model) or processor.reads_questions)
 
 
 def _plain_cache(model: OpticNerveForConditionalGeneration, length: int) -> bool:

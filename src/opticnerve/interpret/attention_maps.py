@@ -1,7 +1,7 @@
 """From attention to maps: the weights themselves, rollout, gradient-weighted relevance, gradient × token.
 
-All take a `Forced` answer and give, for each of its T tokens, a weight for each token of the picture. The row read is
-that of the position which foretells a token: what it gathers is what the token is chosen by.
+All take a `TeacherForced` answer and give, for each of its T tokens, a weight for each token of the picture. The row
+read is that of the position which foretells a token: what it gathers is what the token is chosen by.
 
 Sources: Abnar & Zuidema 2020, Quantifying Attention Flow in Transformers, section 3 (rollout); Chefer, Gur & Wolf 2021,
 Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers, section 3.1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from opticnerve.common.private_names import forget_adapters
+from opticnerve.language.adapters import ADAPTER, adopt, check_plain, our_layers, release
 from opticnerve.language.layers import decoder_layers
 from opticnerve.types import OpticNerveError
 
@@ -53,19 +54,42 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
     rank, alpha = chosen["rank"], chosen["alpha"]
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=chosen["dropout"], target_modules=targets,
-        fan_in_fan_out=any(isinstance(language_model.get_submodule(n), Conv1D) for n in names),  # GPT-2's layers
+        fan_in_fan_out=any(isinstance(_plain(language_model.get_submodule(n)), Conv1D) for n in names),  # GPT-2's
     )  # fmt: skip
-    frozen = {name: p.requires_grad for name, p in language_model.named_parameters()}
-    inject_adapter_in_model(config, language_model)
-    for name, parameter in language_model.named_parameters():
-        # peft freezes and opens weights as it goes; what trains is the stage's business alone.
-        parameter.requires_grad_(frozen.get(name.replace(".base_layer", ""), False))
+    _inject(config, language_model)
     if chosen["when"] == "media":
         AdapterMask.install(language_model)
     dtype = dtype or next(p.dtype for p in language_model.parameters() if p.is_floating_point())
     for name, parameter in language_model.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.to(dtype)
+
+
+def _inject(config: LoraConfig, language_model: nn.Module) -> None:
+    """Have peft put our adapter in, and leave everything else as it was: what trains, which other adapters are active,
+    what the model is said to carry."""
+    trained = {id(p): p.requires_grad for p in language_model.parameters()}
+    others: dict[int, tuple[list[str], bool]] = {
+        id(m): (list(m.active_adapters), not m.disable_adapters)
+        for m in language_model.modules()
+        if isinstance(m, LoraLayer)
+    }
+    noted = vars(language_model).pop("peft_config", None)
+    inject_adapter_in_model(config, language_model, adapter_name=ADAPTER)
+    # Noted there, ours would be one that peft may switch; to peft it is part of the base.
+    vars(language_model).pop("peft_config", None)
+    if noted is not None:
+        language_model.peft_config = noted
+    language_model.lora_config = config  # type: ignore[assignment]
+    for layer in [m for m in language_model.modules() if isinstance(m, LoraLayer)]:
+        active, on = others.get(id(layer), ([], True))
+        if ADAPTER in layer.lora_A:
+            adopt(layer, active, on)
+        else:
+            layer.set_adapter(active)
+    for parameter in language_model.parameters():
+        # peft freezes and opens weights as it goes; what trains is the stage's business alone.
+        parameter.requires_grad_(trained.get(id(parameter), False))
 
 
 class AdapterMask:
@@ -76,16 +100,18 @@ class AdapterMask:
     so per modality (Abouelenin et al. 2025, section 2).
     """
 
+    adapter = ADAPTER
+
     def __init__(self) -> None:
         self.rows_B: Tensor | None = None
 
     @classmethod
     def install(cls, language_model: nn.Module) -> None:
-        """Hook a mask onto the output of every adapter."""
+        """Hook a mask onto the output of our adapter in every layer."""
         mask = cls()
-        for name, module in language_model.named_modules():
-            if name.rpartition(".")[0].endswith("lora_B"):
-                module.register_forward_hook(mask)
+        for _, layer in our_layers(language_model):
+            layer.lora_B[ADAPTER].register_forward_hook(mask)
+            layer.gated = True
         language_model.adapter_mask = mask  # type: ignore[assignment]
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
@@ -115,32 +141,51 @@ def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[Non
 
 
 def linear_layers(language_model: nn.Module) -> list[str]:
-    """Names of the linear layers that LoRA may wrap: those within the decoder's layers. GPT-2's Conv1D is one."""
+    """Names of the linear layers that LoRA may wrap, or has wrapped: those within the decoder's layers. GPT-2's Conv1D
+    is one."""
+    found: list[str] = []
+    for name, module in language_model.named_modules():
+        inside = found and name.startswith(f"{found[-1]}.")  # of an adapter's layer
+        if not inside and isinstance(_plain(module), nn.Linear | Conv1D):
+            found.append(name)
     start = decoder_layers(language_model)[0]
-    modules = language_model.named_modules()
-    return [name for name, m in modules if isinstance(m, nn.Linear | Conv1D) and name.startswith(f"{start}.")]
+    return [name for name in found if name.startswith(f"{start}.")]
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    base: nn.Module = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return base
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter weight."""
-    return ".lora_" in name or name.startswith("lora_")
+    """Whether a parameter's name is that of a weight of our adapter."""
+    return re.search(rf"(^|\.)lora_[AB]\.{ADAPTER}\.", name) is not None
 
 
 def has_lora(module: nn.Module) -> bool:
-    return any(isinstance(m, LoraLayer) for m in module.modules())
+    """Whether a model carries our adapter, beside others' or alone."""
+    return any(True for _ in our_layers(module))
 
 
 def merge_lora(language_model: nn.Module) -> None:
-    """Add each adapter into its weight and take the adapter away, in place; the sum is made in float32."""
-    for name, module in list(language_model.named_modules()):
-        if not isinstance(module, LoraLayer):
-            continue
-        layer: Any = module
+    """Add our adapter into each weight and take it away, in place; the sum is made in float32. Others' stay.
+
+    Raises:
+        OpticNerveError: it works beside media alone, or the weights are quantised.
+    """
+    layers = list(our_layers(language_model))
+    for _, layer in layers:
+        check_plain(layer.get_base_layer().weight, "the adapter")
+    for name, layer in layers:
         base = layer.get_base_layer()
         dtype = base.weight.dtype
-        layer.float()
-        layer.merge(safe_merge=True)
+        for part in (base, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            part.float()
+        if layer.merged:
+            layer.unmerge()
+        layer.merge(safe_merge=True, adapter_names=[ADAPTER])
         base.to(dtype)
-        parent_name, _, child = name.rpartition(".")
-        setattr(language_model.get_submodule(parent_name) if parent_name else language_model, child, base)
-    forget_adapters(language_model)
+        if (plain := release(layer)) is not None:
+            parent_name, _, child = name.rpartition(".")
+            setattr(language_model.get_submodule(parent_name) if parent_name else language_model, child, plain)
+    vars(language_model).pop("lora_config", None)

@@ -39,7 +39,7 @@ class EncoderTower(nn.Module):
 
     def encode(self, pixel_values: Tensor) -> Features:
         """Pixels (B, 3, H, W) → a vision encoder's tokens: what a cache of a frozen one holds."""
-        features: Features = self.encoder(pixel_values.to(placed_like(self.encoder)))
+        features: Features = self.encoder(pixel_values.to(placed_like(self.encoder, otherwise=pixel_values)))
         return features
 
 

@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
 
     @classmethod
     def collator(cls, processor: Any, stage: Stage, seed: int) -> Callable[[Sequence[Sequence[Any]]], Any] | None:
-        """What makes a batch of each row's conversations; None for rows of tokens with labels (`data.collate`)."""
+        """What makes a batch of each row's conversations; None for rows of tokens with labels (`Collator`)."""
         return None
 
 

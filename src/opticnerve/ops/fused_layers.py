@@ -175,7 +175,9 @@ def computed_by(change: Callable[[Any], Any]) -> Functions:
 
 def _plain_lora(layer: nn.Module) -> bool:
     """Low-rank and nothing else: one adapter, not merged, on a frozen linear layer; no dropout in use, no variant."""
-    if type(layer) is not LoraLinear or layer.merged or len(layer.active_adapters) != 1:
+    if type(layer).forward is not LoraLinear.forward or layer.merged or layer.disable_adapters:
+        return False
+    if len(layer.active_adapters) != 1:
         return False
     [name] = layer.active_adapters
     base, dropout = layer.base_layer, layer.lora_dropout[name] if name in layer.lora_A else None
@@ -193,7 +195,7 @@ def _plain_lora(layer: nn.Module) -> bool:
 def _lora_forward(layer: Any, mask: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     [name] = layer.active_adapters
     base = layer.base_layer
-    rows_B = None if mask is None else mask.rows_B
+    rows_B = None if mask is None or name != mask.adapter else mask.rows_B
     out: Tensor = _LoRA.apply(
         x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], rows_B
     )

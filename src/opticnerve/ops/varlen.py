@@ -75,7 +75,7 @@ class Segments:
 
 
 def segments_of(group_BL: Tensor, branch_BL: Tensor, positions_BL: Tensor) -> Segments:
-    """The segments of rows as `data.packing` makes them.
+    """The segments of rows as `data.encode.packing` makes them.
 
     Args:
         group_BL: which sample, or group of samples with a common beginning, each position belongs to; -1 for padding.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from opticnerve.inference.load import default_device
 from opticnerve.models.vlm.prompt import Prompt
 from opticnerve.types import OpticNerveError
 
@@ -165,9 +166,8 @@ def device() -> dict[str, Any]:
         kind, name = "cuda", torch.cuda.get_device_name()
         free, total = torch.cuda.mem_get_info()
     else:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        kind, name = accelerator.type if accelerator else "cpu", platform.processor() or platform.machine()
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+        kind, name, memory = default_device(), platform.processor() or platform.machine(), psutil.virtual_memory()
+        free, total = memory.available, memory.total
     return {"type": kind, "name": name, "cores": os.cpu_count(), "memory": total, "free": free}
 
 

@@ -95,13 +95,22 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {brief(key)}: {e}") from e
 
 
+def _parsed(key: str, text: str) -> Any:
+    """A template of a column map begins as a YAML mapping does, and is none."""
+    under_columns = re.search(r"(^|\.)columns\.[^=]+$", key) is not None
+    return text if under_columns and text[:1] not in ("'", '"', "[") else parse(text)
+
+
 def _set(raw: dict[str, Any], key: str, text: str) -> None:
     # YAML 1.1 reads 1e-3 as a string; people mean a number.
-    value = float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else parse(text)
+    value = float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else _parsed(key, text)
     steps = re.findall(r"[^.()]+(?:\.last\(\d+\))?", key) if ".last(" in key else key.split(".")
     here: Any = raw
     for i, step in enumerate(steps):
         index: Any = step
+        if i and steps[i - 1] == "columns" and isinstance(here, dict):  # messages.role is one name
+            here[".".join(steps[i:])] = value
+            return
         if isinstance(here, list):
             if not step.isdecimal() or int(step) >= len(here):
                 where = brief(".".join(steps[: i + 1]))

@@ -22,8 +22,12 @@ class DataSpec(Strict):
     """
 
     path: str
-    format: Literal["auto", "captions", "vqa", "llava", "chat", "completion", "preference", "hf", "webdataset"] = "auto"
+    format: str = "auto"
     media: str | None = None
+    columns: dict[str, str | list[str]] = Field({}, description="a format's field: the data's, or a template of them")
+    roles: dict[str, Literal["user", "assistant", "system"]] = Field({}, description="a speaker of the data: its role")
+    annotations: str | None = Field(None, description="a second file, which has the answers to the first's questions")
+    media_cache: str | None = Field(None, description="a folder to fetch media on the web into; without it, none are")
     prompt: str | list[str] | None = None
     limit: Positive | None = None
     repeat: Positive = 1
@@ -31,10 +35,10 @@ class DataSpec(Strict):
     share_prefix: bool = False
     per_image: Positive | None = None
     allow_outside_media: bool = False
-    repair: list[Literal["fold-system"]] = Field(
+    repair: list[Literal["fold-system", "picture-first", "drop-leading-assistant", "close-quotes"]] = Field(
         [],
-        description="fold-system: the system's words go to the head of the first user turn, for chat templates that "
-        "know no system turn",
+        description="fold-system: the system's words at the head of the first user turn; picture-first: media before "
+        "words; drop-leading-assistant; close-quotes: quotes that do not close are taken as they stand",
     )
     ignore: list[str] = Field([], description="fields of the records to pass over, which would else be an error")
     frames: Positive = Field(8, description="pictures taken of a video, at equal distances")
@@ -49,7 +53,14 @@ class DataSpec(Strict):
     hub_split: str | None = Field(None, description="a split of the hub's data set, or of a folder that holds several")
     revision: str | None = Field(None, description="streaming: a commit, tag or branch of the hub's data set")
 
-    @field_validator("path", "media")
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, format: str) -> str:
+        if format not in (known := ("auto", *registry.data_formats, "hf", "webdataset")):
+            raise ValueError(f"unknown format{registry.hint_at(format, known)} Known: {', '.join(known)}")
+        return format
+
+    @field_validator("path", "media", "annotations", "media_cache")
     @classmethod
     def _variables(cls, path: str | None, info: ValidationInfo) -> str | None:
         """`${NAME}` stands for an environment variable: recipes name no machine's folders."""

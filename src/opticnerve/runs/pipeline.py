@@ -25,6 +25,7 @@ from opticnerve.distributed.collectives import on_main
 from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.evaluation.forgetting import forgetting_entry, perplexity
 from opticnerve.inference.generate import Answerer
+from opticnerve.inference.load import default_device
 from opticnerve.models.family import Family, build
 from opticnerve.recipe import Recipe
 from opticnerve.runs.card.card import write_card
@@ -121,14 +122,13 @@ def run_recipe(
 
 def machine() -> dict[str, Any]:
     """Where this ran: what a figure is worth depends on it."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "device": accelerator.type if accelerator is not None else "cpu",
+        "device": default_device(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -1,14 +1,12 @@
-"""The HTTP side: routes, every refusal in OpenAI's shape, and an answer on its way out, whole or in pieces."""
+"""The HTTP side: routes, and every refusal in OpenAI's shape."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-import uuid
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -18,76 +16,59 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from opticnerve.common.version import __version__
+from opticnerve.serve.answers import Answer, ChatAnswer, CompletionAnswer, EventStream, Gone
+from opticnerve.serve.embeddings import EmbeddingMaker
 from opticnerve.serve.errors import ApiError, from_validation
-from opticnerve.serve.limits import Metrics
-from opticnerve.serve.middleware import CHAT, Middleware
+from opticnerve.serve.limits import Metrics, ServerLimits
+from opticnerve.serve.middleware import CHAT, COMPLETIONS, EMBEDDINGS, Middleware
 from opticnerve.serve.prompts import PromptReader
-from opticnerve.serve.scheduler import Scheduler
-from opticnerve.serve.schema import (
-    AnswerMessage,
+from opticnerve.serve.replies import (
     ChatCompletion,
     ChatCompletionChunk,
-    ChatRequest,
-    Choice,
+    Completion,
+    EmbeddingList,
     ErrorResponse,
     Health,
-    Logprobs,
     Model,
     ModelList,
-    TokenLogprob,
-    Usage,
 )
-from opticnerve.serve.sequence import AnswerPiece, GenerationJob, PromptInputs
+from opticnerve.serve.scheduler import Scheduler
+from opticnerve.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from opticnerve.types import OpticNerveError
-from opticnerve.web.guard import Keys, Receive, Scope, Send
+from opticnerve.web.guard import Keys
 
 READERS = 2  # threads that open pictures
-PATIENCE = 15.0  # seconds past a deadline after which the model's thread is taken for stuck
 _REFUSED: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
-_STREAMED = {"text/event-stream": {"schema": ChatCompletionChunk.model_json_schema()}}
 
 
-def create_app(
-    name: str, reader: PromptReader, scheduler: Scheduler, metrics: Metrics, keys: Keys, hosts: frozenset[str] | None
-) -> Middleware:
-    """The ASGI app behind its middleware.
+class Access(NamedTuple):
+    """Who may ask, and how much. `keys`: of clients. `hosts`: as from `check_address`."""
+
+    limits: ServerLimits
+    metrics: Metrics
+    keys: Keys
+    hosts: frozenset[str] | None
+
+
+def create_app(name: str, reader: PromptReader, scheduler: Scheduler, access: Access) -> Middleware:
+    """The ASGI app of a model that answers, behind its middleware.
 
     Args:
-        name: of the model, for clients. reader, scheduler, metrics, keys: what the routes work with. hosts: as from
-            `check_address`.
+        name: of the model, for clients. reader, scheduler: what the routes work with.
     """
-    app = FastAPI(title="opticnerve", version=__version__, docs_url=None, redoc_url=None)
-    secured = [Security(HTTPBearer(auto_error=False))] if keys else []
-    middleware = Middleware(app, limits=reader.limits, keys=keys, metrics=metrics, hosts=hosts)
-    pool = ThreadPoolExecutor(READERS, "reader")
-    for kind in (OpticNerveError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, _refuse)
     kinds = {"image": reader.processor.image_processor, "audio": reader.processor.feature_extractor}
     about = Model(
         id=name, created=int(time.time()), max_model_len=reader.context,
         modalities=["text", *(k for k, part in kinds.items() if part is not None)],
     )  # fmt: skip
+    site = _Site(about, access, lambda: (scheduler.alive, len(scheduler.waiting), scheduler.running))
+    metrics = access.metrics
 
-    def check_name(model: str) -> None:
-        if model != name:
-            raise ApiError(
-                404, f"there is no model {model!r} here; this server has {name!r}", param="model",
-                code="model_not_found",
-            )  # fmt: skip
-
-    @app.post(
-        CHAT, response_model=ChatCompletion, dependencies=secured, responses=_REFUSED | {200: {"content": _STREAMED}}
-    )
-    async def chat(asked: ChatRequest, request: Request) -> Any:
-        """Answer a conversation. `stream: true` sends chunks as server-sent events, ended by `[DONE]`."""
-        check_name(asked.model)
-        prompt = await asyncio.get_running_loop().run_in_executor(pool, reader.read, asked)
-        answer = ChatAnswer(asked, prompt, request, metrics, request.state.started + reader.limits.request_seconds)
-        scheduler.submit(answer.job)
-        answer.watch()
+    async def sent(answer: Answer) -> Response:
         try:
+            answer.submit(scheduler)
             await answer.begin()
-            if asked.stream:
+            if answer.asked.stream:
                 return EventStream(answer)
             whole: Response = JSONResponse((await answer.whole()).model_dump(mode="json"))
         except Gone:
@@ -98,30 +79,102 @@ def create_app(
         answer.end()
         return whole
 
-    @app.get("/v1/models", dependencies=secured, responses=_REFUSED)
-    async def models() -> ModelList:
-        """The one model of this server."""
-        return ModelList(data=[about])
+    def deadline(request: Request) -> float:
+        return float(request.state.started + reader.limits.request_seconds)
 
-    @app.get("/v1/models/{model:path}", dependencies=secured, responses=_REFUSED)
-    async def one_model(model: str) -> Model:
-        """The same, by its name."""
-        check_name(model)
-        return about
+    @site.app.post(CHAT, response_model=ChatCompletion, **site.answers(ChatCompletionChunk))
+    async def chat(asked: ChatRequest, request: Request) -> Any:
+        """Answer a conversation. `stream: true` sends chunks as server-sent events, ended by `[DONE]`."""
+        site.check_name(asked.model)
+        prompt = await site.in_thread(reader.read, asked)
+        return await sent(ChatAnswer(asked, [prompt], request, metrics, deadline(request)))
 
-    @app.get("/health", responses={503: {"model": Health}})
-    async def health() -> Any:
-        """200 while requests are taken; 503 when the server is stopping or its model has failed."""
-        status = "failed" if not scheduler.alive else "stopping" if middleware.stopping else "ok"
-        found = Health(status=status, waiting=len(scheduler.waiting), running=scheduler.running)
-        return JSONResponse(found.model_dump(), 200 if status == "ok" else 503)
+    @site.app.post(COMPLETIONS, response_model=Completion, **site.answers(Completion))
+    async def complete(asked: CompletionRequest, request: Request) -> Any:
+        """Continue a text, with no chat template around it. `stream: true` as in chat."""
+        site.check_name(asked.model)
+        prompts = await site.in_thread(reader.read_plain, asked)
+        return await sent(CompletionAnswer(asked, prompts, request, metrics, deadline(request)))
 
-    @app.get("/metrics", dependencies=secured, response_class=Response, responses=_REFUSED)
-    async def page() -> Response:
-        """For Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return site.middleware
 
-    return middleware
+
+def create_embedding_app(name: str, maker: EmbeddingMaker, access: Access) -> Middleware:
+    """The ASGI app of a dual encoder, behind its middleware. `maker`: what makes vectors."""
+    about = Model(id=name, created=int(time.time()), max_model_len=maker.longest, modalities=["text", "image"])
+    site = _Site(about, access, lambda: (True, 0, site.middleware.admitted), pool=maker.pool)
+
+    @site.app.post(EMBEDDINGS, response_model=EmbeddingList, dependencies=site.secured, responses=_REFUSED)
+    async def embed(asked: EmbeddingRequest) -> Any:
+        """Vectors of length 1 for texts, and for pictures as data URLs."""
+        site.check_name(asked.model)
+        return JSONResponse((await site.in_thread(maker.make, asked)).model_dump(mode="json"))
+
+    return site.middleware
+
+
+class _Site:
+    """What all servers have: refusals, the model's name, health and metrics.
+
+    Args:
+        about: the model. state: whether it lives, and how many requests wait and run. pool: where work is done that
+            would hold the event loop.
+    """
+
+    def __init__(
+        self,
+        about: Model,
+        access: Access,
+        state: Callable[[], tuple[bool, int, int]],
+        pool: Executor | None = None,
+    ) -> None:
+        self.about, self.pool = about, pool or ThreadPoolExecutor(READERS, "reader")
+        self.app = app = FastAPI(title="opticnerve", version=__version__, docs_url=None, redoc_url=None)
+        self.secured = [Security(HTTPBearer(auto_error=False))] if access.keys else []
+        self.middleware = Middleware(
+            app, limits=access.limits, keys=access.keys, metrics=access.metrics, hosts=access.hosts
+        )
+        for kind in (OpticNerveError, RequestValidationError, HTTPException, Exception):
+            app.add_exception_handler(kind, _refuse)
+
+        @app.get("/v1/models", dependencies=self.secured, responses=_REFUSED)
+        async def models() -> ModelList:
+            """The one model of this server."""
+            return ModelList(data=[about])
+
+        @app.get("/v1/models/{model:path}", dependencies=self.secured, responses=_REFUSED)
+        async def one_model(model: str) -> Model:
+            """The same, by its name."""
+            self.check_name(model)
+            return about
+
+        @app.get("/health", responses={503: {"model": Health}})
+        async def health() -> Any:
+            """200 while requests are taken; 503 when the server is stopping or its model has failed."""
+            alive, waiting, running = state()
+            status = "failed" if not alive else "stopping" if self.middleware.stopping else "ok"
+            found = Health(status=status, waiting=waiting, running=running)
+            return JSONResponse(found.model_dump(), 200 if status == "ok" else 503)
+
+        @app.get("/metrics", dependencies=self.secured, response_class=Response, responses=_REFUSED)
+        async def page() -> Response:
+            """For Prometheus."""
+            return Response(generate_latest(access.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def answers(self, chunk: type[ChatCompletionChunk | Completion]) -> dict[str, Any]:
+        """Options of a route whose answers may be streamed as such chunks."""
+        streamed = {"text/event-stream": {"schema": chunk.model_json_schema()}}
+        return {"dependencies": self.secured, "responses": _REFUSED | {200: {"content": streamed}}}
+
+    def check_name(self, model: str) -> None:
+        if model != self.about.id:
+            raise ApiError(
+                404, f"there is no model {model!r} here; this server has {self.about.id!r}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+
+    async def in_thread(self, function: Callable[[Any], Any], asked: object) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, asked)
 
 
 async def _refuse(_: Request, e: Exception) -> JSONResponse:
@@ -137,149 +190,3 @@ async def _refuse(_: Request, e: Exception) -> JSONResponse:
             made.headers.update(e.headers or {})
             return made
     return ApiError(500, "the server failed on this request; its log says more").response()
-
-
-class Gone(Exception):
-    """The client went away."""
-
-
-class ChatAnswer:
-    """One request's answer, heard in the event loop from the model's thread."""
-
-    def __init__(
-        self, asked: ChatRequest, prompt: PromptInputs, request: Request, metrics: Metrics, deadline: float
-    ) -> None:
-        self.asked, self.request, self.metrics = asked, request, metrics
-        self.job = GenerationJob(asked, prompt, deadline, self._tell)
-        self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue[AnswerPiece | ApiError | None]()
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
-        self.counts, self.finished = [0] * asked.choices, dict[int, Any]()
-
-    def _tell(self, event: AnswerPiece | ApiError | None) -> None:
-        """Called from any thread. None: the client went away."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-    def watch(self) -> None:
-        """Cancel the job when the client goes away."""
-
-        async def watched() -> None:
-            while (await self.request.receive())["type"] != "http.disconnect":
-                pass
-            self.job.gone.set()
-            self._tell(None)
-
-        self._watch = asyncio.create_task(watched())
-
-    async def begin(self) -> None:
-        """Wait for the first token: what fails before it fails with a status of its own."""
-        self._first = await self._next()
-        self.metrics.first_token.observe(time.monotonic() - self.request.state.started)
-
-    async def pieces(self) -> AsyncIterator[AnswerPiece]:
-        """All of them, the first included."""
-        piece = self._first
-        while True:
-            yield piece
-            if len(self.finished) == self.asked.choices:
-                return
-            piece = await self._next()
-
-    async def whole(self) -> ChatCompletion:
-        texts = [""] * self.asked.choices
-        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
-        async for piece in self.pieces():
-            texts[piece.number] += piece.text
-            logprobs[piece.number] += piece.logprobs
-        choices = [
-            Choice(
-                index=i, message=AnswerMessage(content=text), finish_reason=self.finished[i],
-                logprobs=Logprobs(content=logprobs[i]) if self.asked.logprobs else None,
-            )
-            for i, text in enumerate(texts)
-        ]  # fmt: skip
-        return ChatCompletion(**self.head, choices=choices, usage=self.usage())
-
-    def usage(self) -> Usage:
-        prompt, said = len(self.job.prompt.ids), sum(self.counts)
-        return Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said)
-
-    def end(self) -> None:
-        """Whatever happened: the job's rows are free, and the log line has its numbers."""
-        self.job.gone.set()
-        self._watch.cancel()
-        usage = self.usage()
-        self.metrics.completion_tokens.inc(usage.completion_tokens)
-        self.request.state.log_fields.update(
-            id=self.head["id"], prompt=usage.prompt_tokens, completion=usage.completion_tokens,
-            finish=",".join(str(self.finished.get(i, "gone")) for i in range(self.asked.choices)),
-        )  # fmt: skip
-
-    async def _next(self) -> AnswerPiece:
-        try:
-            async with asyncio.timeout(max(0.0, self.job.deadline - time.monotonic()) + PATIENCE):
-                event = await self.events.get()
-        except TimeoutError:
-            raise ApiError(504, "the model did not answer in time") from None
-        if event is None:
-            raise Gone
-        if isinstance(event, ApiError):
-            raise event
-        self.counts[event.number] = event.tokens
-        if event.finish is not None:
-            self.finished[event.number] = event.finish
-        return event
-
-
-class EventStream(Response):
-    """An answer that has begun as server-sent events (`ChatCompletionChunk`), ended by `[DONE]`."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: ChatAnswer) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self.answer, options = answer, answer.asked.stream_options
-        self.include_usage = options is not None and options.include_usage
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def event(data: str, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
-
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async for chunk in self._chunks():
-                await event(_json(chunk))
-            await event("[DONE]", more=False)
-        except ApiError as e:  # too late for a status
-            await event(_json(e.body), more=False)
-        except (Gone, OSError):
-            return
-        finally:
-            self.answer.end()
-
-    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
-        for i in range(self.answer.asked.choices):
-            yield self._chunk(i, {"role": "assistant", "content": ""})
-        async for piece in self.answer.pieces():
-            if piece.text or piece.logprobs:
-                logprobs = Logprobs(content=piece.logprobs) if self.answer.asked.logprobs else None
-                yield self._chunk(piece.number, {"content": piece.text}, logprobs)
-            if piece.finish is not None:
-                yield self._chunk(piece.number, {}, finish=piece.finish)
-        if self.include_usage:
-            yield self._made([], self.answer.usage().model_dump())
-
-    def _chunk(
-        self, number: int, delta: dict[str, str], logprobs: Logprobs | None = None, finish: str | None = None
-    ) -> dict[str, Any]:
-        content = logprobs.model_dump() if logprobs is not None else None
-        return self._made([{"index": number, "delta": delta, "logprobs": content, "finish_reason": finish}])
-
-    def _made(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
-        made = {**self.answer.head, "object": "chat.completion.chunk", "choices": choices}
-        return made | {"usage": usage} if self.include_usage else made
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opticnerve.common.private_names import CACHE, is_stateful, repeat_rows
-from opticnerve.fusion.base import Fusion
+from opticnerve.inference.decoding import forward_rows
 from opticnerve.inference.generate import Answerer
-from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration, settled_rows
+from opticnerve.inference.shared_prefix import looks_beside
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.ops.fused_decode import FusedDecoder, reserve
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
@@ -27,7 +28,7 @@ _GROWING_ROPE = ("dynamic", "longrope")
 
 def why_alone(model: OpticNerveForConditionalGeneration) -> str | None:
     """Why this model's prompts are answered one at a time; None where they share a batch."""
-    if any(type(tower.fusion).see is not Fusion.see for tower in model.towers.values()):
+    if looks_beside(model):
         return "its layers look at the picture beside the text (cross-attention)"
     language = model.language_model
     if is_stateful(language):
@@ -67,10 +68,11 @@ class RunningBatch:
         return len(self.next_B)
 
     @torch.inference_mode()
-    def read(self, inputs: dict[str, Any], rows: int) -> tuple[Tensor, _Read]:
+    def read(self, inputs: dict[str, Any], rows: int, *, each: bool = False) -> tuple[Tensor, _Read]:
         """Read one prompt: the logits behind it (rows, V), and what `join` takes.
 
-        `inputs`: as the processor makes them for one prompt. `rows`: how many answers are wanted.
+        `inputs`: as the processor makes them for one prompt. `rows`: how many answers are wanted. `each`: keep the
+        logits behind each of the prompt's tokens, too.
         """
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         inputs.pop("attention_mask", None)
@@ -79,13 +81,16 @@ class RunningBatch:
             ids_BL, inputs = repeat_rows(self.model, rows, ids_BL, inputs)
         media_B = self.model.rows_with_media(ids_BL)
         position_BL = torch.arange(ids_BL.shape[1], device=self.device).expand_as(ids_BL)
-        out = self._forward(media_B, input_ids=ids_BL, position_ids=position_BL, **inputs)
+        keep = 0 if each else 1
+        out = forward_rows(
+            self.model, media_B, input_ids=ids_BL, position_ids=position_BL, logits_to_keep=keep, **inputs
+        )
         logits_BV, cache = out.logits[:, -1], out[CACHE]
         if self.joins and rows > 1:
             cache.batch_select_indices(torch.zeros(rows, dtype=torch.long, device=self.device))
             logits_BV = logits_BV.expand(rows, -1)
             media_B = None if media_B is None else media_B.expand(rows)
-        return logits_BV, _Read(cache, ids_BL.shape[1], rows, media_B)
+        return logits_BV, _Read(cache, ids_BL.shape[1], rows, media_B, out.logits[0] if each else None)
 
     @torch.inference_mode()
     def join(self, read: _Read, chosen: Sequence[int]) -> None:
@@ -142,8 +147,8 @@ class RunningBatch:
             mask_B11T = None if mask_BT is None else mask_BT[:, None, None]
             logits_BV = fused.step(tokens_B, cos_B1d[:, 0], sin_B1d[:, 0], self.cache.layers, mask_B11T)
         else:
-            out = self._forward(
-                self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
+            out = forward_rows(
+                self.model, self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
                 attention_mask=None if mask_BT is None else mask_BT.long(), **{CACHE: self.cache},
             )  # fmt: skip
             self.cache, logits_BV = out[CACHE], out.logits[:, -1]
@@ -156,21 +161,16 @@ class RunningBatch:
             return None
         return self.answerer.fused()
 
-    def _forward(self, media_B: Tensor | None, **inputs: Any) -> Any:
-        token = settled_rows.set(media_B)  # whether a row holds a picture, its newest token alone does not say
-        try:
-            return self.model(**inputs, use_cache=True, logits_to_keep=1)
-        finally:
-            settled_rows.reset(token)
-
 
 class _Read(NamedTuple):
-    """A prompt that has been read and not yet joined: its cache, tokens, rows, and which of these hold media."""
+    """A prompt that has been read and not yet joined: its cache, tokens, rows, which of these hold media, and the
+    logits behind its tokens, where they are wanted."""
 
     cache: Any
     length: int
     rows: int
     media_B: Tensor | None
+    logits_LV: Tensor | None = None
 
 
 def _wider(x: Tensor, width: int) -> Tensor:

@@ -57,7 +57,7 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
     # Of content that may be text or parts, the alternative that was got furthest into is the one that was meant.
     first = max(problems, key=lambda p: len(p["loc"]))
     param = ".".join(_names(first["loc"][1:])) or None  # without "body"
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "none_required"):
         return ApiError(
             400, f"{param} is not supported by this server; leave it out", param=param, code="unsupported_parameter"
         )
@@ -71,7 +71,9 @@ def _names(path: Sequence[Any]) -> list[str]:
     """Fields and indices of pydantic's path, without the alternatives of unions that it names between them."""
     found: list[str] = []
     for i, step in enumerate(path):
-        tag = i > 0 and isinstance(path[i - 1], int) and i + 1 < len(path)  # of messages.0.user.content, the "user"
+        # Of messages.0.user.content the "user", and of response_format.json_schema.json_schema.name one json_schema.
+        union = i > 0 and (isinstance(path[i - 1], int) or (path[i - 1] == "response_format" and i == 1))
+        tag = union and i + 1 < len(path)
         last = i + 1 == len(path)
         kind = isinstance(step, str) and (not step.isidentifier() or (step == "str" and last))
         if not tag and not (kind and found):

@@ -64,7 +64,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
         seconds = partial(Histogram, buckets=_SECONDS, registry=r)
-        self.requests = Counter("opticnerve_requests", "Answered requests for chat completions", ["status"], registry=r)
+        self.requests = Counter("opticnerve_requests", "Requests for answers and vectors", ["status"], registry=r)
         self.seconds = seconds("opticnerve_request_seconds", "From a request's head to its last byte")
         self.first_token = seconds("opticnerve_first_token_seconds", "From a request's head to its first token")
         self.prompt_seconds = seconds("opticnerve_prompt_seconds", "The model reads one prompt")

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import PIL.Image
@@ -33,10 +33,7 @@ from opticnerve.data.media.open import image_size
 from opticnerve.data.media.transform import open_for
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import ServerLimits
-from opticnerve.types import DataError, OpticNerveError
-
-if TYPE_CHECKING:
-    from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.types import DataError, MediaProcessor, OpticNerveError
 
 
 def _refuse(param: str, why: str, code: str | None = "invalid_image_url") -> ApiError:
@@ -142,6 +139,15 @@ class _Checked(http.client.HTTPConnection):
                 self.raw.shutdown(socket.SHUT_RDWR)
 
 
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+def _standard_base64(text: str) -> str:
+    """Base64 as strict decoders take it: clients also send it with line breaks, URL-safe, and without its padding."""
+    text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
+    return text + "=" * (-len(text) % 4)
+
+
 @dataclass(frozen=True, slots=True)
 class MediaSources:
     """Where media may come from beside the request itself: `hosts` on the web, `folders` on this machine."""
@@ -161,7 +167,8 @@ class MediaSources:
         """The bytes that a URL stands for. Raises ApiError: 400: not base64, not allowed, not there, too big."""
         if url[:5].lower() == "data:":
             try:
-                return decode_data_url(url)
+                head, comma, body = url.partition(",")
+                return decode_data_url(head + comma + _standard_base64(body))
             except DataError as e:
                 raise _refuse(param, str(e)) from None
         if is_url(url):
@@ -199,7 +206,7 @@ class MediaSources:
 class MediaOpener:
     """Opens what one request shows, and counts it: `pixels` and `media` are for all of it together."""
 
-    def __init__(self, processor: OpticNerveProcessor, sources: MediaSources, limits: ServerLimits) -> None:
+    def __init__(self, processor: MediaProcessor, sources: MediaSources, limits: ServerLimits) -> None:
         self.processor, self.sources, self.limits = processor, sources, limits
         self.pixels, self.media = 0, 0
 
@@ -221,16 +228,16 @@ class MediaOpener:
             raise _refuse(param, str(e), "invalid_image") from None
 
     def audio(self, data: str, param: str) -> Any:
-        if self.processor.feature_extractor is None:
+        extractor = getattr(self.processor, "feature_extractor", None)
+        if extractor is None:
             raise _refuse(param, "this model takes no sound", None)
         self._count(param)
         try:
-            sound = base64.b64decode(data, validate=True)
+            sound = base64.b64decode(_standard_base64(data), validate=True)
         except ValueError as e:  # binascii.Error among them
             raise _refuse(param, f"not valid base64: {e}", None) from None
         try:
-            rate = self.processor.feature_extractor.sampling_rate
-            return open_audio(sound, rate=rate, max_seconds=self.limits.audio_seconds)
+            return open_audio(sound, rate=extractor.sampling_rate, max_seconds=self.limits.audio_seconds)
         except DataError as e:
             raise _refuse(param, str(e), "invalid_audio") from None
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import Metrics, ServerLimits
-from opticnerve.web.guard import Keys, Receive, Scope, Send, answers_to
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+from opticnerve.web.guard import App, Keys, Receive, Scope, Send, answers_to
 
 log = logging.getLogger("opticnerve.serve")
 OPEN = ("/health",)  # no key, and answered to the last
-CHAT = "/v1/chat/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 
 class Middleware:
@@ -29,11 +26,11 @@ class Middleware:
     Args:
         app: the ASGI app behind it. limits, keys, metrics: of the server. hosts: as from `check_address`.
 
-    It puts `started` (of `time.monotonic`) and `told` (a dict for the log line) into the request's state.
+    It puts `started` (of `time.monotonic`) and `log_fields` (a dict for the log line) into the request's state.
     """
 
     def __init__(
-        self, app: ASGIApp, *, limits: ServerLimits, keys: Keys, metrics: Metrics, hosts: frozenset[str] | None
+        self, app: App, *, limits: ServerLimits, keys: Keys, metrics: Metrics, hosts: frozenset[str] | None
     ) -> None:
         self.app, self.limits, self.keys, self.metrics, self.hosts = app, limits, keys, metrics, hosts
         self.admitted, self.stopping = 0, False
@@ -43,7 +40,7 @@ class Middleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        chat = scope["path"] == CHAT and scope["method"] == "POST"
+        chat = scope["path"] in (CHAT, COMPLETIONS, EMBEDDINGS) and scope["method"] == "POST"
         started, status = time.monotonic(), 0
         log_fields: dict[str, Any] = {}
         scope.setdefault("state", {}).update(started=started, log_fields=log_fields)

@@ -122,11 +122,16 @@ class Scheduler:
     def _emit(self, row: RunningSequence, logits_V: Tensor) -> None:
         try:
             row.emit(logits_V)
+        except ApiError as e:  # a grammar that became too costly
+            self._lose(row.job, e)
         except Exception:  # logits that are no numbers, for one: the others' are
             log.exception("a token could not be chosen")
-            for other in self.rows:
-                other.live = other.live and other.job is not row.job
-            self._fail({row.job}, 500, "the model failed while it answered")
+            self._lose(row.job, ApiError(500, "the model failed while it answered"))
+
+    def _lose(self, job: GenerationJob, why: ApiError) -> None:
+        for row in self.rows:
+            row.live = row.live and row.job is not job
+        job.tell(why)
 
     def _drop(self) -> None:
         """Rows nobody waits for end here, and so do those whose time is over; what has ended is left out by halves."""
@@ -166,15 +171,23 @@ class Scheduler:
         """Read a prompt; its answers begin. A prompt that breaks the model breaks for its own request alone."""
         started = time.monotonic()
         try:
-            logits_NV, read = self.batch.read(job.prompt.inputs, job.asked.choices)
+            told = job.prompt.echo is not None
+            each = told and job.asked.likeliest is not None
+            logits_NV, read = self.batch.read(job.prompt.inputs, job.asked.choices, each=each)
             new = [RunningSequence(job, i, self.model, self.tokenizer, self.ends) for i in range(job.asked.choices)]
             for row, logits_V in zip(new, logits_NV, strict=True):
-                row.emit(logits_V)
+                if told:
+                    row.echo(read.logits_LV)
+                if row.live:
+                    row.emit(logits_V)
             chosen = [row.number for row in new if row.live] if self.batch.joins else list(range(len(new)))
             if any(row.live for row in new):
                 self._compact()
                 self.batch.join(read, chosen)
                 self.rows += [new[i] for i in chosen]
+        except ApiError as e:
+            job.tell(e)
+            return
         except torch.OutOfMemoryError:
             log.exception("no memory for a prompt of %d tokens", len(job.prompt.ids))
             self._fail({job}, 503, "there is not enough memory for this prompt now")

@@ -1,23 +1,22 @@
-"""One answer as it is written: which token comes next, its text so far, and what is told of it."""
+"""One answer as it is written: its text so far, and what is told of it."""
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from opticnerve.common.private_names import generation_config, generation_rules
-from opticnerve.inference.decoding import plain
 from opticnerve.language.thinking import AnswerText
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.schema import ChatRequest, Finish, TokenLogprob, TopLogprob
-from opticnerve.types import OpticNerveError
+from opticnerve.serve.grammar import AnswerGrammar
+from opticnerve.serve.replies import AnswerToolCall, Finish, TokenLogprob, TopLogprob
+from opticnerve.serve.sampling import TokenSampler
+from opticnerve.serve.schema import SampledRequest
+from opticnerve.serve.tools import ToolAnswer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,94 +111,34 @@ def _bytes_of_letters() -> dict[str, int]:
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
-# -- which token comes next -------------------------------------------------------------------------------------------
-
-GREEDY = 1e-4  # below this temperature only the likeliest token is drawn anyway, and scores divided by it overflow
-
-
-class TokenSampler:
-    """Chooses one row's tokens, with a generator of its own.
-
-    With neither temperature nor top_p the model's generation_config decides (greedy, unless it samples); temperature 0
-    (or next to it) is greedy; top_p alone counts as temperature 1. `seed` is of the first choice; the next ones take
-    the numbers behind it.
-
-    Args:
-        model: whose generation_config says what the request leaves open. prompt: token ids. number: which choice of the
-            request this row is.
-    """
-
-    def __init__(
-        self, model: OpticNerveForConditionalGeneration, asked: ChatRequest, prompt: list[int], number: int
-    ) -> None:
-        config = generation_config(model, max_new_tokens=1, **self._options(model, asked))
-        device = model.device
-        self.ids: list[int] = list(prompt)
-        self.change = generation_rules(model, config, torch.tensor([prompt], device=device))
-        seed = secrets.randbits(62) if asked.seed is None else asked.seed + number
-        self.generator = torch.Generator(device).manual_seed(seed) if config.do_sample else None
-
-    @staticmethod
-    def _options(model: OpticNerveForConditionalGeneration, asked: ChatRequest) -> dict[str, Any]:
-        """As transformers' `generate` is told."""
-        temperature, top_p = asked.temperature, asked.top_p
-        open_ = temperature is None and top_p is None
-        if (open_ and not model.generation_config.do_sample) or (temperature is not None and temperature < GREEDY):
-            return {"do_sample": False}
-        # transformers' own default, the 50 likeliest tokens, is nobody's wish here.
-        top_k = model.generation_config.top_k or 0
-        if open_:
-            return {"top_k": top_k}
-        one = 1.0
-        return {
-            "do_sample": True, "temperature": one if temperature is None else temperature,
-            "top_p": one if top_p is None else top_p, "top_k": top_k,
-        }  # fmt: skip
-
-    def choose(self, logits_V: Tensor) -> int:
-        scores_1V = logits_V[None]
-        if self.change:
-            scores_1V = self.change(torch.tensor([self.ids], device=logits_V.device), scores_1V.float())
-        if self.generator is not None:
-            token = int(torch.multinomial(scores_1V.float().softmax(-1), 1, generator=self.generator))
-        else:
-            token = int(scores_1V.argmax(-1))
-        self.ids.append(token)
-        return token
-
-
-def check_plain(model: OpticNerveForConditionalGeneration) -> None:
-    """Refuse a model whose generation_config wants more than a step per token. Raises OpticNerveError: beams,
-    contrastive search, and the like."""
-    config = generation_config(model, max_new_tokens=1)
-    if not plain(config):
-        raise OpticNerveError(
-            "this model's generation_config asks for more than one step per token (beams, guidance, …), which the "
-            "server does not do; edit generation_config.json, or serve it with transformers",
-            kind="unsupported",
-        )
-
-
 # -- an answer while it is written ------------------------------------------------------------------------------------
 
 
 class PromptInputs(NamedTuple):
-    """A prompt as the model takes it: `inputs` of one row, its token ids, and how many tokens its answer may have."""
+    """A prompt as the model takes it: `inputs` of one row, its token ids, and how many tokens its answer may have.
+    `raw`: the answer is told to its last space, for it continues a text, or fits a grammar. `grammar`: that one.
+    `tools`: what finds calls of tools in an answer. `echo`: the prompt's text, told before its continuation."""
 
     inputs: dict[str, Any]
     ids: list[int]
     max_tokens: int
+    raw: bool = False
+    grammar: AnswerGrammar | None = None
+    tools: Callable[[], ToolAnswer] | None = None
+    echo: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerPiece:
-    """Something new of choice `number`: text, its tokens' log-probabilities, its end; `tokens` counts all so far."""
+    """Something new of choice `number`: text, its tokens' log-probabilities, its end and the tools it calls; `tokens`
+    counts all so far."""
 
     number: int
     text: str
     logprobs: list[TokenLogprob]
     finish: Finish | None
     tokens: int
+    calls: Sequence[AnswerToolCall] = ()
 
 
 @dataclass(eq=False)
@@ -213,7 +152,7 @@ class GenerationJob:
             each choice.
     """
 
-    asked: ChatRequest
+    asked: SampledRequest
     prompt: PromptInputs
     deadline: float
     tell: Callable[[AnswerPiece | ApiError], None]
@@ -232,8 +171,12 @@ class RunningSequence:
         ends: Sequence[int],
     ) -> None:
         self.job, self.number, self.tokenizer, self.ends = job, number, tokenizer, ends
-        self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number)
-        self.text, self.answer = IncrementalDetokenizer(tokenizer, job.asked.stops), AnswerText()
+        grammar = job.prompt.grammar
+        own = None if grammar is None else grammar.copy()
+        self.sampler = TokenSampler(model, job.asked, job.prompt.ids, number, own)
+        self.text = IncrementalDetokenizer(tokenizer, job.asked.stops)
+        self.answer = None if job.prompt.raw else AnswerText()
+        self.tools = None if job.prompt.tools is None else job.prompt.tools()
         self.count, self.token, self.live = 0, 0, True
         self._logprobs: list[tuple[int, TokenLogprob]] = []  # not yet told, and where their text begins
 
@@ -241,14 +184,18 @@ class RunningSequence:
         """Choose the next token and tell what is new; `live` is False after the last."""
         self.token, self.count = self.sampler.choose(logits_V), self.count + 1
         if self.token in self.ends:
+            if self.job.asked.tells_end and self.job.asked.likeliest is not None:
+                self._logprobs.append((len(self.text.text), self._logprob(self.token, logits_V)))
             self.end("stop")
             return
         at = len(self.text.text)
         text = self.text.put(self.token)
-        if self.job.asked.logprobs:
-            self._logprobs.append((at, self._logprob(logits_V)))
+        if self.job.asked.likeliest is not None:
+            self._logprobs.append((at, self._logprob(self.token, logits_V)))
         if self.text.cut is not None:
             self._tell(text, "stop")
+        elif self.sampler.finished:
+            self.end("stop", text)
         elif self.count >= self.job.prompt.max_tokens:
             self.end("length", text)
         elif text:
@@ -264,15 +211,35 @@ class RunningSequence:
         logprobs = [found for at, found in self._logprobs if cut is None or at < cut]
         self._logprobs = []
         self.live = finish is None
-        text = self.answer.put(text) + (self.answer.end() if finish else "")
-        self.job.tell(AnswerPiece(self.number, text, logprobs, finish, self.count))
+        if self.answer is not None:
+            text = self.answer.put(text) + (self.answer.end() if finish else "")
+        calls: list[AnswerToolCall] = []
+        if self.tools is not None:
+            text = self.tools.put(text)
+            if finish:
+                rest, calls = self.tools.end()
+                text += rest
+                finish = "tool_calls" if calls and finish == "stop" else finish
+        self.job.tell(AnswerPiece(self.number, text, logprobs, finish, self.count, calls))
 
-    def _logprob(self, logits_V: Tensor) -> TokenLogprob:
+    def echo(self, logits_TV: Tensor | None) -> None:
+        """Tell the prompt. `logits_TV`: behind each of its tokens, where log-probabilities are wanted."""
+        ids, found = self.job.prompt.ids, []
+        if logits_TV is not None:
+            # Before the first token nothing stands; whoever writes it down leaves its number out.
+            before = zip(ids, [logits_TV[0], *logits_TV[:-1]], strict=True)
+            found = [self._logprob(token, logits_V) for token, logits_V in before]
+        over = self.job.prompt.max_tokens == 0
+        self.live = not over
+        text = self.job.prompt.echo or ""
+        self.job.tell(AnswerPiece(self.number, text, found, "length" if over else None, 0))
+
+    def _logprob(self, token: int, logits_V: Tensor) -> TokenLogprob:
         """The model's own, before temperature and top_p."""
         log_p_V = logits_V.float().log_softmax(-1)
-        best = log_p_V.topk(min(self.job.asked.top_logprobs or 0, len(log_p_V)))
+        best = log_p_V.topk(min(self.job.asked.likeliest or 0, len(log_p_V)))
         top = [self._named(*both) for both in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        return TokenLogprob(**self._named(self.token, float(log_p_V[self.token])).model_dump(), top_logprobs=top)
+        return TokenLogprob(**self._named(token, float(log_p_V[token])).model_dump(), top_logprobs=top)
 
     def _named(self, token: int, log_p: float) -> TopLogprob:
         text, raw = token_text(self.tokenizer, token)

@@ -15,13 +15,18 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opticnerve.inference.generate import Answerer
-from opticnerve.serve.app import create_app
+from opticnerve.models.dual_encoder.modeling import DualEncoder
+from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
+from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+from opticnerve.serve.app import Access, create_app, create_embedding_app
 from opticnerve.serve.batch import why_alone
+from opticnerve.serve.embeddings import EmbeddingMaker
 from opticnerve.serve.limits import Metrics, ServerLimits
 from opticnerve.serve.media import MediaSources
 from opticnerve.serve.prompts import PromptReader
+from opticnerve.serve.sampling import check_plain
 from opticnerve.serve.scheduler import Scheduler
-from opticnerve.serve.sequence import check_plain
+from opticnerve.types import OpticNerveError
 from opticnerve.web.guard import Keys
 
 log = logging.getLogger("opticnerve.serve")
@@ -49,11 +54,54 @@ class Service:
         answerer, self.metrics = Answerer(self.model, self.processor), Metrics()
         self.reader = PromptReader(answerer, self.sources, self.limits)
         self.scheduler = Scheduler(answerer, slots=self.limits.slots, metrics=self.metrics)
-        keys = Keys(self.keys)
-        self.middleware = create_app(self.name, self.reader, self.scheduler, self.metrics, keys, self.hosts)
+        access = Access(self.limits, self.metrics, Keys(self.keys), self.hosts)
+        self.middleware = create_app(self.name, self.reader, self.scheduler, access)
         if (why := why_alone(self.model)) is not None:
             log.warning("requests are answered one after another: %s", why)
         self.scheduler.start()
+
+    def stop(self) -> None:
+        """End now: what runs is cut off, what waits is refused. Returns when the model's thread has ended."""
+        self.scheduler.stop()
+
+
+@dataclass(kw_only=True)
+class EmbeddingService:
+    """The same of a dual encoder, which answers nothing but `/v1/embeddings`; arguments as for `Service`."""
+
+    model: DualEncoder
+    processor: DualEncoderProcessor
+    name: str
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    keys: Sequence[str] = ()
+    sources: MediaSources = field(default_factory=MediaSources)
+    hosts: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        metrics = Metrics()
+        self.maker = EmbeddingMaker(self.model, self.processor, self.sources, self.limits, metrics)
+        access = Access(self.limits, metrics, Keys(self.keys), self.hosts)
+        self.middleware = create_embedding_app(self.name, self.maker, access)
+
+    def stop(self) -> None:
+        """End: what waits is left."""
+        self.maker.pool.shutdown(cancel_futures=True)
+
+
+def service_of(model: object, processor: object, **options: Any) -> Service | EmbeddingService:
+    """The service that a model of this family can give; `options` as for `Service`.
+
+    Raises:
+        OpticNerveError: it neither answers nor makes vectors (a classifier).
+    """
+    if isinstance(model, OpticNerveForConditionalGeneration):
+        return Service(model=model, processor=processor, **options)
+    if isinstance(model, DualEncoder) and isinstance(processor, DualEncoderProcessor):
+        return EmbeddingService(model=model, processor=processor, **options)
+    raise OpticNerveError(
+        f"{type(model).__name__} neither answers nor makes vectors, so there is nothing to serve; `opticnerve "
+        "classify` takes it", kind="unsupported",
+    )  # fmt: skip
 
 
 class Server(uvicorn.Server):
@@ -62,7 +110,7 @@ class Server(uvicorn.Server):
     Answers that still run after `grace_seconds` are cut off (`finish_reason` "length"). A second signal ends at once.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service | EmbeddingService) -> None:
         limits = service.limits
         self.service, self.give_up = service, 0.0
         super().__init__(
@@ -87,13 +135,13 @@ class Server(uvicorn.Server):
         if middleware.stopping and not self.should_exit:
             over = time.monotonic() >= self.give_up
             if over:
-                await asyncio.to_thread(self.service.scheduler.stop)
+                await asyncio.to_thread(self.service.stop)
             self.should_exit = middleware.admitted == 0 or over
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        await asyncio.to_thread(self.service.scheduler.stop)
+        await asyncio.to_thread(self.service.stop)
 
 
 def _timed(seconds: float) -> type[H11Protocol]:

@@ -98,15 +98,14 @@ class MasterAdamW:
                     weight.copy_(master)
 
 
-def schedule(step: int, steps: int, *, warmup: float, kind: str, floor: float = 0.0) -> float:
+def schedule(step: int, steps: int, *, warmup: float, kind: str) -> float:
     """The factor on the learning rate at `step` (from 0) of `steps`: linear warm-up, then cosine, linear or
     constant."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm
     progress = (step - warm) / max(1, steps - warm)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[kind]
-    return floor + (1.0 - floor) * shape
+    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[kind]
 
 
 def _whole_values(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:

@@ -12,21 +12,18 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from opticnerve.data.collators.base import open_once
 from opticnerve.data.dataset.dataset import Example, ExampleSubset
 from opticnerve.data.dataset.streaming import Streams
 from opticnerve.data.encode.packing import shared_prefix
 from opticnerve.data.encode.tokenize import Encoded, encode
-from opticnerve.data.media.transform import open_for
 from opticnerve.recipe import Stage
 from opticnerve.train.sampler import Collate, StageSampler
 from opticnerve.types import Conversation, DataError, Frame, OpticNerveError, TextPart
-
-if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
 
 MOST, FIRST = 10_000, 64
 """So many samples are looked at, and so many examples, evenly spread, are read to tell the data apart (of a stream the
@@ -95,7 +92,7 @@ def precheck(
                     getattr(collate, "check", lambda c: collate([[c]]))(conversation)
                 else:
                     made = encode(conversation, processor, template=template, max_length=stage.max_length)
-                    _open_once(conversation, opened, processor.image_processor)  # sounds were opened to be counted
+                    open_once(conversation, processor.image_processor, opened)  # sounds were opened to be counted
                     if count != 1:  # one at a time shares nothing
                         shared_prefix([*encoded[:1], made])
                     encoded.append(made)
@@ -176,12 +173,3 @@ def _words(conversation: Conversation) -> str:
             size = len(source) if isinstance(source, bytes) else ""
             said.append(f"{type(part).__name__} {name}{size}")
     return "\0".join(said)
-
-
-def _open_once(conversation: Conversation, opened: set[Path], image_processor: BaseImageProcessor) -> None:
-    """Open each picture file that has not been looked at yet; only good ones are remembered."""
-    for image in conversation.images:
-        if not isinstance(image.source, Path) or image.source not in opened:
-            open_for(image_processor, image.source, where=conversation.where or conversation.id)
-            if isinstance(image.source, Path):
-                opened.add(image.source)

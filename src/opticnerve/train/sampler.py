@@ -239,7 +239,7 @@ class StageSampler(Dataset[Batch]):
     # -- bad samples ----------------------------------------------------------------------------------------------
 
     def take_left_out(self) -> list[DataError]:
-        """The bad samples that were left out since this was last asked; `data.loader` brings them from its workers."""
+        """The bad samples that were left out since this was last asked; the loader brings them from its workers."""
         taken = list(self._left_out)
         self._left_out.clear()
         return taken
@@ -315,7 +315,7 @@ class StreamingSampler(StageSampler):
         self.leave_out(self.take_left_out())
 
     def state_delta(self) -> list[Any]:
-        """Where windows begin, for the process that saves; `data.loader` brings them from its workers."""
+        """Where windows begin, for the process that saves; the loader brings them from its workers."""
         marks: list[Any] = self.examples.state_delta()
         return marks
 

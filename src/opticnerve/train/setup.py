@@ -79,8 +79,7 @@ class StageSetup:
             with contextlib.ExitStack() as stack:
                 functions = KERNELS[self.stage.kernels](self.accelerator.device) if self.stage.kernels else None
                 model = self.strategy.model
-                nothing = torch.nn.Module()
-                stack.enter_context(fuse_layers(nothing if (lm := model.language_model) is None else lm, functions))
+                stack.enter_context(fuse_layers(model.language_model or torch.nn.Module(), functions))
                 if self.stage.compile:
                     stack.enter_context(compiled_layers(model))
                 give_memory_back()
@@ -129,7 +128,7 @@ def set_up(
     )  # fmt: skip
     model.to(accelerator.device)
     if stage.cache_features:
-        cache_features(model, processor, stage, sampler, accelerator, skipped, console)
+        cache_features(model, processor, stage, sampler, accelerator, console)
 
     # Fresh connectors measure what they will get, the same on every process; then the weights may be shared out.
     going_on = resume and bool(checkpoint.checkpoints(folder))
@@ -302,13 +301,13 @@ def make_sampler(
 
 def cache_features(
     model: FamilyModel, processor: MediaProcessor, stage: Stage, sampler: StageSampler, accelerator: Accelerator,
-    skipped: BadSampleCounter, console: Console | None,
+    console: Console | None,
 ) -> None:  # fmt: skip
     """Have the frozen vision encoder see all pictures of the stage once, and the sampler take what it saw."""
     spec = stage.cache_features if isinstance(stage.cache_features, CacheSpec) else CacheSpec()
     store = see_all(
         model, processor, sampler.pictures(), budget=spec.budget, stored=spec.dtype,
         rank=accelerator.process_index, world=accelerator.num_processes, wait=lambda: barrier(accelerator),
-        threads=stage.workers or None, on_error=skipped if stage.bad_samples != "refuse" else None, console=console,
+        threads=stage.workers or None, on_error=sampler.on_error, console=console,
     )  # fmt: skip
     sampler.collate.features = store

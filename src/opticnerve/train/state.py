@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from opticnerve.common.version import __version__
 from opticnerve.distributed.collectives import gather_objects
+from opticnerve.language.adapters import current_name
 from opticnerve.models.vlm.parts import moving_buffers
 from opticnerve.train import checkpoint, precheck
 from opticnerve.train.sampler import StageSampler
@@ -64,7 +65,9 @@ class TrainState:
             OpticNerveError: its data were others.
         """
         precheck.check_same(state["data"], self._data, self._folder)
-        self._strategy.optimizer.load_state_dict(state["optimizer"])
+        kept = state["optimizer"]
+        masters = {current_name(n): t for n, t in kept["masters"].items()}
+        self._strategy.optimizer.load_state_dict({**kept, "masters": masters})
         for name, value in state["buffers"].items():
             self._strategy.model.get_buffer(name).copy_(value)
         self._sampler.load_state_dict(state["visits"])

@@ -33,7 +33,6 @@ class AttributionMaps:
 
     looked: Any
     picture: Path
-    question: str
 
     def drawings(self, number: int) -> list[PIL.Image.Image]:
         """The maps of one word, a picture for each method."""
@@ -89,7 +88,7 @@ def see(models: Models, model: str, conversation: Conversation, method: str) -> 
             answerer.model, answerer.processor, conversation, methods=None if method == AUTO else [method],
             max_new_tokens=TOKENS,
         )  # fmt: skip
-    return AttributionMaps(looked, Path(str(conversation.images[0].source)), conversation.messages[-1].text)
+    return AttributionMaps(looked, Path(str(conversation.images[0].source)))
 
 
 def look_part(words: Translations, models: Models, model: Any, chat_state: Any) -> tuple[Any, None, list[Any]]:

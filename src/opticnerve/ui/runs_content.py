@@ -40,7 +40,6 @@ class RunAnswer:
     answer: str
     truth: str
     right: float | None
-    kind: str = ""
     image: str | None = None
 
     @property
@@ -107,7 +106,7 @@ def _answer(found: dict[str, Any]) -> RunAnswer:
     image = found.get("image")
     return RunAnswer(
         _text(found.get("question")), _text(found.get("prediction")), _text(found.get("answer")),
-        float(right) if isinstance(right, int | float) else None, _text(found.get("type") or ""),
+        float(right) if isinstance(right, int | float) else None,
         image if isinstance(image, str) else None,
     )  # fmt: skip
 

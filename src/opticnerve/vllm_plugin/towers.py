@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from opticnerve.models.checkpoint import delta
-from opticnerve.models.checkpoint.strict import restore_buffers
+from opticnerve.models.checkpoint.strict import list_problems, restore_buffers
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.tower import Tower, build_tower
 from opticnerve.types import OpticNerveError
@@ -98,9 +98,7 @@ def load_towers(
         None, modalities, trust_remote_code, config=config, state_dict=state, dtype=dtype, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
-    problems = {k: sorted(map(str, v)) for k, v in report.items() if k.endswith("_keys") and v}
-    if problems:
-        listing = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:12])}" for k, v in problems.items())
+    if listing := list_problems(report):
         raise OpticNerveError(f"the towers' weights do not fit config.json: {listing}", kind="mismatch")
     towers = {m: getattr(made, m) for m in modalities}
     sizes = language_sizes(config.text_config)

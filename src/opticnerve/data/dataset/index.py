@@ -31,7 +31,6 @@ from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.data.dataset.read import DataSource, OnError, OpenSource, open_source, raise_error
 from opticnerve.data.formats.media import MOST_FOLDERS, folder_age
 from opticnerve.data.sources.base import Location
-from opticnerve.data.sources.open import open_records
 from opticnerve.types import Conversation, DataError, Frame, OpticNerveError
 
 KEPT = 16 << 20
@@ -85,7 +84,8 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
         return _made(source, tell)
     options = [str(source.path), str(Path(source.path).absolute()), source.format, str(source.media), source.prompt,
                source.allow_outside_media, source.frames, _limit(source), list(source.ignore), source.split,
-               list(source.repair), _readers()]  # fmt: skip
+               list(source.repair), dict(source.columns), dict(source.roles), str(source.annotations),
+               str(source.media_cache), _readers()]  # fmt: skip
     folder = cache_dir() / "indexes" / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
     with _alone(folder):  # several processes start at once: one makes it, the others find it
         started = time.time_ns()
@@ -191,7 +191,7 @@ def _still_true(found: Path) -> bool:
 
 
 def _files_of(source: DataSource) -> list[Path]:
-    return open_records(Path(source.path), source.format, source.split).files
+    return source.records().files
 
 
 def _contents(files: Sequence[Path], now: int) -> str:
@@ -224,7 +224,7 @@ def _stats(files: Sequence[Path]) -> list[tuple[int, int]]:
 
 def _readers() -> str:
     """A hash of the code that reads: with other rules, other samples are good."""
-    folders = (files("opticnerve.data") / part for part in ("formats", "sources", "dataset"))
+    folders = (files("opticnerve.data") / part for part in ("formats", "sources", "dataset", "media"))
     code = sorted(f for folder in folders for f in folder.iterdir() if f.name.endswith(".py"))  # type: ignore[type-var]
     return hashlib.sha256(b"".join(f.read_bytes() for f in code)).hexdigest()
 

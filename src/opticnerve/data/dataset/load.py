@@ -15,6 +15,7 @@ from opticnerve.data.dataset.dataset import Entry, Example, Examples, Groups, Sa
 from opticnerve.data.dataset.index import held_out, index_of
 from opticnerve.data.dataset.read import DataSource, OnError
 from opticnerve.data.dataset.streaming import Stream, Streams
+from opticnerve.data.media.web import CLOUD, local_copy
 from opticnerve.data.sources.base import Streaming
 from opticnerve.recipe import DataSpec, Stage
 from opticnerve.types import Conversation, Frame, OpticNerveError
@@ -82,14 +83,24 @@ def source_of(spec: DataSpec) -> DataSource:
     path = os.path.expandvars(spec.path)
     media = os.path.expandvars(spec.media) if spec.media else None
     trusted = spec.allow_outside_media
+    annotations, cache = (os.path.expandvars(p) if p else None for p in (spec.annotations, spec.media_cache))
+    if not spec.streaming:
+        path = _here(path)
+        annotations = _here(annotations) if annotations else None
     if path.startswith("starter/"):
         path, media = _starter(path)
         trusted = True
     stream = Streaming(spec.subset, spec.hub_split or "train", spec.revision) if spec.streaming else None
     return DataSource(
         path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
-        tuple(spec.ignore), None if spec.streaming else spec.hub_split, tuple(spec.repair),
+        tuple(spec.ignore), None if spec.streaming else spec.hub_split, tuple(spec.repair), spec.columns, spec.roles,
+        annotations, cache,
     )  # fmt: skip
+
+
+def _here(path: str) -> str:
+    """A path on this machine, where it may be one in a cloud."""
+    return str(local_copy(path)) if path.startswith(CLOUD) else path
 
 
 def load_streams(stage: Stage, *, seed: int) -> Streams:

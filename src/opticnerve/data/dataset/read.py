@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from opticnerve.data.formats.converters import CAPTION_FIELDS, CONVERTERS, VAGUE_FIELDS, company, conversations
+from opticnerve.data.formats.base import DataFormat
+from opticnerve.data.formats.columns import Columns, Source
+from opticnerve.data.formats.converters import conversations, format_of
 from opticnerve.data.formats.converters import group_by_image as grouped
 from opticnerve.data.formats.fields import Fields
+from opticnerve.data.formats.layouts import as_option, guessed, layout_of
 from opticnerve.data.formats.media import Context
-from opticnerve.data.formats.names import kind_by_name, kind_of
 from opticnerve.data.formats.rules import REPAIRS, check_conversation, check_unread, repaired
+from opticnerve.data.formats.turns import ROLES
 from opticnerve.data.media.files import errors_at
 from opticnerve.data.media.video import MAX_COUNT
 from opticnerve.data.sources.base import Record, Records, Streaming, refused
+from opticnerve.data.sources.joined import Annotated
 from opticnerve.data.sources.open import open_records
+from opticnerve.data.sources.paths import known_split
 from opticnerve.data.sources.streaming import Streamed, is_hub_name
+from opticnerve.registry import data_formats, hint_at
 from opticnerve.types import Conversation, DataError
 
 OnError = Callable[[DataError], None]
 
-FORMATS = ("auto", *CONVERTERS, "hf", "webdataset")
-_BY_FIELDS = ("auto", "hf", "webdataset")  # the fields of the records tell which of the converters is meant
+_BY_FIELDS = ("auto", "hf", "webdataset")  # the fields of the records tell which of the formats is meant
+FORMATS = ("auto", *data_formats.names(), "hf", "webdataset")
 _HEAD = 32  # records in which a recognisable one is looked for
 
 
@@ -32,16 +38,17 @@ _HEAD = 32  # records in which a recognisable one is looked for
 class DataSource:
     """One entry of a recipe's `data:`.
 
-    `path`: a .json, .jsonl, .csv, .tsv or .parquet file, a folder saved by `datasets`, a folder of Parquet files, or
-    webdataset shards (`shards/{000..099}.tar`). `format`: `captions`, `vqa`, `llava`, `chat`, `completion` or
-    `preference`; `hf`: a folder or Parquet file whose columns tell which of these; `webdataset`: shards, whose samples
-    tell; `auto`: the fields of the first recognisable record tell. `media`: the folder that pictures' paths start from;
-    default: where the data file lies. `prompt`: captions only: what the user says beside the picture; of a list, one
-    for each sample, fixed by its id. `limit`: stop after so many conversations. `allow_outside_media`: read files
-    outside `media`, too, for data you trust. `group_by_image`: vqa only: all questions on a picture become one
-    conversation. `frames`: how many pictures are taken of a video, at equal distances (chat and llava). `ignore`:
-    fields of the records that are passed over, although they name media or say what is learned. `split`: of a folder
-    with several splits, the one that is meant. `repair`: repairs to make, by name (`formats.rules`).
+    `path`: a data file, a folder of them or one saved by `datasets`, or webdataset shards (`shards/{000..099}.tar`).
+    `format`: one of `registry.data_formats`; `hf`: a folder or Parquet file whose columns tell which of these;
+    `webdataset`: shards, whose samples tell; `auto`: the fields of the first recognisable record tell. `media`: the
+    folder that pictures' paths start from; default: where the data file lies. `prompt`: captions only: what the user
+    says beside the picture; of a list, one for each sample, fixed by its id. `limit`: stop after so many conversations.
+    `allow_outside_media`: read files outside `media`, too, for data you trust. `group_by_image`: vqa only: all
+    questions on a picture become one conversation. `frames`: how many pictures are taken of a video, at equal
+    distances. `ignore`: fields of the records that are passed over, although they name media or say what is learned.
+    `split`: which of several splits is meant. `repair`: repairs to make, by name (`formats.rules`). `columns`, `roles`:
+    names of the format's to those of the file (`formats.columns`). `annotations`: a second file, whose records belong
+    to those of the first (`sources.joined`). `media_cache`: the folder into which pictures on the web are fetched.
     """
 
     path: str | Path
@@ -56,6 +63,27 @@ class DataSource:
     ignore: Sequence[str] = ()
     split: str | None = None
     repair: Sequence[str] = ()
+    columns: Mapping[str, Source] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    annotations: str | Path | None = None
+    media_cache: str | Path | None = None
+
+    def records(self) -> Records:
+        """The records of the file, or files, as they lie there.
+
+        Raises:
+            DataError: it cannot be read at all.
+        """
+        if self.stream is not None:
+            if self.annotations is not None:
+                problem = "annotations join what lies anywhere in two files"
+                raise refused(self.path, problem, "leave streaming out", "format")
+            return Streamed(self.path, self.stream)
+        split = None if Path(self.path).is_file() else self.split  # of one file, its records say
+        found = open_records(Path(self.path), self.format, split, close_quotes="close-quotes" in self.repair)
+        if self.annotations is None:
+            return found
+        return Annotated(found, open_records(Path(self.annotations)))
 
     def read(self, on_error: OnError | None = None) -> Iterator[Conversation]:
         self.check()
@@ -75,6 +103,8 @@ class DataSource:
             raise refused(path, f"limit is {self.limit}", "give 0 or more")
         if unknown := sorted(set(self.repair) - set(REPAIRS)):
             raise refused(path, f"unknown repair {unknown[0]!r}", f"choose of {', '.join(REPAIRS)}")
+        if strange := next((r for r in self.roles.values() if r not in ROLES), None):
+            raise refused(path, f"roles: {strange!r} is no role", "map to user, assistant or system", "unknown-role")
         if not 0 < self.frames <= MAX_COUNT:
             raise refused(path, f"frames is {self.frames}", f"give 1 to {MAX_COUNT}")
 
@@ -84,18 +114,22 @@ class OpenSource:
     """A source whose format is known: its records, and what makes conversations of them."""
 
     records: Records
-    format: str
+    format: DataFormat
+    columns: Columns
     context: Context
     ignore: frozenset[str]
     repair: Sequence[str]
     head: list[Record | DataError]
     remaining: Iterator[Record | DataError]
+    split: _Split
 
     def converted(self, on_error: OnError) -> Iterator[tuple[Record, int, Conversation]]:
         """All good conversations, once: the record of each, and which of that record's it is."""
         for record in chain(self.head, self.remaining):
             if isinstance(record, DataError):
                 on_error(record)
+                continue
+            if not self.split.wants(record):
                 continue
             made = self._made(record)
             for part in count():
@@ -144,13 +178,50 @@ class OpenSource:
 
     def _made(self, record: Record, *, check: bool = True) -> Iterator[Conversation]:
         """A record's conversations, once it is seen that nothing of it is passed over that must not be."""
-        fields = Fields(record.fields, self.ignore)
         with errors_at(record.where):
+            given = {k: v for k, v in record.fields.items() if k not in self.ignore}
+            fields = Fields(
+                self.columns.applied(given) if self.columns else given, self.ignore - self.columns.whole.keys()
+            )
             for number, conversation in enumerate(conversations(record, fields, self.format, self.context)):
                 if check and number == 0:
                     media, strict = len(conversation.pieces), self.context.strict
-                    check_unread(fields, format=self.format, strict=strict, media=media)
-                yield repaired(conversation, self.repair)
+                    folder = self.context.media
+                    check_unread(fields, format=self.format.name, strict=strict, media=media, folder=folder)
+                yield repaired(conversation, self.repair, record.repaired)
+
+
+@dataclass
+class _Split:
+    """Which records of one file are wanted, where they name their splits themselves (a field `split`): as with files
+    side by side, several are never read as one."""
+
+    wanted: str | None
+    path: Path
+    first: str | None = None
+
+    def wants(self, record: Record) -> bool:
+        """Whether the record is of the split that is wanted.
+
+        Raises:
+            DataError: it is of another split than those before it, and none is named.
+        """
+        own = known_split(record.fields.get("split"))
+        if own is None:
+            if self.wanted not in (None, "train"):  # one file is what is trained on
+                problem = f"hub_split names the split {self.wanted!r}, and the records of this one file name none"
+                raise refused(self.path, problem, "leave hub_split out")
+            return True
+        if self.wanted is not None:
+            return own in self.wanted.split("+")
+        if self.first is None:
+            self.first = own
+        if own != self.first:
+            raise refused(
+                self.path, f"several splits lie side by side: {self.first}, {own} ({record.where})",
+                f"name one with hub_split: {self.first}, several as {self.first}+{own}, or ignore: [split]",
+            )  # fmt: skip
+        return True
 
 
 def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int] | None = None) -> OpenSource:
@@ -162,33 +233,41 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     Raises:
         DataError: as `read` does even with `on_error`.
     """
-    path, format = Path(source.path), source.format
-    found = (
-        Streamed(source.path, source.stream) if source.stream is not None else open_records(path, format, source.split)
-    )
+    path = Path(source.path)
+    found = source.records()
     known = path.is_dir() or path.suffix.lower() == ".parquet" or source.stream is not None
-    if format == "hf" and not known:
+    if source.format == "hf" and not known:
         raise refused(path, "the hf format is a folder or a .parquet file", "leave format at auto")
     rest = iter(found)
-    head = _head(rest)
-    if format in _BY_FIELDS:
-        format = _recognise(head, path, on_error)
-    if source.prompt and format != "captions":
-        raise refused(path, f"prompt is for captions, and this is {format}", "remove prompt")
-    if source.group_by_image and format != "vqa":
-        raise refused(path, f"group_by_image is for vqa, and this is {format}", "remove group_by_image")
-    media = Path(source.media) if source.media is not None else path if path.is_dir() else path.parent
-    on_hub = source.stream is not None and source.media is None and not path.exists() and is_hub_name(str(source.path))
-    if on_hub:
-        media = path  # pictures come with the rows: a name in them reaches nothing on this machine
-    elif not media.is_dir():
-        raise DataError(f"the media folder {media} does not exist", where=str(path), kind="missing-file")
+    columns = Columns(source.columns, source.roles)
+    media = _media_of(source, path)
+    ignore = frozenset(source.ignore)
+    head = _head(rest, columns, ignore)
+    read_by, columns, again = _shape(source, head, columns, media, on_error)
+    if source.prompt and not read_by.takes_prompt:
+        raise refused(path, f"prompt is for captions, and this is {read_by.name}", "remove prompt")
+    if source.group_by_image and read_by.name != "vqa":
+        raise refused(path, f"group_by_image is for vqa, and this is {read_by.name}", "remove group_by_image")
     if not head:
         raise _empty(path)
     prompts = [source.prompt] if isinstance(source.prompt, str) else source.prompt or ()
     strict = source.format in _BY_FIELDS
-    context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders)
-    return OpenSource(found, format, context, frozenset(source.ignore), source.repair, head, rest)
+    cache = Path(source.media_cache) if source.media_cache is not None else None
+    context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders, cache)
+    split = _Split(source.split if path.is_file() and "split" not in source.ignore else None, path)
+    if "split" in source.ignore or source.stream is not None:
+        split.wanted = None
+    return OpenSource(found, read_by, columns, context, ignore.union(again), source.repair, head, rest, split)
+
+
+def _media_of(source: DataSource, path: Path) -> Path:
+    media = Path(source.media) if source.media is not None else path if path.is_dir() else path.parent
+    on_hub = source.stream is not None and source.media is None and not path.exists() and is_hub_name(str(source.path))
+    if on_hub:
+        return path  # pictures come with the rows: a name in them reaches nothing on this machine
+    if not media.is_dir():
+        raise DataError(f"the media folder {media} does not exist", where=str(path), kind="missing-file")
+    return media
 
 
 def read(path: str | Path, *, on_error: OnError | None = None, **options: Any) -> Iterator[Conversation]:
@@ -205,41 +284,57 @@ def read(path: str | Path, *, on_error: OnError | None = None, **options: Any) -
     return DataSource(path, **options).read(on_error)
 
 
-def _head(stream: Iterator[Record | DataError]) -> list[Record | DataError]:
+def _head(stream: Iterator[Record | DataError], columns: Columns, ignore: frozenset[str]) -> list[Record | DataError]:
     """Enough of the beginning to tell the format by."""
     head: list[Record | DataError] = []
     for item in islice(stream, _HEAD):
         head.append(item)
-        if isinstance(item, Record) and _matches(item):
+        if isinstance(item, Record) and (_matches(mapped := _mapped(item, columns, ignore)) or layout_of(mapped)):
             break
     return head
 
 
-def _matches(record: Record) -> list[str]:
+def _mapped(record: Record, columns: Columns, ignore: Iterable[str]) -> dict[str, Any]:
+    fields = {k: v for k, v in record.fields.items() if k not in ignore}
+    try:
+        return columns.applied(fields) if columns else fields
+    except DataError:  # told when its turn comes
+        return fields
+
+
+def _matches(record: dict[str, Any]) -> list[str]:
     """The formats whose fields the record has."""
-
-    fields = record.fields
-
-    def has(*names: str) -> bool:
-        return any(fields.get(n) is not None for n in names)
-
-    about = any(kind_by_name(k) and kind_of(k, v) for k, v in fields.items() if isinstance(k, str))
-    fits = {
-        "captions": about and (has(*CAPTION_FIELDS) or (has(*VAGUE_FIELDS) and company(fields) is None)),
-        "vqa": has("question") and has("answer", "answers"),
-        "llava": has("conversations"),
-        "chat": has("messages"),
-        "completion": has("prompt") and has("completion"),
-        "preference": has("chosen") and has("rejected"),
-    }
-    return [name for name, fit in fits.items() if fit]
+    return [name for name in data_formats if format_of(name).fits(record)]
 
 
-def _recognise(head: list[Record | DataError], path: Path, on_error: OnError) -> str:
+def _shape(
+    source: DataSource, head: list[Record | DataError], columns: Columns, media: Path, on_error: OnError
+) -> tuple[DataFormat, Columns, Sequence[str]]:
+    """What reads the records; the map that leads there, the user's or that of a known layout; and what the layout
+    passes over."""
+    path, known = Path(source.path), [item for item in head if isinstance(item, Record)]
+    if columns and known and (lost := columns.missing([r.fields for r in known])):
+        name, field = lost
+        there = ", ".join(str(k) for k in list(known[0].fields)[:12])
+        problem = f"columns.{name}: no record has {field}; the fields of {known[0].where} are {there}"
+        raise refused(path, problem, "correct the map" + hint_at(field, map(str, known[0].fields)), "missing-field")
+    record = _mapped(known[-1], columns, source.ignore) if known else {}
+    wanted = None if source.format in _BY_FIELDS else source.format
+    if not columns and (layout := layout_of(record, wanted)):
+        return format_of(layout.format), layout.map, layout.ignore
+    if wanted is not None:
+        return format_of(wanted), columns, ()
+    return format_of(_recognise(_matches(record), record, source, head, media, on_error)), columns, ()
+
+
+def _recognise(
+    matches: list[str], record: dict[str, Any], source: DataSource, head: list[Record | DataError], media: Path,
+    on_error: OnError,
+) -> str:  # fmt: skip
+    path = Path(source.path)
     if not head:
         raise _empty(path)
     known = [item for item in head if isinstance(item, Record)]
-    matches = _matches(known[-1]) if known else []
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -249,8 +344,13 @@ def _recognise(head: list[Record | DataError], path: Path, on_error: OnError) ->
     for item in head:
         if isinstance(item, DataError):
             on_error(item)
-    seen = ", ".join(str(k) for k in list(known[0].fields)[:12]) if known else "no readable record"
-    raise refused(path, f"cannot tell the format from {seen}", f"set format to one of {', '.join(CONVERTERS)}")
+    seen = ", ".join(str(k) for k in list(record)[:12]) if known else "no readable record"
+    wants = "; ".join(f"{name}: {format_of(name).wants}" for name in data_formats)
+    columns = guessed(record, media)
+    remedy = f"this would probably fit: {as_option(columns)}" if columns else "say with columns what is what"
+    if "question" in record and source.annotations is None:
+        remedy = f"where another file has the answers, name it with annotations; or {remedy}"
+    raise refused(path, f"cannot tell the format from {seen}. A record wants, for {wants}", remedy)
 
 
 def _empty(path: Path) -> DataError:

@@ -11,14 +11,16 @@ from typing import Any
 from zlib import crc32
 
 from opticnerve.data.formats.fields import Fields, brief, empty
-from opticnerve.data.formats.names import KINDS, Kind, file_names, kind_by_name, kind_of, split, words_of
-from opticnerve.data.media.files import decode_data_url, is_url
+from opticnerve.data.formats.names import file_names, kind_by_name, kind_of, split, words_of
+from opticnerve.data.media.files import KINDS, Kind, base64_bytes, decode_data_url, is_url
 from opticnerve.data.media.video import spaced
+from opticnerve.data.media.web import CLOUD, fetched
 from opticnerve.types import AudioPart, DataError, Frame, ImagePart, Part
 
 MOST_FOLDERS = 20_000
 """Folders of media that are remembered; where there are more, one more is."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+_SUFFIXES = (".jpg", ".png", ".jpeg", ".mp4", ".avi", ".webm", ".mkv", ".wav", ".mp3", ".flac")
 _LONG = 64
 # PNG, JPEG, GIF, WebP and WAV, BMP, TIFF, ICO, MP4, MP3, Ogg, FLAC
 _BEGINNINGS = ("iVBORw", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAB", "AAAA", "SUQz", "//", "T2dnUw",
@@ -37,7 +39,8 @@ class Context:
     us read whatever it names. `prompts`: what the user says to have a picture captioned. `frames`: pictures taken of a
     video. `strict`: the format was not named but told by the fields, so that words which it has no use for are an
     error. `folders`, if given, takes each folder in which a file was looked for, and when it had last changed
-    (`folder_age`): as long as these stay, what was found is there and what was missing is not.
+    (`folder_age`): as long as these stay, what was found is there and what was missing is not. `cache`: the folder into
+    which what is named by a web address is fetched; without one nothing is.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Context:
     frames: int = 8
     strict: bool = False
     folders: dict[str, int] | None = None
+    cache: Path | None = None
     _root: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,29 +105,28 @@ class Context:
         source = self._medium(value, kind)
         return [ImagePart(Frame(source, index, self.frames)) for index in range(self.frames)]
 
-    def _medium(self, value: object, kind: str) -> Path | bytes:
+    def _medium(self, value: object, kind: Kind) -> Path | bytes:
         if isinstance(value, dict):
             value = next((value[k] for k in ("bytes", "path", "url", "data") if value.get(k) is not None), value)
         if isinstance(value, bytes):
             return value
         if not isinstance(value, str) or not value:
             raise DataError(f"the {kind} is given as {brief(value)}", remedy="give a file's path", kind="wrong-type")
-        if is_url(value):
-            raise DataError(
-                f"the {kind} {value[:200]} is a web address, and opticnerve fetches nothing",
-                remedy="download it and give the file's path", kind="url",
-            )  # fmt: skip
+        if is_url(value) or value.startswith(CLOUD):
+            if self.cache is None:
+                raise DataError(
+                    f"the {kind} {value[:200]} is a web address, and opticnerve fetches nothing unasked",
+                    remedy="name a folder to fetch it into with media_cache, or download it and give the file's path",
+                    kind="url",
+                )  # fmt: skip
+            return fetched(value, self.cache, kind)
         if value[:5].lower() == "data:":
-            return decode_data_url(value)
-        if len(value) >= _LONG and value.startswith(_BEGINNINGS) and _BASE64.fullmatch(value):
-            raise DataError(
-                f"the {kind} is {len(value):,} characters that look like base64: {value[:16]}…",
-                remedy=f"write data:{kind}/{ {'image': 'png', 'audio': 'wav'}.get(kind, 'mp4') };base64, before it",
-                kind=f"missing-{kind}",
-            )
+            return decode_data_url(value, kind)
+        if len(value) >= _LONG and value.lstrip().startswith(_BEGINNINGS) and _BASE64.fullmatch(value):
+            return base64_bytes(value, kind, f"the {kind} of {len(value):,} characters that look like base64")
         return self._file(value.removeprefix("file://"), kind)
 
-    def _file(self, value: str, kind: str) -> Path:
+    def _file(self, value: str, kind: Kind) -> Path:
         path = self.media / value
         if self.folders is not None and len(self.folders) <= MOST_FOLDERS:
             folder = os.path.dirname(path)
@@ -142,6 +145,8 @@ class Context:
             )
         if not exists:
             remedy = "set media to the folder that the paths start from"
+            if not path.suffix and (end := next((s for s in _SUFFIXES if path.with_suffix(s).exists()), None)):
+                remedy = f'there is {value[:60]}{end}: columns.{kind}="{{{kind}}}{end}"'
             raise DataError(f"the {kind} {path} does not exist", remedy=remedy, kind=f"missing-{kind}")
         return path
 
@@ -161,6 +166,14 @@ def folder_age(folder: str) -> int:
         return -1
 
 
+def _says_whence(value: object) -> bool:
+    return isinstance(value, str) and is_url(value)
+
+
+def _is_bytes(value: object) -> bool:
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+
+
 def _is_still(value: object) -> bool:
     return isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
 
@@ -172,9 +185,13 @@ def _joined(fields: Fields, keys: list[str]) -> Any:
     stems = {tuple(w for w in words_of(k) if not w.isdigit()) for k in keys}
     if len(keys) > 1 and len(stems) == 1 and all(numbers):
         return [fields[k] for k in sorted(keys, key=lambda k: [int(w) for w in words_of(k) if w.isdigit()])]
-    first, *others = sorted(keys, key=lambda k: kind_by_name(k) == "file")
+    if len(local := [k for k in keys if not _says_whence(dict.get(fields, k))]) not in (0, len(keys)):
+        keys = local  # a web address beside a file says where that came from
+    first, *others = sorted(keys, key=lambda k: (kind_by_name(k) == "file", not _is_bytes(dict.get(fields, k))))
     value = fields[first]
     for key in others:
+        if _is_bytes(value) and isinstance(fields[key], str):
+            continue  # with the picture at hand, a path says where it came from
         if not same_files(value, dict(fields.raw())[key]):
             raise DataError(
                 f"{first} and {key} both name media, and different ones",

@@ -15,9 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from opticnerve.data.formats.fields import empty
-
-Kind = Literal["image", "video", "audio"]
-KINDS: tuple[Kind, ...] = ("image", "video", "audio")
+from opticnerve.data.media.files import KINDS, Kind
 
 _NOUNS: dict[Kind, tuple[str, ...]] = {
     "image": ("image", "img", "picture", "pic", "photo", "photograph", "screenshot"),

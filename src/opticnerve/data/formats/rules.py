@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from opticnerve.data.formats.fields import Fields, empty
+from opticnerve.data.formats.layouts import as_option, picture_by_number
 from opticnerve.data.formats.media import ends_alike
 from opticnerve.data.formats.names import (
     file_names,
@@ -29,6 +31,8 @@ from opticnerve.data.media.files import errors_at, is_url
 from opticnerve.types import Conversation, DataError, ImagePart, Message, TextPart
 
 QUESTION = ("prompt", "question", "query", "instruction", "context", "hint", "choices", "options", "answer", "answers")
+_PROMPTED = ("tools", "objects")
+"""What is written into the prompt elsewhere: tools, and ms-swift's boxes behind `<ref-object>` and `<bbox>`."""
 _DEEPEST = 6
 
 
@@ -117,25 +121,28 @@ def _refused(kind: str, problem: str, remedy: str) -> DataError:
 # -- what a record holds and its reader did not look at ----------------------------------------------------------------
 
 
-def check_unread(fields: Fields, *, format: str, strict: bool, media: int) -> None:
+def check_unread(fields: Fields, *, format: str, strict: bool, media: int, folder: Path | None = None) -> None:
     """Raise an error (kind `unused-field`) for the first field that must not be passed over.
 
     Args:
-        strict: words of a question are not passed over either. media: how many the conversation has.
+        strict: words of a question are not passed over either. media: how many the conversation has. folder: where
+            they are looked for, to say how a number names one.
     """
+    by_number = picture_by_number(fields, folder or Path())
     used = set(_files_used(fields, 0))
     for path, key, value in _unread(fields, "", 0):
-        if (kind := kind_of(key, value)) and not _is_used(key, value, used, media):
+        if (kind := kind_of(key, value)) and not _is_used(key, value, used, media, path == key):
             raise _unused(path, f"names {kind} files", value, format)
         if not media and names_by_number(key) and not empty(value):
-            raise _unused(path, "points at a picture", value, format)
+            raise _unused(path, "points at a picture", value, format, as_option(by_number) if path == key else "")
         if key in WEIGHTS or (key in REFUSED and path != key):
             if not empty(value):
                 raise _unused(path, "may change what is learned", value, format)
         elif strict and path == key and key in QUESTION and format in ("captions", "vqa") and not empty(value):
             raise _unused(path, "belongs to the question", value, format)
-    if not empty(fields.get("tools")):
-        raise _unused("tools", "changes the prompt", fields["tools"], format)
+    for name in _PROMPTED:
+        if not empty(fields.get(name)):
+            raise _unused(name, "changes the prompt", fields[name], format)
 
 
 def _unread(fields: dict[str, Any], before: str, depth: int) -> Iterator[tuple[str, str, Any]]:
@@ -169,23 +176,42 @@ def _files_used(fields: Fields, depth: int) -> Iterator[tuple[str, ...]]:
                 yield from _files_used(item, depth + 1)
 
 
-def _is_used(key: str, value: object, used: set[tuple[str, ...]], media: int) -> bool:
-    """The same file again, or, under another name than one for media, the web address that media at hand came from."""
-    if media and kind_by_name(key) is None and isinstance(value, str) and is_url(value):
+def _is_used(key: str, value: object, used: set[tuple[str, ...]], media: int, outside: bool) -> bool:
+    """The same file again, or, `outside` of the turns or under another name than one for media, the web address that
+    media at hand came from."""
+    if media and (outside or kind_by_name(key) is None) and isinstance(value, str) and is_url(value):
         return True
     names = list(file_names(value))
     return bool(names) and all(any(ends_alike(name, other) for other in used) for name in names)
 
 
-def _unused(path: str, does: str, value: object, format: str) -> DataError:
-    shown = value if isinstance(value, str) else type(value).__name__
+def _unused(path: str, does: str, value: object, format: str, instead: str = "") -> DataError:
+    shown = str(value) if isinstance(value, str | int) else type(value).__name__
     return DataError(
         f"{path} ({shown[:60]}) {does}, and is not read in the format {format}", kind="unused-field",
-        remedy=f"put it where the format has it (docs/data.md), or ignore: [{path.rpartition('.')[2]}]",
+        remedy=f"{instead or 'name it with columns, as the format has it'}; or ignore: [{path.rpartition('.')[2]}]",
     )  # fmt: skip
 
 
 # -- repairs ----------------------------------------------------------------------------------------------------------
+
+
+def picture_first(conversation: Conversation) -> Conversation:
+    """In each turn its pictures and sounds before its words, as most models were trained."""
+    messages = []
+    for message in conversation.messages:
+        words = [p for p in message.parts if isinstance(p, TextPart)]
+        media = [p for p in message.parts if not isinstance(p, TextPart)]
+        moved = (*media, *words) != message.parts
+        messages.append(replace(message, parts=(*media, *words)) if moved else message)
+    return replace(conversation, messages=tuple(messages)) if tuple(messages) != conversation.messages else conversation
+
+
+def drop_leading_assistant(conversation: Conversation) -> Conversation:
+    """Without what the assistant says before any user does."""
+    first = next((n for n, m in enumerate(conversation.messages) if m.role == "user"), 0)
+    kept = tuple(m for n, m in enumerate(conversation.messages) if n >= first or m.role != "assistant")
+    return replace(conversation, messages=kept) if len(kept) < len(conversation.messages) else conversation
 
 
 def fold_system(conversation: Conversation) -> Conversation:
@@ -199,11 +225,23 @@ def fold_system(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=(replace(user, parts=(*head, *user.parts)), *rest))
 
 
-REPAIRS: dict[str, Callable[[Conversation], Conversation]] = {"fold-system": fold_system}
-
-
-def repaired(conversation: Conversation, names: Iterable[str]) -> Conversation:
-    """A conversation with these repairs, in the order given."""
-    for name in names:
-        conversation = REPAIRS[name](conversation)
+def _as_read(conversation: Conversation) -> Conversation:
     return conversation
+
+
+REPAIRS: dict[str, Callable[[Conversation], Conversation]] = {
+    "fold-system": fold_system, "picture-first": picture_first, "drop-leading-assistant": drop_leading_assistant,
+    "close-quotes": _as_read,  # done where tables are read (`sources.csv_rows`)
+}  # fmt: skip
+
+
+def repaired(conversation: Conversation, names: Iterable[str], before: Iterable[str] = ()) -> Conversation:
+    """A conversation with these repairs, in the order given. `meta["repaired"]` lists those that changed something,
+    `before` among them: those that reading took."""
+    done = list(before)
+    for name in names:
+        after = REPAIRS[name](conversation)
+        if after is not conversation:
+            done.append(name)
+        conversation = after
+    return replace(conversation, meta={**conversation.meta, "repaired": done}) if done else conversation

@@ -18,7 +18,8 @@ from typing import Any, cast
 
 from opticnerve.data.formats.fields import Fields, brief, empty, find, missing, objects, text
 from opticnerve.data.formats.media import Context, Example
-from opticnerve.data.formats.names import KINDS, Kind, Tag, kind_by_name, split
+from opticnerve.data.formats.names import Tag, kind_by_name, split
+from opticnerve.data.media.files import KINDS, Kind
 from opticnerve.types import Conversation, DataError, Message, Part, Role, TextPart
 
 ROLES: dict[str, Role] = {

@@ -1,6 +1,7 @@
 """Where a picture, a sound or a video lies (a file, bytes, a `data:` URL): found, named and hashed, not decoded.
 
-Nothing is ever fetched. Errors are raised without saying which sample it was; `errors_at` adds that in one place.
+Nothing is fetched here (`media.web` does, where it is asked to). Errors are raised without saying which sample it was;
+`errors_at` adds that in one place.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from opticnerve.common.atomic import sha256
 from opticnerve.types import DataError
 
-Kind = Literal["image", "audio", "video"]
+Kind = Literal["image", "video", "audio"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _NOUN: dict[Kind, str] = {"image": "picture", "audio": "sound", "video": "video"}
 _URL: dict[Kind, str] = {"image": "image/png", "audio": "audio/wav", "video": "video/mp4"}
 
@@ -44,7 +46,7 @@ def unreadable(kind: Kind, problem: str, remedy: str = "") -> DataError:
 
 
 def is_url(source: str) -> bool:
-    """Whether this is an address on the web, which opticnerve never fetches."""
+    """Whether this is an address on the web, which is fetched where a `media_cache` says so alone."""
     return re.match(r"https?://", source, re.IGNORECASE) is not None
 
 
@@ -58,10 +60,20 @@ def decode_data_url(url: str, kind: Kind = "image") -> bytes:
     remedy = f"write data:{_URL[kind]};base64,…"
     if not comma or not head.lower().endswith(";base64"):
         raise unreadable(kind, f"the data URL {head[:60]!r} is not base64", remedy)
+    return base64_bytes(body, kind, f"the data URL {head[:60]!r}")
+
+
+def base64_bytes(body: str, kind: Kind, name: str) -> bytes:
+    """What base64 says: with line breaks, without padding, in the alphabet of addresses (`-_`), as people have it.
+
+    Raises:
+        DataError: it is not base64 (kind `unreadable-…`); `name`: what the error calls it.
+    """
+    plain = re.sub(r"\s+|%0[AaDd]", "", body).replace("-", "+").replace("_", "/").rstrip("=")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as e:
-        raise unreadable(kind, f"the data URL {head[:60]!r} does not hold valid base64: {e}", remedy) from e
+        raise unreadable(kind, f"{name} does not hold valid base64: {e}") from e
 
 
 def name_of(source: object, kind: Kind) -> str:

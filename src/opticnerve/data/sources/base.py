@@ -32,12 +32,14 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One entry of a data file. `index` is the number that `where` shows: a line (from 1) or a position (from 0)."""
+    """One entry of a data file. `index` is the number that `where` shows: a line (from 1) or a position (from 0).
+    `repaired`: the repairs that reading it took."""
 
     fields: dict[str, Any]
     where: str
     index: int
     place: Location
+    repaired: tuple[str, ...] = ()
 
 
 class DamagedShard(DataError):

@@ -1,33 +1,42 @@
-"""Tables of text with a header: cells between commas, semicolons, tabs or bars; a quoted one may span lines.
+"""Tables of text: cells between commas, semicolons, tabs or bars; a quoted one may span lines.
 
-A quote that is opened and not closed, or closed by another cell's, costs its own row: reading goes on at the next line.
+The first line is a header, unless a picture, a sound or a web address stands in it: then two columns are the medium and
+its caption (Flickr8k's token file, CC3M), and more are called column_1, column_2, … A quote that is opened and not
+closed, or closed by another cell's, costs its own row: reading goes on at the next line; with the repair
+`close-quotes` the quotes of such a line are taken as they stand.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from opticnerve.data.formats.names import kind_by_name, kind_by_value
+from opticnerve.data.media.files import is_url
 from opticnerve.data.sources.base import Handles, Location, Record, changed, not_utf8
 from opticnerve.types import DataError
 
 _DELIMITERS = ",;\t|"
 _MISSING = ("", "NaN", "nan")  # as pandas writes missing numbers
+_LONGEST, _SPANNED = 1 << 30, 2 << 20
+"""Characters of a cell (a picture as base64), and of all lines that one row spans."""
+CLOSE_QUOTES = "close-quotes"
 
 
 class Csv:
-    """A table with a header, whose delimiter is the one that stands most often in it."""
+    """A table, whose delimiter is the one that stands most often in its first line."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.files = path, [path]
+    def __init__(self, path: Path, *, close_quotes: bool = False) -> None:
+        self.path, self.files, self.close_quotes = path, [path], close_quotes
         self._handles = Handles(self.files)
         self._header: list[str] = []
         self._delimiter = ""
+        self._mended = False
 
     def __iter__(self) -> Iterator[Record | DataError]:
         with self.path.open("rb") as file:
@@ -43,33 +52,51 @@ class Csv:
                     if isinstance(checked, DataError):
                         raise checked
                     assert isinstance(found, list)
-                    header += self._named(found, where)
+                    names = _without_header(found)
+                    header += names or self._named(found, where)
                     self._header = header
-                elif isinstance(checked, DataError):
+                    if not names:
+                        continue
+                    checked = self._checked(found, where, header)
+                if isinstance(checked, DataError):
                     yield checked
-                else:
-                    yield Record(checked, where, line, Location(0, start, lines.read - start))
+                elif checked is not None:
+                    mended = (CLOSE_QUOTES,) if self._mended else ()
+                    yield Record(checked, where, line, Location(0, start, lines.read - start), mended)
 
     def at(self, place: Location, index: int) -> Record:
         if not self._header:
             next(iter(self), None)  # reads the header
         text = self._handles.read(*place).decode("utf-8")
-        row: list[str] = next(self._reader(io.StringIO(text, newline="")), [])
         where = f"{self.path}:{index}"
+        mended: tuple[str, ...] = ()
+        try:
+            row: list[str] = next(self._reader(io.StringIO(text, newline="")), [])
+        except csv.Error as e:
+            if not self.close_quotes:
+                raise changed(self.path) from e
+            row, mended = self._unquoted(text), (CLOSE_QUOTES,)
         checked = self._checked(row, where, self._header)
         if isinstance(checked, DataError):
             raise checked
         if checked is None:
             raise changed(self.path)
-        return Record(checked, where, index, place)
+        return Record(checked, where, index, place, mended)
+
+    def _unquoted(self, line: str) -> list[str]:
+        """The cells of one line in which quotes mean nothing."""
+        cells = next(csv.reader([line], delimiter=self._delimiter, quoting=csv.QUOTE_NONE), [])
+        return [c.strip('"') if c.startswith('"') else c for c in cells]
 
     def _reader(self, lines: Iterator[str]) -> Any:
         return csv.reader(lines, delimiter=self._delimiter, skipinitialspace=self._delimiter == "|", strict=True)
 
     def _rows(self, lines: _Lines, header: list[str]) -> Iterator[tuple[int, int, list[str] | DataError]]:
         """(line, first byte, row or what is wrong with it); `header` is filled by the caller."""
+        csv.field_size_limit(_LONGEST)
         reader = self._reader(lines)
         while True:
+            self._mended = False
             line, start = lines.number + 1, lines.read
             lines.taken.clear()
             row: list[str] = []
@@ -85,9 +112,14 @@ class Csv:
             if problem:
                 lines.give_back()
                 reader = self._reader(lines)
+                if self.close_quotes and header and len(row := self._unquoted(lines.taken[0])) == len(header):
+                    self._mended = True
+                    yield line, start, row
+                    continue
                 bad = DataError(
                     f"not a CSV row: {problem}", where=f"{self.path}:{line}",
-                    remedy="close the quotes; a quote within a quoted cell is written twice", kind="csv",
+                    kind="csv", remedy="close the quotes; a quote within a quoted cell is written twice; or repair: "
+                    f"[{CLOSE_QUOTES}], which takes the quotes of such a line as they stand",
                 )  # fmt: skip
             yield line, start, bad if problem else row
 
@@ -125,10 +157,29 @@ class Csv:
             remedy = "put cells that hold the delimiter or line breaks in double quotes"
             return DataError(problem, where=where, remedy=remedy, kind="csv")
         cells = [cell.strip() for cell in row] if self._delimiter == "|" else row
-        return {k: v for k, v in zip(header, cells, strict=True) if v not in _MISSING}
+        if header == ["image", "caption"]:
+            cells = [_unnumbered(cells[0]), cells[1]]
+        return {k: None if v in _MISSING else v for k, v in zip(header, cells, strict=True)}
+
+
+def _without_header(row: list[str]) -> list[str]:
+    """Names for the columns of a table whose first row is one of data; else none."""
+    kinds = [kind_by_value(_unnumbered(cell)) or ("image" if is_url(cell) else None) for cell in row]
+    if not any(kinds):
+        return []
+    if len(row) == 2 and None in kinds:
+        return [kind or "caption" for kind in kinds]
+    return [f"column_{n}" for n in range(1, len(row) + 1)]
+
+
+def _unnumbered(cell: str) -> str:
+    """`1.jpg#0` → `1.jpg`: Flickr's caption number 0 of the picture."""
+    return re.sub(r"(?<=\.\w{3})#\d+$", "", cell.strip())
 
 
 def _delimiter(header: str, suffix: str) -> str:
+    if suffix in (".tsv", ".token", ".txt") and "\t" in header:
+        return "\t"  # captions without a header may hold more commas
     usual = "\t" if suffix == ".tsv" else ","
     bare = "".join(header.split('"')[::2])  # what is not in quotes
     return max(usual + _DELIMITERS, key=bare.count)
@@ -148,6 +199,8 @@ class _Lines(Iterator[str]):
         self._text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
     def __next__(self) -> str:
+        if len(self.taken) > 1 and sum(map(len, self.taken)) > _SPANNED:
+            raise csv.Error(f"its quoted cell spans more than {len(self.taken):,} lines")
         line = self._ahead.popleft() if self._ahead else next(self._text)
         self.read += _bytes(line)
         self.number += 1

@@ -1,8 +1,8 @@
 """The records of a path, whatever kind of file or folder it is.
 
-A folder was saved by `datasets`, or holds files of Parquet, JSON lines, CSV or JSON, tar shards, or an imagefolder
-(pictures with `metadata.csv`, `.jsonl` or `.parquet`: huggingface.co/docs/datasets/image_dataset). One split of it is
-read.
+A folder was saved by `datasets`, or holds files of Parquet, JSON lines, CSV or JSON, tar shards, or an imagefolder:
+pictures with `metadata.csv`, `.jsonl` or `.parquet` (huggingface.co/docs/datasets/image_dataset), each with a text file
+of its own name, or in folders that are called as what they show. One split of it is read.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from opticnerve.data.sources.base import CSV_SUFFIXES, JSONL_SUFFIXES, JsonLines
 from opticnerve.data.sources.csv_rows import Csv
 from opticnerve.data.sources.json_list import open_json
 from opticnerve.data.sources.paths import one_split
+from opticnerve.data.sources.pictures import PictureFolders
 from opticnerve.data.sources.tables import ParquetTables, SavedTable, saved_by_datasets
-from opticnerve.data.sources.webdataset import Shards, is_shards
+from opticnerve.data.sources.webdataset import PICTURES, Shards, is_shards
 from opticnerve.types import DataError
 
 _KINDS = ((".parquet",), JSONL_SUFFIXES, CSV_SUFFIXES, (".json",))
+_TEXT_TABLES = (".txt", ".token")  # Flickr8k's
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 
 
-def open_records(path: Path, format: str = "auto", split: str | None = None) -> Records:
+def open_records(path: Path, format: str = "auto", split: str | None = None, *, close_quotes: bool = False) -> Records:
     """The records of a path, which may be a pattern of shards.
 
     Args:
-        split: which of a folder's splits.
+        split: which of a folder's splits. close_quotes: of a table, take the quotes of a line that cannot be read
+            with them as they stand.
 
     Raises:
         DataError: the file is missing, or of an unknown suffix; a folder of several splits, of which none is named.
@@ -45,23 +48,31 @@ def open_records(path: Path, format: str = "auto", split: str | None = None) -> 
         raise refused(path, "no permission to read it", "chmod u+r", "missing-file")
     suffix = path.suffix.lower()
     if path.is_dir():
-        return _open_folder(path, split)
+        return _open_folder(path, split, close_quotes)
     if split not in (None, "train"):  # one file is what is trained on
         problem = f"hub_split names the split {split!r}, and this is one file"
         raise refused(path, problem, "leave hub_split out")
     if suffix == ".parquet":
         return ParquetTables(path, [path])
     if suffix in JSONL_SUFFIXES:
-        return JsonLines(path)
-    if suffix in CSV_SUFFIXES:
-        return Csv(path)
+        return open_json(path) if _is_list(path) else JsonLines(path)
+    if suffix in (*CSV_SUFFIXES, *_TEXT_TABLES):
+        return Csv(path, close_quotes=close_quotes)
     if suffix == ".json":
         return open_json(path)
     problem = f"cannot tell what kind of data file {suffix or 'a file without a suffix'!r} is"
     raise refused(path, problem, "use .json, .jsonl, .csv, .tsv, .parquet, .tar, or a folder saved by datasets")
 
 
-def _open_folder(folder: Path, split: str | None) -> Records:
+def _is_list(path: Path) -> bool:
+    """Whether a file that is called .jsonl holds one JSON list: its first line is a bracket, or no line of its own."""
+    with path.open("rb") as file:
+        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in iter(lambda: file.readline(1 << 20), b""))
+        first = next(filter(None, lines), b"")
+    return first[:1] == b"[" and first[1:].strip()[:1] in (b"", b"{")
+
+
+def _open_folder(folder: Path, split: str | None, close_quotes: bool) -> Records:
     """The records of one split of a folder, file by file.
 
     Raises:
@@ -72,15 +83,15 @@ def _open_folder(folder: Path, split: str | None) -> Records:
     saved = sorted(f.parent for name in ("dataset_info.json", "state.json") for f in folder.glob(f"*/{name}"))
     if saved:
         return SavedTable(one_split(folder, list(dict.fromkeys(saved)), split)[0], None)
-    if (folder / "dataset_dict.json").is_file():
-        return SavedTable(folder, split)
     found = _data_files(folder)
     if is_shards(found[0]):
         return Shards(folder, split)
+    if found[0].suffix.lower().lstrip(".") in PICTURES:
+        return PictureFolders(folder, one_split(folder, found, split))
     files = one_split(folder, found, split)
     if all(f.suffix.lower() == ".parquet" and f.stem != "metadata" for f in files):
         return ParquetTables(folder, files)
-    return Files(folder, files, list(map(open_records, files)))
+    return Files(folder, files, [open_records(f, close_quotes=close_quotes) for f in files])
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -93,7 +104,13 @@ def _data_files(folder: Path) -> list[Path]:
             return files
     if shards := [f for f in found if is_shards(f)]:
         return shards
-    remedy = "name the data file itself; pictures alone want a metadata.csv with file_name and caption"
+    pictures = [f for f in found if f.suffix.lower().lstrip(".") in PICTURES]
+    if any(f.with_suffix(".txt") in found for f in pictures) or {f.parent for f in pictures} - {folder}:
+        return pictures
+    remedy = (
+        "name the data file itself; pictures alone want a metadata.csv with file_name and caption, a text file "
+        "each, or folders called as what they show"
+    )
     raise refused(folder, "the folder holds neither a saved dataset nor files of data", remedy)
 
 

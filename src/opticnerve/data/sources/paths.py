@@ -70,6 +70,14 @@ def split_of(file: Path, folder: Path) -> str:
     return _in((*parts[:-1], name))
 
 
+def known_split(value: object) -> str | None:
+    """The split that a record's field names, if it is one: train, validation, test, held-out or Karpathy's restval."""
+    if not isinstance(value, str):
+        return None
+    name = value.strip().lower()
+    return "restval" if name == "restval" else _NAMED.get(name)
+
+
 def _in(parts: Sequence[str]) -> str:
     found = (_WORD.search(part.lower()) for part in reversed(parts))
     return next((_NAMED[f[1]] for f in found if f), "")

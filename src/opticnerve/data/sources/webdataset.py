@@ -22,12 +22,14 @@ from typing import Any
 
 from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
+from opticnerve.data.formats.fields import empty
 from opticnerve.data.sources.base import Handles, Location, Record, no_key_twice, not_utf8, refused
 from opticnerve.data.sources.paths import matching, one_split
 from opticnerve.types import DataError
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"}
 SOUNDS = {"flac", "wav", "mp3", "ogg", "opus", "m4a"}
+_SAID = ("caption", "captions", "text", "texts", "conversations", "messages", "question", "prompt")
 MAX_SAMPLE = 256 << 20
 """Bytes of one sample, all of its members together."""
 _BLOCK = 512
@@ -147,7 +149,7 @@ def sample_of(fields: dict[str, Any], members: Iterable[tuple[str, Any]], text: 
         if found := [member for name, member in listed if ending(name) in endings]:
             fields.pop(f"{kind}s", None)
             fields[kind] = found[0] if len(found) == 1 else found
-    if text is not None and not {"caption", "captions", "text", "conversations", "messages"} & fields.keys():
+    if text is not None and all(empty(fields.get(name)) for name in _SAID):
         fields["caption"] = text
     fields.setdefault("id", key)
     return fields

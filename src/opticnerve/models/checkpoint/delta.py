@@ -32,6 +32,7 @@ from opticnerve import registry
 from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
 from opticnerve.common.version import __version__
+from opticnerve.language.adapters import current_name
 from opticnerve.language.load import load_language
 from opticnerve.models.checkpoint.options import LoadOptions, floating
 from opticnerve.models.checkpoint.strict import no_larger_than, shapes, wrap_errors
@@ -177,7 +178,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise OpticNerveError(
             f"{place} is not a dock's reference file: {str(e)[:200] or type(e).__name__}", kind="damaged"
         ) from e
-    return reference
+    return {**reference, "tensors": {current_name(n): shape for n, shape in reference["tensors"].items()}}
 
 
 def load(
@@ -281,7 +282,9 @@ def put(model: nn.Module, folder: Path, expected: dict[str, list[int]], *, sha25
         expected: name → shape of what the folder holds, by its dock.json. sha256: of its file, where that is recorded.
     """
     file, state = folder / TENSORS, model.state_dict()
-    held = shapes(file)
+    found = shapes(file)
+    names = {current_name(n): n for n in found}
+    held = {n: found[old] for n, old in names.items()}
     problems = [f"missing {n}" for n in expected if n not in held]
     problems += [f"not listed in {REFERENCE}: {n}" for n in held if n not in expected]
     problems += [f"no place for {n}" for n in held if n not in state]
@@ -292,16 +295,16 @@ def put(model: nn.Module, folder: Path, expected: dict[str, list[int]], *, sha25
             problems.append(f"{name} is {_shape_text(shape)}, {REFERENCE} says {_shape_text(expected[name])}")
     problems += [f"missing {n}" for n in state if is_docked(n) and n not in held and n not in expected]
     _refuse(folder, problems)
-    if sha256 is not None and (found := atomic.sha256(file)) != sha256:
+    if sha256 is not None and (hashed := atomic.sha256(file)) != sha256:
         raise OpticNerveError(
-            f"{file} was changed or damaged after it was written: SHA-256 {found[:16]}…, {REFERENCE} says "
+            f"{file} was changed or damaged after it was written: SHA-256 {hashed[:16]}…, {REFERENCE} says "
             f"{sha256[:16]}…; bring it back from a copy",
             kind="damaged",
         )
     try:
         with safe_open(file, framework="pt") as opened:
             for name in held:
-                tensor = opened.get_tensor(name)
+                tensor = opened.get_tensor(names[name])
                 if tensor.is_floating_point() != state[name].is_floating_point():
                     problems.append(f"{name} holds {tensor.dtype}, the model wants {state[name].dtype}")
                 else:

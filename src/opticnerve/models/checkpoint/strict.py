@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from opticnerve.common import hub
+from opticnerve.common.private_names import forget_renamings
+from opticnerve.language.adapters import OLD_NAMES
+from opticnerve.models.checkpoint.quantised import spare
 from opticnerve.types import OpticNerveError
 
 MAX_HEADER = 100_000_000  # bytes: what the safetensors library itself takes
@@ -49,17 +52,20 @@ class StrictLoading:
                 larger than the weights, or the files cannot be read.
         """
         wants_report = kwargs.pop("output_loading_info", False)
+        kwargs["key_mapping"] = {**OLD_NAMES, **(kwargs.get("key_mapping") or {})}
         kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the others, and refused
         token = _trusted.set(bool(kwargs.get("trust_remote_code", False)))
         folder = Path(str(pretrained_model_name_or_path))
         try:
             with wrap_errors("the model", folder), no_larger_than_files(folder):
+                spare(getattr(cls, "config_class", None), pretrained_model_name_or_path, kwargs)
                 loaded: Any = super().from_pretrained(  # type: ignore[misc]
                     pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )
         finally:
             _trusted.reset(token)
         model, report = loaded
+        forget_renamings(model, OLD_NAMES)  # else `save_pretrained` would write them again
         if listing := list_problems(report):
             raise OpticNerveError(
                 f"the weights in {pretrained_model_name_or_path} do not fit its config.json: {listing}", kind="mismatch"

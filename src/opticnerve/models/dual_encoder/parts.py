@@ -64,7 +64,7 @@ class ImageTower(EmbeddingTower):
         self.pooling = pooling
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        return pool(self.encoder, pixel_values.to(placed_like(self.encoder)), self.pooling)
+        return pool(self.encoder, pixel_values.to(placed_like(self.encoder, otherwise=pixel_values)), self.pooling)
 
 
 class TextTower(EmbeddingTower):

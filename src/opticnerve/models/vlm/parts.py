@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
+from opticnerve.common.private_names import saves_adapters_alone
 from opticnerve.encoders.base import last_blocks
+from opticnerve.language.adapters import beside, has_others, is_adapter, without_others
 from opticnerve.language.layers import decoder_layers
-from opticnerve.language.lora import is_lora
+from opticnerve.language.lora import has_lora, is_lora
 from opticnerve.recipe import MODALITIES, split_part
 from opticnerve.types import OpticNerveError
 
@@ -33,6 +36,38 @@ class DockedParts:
             return device
         places = [place for place in self.hf_device_map.values() if place not in ("cpu", "disk")]
         return torch.device(places[0] if places else "cpu")
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """What peft notes on a model: the adapters that others put on it, and ours beside them."""
+        try:
+            found: dict[str, Any] = vars(self)["_peft_config"]
+        except KeyError:
+            raise AttributeError("peft_config") from None
+        return found
+
+    @peft_config.setter
+    def peft_config(self: Any, adapters: dict[str, Any]) -> None:
+        """peft has put the first adapter of others on; see `beside`."""
+        if "_peft_config" not in vars(self) and has_lora(self.language_model):
+            beside(self, adapters, self.language_model.lora_config)
+        vars(self)["_peft_config"] = adapters
+
+    @peft_config.deleter
+    def peft_config(self: Any) -> None:
+        """peft has taken its adapters off again, and perhaps merged ours, which the configuration then claims no
+        more."""
+        vars(self).pop("_peft_config", None)
+        if not has_lora(self.language_model):
+            self.config.lora = None
+
+    def save_pretrained(self: Any, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As for any model of transformers. Adapters that others put on stay out: peft saves them, each in a folder."""
+        if not has_lora(self.language_model):
+            self.config.lora = None
+        if kwargs.get("state_dict") is None and not saves_adapters_alone(self) and has_others(self):
+            kwargs["state_dict"] = without_others(self)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def part_parameters(self: Any, part: str) -> dict[str, nn.Parameter]:
         """Full name → parameter of one part. Tied weights appear once.
@@ -113,7 +148,7 @@ def _language(model: Any, inner: str) -> dict[str, nn.Parameter]:
                 "language.lora: the language model carries no adapter; `add_lora` puts one there", kind="unknown-name"
             )
         return found
-    names = {n: p for n, p in names.items() if not is_lora(n)}
+    names = {n: p for n, p in names.items() if not is_adapter(n)}
     if inner == "language":
         return names
     if inner == "language.embeddings":

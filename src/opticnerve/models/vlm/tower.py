@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from opticnerve import registry
 from opticnerve.connectors.base import Connector
 from opticnerve.encoders.base import Encoder
-from opticnerve.fusion.base import Fusion
+from opticnerve.fusion.base import Fusion, onloaded
 from opticnerve.language.layers import decoder_layers
 from opticnerve.models.vlm.tiling import Tiling
 from opticnerve.types import Features, OpticNerveError
@@ -74,8 +74,12 @@ class Tower(nn.Module):
 
     def encode(self, media: Tensor) -> Features:
         """The encoder's part alone: what a cache of frozen features holds."""
-        features: Features = self.encoder(media.to(placed_like(self.encoder, self.connector)))
+        features: Features = self.encoder(self.placed(media))
         return features
+
+    def placed(self, media: Tensor) -> Tensor:
+        """Media on the device and in the floating dtype of the encoder."""
+        return media.to(placed_like(self.encoder, self.connector, otherwise=media))
 
     def connect(
         self, features: Features, sizes: Tensor | None = None, text: Sequence[Tensor] | None = None
@@ -83,7 +87,7 @@ class Tower(nn.Module):
         """The connector's part, and the arranging of tiles, on features from `encode` or from a cache."""
         if self.tiling is not None and sizes is None:
             raise ValueError("the images come in tiles: give image_sizes beside pixel_values")
-        weight = placed_like(self.connector)
+        weight = placed_like(self.connector, otherwise=features.tokens_BND)
         features = Features(features.tokens_BND.to(weight), features.mask_BN)
         if self.wants_text and text is None:
             raise ValueError("this connector reads the question: give qformer_input_ids and qformer_attention_mask")
@@ -94,7 +98,8 @@ class Tower(nn.Module):
         assert sizes is not None
         tiles = torch.tensor([self.tiling.tiles(*size) for size in sizes.tolist()], device=weight.device)
         soft = self.connector(features, *(t.repeat_interleave(tiles, 0) for t in words))
-        return self.tiling.arrange(soft, sizes)
+        with onloaded(self.tiling):
+            return self.tiling.arrange(soft, sizes)
 
     def dummy_features(self) -> Features:
         """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""
@@ -117,16 +122,23 @@ class Tower(nn.Module):
         return entry if self.tiling is None else {**entry, "tiling": self.tiling.options}
 
 
-def placed_like(*modules: nn.Module) -> Tensor:
+def placed_like(*modules: nn.Module, otherwise: Tensor | None = None) -> Tensor:
     """A tensor of the device and floating dtype that the first of the modules with any computes in.
 
     Quantised layers hold whole numbers, or nothing that torch calls a parameter; what they are given stays floating.
+
+    Args:
+        otherwise: what is to be placed. It stays on its device where the modules have nothing to go by, or where their
+            weights are offloaded (on `meta` in between) and hooks take care of devices.
     """
+    place = None if otherwise is None else otherwise.device
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point() and tensor.element_size() > 1:  # below 16 bits: stored, not computed in
-                return tensor
-    return torch.empty(0)
+                return (
+                    tensor if place is None or not tensor.is_meta else torch.empty(0, device=place, dtype=tensor.dtype)
+                )
+    return otherwise if otherwise is not None and otherwise.is_floating_point() else torch.empty(0, device=place)
 
 
 def language_sizes(language_model: PreTrainedModel) -> dict[str, int]:

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from opticnerve.common import atomic
-from opticnerve.common.markdown import as_typed, duration, percent, plain, slug, table
+from opticnerve.common.markdown import as_typed, percent, plain, slug, table
+from opticnerve.common.units import format_duration
 from opticnerve.runs.card import scores
 from opticnerve.runs.card.plots import loss_plot
 from opticnerve.runs.card.warnings import boxes
@@ -157,14 +158,15 @@ def _stage_line(stage: StageRecord) -> str:
         loss = finite(stage.metrics[-1].get("loss"))
         return f"Unfinished: {len(stage.metrics):,} steps so far, last loss {loss:.3g}."
     facts = [f"{s[k]:,} {k}" for k in ("steps", "samples", "tokens") if k in s]
-    facts += [duration(s["seconds"])] if "seconds" in s else []
+    facts += [format_duration(s["seconds"])] if "seconds" in s else []
     facts += [f"final loss {finite(s['final_loss']):.3g}"] if "final_loss" in s else []
     return "; ".join(facts) + "."
 
 
 def _cost(run: RunFolder) -> str:
     r = run.results
-    rows = [[plain(name), duration(s)] for name, s in (r.get("seconds") or {}).items() if isinstance(s, (int, float))]
+    seconds = (r.get("seconds") or {}).items()
+    rows = [[plain(name), format_duration(s)] for name, s in seconds if isinstance(s, (int, float))]
     if r.get("peak_memory_bytes"):
         rows.append(["peak memory", f"{r['peak_memory_bytes'] / 2**30:.2f} GiB"])
     return "## Time and memory\n\n" + (table(["", ""], rows, right=(1,)) if rows else "Not recorded yet.")

@@ -1,0 +1,151 @@
+"""What data name by an address: fetched once into a folder that the data entry names (`media_cache`), and found there.
+
+Naming the folder is the consent. An address is fetched with a bound on its size and on the time it may say nothing, and
+kept under the hash of its text; beside it stands the hash of what came, which is compared when the file is used again.
+What is there is not fetched again, so a pass that was stopped goes on where it was; what failed is tried again.
+`s3://`, `gs://`, `hf://` and the like go through fsspec, with the packages that it wants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from opticnerve.common import atomic
+from opticnerve.common.cache import cache_dir
+from opticnerve.data.media.files import Kind
+from opticnerve.types import DataError, OpticNerveError, to_install
+
+CLOUD = ("s3://", "gs://", "gcs://", "hf://", "az://", "abfs://", "http+fs://")
+MAX_MEDIUM: dict[Kind, int] = {"image": 64 << 20, "audio": 512 << 20, "video": 1 << 30}
+"""Bytes that are fetched of one."""
+SECONDS, TRIES, PAUSE = 30.0, 3, 1.0
+"""How long one may say nothing, how often it is asked, and the first pause between (it doubles)."""
+_AGENT = "opticnerve (https://pypi.org/project/opticnerve)"
+_BLOCK = 1 << 20
+_SEEN: set[Path] = set()  # files whose hash this process has compared
+
+
+def fetched(url: str, folder: Path, kind: Kind) -> Path:
+    """The file of an address, fetched if it is not there yet.
+
+    Raises:
+        DataError: it cannot be had, or is larger than it may be (kind `url`).
+    """
+    key = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
+    ending = Path(urlsplit(url).path).suffix.lower()
+    file = folder / key[:2] / f"{key}{ending if ending[1:].isalnum() and len(ending) < 6 else ''}"
+    notes = file.with_suffix(".json")
+    if file in _SEEN or (file.is_file() and _is_whole(file, notes)):
+        _SEEN.add(file)
+        return file
+    try:
+        content = _download(url, MAX_MEDIUM[kind], folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(file, content)
+        about = {"url": url, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        atomic.write_json(notes, about)
+    except OSError as e:
+        problem = f"the media cache {folder} cannot be written: {e.strerror or e}"
+        raise OpticNerveError(f"{problem}; name another folder with media_cache", kind="no-permission") from e
+    return file
+
+
+def _is_whole(file: Path, notes: Path) -> bool:
+    try:
+        about = json.loads(notes.read_text())
+        return bool(about["bytes"] == file.stat().st_size) and about["sha256"] == atomic.sha256(file)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _download(url: str, most: int, folder: Path) -> bytes:
+    problem = ""
+    for number in range(TRIES):
+        try:
+            with _opened(url) as answer:
+                return _bounded(answer.read, url, most)
+        except urllib.error.HTTPError as e:
+            problem = f"{e.code} {e.reason}"
+            if e.code < 500 and e.code != 429:
+                break
+        except (OSError, ValueError, EOFError) as e:  # names, connections, time, addresses that are none
+            problem = str(getattr(e, "reason", None) or e) or type(e).__name__
+            if isinstance(e, ValueError | FileNotFoundError | PermissionError):
+                break
+        if number + 1 < TRIES:
+            time.sleep(PAUSE * 2**number)
+    raise DataError(
+        f"{url[:200]} cannot be fetched into {folder}: {problem}", kind="url",
+        remedy="run again when it can be reached, or leave the sample out with bad_samples: skip",
+    )  # fmt: skip
+
+
+def _opened(url: str) -> Any:
+    if url.startswith(CLOUD):
+        return filesystem(url)[0].open(url, "rb")
+    request = urllib.request.Request(url, headers={"User-Agent": _AGENT})  # noqa: S310  (`is_url`: http or https)
+    return urllib.request.urlopen(request, timeout=SECONDS)  # noqa: S310
+
+
+def _bounded(read: Callable[[int], bytes], url: str, most: int) -> bytes:
+    content = bytearray()
+    while block := read(_BLOCK):
+        content += block
+        if len(content) > most:
+            raise DataError(
+                f"{url[:200]} has more than {most:,} bytes", remedy="download it, or remove the sample", kind="url"
+            )
+    return bytes(content)
+
+
+# -- data files in a cloud --------------------------------------------------------------------------------------------
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """fsspec's file system of a path, and the path within it.
+
+    Raises:
+        OpticNerveError: the package for it is missing (kind `not-installed`).
+    """
+    import fsspec  # type: ignore[import-untyped]
+
+    scheme = path.partition("://")[0]
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(path)
+    except ImportError as e:
+        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(scheme, scheme)
+        raise OpticNerveError(
+            f"{path[:200]}: {scheme}:// wants the package {package}; {to_install(package)}", kind="not-installed"
+        ) from e
+    return found
+
+
+def local_copy(path: str) -> Path:
+    """A data file (or all files of a pattern's folder) of a cloud, brought into the cache folder once for each state of
+    it, and where it lies there. Not for pictures: those are fetched by `fetched`.
+
+    Raises:
+        OpticNerveError: it cannot be had.
+    """
+    system, inner = filesystem(path)
+    try:
+        state = str(system.ukey(inner))
+        target = cache_dir() / "remote" / hashlib.sha256(f"{path}|{state}".encode()).hexdigest()[:24] / Path(inner).name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = atomic.partial_of(target)
+            system.get(inner, str(partial), recursive=system.isdir(inner))
+            partial.rename(target)
+    except FileNotFoundError as e:
+        raise DataError(f"there is no {path[:200]}", remedy="check the path", kind="missing-file") from e
+    except OSError as e:
+        raise OpticNerveError(f"{path[:200]} cannot be fetched: {e}", kind="network") from e
+    return target

@@ -1,0 +1,200 @@
+"""Structured output: which tokens may come next, so that an answer fits a JSON schema, a pattern, or a list of words.
+
+llguidance computes them: a lexer and an Earley parser over the tokens' bytes, made as they are needed, so that a
+grammar costs next to nothing before its first token, however large the vocabulary (docs/serving.md: why this one).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import llguidance
+import numpy as np
+import torch
+from llguidance.hf import from_tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from opticnerve.serve.errors import ApiError
+from opticnerve.serve.schema import ChatRequest, JsonObjectFormat, JsonSchemaFormat, SampledRequest
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MAX_LETTERS = 65_536
+# What one grammar may cost: the lexer's states are 1 to 2 kB each; fuel is some 50,000 for a millisecond.
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, max_lexer_states=20_000, max_grammar_size=100_000,
+    verbose_errors=False,
+)  # fmt: skip
+# Between JSON's parts one space, or a line break and an indent: models write it so, and it is no endless row.
+_JSON: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"( |\n {0,32})?"}
+
+
+class Constraint(NamedTuple):
+    """What an answer must fit: llguidance's `grammar`, made of the field `param`."""
+
+    grammar: str
+    param: str
+
+
+def constraint_of(asked: SampledRequest) -> Constraint | None:
+    """What a request's answer must fit. Raises ApiError: 400: two fields say it, or one is too large."""
+    found = [*_guided(asked)]
+    if isinstance(asked, ChatRequest):
+        match asked.response_format:
+            case JsonObjectFormat():
+                found.append(json_constraint({"type": "object"}, "response_format"))
+            case JsonSchemaFormat(json_schema=described):
+                schema = {"type": "object"} if described.schema_ is None else described.schema_
+                found.append(json_constraint(schema, "response_format.json_schema.schema"))
+    if len(found) > 1:
+        first, second = found[:2]
+        raise ApiError(400, f"{first.param} and {second.param} exclude each other; give one", param=second.param)
+    return found[0] if found else None
+
+
+def json_constraint(schema: object, param: str) -> Constraint:
+    """JSON of a schema. Raises ApiError: 400: it is too large."""
+    return Constraint(llguidance.LLMatcher.grammar_from_json_schema(_dumped(schema, param), overrides=_JSON), param)
+
+
+def _dumped(schema: object, param: str) -> str:
+    try:
+        return _bounded(json.dumps(schema, ensure_ascii=False), param)
+    except RecursionError:
+        raise ApiError(400, f"{param} is nested too deeply; flatten it", param=param) from None
+
+
+def lark_constraint(lark: str, param: str) -> Constraint:
+    """llguidance's dialect of Lark."""
+    return Constraint(str(llguidance.LLMatcher.grammar_from_lark(_bounded(lark, param))), param)
+
+
+def json_rule(schema: dict[str, Any], param: str) -> str:
+    """JSON of a schema, within a Lark grammar. Raises ApiError: 400: it is too large."""
+    return "%json " + _dumped({**schema, "x-guidance": _JSON}, param)
+
+
+def lark_text(text: str) -> str:
+    """A text as Lark quotes it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _guided(asked: SampledRequest) -> list[Constraint]:
+    found = []
+    outputs = asked.structured_outputs
+    wishes = {f"guided_{k}": getattr(asked, f"guided_{k}") for k in ("json", "regex", "choice", "grammar")}
+    if outputs is not None:
+        wishes |= {f"structured_outputs.{k.rstrip('_')}": v for k, v in outputs}
+    for param, wish in wishes.items():
+        kind = param.partition(".")[2] or param.removeprefix("guided_")
+        if wish is None or wish is False:
+            continue
+        match kind:
+            case "json":
+                found.append(json_constraint(_schema(wish, param), param))
+            case "json_object":
+                found.append(json_constraint({"type": "object"}, param))
+            case "regex":
+                text = _bounded(wish, param)
+                found.append(Constraint(str(llguidance.LLMatcher.grammar_from_regex(text)), param))
+            case "choice":
+                found.append(lark_constraint("start: " + " | ".join(map(lark_text, wish)), param))
+            case "grammar":
+                try:
+                    made = llguidance.grammar_from("grammar", _bounded(wish, param))
+                except ValueError as e:  # it looked like GBNF
+                    raise ApiError(400, f"{param}: {e}", param=param, code="invalid_grammar") from None
+                found.append(Constraint(made, param))
+    return found
+
+
+def _schema(wish: object, param: str) -> object:
+    if not isinstance(wish, str):
+        return wish
+    try:
+        return json.loads(wish)
+    except (ValueError, RecursionError) as e:
+        raise ApiError(400, f"{param} is no JSON: {e}", param=param) from None
+
+
+def _bounded(text: str, param: str) -> str:
+    if len(text) > MAX_LETTERS:
+        raise ApiError(
+            400, f"{param} has {len(text):,} letters, more than the {MAX_LETTERS:,} allowed; shorten it", param=param
+        )
+    return text
+
+
+class AnswerGrammar:
+    """Where an answer stands in its grammar. Made by `GrammarCompiler`; `copy` is for one row."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, param: str) -> None:
+        self.matcher, self.param = matcher, param
+
+    def copy(self) -> AnswerGrammar:
+        """One that goes on by itself."""
+        return AnswerGrammar(self.matcher.deep_copy(), self.param)
+
+    def allowed(self, width: int, device: torch.device) -> Tensor:
+        """(width,) bool: the tokens that may come next. Raises ApiError: 400: the grammar has become too costly."""
+        bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), np.uint8), bitorder="little")[:width]
+        self._check()
+        allowed_V = torch.zeros(width, dtype=torch.bool)
+        allowed_V[: len(bits)] = torch.from_numpy(bits).bool()
+        return allowed_V.to(device)
+
+    def take(self, token: int) -> None:
+        """The token that came. Raises ApiError: 400: the grammar has become too costly."""
+        self.matcher.consume_token(token)
+        self._check()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more can come."""
+        return bool(self.matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            why = " ".join(self.matcher.get_error().split())[:300]
+            raise ApiError(400, f"{self.param}: {why}", param=self.param, code="invalid_grammar")
+
+
+class GrammarCompiler:
+    """Makes grammars for one tokenizer; may be called from several threads.
+
+    Args:
+        tokenizer: a fast one. ends: the tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
+        self.tokenizer, self.ends = tokenizer, list(ends)
+        self._known: llguidance.LLTokenizer | None = None
+        self._alone = threading.Lock()
+
+    def compile(self, constraint: Constraint) -> AnswerGrammar:
+        """Raises ApiError: 400: it is no grammar, uses what is not known, or is too costly."""
+        vocabulary = self._vocabulary(constraint.param)
+        matcher = llguidance.LLMatcher(vocabulary, constraint.grammar, log_level=0, limits=_LIMITS)
+        made = AnswerGrammar(matcher, constraint.param)
+        made._check()
+        made.copy().allowed(1, torch.device("cpu"))  # what is too costly at its first token is found here
+        return made
+
+    def _vocabulary(self, param: str) -> llguidance.LLTokenizer:
+        """The tokens' bytes, read once: that takes a second."""
+        with self._alone:
+            if self._known is None:
+                assert isinstance(self.tokenizer, PreTrainedTokenizerFast)  # `encode` refuses others
+                try:
+                    self._known = from_tokenizer(self.tokenizer, eos_token=self.ends or None)
+                except (ValueError, TypeError) as e:
+                    raise ApiError(
+                        400, f"this model's tokenizer does not tell its tokens' bytes ({e}), so its answers cannot be "
+                        f"held to a grammar; leave {param} out", param=param,
+                    ) from None  # fmt: skip
+        return self._known

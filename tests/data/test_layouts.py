@@ -1,0 +1,105 @@
+"""Every layout in which this field ships its data: read as it is, checked, shown and encoded; by format and by map alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layouts import CASES, PICTURES, Case
+from typer.testing import CliRunner
+
+import tiny
+from opticnerve.cli import tokens
+from opticnerve.cli.main import app
+from opticnerve.data.dataset.load import load_data, stream_data
+from opticnerve.data.encode.tokenize import encode
+from opticnerve.encoders.base import make_image_processor
+from opticnerve.language.chat_template import CHATML
+from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.recipe.loading import data_entry
+from opticnerve.types import AudioPart, Conversation, DataError, Frame, TextPart
+
+EACH = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def entry(case: Case, folder: Path, **more: Any) -> dict[str, Any]:
+    """The data entry of a case, its pictures beside it."""
+    made = case.entry(folder)
+    if made["path"].endswith("/set") or case.options.get("path") is None:
+        for name, content in PICTURES.items():
+            (folder / name).write_bytes(content)
+    if (own := case.options.get("path")) is not None:
+        made |= {"path": str(folder / own)}
+        del made["media"]
+    return made | more
+
+
+def shown(conversation: Conversation) -> list[tuple[str, list[str]]]:
+    """Roles and parts, media as their files' names."""
+
+    def part(p: Any) -> str:
+        if isinstance(p, TextPart):
+            return p.text
+        source = p.source.source if isinstance(p.source, Frame) else p.source
+        if isinstance(source, Path) and source.is_dir():
+            return sorted(source.iterdir())[0].name
+        return source.name if isinstance(source, Path) else "[bytes]"
+
+    return [(m.role, [part(p) for p in m.parts]) for m in conversation.messages]
+
+
+def found(given: dict[str, Any]) -> list[Conversation]:
+    bad: list[DataError] = []
+    samples = list(stream_data(data_entry(given), on_error=bad.append))
+    assert not bad, bad
+    return samples
+
+
+@EACH
+def test_is_read_as_it_is(case: Case, folder: Path) -> None:
+    samples = found(entry(case, folder))
+    assert shown(samples[0]) == case.shown
+    assert len(samples) == case.count
+    indexed = load_data(data_entry(entry(case, folder)))
+    assert [shown(c) for c in indexed] == [shown(c) for c in samples]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.map], ids=lambda c: c.name)
+def test_by_map_and_by_layout_alike(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = entry(case, folder)
+    by_layout = found(given)
+    monkeypatch.setattr("opticnerve.data.formats.layouts.LAYOUTS", ())
+    by_map = found({**given, "columns": case.map, "ignore": ["image_name", "image_path"]})
+    assert [(shown(c), c.meta) for c in by_map] == [(shown(c), c.meta) for c in by_layout]
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    pictures = make_image_processor(size=32, mean=[0.5] * 3, std=[0.5] * 3)
+    return OpticNerveProcessor(pictures, tiny.tokenizer(chat_template=CHATML), num_image_tokens=3)
+
+
+@EACH
+def test_is_checked_and_encoded(case: Case, folder: Path, processor: Any) -> None:
+    given = entry(case, folder)
+    options = [f"{k}={json.dumps(v)}" for k, v in given.items() if k not in ("path", "media")]
+    media = ["--media", given["media"]] if "media" in given else []
+    blind = any(p.is_file() and p.read_bytes() == b"RIFF" for p in folder.rglob("*.wav"))
+    checked = CliRunner().invoke(app, ["data", "check", given["path"], *options, *media, "--json"])
+    report = json.loads(checked.stdout)
+    assert (checked.exit_code, report["good"], report["bad"]) == (0, case.count, 0), checked.output
+    for conversation in [] if blind else found(given)[:2]:
+        if any(isinstance(p, AudioPart) for p in conversation.pieces):
+            continue
+        encoded = encode(conversation, processor)
+        learned = [label for label in encoded.labels if label != -100]
+        pieces = tokens.to_dict(encoded, tokens.pieces(encoded, processor))  # what `data show` prints
+        assert json.dumps(pieces)
+        assert learned and len(encoded.images) == len(conversation.images)
