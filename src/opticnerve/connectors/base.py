@@ -53,6 +53,13 @@ class Connector(nn.Module, ABC):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self.options: dict[str, Any] = {"calibrate": calibrate}
 
+    def reset_calibration(self) -> None:
+        """As before `calibrate`. (By `nn.init`, which transformers keeps away from what a file has filled.)"""
+        for table in (self.input_mean, self.calibrated):
+            nn.init.zeros_(table)
+        for table in (self.input_std, self.output_scale):
+            nn.init.ones_(table)
+
     @property
     def num_tokens(self) -> int:
         """Soft tokens that come out for one image."""

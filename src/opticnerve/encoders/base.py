@@ -98,7 +98,7 @@ class Encoder(nn.Module, ABC):
             OpticNerveError: it is another's.
         """
         raise OpticNerveError(
-            f"{', '.join(k for k, v in asked.items() if v)}: an encoder of type {type(self).__name__} gives features alone",
+            f"{', '.join(k for k, v in asked.items() if v)}: {type(self).__name__} gives features alone",
             kind="unsupported",
         )
 

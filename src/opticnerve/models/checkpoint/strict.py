@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
@@ -55,6 +56,9 @@ class StrictLoading:
         kwargs["key_mapping"] = {**OLD_NAMES, **(kwargs.get("key_mapping") or {})}
         kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the others, and refused
         token = _trusted.set(bool(kwargs.get("trust_remote_code", False)))
+        if torch.get_default_device().type == "meta":
+            # transformers refuses this itself, in words that its users know.
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         folder = Path(str(pretrained_model_name_or_path))
         try:
             with wrap_errors("the model", folder), no_larger_than_files(folder):

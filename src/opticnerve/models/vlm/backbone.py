@@ -26,6 +26,7 @@ from opticnerve.common.private_names import (
     set_attention,
     set_layers_not_to_split,
 )
+from opticnerve.connectors.base import Connector
 from opticnerve.language.lora import add_lora, mask_of
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
@@ -193,6 +194,8 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
 
     def _init_weights(self, module: nn.Module) -> None:
         """Random weights of a fresh model; encoders and language models draw their own when they are built."""
+        if isinstance(module, Connector):
+            module.reset_calibration()
         connectors = [t.connector for t in self.towers.values()]
         if isinstance(module, nn.Linear) and any(module is m for c in connectors for m in c.modules()):
             nn.init.trunc_normal_(module.weight, std=0.02)

@@ -99,6 +99,27 @@ class OpticNerveConfig(PreTrainedConfig):
         ids = [i for m in self.towers if (i := self.token_id(m)) is not None]
         return max([int(self.text_config.vocab_size), *(i + 1 for i in ids)])
 
+    @vocab_size.setter
+    def vocab_size(self, rows: int) -> None:
+        self.text_config.vocab_size = rows
+
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """Of the vision encoder, where it is a model of transformers: a copy, which others read its sizes from."""
+        return self._encoder_config("image")
+
+    @property
+    def audio_config(self) -> PreTrainedConfig:
+        """The same of the audio encoder."""
+        return self._encoder_config("audio")
+
+    def _encoder_config(self, modality: str) -> PreTrainedConfig:
+        architecture = self.towers.get(modality, {}).get("encoder", {}).get("architecture")
+        if not isinstance(architecture, dict) or "model_type" not in architecture:
+            raise AttributeError(f"no {modality} encoder that is a model of transformers")
+        options = {k: v for k, v in architecture.items() if k != "model_type"}
+        return AutoConfig.for_model(architecture["model_type"], **options)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """The language model's configuration; within `wide_vocabulary` a copy whose vocabulary is `vocab_size`."""
         found = super().get_text_config(decoder, encoder)

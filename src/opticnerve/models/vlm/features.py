@@ -17,7 +17,6 @@ from transformers.utils.generic import can_return_tuple
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower
 from opticnerve.types import Features, OpticNerveError
 
-
 _STATES = ("output_hidden_states", "output_attentions")
 
 
