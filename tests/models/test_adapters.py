@@ -37,7 +37,7 @@ pytestmark = [
 ]
 Make = Callable[..., Dock]
 RED = PIL.Image.new("RGB", (40, 40), "red")
-THEIRS = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+THEIRS: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 
 
 def own(docked: Make, **options: Any) -> Dock:
