@@ -204,8 +204,9 @@ class TestRows:
         import base64
 
         data = png() + b"x" * 600_000
-        (folder / "d.tsv").write_text(f"image\tcaption\n{base64.b64encode(data).decode()}\tred\n")
-        assert tried(folder / "d.tsv")[0][0].images[0].source == data
+        for written in (base64.b64encode(data).decode(), f'"{base64.encodebytes(data).decode()}"'):
+            (folder / "d.tsv").write_text(f"image\tcaption\n{written}\tred\n1.png\tred\n")
+            assert [c.images[0].source for c in tried(folder / "d.tsv")[0]] == [data, folder / "1.png"]
 
     def test_quotes_that_do_not_close(self, folder: Path) -> None:
         text = 'image\tcaption\n1.png\t"open\n1.png\tred\n2.png\tblue\n'

@@ -229,7 +229,7 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     """Open a source and find out its format.
 
     Args:
-        folders: takes the folders in which media are looked for, see `fields.Context`.
+        folders: takes the folders in which media are looked for, see `media.Context`.
 
     Raises:
         DataError: as `read` does even with `on_error`.
@@ -266,7 +266,9 @@ def _media_of(source: DataSource, path: Path) -> Path:
     if on_hub:
         return path  # pictures come with the rows: a name in them reaches nothing on this machine
     if not media.is_dir():
-        raise DataError(f"the media folder {media} does not exist", where=str(path), kind="missing-file")
+        raise refused(
+            path, f"the media folder {media} does not exist", "name the folder of the pictures", "missing-file"
+        )
     return media
 
 
