@@ -7,16 +7,22 @@ SPACE := $() $()
 # Tests whose types are not in order yet.
 UNTYPED := tests/(data/test_scale|fuzz/(fuzz_data|long)|models/test_(saving|fusion_classifier)|serve/test_(chat|crowd|refusals|stopping)).py
 
-.PHONY: demo test setup lint types format site help
+.PHONY: demo test test-plain coverage setup lint types format site help
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: setup ## dock, align, instruct, evaluate, ask: minutes on two cores
 	$(RUN) opticnerve demo $(ARGS)
 
 test: setup lint types ## lint, types, every test
 	$(RUN) pytest $(ARGS)
+
+test-plain: setup ## every test, with all switched off that exists for speed alone
+	OPTICNERVE_PLAIN=1 $(RUN) pytest $(ARGS)
+
+coverage: setup ## every test, and how much of the package ran: not less than pyproject.toml says
+	$(RUN) pytest --cov $(ARGS)
 
 setup: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## install everything into .venv
 	$(UV) sync --locked --quiet
@@ -31,9 +37,9 @@ lint: setup
 	$(RUN) ruff format --check .
 	$(RUN) lint-imports
 
-# Of the tests, strictly but for what follows. They import their neighbours by bare name, as pytest lets them, so that a second conftest would be a second module
-# of that name. They hand in stand-ins (arg-type, dict-item), reach into modules (attributes that are a Tensor or a Module to
-# torch's types), and replace what a module imports.
+# Of the tests, strictly but for what follows. They import their neighbours by bare name, as pytest lets them, so that a second
+# conftest would be a second module of that name. They hand in stand-ins (arg-type, dict-item), reach into modules
+# (attributes that are a Tensor or a Module to torch's types), and replace what a module imports.
 types: setup
 	$(RUN) mypy
 	MYPYPATH=src:benchmarks:tests:examples/third_party/src:$(subst $(SPACE),:,$(filter-out %.py,$(wildcard tests/*))) \

@@ -213,7 +213,7 @@ def _train_transformers(work: Training, device: str, compiled: bool) -> Trial:
             folder, per_device_train_batch_size=work.batch // work.accumulate,
             gradient_accumulation_steps=work.accumulate, num_train_epochs=1, learning_rate=2e-5, weight_decay=0.0,
             max_grad_norm=1.0, optim="adamw_torch_fused", lr_scheduler_type="constant", bf16=autocast,
-            train_sampling_strategy="group_by_length", gradient_checkpointing=work.checkpointing,
+            train_sampling_strategy="group_by_length", activation_checkpointing=work.checkpointing,
             torch_compile=compiled, use_cpu=device == "cpu", remove_unused_columns=False, save_strategy="no",
             logging_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip

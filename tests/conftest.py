@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from opticnerve.language.chat_template import CHATML
 from opticnerve.models.vlm.build import Dock, dock
+
+torch.set_warn_always(True)  # not once a process: which test meets a warning is no matter of their order
 
 
 @pytest.fixture(scope="session")

@@ -360,9 +360,7 @@ class CommandLine:
         return Done(*json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.communicate(timeout=60)  # closes its ends, too
 
 
 def _obey() -> None:

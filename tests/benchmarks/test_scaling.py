@@ -76,7 +76,8 @@ def test_tables_and_plots_say_how_it_grows(tmp_path: Path, monkeypatch: pytest.M
     for axis in ("sequence", "rows", "batch"):
         image = tmp_path / "docs" / "images" / f"scaling-{axis}.png"
         assert f"images/{image.name}" in text
-        assert PIL.Image.open(image).width > 1000
+        with PIL.Image.open(image) as plot:
+            assert plot.width > 1000
     assert not (tmp_path / "docs" / "images" / "scaling-language.png").exists(), "not measured yet"
 
 

@@ -58,7 +58,8 @@ def test_a_picture_and_json(
     out = tmp_path / "made" / "where.png"
     ran = run(models[name], QUESTION, "-i", picture, "-o", out, "--grid", 4, "--max-new-tokens", 4, "--json")
     assert ran.code == 0, ran.err
-    assert PIL.Image.open(out).format == "PNG"
+    with PIL.Image.open(out) as drawn:
+        assert drawn.format == "PNG"
     found = ran.json
     assert [m["method"] for m in found["maps"]] == [method, "occlusion"]
     for each in found["maps"]:
@@ -118,5 +119,6 @@ def test_long_answers_and_dollars_are_drawn(tmp_path: Path) -> None:
     maps = [Map("relevance", rng.random((10, 4, 4)), "note", None), Map("occlusion", -rng.random((10, 6, 6)), "note")]
     looked = Attribution(" ".join(w.text for w in words), words, [-0.1] * 10, maps, (10.0, 0.0, 50.0, 40.0))
     path = attribution_plot(looked, tiny.picture(0).resize((60, 40)), "why $x$?", tmp_path / "long.png")
-    width, height = PIL.Image.open(path).size
+    with PIL.Image.open(path) as drawn:
+        width, height = drawn.size
     assert height > 1500 > 500 < width

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import CASES, PICTURES, Case
+from layouts import CASES, PICTURES, Case, put
 from typer.testing import CliRunner
 
 import tiny
+from errors import refused
 from opticnerve.cli import tokens
 from opticnerve.cli.main import app
+from opticnerve.data.dataset.convert import convert
 from opticnerve.data.dataset.load import load_data, stream_data
 from opticnerve.data.encode.tokenize import encode
 from opticnerve.encoders.base import make_image_processor
@@ -103,3 +105,53 @@ def test_is_checked_and_encoded(case: Case, folder: Path, processor: Any) -> Non
         pieces = tokens.to_dict(encoded, tokens.pieces(encoded, processor))  # what `data show` prints
         assert json.dumps(pieces)
         assert learned and len(encoded.images) == len(conversation.images)
+
+
+def told(conversation: Conversation) -> Any:
+    """All that a conversation says, media by their bytes."""
+
+    def part(p: Any) -> Any:
+        if isinstance(p, TextPart):
+            return p.text
+        source, more = (
+            (p.source.source, (p.source.index, p.source.of)) if isinstance(p.source, Frame) else (p.source, ())
+        )
+        if isinstance(source, Path) and source.is_dir():
+            source = b"".join(f.read_bytes() for f in sorted(source.iterdir()))
+        return (type(p).__name__, source.read_bytes() if isinstance(source, Path) else source, more)
+
+    meta = {k: v for k, v in conversation.meta.items() if v is not None}
+    return [(m.role, [part(p) for p in m.parts], m.learn) for m in conversation.messages], meta
+
+
+@EACH
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "tar"])
+def test_what_is_converted_reads_the_same(case: Case, suffix: str, folder: Path) -> None:
+    given = entry(case, folder)
+    before = found(given)
+    film = case.options.get("frames") is not None
+    if film and suffix != "jsonl":
+        with refused("unsupported"):
+            convert(before, folder / f"out.{suffix}")
+        return
+    out = (folder if film else folder / "out") / f"out.{suffix}"
+    assert convert(before, out) == case.count
+    after = found({"path": str(out), "frames": case.options.get("frames", 8)})
+    assert [told(c) for c in after] == [told(c) for c in before]
+    assert [c.id for c in after] == [c.id for c in before]
+
+
+def test_convert_on_the_command_line(folder: Path) -> None:
+    put(folder / "d.csv", "img,q,a\n1.png,what?,red\nno.png,what?,red\n")
+    (folder / "1.png").write_bytes(PICTURES["1.png"])
+    out = str(folder / "out.jsonl")
+    words = ["data", "convert", str(folder / "d.csv"), out, "columns.question=q", "columns.answer=a"]
+    assert CliRunner().invoke(app, words).exit_code == 1 and not Path(out).exists()
+    done = CliRunner().invoke(app, [*words, "--skip-bad", "--json"])
+    assert json.loads(done.stdout) == {"out": out, "samples": 1, "left_out": 1}
+    assert CliRunner().invoke(app, words).exit_code == 1  # it is there already
+    (sample,) = found({"path": out})
+    assert (shown(sample), sample.meta) == (
+        [("user", ["1.png", "what?"]), ("assistant", ["red"])],
+        {"answers": ["red"], "type": None},
+    )

@@ -23,7 +23,7 @@ from errors import refused
 from opticnerve.data.dataset import index
 from opticnerve.data.dataset.load import by_picture, held_out, load_data, load_examples, stream_data
 from opticnerve.data.dataset.read import read
-from opticnerve.data.sources import json_list
+from opticnerve.data.sources import json_text
 from opticnerve.data.sources.open import open_records
 from opticnerve.recipe import DataSpec
 from opticnerve.types import Conversation, DataError, OpticNerveError
@@ -194,7 +194,7 @@ class TestJsonList:
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             path = Path(folder, "d.json")
             path.write_text(text)
-            patch.setattr(json_list, "CHUNK", chunk)
+            patch.setattr(json_text, "CHUNK", chunk)
             try:
                 entries = json.loads(text)
             except json.JSONDecodeError as e:
@@ -218,7 +218,7 @@ class TestJsonList:
                         assert isinstance(item, DataError)
 
     def test_bytes_that_are_not_utf8_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(json_list, "CHUNK", 4)
+        monkeypatch.setattr(json_text, "CHUNK", 4)
         path = tmp_path / "d.json"
         path.write_bytes(b'[\n{"a": "\xc3\xa9"},\n{"a": "\xff"}]')
         with refused("encoding", "d.json:3", "UTF-8", "0xff", 22, error=DataError):

@@ -15,10 +15,12 @@ import PIL.Image
 from fuzz_target import Target
 
 from opticnerve.data.dataset.read import read
+from opticnerve.data.formats.rules import REPAIRS
 from opticnerve.data.media.open import open_image
+from opticnerve.registry import data_formats
 from opticnerve.types import Conversation, DataError, Frame, ImagePart
 
-FORMATS = ("auto", "captions", "vqa", "llava", "chat", "completion", "preference")
+FORMATS = ("auto", *data_formats)
 GOOD: dict[str, list[dict[str, Any]]] = {
     "captions": [{"image": "1.png", "caption": "a red circle"}, {"file_name": "2.png", "captions": ["a", "b"]}],
     "vqa": [
@@ -49,6 +51,23 @@ GOOD: dict[str, list[dict[str, Any]]] = {
     "choices": [
         {"image": "1.png", "question": "which?", "options": ["x", "y"], "answer": "B"},
         {"image": "1.png", "question": "which?", "A": "x", "B": "y", "answer": 1, "train": True},
+        {"image_1": "1.png", "question": "<image 1> which?", "options": "['x', 'y']", "answer": "B", "hint": "look"},
+        {"image": "1.png", "question": "which?", "choices": ["x", "y"], "correct_choice_idx": 1, "direct_answers": ["y"]},
+    ],
+    "texts": [
+        {"images": ["1.png"], "texts": [{"user": "what?", "assistant": "x", "source": "y"}], "relevance_ratings": [5]},
+        {"images": [], "texts": [{"user": "what?", "assistant": "x", "system": "be brief"}]},
+    ],
+    "instruction": [
+        {"image": "1.png", "instruction": "look", "input": "what?", "output": "x", "history": [["a", "b"]]},
+        {"query": "what?", "response": "x", "history": [["a", "b"]], "images": ["1.png"]},
+    ],
+    "layouts": [
+        {"imgname": "1.png", "query": "what?", "label": "x"},
+        {"image": "1.png", "text": "{\"question\": \"what?\", \"chosen\": \"x\", \"rejected\": \"y\"}"},
+        {"filepath": ".", "filename": "1.png", "sentences": [{"raw": "x"}, "y"], "split": "train"},
+        {"images": ["1.png"], "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}], "rejected_response": "y"},
+        {"id": 1, "qas": [{"question": "what?", "answer": "x"}], "image": "1.png"},
     ],
 }  # fmt: skip
 COCO = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}] * 2}
@@ -104,7 +123,7 @@ def parquet(kind: str) -> bytes:
 def written(suffix: str, records: list[Any]) -> bytes:
     if suffix == "parquet":
         return parquet("captions")
-    if suffix in ("csv", "tsv"):
+    if suffix in ("csv", "tsv", "txt", "token"):
         separator = "," if suffix == "csv" else "\t"
         rows = [[str(v) for v in r.values()] for r in records if isinstance(r, dict)]
         names = list(records[0]) if records and isinstance(records[0], dict) else ["image"]
@@ -113,10 +132,27 @@ def written(suffix: str, records: list[Any]) -> bytes:
     return ("[" + ",\n".join(lines) + "]" if suffix == "json" else "\n".join(lines)).encode()
 
 
+def objects(rng: random.Random, rows: list[dict[str, Any]]) -> bytes:
+    """A JSON object that holds records: under a key, by their ids, or as Karpathy's splits."""
+    said = {"filename": "1.png", "sentences": [{"raw": "x"}], "split": "train"}
+    kinds: tuple[dict[str, Any], ...] = (
+        {"info": {}, "data_subtype": "train2014", "data": rows}, {str(n): row for n, row in enumerate(rows)},
+        {"images": [said] * 2, "dataset": "coco"}, {"annotations": rows, "info": "x"},
+    )  # fmt: skip
+    return json.dumps(rng.choice(kinds), indent=rng.choice((None, 1))).encode()
+
+
+WITHOUT_HEADER = b'1.png#0\tx, y, z\n2.png#1\t"open\n1.png\thttps://x.org/1.png\n'
+
+
 def make_file(rng: random.Random) -> bytes:
-    suffix = rng.choice(("jsonl", "jsonl", "json", "json", "csv", "tsv", "parquet"))
+    suffix = rng.choice(("jsonl", "jsonl", "json", "json", "csv", "tsv", "txt", "token", "parquet"))
     kind = rng.choice(list(GOOD))
     good = written(suffix, GOOD[kind])
+    if suffix in ("txt", "token") and rng.random() < 0.7:
+        good = WITHOUT_HEADER
+    elif suffix in ("json", "jsonl") and rng.random() < 0.3:
+        good = objects(rng, GOOD[kind])
     if suffix == "json" and rng.random() < 0.3:
         good = rng.choice((json.dumps(COCO, indent=rng.choice((None, 1))).encode(), written("jsonl", GOOD[kind])))
     data = hurt.bytes_hurt(rng, good, others=[written("json", GOOD["chat"]), parquet(kind)])
@@ -128,13 +164,16 @@ def make_file(rng: random.Random) -> bytes:
 def run_file(data: bytes, folder: Path) -> None:
     head, _, body = data.partition(b"\n")
     suffix, _, format = head.decode("ascii", "replace").partition(" ")
-    if suffix not in ("jsonl", "json", "csv", "tsv", "parquet"):
+    if suffix not in ("jsonl", "json", "csv", "tsv", "txt", "token", "parquet"):
         return
     inside = media(folder)
     file = folder / f"data.{suffix}"
     file.write_bytes(body)
     errors: list[DataError] = []
-    for conversation in read(file, format=format or "auto", media=inside, frames=2, on_error=errors.append):
+    repair = list(REPAIRS) if len(body) % 2 else []
+    for conversation in read(
+        file, format=format or "auto", media=inside, frames=2, repair=repair, on_error=errors.append
+    ):
         look(conversation, inside)
     for error in errors:
         assert len(str(error)) < 2_000
@@ -190,7 +229,37 @@ def run_path(data: bytes, folder: Path) -> None:
         look(conversation, inside)
 
 
+# -- column maps ------------------------------------------------------------------------------------------------------
+
+SOURCES = (
+    "q", "meta.q", "meta.list.0", "meta.list.*.q", "text.q", "{q}", "{hint}\\n{q}\\n{choices}", "{choices:words}", "{answer:letter}",
+    "{answer:place}", "{n:04d}.png", "{n:4}", "=constant", "={", "{{{q}}}", "{", "}", "{:x}", "", "..", "*", "{meta}", "{meta.list}",
+)  # fmt: skip
+NAMES = ("question", "answer", "image", "caption", "messages", "messages.role", "messages.content", "choices", "id")
+
+
+def make_columns(rng: random.Random) -> bytes:
+    row = {"q": "what?", "meta": {"q": "x", "list": [{"q": "y"}]}, "text": '{"q": "z"}', "answer": rng.choice((1, "B", "x", None)),
+           "choices": ["x", "y"], "n": rng.choice((1, "1", None)), "hint": "", "image": "1.png"}  # fmt: skip
+    columns = {rng.choice(NAMES): rng.choice(SOURCES) for _ in range(rng.randint(1, 4))}
+    return json.dumps(columns).encode() + b"\n" + hurt.json_bytes(rng, hurt.json_hurt(rng, [row] * 2, most=3))
+
+
+def run_columns(data: bytes, folder: Path) -> None:
+    head, _, body = data.partition(b"\n")
+    try:
+        columns = {str(k): str(v) for k, v in json.loads(head).items()}
+    except (ValueError, AttributeError, RecursionError):
+        return
+    inside = media(folder)
+    file = folder / "data.json"
+    file.write_bytes(body)
+    for conversation in read(file, media=inside, columns=columns, roles={"x": "user"}, on_error=lambda e: None):
+        look(conversation, inside)
+
+
 TARGETS = (
+    Target("columns", make_columns, run_columns),
     Target("data-files", make_file, run_file),
     Target("records", make_records, run_records),
     Target("paths", make_path, run_path),

@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -23,6 +24,7 @@ from opticnerve.language.lora import add_lora, has_lora, is_lora, linear_layers,
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.vlm.build import Dock
+from opticnerve.train.state import TrainState
 from opticnerve.types import ask
 
 pytestmark = [
@@ -35,7 +37,7 @@ pytestmark = [
 ]
 Make = Callable[..., Dock]
 RED = PIL.Image.new("RGB", (40, 40), "red")
-THEIRS = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+THEIRS: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 
 
 def own(docked: Make, **options: Any) -> Dock:
@@ -287,3 +289,28 @@ class TestOldNames:
         fresh = docked("llama")
         assert set(trained) <= fresh.load_stage(tmp_path)
         assert torch.equal(logits(fresh.model, made, RED), logits(made.model, made, RED))
+
+    def test_a_training_checkpoint(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """(The names of the optimizer's tensors alone; the rest of a checkpoint is not here.)"""
+        kept: dict[str, Any] = {}
+        state: Any = TrainState.__new__(TrainState)
+        state._strategy = SimpleNamespace(optimizer=SimpleNamespace(load_state_dict=kept.update))
+        state._data = state._folder = None
+        monkeypatch.setattr("opticnerve.train.precheck.check_same", lambda *args: None)
+        old = "language_model.model.layers.0.q_proj.lora_A.default.weight"
+        with pytest.raises(KeyError, match="buffers"):
+            state.load_state_dict({"data": None, "optimizer": {"masters": {old: torch.ones(1)}, "adam": {}}})
+        assert list(kept["masters"]) == [old.replace("default", ADAPTER)]
+
+
+def test_quantised_weights_take_no_sum(docked: Make) -> None:
+    made = own(docked, targets=["q_proj"])
+    theirs = with_theirs(made, target_modules=["q_proj"])
+    for _, layer in our_layers(made.model):
+        base = layer.get_base_layer()
+        base.weight = torch.nn.Parameter(base.weight.data.to(torch.int8), requires_grad=False)
+    with refused("unsupported", "quantised", "opticnerve merge"):
+        merge_lora(made.model.language_model)
+    with refused("unsupported", "quantised", "opticnerve merge"):
+        theirs.merge_and_unload()
+    assert has_lora(made.model)

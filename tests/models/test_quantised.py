@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import tiny
+from errors import refused
 from opticnerve.inference.generate import Answerer
 from opticnerve.language.chat_template import CHATML
 from opticnerve.language.lora import is_lora
@@ -151,3 +153,29 @@ def test_placed_like_what_computes() -> None:
     assert placed_like(nn.ReLU(), otherwise=given.to("meta")).is_meta
     like = placed_like(half.to("meta"), otherwise=given)
     assert (like.dtype, like.device) == (torch.bfloat16, given.device)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_in_use(docks: Callable[[str], tuple[Dock, Path]], bits: int, tmp_path: Path) -> None:
+    """Saved and loaded again it is the same; another adapter trains beside ours; a list of the user's is kept to."""
+    (made, folder), how = docks("lora"), {f"load_in_{bits}bit": True}
+    given, load = inputs(made), OpticNerveForConditionalGeneration.from_pretrained
+    model = load(folder, quantization_config=bitsandbytes(**how), dtype=torch.float32)
+    wanted = model(**given).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path)(**given).logits, wanted)
+    theirs = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "gate_proj"]))
+    assert torch.equal(theirs(**given).logits, wanted)
+    theirs(**given).logits.square().sum().backward()
+    assert {n.split(".")[-2] for n, p in theirs.named_parameters() if p.grad is not None} == {"default"}
+    with refused("unsupported", "quantised"):
+        theirs.merge_and_unload()
+    listed = bitsandbytes(**how, llm_int8_skip_modules=["language_model.model.layers.0"])
+    named = load(folder, quantization_config=listed).named_parameters()
+    whole = {n for n, p in named if p.is_floating_point() and p.ndim > 1}
+    assert "language_model.model.layers.0.mlp.up_proj.base_layer.weight" in whole
+    assert "language_model.model.layers.1.mlp.up_proj.base_layer.weight" not in whole
+    assert not any(n.startswith("image.encoder") and ".fc" in n for n in whole)
+    assert any(n.startswith("image.connector") for n in whole)
+    assert listed.llm_int8_skip_modules == ["language_model.model.layers.0"]

@@ -40,9 +40,8 @@ class TestLangchain:
         assert "".join(c.content for c in bound.stream("how many?")) == alone("how many?", 8)
 
     def test_a_picture(self, model: Any, alone: Callable[..., str]) -> None:
-        from langchain_core.messages import HumanMessage
-
-        said = model.bind(max_tokens=8).invoke([HumanMessage([image(1), {"type": "text", "text": "what?"}])])
+        messages = pytest.importorskip("langchain_core.messages")
+        said = model.bind(max_tokens=8).invoke([messages.HumanMessage([image(1), {"type": "text", "text": "what?"}])])
         assert said.content == alone(ask("what?", tiny.picture(1)), 8)
 
     @pytest.mark.parametrize("method", ["json_schema", "json_mode"])
@@ -63,12 +62,13 @@ class TestLangchain:
 
     def test_tools(self, make_dock: Callable[..., Dock]) -> None:
         langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
-        from langchain_core.tools import tool
+        tools = pytest.importorskip("langchain_core.tools")
 
-        @tool
-        def count(upto: Annotated[int, Field(ge=0, le=9)]) -> str:
+        def counted(upto: Annotated[int, Field(ge=0, le=9)]) -> str:
             """Count up to a number."""
             return " ".join(map(str, range(upto)))
+
+        count = tools.tool("count")(counted)
 
         class Answer(BaseModel):
             """The answer."""
@@ -140,16 +140,14 @@ class TestLmEval:
     def test_likelihoods_and_answers(self, live: Live, both: Dock, tmp_path: Any, alone: Callable[..., str]) -> None:
         """What the harness asks of an API model, answered from the model itself."""
         pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-        from lm_eval.api.instance import Instance
-        from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
-
+        api, models = (pytest.importorskip(f"lm_eval.{m}") for m in ("api.instance", "models.openai_completions"))
         both.processor.tokenizer.save_pretrained(tmp_path)
 
         def instances(kind: str, *arguments: Any) -> list[Any]:
-            return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+            return [api.Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
 
         for size in (1, 2):
-            text = LocalCompletionsAPI(
+            text = models.LocalCompletionsAPI(
                 base_url=f"{live.url}/v1/completions", model=NAME, tokenizer=str(tmp_path), tokenizer_backend="huggingface",
                 batch_size=size, num_concurrent=1,
             )  # fmt: skip
@@ -169,7 +167,7 @@ class TestLmEval:
                 isinstance(a, str)
                 for a in text.generate_until(instances("generate_until", ("the quick", until), ("a", until)))
             )
-        chat = LocalChatCompletion(base_url=f"{live.url}/v1/chat/completions", model=NAME, num_concurrent=1)
+        chat = models.LocalChatCompletion(base_url=f"{live.url}/v1/chat/completions", model=NAME, num_concurrent=1)
         rendered = chat.apply_chat_template([{"role": "user", "content": "how many?"}])
         [said] = chat.generate_until(instances("generate_until", (rendered, until)))
         assert alone("how many?", 6).startswith(said)

@@ -77,7 +77,7 @@ def test_soft_tokens_weigh_what_the_first_layer_gets_of_words(family: str, fusio
     calibrate(model, [SimpleNamespace(media={"pixel_values": pixels})])
     embeddings = model.get_input_embeddings()
     words = embeddings(torch.arange(embeddings.num_embeddings)).detach()
-    assert float(model.get_image_features(pixels).pooler_output.std() / words.std()) == pytest.approx(1, rel=1e-3)
+    assert (model.get_image_features(pixels).pooler_output.std() / words.std()).item() == pytest.approx(1, rel=1e-3)
     if fusion == "cross_attention":
         torch.testing.assert_close(model.image.fusion.marker.detach(), words.mean(0))
 

@@ -90,7 +90,7 @@ def test_half_written_files_of_the_dead_are_cleared_away_and_those_of_the_living
     held = hold(root / A)
     assert not partial.exists()
     partial.write_bytes(b"half")
-    hold(root / A)
+    hold(root / A).close()
     assert partial.exists()
     held.close()
 

@@ -1,4 +1,4 @@
-"""`opticnerve data check` and `opticnerve data show`: look at the data before the model does."""
+"""`opticnerve data check`, `show` and `convert`: look at the data before the model does, and write them anew."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ SHOW_EPILOG = examples(
     "opticnerve data show conversations.json --model runs/demo --id sample-12",
     note="With a recipe the tokenizer alone is loaded, no weights.",
 )
+CONVERT_EPILOG = examples(
+    "opticnerve data convert train.json train.jsonl --media pictures/",
+    "opticnerve data convert questions.tsv questions.parquet columns.question=query",
+    note="Bad samples stop it, unless --skip-bad leaves them out.",
+)
 SourceArgument = Annotated[str, Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe.")]
 DataOverrides = Annotated[
     list[str] | None,
@@ -48,7 +53,7 @@ DataOverrides = Annotated[
                    metavar="[KEY=VALUE]..."),
 ]  # fmt: skip
 FormatOption = Annotated[
-    str, Option("--format", help="auto, captions, vqa, llava, chat, completion, preference, hf or webdataset.")
+    str, Option("--format", help="auto, captions, vqa, llava, chat, texts, instruction, completion, preference, hf, …")
 ]
 
 
@@ -108,6 +113,33 @@ def check(
                 print_listed(console, f"[bold red]{title}[/]: {listed.count:,}", listed)
     if not good or (fail_on_leaks and not found.ok):
         raise typer.Exit(BAD_SAMPLES)
+
+
+@app.command("convert", epilog=CONVERT_EPILOG)
+@guarded
+def convert(
+    source: Annotated[str, Argument(metavar="PATH", help="A data file or folder.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="A new file: .jsonl, .parquet or .tar.")],
+    overrides: DataOverrides = None,
+    data_format: FormatOption = "auto",
+    media: MediaOption = None,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad samples out, and count them.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write data of any layout as chat records: JSON lines, Parquet, or a webdataset shard."""
+    from opticnerve.data.dataset.convert import convert as write
+    from opticnerve.data.dataset.load import stream_data
+
+    bad: list[DataError] = []
+    spec = _spec(source, data_format, media, overrides)
+    count = write(stream_data(spec, on_error=bad.append if skip_bad else None), out)
+    if as_json:
+        print_json({"out": str(out), "samples": count, "left_out": len(bad)})
+        return
+    console = console_for(False)
+    console.print(f"{out}: {count:,} samples, {len(bad):,} bad ones left out", highlight=False, soft_wrap=True)
+    for error in bad[:20]:
+        console.print(f"  {error}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("show", epilog=SHOW_EPILOG)

@@ -108,7 +108,7 @@ def compile_on_any_device(config: Any) -> None:
 def forget_renamings(model: PreTrainedModel, patterns: Iterable[str]) -> None:
     """Forget that `from_pretrained` gave tensors other names by these patterns: `save_pretrained` takes all back."""
     known = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [c for c in known if set(c.source_patterns).isdisjoint(patterns)]
+    vars(model)["_weight_conversions"] = [c for c in known if set(c.source_patterns).isdisjoint(patterns)]
 
 
 def saves_adapters_alone(model: PreTrainedModel) -> bool:

@@ -96,6 +96,10 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
+
     def read(self, places: Sequence[tuple[Shard, int]]) -> Features:
         """Row `n` of each file named: (rows, N, D), in the files' dtype.
 

@@ -183,7 +183,7 @@ class _State:
         position_BL = (mask_BL.long().cumsum(1) - 1).masked_fill(mask_BL == 0, 0)
         out = forward_rows(
             self.model, self.media_B, input_ids=self.ids()[:, past:], attention_mask=mask_BL if self.padded else None,
-            position_ids=position_BL[:, past:], **{CACHE: cache}, **media,
+            position_ids=position_BL[:, past:], **media, **{CACHE: cache},  # type: ignore[arg-type]
         )  # fmt: skip
         self.cache = out[CACHE]
         reserved = room and reserve(self.cache, self.new)

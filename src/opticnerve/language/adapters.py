@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -41,12 +41,14 @@ def our_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((n, m) for n, m in module.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A)
 
 
-def check_plain(weight: Tensor, what: str) -> None:
+def check_plain(layer: nn.Module, what: str) -> None:
     """Refuse to add anything into quantised weights.
 
     Raises:
         OpticNerveError: they are.
     """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
     if not weight.is_floating_point() or type(weight.data) is not Tensor:
         raise OpticNerveError(
             f"{what} cannot be merged into quantised weights; merge before quantising (`opticnerve merge`, or load "
@@ -55,7 +57,15 @@ def check_plain(weight: Tensor, what: str) -> None:
         )
 
 
-class DockedLayer:
+# Its methods are those of a layer of peft's; a true base would change the layout of the objects, and `adopt` could not
+# turn a layer into one.
+if TYPE_CHECKING:
+    _Layer = LoraLayer
+else:
+    _Layer = object
+
+
+class DockedLayer(_Layer):
     """What comes before peft's own class among the bases of a layer that holds our adapter.
 
     Attributes:
@@ -86,33 +96,33 @@ class DockedLayer:
         """Never: where the others are off, ours is on."""
         return False
 
-    def set_adapter(self: Any, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate the others' adapters of these names."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         theirs = [n for n in names if n != ADAPTER]
         with _as_trainable_as_before(self):
-            super().set_adapter(theirs, inference_mode=inference_mode)  # type: ignore[misc]
+            super().set_adapter(theirs, inference_mode=inference_mode)
         self.others = theirs
 
-    def enable_adapters(self: Any, enabled: bool) -> None:
+    def enable_adapters(self, enabled: bool) -> None:
         """Switch the others."""
         if not enabled and self.merged:
             self.unmerge()
         with _as_trainable_as_before(self):
             self.others_on = True  # peft activates again what is active
-            super().enable_adapters(enabled)  # type: ignore[misc]
+            super().enable_adapters(enabled)
         self.others_on = enabled
 
-    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make room for one more adapter."""
         if adapter_name == ADAPTER:
             raise OpticNerveError(
                 f"{ADAPTER!r} is the name of the adapter that the dock has already; choose another adapter_name",
                 kind="exists-already",
             )
-        super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]
+        super().update_layer(adapter_name, *args, **kwargs)
 
-    def delete_adapter(self: Any, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
         """Take one of the others away."""
         if adapter_name == ADAPTER:
             raise OpticNerveError(
@@ -120,9 +130,9 @@ class DockedLayer:
                 kind="unsupported",
             )
         with _as_trainable_as_before(self):
-            super().delete_adapter(adapter_name)  # type: ignore[misc]
+            super().delete_adapter(adapter_name)
 
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add all adapters into the weight: peft's layers compute none of them while one is merged."""
         names = self.active_adapters if adapter_names is None else adapter_names
         if ADAPTER not in {*names, *self.merged_adapters}:
@@ -133,18 +143,18 @@ class DockedLayer:
             )
         self._merge(safe_merge, names)
 
-    def _merge(self: Any, safe_merge: bool, names: list[str]) -> None:
+    def _merge(self, safe_merge: bool, names: list[str]) -> None:
         if ADAPTER in names and self.gated:
             raise OpticNerveError(
                 "the dock's own adapter works beside media alone (lora.when: media), and no sum of weights does that; "
                 "merge the others' alone: merge_and_unload(adapter_names=[…])",
                 kind="unsupported",
             )
-        check_plain(self.get_base_layer().weight, "an adapter")
-        super().merge(safe_merge=safe_merge, adapter_names=names)  # type: ignore[misc]
+        check_plain(self.get_base_layer(), "an adapter")
+        super().merge(safe_merge=safe_merge, adapter_names=names)
 
     def unload_and_optionally_merge_module(
-        self: Any, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """What stands here when the others have gone (peft asks): this layer, or the plain one with ours merged in."""
         if merge:
@@ -157,10 +167,9 @@ class DockedLayer:
         with _as_trainable_as_before(self):
             for name in set(self.lora_A) | set(self.lora_embedding_A):
                 if name != ADAPTER:
-                    super().delete_adapter(name)  # type: ignore[misc]
+                    super().delete_adapter(name)
         self.others, self.others_on = [], True
-        own: nn.Module = self
-        return own
+        return cast("nn.Module", self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Such classes are made as they are needed, so that pickle would not find them by their names.
@@ -168,7 +177,7 @@ class DockedLayer:
 
 
 @contextmanager
-def _as_trainable_as_before(layer: Any) -> Iterator[None]:
+def _as_trainable_as_before(layer: LoraLayer) -> Iterator[None]:
     """Within it, whatever peft opens and freezes, our weights stay as they were."""
     holders = [getattr(layer, name) for name in layer.adapter_layer_names]
     ours = [p for h in holders if ADAPTER in h for p in h[ADAPTER].parameters()]

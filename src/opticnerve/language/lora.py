@@ -175,7 +175,7 @@ def merge_lora(language_model: nn.Module) -> None:
     """
     layers = list(our_layers(language_model))
     for _, layer in layers:
-        check_plain(layer.get_base_layer().weight, "the adapter")
+        check_plain(layer.get_base_layer(), "the adapter")
     for name, layer in layers:
         base = layer.get_base_layer()
         dtype = base.weight.dtype

@@ -181,7 +181,7 @@ class ChatAnswer(Answer):
     ) -> BaseModel:
         choices = [
             Choice(
-                index=i, finish_reason=self.finished[i], logprobs=self._told(logprobs[i]),
+                index=i, finish_reason=self.finished[i], logprobs=self._logprobs(logprobs[i]),
                 message=AnswerMessage(content=text or (None if calls[i] else ""), tool_calls=calls[i] or None),
             )
             for i, text in enumerate(texts)
@@ -194,14 +194,14 @@ class ChatAnswer(Answer):
 
     def streamed(self, piece: AnswerPiece) -> Iterator[Body]:
         if piece.text or piece.logprobs:
-            yield self._choice(piece.number, {"content": piece.text}, self._told(piece.logprobs))
+            yield self._choice(piece.number, {"content": piece.text}, self._logprobs(piece.logprobs))
         if piece.calls:
             called = [ToolCallDelta(index=i, **c.model_dump()).model_dump() for i, c in enumerate(piece.calls)]
             yield self._choice(piece.number, {"tool_calls": called})
         if piece.finish is not None:
             yield self._choice(piece.number, {}, finish=piece.finish)
 
-    def _told(self, found: list[TokenLogprob]) -> Logprobs | None:
+    def _logprobs(self, found: list[TokenLogprob]) -> Logprobs | None:
         return Logprobs(content=found) if self.asked.likeliest is not None else None
 
     @staticmethod
@@ -221,7 +221,9 @@ class CompletionAnswer(Answer):
     ) -> BaseModel:
         self._letters = [0] * self.choices
         choices = [
-            CompletionChoice(index=i, text=text, logprobs=self._told(i, logprobs[i]), finish_reason=self.finished[i])
+            CompletionChoice(
+                index=i, text=text, logprobs=self._logprobs(i, logprobs[i]), finish_reason=self.finished[i]
+            )
             for i, text in enumerate(texts)
         ]
         return Completion(**self.head, choices=choices, usage=self.usage())
@@ -231,12 +233,12 @@ class CompletionAnswer(Answer):
         return iter(())
 
     def streamed(self, piece: AnswerPiece) -> Iterator[Body]:
-        logprobs = self._told(piece.number, piece.logprobs)
+        logprobs = self._logprobs(piece.number, piece.logprobs)
         yield CompletionChoice(
             index=piece.number, text=piece.text, logprobs=logprobs, finish_reason=piece.finish
         ).model_dump()  # fmt: skip
 
-    def _told(self, number: int, found: list[TokenLogprob]) -> CompletionLogprobs | None:
+    def _logprobs(self, number: int, found: list[TokenLogprob]) -> CompletionLogprobs | None:
         if self.asked.likeliest is None:
             return None
         made = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])

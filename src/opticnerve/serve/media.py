@@ -92,12 +92,12 @@ def fetch(url: str, *, hosts: Sequence[str], max_bytes: int, seconds: float, par
     watch.start()
     try:
         connection.request("GET", path, headers={"User-Agent": "opticnerve", "Accept": "image/*, audio/*"})
-        answer = connection.getresponse()
-        if 300 <= answer.status < 400:
-            raise refuse(f"{host} redirects elsewhere, which is not followed")
-        if answer.status != 200:
-            raise refuse(f"{host} answered {answer.status}")
-        body = answer.read(max_bytes + 1)
+        with connection.getresponse() as answer:  # which may hold the socket when the connection has closed it
+            if 300 <= answer.status < 400:
+                raise refuse(f"{host} redirects elsewhere, which is not followed")
+            if answer.status != 200:
+                raise refuse(f"{host} answered {answer.status}")
+            body = answer.read(max_bytes + 1)
     except (OSError, http.client.HTTPException, ValueError) as e:
         if isinstance(e, ApiError):
             raise

@@ -104,7 +104,7 @@ def _control(form: ChatForm) -> re.Pattern[str]:
     return re.compile("|".join(f"{re.escape(w[0])}(?={re.escape(w[1:])})" for w in words) or "(?!)")
 
 
-def _guarded(value: Any, control: re.Pattern[str]) -> Any:
+def _guarded(value: object, control: re.Pattern[str]) -> Any:
     """Texts with a mark within every control token that they spell, at any depth of lists and dictionaries."""
     match value:
         case str():

@@ -171,12 +171,12 @@ class Scheduler:
         """Read a prompt; its answers begin. A prompt that breaks the model breaks for its own request alone."""
         started = time.monotonic()
         try:
-            told = job.prompt.echo is not None
-            each = told and job.asked.likeliest is not None
+            echo = job.prompt.echo is not None
+            each = echo and job.asked.likeliest is not None
             logits_NV, read = self.batch.read(job.prompt.inputs, job.asked.choices, each=each)
             new = [RunningSequence(job, i, self.model, self.tokenizer, self.ends) for i in range(job.asked.choices)]
             for row, logits_V in zip(new, logits_NV, strict=True):
-                if told:
+                if echo:
                     row.echo(read.logits_LV)
                 if row.live:
                     row.emit(logits_V)

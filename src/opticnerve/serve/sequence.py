@@ -89,9 +89,9 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, list[int] | None]:
     """A token alone, as text and as UTF-8 bytes (None where the tokenizer does not tell)."""
-    raw = tokenizer.convert_ids_to_tokens(token)
+    raw: Any = tokenizer.convert_ids_to_tokens(token)
     text = str(tokenizer.decode([token]))
     if raw is not None and raw.startswith("▁") and not text.startswith(" "):
         text = " " + text  # SentencePiece's decoders strip the first space

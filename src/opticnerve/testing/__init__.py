@@ -12,6 +12,7 @@ too). It raises one `ContractError` that lists every broken promise: what happen
 from opticnerve.testing.connectors import check_connector
 from opticnerve.testing.contract import ContractError
 from opticnerve.testing.encoders import check_encoder
+from opticnerve.testing.formats import check_format
 from opticnerve.testing.fusions import check_fusion
 
-__all__ = ["ContractError", "check_connector", "check_encoder", "check_fusion"]
+__all__ = ["ContractError", "check_connector", "check_encoder", "check_format", "check_fusion"]

@@ -40,6 +40,7 @@ class DataReport:
     near_pictures: Listed = field(default_factory=Listed)  # look alike and are not the same
     repeated_answers: Listed = field(default_factory=Listed)  # beside those of whole samples
     control_words: Listed = field(default_factory=Listed)  # words that spell a special token of the language model
+    repaired: Counter[str] = field(default_factory=Counter)  # samples that a repair changed, by its name
     media_opened: bool = True
 
     @property
@@ -56,7 +57,7 @@ class DataReport:
         made = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "kinds": {k: v.to_dict() for k, v in self._by_count()},
             "images_per_sample": {str(k): v for k, v in sorted(self.images_per_sample.items())},
-            "answer_words": spread(self.answer_words), "tokens": spread(self.tokens),
+            "answer_words": spread(self.answer_words), "tokens": spread(self.tokens), "repaired": dict(self.repaired),
         }  # fmt: skip
         plain = {k: v.to_dict() if isinstance(v, Listed) else v for k, v in made.items()}
         return {"ok": self.ok, "samples": self.samples, **plain}
@@ -94,6 +95,9 @@ class DataReport:
             yield "words per answer", _spread_text(words)
         if tokens := spread(self.tokens):
             yield "tokens per sample", _spread_text(tokens)
+
+        if self.repaired:
+            yield "repaired", ", ".join(f"{name} in {count:,}" for name, count in sorted(self.repaired.items()))
 
     def _status(self) -> str:
         if self.ok:
@@ -250,6 +254,7 @@ def _add(
     report.turns += sum(m.learn for m in answers)
     report.images += len(identities)
     report.audios += len(item.audios)
+    report.repaired.update(item.meta.get("repaired", ()))
     report.images_per_sample[len(identities)] += 1
     report.answer_words.update(len(m.text.split()) for m in answers)
     place = item.where or item.id

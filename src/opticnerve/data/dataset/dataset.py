@@ -159,9 +159,6 @@ class Entry(Indexed[Example]):
         assert isinstance(self.samples, Samples)
         return self.samples.only(self.groups[number]), self.per_image
 
-    def members(self, number: int) -> int:
-        return 1 if self.groups is None else len(self.groups[number % self.once])
-
 
 class Examples(Joined[Example]):
     """The examples of all data entries of a stage, one entry after the other."""

@@ -196,8 +196,9 @@ class _Split:
     """Which records of one file are wanted, where they name their splits themselves (a field `split`): as with files
     side by side, several are never read as one."""
 
-    wanted: str | None
     path: Path
+    counts: bool
+    wanted: str | None = None
     first: str | None = None
 
     def wants(self, record: Record) -> bool:
@@ -206,7 +207,7 @@ class _Split:
         Raises:
             DataError: it is of another split than those before it, and none is named.
         """
-        own = known_split(record.fields.get("split"))
+        own = known_split(record.fields.get("split")) if self.counts else None
         if own is None:
             if self.wanted not in (None, "train"):  # one file is what is trained on
                 problem = f"hub_split names the split {self.wanted!r}, and the records of this one file name none"
@@ -228,7 +229,7 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     """Open a source and find out its format.
 
     Args:
-        folders: takes the folders in which media are looked for, see `fields.Context`.
+        folders: takes the folders in which media are looked for, see `media.Context`.
 
     Raises:
         DataError: as `read` does even with `on_error`.
@@ -254,9 +255,8 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     strict = source.format in _BY_FIELDS
     cache = Path(source.media_cache) if source.media_cache is not None else None
     context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders, cache)
-    split = _Split(source.split if path.is_file() and "split" not in source.ignore else None, path)
-    if "split" in source.ignore or source.stream is not None:
-        split.wanted = None
+    counts = "split" not in source.ignore and source.stream is None
+    split = _Split(path, counts, source.split if path.is_file() else None)
     return OpenSource(found, read_by, columns, context, ignore.union(again), source.repair, head, rest, split)
 
 
@@ -266,7 +266,9 @@ def _media_of(source: DataSource, path: Path) -> Path:
     if on_hub:
         return path  # pictures come with the rows: a name in them reaches nothing on this machine
     if not media.is_dir():
-        raise DataError(f"the media folder {media} does not exist", where=str(path), kind="missing-file")
+        raise refused(
+            path, f"the media folder {media} does not exist", "name the folder of the pictures", "missing-file"
+        )
     return media
 
 

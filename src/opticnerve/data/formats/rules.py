@@ -130,7 +130,7 @@ def check_unread(fields: Fields, *, format: str, strict: bool, media: int, folde
     """
     by_number = picture_by_number(fields, folder or Path())
     used = set(_files_used(fields, 0))
-    for path, key, value in _unread(fields, "", 0):
+    for path, key, value in _unread(fields, "", 0, fields.ignored):
         if (kind := kind_of(key, value)) and not _is_used(key, value, used, media, path == key):
             raise _unused(path, f"names {kind} files", value, format)
         if not media and names_by_number(key) and not empty(value):
@@ -145,11 +145,11 @@ def check_unread(fields: Fields, *, format: str, strict: bool, media: int, folde
             raise _unused(name, "changes the prompt", fields[name], format)
 
 
-def _unread(fields: dict[str, Any], before: str, depth: int) -> Iterator[tuple[str, str, Any]]:
+def _unread(fields: dict[str, Any], before: str, depth: int, ignored: frozenset[str]) -> Iterator[tuple[str, str, Any]]:
     """(path, key, value) of all that was not looked at, objects within objects too."""
     read = fields.read if isinstance(fields, Fields) else ()
     for key, value in dict.items(fields):
-        if not isinstance(key, str):
+        if not isinstance(key, str) or (depth and key in ignored):
             continue
         path = f"{before}{key}"
         if key not in read:
@@ -161,7 +161,7 @@ def _unread(fields: dict[str, Any], before: str, depth: int) -> Iterator[tuple[s
             for number, item in enumerate(inner):
                 if isinstance(item, dict) and (key not in read or isinstance(item, Fields)):
                     at = f"{path}[{number}]." if isinstance(value, list) else f"{path}."
-                    yield from _unread(item, at, depth + 1)
+                    yield from _unread(item, at, depth + 1, ignored)
 
 
 def _files_used(fields: Fields, depth: int) -> Iterator[tuple[str, ...]]:

@@ -134,7 +134,8 @@ def _turn(message: Fields, context: Context) -> Turn:
     if not isinstance(name, str) or name not in ROLES:
         raise DataError(
             f"unknown role {brief(name) if not isinstance(name, str) else repr(name[:60])}",
-            remedy=f"wanted one of {', '.join(ROLES)}", kind="unknown-role",
+            remedy=f"wanted one of {', '.join(ROLES)}; who else speaks is named with roles: {{{str(name)[:40]}: user}}",
+            kind="unknown-role",
         )  # fmt: skip
     role = ROLES[name]
     if isinstance(content, list) and all(isinstance(p, str) for p in content):

@@ -23,8 +23,10 @@ from opticnerve.types import DataError
 
 _DELIMITERS = ",;\t|"
 _MISSING = ("", "NaN", "nan")  # as pandas writes missing numbers
-_LONGEST, _SPANNED = 1 << 30, 2 << 20
-"""Characters of a cell (a picture as base64), and of all lines that one row spans."""
+_LONGEST, _SPANNED = 1 << 30, 1 << 17
+"""Characters of a cell (a picture as base64), and of all lines that one row spans, those of base64 left out: each row
+with an open quote reads so far."""
+_OF_BASE64 = re.compile(r"[A-Za-z0-9+/=_-]+\s*")
 CLOSE_QUOTES = "close-quotes"
 
 
@@ -99,6 +101,7 @@ class Csv:
             self._mended = False
             line, start = lines.number + 1, lines.read
             lines.taken.clear()
+            lines.spanned = 0
             row: list[str] = []
             problem = ""
             try:
@@ -195,13 +198,16 @@ class _Lines(Iterator[str]):
         self.read = 3 if file.peek(3).startswith(b"\xef\xbb\xbf") else 0  # a byte order mark
         self.number = 0
         self.taken: list[str] = []
+        self.spanned = 0  # characters of these but the first
         self._ahead: deque[str] = deque()
         self._text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
     def __next__(self) -> str:
-        if len(self.taken) > 1 and sum(map(len, self.taken)) > _SPANNED:
+        if self.spanned > _SPANNED:
             raise csv.Error(f"its quoted cell spans more than {len(self.taken):,} lines")
         line = self._ahead.popleft() if self._ahead else next(self._text)
+        if self.taken and not _OF_BASE64.fullmatch(line):
+            self.spanned += len(line)
         self.read += _bytes(line)
         self.number += 1
         self.taken.append(line)

@@ -34,10 +34,10 @@ from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.features import MediaFeatures
 from opticnerve.models.vlm.parts import DockedParts
 from opticnerve.models.vlm.placeholders import embedding_of, find
-from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context
+from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context, one_cache, seen_of
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
 from opticnerve.ops import varlen
-from opticnerve.types import Features
+from opticnerve.types import Features, OpticNerveError
 
 # While `generate` runs, a step sees its newest token only: whether a row holds a picture was settled by the prompt.
 settled_rows: ContextVar[Tensor | None] = ContextVar("rows_with_media", default=None)
@@ -156,6 +156,11 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         folder = delta.find(str(pretrained_model_name_or_path))
         if folder is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if args:
+            raise OpticNerveError(
+                f"{folder} is a run's folder, whose model is built by its own config.json: it takes keywords alone",
+                kind="unsupported",
+            )
         return delta.load(cls, folder, **kwargs)
 
     def restore_tables(self) -> None:
@@ -265,7 +270,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
 
         return nullcontext(), again()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -372,21 +377,6 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         assert given is not None
         # Beams and several answers stand beside each other, each prompt's together.
         return settled_B.repeat_interleave(given.shape[0] // settled_B.shape[0])
-
-
-def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Two names of one thing: transformers knows `cache` from 5.24 on."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError("give one of cache and past_key_values")
-    return past_key_values if cache is None else cache
-
-
-def seen_of(out: Any, prompt: Prompt) -> dict[str, Any]:
-    """What both outputs hold beside their first fields: of the language model's, and the soft tokens."""
-    return {
-        "hidden_states": out.get("hidden_states"), "attentions": out.get("attentions"),
-        "image_hidden_states": prompt.soft.get("image"), "audio_hidden_states": prompt.soft.get("audio"),
-    }  # fmt: skip
 
 
 def _must_take_part(tower: Tower) -> bool:

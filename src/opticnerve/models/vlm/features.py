@@ -26,7 +26,7 @@ class MediaFeatures:
     towers: Any
     config: Any
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None, **kwargs: Any,
@@ -42,7 +42,7 @@ class MediaFeatures:
         given = {"pixel_values": pixel_values, "image_sizes": image_sizes, "qformer_input_ids": qformer_input_ids}
         return self._features("image", {**given, "qformer_attention_mask": qformer_attention_mask}, kwargs)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """(windows, mels, frames) → `pooler_output`, the soft tokens: (windows, N, language width), and
         `last_hidden_state`, what the encoder heard."""
@@ -60,7 +60,9 @@ class MediaFeatures:
         assert soft is not None
         states = tower.encoder.states(tower.placed(given), **asked) if any(asked.values()) else {}
         return BaseModelOutputWithPooling(
-            last_hidden_state=encoded.tokens_BND, pooler_output=pooled_of(tower, soft), **states
+            last_hidden_state=encoded.tokens_BND,
+            pooler_output=pooled_of(tower, soft),
+            **states,  # type: ignore[arg-type]
         )
 
     def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:

@@ -13,10 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from opticnerve.common.private_names import CACHE
-from opticnerve.models.vlm.backbone import OpticNerveModel, one_cache, prompt_length, seen_of, settled_rows
+from opticnerve.models.vlm.backbone import OpticNerveModel, prompt_length, settled_rows
 from opticnerve.models.vlm.configuration import wide_vocabulary
 from opticnerve.models.vlm.placeholders import barred
-from opticnerve.models.vlm.prompt import MEDIA_KEYS, keep, repeat_media, repeat_pooled
+from opticnerve.models.vlm.prompt import MEDIA_KEYS, keep, one_cache, repeat_media, repeat_pooled, seen_of
 from opticnerve.types import Features
 
 IGNORE = -100
@@ -64,7 +64,7 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
         """The language model's, by the name that transformers' models have it under."""
         return self.get_output_embeddings()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -139,14 +139,13 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
     def generate(self: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As for any model of transformers. Which rows hold a picture is settled by the prompt, once, for all steps."""
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is not None:
+        embeds: Tensor | None = kwargs.get("inputs_embeds")
+        if embeds is not None or not (isinstance(input_ids, Tensor) and input_ids.ndim == 2):
             input_ids = None
-        rows_B, length = None, None
-        if embeds is not None or (isinstance(input_ids, Tensor) and input_ids.ndim == 2):
+        given, rows_B, length = input_ids if embeds is None else embeds, None, None
+        if given is not None:
             self._check_media(input_ids, kwargs)
-            rows_B = self.rows_with_media(input_ids, embeds)
-            length = int((input_ids if embeds is None else embeds).shape[1])
+            rows_B, length = self.rows_with_media(input_ids, embeds), int(given.shape[1])
         tokens = settled_rows.set(rows_B), prompt_length.set(length)
         try:
             with wide_vocabulary():

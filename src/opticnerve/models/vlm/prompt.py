@@ -54,6 +54,21 @@ def kept(cache: Cache | None) -> dict[str, Any]:
     return dict(getattr(cache, _ON_CACHE, None) or {})
 
 
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Two names of one thing: transformers knows `cache` from 5.24 on."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give one of cache and past_key_values")
+    return past_key_values if cache is None else cache
+
+
+def seen_of(out: Any, prompt: Prompt) -> dict[str, Any]:
+    """What both outputs hold beside their first fields: of the language model's, and the soft tokens."""
+    return {
+        "hidden_states": out.get("hidden_states"), "attentions": out.get("attentions"),
+        "image_hidden_states": prompt.soft.get("image"), "audio_hidden_states": prompt.soft.get("audio"),
+    }  # fmt: skip
+
+
 def repeat_media(
     media: dict[str, Tensor], places: dict[str, list[int]], towers: dict[str, Tower], times: int
 ) -> dict[str, Tensor]:
