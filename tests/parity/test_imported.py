@@ -95,7 +95,7 @@ def test_logits_are_theirs(pair: Pair) -> None:
         assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
         with torch.no_grad():
             expected, logits = pair.theirs(**theirs).logits, pair.ours(**ours).logits
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(*tiny.words_of(logits, expected), rtol=0, atol=1e-5)
 
 
 def test_logits_depend_on_the_picture(pair: Pair) -> None:
@@ -114,7 +114,8 @@ def test_a_padded_batch_gives_the_same_logits(pair: Pair) -> None:
     with torch.no_grad():
         rows = pair.ours(**ours, position_ids=places).logits
         for row, mask, theirs in zip(rows, ours["attention_mask"].bool(), alone, strict=True):
-            torch.testing.assert_close(row[mask], pair.theirs(**theirs).logits[0], rtol=0, atol=1e-5)
+            words = tiny.words_of(row[mask], pair.theirs(**theirs).logits[0])
+            torch.testing.assert_close(*words, rtol=0, atol=1e-5)
 
 
 HOW: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}

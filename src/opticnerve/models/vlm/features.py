@@ -59,11 +59,8 @@ class MediaFeatures:
         soft = self._soft(modality, tower, {**media, f"{modality}_features": encoded})
         assert soft is not None
         states = tower.encoder.states(tower.placed(given), **asked) if any(asked.values()) else {}
-        return BaseModelOutputWithPooling(
-            last_hidden_state=encoded.tokens_BND,
-            pooler_output=pooled_of(tower, soft),
-            **states,  # type: ignore[arg-type]
-        )
+        pooled: Any = pooled_of(tower, soft)  # a list where sizes differ, as transformers' own models give it
+        return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens_BND, pooler_output=pooled, **states)
 
     def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
         features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
