@@ -93,6 +93,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_in_place_of_weights_does_not_run(
     archive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,11 @@ class TestRows:
         assert [c.answer for c in tried(folder / "d.json", hub_split="train+restval")[0]] == ["train", "restval"]
         assert len(tried(folder / "d.json", ignore=["split"])[0]) == 3
 
+    def test_a_layout_puts_nothing_in_the_place_of_what_is_there(self, folder: Path) -> None:
+        for words in ({"text": "red"}, {"caption": "red"}):
+            found = only(folder, {"picture": "1.png", "url": "https://x.org/2.png", **words})
+            assert said(found) == [["1.png"], ["red"]]
+
     def test_boxes_are_refused_by_name(self, folder: Path) -> None:
         row = {"messages": [{"role": "user", "content": "find <bbox>"}, {"role": "assistant", "content": "x"}],
                "objects": {"bbox": [[1, 2, 3, 4]]}}  # fmt: skip
@@ -341,5 +346,9 @@ class TestWeb:
             file.write(json.dumps({"image": "1.png", "caption": "red"}))
         (sample,) = load_data(data_entry({"path": "memory://bucket/d.jsonl", "media": str(folder)}))
         assert said(sample) == [["1.png"], ["red"]]
+        checked = CliRunner().invoke(
+            app, ["data", "check", "memory://bucket/d.jsonl", "--media", str(folder), "--json"]
+        )
+        assert json.loads(checked.stdout)["good"] == 1, checked.output
         with refused("missing-file", error=DataError):
             load_data(data_entry({"path": "memory://bucket/none.jsonl"}))

@@ -155,3 +155,15 @@ def test_convert_on_the_command_line(folder: Path) -> None:
         [("user", ["1.png", "what?"]), ("assistant", ["red"])],
         {"answers": ["red"], "type": None},
     )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "tar"])
+def test_what_is_not_learned_stays_so(folder: Path, suffix: str) -> None:
+    turns = [
+        {"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    ]
+    put(folder / "d.jsonl", [{"messages": [turns[0], {**turns[1], "weight": 0}, *turns[2:]]}])
+    before = found({"path": str(folder / "d.jsonl")})
+    convert(before, folder / f"out.{suffix}")
+    after = found({"path": str(folder / f"out.{suffix}")})
+    assert [m.learn for m in after[0].messages] == [m.learn for m in before[0].messages] == [True, False, True, True]

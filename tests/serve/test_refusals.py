@@ -33,7 +33,7 @@ def refused(live: Live, status: int = 400, **body: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "always"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities.1"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
@@ -51,7 +51,7 @@ def refused(live: Live, status: int = 400, **body: Any) -> dict[str, Any]:
         ({"stop": ""}, "stop"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "nick": "me"}]}, "messages.0.nick"),
         ({"messages": [{"role": "assistant", "content": "x", "audio": {"id": "a"}}]}, "messages.0.audio"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),

@@ -65,11 +65,15 @@ def test_as_generate_has_it(wish: dict[str, Any], options: dict[str, Any], live:
     assert said != plain
 
 
-def test_a_repetition_penalty_knows_no_placeholders(live: Live, both: Dock) -> None:
-    """They lie beyond the vocabulary, where no score is."""
+def test_rules_know_no_placeholders(both: Dock, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie beyond the vocabulary, where no score is: a rule that bars what stood behind a word must not look there."""
     tokens = chosen(both, ask("what?", tiny.picture(1)), 10, repetition_penalty=100)
     assert len({*tokens}) == 10
     assert live.post(**chat("what?", image(1)), max_tokens=10, repetition_penalty=100).status_code == 200
+    monkeypatch.setattr(both.model.generation_config, "no_repeat_ngram_size", 2)
+    placeholder = both.processor.image_token_id
+    sampler = TokenSampler(both.model, asked(), [5, placeholder, placeholder, 5], 0)
+    assert sampler.choose(torch.arange(placeholder, 0, -1).float()) == 0
 
 
 class TestPenaltiesOfTheAnswer:

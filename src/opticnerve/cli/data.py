@@ -198,7 +198,8 @@ def _entries(
 ) -> Iterator[Entry]:
     """Everything to check."""
     for path in against if is_recipe(source) else [source, *against]:
-        if not path.startswith("starter/") and not any(sign in path for sign in "{*?[") and not Path(path).exists():
+        elsewhere = path.startswith("starter/") or "://" in path or any(sign in path for sign in "{*?[")
+        if not elsewhere and not Path(path).exists():
             raise OpticNerveError(f"there is no file or folder {path!r}", kind="missing-file")
     if not is_recipe(source):
         yield source, _spec(source, data_format, media, overrides), None, "train"

@@ -214,7 +214,7 @@ def seen_box(image_processor: Any, width: int, height: int) -> Box:
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
-def _entry(size: Any, name: str) -> float | None:
+def _entry(size: object, name: str) -> float | None:
     found = size.get(name) if isinstance(size, dict) else getattr(size, name, None)
     return None if found is None else float(found)
 

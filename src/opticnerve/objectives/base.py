@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticnerve.types import AutogradContext, OpticNerveError
+from opticnerve.types import AutogradContext, MediaProcessor, OpticNerveError
 
 if TYPE_CHECKING:
     from opticnerve.recipe import Stage
@@ -48,7 +48,9 @@ class Objective(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} is computed micro-batch by micro-batch")
 
     @classmethod
-    def collator(cls, processor: Any, stage: Stage, seed: int) -> Callable[[Sequence[Sequence[Any]]], Any] | None:
+    def collator(
+        cls, processor: MediaProcessor, stage: Stage, seed: int
+    ) -> Callable[[Sequence[Sequence[Any]]], Any] | None:
         """What makes a batch of each row's conversations; None for rows of tokens with labels (`Collator`)."""
         return None
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from opticnerve.data.collators.contrastive import PairBatch, PairCollator
 from opticnerve.objectives.base import Objective, gather, processes
-from opticnerve.types import OpticNerveError
+from opticnerve.types import MediaProcessor, OpticNerveError
 
 if TYPE_CHECKING:
     from opticnerve.recipe import Stage
@@ -108,7 +108,7 @@ class Contrastive(Objective):
         self.duplicates = duplicates
 
     @classmethod
-    def collator(cls, processor: Any, stage: Stage, seed: int) -> PairCollator:
+    def collator(cls, processor: MediaProcessor, stage: Stage, seed: int) -> PairCollator:
         """What makes batches of captioned pictures; the stage's `max_length` is the captions'."""
         return PairCollator(processor, max_length=stage.max_length)
 

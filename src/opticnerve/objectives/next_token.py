@@ -12,7 +12,7 @@ from opticnerve.data.collators.classification import AnswerBatch, AnswerCollator
 from opticnerve.objectives.base import Objective
 from opticnerve.ops.head import supervised_logits, supervised_loss
 from opticnerve.ops.varlen import supported, within
-from opticnerve.types import OpticNerveError
+from opticnerve.types import MediaProcessor, OpticNerveError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,7 +48,7 @@ class Classification(Objective):
         return scores.loss(batch.targets), batch.targets.new_tensor(len(batch.targets))
 
     @classmethod
-    def collator(cls, processor: Any, stage: Stage, seed: int) -> AnswerCollator:
+    def collator(cls, processor: MediaProcessor, stage: Stage, seed: int) -> AnswerCollator:
         """What makes batches of questions."""
         return AnswerCollator(processor)
 

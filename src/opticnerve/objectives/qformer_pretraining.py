@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.collators.contrastive import CaptionBatch, CaptionCollator
 from opticnerve.objectives.base import Objective, gather, gather_padded, processes, shared_uniform
-from opticnerve.types import Features, OpticNerveError
+from opticnerve.types import Features, MediaProcessor, OpticNerveError
 
 if TYPE_CHECKING:
     from opticnerve.recipe import Stage
@@ -72,7 +72,7 @@ class QFormerPretraining(Objective):
         self.label_smoothing = label_smoothing
 
     @classmethod
-    def collator(cls, processor: Any, stage: Stage, seed: int) -> CaptionCollator:
+    def collator(cls, processor: MediaProcessor, stage: Stage, seed: int) -> CaptionCollator:
         """What makes batches: captions are read by the processor's `qformer_tokenizer`."""
         tokenizer = getattr(processor, "qformer_tokenizer", None)
         if tokenizer is None:

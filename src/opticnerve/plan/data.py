@@ -6,10 +6,11 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from opticnerve.data.dataset.dataset import Example
 from opticnerve.data.dataset.load import draw, load_examples, load_streams
+from opticnerve.data.dataset.streaming import Streams
 from opticnerve.data.encode.packing import Row, first_fit_decreasing, pack, side_by_side
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.language.chat_template import stage_template
@@ -87,7 +88,7 @@ def inspect_data(stage: Stage, processor: OpticNerveProcessor, *, seed: int) -> 
     return found
 
 
-def _first(streams: Any, bad: list[DataError]) -> Iterator[Example]:
+def _first(streams: Streams, bad: list[DataError]) -> Iterator[Example]:
     for index in range(LOOK_AT):
         try:
             yield streams.example(index)

@@ -89,7 +89,7 @@ class TokenSampler:
             scores_1V = scores_1V.float().clone()
             scores_1V[0, tokens] -= self.frequency * times + self.presence
         if self.change:
-            scores_1V = self.change(self._known(logits_V), scores_1V.float())
+            scores_1V = self.change(torch.tensor([self.ids], device=logits_V.device), scores_1V.float())
         if self.generator is not None:
             token = int(torch.multinomial(scores_1V.float().softmax(-1), 1, generator=self.generator))
         else:
@@ -104,12 +104,6 @@ class TokenSampler:
     def finished(self) -> bool:
         """Whether the answer's grammar lets nothing more come."""
         return self.grammar is not None and self.grammar.finished
-
-    def _known(self, logits_V: Tensor) -> Tensor:
-        """All tokens so far. Placeholders lie beyond the vocabulary, where no score is: others stand in for them."""
-        ids_1T = torch.tensor([self.ids], device=logits_V.device)
-        beyond_1T = ids_1T >= len(logits_V)
-        return ids_1T.masked_fill(beyond_1T, int(ids_1T[~beyond_1T][0])) if bool(beyond_1T.any()) else ids_1T
 
 
 def check_plain(model: OpticNerveForConditionalGeneration) -> None:

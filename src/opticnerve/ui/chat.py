@@ -121,7 +121,7 @@ class ChatState:
     def bubbles(self, alt_text: str) -> list[dict[str, Any]]:
         """As gradio's chatbot takes it."""
 
-        def content(part: Any) -> Any:
+        def content(part: Part) -> Any:
             return part.text if isinstance(part, TextPart) else {"path": str(part.source), "alt_text": alt_text}
 
         return [{"role": message.role, "content": content(p)} for message in self.messages for p in message.parts]

@@ -159,8 +159,9 @@ def generation(model: OpticNerveForConditionalGeneration, processor: OpticNerveP
 
 
 def placeholders(
-    processor: OpticNerveProcessor, images: Any, patch_size: int, additional: int = 0, strategy: str = "full"
-) -> Any:
+    processor: OpticNerveProcessor, images: tf.BaseImageProcessor, patch_size: int, additional: int = 0,
+    strategy: str = "full",
+) -> Any:  # fmt: skip
     """LLaVA's processor, which writes nothing but placeholders: (side / `patch_size`)² + `additional` a picture."""
     return tf.LlavaProcessor(
         images, processor.tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
