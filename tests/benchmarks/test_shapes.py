@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import made_data
 import shapes
 
+import tiny
 from opticnerve.models.freeze import freeze
 
 TINY = ["tiny", "tiny-siglip"]

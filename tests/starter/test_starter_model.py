@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from opticnerve.data.dataset.load import fixed_sample, load_data
 from opticnerve.evaluation.tasks import run_vqa
 from opticnerve.inference.generate import Answerer

@@ -20,6 +20,7 @@ from opticnerve.inference.decoding import forward_rows
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.shared_prefix import looks_beside
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+from opticnerve.models.vlm.placeholders import barred
 from opticnerve.ops.fused_decode import FusedDecoder, reserve
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
@@ -146,6 +147,7 @@ class RunningBatch:
             cos_B1d, sin_B1d = fused.tables(self.next_B, 1)
             mask_B11T = None if mask_BT is None else mask_BT[:, None, None]
             logits_BV = fused.step(tokens_B, cos_B1d[:, 0], sin_B1d[:, 0], self.cache.layers, mask_B11T)
+            logits_BV = barred(logits_BV, self.model.placeholder_ids)
         else:
             out = forward_rows(
                 self.model, self.media_B, input_ids=tokens_B[:, None], position_ids=self.next_B[:, None],
