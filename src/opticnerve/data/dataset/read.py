@@ -97,8 +97,8 @@ class DataSource:
     def check(self) -> None:
         """Refuse what no file could make right."""
         path = Path(self.path)
-        if self.format not in FORMATS:
-            raise refused(path, f"unknown format {self.format!r}", f"choose one of {', '.join(FORMATS)}")
+        if self.format not in (known := ("auto", *data_formats, "hf", "webdataset")):
+            raise refused(path, f"unknown format {self.format!r}", f"choose one of {', '.join(known)}")
         if self.limit is not None and self.limit < 0:
             raise refused(path, f"limit is {self.limit}", "give 0 or more")
         if unknown := sorted(set(self.repair) - set(REPAIRS)):
