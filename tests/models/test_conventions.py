@@ -69,6 +69,7 @@ def test_hidden_states_times_head_are_the_logits(docked: Callable[..., Dock], fa
     assert type(base) is OpticNerveModel
     out = base(**batch)
     head = made.model.get_output_embeddings()
+    assert head is not None
     torch.testing.assert_close(head(out.last_hidden_state), whole.logits[..., : language_rows(made)])
     assert torch.equal(out.image_hidden_states, whole.image_hidden_states)
 

@@ -22,7 +22,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.language.chat_template import CHATML
 from opticnerve.language.lora import is_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
-from opticnerve.models.checkpoint.quantised import spared
+from opticnerve.models.checkpoint.options import spared
 from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.models.vlm.tower import placed_like
 from opticnerve.types import ask

@@ -173,7 +173,7 @@ def computed_by(change: Callable[[Any], Any]) -> Functions:
     )
 
 
-def _plain_lora(layer: nn.Module) -> bool:
+def _plain_lora(layer: Any) -> bool:
     """Low-rank and nothing else: one adapter, not merged, on a frozen linear layer; no dropout in use, no variant."""
     if type(layer).forward is not LoraLinear.forward or layer.merged or layer.disable_adapters:
         return False

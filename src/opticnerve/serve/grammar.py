@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import llguidance
 import numpy as np
@@ -21,9 +21,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.schema import ChatRequest, JsonObjectFormat, JsonSchemaFormat, SampledRequest
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 MAX_LETTERS = 65_536
 # What one grammar may cost: the lexer's states are 1 to 2 kB each; fuel is some 50,000 for a millisecond.
 _LIMITS = llguidance.LLParserLimits(
@@ -31,7 +28,7 @@ _LIMITS = llguidance.LLParserLimits(
     verbose_errors=False,
 )  # fmt: skip
 # Between JSON's parts one space, or a line break and an indent: models write it so, and it is no endless row.
-_JSON: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"( |\n {0,32})?"}
+_JSON: dict[str, Any] = {"whitespace_flexible": True, "whitespace_pattern": r"( |\n {0,32})?"}
 
 
 class Constraint(NamedTuple):
@@ -59,7 +56,7 @@ def constraint_of(asked: SampledRequest) -> Constraint | None:
 
 def json_constraint(schema: object, param: str) -> Constraint:
     """JSON of a schema. Raises ApiError: 400: it is too large."""
-    return Constraint(llguidance.LLMatcher.grammar_from_json_schema(_dumped(schema, param), overrides=_JSON), param)
+    return Constraint(llguidance.LLMatcher.grammar_from_json_schema(_dumped(schema, param), overrides=_JSON), param)  # type: ignore[arg-type]
 
 
 def _dumped(schema: object, param: str) -> str:

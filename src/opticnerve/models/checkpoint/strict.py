@@ -25,7 +25,7 @@ from torch.nn.modules import module as hooks
 from opticnerve.common import hub
 from opticnerve.common.private_names import forget_renamings
 from opticnerve.language.adapters import OLD_NAMES
-from opticnerve.models.checkpoint.quantised import spare
+from opticnerve.models.checkpoint.options import spare
 from opticnerve.types import OpticNerveError
 
 MAX_HEADER = 100_000_000  # bytes: what the safetensors library itself takes

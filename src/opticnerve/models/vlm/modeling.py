@@ -111,7 +111,7 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
             "mm_encoder_outputs": mm_encoder_outputs,
         }  # fmt: skip
         reading = self.enter(input_ids, inputs_embeds, cache, media)
-        told = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
+        loss_options = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
         with self.multimodal_context(reading.prompt):
             out = self.language_model(
                 input_ids=reading.ids_BL, inputs_embeds=reading.embeds_BLD, attention_mask=attention_mask,
@@ -120,10 +120,10 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
             )  # fmt: skip
         keep(out.get(CACHE), reading.prompt.seen)
         loss = None
-        if labels is not None or told.get("shift_labels") is not None:
-            told = {k: self._learned(v) if k == "shift_labels" else v for k, v in told.items()}
+        if labels is not None or loss_options.get("shift_labels") is not None:
+            loss_options = {k: self._learned(v) if k == "shift_labels" else v for k, v in loss_options.items()}
             loss = self.loss_function(
-                logits=out.logits, labels=self._learned(labels), vocab_size=out.logits.shape[-1], **told
+                logits=out.logits, labels=self._learned(labels), vocab_size=out.logits.shape[-1], **loss_options
             )
         logits = barred(out.logits, self.placeholder_ids)
         return OpticNerveOutput(loss=loss, logits=logits, **{CACHE: out.get(CACHE)}, **seen_of(out, reading.prompt))
