@@ -72,6 +72,7 @@ def test_rules_know_no_placeholders(both: Dock, live: Live, monkeypatch: pytest.
     assert live.post(**chat("what?", image(1)), max_tokens=10, repetition_penalty=100).status_code == 200
     monkeypatch.setattr(both.model.generation_config, "no_repeat_ngram_size", 2)
     placeholder = both.processor.image_token_id
+    assert placeholder is not None
     sampler = TokenSampler(both.model, asked(), [5, placeholder, placeholder, 5], 0)
     assert sampler.choose(torch.arange(placeholder, 0, -1).float()) == 0
 
