@@ -96,6 +96,11 @@ def pictures(folder: Path) -> None:
     }  # fmt: skip
     for name, lines in written.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    charts = [
+        {"image": "1.jpg", "query": "how many bars?", "label": "3"},
+        {"image": "2.jpg", "query": "when?", "label": "1997"},
+    ]
+    (folder / "charts.json").write_text(json.dumps(charts), encoding="utf-8")
     spoken = folder / "data/LibriSpeech/test-clean/1/2"  # /data of a page
     spoken.mkdir(parents=True)
     (spoken / "1-2.trans.txt").write_text("1-2-0000 HE SPOKE\n1-2-0001 AND WENT\n", encoding="utf-8")

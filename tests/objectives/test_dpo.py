@@ -89,7 +89,7 @@ def test_before_the_first_step_nothing_is_preferred(docked: Callable[..., Dock])
     assert ipo.item() == pytest.approx(3.0)
     with_sft, _ = DPO(dock.model, sft=1.0)(PreferenceCollator(dock.processor)([[c] for c in pairs()]))
     sums, tokens = log_likelihoods(dock.model, PreferenceCollator(dock.processor)([[c] for c in pairs()]))
-    assert float(with_sft - loss) == pytest.approx(-float((sums[:, 0] / tokens[:, 0]).sum()), rel=1e-5)
+    assert (with_sft - loss).item() == pytest.approx(-(sums[:, 0] / tokens[:, 0]).sum().item(), rel=1e-5)
 
 
 def test_only_the_last_turn_is_compared(docked: Callable[..., Dock]) -> None:
@@ -156,7 +156,7 @@ def test_both_forms_of_data_say_the_same(tmp_path: Path) -> None:
         ({"question": "q", "chosen": "a", "rejected": " "}, "empty-answer"),
         ({"question": "q", "chosen": messages("a") * 2, "rejected": "b"}, "wrong-type"),
         ({"question": "q", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}, "wrong-type"),
-        ({"question": "q", "chosen": {"text": "a"}, "rejected": "b"}, "wrong-type"),
+        ({"question": "q", "chosen": {"text": "a"}, "rejected": "b"}, "missing-field"),  # one message, and no speaker
     ],
 )
 def test_bad_pairs_are_named(row: dict[str, Any], kind: str, tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ from opticnerve.types import Conversation, ImagePart, Message, TextPart
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets")
-pytestmark = [pytest.mark.usefixtures("private_cache"), pytest.mark.slow]
+# TRL and transformers tell each other of names that will go; a user of either cannot change that.
+pytestmark = [
+    pytest.mark.usefixtures("private_cache"), pytest.mark.slow, pytest.mark.filterwarnings("default"),
+]  # fmt: skip
 P = [tiny.picture(i) for i in range(8)]
 WORDS = ["red", "blue", "yes", "no"]
 

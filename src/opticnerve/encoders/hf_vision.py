@@ -231,6 +231,11 @@ class HFVisionEncoder(Encoder):
 
 def _vision_config(name: str) -> PreTrainedConfig:
     whole = read_config(name)
+    if type(whole).__module__.startswith("opticnerve."):
+        raise OpticNerveError(
+            f"{name!r} is a model of opticnerve ({whole.model_type}); name the vision encoder it was made of",
+            kind="unsupported",
+        )
     config: PreTrainedConfig = getattr(whole, "vision_config", whole)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
         raise OpticNerveError(
