@@ -50,7 +50,7 @@ def main() -> None:
     random.Random(0).shuffle(questions)
     options: dict[str, Any] = {
         "output_dir": str(given.out / "trainer"), "max_steps": given.steps or STEPS[given.method], "report_to": "none",
-        "logging_steps": 10, "use_cpu": True, "bf16": False, "save_strategy": "no", "lr_scheduler_type": "constant",
+        "logging_steps": 10, "use_cpu": True, "bf16": False, "save_strategy": "no", "lr_scheduler_type": "constant", "gradient_checkpointing": False,
     }  # fmt: skip
     trainer = TRAINERS[given.method](model, processor, questions, options)
     trainer.train()

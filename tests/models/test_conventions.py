@@ -263,3 +263,31 @@ def test_attention_reaches_the_encoder(made: Dock, tmp_path: Path) -> None:
     assert inner.config._attn_implementation == "eager"
     eager.set_attn_implementation("sdpa")
     assert inner.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("how", ["splice", "cross_attention", "gated adapter"])
+def test_layers_computed_again_see_the_same(docked: Callable[..., Dock], how: str) -> None:
+    """`gradient_checkpointing_enable`, which Trainer and TRL call: the gradients are those without it."""
+    made = docked_with(docked, "beyond", fusion="cross_attention" if how == "cross_attention" else "splice")
+    if how == "gated adapter":
+        made.model.give_lora({"rank": 4, "when": "media"})
+        for name, parameter in made.model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter)
+    batch = batch_of(made, ask("what is it?", tiny.picture(1)), ask("text alone"))
+    if how == "cross_attention":
+        for name, parameter in made.model.image.fusion.named_parameters():
+            if parameter.numel() == 1 or "gate" in name:
+                torch.nn.init.constant_(parameter, 0.5)
+    made.model.requires_grad_(True).train()
+    found = []
+    for again in (False, True):
+        if again:
+            made.model.activation_checkpointing_enable()
+        made.model.zero_grad()
+        made.model(**batch, labels=batch["input_ids"]).loss.backward()
+        found.append({n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None})
+    plain, again_too = found
+    assert plain.keys() == again_too.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again_too[name], gradient, msg=name)

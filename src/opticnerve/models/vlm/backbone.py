@@ -207,6 +207,20 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
+        """transformers' hook: what layers saw is seen again when they are computed again."""
+        options = {"context_fn": self.recompute, "use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise OpticNerveError(
+                "a docked model's layers are computed again with what they saw the first time, which torch's reentrant "
+                "form cannot do; give use_reentrant=False",
+                kind="unsupported",
+            )
+        super()._activation_checkpointing_enable(options, every_n_layers, offload)
+
     def give_lora(self, options: dict[str, Any]) -> None:
         """Put an adapter on the language model; the configuration remembers it. (`options`: as for `add_lora`.)"""
         add_lora(self.language_model, options)
@@ -249,7 +263,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
                     f"{int(place_BL.sum())} {modality} placeholders in the text, but 0 visual tokens: "
                     f"no {MEDIA_INPUT[modality]} given"
                 )
-            elif _must_take_part(tower):
+            elif tower.must_take_part():
                 prompt.embeds_BLD = fusion.dummy_pass(prompt.embeds_BLD, tower.dummy_features())  # type: ignore[arg-type]
         return prompt
 
@@ -377,14 +391,3 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         assert given is not None
         # Beams and several answers stand beside each other, each prompt's together.
         return settled_B.repeat_interleave(given.shape[0] // settled_B.shape[0])
-
-
-def _must_take_part(tower: Tower) -> bool:
-    """Whether trained weights of a tower that has nothing to do must still get a gradient: other processes wait."""
-    return (
-        torch.is_grad_enabled()
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-        and any(p.requires_grad for p in tower.parameters())
-    )

@@ -112,6 +112,16 @@ class Tower(nn.Module):
         features: Features = self(media, sizes, (word, torch.ones_like(word)) if self.wants_text else None)
         return features
 
+    def must_take_part(self) -> bool:
+        """Whether trained weights of a tower that has nothing to do must still get a gradient: other processes wait."""
+        return (
+            torch.is_grad_enabled()
+            and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+            and any(p.requires_grad for p in self.parameters())
+        )
+
     def describe(self) -> dict[str, Any]:
         """The tower's entry in `OpticNerveConfig.towers`."""
         entry = {
