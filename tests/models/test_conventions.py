@@ -256,6 +256,19 @@ def test_encoders_and_pickles(made: Dock) -> None:
     assert torch.equal(copy.deepcopy(made.model)(**batch).logits, there)
 
 
+@pytest.mark.parametrize("tiling", [None, {"type": "anyres", "pinpoints": [[32, 64], [64, 32]]}])
+def test_engines_know_how_many_tokens_a_picture_has(docked: Callable[..., Dock], tiling: Any) -> None:
+    made = docked("llama", tiling=tiling)
+    sizes = [(40, 90), (90, 40), (64, 64)]
+    counts = made.processor._get_num_multimodal_tokens(image_sizes=sizes)
+    for (height, width), tokens, rows in zip(
+        sizes, counts["num_image_tokens"], counts["num_image_patches"], strict=True
+    ):
+        seen = made.processor(images=[tiny.picture(0).resize((width, height))], text="<image>", return_tensors="pt")
+        assert int((seen["input_ids"] == made.processor.image_token_id).sum()) == tokens
+        assert len(seen["pixel_values"]) == rows
+
+
 def test_attention_reaches_the_encoder(made: Dock, tmp_path: Path) -> None:
     made.model.save_pretrained(tmp_path)
     eager = OpticNerveForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")

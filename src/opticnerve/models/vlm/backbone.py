@@ -342,7 +342,8 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         given = any(v is not None for k, v in media.items() if k != "mm_encoder_outputs") or any(
             v is not None for v in (media.get("mm_encoder_outputs") or {}).values()
         )
-        shown = input_ids is not None and bool(self._placeholders(input_ids).any())
+        # Asking costs a wait for the device: not where media are there to be read.
+        shown = not given and input_ids is not None and bool(self._placeholders(input_ids).any())
         if given or (shown and prompt_length.get() is None):
             prompt = self.read(input_ids, inputs_embeds=inputs_embeds, **media)
             input_ids, inputs_embeds = None, prompt.embeds_BLD

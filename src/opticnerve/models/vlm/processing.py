@@ -18,6 +18,7 @@ from transformers import (
     SequenceFeatureExtractor,
 )
 from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData
 
 from opticnerve.common.private_names import saved_parts
 from opticnerve.data.encode.chat_layout import form_of
@@ -169,6 +170,18 @@ class OpticNerveProcessor(ProcessorMixin):
     def audio_placeholders(self, samples: int) -> int:
         """Placeholders of a sound of so many samples."""
         return self.audio_windows(samples) * int(self.num_audio_tokens or 0)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """As transformers' own processors have it, for engines that plan ahead: placeholders and rows of `pixel_values`
+        by each picture's (height, width)."""
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.image_placeholders(*size) for size in image_sizes],
+            num_image_patches=[self.image_tiles(*size) for size in image_sizes],
+        )
 
     # -- transformers' hooks --------------------------------------------------------------------------------------
 
