@@ -29,6 +29,7 @@ from opticnerve.types import Conversation
 
 TRAINED = ("connector", "language.lora")  # as in the recipe's second stage; peft_config= would do as well
 STEPS = {"sft": 100, "dpo": 60, "grpo": 60}
+RATES = {"sft": 5e-4, "dpo": 1e-4, "grpo": 5e-5}
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
     asked.add_argument("model", help="a run's folder, or one of its stages")
     asked.add_argument("--out", type=Path, required=True)
     asked.add_argument("--steps", type=int)
+    asked.add_argument("--learning-rate", type=float)
     asked.add_argument("--sample", type=int, default=500, help="test questions for the accuracy")
     given = asked.parse_args()
 
@@ -49,8 +51,10 @@ def main() -> None:
     questions = list(load_data(DataSpec(path="starter/easy-vqa/train-questions")))
     random.Random(0).shuffle(questions)
     options: dict[str, Any] = {
-        "output_dir": str(given.out / "trainer"), "max_steps": given.steps or STEPS[given.method], "report_to": "none",
-        "logging_steps": 10, "use_cpu": True, "bf16": False, "save_strategy": "no", "lr_scheduler_type": "constant", "gradient_checkpointing": False,
+        "output_dir": str(given.out / "trainer"), "max_steps": given.steps or STEPS[given.method],
+        "learning_rate": given.learning_rate or RATES[given.method], "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False, "report_to": "none", "logging_steps": 10, "use_cpu": True, "bf16": False,
+        "save_strategy": "no",
     }  # fmt: skip
     trainer = TRAINERS[given.method](model, processor, questions, options)
     trainer.train()
@@ -98,7 +102,7 @@ def sft(model: Any, processor: Any, questions: list[Conversation], options: dict
     batch = 16
     rows = records(questions, batch * options["max_steps"])
     data = table({**{k: r[k] for k in ("images", "prompt")}, "completion": said(r["answer"])} for r in rows)
-    config = trl.SFTConfig(**options, per_device_train_batch_size=batch, learning_rate=5e-4, max_length=None)
+    config = trl.SFTConfig(**options, per_device_train_batch_size=batch, max_length=None)
     return trl.SFTTrainer(model, args=config, train_dataset=data, processing_class=processor)
 
 
@@ -116,9 +120,7 @@ def dpo(model: Any, processor: Any, questions: list[Conversation], options: dict
         {**{k: r[k] for k in ("images", "prompt")}, "chosen": said(r["answer"]), "rejected": said(other(r["answer"]))}
         for r in rows
     )
-    config = trl.DPOConfig(
-        **options, per_device_train_batch_size=batch, learning_rate=1e-4, max_length=None, precompute_ref_log_probs=True
-    )
+    config = trl.DPOConfig(**options, per_device_train_batch_size=batch, max_length=None, precompute_ref_log_probs=True)
     return trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=processor)
 
 
@@ -137,7 +139,7 @@ def grpo(model: Any, processor: Any, questions: list[Conversation], options: dic
     batch, draws = 32, 8
     config = trl.GRPOConfig(
         **options, per_device_train_batch_size=batch, num_generations=draws, max_completion_length=6,
-        learning_rate=3e-4, temperature=1.0, beta=0.0, scale_rewards="group",
+        temperature=1.0, beta=0.0, scale_rewards="group",
     )  # fmt: skip
     data = table(records(questions, batch // draws * options["max_steps"]))
     return trl.GRPOTrainer(
