@@ -39,16 +39,22 @@ class DiskFull(OpticNerveError):
 @contextmanager
 def _whole(path: Path, size: int) -> Iterator[Path]:
     """Where `size` bytes are to be written, which take the place of `path` behind the block."""
-    partial = partial_of(path)
-    with room_for(path.name, size, path.parent):
-        try:
-            yield partial
-            sync(partial)
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+    with room_for(path.name, size, path.parent), replacing(path) as partial:
+        yield partial
     sync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` behind the block; nothing is left of it if the block breaks."""
+    partial = partial_of(path)
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -175,9 +175,10 @@ class Scheduler:
             each = echo and job.asked.likeliest is not None
             logits_NV, read = self.batch.read(job.prompt.inputs, job.asked.choices, each=each)
             new = [RunningSequence(job, i, self.model, self.tokenizer, self.ends) for i in range(job.asked.choices)]
+            of_prompt = [] if read.logits_LV is None else new[0].of_prompt(read.logits_LV)
             for row, logits_V in zip(new, logits_NV, strict=True):
                 if echo:
-                    row.echo(read.logits_LV)
+                    row.echo(of_prompt)
                 if row.live:
                     row.emit(logits_V)
             chosen = [row.number for row in new if row.live] if self.batch.joins else list(range(len(new)))

@@ -222,13 +222,14 @@ class RunningSequence:
                 finish = "tool_calls" if calls and finish == "stop" else finish
         self.job.tell(AnswerPiece(self.number, text, logprobs, finish, self.count, calls))
 
-    def echo(self, logits_TV: Tensor | None) -> None:
-        """Tell the prompt. `logits_TV`: behind each of its tokens, where log-probabilities are wanted."""
-        ids, found = self.job.prompt.ids, []
-        if logits_TV is not None:
-            # Before the first token nothing stands; whoever writes it down leaves its number out.
-            before = zip(ids, [logits_TV[0], *logits_TV[:-1]], strict=True)
-            found = [self._logprob(token, logits_V) for token, logits_V in before]
+    def of_prompt(self, logits_TV: Tensor) -> list[TokenLogprob]:
+        """The log-probabilities of the prompt's tokens, the same for all its answers. `logits_TV`: behind each."""
+        # Before the first token nothing stands; whoever writes it down leaves its number out.
+        before = zip(self.job.prompt.ids, [logits_TV[0], *logits_TV[:-1]], strict=True)
+        return [self._logprob(token, logits_V) for token, logits_V in before]
+
+    def echo(self, found: list[TokenLogprob]) -> None:
+        """Tell the prompt. `found`: from `of_prompt`, where log-probabilities are wanted."""
         over = self.job.prompt.max_tokens == 0
         self.live = not over
         text = self.job.prompt.echo or ""

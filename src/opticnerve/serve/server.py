@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -23,6 +24,7 @@ from opticnerve.serve.batch import why_alone
 from opticnerve.serve.embeddings import EmbeddingMaker
 from opticnerve.serve.limits import Metrics, ServerLimits
 from opticnerve.serve.media import MediaSources
+from opticnerve.serve.middleware import Middleware
 from opticnerve.serve.prompts import PromptReader
 from opticnerve.serve.sampling import check_plain
 from opticnerve.serve.scheduler import Scheduler
@@ -33,8 +35,8 @@ log = logging.getLogger("opticnerve.serve")
 
 
 @dataclass(kw_only=True)
-class Service:
-    """All parts of a server but its socket; `scheduler` has begun.
+class ModelService(ABC):
+    """All parts of a server but its socket.
 
     Args:
         model, processor: as from `load_model`. name: for clients. limits, keys, sources: what it takes, from whom, from
@@ -48,14 +50,27 @@ class Service:
     keys: Sequence[str] = ()
     sources: MediaSources = field(default_factory=MediaSources)
     hosts: frozenset[str] | None = None
+    middleware: Middleware = field(init=False)
 
     def __post_init__(self) -> None:
+        self.metrics = Metrics()
+        self.access = Access(self.limits, self.metrics, Keys(self.keys), self.hosts)
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End now. Returns when no thread of the model's is left."""
+
+
+class Service(ModelService):
+    """Of a model that answers; `scheduler` has begun."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_plain(self.model)
-        answerer, self.metrics = Answerer(self.model, self.processor), Metrics()
+        answerer = Answerer(self.model, self.processor)
         self.reader = PromptReader(answerer, self.sources, self.limits)
         self.scheduler = Scheduler(answerer, slots=self.limits.slots, metrics=self.metrics)
-        access = Access(self.limits, self.metrics, Keys(self.keys), self.hosts)
-        self.middleware = create_app(self.name, self.reader, self.scheduler, access)
+        self.middleware = create_app(self.name, self.reader, self.scheduler, self.access)
         if (why := why_alone(self.model)) is not None:
             log.warning("requests are answered one after another: %s", why)
         self.scheduler.start()
@@ -65,23 +80,13 @@ class Service:
         self.scheduler.stop()
 
 
-@dataclass(kw_only=True)
-class EmbeddingService:
-    """The same of a dual encoder, which answers nothing but `/v1/embeddings`; arguments as for `Service`."""
-
-    model: DualEncoder
-    processor: DualEncoderProcessor
-    name: str
-    limits: ServerLimits = field(default_factory=ServerLimits)
-    keys: Sequence[str] = ()
-    sources: MediaSources = field(default_factory=MediaSources)
-    hosts: frozenset[str] | None = None
+class EmbeddingService(ModelService):
+    """Of a dual encoder, which answers nothing but `/v1/embeddings`."""
 
     def __post_init__(self) -> None:
-        metrics = Metrics()
-        self.maker = EmbeddingMaker(self.model, self.processor, self.sources, self.limits, metrics)
-        access = Access(self.limits, metrics, Keys(self.keys), self.hosts)
-        self.middleware = create_embedding_app(self.name, self.maker, access)
+        super().__post_init__()
+        self.maker = EmbeddingMaker(self.model, self.processor, self.sources, self.limits, self.metrics)
+        self.middleware = create_embedding_app(self.name, self.maker, self.access)
 
     def stop(self) -> None:
         """End: what waits is left."""
@@ -89,7 +94,7 @@ class EmbeddingService:
 
 
 def service_of(model: object, processor: object, **options: Any) -> Service | EmbeddingService:
-    """The service that a model of this family can give; `options` as for `Service`.
+    """The service that a model of this family can give; `options` as for `ModelService`.
 
     Raises:
         OpticNerveError: it neither answers nor makes vectors (a classifier).
@@ -110,7 +115,7 @@ class Server(uvicorn.Server):
     Answers that still run after `grace_seconds` are cut off (`finish_reason` "length"). A second signal ends at once.
     """
 
-    def __init__(self, service: Service | EmbeddingService) -> None:
+    def __init__(self, service: ModelService) -> None:
         limits = service.limits
         self.service, self.give_up = service, 0.0
         super().__init__(

@@ -35,7 +35,7 @@ class ToolForm:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
-    def held_from(self, text: str, names: Sequence[str]) -> int:
+    def held_from(self, text: str) -> int:
         """How much of an answer's beginning is certainly no part of a call."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class HermesForm(ToolForm):
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
-    def held_from(self, text: str, names: Sequence[str]) -> int:
+    def held_from(self, text: str) -> int:
         at = text.find(self.OPEN)
         if at < 0:
             at = len(text) - next((n for n in range(len(self.OPEN), 0, -1) if text.endswith(self.OPEN[:n])), 0)
@@ -104,7 +104,7 @@ class LlamaForm(ToolForm):
 
     arguments = "parameters"
 
-    def held_from(self, text: str, names: Sequence[str]) -> int:
+    def held_from(self, text: str) -> int:
         return 0 if text.lstrip()[:1] in ("", "{") else len(text)
 
     def parse(self, text: str, names: Sequence[str]) -> list[tuple[str, dict[str, Any]]] | None:
@@ -131,7 +131,7 @@ class MistralForm(ToolForm):
 
     OPEN = "[TOOL_CALLS]"
 
-    def held_from(self, text: str, names: Sequence[str]) -> int:
+    def held_from(self, text: str) -> int:
         begun = text.lstrip()
         return 0 if self.OPEN.startswith(begun) or begun.startswith(("[{", "[ {", "[\n", self.OPEN)) else len(text)
 
@@ -174,7 +174,7 @@ class ToolAnswer:
     def put(self, piece: str) -> str:
         """One more piece; the words that are now certain."""
         self._text += piece
-        until = max(self._given, self.form.held_from(self._text, self.names))
+        until = max(self._given, self.form.held_from(self._text))
         words, self._given = self._text[self._given : until], until
         return words
 

@@ -11,8 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,21 +45,8 @@ def convert(conversations: Iterable[Conversation], out: Path) -> int:
         raise OpticNerveError(f"{out} is there already; name another file, or remove it", kind="exists-already")
     out.parent.mkdir(parents=True, exist_ok=True)
     write = {".jsonl": _lines, ".parquet": _table, ".tar": _shard}[out.suffix]
-    with _whole(out) as file:
+    with atomic.replacing(out) as partial, partial.open("wb") as file:
         return write(conversations, out, file)
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[BinaryIO]:
-    partial = atomic.partial_of(out)
-    try:
-        with partial.open("wb") as file:
-            yield file
-        atomic.sync(partial)
-        partial.replace(out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def record_of_conversation(conversation: Conversation, refer: Refer) -> dict[str, Any]:

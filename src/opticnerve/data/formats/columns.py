@@ -55,6 +55,8 @@ class Columns:
         for name, source in self.whole.items():
             for one in listed_sources(source):
                 _check(name, one)
+        self.paths = [p for source in self.whole.values() for one in listed_sources(source) for p in paths_of(one)]
+        self._letters = ":letter}" in str(self.whole)  # an answer is written as its choice's letter
         for name in self.within:
             if name.rpartition(".")[2] not in _TURN_KEYS:
                 raise _wrong(f"columns.{name} is a name within a list", "it is messages.role or messages.content")
@@ -78,11 +80,11 @@ class Columns:
                 template that cannot be filled (kind `columns`).
         """
         made = {name: self._value(name, source, record) for name, source in self.whole.items()}
-        used = [p for source in self.whole.values() for one in listed_sources(source) for p in paths_of(one)]
-        if any(":letter}" in str(s) for s in self.whole.values()):
+        used = list(self.paths)
+        if self._letters:
             made["choices"] = list(ascii_uppercase[: len(_choices(record))])
             used += [n for n in _CHOICES if n in record]
-        kept = without(record, [p for p in used if p not in _CHOICES or ":letter}" in str(self.whole)])
+        kept = without(record, [p for p in used if p not in _CHOICES or self._letters])
         for name in made:
             if not empty(kept.get(name)) and name in kept and name not in used:
                 raise DataError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.data.formats.base import about
-from opticnerve.data.formats.columns import Columns, Source, filled, found, listed_sources, paths_of
+from opticnerve.data.formats.columns import Columns, Source, filled, found
 from opticnerve.data.formats.fields import empty
 from opticnerve.data.formats.names import kind_by_name, kind_by_value, names_by_number, words_of
 from opticnerve.data.media.files import KINDS, Kind
@@ -38,8 +38,7 @@ class DataLayout:
         """Whether the record has what the map reads, and nothing of its own where that goes."""
         if any(empty(found(record, path, None)) for path in self.wants):
             return False
-        used = {p for source in self.map.whole.values() for one in listed_sources(source) for p in paths_of(one)}
-        rest = {k: v for k, v in record.items() if k not in used and k not in self.ignore}
+        rest = {k: v for k, v in record.items() if k not in self.map.paths and k not in self.ignore}
         named = any(kind_by_name(name) for name in self.columns)
         return not (named and about(rest)) and all(empty(rest.get(name)) for name in self.columns)
 

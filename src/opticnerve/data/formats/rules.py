@@ -128,13 +128,15 @@ def check_unread(fields: Fields, *, format: str, strict: bool, media: int, folde
         strict: words of a question are not passed over either. media: how many the conversation has. folder: where
             they are looked for, to say how a number names one.
     """
-    by_number = picture_by_number(fields, folder or Path())
-    used = set(_files_used(fields, 0))
+    used: set[Any] | None = None  # found where it is asked for: most records name nothing that is not read
     for path, key, value in _unread(fields, "", 0, fields.ignored):
-        if (kind := kind_of(key, value)) and not _is_used(key, value, used, media, path == key):
-            raise _unused(path, f"names {kind} files", value, format)
+        if kind := kind_of(key, value):
+            used = set(_files_used(fields, 0)) if used is None else used
+            if not _is_used(key, value, used, media, path == key):
+                raise _unused(path, f"names {kind} files", value, format)
         if not media and names_by_number(key) and not empty(value):
-            raise _unused(path, "points at a picture", value, format, as_option(by_number) if path == key else "")
+            instead = as_option(picture_by_number(fields, folder or Path())) if path == key else ""
+            raise _unused(path, "points at a picture", value, format, instead)
         if key in WEIGHTS or (key in REFUSED and path != key):
             if not empty(value):
                 raise _unused(path, "may change what is learned", value, format)

@@ -91,11 +91,11 @@ class Csv:
         return [c.strip('"') if c.startswith('"') else c for c in cells]
 
     def _reader(self, lines: Iterator[str]) -> Any:
+        csv.field_size_limit(_LONGEST)  # of the process: a worker that reads a single row sets it, too
         return csv.reader(lines, delimiter=self._delimiter, skipinitialspace=self._delimiter == "|", strict=True)
 
     def _rows(self, lines: _Lines, header: list[str]) -> Iterator[tuple[int, int, list[str] | DataError]]:
         """(line, first byte, row or what is wrong with it); `header` is filled by the caller."""
-        csv.field_size_limit(_LONGEST)
         reader = self._reader(lines)
         while True:
             self._mended = False

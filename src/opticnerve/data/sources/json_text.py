@@ -46,13 +46,8 @@ class JsonText:
                 start = self.byte
                 self._advance(end)
                 yield value, start, self.byte - start
-                sign = self.next_sign()
-                if sign == "]":
+                if self._ends("]"):
                     break
-                if sign != ",":
-                    raise self._error("Expecting ',' delimiter")
-                self._advance(self.at + 1)
-                self.next_sign()
         self._advance(self.at + 1)
         if whole and self.next_sign():
             raise self._error("Extra data")
@@ -72,16 +67,21 @@ class JsonText:
                 self._advance(self.at + 1)
                 self.next_sign()
                 yield key, start
-                sign = self.next_sign()
-                if sign == "}":
+                if self._ends("}"):
                     break
-                if sign != ",":
-                    raise self._error("Expecting ',' delimiter")
-                self._advance(self.at + 1)
-                self.next_sign()
         self._advance(self.at + 1)
         if self.next_sign():
             raise self._error("Extra data")
+
+    def _ends(self, bracket: str) -> bool:
+        """Whether that is all, behind an item or member; if not, the comma is passed over."""
+        sign = self.next_sign()
+        if sign not in (bracket, ","):
+            raise self._error("Expecting ',' delimiter")
+        if sign == ",":
+            self._advance(self.at + 1)
+            self.next_sign()
+        return sign == bracket
 
     def value(self) -> Any:
         """The next value, which is taken; one with a key that stands twice is a `Twice`."""

@@ -105,7 +105,8 @@ def _data_files(folder: Path) -> list[Path]:
     if shards := [f for f in found if is_shards(f)]:
         return shards
     pictures = [f for f in found if f.suffix.lower().lstrip(".") in PICTURES]
-    if any(f.with_suffix(".txt") in found for f in pictures) or {f.parent for f in pictures} - {folder}:
+    texts = {f for f in found if f.suffix == ".txt"}
+    if any(f.with_suffix(".txt") in texts for f in pictures) or {f.parent for f in pictures} - {folder}:
         return pictures
     remedy = (
         "name the data file itself; pictures alone want a metadata.csv with file_name and caption, a text file "

@@ -55,10 +55,10 @@ class StrictLoading:
         wants_report = kwargs.pop("output_loading_info", False)
         kwargs["key_mapping"] = {**OLD_NAMES, **(kwargs.get("key_mapping") or {})}
         kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the others, and refused
-        token = _trusted.set(bool(kwargs.get("trust_remote_code", False)))
         if torch.get_default_device().type == "meta":
             # transformers refuses this itself, in words that its users know.
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        token = _trusted.set(bool(kwargs.get("trust_remote_code", False)))
         folder = Path(str(pretrained_model_name_or_path))
         try:
             with wrap_errors("the model", folder), no_larger_than_files(folder):

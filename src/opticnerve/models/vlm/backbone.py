@@ -33,7 +33,7 @@ from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, 
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.features import MediaFeatures
 from opticnerve.models.vlm.parts import DockedParts
-from opticnerve.models.vlm.placeholders import embedding_of, find
+from opticnerve.models.vlm.placeholders import embedding_of, looks_like
 from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context, one_cache, seen_of
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
 from opticnerve.ops import varlen
@@ -53,16 +53,6 @@ class OpticNerveModelOutput(BaseModelOutputWithPast):
 
     image_hidden_states: Tensor | None = None
     audio_hidden_states: Tensor | None = None
-
-
-@dataclass
-class Reading:
-    """What a forward pass hands to the language model: `ids_BL` or `embeds_BLD`, and the prompt whose media its layers
-    see meanwhile."""
-
-    prompt: Prompt
-    ids_BL: Tensor | None
-    embeds_BLD: Tensor | None
 
 
 class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel):
@@ -308,28 +298,22 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
 
         The arguments: as for `OpticNerveForConditionalGeneration.forward`, but for those of the head.
         """
-        cache = one_cache(cache, past_key_values)
-        media = {
-            "pixel_values": pixel_values, "image_sizes": image_sizes, "input_features": input_features,
-            "qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask,
-            "image_features": image_features, "audio_features": audio_features,
-            "mm_encoder_outputs": mm_encoder_outputs,
-        }  # fmt: skip
-        reading = self.enter(input_ids, inputs_embeds, cache, media)
-        with self.multimodal_context(reading.prompt):
-            out = self.language_model.get_decoder()(
-                input_ids=reading.ids_BL, inputs_embeds=reading.embeds_BLD, attention_mask=attention_mask,
-                position_ids=position_ids, use_cache=use_cache, return_dict=True, **{CACHE: cache}, **kwargs,
-            )  # fmt: skip
-        keep(out.get(CACHE), reading.prompt.seen)
-        return OpticNerveModelOutput(
-            last_hidden_state=out.last_hidden_state, **{CACHE: out.get(CACHE)}, **seen_of(out, reading.prompt)
-        )
+        out, prompt = self.run(
+            self.language_model.get_decoder(), input_ids, inputs_embeds, one_cache(cache, past_key_values),
+            {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **kwargs},
+            pixel_values=pixel_values, image_sizes=image_sizes, input_features=input_features,
+            qformer_input_ids=qformer_input_ids, qformer_attention_mask=qformer_attention_mask,
+            image_features=image_features, audio_features=audio_features, mm_encoder_outputs=mm_encoder_outputs,
+        )  # fmt: skip
+        return OpticNerveModelOutput(last_hidden_state=out.last_hidden_state, **seen_of(out, prompt))
 
-    def enter(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None, media: dict[str, Any]
-    ) -> Reading:
-        """What the language model is to be given: media read where there are any, the words as they came where not.
+    def run(
+        self, module: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None,
+        options: dict[str, Any], **media: Any,
+    ) -> tuple[Any, Prompt]:  # fmt: skip
+        """A forward pass of the language model, or of its decoder, that sees the media, and the prompt that it read.
+
+        Media are read where there are any; where not, the words go in as they came. `options`: the module's own.
 
         Raises:
             ValueError: not exactly one of ids and embeddings, media beside what was computed from them, or placeholders
@@ -337,11 +321,10 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if media.get("pixel_values") is not None and (media.get("mm_encoder_outputs") or {}).get("image") is not None:
+        computed = media.get("mm_encoder_outputs") or {}
+        if media.get("pixel_values") is not None and computed.get("image") is not None:
             raise ValueError("give one of pixel_values and mm_encoder_outputs")
-        given = any(v is not None for k, v in media.items() if k != "mm_encoder_outputs") or any(
-            v is not None for v in (media.get("mm_encoder_outputs") or {}).values()
-        )
+        given = any(v is not None for v in ({**media, "mm_encoder_outputs": None} | computed).values())
         # Asking costs a wait for the device: not where media are there to be read.
         shown = not given and input_ids is not None and bool(self._placeholders(input_ids).any())
         if given or (shown and prompt_length.get() is None):
@@ -354,7 +337,12 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
             if shown:  # a guess that will be refused; the language model's own table may not know it
                 input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
         prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
-        return Reading(prompt, input_ids, inputs_embeds)
+        with self.multimodal_context(prompt):
+            out = module(
+                input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=True, **{CACHE: cache}, **options
+            )
+        keep(out.get(CACHE), prompt.seen)
+        return out, prompt
 
     def rows_with_media(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor | None:
         """(B,) bool: the rows that hold media; None where the adapter does not ask (no mask on it)."""
@@ -374,7 +362,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         assert given is not None
         if number is None:
             return torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
-        return find(number, self.get_input_embeddings(), input_ids, inputs_embeds)
+        return input_ids == number if input_ids is not None else looks_like(number, self.get_input_embeddings(), given)
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         given = input_ids if input_ids is not None else inputs_embeds

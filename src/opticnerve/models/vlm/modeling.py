@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -16,7 +15,7 @@ from opticnerve.common.private_names import CACHE
 from opticnerve.models.vlm.backbone import OpticNerveModel, prompt_length, settled_rows
 from opticnerve.models.vlm.configuration import wide_vocabulary
 from opticnerve.models.vlm.placeholders import barred
-from opticnerve.models.vlm.prompt import MEDIA_KEYS, keep, one_cache, repeat_media, repeat_pooled, seen_of
+from opticnerve.models.vlm.prompt import MEDIA_KEYS, one_cache, repeat_media, repeat_pooled, seen_of
 from opticnerve.types import Features
 
 IGNORE = -100
@@ -103,22 +102,15 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
         Raises:
             ValueError: the number of placeholders is not the number of soft tokens.
         """
-        cache = one_cache(cache, past_key_values)
-        media = {
-            "pixel_values": pixel_values, "image_sizes": image_sizes, "input_features": input_features,
-            "qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask,
-            "image_features": image_features, "audio_features": audio_features,
-            "mm_encoder_outputs": mm_encoder_outputs,
-        }  # fmt: skip
-        reading = self.enter(input_ids, inputs_embeds, cache, media)
         loss_options = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
-        with self.multimodal_context(reading.prompt):
-            out = self.language_model(
-                input_ids=reading.ids_BL, inputs_embeds=reading.embeds_BLD, attention_mask=attention_mask,
-                position_ids=position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True,
-                **{CACHE: cache}, **kwargs,
-            )  # fmt: skip
-        keep(out.get(CACHE), reading.prompt.seen)
+        own = {"position_ids": position_ids, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        out, prompt = self.run(
+            self.language_model, input_ids, inputs_embeds, one_cache(cache, past_key_values),
+            {"attention_mask": attention_mask, **own, **kwargs},
+            pixel_values=pixel_values, image_sizes=image_sizes, input_features=input_features,
+            qformer_input_ids=qformer_input_ids, qformer_attention_mask=qformer_attention_mask,
+            image_features=image_features, audio_features=audio_features, mm_encoder_outputs=mm_encoder_outputs,
+        )  # fmt: skip
         loss = None
         if labels is not None or loss_options.get("shift_labels") is not None:
             loss_options = {k: self._learned(v) if k == "shift_labels" else v for k, v in loss_options.items()}
@@ -126,13 +118,15 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
                 logits=out.logits, labels=self._learned(labels), vocab_size=out.logits.shape[-1], **loss_options
             )
         logits = barred(out.logits, self.placeholder_ids)
-        return OpticNerveOutput(loss=loss, logits=logits, **{CACHE: out.get(CACHE)}, **seen_of(out, reading.prompt))
+        return OpticNerveOutput(loss=loss, logits=logits, **seen_of(out, prompt))
 
     def _learned(self, labels: Tensor | None) -> Tensor | None:
         """Labels without placeholders."""
         if labels is None:
             return None
-        return labels.masked_fill(torch.isin(labels, torch.tensor(self.placeholder_ids, device=labels.device)), IGNORE)
+        for number in self.placeholder_ids:
+            labels = labels.masked_fill(labels == number, IGNORE)
+        return labels
 
     # -- generation -----------------------------------------------------------------------------------------------
 

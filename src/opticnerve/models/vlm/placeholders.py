@@ -56,11 +56,8 @@ def embedding_of(table: nn.Module, ids: Iterable[int]) -> nn.Module:
     return PlaceholderEmbedding(table, beyond) if beyond else table
 
 
-def find(number: int, embedding: nn.Module, input_ids: Tensor | None, embeds_BLD: Tensor | None) -> Tensor:
-    """(B, L) bool: where a placeholder stands, in ids or, where there are none, in embeddings."""
-    if input_ids is not None:
-        return input_ids == number
-    assert embeds_BLD is not None
+def looks_like(number: int, embedding: nn.Module, embeds_BLD: Tensor) -> Tensor:
+    """(B, L) bool: where embeddings are those of a placeholder."""
     one_D: Tensor = embedding(torch.tensor(number, device=embeds_BLD.device))
     return (embeds_BLD == one_D.to(embeds_BLD.dtype)).all(-1)
 
@@ -74,12 +71,11 @@ def barred(logits: Tensor, ids: Iterable[int]) -> Tensor:
     ids = list(ids)
     least = torch.finfo(logits.dtype).min
     width = logits.shape[-1]
-    if within := [i for i in ids if i < width]:
-        at = torch.tensor(within, device=logits.device)
-        if logits.requires_grad or logits.is_inference() != torch.is_inference_mode_enabled():
-            logits = logits.index_fill(-1, at, least)
-        else:
-            logits = logits.index_fill_(-1, at, least)
+    within = [i for i in ids if i < width]
+    if within and (logits.requires_grad or logits.is_inference() != torch.is_inference_mode_enabled()):
+        logits = logits.clone()
+    for i in within:
+        logits[..., i] = least
     wanted = max([width, *(i + 1 for i in ids)])
     return logits if wanted == width else F.pad(logits, (0, wanted - width), value=least)
 

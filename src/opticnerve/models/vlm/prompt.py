@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from opticnerve.common.private_names import CACHE
 from opticnerve.language.lora import adapter_on
 from opticnerve.models.vlm.tower import Tower
 
@@ -64,7 +65,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 def seen_of(out: Any, prompt: Prompt) -> dict[str, Any]:
     """What both outputs hold beside their first fields: of the language model's, and the soft tokens."""
     return {
-        "hidden_states": out.get("hidden_states"), "attentions": out.get("attentions"),
+        CACHE: out.get(CACHE), "hidden_states": out.get("hidden_states"), "attentions": out.get("attentions"),
         "image_hidden_states": prompt.soft.get("image"), "audio_hidden_states": prompt.soft.get("audio"),
     }  # fmt: skip
 
