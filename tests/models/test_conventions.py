@@ -212,6 +212,9 @@ def test_features_computed_before(docked: Callable[..., Dock], fusion: str) -> N
     batch = batch_of(made)
     seen = made.model.get_image_features(batch["pixel_values"])
     assert isinstance(seen, tf.modeling_outputs.BaseModelOutputWithPooling)
+    with pytest.warns(DeprecationWarning, match="pooler_output"):
+        assert seen.shape == seen.pooler_output.shape  # as it was, for one version
+    assert not hasattr(seen, "deepstack_features")
     given = {k: v for k, v in batch.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": seen}}
     assert torch.equal(made.model(**given).logits, made.model(**batch).logits)
     with pytest.raises(ValueError, match="mm_encoder_outputs"):

@@ -6,6 +6,8 @@ transformers' `generate` computes them once, before the prompt is read, and hand
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,19 @@ from opticnerve.types import Features, OpticNerveError
 _STATES = ("output_hidden_states", "output_attentions")
 
 
+@dataclass
+class SoftTokens(BaseModelOutputWithPooling):
+    """What `get_image_features` and `get_audio_features` give. For one version it can still be asked what the tensor
+    that they gave before could be (`.float()`, `.std()`, `.shape`): its `pooler_output` answers."""
+
+    def __getattr__(self, name: str) -> Any:
+        pooled = vars(self).get("pooler_output")
+        if name.startswith("_") or not hasattr(pooled, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(f"soft tokens are in `pooler_output` now: ask it for {name}", DeprecationWarning, stacklevel=2)
+        return getattr(pooled, name)
+
+
 class MediaFeatures:
     """`get_image_features` and `get_audio_features` of a model with `towers`."""
 
@@ -30,7 +45,7 @@ class MediaFeatures:
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None, **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:  # fmt: skip
+    ) -> SoftTokens:  # fmt: skip
         """(images, 3, H, W) → `pooler_output`, the soft tokens of each picture: (images, N, language width), with
         tiling a list of (N, language width); `last_hidden_state`: what the encoder saw. The arguments: as for
         `forward`.
@@ -43,12 +58,12 @@ class MediaFeatures:
         return self._features("image", {**given, "qformer_attention_mask": qformer_attention_mask}, kwargs)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> SoftTokens:
         """(windows, mels, frames) → `pooler_output`, the soft tokens: (windows, N, language width), and
         `last_hidden_state`, what the encoder heard."""
         return self._features("audio", {"input_features": input_features}, kwargs)
 
-    def _features(self, modality: str, media: dict[str, Any], kwargs: dict[str, Any]) -> BaseModelOutputWithPooling:
+    def _features(self, modality: str, media: dict[str, Any], kwargs: dict[str, Any]) -> SoftTokens:
         tower = self.towers.get(modality)
         if tower is None:
             raise OpticNerveError(f"the model has no {modality} encoder", kind="unsupported")
@@ -60,7 +75,7 @@ class MediaFeatures:
         assert soft is not None
         states = tower.encoder.states(tower.placed(given), **asked) if any(asked.values()) else {}
         pooled: Any = pooled_of(tower, soft)  # a list where sizes differ, as transformers' own models give it
-        return BaseModelOutputWithPooling(last_hidden_state=encoded.tokens_BND, pooler_output=pooled, **states)
+        return SoftTokens(last_hidden_state=encoded.tokens_BND, pooler_output=pooled, **states)
 
     def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
         features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
