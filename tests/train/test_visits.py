@@ -19,7 +19,7 @@ from opticnerve.data.dataset.bad_samples import BadSampleCounter
 from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.models.vlm.build import Dock
 from opticnerve.recipe import DataSpec, Stage
-from opticnerve.recipe.schema import BadSamples
+from opticnerve.recipe.data import BadSamples
 from opticnerve.train.precheck import precheck, samples_to_check
 from opticnerve.train.sampler import StageSampler
 from opticnerve.types import Conversation, DataError, ask

@@ -1,5 +1,6 @@
 """A recipe: everything a run needs, in one YAML file, checked before any weight is read. Nothing here imports torch."""
 
+from opticnerve.recipe.data import DataSpec
 from opticnerve.recipe.loading import dump, load
 from opticnerve.recipe.model import (
     MODALITIES,
@@ -15,7 +16,8 @@ from opticnerve.recipe.model import (
     VisionSpec,
     split_part,
 )
-from opticnerve.recipe.schema import CacheSpec, DataSpec, EvaluateSpec, LoraSpec, PackSpec, Recipe, Stage
+from opticnerve.recipe.schema import EvaluateSpec, Recipe
+from opticnerve.recipe.stage import CacheSpec, LoraSpec, PackSpec, Stage
 
 __all__ = [
     "CacheSpec", "ClassifierSpec", "DataSpec", "DualSpec", "EvaluateSpec", "VisionSpec", "LanguageSpec", "LoraSpec",

@@ -14,8 +14,10 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from opticnerve.recipe.data import DataSpec
 from opticnerve.recipe.model import ClassifierSpec, DualSpec, ModelSpec
-from opticnerve.recipe.schema import CacheSpec, DataSpec, PackSpec, Recipe
+from opticnerve.recipe.schema import Recipe
+from opticnerve.recipe.stage import CacheSpec, PackSpec
 from opticnerve.recipe.yaml import MAX_CHARACTERS, brief, parse
 from opticnerve.registry import hint_at
 from opticnerve.types import RecipeError

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import overload
 
-from opticnerve.recipe.schema import BadSamples
+from opticnerve.recipe.data import BadSamples
 from opticnerve.types import DataError, OpticNerveError
 
 NAMED, SHOWN = 100, 5

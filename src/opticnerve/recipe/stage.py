@@ -1,0 +1,176 @@
+"""The keys of a stage: what is minimised, what trains, on which data, and for how long."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
+
+from opticnerve import registry
+from opticnerve.recipe.data import BadSamples, DataSpec
+from opticnerve.recipe.model import PARTS, PartSpec, Positive, Strict, check_known
+
+
+class LoraSpec(Strict):
+    """Low-rank adapters; see `opticnerve.language.lora.add_lora`."""
+
+    rank: Positive = 16
+    alpha: float | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    when: Literal["always", "media"] = Field(
+        "always",
+        description="media: the adapter works on prompts with a picture alone; text alone meets the bare model",
+    )
+
+
+class PackSpec(Strict):
+    """Rows packed ahead; see `opticnerve.data.encode.packing`."""
+
+    tokens: Positive = Field(description="a row holds samples of at most so many tokens together")
+    window: Positive = Field(1024, description="samples that are arranged at a time")
+
+
+class CacheSpec(Strict):
+    """Where what a frozen image encoder saw is kept; see `opticnerve.features.store`."""
+
+    budget: ByteSize | None = Field(
+        None,
+        description="disk for all encoders' features, such as 50GB; by default $OPTICNERVE_FEATURE_BUDGET, else 20 GB "
+        "or a tenth of the free disk, whichever is less",
+    )
+    dtype: Literal["bfloat16"] | None = Field(
+        None, description="store features so; by default in the encoder's own dtype"
+    )
+
+
+class Stage(Strict):
+    """An objective, its data, and what trains. Every part that `train` does not name is frozen and in `eval()`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    objective: PartSpec = PartSpec(type="next_token")
+    train: dict[str, Annotated[float, Field(gt=0, lt=10)]]
+    data: list[DataSpec]
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Positive = Field(
+        8,
+        description="rows per optimizer step, over all processes and micro-batches; a row is one sample, or the "
+        "samples that share a prefix; with `pack: {tokens: …}` a packed row",
+    )
+    accumulate: Positive = 1
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    max_length: Positive | None = None
+    template: Literal["chat", "caption"] = "chat"
+    lora: LoraSpec | None = None
+    bad_samples: Literal["refuse", "skip"] | BadSamples = "refuse"
+    save_every: Positive | None = None
+    keep_checkpoints: Positive = 2
+    on_divergence: Literal["stop", "skip"] = Field(
+        "stop", description="what becomes of a step whose loss or gradient is no number: skip leaves its update out"
+    )
+    workers: Annotated[int, Field(ge=0)] = 0
+    gradient_checkpointing: bool = False
+    compile: bool = Field(
+        False,
+        description="torch.compile each layer of the language model: for GPUs; on a CPU it takes minutes and gains "
+        "nothing",
+    )
+    kernels: Literal["liger", "inductor"] | None = Field(None, description="fused norms and gated MLPs, by whom")
+    pack: Positive | PackSpec | None = Field(
+        None,
+        description="stand the samples of a micro-batch side by side in rows of at most so many tokens, each blind to "
+        "the others, instead of padding them; the loss stays the same",
+    )
+    cache_features: bool | CacheSpec = Field(
+        False,
+        description="see each picture once with the frozen image encoder, and keep what it saw on disk for all epochs, "
+        "stages and recipes",
+    )
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective_by_name(cls, objective: object) -> Any:
+        """`objective: next_token` is short for `objective: {type: next_token}`."""
+        return {"type": objective} if isinstance(objective, str) else objective
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, objective: PartSpec) -> PartSpec:
+        check_known(objective, registry.objectives)
+        return objective
+
+    @field_validator("train", "data")
+    @classmethod
+    def _some(cls, given: object, info: ValidationInfo) -> Any:
+        if not given and info.field_name == "train":
+            raise ValueError(f"a stage with nothing to train; name at least one part: {', '.join(PARTS)}")
+        if not given:
+            raise ValueError("no data; add at least one entry such as {path: captions.jsonl}")
+        return given
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Stage:
+        split = [without_tower(p) for p in self.train]
+        parts, unnamed = {inner for _, inner in split}, {inner for tower, inner in split if tower is None}
+        lasts = [tower for tower, inner in split if inner.startswith("encoder.last")]
+        both = "both change the same weights; keep one of them"
+        twice = [p for p, (tower, inner) in zip(self.train, split, strict=True) if tower and inner in unnamed]
+        found = {
+            f"train: language and language.lora {both}": {"language", "language.lora"} <= parts,
+            f"train: language.last(N) and language.lora {both}": (
+                "language.lora" in parts and any(p.startswith("language.last") for p in parts)
+            ),
+            "train: language already holds every part of it; remove the narrower one": (
+                "language" in parts and any(p.startswith("language.") for p in parts)
+            ),
+            "train: encoder already holds its last blocks; remove encoder.last(N)": any(
+                inner == "encoder" and any(tower == last or None in (tower, last) for last in lasts)
+                for tower, inner in split
+            ),
+            f"train: {', '.join(twice)} is named twice, with and without its tower; keep one": bool(twice),
+            "lora options are given, but train names no language.lora": (
+                self.lora is not None and "language.lora" not in parts
+            ),
+            "give steps or epochs, not both": self.steps is not None and self.epochs is not None,
+            f"compile fuses what kernels: {self.kernels} brings; keep one of them": bool(self.compile and self.kernels),
+            f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts; change accumulate": (
+                self.batch_size % self.accumulate != 0
+            ),
+        }
+        if reason := next((reason for reason, wrong in found.items() if wrong), self._cannot_stream()):
+            raise ValueError(reason)
+        return self
+
+    def _cannot_stream(self) -> str | None:
+        """What of the stage does not go with streamed data, if anything is streamed."""
+        if not any(spec.streaming for spec in self.data):
+            return None
+        if (indexed := next((s.path for s in self.data if not s.streaming), None)) is not None:
+            return (
+                f"data: some entries are streamed, {indexed} is not; write streaming: true for it, too (files here can "
+                f"be streamed), or give it a stage of its own"
+            )
+        known = len(self.data) == 1 and self.data[0].limit is not None
+        if self.steps is None and not known:
+            return "streaming: the data do not say how long they are; give steps, or one entry with a limit"
+        if self.cache_features:
+            return "cache_features: a stream's pictures are not known beforehand; leave it or streaming out"
+        if isinstance(self.pack, PackSpec):
+            return (
+                "pack: streamed rows cannot be planned ahead; write pack: N, which packs the samples of a micro-batch, "
+                "or leave streaming out"
+            )
+        if isinstance(self.bad_samples, BadSamples) and self.bad_samples.share is not None and not known:
+            return "bad_samples: a share of a stream is not known; give a limit"
+        return None
+
+
+def without_tower(part: str) -> tuple[str | None, str]:
+    """`"image.encoder"` → `("image", "encoder")`; a part of no tower as it is."""
+    tower, dot, inner = part.partition(".")
+    return (tower, inner) if dot and tower in ("image", "audio", "text") else (None, part)
