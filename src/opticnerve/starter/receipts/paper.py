@@ -94,7 +94,7 @@ _LABELS: dict[str, dict[Locale, list[str]]] = {
 
 
 @dataclass(frozen=True)
-class Word:
+class PrintedWord:
     """A word on the paper, its box, and which fact of the purchase it belongs to (`total`, `item 2`, `amount 2`, …)."""
 
     text: str
@@ -111,7 +111,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class PrintedRow:
     """Cells of one line. `size`: of the usual font size; `rule`: a line to draw instead; `frame`: a box around it."""
 
     cells: tuple[Cell, ...] = ()
@@ -126,7 +126,7 @@ class Paper:
     """`image`: ink on white, mode L; `facts`: what each fact reads on the paper, as written there."""
 
     image: Image.Image
-    words: list[Word]
+    words: list[PrintedWord]
     facts: dict[str, str]
     layout: dict[str, str]
     font: str
@@ -167,30 +167,30 @@ def print_out(rng: random.Random, bought: Purchase, side: Side) -> Paper:
     return _draw(rng, rows, width, font, how, family)
 
 
-def _rows(rng: random.Random, bought: Purchase, how: dict[str, str]) -> Iterator[Row]:
+def _rows(rng: random.Random, bought: Purchase, how: dict[str, str]) -> Iterator[PrintedRow]:
     label = {name: rng.choice(words[bought.locale]) for name, words in _LABELS.items()}
     day = bought.when.strftime(rng.choice(_DATES[bought.locale]))
-    date = Row((Cell(day, "left", "date"), Cell(bought.when.strftime("%H:%M"), "right", "time")))
-    number = Row((Cell(f"{label['number']} {bought.number:05d}", "left", "number"),))
+    date = PrintedRow((Cell(day, "left", "date"), Cell(bought.when.strftime("%H:%M"), "right", "time")))
+    number = PrintedRow((Cell(f"{label['number']} {bought.number:05d}", "left", "number"),))
     yield from _head(bought, how["head"])
     if how["date"] == "above":
         yield date
     if how["date"] == "with number":
-        yield Row((*number.cells, Cell(day, "right", "date")))
+        yield PrintedRow((*number.cells, Cell(day, "right", "date")))
     else:
         yield number
-    yield Row(rule=how["rule"])
+    yield PrintedRow(rule=how["rule"])
     yield from _items(bought, how["items"])
-    yield Row(rule=how["rule"])
+    yield PrintedRow(rule=how["rule"])
 
-    def line(name: str, amount: int, sign: str = "") -> Row:
-        return Row((Cell(label[name]), Cell(sign + bought.written(amount), "right", name)))
+    def line(name: str, amount: int, sign: str = "") -> PrintedRow:
+        return PrintedRow((Cell(label[name]), Cell(sign + bought.written(amount), "right", name)))
 
     if bought.discount or any(not t.inside for t in bought.taxes) or rng.random() < 0.4:
         yield line("subtotal", bought.subtotal)
     if bought.discount:
         yield line("discount", bought.discount, "-")
-    outside = [Row((Cell(_tax(bought, t.rate, t.inside)), Cell(bought.written(t.amount), "right", f"tax {t.rate}")))
+    outside = [PrintedRow((Cell(_tax(bought, t.rate, t.inside)), Cell(bought.written(t.amount), "right", f"tax {t.rate}")))
                for t in bought.taxes]  # fmt: skip
     if not (bought.taxes and bought.taxes[0].inside):
         yield from outside
@@ -199,33 +199,33 @@ def _rows(rng: random.Random, bought: Purchase, how: dict[str, str]) -> Iterator
         yield from outside
     if rng.random() < 0.5:
         count = f"{bought.pieces}点" if bought.locale == "ja" else f"{bought.pieces}"
-        yield Row((Cell(label["pieces"]), Cell(count, "right", "pieces")))
+        yield PrintedRow((Cell(label["pieces"]), Cell(count, "right", "pieces")))
     if bought.paid is None:
         yield line("card", bought.total)
     else:
         yield line("cash", bought.paid)
         yield line("change", bought.paid - bought.total)
     if how["date"] == "below":
-        yield Row(rule=how["rule"])
+        yield PrintedRow(rule=how["rule"])
         yield date
-    yield Row((Cell(label["thanks"], "centre"),))
+    yield PrintedRow((Cell(label["thanks"], "centre"),))
 
 
-def _head(bought: Purchase, head: str) -> Iterator[Row]:
+def _head(bought: Purchase, head: str) -> Iterator[PrintedRow]:
     align: Align = "left" if head == "left" else "right" if head == "right" else "centre"
-    yield Row((Cell(bought.shop, align, "shop"),), size=1.45, bold=True)
+    yield PrintedRow((Cell(bought.shop, align, "shop"),), size=1.45, bold=True)
     if head == "underlined":
-        yield Row(rule="line")
-    yield Row((Cell(bought.address, align, "address"),), size=0.9)
-    yield Row((Cell(f"{'TEL' if bought.locale == 'ja' else 'Tel'} {bought.phone}", align, "phone"),), size=0.9)
+        yield PrintedRow(rule="line")
+    yield PrintedRow((Cell(bought.address, align, "address"),), size=0.9)
+    yield PrintedRow((Cell(f"{'TEL' if bought.locale == 'ja' else 'Tel'} {bought.phone}", align, "phone"),), size=0.9)
 
 
-def _items(bought: Purchase, items: str) -> Iterator[Row]:
+def _items(bought: Purchase, items: str) -> Iterator[PrintedRow]:
     ja = bought.locale == "ja"
     if items == "columns":
         names = ("品名", "数", "単価", "金額") if ja else ("Item", "Qty", "Price", "Amount")
         ends: tuple[Align, ...] = ("left", 0.5, 0.74, "right")
-        yield Row(tuple(Cell(n, a) for n, a in zip(names, ends, strict=True)), bold=True)
+        yield PrintedRow(tuple(Cell(n, a) for n, a in zip(names, ends, strict=True)), bold=True)
     for n, item in enumerate(bought.items):
         mark = "※" if item.reduced else ""
         name, amount = (
@@ -234,19 +234,21 @@ def _items(bought: Purchase, items: str) -> Iterator[Row]:
         )
         each, times = bought.written(item.price), f"{item.quantity}個" if ja else f"{item.quantity} x"
         if items == "columns":
-            yield Row((name, Cell(str(item.quantity), 0.5, f"quantity {n}"), Cell(each, 0.74, f"price {n}"), amount))
+            yield PrintedRow(
+                (name, Cell(str(item.quantity), 0.5, f"quantity {n}"), Cell(each, 0.74, f"price {n}"), amount)
+            )
         elif items == "leaders":
             titled = Cell(
                 f"{item.name}{mark}" + (f" x{item.quantity}" if item.quantity > 1 else ""), "left", f"item {n}"
             )
-            yield Row((titled, amount), rule=".")
+            yield PrintedRow((titled, amount), rule=".")
         elif items == "quantity first":
-            yield Row((Cell(f"{item.quantity}  {item.name}{mark}", "left", f"item {n}"), amount))
+            yield PrintedRow((Cell(f"{item.quantity}  {item.name}{mark}", "left", f"item {n}"), amount))
         elif items == "two lines" or item.quantity > 1:
-            yield Row((name,))
-            yield Row((Cell(f"   {times} {each}", "left", f"price {n}"), amount))
+            yield PrintedRow((name,))
+            yield PrintedRow((Cell(f"   {times} {each}", "left", f"price {n}"), amount))
         else:
-            yield Row((name, amount))
+            yield PrintedRow((name, amount))
 
 
 def _tax(bought: Purchase, rate: int, inside: bool) -> str:
@@ -256,19 +258,19 @@ def _tax(bought: Purchase, rate: int, inside: bool) -> str:
     return f"{'incl. VAT' if inside else 'Tax'} {percent}"
 
 
-def _total(label: Cell, amount: Cell, how: dict[str, str]) -> Iterator[Row]:
+def _total(label: Cell, amount: Cell, how: dict[str, str]) -> Iterator[PrintedRow]:
     if how["total"] == "between":
-        yield Row(rule="line")
-    yield Row(
+        yield PrintedRow(rule="line")
+    yield PrintedRow(
         (label, amount), size=1.4 if how["total"] == "large" else 1.0, bold=how["total"] != "plain",
         frame=how["total"] == "boxed",
     )  # fmt: skip
     if how["total"] == "between":
-        yield Row(rule="line")
+        yield PrintedRow(rule="line")
 
 
 def _draw(
-    rng: random.Random, rows: list[Row], width: int, font: Callable[[float, bool], ImageFont.FreeTypeFont],
+    rng: random.Random, rows: list[PrintedRow], width: int, font: Callable[[float, bool], ImageFont.FreeTypeFont],
     how: dict[str, str], family: str,
 ) -> Paper:  # fmt: skip
     margin, leading, y = rng.randint(10, 28), rng.uniform(1.25, 1.6), float(rng.randint(10, 30))
@@ -312,7 +314,7 @@ def _cell(
         at = x + face.getlength(cell.text[:start])
         pen.text((at, y), word, font=face, fill=0)
         boxes.append(pen.textbbox((at, y), word, font=face))
-        paper.words.append(Word(word, boxes[-1], cell.fact))
+        paper.words.append(PrintedWord(word, boxes[-1], cell.fact))
         start += len(word)
     if cell.fact:
         paper.facts[cell.fact] = cell.text

@@ -63,7 +63,7 @@ YES_NO: dict[Locale, tuple[str, str]] = {"en": ("yes", "no"), "ja": ("はい", "
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReceiptQuestion:
     """`box`: where on the paper the answer stands, None where it is no words of it."""
 
     type: str
@@ -77,19 +77,19 @@ def to_read(rng: random.Random, locale: Locale) -> str:
     return rng.choice(_READ[locale])
 
 
-def questions(rng: random.Random, bought: Purchase, paper: Paper, limit: int | None = None) -> list[Asked]:
+def questions(rng: random.Random, bought: Purchase, paper: Paper, limit: int | None = None) -> list[ReceiptQuestion]:
     """The total first, then the others in random order, at most `limit` of all."""
     first, *others = _every(rng, bought, paper)
     rng.shuffle(others)
     return [first, *others][:limit]
 
 
-def _every(rng: random.Random, bought: Purchase, paper: Paper) -> Iterator[Asked]:
+def _every(rng: random.Random, bought: Purchase, paper: Paper) -> Iterator[ReceiptQuestion]:
     where = bought.locale
 
-    def ask(kind: str, fact: str, *names: str) -> Asked:
+    def ask(kind: str, fact: str, *names: str) -> ReceiptQuestion:
         answer = paper.facts[fact].removeprefix("Tel ").removeprefix("TEL ")
-        return Asked(kind, rng.choice(_ASK[kind][where]).format(*names), answer, _box(paper, fact, answer))
+        return ReceiptQuestion(kind, rng.choice(_ASK[kind][where]).format(*names), answer, _box(paper, fact, answer))
 
     yield ask("total", "total")
     for kind in ("date", "shop", "phone", "time", "change", "pieces"):
@@ -100,12 +100,12 @@ def _every(rng: random.Random, bought: Purchase, paper: Paper) -> Iterator[Asked
     for n in rng.sample(range(len(names)), min(2, len(names))):
         yield ask("amount", f"amount {n}", named[n])
     count = f"{len(names)}種類" if where == "ja" else str(len(names))
-    yield Asked("count", rng.choice(_ASK["count"][where]), count, None)
+    yield ReceiptQuestion("count", rng.choice(_ASK["count"][where]), count, None)
     sold = {name for name, *_ in goods(bought.kind, where)}
     for there, name in ((True, rng.choice(named)), (False, rng.choice(sorted(sold - set(names))))):
         asked = rng.choice(_ASK["bought"][where]).format(name.lower() if where == "en" else name)
         answer = YES_NO[where][0 if there else 1]
-        yield Asked("bought", asked, answer, _box(paper, f"item {named.index(name)}", "") if there else None)
+        yield ReceiptQuestion("bought", asked, answer, _box(paper, f"item {named.index(name)}", "") if there else None)
 
 
 def _box(paper: Paper, fact: str, answer: str) -> Box:

@@ -19,7 +19,7 @@ from opticnerve.common.progress import Waiting
 from opticnerve.starter.receipts.goods import LOCALES, Side, purchase
 from opticnerve.starter.receipts.paper import Box, Paper, families, font_file, print_out
 from opticnerve.starter.receipts.photo import STYLES, Photo, photograph
-from opticnerve.starter.receipts.questions import Asked, questions, to_read
+from opticnerve.starter.receipts.questions import ReceiptQuestion, questions, to_read
 
 COUNTS: dict[Side, int] = {"train": 6000, "test": 400}
 _LAYOUT = 1  # raise when what is written below changes
@@ -58,7 +58,7 @@ def prepare(folder: Path | None = None, *, counts: dict[Side, int] | None = None
     return {**files, "media": folder}
 
 
-def receipt(number: int, side: Side) -> tuple[Paper, Photo, list[Asked], Row]:
+def receipt(number: int, side: Side) -> tuple[Paper, Photo, list[ReceiptQuestion], Row]:
     """The receipt of a number, the same every time, with its questions and what is told of it; at most 1,200 pixels
     long."""
     rng = random.Random(f"{side} {number}")
