@@ -190,13 +190,15 @@ def _rows(rng: random.Random, bought: Purchase, how: dict[str, str]) -> Iterator
         yield line("subtotal", bought.subtotal)
     if bought.discount:
         yield line("discount", bought.discount, "-")
-    outside = [PrintedRow((Cell(_tax(bought, t.rate, t.inside)), Cell(bought.written(t.amount), "right", f"tax {t.rate}")))
-               for t in bought.taxes]  # fmt: skip
+    taxes = [
+        PrintedRow((Cell(_tax(bought, t.rate, t.inside)), Cell(bought.written(t.amount), "right", f"tax {t.rate}")))
+        for t in bought.taxes
+    ]
     if not (bought.taxes and bought.taxes[0].inside):
-        yield from outside
+        yield from taxes
     yield from _total(Cell(label["total"]), Cell(bought.written(bought.total), "right", "total"), how)
     if bought.taxes and bought.taxes[0].inside:
-        yield from outside
+        yield from taxes
     if rng.random() < 0.5:
         count = f"{bought.pieces}点" if bought.locale == "ja" else f"{bought.pieces}"
         yield PrintedRow((Cell(label["pieces"]), Cell(count, "right", "pieces")))
