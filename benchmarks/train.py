@@ -125,7 +125,7 @@ def _without(changes: list[str]) -> None:
 
         def everywhere(language_model: Any, keep_BL: Any, targets_M: Any, **inputs: Any) -> Any:
             logits_BLV = language_model(**inputs, use_cache=False).logits.float()
-            return torch.nn.functional.cross_entropy(logits_BLV[keep_BL], targets_M, reduction="sum")
+            return torch.nn.functional.cross_entropy(logits_BLV[keep_BL], targets_M, reduction="none")
 
         next_token.supervised_loss = everywhere
     if "ablate=layers" in changes:

@@ -123,6 +123,11 @@ def _stage(stage: StagePlan, console: Console) -> None:
         if data.length:
             facts.append(f"{data.length} tokens a row on average, {round(data.supervised)} of them learned")
         console.print("; ".join(facts), highlight=False)
+    if data.sources:
+        sources = table_of("", "source", ">samples", ">share", ">epochs")
+        for s in data.sources:
+            sources.add_row(s.name, f"{s.examples:,}", f"{s.share:.1%}", f"{s.epochs:.3g}")
+        console.print(sources)
     if stage.seconds is not None:
         console.print(
             f"time: about [bold]{format_duration(stage.seconds)}[/] [dim]({stage.timing})[/]", highlight=False

@@ -24,6 +24,9 @@ class Objective(nn.Module, ABC):
     A batch is whatever the collator gives: it moves with `.to(device)`, and says `supervised` (what the loss is a mean
     over), `tokens`, `samples` and `ids`. `metrics` holds named figures of the last forward pass, for the log.
 
+    `by_source`: where the loop gives one, a running float32 sum of losses for each data entry (S,), to which an
+    objective over tokens adds those of `batch.sources`.
+
     `whole_step`: the batch of a step cannot be split, for each of its samples is compared with all others. Such an
     objective does its own backward pass over the micro-batches and processes of a step (`backward`).
     """
@@ -34,6 +37,7 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.model = model
         self.metrics: dict[str, float] = {}
+        self.by_source: Tensor | None = None
 
     @abstractmethod
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:

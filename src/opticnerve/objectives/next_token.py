@@ -30,8 +30,10 @@ class NextToken(Objective):
         """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
         keep_BL = batch.targets != IGNORE
         with reading(self.model, batch) as (language_model, inputs):
-            loss = supervised_loss(language_model, keep_BL, batch.targets[keep_BL], **inputs)
-        return loss, keep_BL.sum()
+            loss_M = supervised_loss(language_model, keep_BL, batch.targets[keep_BL], **inputs)
+        if self.by_source is not None and batch.sources is not None:
+            self.by_source.index_add_(0, batch.sources[keep_BL], loss_M.detach())
+        return loss_M.sum(), keep_BL.sum()
 
 
 class Classification(Objective):

@@ -39,11 +39,11 @@ def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any)
 
 
 def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tensor, **inputs: Any) -> Tensor:
-    """The float32 sum of the cross-entropies at the M positions where `keep_BL` is True."""
+    """The float32 cross-entropies (M,) at the M positions where `keep_BL` is True."""
     head: nn.Module = language_model.get_output_embeddings()  # type: ignore[operator]
     if not enabled() or len(targets_M) <= _at_a_time(head) or _plain.get(language_model) is False:
         logits_MV = supervised_logits(language_model, keep_BL, **inputs)
-        return F.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
+        return F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
     gathered: list[Tensor] = []
 
     def first_alone(hidden_MD: Tensor) -> Tensor:
@@ -63,13 +63,11 @@ def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tenso
 
 
 def loss_in_pieces(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> Tensor:
-    """Sum of cross-entropies of `head(hidden_MD)`, some positions at a time."""
+    """Cross-entropies (M,) of `head(hidden_MD)`, some positions at a time."""
     many = _at_a_time(head)
     if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
-        total = hidden_MD.new_zeros((), dtype=torch.float32)
-        for hidden, targets in zip(hidden_MD.split(many), targets_M.split(many), strict=True):
-            total = total + checkpoint(_loss, head, hidden, targets, use_reentrant=False)
-        return total
+        pieces = zip(hidden_MD.split(many), targets_M.split(many), strict=True)
+        return torch.cat([checkpoint(_loss, head, *piece, use_reentrant=False) for piece in pieces])
     out: Tensor = _InPieces.apply(hidden_MD, targets_M, head)
     return out
 
@@ -81,7 +79,7 @@ def _at_a_time(head: nn.Module) -> int:
 
 
 def _loss(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden_MD).float(), targets_M, reduction="sum")
+    return F.cross_entropy(head(hidden_MD).float(), targets_M, reduction="none")
 
 
 class _InPieces(torch.autograd.Function):
@@ -89,22 +87,23 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: AutogradContext, hidden_MD: Tensor, targets_M: Tensor, head: nn.Module) -> Tensor:
-        total, grads = hidden_MD.new_zeros((), dtype=torch.float32), []
+        losses, grads = [], []
         many = _at_a_time(head)
         for hidden, targets in zip(hidden_MD.split(many), targets_M.split(many), strict=True):
             piece = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(piece.requires_grad):
                 loss = _loss(head, piece, targets)
             if piece.requires_grad:
-                grads += torch.autograd.grad(loss, piece)
-            total += loss.detach()
+                grads += torch.autograd.grad(loss, piece, torch.ones_like(loss))
+            losses.append(loss.detach())
         if grads:
             ctx.save_for_backward(torch.cat(grads))
-        return total
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * grad, None, None
+    def backward(ctx: AutogradContext, grad_M: Tensor) -> tuple[Tensor, None, None]:
+        [grad_MD] = ctx.saved_tensors  # of a position's own loss alone
+        return (grad_MD * grad_M[:, None]).to(grad_MD.dtype), None, None
 
 
 @contextmanager

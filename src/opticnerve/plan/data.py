@@ -8,19 +8,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from opticnerve.data.dataset.dataset import Example
+from opticnerve.data.dataset.dataset import Example, Examples
 from opticnerve.data.dataset.load import draw, load_examples, load_streams
+from opticnerve.data.dataset.mixture import mixed_shares
 from opticnerve.data.dataset.streaming import Streams
 from opticnerve.data.encode.packing import Row, first_fit_decreasing, pack, side_by_side
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.language.chat_template import stage_template
 from opticnerve.recipe import Stage
+from opticnerve.train.metrics import source_names
 from opticnerve.types import DataError, OpticNerveError
 
 if TYPE_CHECKING:
     from opticnerve.models.vlm.processing import OpticNerveProcessor
 
 LOOK_AT = 96  # rows that are encoded to learn their length
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One data entry of several: its examples, its share of the stage's samples, and how often each comes up."""
+
+    name: str
+    examples: int
+    share: float
+    epochs: float
 
 
 @dataclass
@@ -41,6 +53,7 @@ class StageData:
     first_bad: str = ""
     problem: str = ""
     blind: bool = False
+    sources: list[SourcePlan] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -85,7 +98,16 @@ def inspect_data(stage: Stage, processor: OpticNerveProcessor, *, seed: int) -> 
         count = len(streams) if stage.data[0].streaming else len(examples) / found.per_row
         found.steps = max(1, math.ceil(count * (stage.epochs or 1) / stage.batch_size))
     found.bad, found.first_bad = len(bad), str(bad[0]) if bad else ""
+    if not stage.data[0].streaming and len(stage.data) > 1:
+        found.sources = list(_sources(stage, loaded, found.steps * stage.batch_size * found.per_row))
     return found
+
+
+def _sources(stage: Stage, loaded: Examples, samples: float) -> Iterator[SourcePlan]:
+    sizes = [len(entry) for entry in loaded.entries]
+    shares = mixed_shares(stage, sizes) or [size / sum(sizes) for size in sizes]
+    for name, entry, share in zip(source_names(stage.data), loaded.entries, shares, strict=True):
+        yield SourcePlan(name, entry.once, share, samples * share / entry.once)
 
 
 def _first(streams: Streams, bad: list[DataError]) -> Iterator[Example]:

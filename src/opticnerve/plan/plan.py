@@ -77,6 +77,7 @@ class StagePlan:
             "bad_samples": data.bad,
             "steps": data.steps,
             "epochs": self.epochs,
+            "sources": [asdict(source) for source in data.sources],
             "batch_size": self.batch_size,
             "tokens_per_row": data.length or None,
             "longest_sample": data.longest or None,

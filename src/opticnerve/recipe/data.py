@@ -29,6 +29,9 @@ class DataSpec(Strict):
     prompt: str | list[str] | None = None
     limit: Positive | None = None
     repeat: Positive = 1
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="its share of the stage's samples, beside the other entries' weights"
+    )
     group_by_image: bool = False
     share_prefix: bool = False
     per_image: Positive | None = None

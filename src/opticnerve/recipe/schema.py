@@ -35,6 +35,8 @@ class EvaluateSpec(Strict):
     def _ends(cls, data: DataSpec) -> DataSpec:
         if data.streaming and data.limit is None:
             raise ValueError("a stream is asked its first so many questions; give it a limit")
+        if data.weight is not None:
+            raise ValueError("weight is for the data of a stage; leave it out")
         return data
 
 

@@ -31,6 +31,14 @@ class PackSpec(Strict):
     window: Positive = Field(1024, description="samples that are arranged at a time")
 
 
+class MixingSpec(Strict):
+    """How often the sources of a stage come up; see `opticnerve.data.dataset.mixture`."""
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        description="shares go with size^(1/temperature): 1 is by size, larger is more even"
+    )
+
+
 class CacheSpec(Strict):
     """Where what a frozen image encoder saw is kept; see `opticnerve.features.store`."""
 
@@ -51,6 +59,7 @@ class Stage(Strict):
     objective: PartSpec = PartSpec(type="next_token")
     train: dict[str, Annotated[float, Field(gt=0, lt=10)]]
     data: list[DataSpec]
+    mixing: MixingSpec | None = None
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_size: Positive = Field(
@@ -142,9 +151,31 @@ class Stage(Strict):
                 self.batch_size % self.accumulate != 0
             ),
         }
-        if reason := next((reason for reason, wrong in found.items() if wrong), self._cannot_stream()):
+        if reason := next(
+            (reason for reason, wrong in found.items() if wrong), self._cannot_mix() or self._cannot_stream()
+        ):
             raise ValueError(reason)
         return self
+
+    def _cannot_mix(self) -> str | None:
+        """Why the stage's sources cannot be mixed as it says, if they cannot."""
+        weighted = [spec.weight is not None for spec in self.data]
+        if not any(weighted) and self.mixing is None:
+            return None
+        if len(self.data) == 1:
+            return "data: weight and mixing are for several entries; here is one, leave them out"
+        if any(weighted) and self.mixing is not None:
+            return "mixing: the entries have weights, which say their shares already; leave one of the two out"
+        if any(weighted) and not all(weighted):
+            return (
+                f"data: {self.data[weighted.index(False)].path} has no weight, {self.data[weighted.index(True)].path} "
+                f"has one; give each entry a weight, or none"
+            )
+        if (repeated := next((s.path for s in self.data if s.repeat != 1), None)) is not None:
+            return f"data: {repeated} has a repeat, and weight or mixing says how often it comes up; leave one out"
+        if self.mixing is not None and any(spec.streaming for spec in self.data):
+            return "mixing: how large streamed data are is not known; give each entry a weight"
+        return None
 
     def _cannot_stream(self) -> str | None:
         """What of the stage does not go with streamed data, if anything is streamed."""

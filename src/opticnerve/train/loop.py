@@ -30,7 +30,7 @@ from opticnerve.recipe import Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.divergence import Diverged, Divergence
 from opticnerve.train.image_ablation import image_use
-from opticnerve.train.metrics import METRICS, MetricsLog, fill, media_counts
+from opticnerve.train.metrics import METRICS, MetricsLog, by_source, fill, media_counts, source_counts, source_names
 from opticnerve.train.optim import schedule
 from opticnerve.train.setup import StageSetup, make_accelerator, set_up
 from opticnerve.types import OpticNerveError
@@ -109,6 +109,7 @@ class Trainer:
         self.strategy, self.optimizer = ready.strategy, ready.strategy.optimizer
         self.sampler, self.state = ready.sampler, ready.state
         self.divergence = Divergence(ready.stage, ready.folder, ready.state, ready.strategy.model)
+        self.sources = source_names(ready.stage.data)
         self.log: MetricsLog | None = None
         self.stop = self.all_stop = False  # asked by a signal: of this process, of any
 
@@ -149,15 +150,18 @@ class Trainer:
         accelerator, state = self.accelerator, self.state
         self.divergence.before_step()
         counts = [sum(b.supervised for b in batches), sum(b.tokens for b in batches), sum(b.samples for b in batches),
-                  int(self.stop), *media_counts(batches)]  # fmt: skip
-        supervised, tokens, samples, asked, *pieces = map(int, add_up(accelerator, counts, error))
+                  int(self.stop), *source_counts(batches, len(self.sources)), *media_counts(batches)]  # fmt: skip
+        supervised, tokens, samples, asked, *more = map(int, add_up(accelerator, counts, error))
+        of_source, pieces = more[: len(self.sources)], more[len(self.sources) :]
         self.all_stop = bool(asked)  # a signal reaches the processes at different moments; they leave together
         batches = [b.to(accelerator.device) for b in batches]
-        total = self.strategy.backward(batches, supervised)
+        sums = torch.zeros(len(self.sources), device=accelerator.device)
+        self.strategy.objective.by_source = sums if any(of_source) else None
+        total = torch.cat([self.strategy.backward(batches, supervised).float().view(1), sums])
         total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
         self._skip_unused_towers(pieces)
-        # Reading the two is the step's one wait for the device.
-        total, norm = torch.stack([total.float(), self.optimizer.clip(self.stage.clip).float()]).tolist()
+        # Reading them is the step's one wait for the device.
+        norm, total, *losses = torch.cat([self.optimizer.clip(self.stage.clip).float().view(1), total]).tolist()
         loss = total / supervised
         factor = schedule(state.step, self.sampler.steps, warmup=self.stage.warmup, kind=self.stage.schedule)
         left_out = None
@@ -173,6 +177,7 @@ class Trainer:
             "grad_norm": norm,
             "learning_rate": {part: rate * factor for part, rate in self.ready.frozen.rates.items()},
             **fill(batches),
+            **by_source(self.sources, losses, of_source),
             **({"metrics": dict(figures)} if (figures := self.strategy.objective.metrics) else {}),
             # JSON has no word for what is no number.
             **({"loss": None, "grad_norm": None, "left_out": left_out} if left_out else {}),

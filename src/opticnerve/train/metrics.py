@@ -7,12 +7,17 @@ import json
 import os
 from collections.abc import Sequence
 from itertools import count
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from opticnerve.common import atomic
+from opticnerve.data.encode.tokenize import IGNORE
 from opticnerve.models.vlm.tower import MEDIA_INPUT
+from opticnerve.recipe import DataSpec
 
 METRICS = "metrics.jsonl"
 
@@ -81,3 +86,28 @@ def media_counts(batches: Sequence[Any]) -> list[int]:
         seen = [len(media[f"{modality}_features"].mask_BN) for media in given if f"{modality}_features" in media]
         counts.append(sum(seen) + sum(len(media[key]) for media in given if key in media))
     return counts
+
+
+def source_names(specs: Sequence[DataSpec]) -> list[str]:
+    """What the data entries of a stage are called in its metrics: by their files, numbered where two are alike."""
+    names = [Path(spec.path).name or spec.path for spec in specs]
+    return [n if names.count(n) == 1 else f"{n} #{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+
+
+def source_counts(batches: Sequence[Any], sources: int) -> list[int]:
+    """Tokens of a step's batches that the loss is over, by the data entry that they are of; nothing where the objective
+    is none over tokens, or there is one entry."""
+    if sources < 2 or any(getattr(b, "sources", None) is None for b in batches):
+        return [0] * sources
+    found = torch.zeros(sources, dtype=torch.int64)
+    for batch in batches:
+        found += torch.bincount(batch.sources[batch.targets != IGNORE], minlength=sources)
+    counts: list[int] = found.tolist()
+    return counts
+
+
+def by_source(names: Sequence[str], losses: Sequence[float], counts: Sequence[int]) -> dict[str, Any]:
+    """The mean loss over each source's tokens, for those that the step held."""
+    shown = zip(names, losses, counts, strict=True)
+    found = {name: {"loss": loss / count, "tokens": count} for name, loss, count in shown if count and isfinite(loss)}
+    return {"by_source": found} if found else {}

@@ -6,16 +6,19 @@ import copy
 import math
 import random
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
 from opticnerve.data.collators.next_token import Batch, Collator
-from opticnerve.data.dataset.dataset import Example
+from opticnerve.data.dataset.dataset import Example, source_ends
 from opticnerve.data.dataset.load import draw
+from opticnerve.data.dataset.mixture import Mixture, mixed_shares
 from opticnerve.data.dataset.streaming import Streams
 from opticnerve.data.encode.packing import PackPlan, Row, deal, fit, pack, side_by_side
 from opticnerve.data.encode.tokenize import Encoded, encode
@@ -66,7 +69,10 @@ class StageSampler(Dataset[Batch]):
         self._met: dict[str, DataError] = {}
         extractor = getattr(processor, "feature_extractor", None)
         self.rate = extractor.sampling_rate if extractor is not None else RATE
-        self._orders: dict[int, array[int]] = {}
+        self._orders: dict[tuple[int, int], array[int]] = {}
+        self._ends = [] if isinstance(examples, Streams) else source_ends(examples)
+        self.sizes = [end - begin for begin, end in pairwise([0, *self._ends])]
+        self.mixture = self._mixed()
         self.plan: PackPlan | None = None
         if stage.steps is None:
             self.num_samples = math.ceil(len(examples) * (stage.epochs or 1))
@@ -144,6 +150,7 @@ class StageSampler(Dataset[Batch]):
 
     def _opened(self, index: int) -> Row:
         row = pack([self._encode(self.drawn(index))])
+        row.sources = [self.source_of(index)]
         where = row.ids[0]
         if self.collate.features is None:
             row.images = [
@@ -167,9 +174,16 @@ class StageSampler(Dataset[Batch]):
         example = self.examples[self._example(index)]
         return draw(example, random.Random(f"{self.seed}/{self.stage.name}/{index}"))
 
-    def nearby(self, index: int) -> range:
-        """The samples of which the first good one is made, where bad samples are skipped."""
-        return range(index, index + len(self.examples))
+    def source_of(self, index: int) -> int:
+        """Which of the stage's data entries a sample is of."""
+        return bisect_right(self._ends, self._example(index)) if self.mixture is None else self.mixture[index][0]
+
+    def nearby(self, index: int) -> Iterable[int]:
+        """The samples of which the first good one is made, where bad samples are skipped: in a mixture those of the
+        same source."""
+        if self.mixture is None:
+            return range(index, index + len(self.examples))
+        return self.mixture.following(index, self.sizes[self.mixture[index][0]])
 
     def whole(self) -> StageSampler:
         """The same samples as one process alone sees them."""
@@ -226,15 +240,32 @@ class StageSampler(Dataset[Batch]):
         self.num_samples = plan.planned
         return plan
 
+    def _mixed(self) -> Mixture | None:
+        shares = mixed_shares(self.stage, self.sizes)
+        if shares is None:
+            return None
+        return Mixture(shares, block=self.stage.batch_size, key=f"{self.seed}/{self.stage.name}")
+
     def _example(self, index: int) -> int:
-        epoch, place = divmod(index, len(self.examples))
-        if epoch not in self._orders:
-            order = array("I", range(len(self.examples)))
-            random.Random(f"{self.seed}/{self.stage.name}/epoch {epoch}").shuffle(order)
+        if self.mixture is None:
+            epoch, place = divmod(index, len(self.examples))
+            return self._order(epoch, len(self.examples))[place]
+        source, own = self.mixture[index]
+        epoch, place = divmod(own, self.sizes[source])
+        return self._ends[source] - self.sizes[source] + self._order(epoch, self.sizes[source], source)[place]
+
+    def _order(self, epoch: int, count: int, source: int | None = None) -> array[int]:
+        """The examples of an epoch: of all sources, or in a mixture of one."""
+        at = -1 if source is None else source, epoch
+        if at not in self._orders:
+            order = array("I", range(count))
+            of = "" if source is None else f"source {source}/"
+            random.Random(f"{self.seed}/{self.stage.name}/{of}epoch {epoch}").shuffle(order)
             # Two epochs at a time, for a row may hold the end of one and the beginning of the next; no more, so that
             # nothing grows with their number.
-            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
-        return self._orders[epoch][place]
+            before = [k for k in self._orders if k[0] == at[0]][:-1]
+            self._orders = {k: v for k, v in self._orders.items() if k not in before} | {at: order}
+        return self._orders[at]
 
     # -- bad samples ----------------------------------------------------------------------------------------------
 
@@ -300,8 +331,16 @@ class StreamingSampler(StageSampler):
                 f"{MOST_TRIED:,} rows one after another are bad, the last one: {e}", kind="bad-samples"
             ) from e
 
-    def nearby(self, index: int) -> range:
-        return range(index, index + MOST_TRIED)
+    def source_of(self, index: int) -> int:
+        source: int = self.examples.source_of(index)
+        return source
+
+    def nearby(self, index: int) -> Iterable[int]:
+        mixture = self.examples.mixture
+        return range(index, index + MOST_TRIED) if mixture is None else mixture.following(index, MOST_TRIED)
+
+    def _mixed(self) -> None:
+        """The streams know it."""
 
     def check(self, most: int) -> None:
         """Open the first rows, so that what is wrong with all of them is found before the first step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Batch(Moving):
     `media`: tensors by the names of the model's inputs: `pixel_values` (images or tiles, 3, H, W), `image_sizes`,
     `qformer_input_ids`, `input_features` (windows, mels, frames), …, or `image_features` (`Features`, what the frozen
     vision encoder saw); empty where there are none.
+    `sources`: (B, L) int64, which data entry of the stage a position is of (-1 where it is padding), where it is known.
     `plain`: every row is one sample, a causal mask is enough. `segments`: who attends to whom, without a mask.
     """
 
@@ -39,6 +40,7 @@ class Batch(Moving):
     ids: list[str]
     samples: int
     segments: Segments
+    sources: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def supervised(self) -> int:
@@ -99,6 +101,7 @@ class Collator:
             ids=[i for r in rows for i in r.ids],
             samples=sum(len(r.ids) for r in rows),
             segments=segments_of(group, branch, positions),
+            sources=_sources(rows, length),
         )
 
     def media(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -119,3 +122,9 @@ class Collator:
             samples = [open_audio(a.source, where=where, rate=rate) for a, where in sounds]
             found["input_features"] = self.processor.extract(samples)[0]
         return found
+
+
+def _sources(rows: Sequence[Row], length: int) -> Tensor | None:
+    if not all(r.sources for r in rows):
+        return None
+    return torch.tensor([[r.sources[g] for g in r.group] + [-1] * (length - len(r)) for r in rows])

@@ -127,6 +127,10 @@ class Joined(Indexed[_T]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def ends(self) -> list[int]:
+        """Where each of them ends."""
+        return self._ends
+
     def item(self, number: int) -> _T:
         part = bisect_right(self._ends, number)
         return self.parts[part][number - (self._ends[part - 1] if part else 0)]
@@ -218,6 +222,15 @@ class ExampleSubset(Indexed[Example]):
         members = self.kept.get(number)
         return (conversations if members is None else [conversations[k] for k in members]), count
 
+    def ends(self) -> list[int]:
+        """Where those of each source end; they stand in the order of the whole."""
+        return [int(n) for n in np.searchsorted(self.numbers, source_ends(self.examples))]
+
     def only(self, numbers: NDArray[Any]) -> ExampleSubset:
         kept = {new: self.kept[old] for new, old in enumerate(numbers.tolist()) if old in self.kept}
         return ExampleSubset(self.examples, self.numbers[numbers], kept)
+
+
+def source_ends(examples: Sequence[Example]) -> list[int]:
+    """Where the examples of each source end; what is no list of sources is one."""
+    return examples.ends() if isinstance(examples, Examples | ExampleSubset) else [len(examples)]

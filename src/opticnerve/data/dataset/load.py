@@ -13,6 +13,7 @@ import numpy as np
 
 from opticnerve.data.dataset.dataset import Entry, Example, Examples, Groups, Samples
 from opticnerve.data.dataset.index import held_out, index_of
+from opticnerve.data.dataset.mixture import Mixture, mixed_shares
 from opticnerve.data.dataset.read import DataSource, OnError
 from opticnerve.data.dataset.streaming import Stream, Streams
 from opticnerve.data.media.web import CLOUD, local_copy
@@ -119,7 +120,9 @@ def load_streams(stage: Stage, *, seed: int) -> Streams:
         source = source_of(spec)
         source.check()
         made.append(Stream(source, key=f"{seed}/{stage.name}/{number}", window=spec.shuffle_window, limit=spec.limit))
-    return Streams(made, [spec.repeat for spec in stage.data])
+    shares = mixed_shares(stage, [])
+    mixture = None if shares is None else Mixture(shares, block=stage.batch_size, key=f"{seed}/{stage.name}")
+    return Streams(made, [spec.repeat for spec in stage.data], mixture)
 
 
 def load_examples(specs: Sequence[DataSpec], *, on_error: OnError | None = None) -> Examples:

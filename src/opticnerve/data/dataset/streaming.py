@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Any
 
 from opticnerve.data.dataset.dataset import Example
+from opticnerve.data.dataset.mixture import Mixture
 from opticnerve.data.dataset.read import DataSource, open_source, raise_error
 from opticnerve.data.sources.base import DamagedShard, Record
 from opticnerve.data.sources.streaming import Streamed
@@ -195,13 +196,14 @@ class _Reader:
 
 
 class Streams:
-    """The streams of a stage, in turns: `turns[i]` rows of stream i, then those of the next, and around again.
+    """The streams of a stage, in turns: `turns[i]` rows of stream i, then those of the next, and around again; or as a
+    mixture says.
 
     Each goes through its own epochs, however long the others are.
     """
 
-    def __init__(self, streams: Sequence[Stream], turns: Sequence[int]) -> None:
-        self.streams = streams
+    def __init__(self, streams: Sequence[Stream], turns: Sequence[int], mixture: Mixture | None = None) -> None:
+        self.streams, self.mixture = streams, mixture
         self._round = [(i, k) for i, turn in enumerate(turns) for k in range(turn)]
         self._turns = turns
 
@@ -216,9 +218,19 @@ class Streams:
         raise OpticNerveError("a stream does not say how long it is; give the stage steps", kind="missing-field")
 
     def example(self, index: int) -> Example:
+        stream, own = self._place(index)
+        return self.streams[stream].example(own)
+
+    def source_of(self, index: int) -> int:
+        return self._place(index)[0]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The stream of a sample, and which of its rows."""
+        if self.mixture is not None:
+            return self.mixture[index]
         turn, at = divmod(index, len(self._round))
         stream, own = self._round[at]
-        return self.streams[stream].example(turn * self._turns[stream] + own)
+        return stream, turn * self._turns[stream] + own
 
     def close(self) -> None:
         for stream in self.streams:

@@ -30,7 +30,8 @@ class Row:
     """Tokens of one row, all lists of equal length.
 
     `targets[i]`: the token that position i should predict, or -100 (already shifted). `group[i]`, `branch[i]`: whom
-    position i may attend to (branch 0 is the prefix).
+    position i may attend to (branch 0 is the prefix). `sources[g]`: which data entry of the stage group g is
+    of, where it is known.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Row:
     audios: list[AudioPart] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -89,7 +91,7 @@ def side_by_side(rows: Sequence[Row]) -> Row:
         return rows[0]
     joined, groups = Row(), 0
     for row in rows:
-        for name in ("input_ids", "positions", "targets", "branch", "images", "audios", "questions", "ids"):
+        for name in ("input_ids", "positions", "targets", "branch", "images", "audios", "questions", "ids", "sources"):
             getattr(joined, name).extend(getattr(row, name))
         joined.group += [g + groups for g in row.group]
         groups += max(row.group) + 1

@@ -149,7 +149,33 @@ def _curves(run: RunFolder) -> str:
         file = f"plots/loss-{slug(stage.name)}.png"
         loss_plot(stage.metrics, run.path / file, title=f"Stage “{stage.name}”")
         parts += [f"![Loss and learning rate of stage {plain(stage.name)}]({file})", _stage_line(stage)]
+        parts += [by_source] if (by_source := _by_source(stage.metrics)) else []
     return "\n\n".join(["## Curves", *(parts or ["No stage has begun."])])
+
+
+def _by_source(metrics: list[dict[str, Any]]) -> str:
+    """What each data entry's tokens cost in the first and in the last tenth of a stage, where there are several."""
+    tenth = max(1, len(metrics) // 10)
+    names = dict.fromkeys(name for m in metrics for name in m.get("by_source") or {})
+    everything = sum(_tokens_of(metrics, name) for name in names)
+    rows = [
+        [plain(name), percent(_tokens_of(metrics, name) / everything), _loss_of(metrics[:tenth], name),
+         _loss_of(metrics[-tenth:], name)]
+        for name in names
+    ]  # fmt: skip
+    head = ["source", "share of the trained tokens", "loss, first tenth", "loss, last tenth"]
+    return table(head, rows, right=(1, 2, 3)) if rows else ""
+
+
+def _tokens_of(metrics: list[dict[str, Any]], name: str) -> int:
+    return sum(s["tokens"] for m in metrics if (s := (m.get("by_source") or {}).get(name)))
+
+
+def _loss_of(metrics: list[dict[str, Any]], name: str) -> str:
+    """The mean over its tokens."""
+    tokens = _tokens_of(metrics, name)
+    loss = sum(s["loss"] * s["tokens"] for m in metrics if (s := (m.get("by_source") or {}).get(name)))
+    return f"{loss / tokens:.3f}" if tokens else "–"
 
 
 def _stage_line(stage: StageRecord) -> str:
