@@ -20,7 +20,7 @@ from pages import DOCS, ROOT, Block, blocks, every_block, prose
 KEYS = {  # heading in docs/recipes.md → model in opticnerve.recipe
     "The recipe": "Recipe", "model.language": "LanguageSpec", "model.image": "TowerSpec", "stages": "Stage",
     "stages.lora": "LoraSpec", "stages.data": "DataSpec", "evaluate": "EvaluateSpec", "A dual encoder": "DualSpec", "Its vision encoder": "VisionSpec", "Its text encoder": "TextSpec",
-    "A fusion classifier": "ClassifierSpec",
+    "A fusion classifier": "ClassifierSpec", "Go on from a model": "ContinuedSpec",
 }  # fmt: skip
 
 # Reads {"recipes": {where: text}, "data": {where: [file name, text]}, "values": {model: {key: value}}} from stdin.
@@ -63,7 +63,7 @@ for where, (name, text) in asked["data"].items():
     found["data"][where] = attempt(lambda: conversations(name, text))
 
 for model, values in asked["values"].items():
-    fields = getattr(recipe, model).model_fields
+    fields = {f.alias or k: f for k, f in getattr(recipe, model).model_fields.items()}
     found["keys"][model] = {
         k: "required" if f.is_required() else TypeAdapter(f.annotation).dump_python(f.default, mode="json")
         for k, f in fields.items()

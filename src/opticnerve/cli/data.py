@@ -267,7 +267,8 @@ def _processor_of(name: str, overrides: list[str] | None = None) -> Any:
         from opticnerve.plan.model import processor_for
 
         return processor_for(read_recipe(name, overrides))
-    from opticnerve.inference.load import load_processor, resolve
+    from opticnerve.inference.load import load_processor
+    from opticnerve.models.checkpoint.source import resolve
 
     return load_processor(resolve(name, weights=False))
 

@@ -14,7 +14,7 @@ import yaml
 from opticnerve.common import atomic, hub
 from opticnerve.export.export import Exported, export
 from opticnerve.export.formats import PLAIN, Options
-from opticnerve.inference.load import resolve
+from opticnerve.models.checkpoint.source import resolve
 from opticnerve.runs.card.card import write_card
 from opticnerve.types import OpticNerveError
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from opticnerve.common import atomic
 from opticnerve.data.media.images import Source
 from opticnerve.data.media.transform import open_for
-from opticnerve.inference.load import load_any, resolve
+from opticnerve.inference.load import load_any
+from opticnerve.models.checkpoint.source import resolve
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
 from opticnerve.models.family import family_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opticnerve.common import hub
+from opticnerve.models.checkpoint.source import resolve
 from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.models.family import family_of
 from opticnerve.models.vlm.processing import OpticNerveProcessor
@@ -54,34 +54,6 @@ def load_processor(folder: str, cls: type[Any] = OpticNerveProcessor) -> Any:
         return cls.from_pretrained(folder)
 
 
-ADAPTER = "adapter_config.json"
-
-
 def default_device() -> str:
     """The accelerator that torch sees, else the CPU."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-
-
-def resolve(name: str, *, weights: bool = True) -> str:
-    """The folder that a model's name stands for; one of a hub is fetched first, its weights where they are wanted."""
-    if name == "starter":
-        from opticnerve.starter.demo import shipped_model
-
-        return str(shipped_model())
-    path = Path(name)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return name
-        stages = sorted(p.parent for p in path.glob("stages/*/dock.json"))
-        if stages:
-            return str(stages[-1])
-        if (path / ADAPTER).is_file():
-            raise OpticNerveError(
-                f"{name} is an adapter of peft without its model ({ADAPTER}, no config.json); merge it into its base "
-                "with peft's merge_and_unload(), save that, and name the folder as the recipe's language",
-                kind="unsupported",
-            )
-        raise OpticNerveError(
-            f"{name} holds no model (no config.json); a run has one once its first stage has ended", kind="missing-file"
-        )
-    return hub.fetch(name, weights=weights)

@@ -20,7 +20,8 @@ from opticnerve.data.collators.classification import question_of
 from opticnerve.data.media.transform import open_for
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.likelihood import answer_scores
-from opticnerve.inference.load import load_any, resolve
+from opticnerve.inference.load import load_any
+from opticnerve.models.checkpoint.source import resolve
 from opticnerve.models.classifier.modeling import FusionClassifier
 from opticnerve.models.classifier.parts import LEAST, Combination, combine
 from opticnerve.models.classifier.processing import FusionClassifierProcessor

@@ -108,7 +108,7 @@ FAMILIES: tuple[type[Family], ...] = (Dock, DualDock, ClassifierDock)
 
 def build(recipe: Recipe) -> Family:
     """The model that a recipe describes, with its processor."""
-    return next(f for f in FAMILIES if isinstance(recipe.model, f.SPEC)).build(recipe)
+    return next(f for f in FAMILIES if recipe.model.KIND == f.SPEC.KIND).build(recipe)
 
 
 def family_of(folder: str) -> type[Family]:

@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
+from opticnerve.models.checkpoint.source import ModelSource
 from opticnerve.models.vlm.build import dtype_of, load_encoder
+from opticnerve.models.vlm.continued import check_stages, load_processor, planned, take_connector
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import join, language_sizes
-from opticnerve.recipe import Recipe
+from opticnerve.recipe import ContinuedSpec, Recipe
 
 if TYPE_CHECKING:
     from opticnerve.encoders.base import Encoder
@@ -38,15 +40,22 @@ def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
         OpticNerveError: a configuration cannot be read, or the parts do not fit each other.
     """
     dtype = dtype_of(recipe)
+    if isinstance(recipe.model, ContinuedSpec):
+        source, found = planned(recipe.model, dtype=dtype)
+        check_stages(source, recipe.stages)
+        return found
     language = recipe.docked.language
     config = load_language_config(language.name, gguf_file=language.gguf_file)
     with torch.device("meta"):
         language_part = AutoModelForCausalLM.from_config(config, dtype=dtype)
         sizes = language_sizes(language_part)
-        towers = {
-            m: join(load_encoder(m, tower.encoder, planned=True)[1], tower.parts(), sizes).to(dtype)
-            for m, tower in recipe.docked.towers.items()
-        }
+        towers = {}
+        for modality, tower in recipe.docked.towers.items():
+            trained, parts = take_connector(modality, tower.connector, weights=False), tower.parts()
+            if trained is not None:
+                parts["connector"] = trained.spec
+            encoder = load_encoder(modality, tower.encoder, planned=True)[1]
+            towers[modality] = join(encoder, parts, sizes).to(dtype)
     # The real ids are the tokenizer's business; shapes do not depend on them.
     size = int(config.get_text_config().vocab_size)
     model: OpticNerveForConditionalGeneration = OpticNerveForConditionalGeneration.from_parts(
@@ -62,6 +71,8 @@ def processor_for(recipe: Recipe, model: OpticNerveForConditionalGeneration | No
     Raises:
         OpticNerveError: the tokenizer is not at hand.
     """
+    if isinstance(recipe.model, ContinuedSpec):
+        return load_processor(ModelSource.find(recipe.model.source, weights=False))
     language = recipe.docked.language
     tokenizer = load_tokenizer(language.name, gguf_file=language.gguf_file)
     if language.chat_template:
@@ -72,24 +83,26 @@ def processor_for(recipe: Recipe, model: OpticNerveForConditionalGeneration | No
 def shapes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> list[Shape]:
     """The picture's way through every part."""
     width = model.get_input_embeddings().embedding_dim
-    found = []
-    for name, spec in recipe.docked.towers.items():
-        tower = model.towers[name]
+    found, parts = [], model.config.towers
+    whole = recipe.model.source if isinstance(recipe.model, ContinuedSpec) else None
+    for name, tower in model.towers.items():
         encoder, count = tower.encoder, tower.num_placeholders
-        kind = f"{spec.encoder.type} {spec.encoder.options.get('name', '')}".strip()
+        called = f"of {whole}" if whole else recipe.docked.towers[name].encoder.options.get("name", "")
+        kind = f"{parts[name]['encoder']['type']} {called}".strip()
         tiles = f", up to {tower.tiling.spec.max_tokens} in tiles" if tower.tiling is not None else ""
         seen = ("picture", f"{encoder.image_size} × {encoder.image_size} pixels") if name == "image" else (
             "sound", "a window of sound"
         )  # fmt: skip
         stops = (
             ("encoder", kind, f"{encoder.num_tokens} × {encoder.hidden_size}"),
-            ("connector", spec.connector.type, f"{tower.num_tokens} × {width}{tiles}"),
-            ("fusion", spec.fusion.type, f"{count} placeholder{'s' if count > 1 else ''}"),
+            ("connector", parts[name]["connector"]["type"], f"{tower.num_tokens} × {width}{tiles}"),
+            ("fusion", parts[name]["fusion"]["type"], f"{count} placeholder{'s' if count > 1 else ''}"),
         )
         found.append(Shape(*seen, " × ".join(map(str, encoder.media_shape)), 0))
         found += [Shape(f"{name}.{part}", what, out, _count(getattr(tower, part))) for part, what, out in stops]
     language = model.language_model
-    kind = f"{language.config.model_type} {recipe.docked.language.name}, {len(decoder_layers(language)[1])} layers"
+    called = f"of {whole}" if whole else recipe.docked.language.name
+    kind = f"{language.config.model_type} {called}, {len(decoder_layers(language)[1])} layers"
     return [*found, Shape("language", kind, f"tokens × {width}", _count(language))]
 
 

@@ -16,6 +16,7 @@ from opticnerve.data.encode.tokenize import Encoded
 from opticnerve.language import layers
 from opticnerve.language.load import load_language_config
 from opticnerve.models.checkpoint.delta import weight_names
+from opticnerve.models.checkpoint.source import ModelSource
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.build import Dock, dtype_of
 from opticnerve.models.vlm.tower import Tower, placed_like
@@ -24,7 +25,7 @@ from opticnerve.plan import cost, feature_cache
 from opticnerve.plan.data import StageData, inspect_data
 from opticnerve.plan.model import Shape, meta_model, processor_for, shapes
 from opticnerve.plan.remarks import Remark, remarks
-from opticnerve.recipe import Recipe, Stage
+from opticnerve.recipe import ContinuedSpec, Recipe, Stage
 from opticnerve.starter import weights
 from opticnerve.train.setup import give_lora
 from opticnerve.types import OpticNerveError
@@ -133,10 +134,10 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
     try:
         plan.processor = processor_for(recipe, model)
     except OpticNerveError as e:
-        if Path(recipe.docked.language.name).exists():
+        if isinstance(recipe.model, ContinuedSpec) or Path(recipe.docked.language.name).exists():
             raise  # it will not be there when the run wants it
         plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
-    imagined = Dock(model, plan.processor, bases={})
+    imagined = Dock(model, plan.processor, bases={}, lora=model.config.lora)
     docked = dock(recipe) if dock is not None and recipe.stages else None
     rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], dtype_of(recipe))
     for stage in recipe.stages:
@@ -154,12 +155,16 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
 
 def context_length(recipe: Recipe) -> int | None:
     """How many tokens the recipe's language model takes."""
+    if isinstance(recipe.model, ContinuedSpec):
+        return layers.context_length(ModelSource.find(recipe.model.source, weights=False).config.text_config)
     language = recipe.docked.language
     return layers.context_length(load_language_config(language.name, gguf_file=language.gguf_file))
 
 
 def weights_at_hand(recipe: Recipe) -> bool:
     """Whether a calibration would download nothing: every weight comes from the starter kit or a local folder."""
+    if isinstance(recipe.model, ContinuedSpec):
+        return recipe.model.source == "starter" or Path(recipe.model.source).exists()
     names = [recipe.docked.language.name]
     for tower in recipe.docked.towers.values():
         names += weight_names(registry.encoders.get(tower.encoder.type).take_name(tower.encoder.options)[0])

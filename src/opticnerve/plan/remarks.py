@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from opticnerve.common.units import format_bytes
 from opticnerve.data.dataset.dataset import NO_MEDIA
 from opticnerve.plan.model import native_size
-from opticnerve.recipe import DataSpec, Recipe, Stage
+from opticnerve.recipe import FROM, ContinuedSpec, DataSpec, Recipe, Stage
 
 if TYPE_CHECKING:
     from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
@@ -50,12 +50,16 @@ def remarks(recipe: Recipe, plan: Any, model: OpticNerveForConditionalGeneration
     encoder = model.image.encoder if "image" in model.towers else None
     if encoder is not None and (native := native_size(encoder)) and native != encoder.image_size:
         note(f"the encoder sees {encoder.image_size} px and was pretrained with {native} px")
+    before = _trained_before(recipe)
+    for part, name in before.items():
+        note(f"the {part} goes on from {name}")
     trains = {model.full_name(part) for stage in recipe.stages for part in stage.train}
     for modality, tower in model.towers.items() if recipe.stages else ():
         for half, module in (("connector", tower.connector), ("fusion", tower.fusion)):
-            if f"{modality}.{half}" not in trains and any(True for _ in module.parameters()):
+            part = f"{modality}.{half}"
+            if part not in trains and not {"model", part} & before.keys() and any(True for _ in module.parameters()):
                 noise = "pictures" if modality == "image" else "sounds"
-                warn(f"no stage trains {modality}.{half}, which starts with random weights: the {noise} would be noise")
+                warn(f"no stage trains {part}, which starts with random weights: the {noise} would be noise")
     if not recipe.stages:
         note("the recipe has no stages: there is nothing to train")
     elif not recipe.evaluate:
@@ -66,6 +70,14 @@ def remarks(recipe: Recipe, plan: Any, model: OpticNerveForConditionalGeneration
         if any(_overlap(task.data, d) for stage in recipe.stages for d in stage.data):
             warn(f"evaluate {task.name!r} asks about {task.data.path}, which a stage trains on; hold some data out")
     return found
+
+
+def _trained_before(recipe: Recipe) -> dict[str, str]:
+    """`model` or `image.connector`, …: what it goes on from."""
+    if isinstance(recipe.model, ContinuedSpec):
+        return {"model": recipe.model.source}
+    connectors = {f"{m}.connector": t.connector.options.get(FROM) for m, t in recipe.docked.towers.items()}
+    return {part: name for part, name in connectors.items() if name is not None}
 
 
 def _overlap(asked: DataSpec, learned: DataSpec) -> bool:

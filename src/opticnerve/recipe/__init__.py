@@ -3,9 +3,11 @@
 from opticnerve.recipe.data import DataSpec
 from opticnerve.recipe.loading import dump, load
 from opticnerve.recipe.model import (
+    FROM,
     MODALITIES,
     PARTS,
     ClassifierSpec,
+    ContinuedSpec,
     DualSpec,
     LanguageSpec,
     ModelSpec,
@@ -20,7 +22,8 @@ from opticnerve.recipe.schema import EvaluateSpec, Recipe
 from opticnerve.recipe.stage import CacheSpec, LoraSpec, PackSpec, Stage
 
 __all__ = [
-    "CacheSpec", "ClassifierSpec", "DataSpec", "DualSpec", "EvaluateSpec", "VisionSpec", "LanguageSpec", "LoraSpec",
+    "CacheSpec", "ClassifierSpec", "ContinuedSpec", "DataSpec", "DualSpec", "EvaluateSpec", "FROM", "VisionSpec",
+    "LanguageSpec", "LoraSpec",
     "MODALITIES", "ModelSpec", "PARTS", "PackSpec", "PartSpec", "Recipe", "Stage", "TextSpec", "TilingSpec",
     "TowerSpec", "dump", "load", "split_part",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from opticnerve.recipe.data import DataSpec
-from opticnerve.recipe.model import ClassifierSpec, DualSpec, ModelSpec
+from opticnerve.recipe.model import FROM, ClassifierSpec, ContinuedSpec, DualSpec, ModelSpec
 from opticnerve.recipe.schema import Recipe
 from opticnerve.recipe.stage import CacheSpec, PackSpec
 from opticnerve.recipe.yaml import MAX_CHARACTERS, brief, parse
@@ -137,7 +137,7 @@ def _set(raw: dict[str, Any], key: str, text: str) -> None:
 
 # pydantic names the kind of model that it took `model:` for; of keys that take a word or a mapping it tries both, and
 # reports on both, under names of its own.
-_KINDS: dict[Any, type[BaseModel]] = {c.KIND: c for c in (ModelSpec, DualSpec, ClassifierSpec)}
+_KINDS: dict[Any, type[BaseModel]] = {c.KIND: c for c in (ModelSpec, DualSpec, ClassifierSpec)} | {FROM: ContinuedSpec}
 _MAPPINGS: dict[Any, type[BaseModel]] = {c.__name__: c for c in (PackSpec, CacheSpec)}
 _SCALARS = ("constrained-int", "bool")
 
@@ -175,7 +175,7 @@ def _keys_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str
         field = getattr(here, "model_fields", {}).get(step)
         inside = _arguments(field.annotation) if field is not None else ()
         here = next((a for a in inside if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    return list(getattr(here, "model_fields", {}))
+    return [field.alias or name for name, field in getattr(here, "model_fields", {}).items()]
 
 
 def _arguments(annotation: object) -> Iterator[Any]:

@@ -9,7 +9,7 @@ import datetime
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from opticnerve import registry
 from opticnerve.types import Thinking
@@ -20,6 +20,7 @@ PARTS = (
     "language.embeddings",
 )  # fmt: skip
 MODALITIES = ("image", "audio")
+FROM = "from"  # what a model, or a connector, goes on from
 
 
 class Strict(BaseModel):
@@ -52,6 +53,10 @@ class PartSpec(BaseModel):
 
 
 def check_known(spec: PartSpec, parts: registry.Registry[Any]) -> None:
+    if spec.type == FROM and parts is registry.connectors:
+        if not isinstance(spec.options.get(FROM), str):
+            raise ValueError("connector: from names a run, a folder of a model, or a file mm_projector.safetensors")
+        return
     if spec.type not in parts.names() and ":" not in spec.type:
         raise ValueError(parts.unknown(spec.type))
 
@@ -117,6 +122,12 @@ class TowerSpec(PictureSpec):
     fusion: PartSpec = PartSpec(type="splice")
     tiling: TilingSpec | None = None
 
+    @field_validator("connector", mode="before")
+    @classmethod
+    def _connector_of_another(cls, connector: object) -> object:
+        """`{from: RUN}` is a connector of the type that the run's has."""
+        return {"type": FROM, **connector} if isinstance(connector, dict) and FROM in connector else connector
+
     def parts(self) -> dict[str, Any]:
         """What `opticnerve.models.vlm.tower.join` takes."""
         made = {"connector": self.connector.model_dump(), "fusion": self.fusion.model_dump()}
@@ -147,14 +158,60 @@ class ModelSpec(Strict):
 
     def check_part(self, part: str) -> None:
         """Raise a ValueError unless the docked model has this part, and it is clear of which tower."""
-        modality, inner = split_part(part)
-        if inner.startswith("language"):
-            return
-        if modality is None and len(self.towers) != 1:
-            have = ", ".join(f"{m}.{inner}" for m in self.towers)
-            raise ValueError(f"which one? The model's are {have}")
-        if modality is not None and modality not in self.towers:
-            raise ValueError(f"the model has no {modality} tower; it has {', '.join(self.towers)}")
+        check_tower(part, list(self.towers))
+
+    def cannot_cache(self) -> str | None:
+        """Why pictures cannot be seen once and for all, if they cannot."""
+        return no_cache(self.image is not None, self.image is not None and self.image.tiling is not None)
+
+
+def check_tower(part: str, towers: list[str]) -> None:
+    """Raise a ValueError unless a docked model with these towers has a part, and it is clear of which tower."""
+    modality, inner = split_part(part)
+    if inner.startswith("language"):
+        return
+    if modality is None and len(towers) != 1:
+        raise ValueError(f"which one? The model's are {', '.join(f'{m}.{inner}' for m in towers)}")
+    if modality is not None and modality not in towers:
+        raise ValueError(f"the model has no {modality} tower; it has {', '.join(towers)}")
+
+
+def no_cache(image: bool, tiled: bool) -> str | None:
+    """Why a model with or without an image tower, in tiles or not, has no features to keep."""
+    return "pictures in tiles are not cached" if tiled else None if image else "the model has no image tower"
+
+
+class ContinuedSpec(Strict):
+    """A docked model that exists, as it is: a run, a folder of `save_pretrained`, peft's adapter on one, a hub name.
+
+    Which parts it has, its folder says: nothing of it is described here.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+    KIND: ClassVar[str] = "docked"
+    WHAT: ClassVar[str] = "a model that goes on from another"
+
+    source: str = Field(alias=FROM)
+    sha256: str | None = Field(None, description="of its weights and configuration; filled in when a run begins")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_beside_it(cls, given: object) -> object:
+        known = ("language", "image", "audio", "text", "timing", "loss", "projection_dim", "answers", "options")
+        if isinstance(given, dict) and (others := [f"{k}: {given[k]!r}" for k in known if given.get(k) is not None]):
+            raise ValueError(
+                f"from: {given[FROM]!r} is a whole model, and {'; '.join(others)} describes another one; keep one of "
+                "the two (connector: {from: …} takes a connector alone)"
+            )
+        return given
+
+    def check_part(self, part: str) -> None:
+        """Raise a ValueError unless any docked model could have this part."""
+        split_part(part)
+
+    def cannot_cache(self) -> str | None:
+        """Its folder tells, when it is read."""
+        return None
 
 
 class ReaderSpec(PartSpec):
@@ -187,6 +244,10 @@ class TwoTowerSpec(Strict):
 
     PARTS: ClassVar[tuple[str, ...]]
     WHAT: ClassVar[str]
+
+    def cannot_cache(self) -> str | None:
+        """Why pictures cannot be seen once and for all, if they cannot."""
+        return no_cache(getattr(self, "image", None) is not None, False)
 
     def check_part(self, part: str) -> None:
         """Raise a ValueError unless the model has this part; `last(N)` stands for any number."""
@@ -239,6 +300,8 @@ class ClassifierSpec(TwoTowerSpec):
 
 def _kind(model: object) -> str:
     given = model if isinstance(model, dict) else {"timing": 0} if isinstance(model, ClassifierSpec) else {}
+    if FROM in given or isinstance(model, ContinuedSpec):
+        return FROM
     if "timing" in given:
         return "classifier"
     return "dual" if "text" in given or isinstance(model, DualSpec) else "docked"
@@ -248,7 +311,8 @@ def _kind(model: object) -> str:
 AnyModelSpec = Annotated[
     Annotated[ModelSpec, Tag("docked")]
     | Annotated[DualSpec, Tag("dual")]
-    | Annotated[ClassifierSpec, Tag("classifier")],
+    | Annotated[ClassifierSpec, Tag("classifier")]
+    | Annotated[ContinuedSpec, Tag(FROM)],
     Discriminator(_kind),
 ]
 

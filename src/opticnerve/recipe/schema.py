@@ -126,11 +126,7 @@ class Recipe(Strict):
         vision_encoders = [p for p in stage.train if not p.startswith(("text.", "audio."))]
         if any(without_tower(p)[1].startswith("encoder") for p in vision_encoders):
             return "the stage trains the image encoder, so what it sees changes"
-        if self.model.image is None:
-            return "the model has no image tower"
-        if isinstance(self.model, ModelSpec) and self.model.image.tiling is not None:
-            return "pictures in tiles are not cached"
-        return None
+        return self.model.cannot_cache()
 
 
 OBJECTIVES = {

@@ -15,6 +15,7 @@ from typing import Any
 
 from opticnerve import recipe as recipes
 from opticnerve.common import atomic
+from opticnerve.models.vlm.continued import pinned, pinned_as
 from opticnerve.recipe import ModelSpec, Recipe
 from opticnerve.types import DataError, OpticNerveError, RecipeError
 
@@ -52,14 +53,15 @@ class Results:
 def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
     """Write the recipe into the run folder, or see that it is the one that is there; returns what the run goes by.
 
-    A chat template that writes today's date writes the day on which the run began, however long it takes.
+    A chat template that writes today's date writes the day on which the run began, however long it takes; what the run
+    goes on from (`from`) is noted with its hash, and must stay the same.
 
     Raises:
         OpticNerveError: it differs; the message names the keys, with both values.
     """
     path = run_dir / RECIPE
     if not (resume and path.is_file()):
-        recipe = recipe.dated(datetime.date.today())
+        recipe = pinned(recipe.dated(datetime.date.today()))
         atomic.write(path, recipes.dump(recipe))
         return recipe
     try:
@@ -70,6 +72,7 @@ def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
         ) from e
     if isinstance(kept.model, ModelSpec) and kept.docked.language.date is not None:
         recipe = recipe.dated(kept.docked.language.date)
+    recipe = pinned_as(recipe, kept)
     if lines := differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")):
         raise OpticNerveError(
             f"{run_dir} was begun with another recipe: {'; '.join(lines)}. Go on with its own by `opticnerve train "

@@ -52,7 +52,7 @@ class Models:
         self, names: Sequence[str], *, runs: Path | None = None, keep: int = 2, device: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
-        from opticnerve.inference.load import resolve
+        from opticnerve.models.checkpoint.source import resolve
         from opticnerve.models.family import family_of
 
         self.names, self.runs, self.keep = list(dict.fromkeys(names)), runs, keep

@@ -5,8 +5,8 @@ SHA-256 of their files. Loading builds the bases again and refuses others. `opti
 
     config.json          the whole model's configuration
     generation_config.json  which tokens end an answer
-    dock.json            bases and their hashes, LoRA options, the list of trained tensors and the hash of their file,
-                         format and library versions
+    dock.json            bases and their hashes, what it went on from, LoRA options, the list of trained tensors and the
+                         hash of their file, format and library versions
     trained.safetensors  the trained tensors under their full names
 """
 
@@ -34,7 +34,9 @@ from opticnerve.common.cache import fingerprint
 from opticnerve.common.version import __version__
 from opticnerve.language.adapters import current_name
 from opticnerve.language.load import load_language
+from opticnerve.language.lora import has_lora
 from opticnerve.models.checkpoint.options import LoadOptions, floating
+from opticnerve.models.checkpoint.source import ModelSource
 from opticnerve.models.checkpoint.strict import no_larger_than, shapes, wrap_errors
 from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
 from opticnerve.models.vlm.parts import is_docked, moving_buffers
@@ -42,6 +44,7 @@ from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.types import OpticNerveError
 
 REFERENCE, TENSORS = "dock.json", "trained.safetensors"
+WHOLE = "model"  # among bases: a dock as a whole, in place of its parts
 Name = str | dict[str, Any] | None  # of an encoder's weights: several where encoders stand side by side
 _log = logging.getLogger(__name__)
 
@@ -131,11 +134,13 @@ def versions() -> dict[str, str]:
 
 
 def save(
-    model: Any, folder: Path, *, bases: dict[str, Any], lora: dict[str, Any] | None, trained: Iterable[str]
-) -> None:
+    model: Any, folder: Path, *, bases: dict[str, Any], lora: dict[str, Any] | None, trained: Iterable[str],
+    origins: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write config.json, dock.json and trained.safetensors.
 
     Args:
+        origins: what the model, or a part of it, went on from: names and hashes.
         trained: full names of all parameters that any stage so far has trained; the buffers that move with them
             and all that docking added (connectors, fusions) go along.
     """
@@ -151,6 +156,7 @@ def save(
         "format": FORMAT,
         **versions(),
         "bases": bases,
+        **({"from": origins} if origins else {}),
         "lora": lora,
         "dtype": str(model.language_model.dtype).removeprefix("torch."),
         "sha256": atomic.sha256(folder / TENSORS),
@@ -171,7 +177,10 @@ def read(folder: Path) -> dict[str, Any]:
         if isinstance(reference, dict):
             check_format(reference.get("format", 1), str(place))
         _Reference.model_validate(reference)
-        _Language.model_validate(reference["bases"]["language"])
+        if WHOLE in reference["bases"]:
+            _Language.model_validate(reference["bases"][WHOLE])
+        else:
+            _Language.model_validate(reference["bases"]["language"])
     except (OSError, KeyError, ValueError, RecursionError) as e:
         if isinstance(e, OpticNerveError):
             raise
@@ -206,6 +215,35 @@ def load(
     with wrap_errors("config.json", folder):
         config = OpticNerveConfig.from_pretrained(folder)
     chosen.agree(folder, config)
+    build = _whole if WHOLE in reference["bases"] else _joined
+    model = build(cls, folder, reference, config, dtype, trust_remote_code)
+    put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
+    if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
+        with wrap_errors(GENERATION_CONFIG_NAME, folder):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = str(folder)
+    chosen.apply(model)
+    return chosen.result(model.eval())
+
+
+def _whole(
+    cls: type[Any], folder: Path, reference: dict[str, Any], config: OpticNerveConfig, dtype: torch.dtype, trusted: bool
+) -> Any:
+    """The dock that the run went on from, with the adapter that the run gave it."""
+    named = reference["bases"][WHOLE]
+    with wrap_errors(f"the model {named['name']!r}", folder):
+        source = ModelSource.find(named["name"])
+        check_bases(folder, reference["bases"], {WHOLE: {"sha256": source.sha256()}})
+        model = source.load(cls, dtype=dtype, trust_remote_code=trusted)
+    if reference["lora"] and not has_lora(model.language_model):
+        model.give_lora(reference["lora"])
+    return model
+
+
+def _joined(
+    cls: type[Any], folder: Path, reference: dict[str, Any], config: OpticNerveConfig, dtype: torch.dtype, trusted: bool
+) -> Any:
+    """The dock built of its language model and its encoders, with connectors and adapters that are still empty."""
     towers_differ(folder, set(config.towers), set(reference["bases"]) - {"language"})
     named = reference["bases"]["language"]
     with wrap_errors(f"the language model {named['name']!r}", folder):
@@ -214,28 +252,20 @@ def load(
     for modality, spec in config.towers.items():
         name = reference["bases"][modality]["name"]
         with wrap_errors(f"the {modality} encoder {name}", folder):
-            part = registry.encoders.get(spec["encoder"]["type"], allow_dotted=trust_remote_code)
+            part = registry.encoders.get(spec["encoder"]["type"], allow_dotted=trusted)
             options = part.loading_options({k: v for k, v in spec["encoder"].items() if k != "type"})
             towers[modality] = (name, part.from_pretrained(name, **options))
     check_bases(folder, reference["bases"], describe_bases(base.name, base.files, towers))
     sizes = language_sizes(base.model)
     trained = reference["tensors"].values()
     with wrap_errors("the docked model", folder), no_larger_than(str(folder), len(trained), sum(map(prod, trained))):
-        made = {
-            m: join(encoder, config.towers[m], sizes, trust_remote_code).to(dtype) for m, (_, encoder) in towers.items()
-        }
+        made = {m: join(encoder, config.towers[m], sizes, trusted).to(dtype) for m, (_, encoder) in towers.items()}
         model = cls.from_parts(
             base.model, made, image_token_id=config.image_token_id, audio_token_id=config.audio_token_id
         )
         if reference["lora"]:
             model.give_lora(reference["lora"])
-    put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
-    if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
-        with wrap_errors(GENERATION_CONFIG_NAME, folder):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = str(folder)
-    chosen.apply(model)
-    return chosen.result(model.eval())
+    return model
 
 
 def towers_differ(folder: Path, described: set[str], named: set[str]) -> None:

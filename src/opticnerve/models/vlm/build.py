@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +16,11 @@ from opticnerve.language.load import Language, load_language
 from opticnerve.language.lora import has_lora, merge_lora
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.delta import describe_bases, encoder_name
+from opticnerve.models.vlm.continued import continue_from, take_connector
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor, stops
 from opticnerve.models.vlm.tower import Tower, check_options, join, language_sizes
-from opticnerve.recipe import LanguageSpec, ModelSpec, PartSpec, Recipe, TilingSpec, TowerSpec
+from opticnerve.recipe import ContinuedSpec, LanguageSpec, ModelSpec, PartSpec, Recipe, TilingSpec, TowerSpec
 from opticnerve.starter import weights
 from opticnerve.types import OpticNerveError
 
@@ -40,6 +41,9 @@ class Dock:
     processor: OpticNerveProcessor
     bases: dict[str, Any]
     lora: dict[str, Any] | None = None
+    # Of one that goes on from another: names of parameters that were trained there; what it, or a connector, came from.
+    inherited: set[str] = field(default_factory=set)
+    origins: dict[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Any:
         """So that `model, processor = dock(…)` reads as one expects."""
@@ -47,12 +51,15 @@ class Dock:
 
     @classmethod
     def build(cls, recipe: Recipe) -> Dock:
-        """The model that a recipe describes, in the recipe's precision."""
+        """The model that a recipe describes, or goes on from, in the recipe's precision."""
+        if isinstance(recipe.model, ContinuedSpec):
+            return cls(**vars(continue_from(recipe.model, recipe.stages, dtype=dtype_of(recipe))))
         return dock_spec(recipe.docked, dtype=dtype_of(recipe), seed=recipe.seed)
 
     def save(self, folder: Path, trained: Iterable[str]) -> None:
         """What was trained, with references to what was not, and the processor."""
-        delta.save(self.model, folder, bases=self.bases, lora=self.lora, trained=trained)
+        trained = {*self.inherited, *trained}
+        delta.save(self.model, folder, bases=self.bases, lora=self.lora, trained=trained, origins=self.origins)
         self.processor.save_pretrained(folder)
 
     def load_stage(self, folder: Path) -> set[str]:
@@ -68,27 +75,34 @@ class Dock:
     def describe(self) -> dict[str, Any]:
         """The model's parts, for the card and for results.json."""
         modality, tower = next(iter(self.model.towers.items()))
-        parts = self.model.config.towers[modality]
+        parts, whole = self.model.config.towers[modality], self.bases.get(delta.WHOLE)
+        kinds = (parts["encoder"]["type"], self.model.config.text_config.model_type)
+        if whole is not None:
+            named = [f"{kind} of {whole['name']}" for kind in kinds]
+        else:
+            named = [encoder_name(self.bases[modality]["name"], kinds[0]), self.bases["language"]["name"]]
         return {
-            "encoder": encoder_name(self.bases[modality]["name"], parts["encoder"]["type"]),
+            "encoder": named[0],
             "connector": parts["connector"]["type"],
             "fusion": parts["fusion"]["type"],
             "modalities": list(self.model.towers),
-            "language": self.bases["language"]["name"],
+            "language": named[1],
             "visual_tokens": tower.num_tokens,
             "encoder_width": tower.encoder.hidden_size,
             "encoder_tokens": tower.encoder.num_tokens,
             "image_size": getattr(tower.encoder, "image_size", None),
             "width": tower.connector.out_size,
             "license": license_of(self.bases),
+            **({"from": self.origins} if self.origins else {}),
         }
 
     def headline(self) -> str:
         """One line on what is about to be trained, in rich's markup."""
         d = self.describe()
+        goes_on = "".join(f"; {part} from {origin['name']}" for part, origin in self.origins.items())
         return (
             f"[bold]{d['encoder']}[/bold] ({d['encoder_tokens']} × {d['encoder_width']}) → {d['connector']} → "
-            f"{d['visual_tokens']} tokens × {d['width']} → [bold]{d['language']}[/bold]"
+            f"{d['visual_tokens']} tokens × {d['width']} → [bold]{d['language']}[/bold]{goes_on}"
         )
 
 
@@ -158,12 +172,20 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
     encoders = {m: load_encoder(m, tower.encoder) for m, tower in spec.towers.items()}
     sizes = language_sizes(language_part.model)
     towers: dict[str, Tower] = {}
+    origins: dict[str, Any] = {}
     for modality, tower in spec.towers.items():
-        towers[modality] = join(encoders[modality][1], tower.parts(), sizes)
+        trained, parts = take_connector(modality, tower.connector), tower.parts()
+        if trained is not None:
+            parts["connector"], origins[f"{modality}.connector"] = trained.spec, trained.origin
+        towers[modality] = join(encoders[modality][1], parts, sizes)
+        if trained is not None:
+            trained.put(towers[modality].connector, towers[modality].describe()["encoder"])
         towers[modality].fusion.start(language_part.model.get_input_embeddings())
         towers[modality].to(dtype)
     bases = describe_bases(language_part.name, language_part.files, encoders, gguf_file=spec.language.gguf_file)
-    return assemble(language_part, towers, bases, **spec.language.processor_keys())
+    made = assemble(language_part, towers, bases, **spec.language.processor_keys())
+    made.origins = origins
+    return made
 
 
 def load_encoder(modality: str, spec: PartSpec, *, planned: bool = False) -> tuple[Any, Any]:

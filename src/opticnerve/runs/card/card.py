@@ -105,7 +105,11 @@ def _docked(run: RunFolder) -> str:
     ]
     wide = max(len(name) for name, _ in rows)
     drawn = "\n    ↓\n".join(f"{name:<{wide}}  →  {out}" if out else name for name, out in rows)
-    return f"## What was docked\n\n```text\n{drawn}\n```"
+    goes_on = [
+        f"The {plain(part)} goes on from {plain(origin['name'])} (SHA-256 {plain(origin['sha256'])[:16]}…)."
+        for part, origin in (model.get("from") or {}).items()
+    ]
+    return "\n\n".join([f"## What was docked\n\n```text\n{drawn}\n```", *goes_on])
 
 
 def _joined(run: RunFolder) -> str:
