@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,56 @@ def vision_config(family: str) -> Any:
         family, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32,
         patch_size=8, **_VISION[family],
     )  # fmt: skip
+
+
+NATIVE = ("siglip2_vision_model", "clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "vit")
+_NAFLEX = {"num_patches": 16, "patch_size": 8}
+
+
+def native_config(family: str) -> Any:
+    """A vision transformer for pictures of any shape, in patches of 8 px."""
+    common: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    match family:
+        case "siglip2_vision_model":
+            return tf.AutoConfig.for_model(family, **common, **_NAFLEX)
+    return vision_config(family)
+
+
+def native_vision(family: str = "siglip2_vision_model", **options: Any) -> dict[str, Any]:
+    """A recipe's encoder with random weights, which shows pictures in their own shape."""
+    return {"type": "hf_vision", "name": save_native(family), "fit": "native", **options}
+
+
+@cache
+def save_native(family: str) -> str:
+    """A folder that `HFVisionEncoder.from_pretrained` reads, its own image processor included; for this process."""
+    folder = tempfile.TemporaryDirectory(prefix=family)
+    _kept.append(folder)
+    torch.manual_seed(3)
+    config = native_config(family)
+    model = tf.MODEL_MAPPING[type(config)](config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder.name)
+    native_processor(family).save_pretrained(folder.name)
+    return folder.name
+
+
+def native_processor(family: str) -> Any:
+    """The image processor of transformers that goes with `native_config`."""
+    match family:
+        case "siglip2_vision_model":
+            return tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    return tf.SiglipImageProcessor(size={"height": 32, "width": 32})
+
+
+_kept: list[Any] = []
 
 
 def save_vision(folder: Path, family: str = "clip_vision_model", *, seed: int = 1) -> str:

@@ -119,10 +119,13 @@ class Features:
     """What an encoder sees, as a row of vectors for each image (or clip).
 
     `tokens_BND`: float, batch × tokens × width. `mask_BN`: bool, True where a token is real.
+    `grids`: rows and columns of each picture's map of tokens (in raster order, from the first token on), where pictures
+    keep their shape; None where all are alike.
     """
 
     tokens_BND: Tensor
     mask_BN: Tensor
+    grids: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens_BND.ndim != 3 or self.mask_BN.shape != self.tokens_BND.shape[:2]:

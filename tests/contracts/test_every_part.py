@@ -51,6 +51,10 @@ def vision(family: str) -> dict[str, Any]:
     return {"architecture": tiny.vision_config(family).to_dict()}
 
 
+def native(family: str, **options: Any) -> dict[str, Any]:
+    return {"architecture": tiny.native_config(family).to_dict(), "fit": "native", "max_patches": 12, **options}
+
+
 WHISPER = {
     "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 8,
     "max_source_positions": 100, "vocab_size": 20, "decoder_layers": 1, "decoder_attention_heads": 2,
@@ -74,6 +78,8 @@ ENCODERS: dict[str, dict[str, Case]] = {
         "dinov2": Case(vision("dinov2"), {"unused": ("model.embeddings.mask_token",)}),
         "dinov2 with registers": Case(vision("dinov2_with_registers"), {"unused": ("model.embeddings.mask_token",)}),
         "vit": Case(vision("vit"), {"unused": ("model.pooler.",)}),
+        "siglip 2, native": Case(native("siglip2_vision_model"), {"unused": ("model.head.",), "fullgraph": False}),
+        "dinov2, native": Case(native("dinov2"), {"unused": ("model.embeddings.mask_token",)}),
     },
     "timm": {
         "cnn": Case({"name": "test_efficientnet", "image_size": 64}, {"unused": ("model.classifier.",)}),
@@ -102,7 +108,10 @@ ENCODERS: dict[str, dict[str, Case]] = {
             {"encoder": {"type": "hf_vision", **vision("siglip_vision_model")}}, {"unused": ("inner.model.head.",)}
         ),
     },
-    "patches": {"small": Case({"image_size": 24, "patch_size": 6})},
+    "patches": {
+        "small": Case({"image_size": 24, "patch_size": 6}),
+        "native": Case({"fit": "native", "patch_size": 6, "max_patches": 12}),
+    },
     "whisper": {
         # (Its positions are sinusoids.)
         "two seconds": Case({"architecture": WHISPER}, {"unused": ("model.embed_positions.",)}),

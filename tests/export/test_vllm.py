@@ -121,7 +121,7 @@ def test_the_processor_says_how_many_rows_a_picture_becomes(tiling: Any, saved: 
     for width, height in ((40, 40), (97, 33), (30, 140)):
         picture = tiny.picture().resize((width, height))
         made = processor(images=[picture], text=processor.image_token, return_tensors="pt")
-        assert len(made["pixel_values"]) == processor.image_tiles(height, width)
+        assert len(made["pixel_values"]) == processor.image_pieces(height, width)
 
 
 @pytest.fixture

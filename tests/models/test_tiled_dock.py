@@ -1,4 +1,5 @@
-"""Pictures in tiles on a docked model: one count in training and in use, every row its own pictures."""
+"""Pictures in tiles, and pictures in their own shape, on a docked model: one count in training and in use, every row its
+own pictures."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 
+import tiny
 from errors import refused
 from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.encode.packing import pack
@@ -31,14 +33,24 @@ def picture(seed: int, height: int, width: int) -> PIL.Image.Image:
 WIDE, TALL, SMALL = picture(0, 30, 90), picture(1, 100, 40), picture(2, 33, 31)
 
 
-@pytest.fixture(params=["mlp", "pixel_shuffle", "resampler", "cross_attention"])
+@pytest.fixture(
+    params=[
+        f"{way} {part}" for way in ("tiles", "native") for part in ("mlp", "shuffle", "resampler", "cross_attention")
+    ]
+)
 def tiled(request: pytest.FixtureRequest, docked: Callable[..., Dock]) -> Dock:
-    options: dict[str, Any] = {"connector": request.param, "tiling": {"type": "anyres"}}
-    if request.param == "resampler":
-        options["connector"] = {"type": "resampler", "num_latents": 3, "heads": 2, "key_value_heads": 1, "head_dim": 4}
-    if request.param == "cross_attention":
-        options |= {"connector": "mlp", "fusion": {"type": "cross_attention", "every": 1, "heads": 2}}
-    made = docked("llama", **options)
+    way, part = request.param.split()
+    connectors: dict[str, Any] = {
+        "resampler": {"type": "resampler", "num_latents": 3, "heads": 2, "key_value_heads": 1, "head_dim": 4},
+        "shuffle": "pixel_shuffle",
+    }
+    options: dict[str, Any] = {"connector": connectors.get(part, "mlp")}
+    if part == "cross_attention":
+        options["fusion"] = {"type": "cross_attention", "every": 1, "heads": 2}
+    if way == "tiles":
+        made = docked("llama", tiling={"type": "anyres"}, **options)
+    else:
+        made = docked("llama", tiny.native_vision(), **options)
     with torch.no_grad():
         for parameter in made.model.image.connector.parameters():
             parameter.mul_(5)
@@ -89,7 +101,7 @@ def test_trains_packed_as_unpacked(tiled: Dock) -> None:
     assert packed == pytest.approx(apart, rel=1e-5)
     for name, gradient in separate.items():
         torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=5e-5, msg=name)
-    assert tiled.model.image.tiling.newline is None or "image.tiling.newline" in separate
+    assert getattr(tiled.model.image.tiling, "newline", None) is None or "image.tiling.newline" in separate
 
 
 def test_save_and_load(tiled: Dock, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ and learns at once; without them (`calibrate=False`, or before calibration) they
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,19 @@ class Connector(nn.Module, ABC):
 
     Args:
         in_size: width of the encoder's tokens. out_size: width of the language model's embeddings.
-        in_tokens: how many tokens the encoder gives for one image.
+        in_tokens: how many tokens the encoder gives for one image; the most, where they differ.
         calibrate: whether training may measure and set the calibration buffers.
 
     A subclass implements `project` and, where it changes the number of tokens, `num_tokens`; `options` holds the plain
     keywords that build the same module again (without the sizes, which come from the neighbours).
-    `keeps_grid`: the tokens that come out are a square map in raster order if those that go in are (queries that gather
-    from everywhere are none). `wants_text`: `project` also takes the question's token ids and their mask.
+    `keeps_grid`: the tokens that come out are a map in raster order if those that go in are (queries that gather from
+    everywhere are none). `any_shape`: it takes pictures that keep their shape, too: where it asks what stands beside
+    what, `features.grids` tells. `pool`: side of the square of tokens that becomes one. `wants_text`: `project` also
+    takes the question's token ids and their mask.
     """
 
+    any_shape: bool = False
+    pool: int = 1
     keeps_grid: bool = True
     wants_text: bool = False
 
@@ -75,13 +80,13 @@ class Connector(nn.Module, ABC):
                 f"the connector takes width {self.in_size}, the encoder gave {features.tokens_BND.shape[-1]}"
             )
         out = self.project(self.standardise(features), *text)
-        return Features(out.tokens_BND * self.output_scale, out.mask_BN) if self.calibrate_allowed else out
+        return replace(out, tokens_BND=out.tokens_BND * self.output_scale) if self.calibrate_allowed else out
 
     def standardise(self, features: Features) -> Features:
         """What `project` is handed: the encoder's tokens through the calibration."""
         if not self.calibrate_allowed:
             return features
-        return Features((features.tokens_BND - self.input_mean) / self.input_std, features.mask_BN)
+        return replace(features, tokens_BND=(features.tokens_BND - self.input_mean) / self.input_std)
 
     @torch.no_grad()
     def calibrate(self, features: Features, embedding_std: float, *text: Tensor) -> None:

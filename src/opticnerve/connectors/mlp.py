@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -16,6 +24,8 @@ class LinearConnector(Connector):
     Args: in_size, out_size, in_tokens, calibrate: see `Connector`. bias: add a bias vector.
     """
 
+    any_shape = True
+
     def __init__(
         self, *, in_size: int, out_size: int, in_tokens: int, bias: bool = True, calibrate: bool = True
     ) -> None:
@@ -24,7 +34,7 @@ class LinearConnector(Connector):
         self.options |= {"bias": bias}
 
     def project(self, features: Features) -> Features:
-        return Features(self.linear(features.tokens_BND), features.mask_BN)
+        return replace(features, tokens_BND=self.linear(features.tokens_BND))
 
 
 class MLPConnector(Connector):
@@ -39,6 +49,8 @@ class MLPConnector(Connector):
         activation: a name from transformers' `ACT2FN`.
         bias: add bias vectors.
     """
+
+    any_shape = True
 
     def __init__(
         self, *, in_size: int, out_size: int, in_tokens: int, depth: int = 2, activation: str = "gelu",
@@ -58,7 +70,7 @@ class MLPConnector(Connector):
         self.options |= {"depth": depth, "activation": activation, "bias": bias}
 
     def project(self, features: Features) -> Features:
-        return Features(self.layers(features.tokens_BND), features.mask_BN)
+        return replace(features, tokens_BND=self.layers(features.tokens_BND))
 
 
 class PixelShuffleConnector(Connector):
@@ -69,7 +81,8 @@ class PixelShuffleConnector(Connector):
     Building and better understanding vision-language models) and SmolVLM (Marafioti et al. 2025, section 2.2).
 
     With depth 1 it is transformers' `Idefics3Connector` (SmolVLM's too); with depth 2, the shuffle of `InternVLModel`
-    and its `InternVLMultiModalProjector`. A wide token is real if any token of its square is.
+    and its `InternVLMultiModalProjector`. A wide token is real if any token of its square is. Of pictures that keep
+    their shape odd sides are filled up, at the right and at the bottom, with what the calibration takes for average.
 
     Args:
         in_size, out_size, in_tokens, calibrate: see `Connector`.
@@ -77,14 +90,17 @@ class PixelShuffleConnector(Connector):
         depth: number of linear layers: 1 for one matrix without bias (Idefics3), 2 or more for a layer norm and a
             perceptron with biases (InternVL).
         activation: between the linear layers, a name from transformers' `ACT2FN`; at depth 1 there is none.
+        maps: whether the maps that come in have a shape of their own each (the encoder says so).
     """
+
+    any_shape = True
 
     def __init__(
         self, *, in_size: int, out_size: int, in_tokens: int, scale: int = 2, depth: int = 1, activation: str = "gelu",
-        calibrate: bool = True,
+        calibrate: bool = True, maps: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
-        side = grid_side(in_tokens, "pixel_shuffle")
+        side = 0 if maps else grid_side(in_tokens, "pixel_shuffle")
         if scale < 2:
             raise OpticNerveError(
                 f"pixel_shuffle scale is at least 2, not {scale}; to keep all tokens use mlp or linear",
@@ -103,7 +119,7 @@ class PixelShuffleConnector(Connector):
             raise OpticNerveError(
                 f"activation {activation!r} does nothing at depth 1; set depth: 2, or leave it out", kind="conflict"
             )
-        self.scale, self.side = scale, side
+        self.scale, self.side, self.pool = scale, side, scale
         wide = in_size * scale**2
         layers = (
             [nn.Linear(wide, out_size, bias=False)] if depth == 1 else [nn.LayerNorm(wide), nn.Linear(wide, out_size)]
@@ -115,15 +131,39 @@ class PixelShuffleConnector(Connector):
 
     @property
     def num_tokens(self) -> int:
-        return self.in_tokens // self.scale**2
+        return self.in_tokens // self.scale**2 if self.side else self.in_tokens
 
     def project(self, features: Features) -> Features:
+        if features.grids is not None:
+            return self._of_shapes(features, features.grids)
         squares_BMSD = self._squares(blanked(features))
         mask_BM = self._squares(features.mask_BN.unsqueeze(-1)).any(-1).any(-1)
         return Features(self.layers(squares_BMSD.flatten(2)), mask_BM)
+
+    def _of_shapes(self, features: Features, grids: Sequence[tuple[int, int]]) -> Features:
+        tables = [_squares_of(*grid, self.scale) for grid in grids]
+        nothing, longest = features.tokens_BND.shape[1], max(map(len, tables))
+        index_BMS = np.full((len(tables), longest, self.scale**2), nothing)
+        for row_MS, table_MS in zip(index_BMS, tables, strict=True):
+            row_MS[: len(table_MS)] = np.where(table_MS < 0, nothing, table_MS)
+        index = torch.from_numpy(index_BMS).to(features.tokens_BND.device)
+        rows_B11 = torch.arange(len(tables), device=index.device)[:, None, None]
+        squares_BMSD = F.pad(blanked(features), (0, 0, 0, 1))[rows_B11, index]
+        mask_BM = (index < nothing).any(-1)
+        shapes = tuple((-(-rows // self.scale), -(-columns // self.scale)) for rows, columns in grids)
+        return Features(self.layers(squares_BMSD.flatten(2)), mask_BM, shapes)
 
     def _squares(self, row_BND: Tensor) -> Tensor:
         """(B, N, D) → (B, N / scale², scale², D): squares row by row, and within each its tokens row by row."""
         count, scale = self.side // self.scale, self.scale
         map_BHSWSD = row_BND.reshape(row_BND.shape[0], count, scale, count, scale, row_BND.shape[2])
         return map_BHSWSD.transpose(2, 3).reshape(row_BND.shape[0], self.num_tokens, scale**2, row_BND.shape[2])
+
+
+@lru_cache(maxsize=1024)
+def _squares_of(rows: int, columns: int, scale: int) -> np.ndarray[Any, Any]:
+    """Which tokens of a map lie in each square: (squares, scale²), row by row, -1 beyond the map."""
+    map_HW = np.arange(rows * columns).reshape(rows, columns)
+    map_HW = np.pad(map_HW, ((0, -rows % scale), (0, -columns % scale)), constant_values=-1)
+    cut_YsXs = map_HW.reshape(-(-rows // scale), scale, -1, scale)
+    return cut_YsXs.transpose(0, 2, 1, 3).reshape(-1, scale**2)

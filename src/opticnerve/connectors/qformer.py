@@ -46,6 +46,7 @@ class QFormerConnector(Connector):
             without it; under `torch.device("meta")` its configuration alone is read.
     """
 
+    any_shape = True
     keeps_grid = False  # a query gathers from everywhere
 
     def __init__(

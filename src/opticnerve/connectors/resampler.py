@@ -33,6 +33,7 @@ class ResamplerConnector(Connector):
             has it.
     """
 
+    any_shape = True
     keeps_grid = False
 
     def __init__(

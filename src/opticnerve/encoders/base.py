@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from opticnerve.encoders.native import NativeImageProcessor, NativeLayout
 from opticnerve.types import Features, OpticNerveError
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ class Encoder(nn.Module, ABC):
     A subclass sets, by the end of its constructor,
     `hidden_size` (width D of a token), `num_tokens` (tokens N of one piece of media, fixed) and `options` (the plain
     keywords that build the same module again with random weights: they go into `config.json`). A vision encoder also
-    sets `image_size`, the side of its square input in pixels.
+    sets `image_size`, the side of its square input in pixels; and `native`, where pictures keep their shape:
+    `num_tokens` is then the most that any picture takes.
     It never projects to the language model's width and never freezes itself.
     """
 
@@ -40,6 +43,8 @@ class Encoder(nn.Module, ABC):
     crop_pct: float
     options: dict[str, Any]
     files: list[str]
+    native: NativeLayout | None = None
+    """How a picture of any shape is cut into patches, and how many tokens it becomes; None where all are square."""
 
     if TYPE_CHECKING:
         # What a subclass has of its own is a module, a tensor or a plain value.
@@ -88,7 +93,11 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, media: Tensor) -> Features:
-        """(B, *media_shape) float → `Features` of (B, num_tokens, hidden_size)."""
+        """(B, *media_shape) float → `Features` of (B, num_tokens, hidden_size).
+
+        One with `native` takes the pictures' rows and columns of patches, too, as `grids`: (all pictures' patches,
+        p · p · 3) → `Features` of (B, most tokens, hidden_size) with the `grids` of the tokens.
+        """
 
     def states(self, media: Tensor, **asked: bool) -> dict[str, Any]:
         """`hidden_states` and `attentions` of an encoder that is a model of transformers, as `output_hidden_states` and
@@ -106,14 +115,45 @@ class Encoder(nn.Module, ABC):
         self, size: int, fit: str, mean: list[float] | None, std: list[float] | None, resample: int = 3,
         crop_pct: float = 1.0,
     ) -> None:  # fmt: skip
-        """Settle how pictures are prepared, as in `make_image_processor`; mean and deviation are 0.5 by default."""
+        """Settle how pictures are prepared, as in `make_image_processor`; mean and deviation are 0.5 by default.
+
+        Raises:
+            OpticNerveError: a crop of pictures that keep their shape.
+        """
+        if fit == "native" and crop_pct != 1:
+            raise OpticNerveError(f"crop_pct: {crop_pct} does not go with fit: native", kind="conflict")
         self.image_size, self.fit, self.resample, self.crop_pct = size, fit, resample, crop_pct
         self.mean, self.std = list(mean or [0.5] * 3), list(std or [0.5] * 3)
+
+    def take_budget(
+        self, fit: str, min_patches: int | None, max_patches: int | None, usual: NativeLayout
+    ) -> dict[str, int]:  # fmt: skip
+        """With `fit: native`, settle the budget of patches (see `NativeLayout`); what is not given is the `usual`.
+
+        Returns: the options that build the same again; none for another fit.
+
+        Raises:
+            OpticNerveError: a budget that means nothing beside another fit, or that no picture can keep.
+        """
+        given: dict[str, Any] = {"min_patches": min_patches, "max_patches": max_patches}
+        given = {k: v for k, v in given.items() if v is not None}
+        if fit != "native":
+            if given:
+                raise OpticNerveError(f"{', '.join(given)}: for fit: native, not for fit: {fit}", kind="conflict")
+            return {}
+        fills = usual.min_patches == usual.max_patches  # every picture, whatever its size
+        most = usual.max_patches if max_patches is None else max_patches
+        least = most if fills else min(usual.min_patches, most)
+        self.native = replace(usual, max_patches=most, min_patches=least if min_patches is None else min_patches)
+        return {"min_patches": self.native.min_patches, "max_patches": self.native.max_patches}
 
     def image_processor(self) -> Any:
         """The transformers image processor that turns pictures into this encoder's `pixel_values`."""
         if not hasattr(self, "mean"):
             raise OpticNerveError(f"{type(self).__name__} sees no pictures", kind="unsupported")
+        if (layout := self.native) is not None:
+            how: dict[str, Any] = {k: getattr(layout, k) for k in NativeImageProcessor.LAYOUT}
+            return NativeImageProcessor(**how, resample=self.resample, image_mean=self.mean, image_std=self.std)
         return make_image_processor(
             size=self.image_size, mean=self.mean, std=self.std, fit=self.fit, resample=self.resample,
             crop_pct=self.crop_pct,
@@ -129,7 +169,9 @@ class Encoder(nn.Module, ABC):
 
     @property
     def media_shape(self) -> tuple[int, ...]:
-        """Shape of one piece of media as `forward` takes it, without the batch."""
+        """Shape of one piece of media (with `native`, of a patch) as `forward` takes it, without the batch."""
+        if self.native is not None:
+            return (3 * self.native.patch_size**2,)
         return (3, self.image_size, self.image_size)
 
     def weight_files(self) -> list[str]:
@@ -249,15 +291,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, *, a
     module.load_state_dict(state, assign=assign)
 
 
-def cut_patches(pixels_BCHW: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) → (B, H/p · W/p, p · p · C): patches in raster order; within one, row by row, each pixel's channels
-    together (red, green, blue, red, …), as transformers' Fuyu and SigLIP 2 have it. H and W are multiples of p."""
-    cut_BCYpXp = pixels_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
-    out: Tensor = cut_BCYpXp.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    return out
-
-
-FITS = ("squash", "squash_float", "crop", "pad")
+FITS = ("squash", "squash_float", "crop", "pad")  # "native" makes no square: see `NativeLayout`
 
 
 def make_image_processor(

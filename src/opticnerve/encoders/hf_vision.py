@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -27,12 +28,12 @@ from opticnerve.encoders.base import (
     Encoder,
     all_real,
     config_from_dict,
-    cut_patches,
     inputs_of,
     load_part,
     longest_list,
     model_class,
 )
+from opticnerve.encoders.native import Grid, NativeLayout, by_shape, collect, cut_patches, of_pictures, real
 from opticnerve.encoders.preparation import preparation
 from opticnerve.types import Features, OpticNerveError
 
@@ -70,6 +71,12 @@ class HFVisionEncoder(Encoder):
             joined along the width.
         class_token: "drop" leaves out class and register tokens, "keep" keeps them first.
         image_size: side of the square input; other than the model's own interpolates its position embeddings.
+        fit: "native" shows pictures in their own shape, within a budget of patches (`NativeLayout`); class and register
+            tokens are left out. SigLIP 2 NaFlex gets rows of patches with a mask; others get the pictures of one shape
+            together, their position embeddings interpolated to it.
+        min_patches, max_patches: the budget of `fit: native`; the checkpoint's own by default, else at most as many as
+            the model was trained on. SigLIP 2's own processor has every picture fill it; with `min_patches: 1` small
+            pictures keep their size.
         fit, crop_pct, mean, std, resample: picture preparation (see `make_image_processor`); the checkpoint's own by
             default, as `image_size` is. Where `fit` is given, the whole picture is fitted so: `crop_pct` is 1 then.
     """
@@ -77,7 +84,8 @@ class HFVisionEncoder(Encoder):
     def __init__(
         self, *, architecture: dict[str, Any], layer: Layer = "last", class_token: Literal["drop", "keep"] = "drop",
         image_size: int | None = None, fit: str = "squash", mean: list[float] | None = None,
-        std: list[float] | None = None, resample: int = 3, crop_pct: float = 1.0, _model: PreTrainedModel | None = None,
+        std: list[float] | None = None, resample: int = 3, crop_pct: float = 1.0, min_patches: int | None = None,
+        max_patches: int | None = None, _model: PreTrainedModel | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if class_token not in ("drop", "keep"):
@@ -86,6 +94,13 @@ class HFVisionEncoder(Encoder):
         self.layer, self.class_token = layer, class_token
         self.native_size, self.patch_size = _sizes(config)
         self.take_pictures(image_size or self.native_size, fit, mean, std, resample, crop_pct)
+        budget = self.take_budget(fit, min_patches, max_patches, _usual_budget(config))
+        if self.native is not None and (class_token == "keep" or self.image_size != self.native_size):
+            raise OpticNerveError(
+                "fit: native gives each picture's map of tokens and no other; leave out class_token: keep and "
+                "image_size",
+                kind="conflict",
+            )
         self.model = _model if _model is not None else _build(config)
         if hasattr(self.model, "use_head"):  # SigLIP's pooling, which takes as long as some layers: for `pooling` alone
             self.model.use_head = False
@@ -93,12 +108,13 @@ class HFVisionEncoder(Encoder):
             "architecture": _plain(config),
             "layer": layer, "class_token": class_token, "image_size": self.image_size,
             "fit": fit, "mean": self.mean, "std": self.std, "resample": resample, "crop_pct": crop_pct,
+            **budget,
         }  # fmt: skip
         self._been_through = False
         self._states = 0  # entries of `hidden_states`; the probe counts them
         tokens, self.hidden_size = self._probe(config)
-        grid = (self.image_size // self.patch_size) ** 2
-        self.prefix_tokens = tokens - grid
+        grid = (self.image_size // self.patch_size) ** 2 if self.native is None else self.native.max_tokens
+        self.prefix_tokens = tokens - grid if self.native is None else 0
         if self.prefix_tokens < 0:
             raise OpticNerveError(
                 f"{config.model_type} gives {tokens} tokens for {grid} patches ({self.image_size} px in patches of "
@@ -149,24 +165,48 @@ class HFVisionEncoder(Encoder):
                 setattr(module, name, before.to(now.device))
         return self
 
-    def forward(self, pixel_values: Tensor) -> Features:
-        tokens_BND = self._select(self.model, pixel_values)
+    def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Features:
+        if self.native is not None:
+            return self._of_shapes(self.model, pixel_values, grids)
+        tokens_BND = self._select(self.model, self._inputs(self.model, pixel_values))
         if self.class_token == "drop":
             tokens_BND = tokens_BND[:, self.prefix_tokens :]
         return all_real(tokens_BND)
 
     def states(self, media: Tensor, **asked: bool) -> dict[str, Any]:
+        if self.native is not None:
+            raise OpticNerveError(
+                f"{', '.join(k for k, v in asked.items() if v)}: of pictures in their own shape there is no one tensor",
+                kind="unsupported",
+            )
         out = self.model(**self._inputs(self.model, media), **asked)
         return {"hidden_states": out.get("hidden_states"), "attentions": out.get("attentions")}
 
     def _inputs(self, model: Any, pixel_values: Tensor) -> dict[str, Any]:
         if model.config.model_type == _FLEXIBLE:
-            return self._flexible(pixel_values)
-        larger = self.image_size != self.native_size and _can_be_asked_to_interpolate(model)
+            side = self.image_size // self.patch_size
+            pixel_values = pixel_values[..., : side * self.patch_size, : side * self.patch_size]
+            return self._flexible(cut_patches(pixel_values, self.patch_size), [(side, side)] * len(pixel_values))
+        larger = (self.native is not None or self.image_size != self.native_size) and _can_be_asked_to_interpolate(
+            model
+        )
         return {"pixel_values": pixel_values, **({"interpolate_pos_encoding": True} if larger else {})}
 
-    def _select(self, model: Any, pixel_values: Tensor) -> Tensor:
-        inputs = self._inputs(model, pixel_values)
+    def _of_shapes(self, model: Any, patches_PE: Tensor, grids: Sequence[Grid]) -> Features:
+        """Pictures of several shapes, none of which sees another."""
+        if model.config.model_type == _FLEXIBLE:
+            rows = of_pictures(patches_PE, grids)
+            tokens_BND = self._select(model, self._flexible(pad_sequence(rows, batch_first=True), grids))
+            return Features(tokens_BND, real([len(r) for r in rows], tokens_BND), tuple(grids))
+
+        def see(pixels_BCHW: Tensor) -> Tensor:
+            tokens_BND = self._select(model, self._inputs(model, pixels_BCHW))
+            own = pixels_BCHW.shape[2] * pixels_BCHW.shape[3] // self.patch_size**2
+            return tokens_BND[:, tokens_BND.shape[1] - own :]
+
+        return collect(by_shape(patches_PE, grids, self.patch_size, see), grids)
+
+    def _select(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.layer == "last":
             out: Tensor = model(**inputs).last_hidden_state
             return out
@@ -191,27 +231,39 @@ class HFVisionEncoder(Encoder):
             self._states, self._been_through = len(states), model is self.model
         return torch.cat([states[i] for i in layers], dim=-1)
 
-    def _flexible(self, pixel_values: Tensor) -> dict[str, Any]:
-        """What SigLIP 2 takes: rows of patches as `Siglip2ImageProcessor` cuts them, and the grid's height and width.
+    def _flexible(self, rows_BNE: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+        """What SigLIP 2 takes: rows of patches as `Siglip2ImageProcessor` cuts them, and the grids' heights and widths.
 
-        No patch is padding, so no mask is needed: to transformers, None is a mask of ones.
+        Where no patch is padding no mask is needed: to transformers, None is a mask of ones.
         """
-        side = self.image_size // self.patch_size
-        shapes_B2 = torch.full((pixel_values.shape[0], 2), side, device="cpu")  # read as numbers, one by one
-        rows = cut_patches(pixel_values[..., : side * self.patch_size, : side * self.patch_size], self.patch_size)
-        return {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": shapes_B2}
+        lengths = [rows * columns for rows, columns in grids]
+        padded = len(set(lengths)) > 1
+        # The shapes are read as numbers, one by one.
+        return {
+            "pixel_values": rows_BNE, "pixel_attention_mask": real(lengths, rows_BNE) if padded else None,
+            "spatial_shapes": torch.tensor(grids, device="cpu"),
+        }  # fmt: skip
 
     def _probe(self, config: PreTrainedConfig) -> tuple[int, int]:
         """Tokens (class and register tokens too) and width, from a pass on the meta device: shapes, no arithmetic."""
         with torch.device("meta"):
             meta_model = _build(copy.deepcopy(config)).eval()
-            pixels = torch.empty(2, 3, self.image_size, self.image_size)
             try:
-                shape = self._select(meta_model, pixels).shape
+                if self.native is not None:
+                    seen = self._tried(meta_model, self.native)
+                    return self.native.max_tokens, int(seen.tokens_BND.shape[2])
+                pixels = torch.empty(2, 3, self.image_size, self.image_size)
+                shape = self._select(meta_model, self._inputs(meta_model, pixels)).shape
             except OpticNerveError:
                 raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
                 # Each family says in its own way that it wants more than pixels, or cannot take this size.
+                if self.native is not None:
+                    raise OpticNerveError(
+                        f"{config.model_type} takes no pictures in their own shape: {str(e).strip()}; leave out fit: "
+                        "native, or take an encoder that does (docs/models.md)",
+                        kind="unsupported",
+                    ) from e
                 raise OpticNerveError(
                     f"{config.model_type} takes no batch of square pictures of {self.image_size} px: "
                     f"{str(e).strip()}; its own size is {self.native_size} px",
@@ -224,6 +276,14 @@ class HFVisionEncoder(Encoder):
                 kind="wrong-shape",
             )
         return int(shape[1]), int(shape[2])
+
+    def _tried(self, model: Any, layout: NativeLayout) -> Features:
+        """What it gives for an upright picture: one that swaps sides, or takes squares alone, shows it."""
+        grid = layout.grid(4 * layout.patch_size * layout.multiple, layout.patch_size * layout.multiple)
+        found = self._of_shapes(model, torch.empty(2 * grid[0] * grid[1], 3 * layout.patch_size**2), [grid] * 2)
+        if found.tokens_BND.shape[1] != grid[0] * grid[1]:
+            raise ValueError(f"{found.tokens_BND.shape[1]} tokens of {grid[0]} × {grid[1]} patches")
+        return found
 
     def blocks(self) -> list[nn.Module]:
         return longest_list(self.model, "encoder")
@@ -250,6 +310,13 @@ def _preparation(name: str, config: PreTrainedConfig, given: dict[str, Any]) -> 
     if found.get("image_size") == _sizes(config)[0]:
         found.pop("image_size")
     return found
+
+
+def _usual_budget(config: PreTrainedConfig) -> NativeLayout:
+    """Where a checkpoint says nothing: at most as many patches as the model was trained on."""
+    size, patch = _sizes(config)
+    most = max(1, (size // patch) ** 2)
+    return NativeLayout(patch, most if config.model_type == _FLEXIBLE else 1, most)
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from opticnerve import registry
 from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.encoders.base import Encoder, load_exactly
+from opticnerve.encoders.native import check_one_shape
 from opticnerve.types import Features, OpticNerveError
 
 
@@ -49,6 +50,8 @@ class PairEncoder(Encoder):
             raise OpticNerveError(f"join is 'channels' or 'tokens', not {join!r}", kind="unknown-name")
         specs = {"first": first, "second": second}
         one, other = _encoders or [part_class(**rest) for part_class, rest in _parts(specs).values()]
+        for encoder in (one, other):
+            check_one_shape(encoder, "a pair")
         if one.image_size != other.image_size:
             raise OpticNerveError(
                 f"the two encoders see one picture, but the first takes {one.image_size} px and the second "
@@ -204,6 +207,7 @@ class DualEncoderVision(Encoder):
     def __init__(self, *, encoder: dict[str, Any], _encoder: Encoder | None = None) -> None:
         super().__init__()
         self.inner = _encoder if _encoder is not None else _build(encoder)
+        check_one_shape(self.inner, "dual_encoder")
         self.hidden_size, self.num_tokens = self.inner.hidden_size, self.inner.num_tokens
         self.image_size = self.inner.image_size
         self.options = {"encoder": {"type": encoder["type"], **self.inner.options}}

@@ -6,11 +6,13 @@ the first layer of the transformer". With the connector `linear` and the fusion 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from opticnerve.encoders.base import Encoder, all_real, cut_patches
+from opticnerve.encoders.base import Encoder, all_real
+from opticnerve.encoders.native import Grid, NativeLayout, collect, cut_patches, of_pictures
 from opticnerve.types import Features, OpticNerveError
 
 
@@ -19,12 +21,14 @@ class PatchesEncoder(Encoder):
 
     A token is one patch: its rows from top to bottom, in a row its pixels from left to right, of a pixel red, green
     and blue (the order of `FuyuImageProcessor.patchify_image`). Tokens come in raster order. Fuyu takes pictures of any
-    size and writes a newline token behind each row of patches; here pictures are square and there is none.
+    size and writes a newline token behind each row of patches; here there is none.
 
     Args:
         image_size: side of the square picture in pixels.
         patch_size: side of a patch in pixels (30 in Fuyu); `image_size` must be a multiple of it.
-        fit: how a picture is made square: "squash", "crop" or "pad".
+        fit: how a picture is made square: "squash", "crop" or "pad"; or "native", which keeps its shape (Fuyu's way but
+            for the newlines): `image_size` then says nothing.
+        min_patches, max_patches: the budget of `fit: native`, see `NativeLayout`; 1 and 256 by default.
         mean, std: normalisation per channel (0.5 each in Fuyu).
     """
 
@@ -32,7 +36,7 @@ class PatchesEncoder(Encoder):
 
     def __init__(
         self, *, image_size: int = 240, patch_size: int = 30, fit: str = "squash", mean: list[float] | None = None,
-        std: list[float] | None = None,
+        std: list[float] | None = None, min_patches: int | None = None, max_patches: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if patch_size < 1 or image_size < 1 or image_size % patch_size:
@@ -43,10 +47,12 @@ class PatchesEncoder(Encoder):
             )
         self.take_pictures(image_size, fit, mean, std)
         self.patch_size = patch_size
-        self.num_tokens = (image_size // patch_size) ** 2
+        budget = self.take_budget(fit, min_patches, max_patches, NativeLayout(patch_size, 1, 256))
+        self.num_tokens = (image_size // patch_size) ** 2 if self.native is None else self.native.max_tokens
         self.hidden_size = 3 * patch_size**2
         self.options = {
             "image_size": image_size, "patch_size": patch_size, "fit": fit, "mean": self.mean, "std": self.std,
+            **budget,
         }  # fmt: skip
 
     @classmethod
@@ -60,7 +66,9 @@ class PatchesEncoder(Encoder):
     def planned(cls, name: None = None, **options: Any) -> PatchesEncoder:
         return cls.from_pretrained(name, **options)
 
-    def forward(self, pixel_values: Tensor) -> Features:
+    def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Features:
+        if self.native is not None:
+            return collect(of_pictures(pixel_values, grids), grids)
         return all_real(cut_patches(pixel_values, self.patch_size))
 
     def blocks(self) -> list[nn.Module]:

@@ -1,5 +1,5 @@
 """How a checkpoint prepares pictures, as an encoder's options: `image_size`, `fit`, `crop_pct`, `mean`, `std`,
-`resample`.
+`resample`; for pictures in their own shape `max_patches`.
 
 Everything that transformers' image processor says is honoured, or refused by name. A scale other than 1/255 is put into
 mean and deviation: (x · scale − mean) / std = (x / 255 − mean / (255 · scale)) / (std / (255 · scale)).
@@ -105,7 +105,9 @@ def as_options(own: Any, name: str, given: dict[str, Any] | None = None) -> dict
     given = given or {}
     colours, problems = ({}, []) if all(k in given for k in COLOURS) else _colours(own)
     geometry, refused = _geometry(own)
-    if "fit" in given:  # its own crop belongs to its own way of fitting
+    if given.get("fit") == "native":
+        geometry = _budget(own)
+    elif "fit" in given:  # its own crop belongs to its own way of fitting
         geometry = {k: v for k, v in geometry.items() if k == "image_size"}
     else:
         problems += refused
@@ -124,6 +126,12 @@ def as_options(own: Any, name: str, given: dict[str, Any] | None = None) -> dict
         )
     resample = getattr(own, "resample", None)
     return {**geometry, **colours, "resample": 2 if resample is None else int(resample)}
+
+
+def _budget(own: Any) -> dict[str, int]:
+    """The budget of patches that it has of its own, where pictures keep their shape."""
+    most = getattr(own, "max_num_patches", None)
+    return {} if most is None else {"max_patches": int(most)}
 
 
 def _scale(own: Any) -> float:

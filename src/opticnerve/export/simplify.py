@@ -42,6 +42,11 @@ def encoder_refusals(
         )
     if "tiling" in spec:
         reasons.append(f"it cuts pictures into tiles, {engine} shows each whole; nearest: leave out tiling")
+    if spec["encoder"].get("fit") == "native":
+        reasons.append(
+            f"it shows pictures in their own shape (fit: native), {engine} makes each square; nearest: train with "
+            "another fit"
+        )
     kind = spec["encoder"]["type"]
     if kind != "hf_vision":
         reasons.append(f"its encoder is {kind}; nearest: encoder {{type: hf_vision}} with a {vision_encoders[-1]}")

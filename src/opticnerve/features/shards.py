@@ -13,15 +13,18 @@ import os
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from opticnerve.common import atomic
+from opticnerve.encoders.native import collect
 from opticnerve.types import Features, OpticNerveError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -29,13 +32,19 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Where the features of a file's pictures lie: `tokens` and `mask` begin at these bytes of it."""
+    """Where the features of a file's pictures lie: `tokens` and `mask` begin at these bytes of it.
+
+    Of pictures that keep their shape there is no mask: their tokens lie behind one another, (tokens, D), and `grids`
+    (pictures, 2) says how many rows and columns each has, `starts` which token is each one's first.
+    """
 
     path: Path
-    shape: tuple[int, ...]  # (pictures, N, D)
+    shape: tuple[int, ...]  # (pictures, N, D), or (tokens, D)
     dtype: torch.dtype
     tokens: int
-    mask: int
+    mask: int = 0
+    grids: NDArray[np.int32] | None = None
+    starts: NDArray[np.int64] | None = None
 
 
 def write(folder: Path, digests: Sequence[str], features: Features) -> Path:
@@ -48,6 +57,9 @@ def write(folder: Path, digests: Sequence[str], features: Features) -> Path:
     target = folder / f"{name}.safetensors"
     partial = folder / f".{name}-{os.getpid()}.partial"
     tensors = {"tokens": features.tokens_BND.contiguous(), "mask": features.mask_BN.contiguous()}
+    if features.grids is not None:
+        grids = torch.tensor(features.grids, dtype=torch.int32)
+        tensors = {"tokens": features.tokens_BND[features.mask_BN], "grids": grids}
     try:
         save_file(tensors, partial, metadata={"digests": json.dumps(list(digests))})
         atomic.sync(partial)
@@ -74,13 +86,20 @@ def describe(path: Path) -> tuple[Shard, list[str]]:
             if length > 100_000_000:
                 raise ValueError("its header is damaged")
             header: dict[str, Any] = json.loads(file.read(length))
-        tokens, mask, start = header["tokens"], header["mask"], 8 + length
-        begin, begin_mask = start + tokens["data_offsets"][0], start + mask["data_offsets"][0]
-        shard = Shard(path, tuple(tokens["shape"]), _DTYPES[tokens["dtype"]], begin, begin_mask)
+        start, tokens = 8 + length, header["tokens"]
+        other = header["mask" if "mask" in header else "grids"]
+        begin, begin_other = start + tokens["data_offsets"][0], start + other["data_offsets"][0]
+        shard = Shard(path, tuple(tokens["shape"]), _DTYPES[tokens["dtype"]], begin, begin_other)
         digests: list[str] = json.loads(header["__metadata__"]["digests"])
-        end = start + max(tokens["data_offsets"][1], mask["data_offsets"][1])
-        if path.stat().st_size != end or len(digests) != shard.shape[0] or mask["shape"] != tokens["shape"][:2]:
+        end = start + max(tokens["data_offsets"][1], other["data_offsets"][1])
+        pictures = tokens["shape"][0] if "mask" in header else other["shape"][0]
+        if path.stat().st_size != end or len(digests) != pictures:
             raise ValueError("it ends too early")
+        if "mask" not in header:
+            grids = np.fromfile(path, "<i4", 2 * pictures, offset=begin_other).reshape(-1, 2)
+            shard = replace(shard, mask=0, grids=grids, starts=np.cumsum(np.append(0, grids.prod(1))))
+        if (other["shape"] != tokens["shape"][:2]) if shard.starts is None else shard.starts[-1] != tokens["shape"][0]:
+            raise ValueError("its tables do not fit each other")
     except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError) as e:
         raise OpticNerveError(f"{path} is no shard of a feature cache: {e}; delete it", kind="damaged") from e
     return shard, digests
@@ -101,12 +120,14 @@ class ShardReader:
             file.close()
 
     def read(self, places: Sequence[tuple[Shard, int]]) -> Features:
-        """Row `n` of each file named: (rows, N, D), in the files' dtype.
+        """Picture `n` of each file named: (pictures, N, D), in the files' dtype.
 
         Raises:
             OpticNerveError: a file is gone or torn.
         """
         first = places[0][0]
+        if first.grids is not None:
+            return self._of_shapes(places)
         _, count, width = first.shape
         size = count * width * first.dtype.itemsize
         tokens_BND = torch.empty(len(places), count, width, dtype=first.dtype)
@@ -120,6 +141,21 @@ class ShardReader:
             self._read(shard, tokens[i * size : (i + 1) * size], shard.tokens + row * size)
             self._read(shard, mask[i * count : (i + 1) * count], shard.mask + row * count)
         return Features(tokens_BND, mask_BN)
+
+    def _of_shapes(self, places: Sequence[tuple[Shard, int]]) -> Features:
+        """Pictures that keep their shape: the shorter rows end in zeros, masked out."""
+        rows, grids, width = [], [], places[0][0].shape[-1]
+        for shard, picture in places:
+            if shard.grids is None or shard.starts is None or shard.shape[-1] != width:
+                raise OpticNerveError(
+                    f"{shard.path} and {places[0][0].path} hold features of different shapes; delete one",
+                    kind="mismatch",
+                )
+            grids.append((int(shard.grids[picture, 0]), int(shard.grids[picture, 1])))
+            rows.append(torch.empty(grids[-1][0] * grids[-1][1], width, dtype=shard.dtype))
+            first = shard.tokens + int(shard.starts[picture]) * width * shard.dtype.itemsize
+            self._read(shard, rows[-1].view(torch.uint8).numpy().data.cast("B"), first)
+        return collect(rows, grids)
 
     def _read(self, shard: Shard, into: memoryview, at: int) -> None:
         try:

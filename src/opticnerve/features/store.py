@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from opticnerve.common.progress import Counting
 from opticnerve.data.media.images import Source
-from opticnerve.data.media.transform import DECODING, open_for
-from opticnerve.data.media.transform import pixels as pixel_values
+from opticnerve.data.media.transform import DECODING, open_for, pixels
+from opticnerve.encoders.native import join_features
 from opticnerve.features import shards
 from opticnerve.features.budget import default_budget, evict, features_dir, hold
 from opticnerve.features.digests import Digests
@@ -112,7 +113,7 @@ class FeatureStore:
             DataError: one of them is not in the store; `where` names its sample.
         """
         found = self._reader.read([self.check(s, w) for s, w in zip(sources, where, strict=True)])
-        return Features(found.tokens_BND.to(self.dtype or found.tokens_BND.dtype), found.mask_BN)
+        return replace(found, tokens_BND=found.tokens_BND.to(self.dtype or found.tokens_BND.dtype))
 
     def missing(self, pictures: Sequence[tuple[Source, str]], *, on_error: OnError | None = None) -> list[Named]:
         """The pictures that are not in the store, each content once.
@@ -132,7 +133,7 @@ class FeatureStore:
         return list(wanted.values())
 
     def fill(
-        self, pictures: Sequence[tuple[Source, str]], encode: Callable[[Tensor], Features],
+        self, pictures: Sequence[tuple[Source, str]], encode: Callable[..., Features],
         image_processor: BaseImageProcessor, *, missing: Sequence[Named] | None = None, rank: int = 0, world: int = 1,
         threads: int | None = None, progress: Callable[[int], None] | None = None, on_error: OnError | None = None,
     ) -> int:  # fmt: skip
@@ -142,7 +143,7 @@ class FeatureStore:
 
         Args:
             pictures: each with the sample that shows it. missing: which of them are, where that is known.
-            encode: pixels (B, 3, H, W) → `Features`.
+            encode: pixels (B, 3, H, W), and the pictures' sizes where they count → `Features`.
             rank, world: this process and how many share the work; each takes the pictures whose hash falls to it.
             progress: is told how many of this process's pictures are seen.
 
@@ -157,7 +158,7 @@ class FeatureStore:
         parts: list[Features] = []
         room, done = 0, 0
         for names, features in extract(mine, encode, image_processor, threads=threads, on_error=on_error):
-            features = Features(features.tokens_BND.to(self.stored or features.tokens_BND.dtype), features.mask_BN)
+            features = replace(features, tokens_BND=features.tokens_BND.to(self.stored or features.tokens_BND.dtype))
             if not room:
                 each = _bytes_each(features)
                 room = max(1, min(_SHARD_PICTURES, SHARD_BYTES // each))
@@ -176,7 +177,7 @@ class FeatureStore:
         return len(mine)
 
     def _write(self, digests: list[str], parts: list[Features]) -> None:
-        whole = Features(torch.cat([f.tokens_BND for f in parts]), torch.cat([f.mask_BN for f in parts]))
+        whole = join_features(parts)
         self._make_room(len(digests) * _bytes_each(whole))  # others may have written meanwhile
         self._list(shards.write(self.folder, digests, whole))
 
@@ -194,7 +195,7 @@ class FeatureStore:
 
 
 def extract(
-    pictures: Sequence[Named], encode: Callable[[Tensor], Features], image_processor: BaseImageProcessor, *,
+    pictures: Sequence[Named], encode: Callable[..., Features], image_processor: BaseImageProcessor, *,
     threads: int | None = None, on_error: OnError | None = None,
 ) -> Iterator[tuple[list[str], Features]]:  # fmt: skip
     """Batch by batch the digests of pictures and what the vision encoder sees of them, on the CPU.
@@ -202,7 +203,7 @@ def extract(
     At most two batches a thread wait, so that memory stays flat.
 
     Args:
-        encode: pixels (B, 3, H, W) → `Features`.
+        encode: pixels (B, 3, H, W), and the pictures' sizes where they count → `Features`.
         threads: default: a thread for each core, four at most.
         on_error: takes what is wrong with a picture, which is then left out.
 
@@ -211,7 +212,7 @@ def extract(
     """
     threads = threads or min(4, os.cpu_count() or 1)
 
-    def prepare(part: Sequence[Named]) -> tuple[list[str], Tensor | None, list[DataError]]:
+    def prepare(part: Sequence[Named]) -> tuple[list[str], dict[str, Tensor] | None, list[DataError]]:
         digests, opened, bad = [], [], []
         for digest, source, where in part:
             try:
@@ -219,23 +220,23 @@ def extract(
                 digests.append(digest)
             except DataError as e:
                 bad.append(e)
-        return digests, pixel_values(image_processor, opened)["pixel_values"] if opened else None, bad
+        return digests, pixels(image_processor, opened) if opened else None, bad
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
     ahead = (pool.submit(prepare, pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH))
     try:
         waiting = deque(islice(ahead, 2 * threads))
         while waiting:
-            digests, pixels, bad = waiting.popleft().result()
+            digests, media, bad = waiting.popleft().result()
             waiting.extend(islice(ahead, 1))
             for error in bad:
                 if on_error is None:
                     raise error
                 on_error(error)
-            if pixels is not None:
+            if media is not None:
                 with torch.inference_mode():
-                    features = encode(pixels)
-                yield digests, Features(features.tokens_BND.cpu(), features.mask_BN.cpu())
+                    features = encode(*media.values())
+                yield digests, replace(features, tokens_BND=features.tokens_BND.cpu(), mask_BN=features.mask_BN.cpu())
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -288,11 +289,11 @@ def open_store(
     return FeatureStore(root / name.hexdigest()[:24], dtype=dtype, stored=stored_as, budget=budget)
 
 
-def encode_function(model: FamilyModel) -> Callable[[Tensor], Features]:
-    """Pixels → what the store holds, for a model of any family."""
+def encode_function(model: FamilyModel) -> Callable[..., Features]:
+    """Pixels (and sizes, where they count) → what the store holds, for a model of any family."""
 
-    def encode(pixel_values: Tensor) -> Features:
-        features = model.image.encode(pixel_values)
+    def encode(*media: Tensor) -> Features:
+        features = model.image.encode(*media)
         if isinstance(features, Features):
             return features
         return Features(features[:, None], torch.ones(len(features), 1, dtype=torch.bool))
@@ -349,4 +350,7 @@ def _falls_to(digest: str, world: int) -> int:
 
 def _bytes_each(features: Features) -> int:
     """What one picture takes on disk, its digest in the file's header included."""
+    if features.grids is not None:  # of its own length each: the mean
+        tokens = -(-int(features.mask_BN.sum()) // len(features.grids))
+        return tokens * features.tokens_BND[0, 0].nbytes + 88
     return features.tokens_BND[0].nbytes + features.mask_BN[0].nbytes + 80

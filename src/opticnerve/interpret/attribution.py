@@ -79,7 +79,7 @@ class Attribution:
 
 def default_method(model: OpticNerveForConditionalGeneration) -> str:
     """Relevance; the cross-attention itself for models that have one; for tokens without a place, `gradient`."""
-    if soft_side(model) is None:
+    if not has_places(model):
         return "gradient"
     return "cross_attention" if isinstance(model.image.fusion, GatedCrossAttention) else "relevance"
 
@@ -133,15 +133,17 @@ def _map(forced: TeacherForced, method: str, layer: int | None, head: int | None
             "gradient": attention_maps.gradient,
         }  # fmt: skip
         weight_TV = run[method](forced).cpu()
-    side = isqrt(weight_TV.shape[1])
-    by_word_WHH = _words(weight_TV.unflatten(1, (side, side)), forced.words, torch.mean)
+    shape = forced.map_shape(weight_TV.shape[1], encoder=method == "gradient")
+    by_word_WHH = _words(weight_TV.unflatten(1, shape), forced.words, torch.mean)
     total_W11 = by_word_WHH.sum((1, 2), keepdims=True)
     # Only of the rows of attention is the rest of the row known to be about something else: the text.
     shares = total_W11.ravel().tolist() if method in ("attention", "rollout") else None
     chosen = (("layer", layer), ("head", head))
     which = [f"mean of all {name}s" if number is None else f"{name} {number}" for name, number in chosen]
-    note = f"{_HOW.get(method) or ', '.join(which)}; {side} × {side} tokens"
-    flat_WHH = np.full_like(by_word_WHH, 1 / side**2)  # nothing on the picture at all: nowhere more than elsewhere
+    note = f"{_HOW.get(method) or ', '.join(which)}; {shape[0]} × {shape[1]} tokens"
+    flat_WHH = np.full_like(
+        by_word_WHH, 1 / weight_TV.shape[1]
+    )  # nothing on the picture at all: nowhere more than elsewhere
     return Map(method, np.divide(by_word_WHH, total_W11, out=flat_WHH, where=total_W11 > 0), note, shares)
 
 
@@ -155,11 +157,11 @@ def _words(weight_THW: Tensor, words: Sequence[Word], merge: Callable[..., Tenso
 # -- what a model allows, and where a token lies ----------------------------------------------------------------------
 
 
-def soft_side(model: OpticNerveForConditionalGeneration) -> int | None:
-    """The side of the map that the soft tokens of a picture make; None if they make none."""
+def has_places(model: OpticNerveForConditionalGeneration) -> bool:
+    """Whether the soft tokens of a picture make a map of it."""
     connector = model.image.connector
-    side = isqrt(connector.num_tokens)
-    return side if connector.keeps_grid and side**2 == connector.num_tokens else None
+    square = isqrt(connector.num_tokens) ** 2 == connector.num_tokens
+    return connector.keeps_grid and (square or model.image.encoder.native is not None)
 
 
 def check_method(model: OpticNerveForConditionalGeneration, method: str) -> None:
@@ -169,7 +171,7 @@ def check_method(model: OpticNerveForConditionalGeneration, method: str) -> None
     tower, needs = model.image, METHODS[method]
     if method == "gradient":
         count = tower.encoder.num_tokens
-        if isqrt(count) ** 2 != count:
+        if isqrt(count) ** 2 != count and tower.encoder.native is None:
             raise OpticNerveError(
                 f"the encoder gives {count} tokens, which make no square map of the picture (class tokens among "
                 "them?); --method occlusion needs no map",
@@ -189,7 +191,7 @@ def check_method(model: OpticNerveForConditionalGeneration, method: str) -> None
             "take --method relevance, attention, rollout, gradient or occlusion",
             kind="unsupported",
         )
-    if soft_side(model) is None:
+    if not has_places(model):
         connector, why = tower.connector, "each of its soft tokens gathers from the whole picture"
         if connector.keeps_grid:
             why = f"its {connector.num_tokens} soft tokens make no square"
@@ -201,8 +203,9 @@ def check_method(model: OpticNerveForConditionalGeneration, method: str) -> None
 
 
 def seen_box(image_processor: Any, width: int, height: int) -> Box:
-    """Left, top, right, bottom (in pixels) of the part of a picture that the vision encoder's square input shows: the
-    middle where the processor crops, more than the picture where it pads, the picture itself where it squashes."""
+    """Left, top, right, bottom (in pixels) of the part of a picture that the vision encoder's input shows: the
+    middle where the processor crops, more than the picture where it pads, the picture itself where it squashes or
+    keeps the shape."""
     if getattr(image_processor, "do_pad", False):
         side = float(max(width, height))
     elif getattr(image_processor, "do_center_crop", False):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from opticnerve.encoders.native import NativeLayout, cut_patches, join_patches
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.prompt import Prompt
-from opticnerve.types import Conversation, Features, OpticNerveError
+from opticnerve.types import Conversation, OpticNerveError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +81,10 @@ class TeacherForced:
         self.ids_1L = torch.cat([prompt_1P, self.answer_T[None, :-1]], dim=1)
         self.first = prompt_1P.shape[1] - 1
         self.pixels_CHW: Tensor = inputs["pixel_values"][0]
+        self.sizes_12: Tensor | None = inputs.get("image_sizes")
+        if (native := self.tower.encoder.native) is not None:
+            (grid,) = self.tower.grids(self.sizes_12)[0]
+            self.pixels_CHW = join_patches(inputs["pixel_values"][None], grid, native.patch_size)[0]
         self.question = {k: v for k, v in inputs.items() if k.startswith("qformer_")}
 
     @property
@@ -94,14 +100,30 @@ class TeacherForced:
         found: Tensor = (self.ids_1L[0] == number).nonzero()[:, 0]
         return found
 
+    def map_shape(self, count: int, *, encoder: bool = False) -> tuple[int, int]:
+        """Rows and columns of the map that so many tokens of the picture make: soft tokens, or the encoder's."""
+        native, layout = self.tower.encoder.native, self.tower.layout
+        if native is None or not isinstance(layout, NativeLayout):
+            return isqrt(count), isqrt(count)
+        pool = native.pool if encoder else layout.pool
+        height, width = (n // native.patch_size for n in self.pixels_CHW.shape[1:])
+        return -(-height // pool), -(-width // pool)
+
+    def media(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
+        """Pictures of this one's shape as the model's inputs."""
+        if (native := self.tower.encoder.native) is None or self.sizes_12 is None:
+            return {"pixel_values": pixels_NCHW}
+        patches = cut_patches(pixels_NCHW, native.patch_size).flatten(0, 1)
+        return {"pixel_values": patches, "image_sizes": self.sizes_12.expand(len(pixels_NCHW), -1)}
+
     def log_p(self, pixels_NCHW: Tensor) -> Tensor:
         """Log-probability of each answer token were the picture another one: (N, C, H, W) → (N, T)."""
         count = len(pixels_NCHW)
         question = {k: v.expand(count, -1) for k, v in self.question.items()}
         with torch.inference_mode():
             logits_NTV = self.model(
-                input_ids=self.ids_1L.expand(count, -1), pixel_values=pixels_NCHW, use_cache=False,
-                logits_to_keep=len(self.answer_T), **question,
+                input_ids=self.ids_1L.expand(count, -1), use_cache=False, logits_to_keep=len(self.answer_T),
+                **self.media(pixels_NCHW), **question,
             ).logits  # fmt: skip
         return self._pick(logits_NTV)
 
@@ -109,10 +131,10 @@ class TeacherForced:
     def traced(self) -> Iterator[ForcedTrace]:
         """A pass with gradients: nothing of the model's own requires one afterwards that did not before."""
         with torch.enable_grad(), frozen(self.model):
-            seen = self.tower.encode(self.pixels_CHW[None])
+            seen = self.tower.encode(*self.media(self.pixels_CHW[None]).values())
             tokens_1ND = seen.tokens_BND.detach().requires_grad_()
             prompt = self.model.read(
-                self.ids_1L, image_features=Features(tokens_1ND, seen.mask_BN), **self.question
+                self.ids_1L, image_features=replace(seen, tokens_BND=tokens_1ND), **self.question
             )  # fmt: skip
             yield ForcedTrace(self, tokens_1ND, prompt)
 

@@ -10,6 +10,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from opticnerve.encoders.native import NativeImageProcessor, NativeLayout
 from opticnerve.models.classifier.configuration import FusionClassifierConfig
 from opticnerve.models.classifier.modeling import FusionClassifier
 from opticnerve.models.classifier.processing import FusionClassifierProcessor
@@ -33,6 +34,8 @@ AutoModel.register(FusionClassifierConfig, FusionClassifier, exist_ok=True)
 AutoImageProcessor.register(
     OpticNerveConfig, image_processor_classes={"torchvision": TilingImageProcessor}, exist_ok=True
 )
+# Found by its name; beside another of the same configuration it would be taken for that one on another backend.
+AutoImageProcessor.register(NativeLayout, image_processor_classes={"torchvision": NativeImageProcessor}, exist_ok=True)
 AutoProcessor.register(OpticNerveConfig, OpticNerveProcessor, exist_ok=True)
 AutoProcessor.register(DualEncoderConfig, DualEncoderProcessor, exist_ok=True)
 AutoProcessor.register(FusionClassifierConfig, FusionClassifierProcessor, exist_ok=True)

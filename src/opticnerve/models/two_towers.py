@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from opticnerve import registry
 from opticnerve.common import atomic
 from opticnerve.encoders.base import Encoder, last_blocks
+from opticnerve.encoders.native import check_one_shape
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
 from opticnerve.language.load import load_language
 from opticnerve.models.checkpoint.delta import base_of, encoder_name, versions
@@ -199,6 +200,8 @@ def load_encoders(image: Spec | None, text: Spec, seed: int | None) -> tuple[Any
     `{"name": …, "pooling": "mean", "max_length": 32}`. `seed`: for what is built next; None leaves torch's alone.
     """
     vision_name, vision_encoder = (None, None) if image is None else load_encoder("image", vision_spec(image))
+    if vision_encoder is not None:
+        check_one_shape(vision_encoder, "a model of two encoders")
     text_name, text_encoder = _load_text_encoder({"name": text} if isinstance(text, str) else text)
     bases = {} if vision_encoder is None else {"image": base_of(vision_name, vision_encoder)}
     if seed is not None:

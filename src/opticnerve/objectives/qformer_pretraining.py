@@ -67,8 +67,11 @@ class QFormerPretraining(Objective):
                 "qformer_pretraining wants an image tower with connector: {type: qformer, text: true, bert: …}",
                 kind="unsupported",
             )
-        if getattr(tower, "tiling", None) is not None:
-            raise OpticNerveError("qformer_pretraining takes a picture as one piece; leave out tiling", kind="conflict")
+        if getattr(tower, "layout", None) is not None:
+            raise OpticNerveError(
+                "qformer_pretraining takes pictures of one shape, as one piece; leave out tiling and fit: native",
+                kind="conflict",
+            )
         self.label_smoothing = label_smoothing
 
     @classmethod

@@ -137,8 +137,17 @@ def trace_step(
 
 def _soft_tokens(tower: Tower, pieces: int, dtype: torch.dtype) -> Any:
     """What connector and encoder make of so many pieces; arranging tiles costs nothing."""
-    features = tower.encoder(torch.empty(pieces, *tower.encoder.media_shape, dtype=dtype))
+    features = blank_features(tower, pieces, dtype)
     return tower.connector(features, *[torch.empty(pieces, 16, dtype=torch.long)] * (2 * tower.wants_text))
+
+
+def blank_features(tower: Tower, pieces: int, dtype: torch.dtype) -> Any:
+    """What the encoder makes of so many pieces; pictures that keep their shape are taken to fill the budget."""
+    if (native := tower.encoder.native) is None:
+        return tower.encoder(torch.empty(pieces, *tower.encoder.media_shape, dtype=dtype))
+    (rows, columns), shape = native.largest, tower.encoder.media_shape
+    patches_PE = torch.empty(pieces * rows * columns, *shape, dtype=dtype)
+    return tower.encoder(patches_PE, [native.largest] * pieces)
 
 
 class _Saved:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opticnerve.common.units import format_bytes, format_duration
 from opticnerve.features.budget import default_budget, features_dir, folder_bytes, free_bytes
 from opticnerve.models.vlm.tower import Tower, placed_like
+from opticnerve.plan.cost import blank_features
 from opticnerve.plan.data import StageData
 from opticnerve.recipe import Stage
 
@@ -129,6 +130,6 @@ def _look_once(tower: Tower) -> tuple[int, tuple[int, int], torch.dtype]:
     """Arithmetic of the vision encoder on one picture, the shape (N, D) of what it sees, and its dtype."""
     dtype = placed_like(tower.encoder).dtype
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        features = tower.encoder(torch.empty(1, *tower.encoder.media_shape, dtype=dtype))
+        features = blank_features(tower, 1, dtype)
     _, count, width = features.tokens_BND.shape
     return counter.get_total_flops(), (count, width), features.tokens_BND.dtype

@@ -90,13 +90,12 @@ def shapes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> list[Sh
         called = f"of {whole}" if whole else recipe.docked.towers[name].encoder.options.get("name", "")
         kind = f"{parts[name]['encoder']['type']} {called}".strip()
         tiles = f", up to {tower.tiling.spec.max_tokens} in tiles" if tower.tiling is not None else ""
-        seen = ("picture", f"{encoder.image_size} × {encoder.image_size} pixels") if name == "image" else (
-            "sound", "a window of sound"
-        )  # fmt: skip
+        seen = ("picture", _pixels(encoder)) if name == "image" else ("sound", "a window of sound")
+        most = "" if encoder.native is None else "up to "
         stops = (
-            ("encoder", kind, f"{encoder.num_tokens} × {encoder.hidden_size}"),
-            ("connector", parts[name]["connector"]["type"], f"{tower.num_tokens} × {width}{tiles}"),
-            ("fusion", parts[name]["fusion"]["type"], f"{count} placeholder{'s' if count > 1 else ''}"),
+            ("encoder", kind, f"{most}{encoder.num_tokens} × {encoder.hidden_size}"),
+            ("connector", parts[name]["connector"]["type"], f"{most}{tower.num_tokens} × {width}{tiles}"),
+            ("fusion", parts[name]["fusion"]["type"], f"{most}{count} placeholder{'s' if count > 1 else ''}"),
         )
         found.append(Shape(*seen, " × ".join(map(str, encoder.media_shape)), 0))
         found += [Shape(f"{name}.{part}", what, out, _count(getattr(tower, part))) for part, what, out in stops]
@@ -104,6 +103,15 @@ def shapes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> list[Sh
     called = f"of {whole}" if whole else recipe.docked.language.name
     kind = f"{language.config.model_type} {called}, {len(decoder_layers(language)[1])} layers"
     return [*found, Shape("language", kind, f"tokens × {width}", _count(language))]
+
+
+def _pixels(encoder: Encoder) -> str:
+    """What a vision encoder is shown."""
+    if (native := encoder.native) is not None:
+        return (
+            f"{native.min_patches} to {native.max_patches} patches of {native.patch_size} × {native.patch_size} pixels"
+        )
+    return f"{encoder.image_size} × {encoder.image_size} pixels"
 
 
 def native_size(vision_encoder: Encoder) -> int | None:

@@ -128,7 +128,7 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
     """
     process = cost.process_bytes()
     model, machine = meta_model(recipe), cost.device()
-    visual = max((_most_placeholders(t) for t in model.towers.values()), default=None)
+    visual = max((t.max_placeholders for t in model.towers.values()), default=None)
     context = layers.context_length(model.language_model.config)
     plan = Plan(recipe.name, recipe.precision, shapes(recipe, model), visual, context, machine)
     try:
@@ -197,19 +197,12 @@ def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int)
     return StagePlan(stage.name, frozen, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
 
 
-def _most_placeholders(tower: Tower) -> int:
-    """Tokens that one picture (or window of sound) takes in the text, at most."""
-    if tower.tiling is not None and tower.num_placeholders > 1:
-        return int(tower.tiling.spec.max_tokens)
-    return tower.num_placeholders
-
-
 def _pieces(tower: Tower) -> int:
     """Tiles of a picture in the middle of what the tiling allows; 1 where there are no tiles."""
     if tower.tiling is None:
         return 1
     spec = tower.tiling.spec
-    tiles = sorted(spec.num_tiles(*point) for point in spec.pinpoints)
+    tiles = sorted(spec.num_pieces(*point) for point in spec.pinpoints)
     return int(tiles[len(tiles) // 2])
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from opticnerve.encoders.base import Encoder
-from opticnerve.testing.contract import COMMON, Broken, Subject, apply, expect, stir, through_json
-from opticnerve.types import OpticNerveError
+from opticnerve.encoders.native import cut_patches
+from opticnerve.testing.contract import COMMON, SAME, Broken, Subject, apply, difference, expect, stir, through_json
+from opticnerve.types import Features, OpticNerveError
 
 
 def check_encoder(make: Callable[[], Encoder], *, unused: tuple[str, ...] = (), fullgraph: bool = True) -> None:
@@ -28,19 +29,31 @@ def check_encoder(make: Callable[[], Encoder], *, unused: tuple[str, ...] = (), 
     part = make().eval()
     stir(part)
 
+    native = part.native
+    # Pictures that keep their shape are upright here, and take all of the budget.
+    grid = (native.max_patches // native.multiple, native.multiple) if native is not None else (0, 0)
+    shape = (3, *(n * native.patch_size for n in grid)) if native is not None else part.media_shape
+
     def inputs(count: int) -> tuple[Tensor, ...]:
-        return (torch.randn(count, *part.media_shape, generator=torch.Generator().manual_seed(count)),)
+        return (torch.randn(count, *shape, generator=torch.Generator().manual_seed(count)),)
+
+    def run(encoder: Encoder, media: Tensor) -> Features:
+        if native is None:
+            return encoder(media)  # type: ignore[no-any-return]
+        patches_PE = cut_patches(media, native.patch_size).flatten(0, 1)
+        return encoder(patches_PE, [grid] * len(media))  # type: ignore[no-any-return]
 
     subject = Subject(
         part=part,
         rebuild=lambda: type(part)(**through_json(part.options)),
         inputs=inputs,
-        run=lambda encoder, media: encoder(media),
+        run=run,
         size=part.hidden_size,
         unused=unused,
         fullgraph=fullgraph,
     )
-    rules = (is_an_encoder, *COMMON, prepares_its_media, names_its_weights, lists_its_blocks)
+    prepares = prepares_its_media if native is None else keeps_shapes
+    rules = (is_an_encoder, *COMMON, prepares, names_its_weights, lists_its_blocks)
     apply(rules, subject, type(part).__name__)
 
 
@@ -69,6 +82,27 @@ def prepares_its_media(s: Subject) -> None:
         made = extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     expect(tuple(made.shape) == (2, *s.part.media_shape), f"two pieces were made {tuple(made.shape)}")
     expect(bool(s.out(made).tokens_BND.isfinite().all()), "of prepared media, tokens are not finite")
+
+
+def keeps_shapes(s: Subject) -> None:
+    """With `native`, `image_processor()` gives the patches of pictures of any shape and their sizes, as many as the
+    layout counts; `forward` gives each picture as many real tokens as its grid has, whatever stands beside it."""
+    encoder, pictures = s.part, [_picture(50, 30), _picture(40, 70)]
+    made = encoder.image_processor()(pictures, return_tensors="pt")
+    sizes = made["image_sizes"].tolist()
+    expect(sizes == [[30, 50], [70, 40]], f"image_sizes are {sizes}, not each picture's height and width")
+    grids = [encoder.native.grid(*size) for size in sizes]
+    counts = [rows * columns for rows, columns in grids]
+    wanted = (sum(counts), *encoder.media_shape)
+    expect(tuple(made["pixel_values"].shape) == wanted, f"patches of {tuple(made['pixel_values'].shape)}, not {wanted}")
+    with torch.no_grad():
+        out = encoder(made["pixel_values"], grids)
+        expect(out.grids is not None, "features without grids")
+        for i, patches_PE in enumerate(made["pixel_values"].split(counts)):
+            tokens_ND, (rows, columns) = out.tokens_BND[i][out.mask_BN[i]], out.grids[i]
+            expect(len(tokens_ND) == rows * columns, f"{len(tokens_ND)} real tokens in a grid of {rows} × {columns}")
+            gap = difference(encoder(patches_PE, [grids[i]]).tokens_BND[0], tokens_ND)
+            expect(gap <= SAME, f"picture {i} alone and beside one of another shape differ by {gap:.1e}")
 
 
 def _picture(width: int, height: int) -> object:

@@ -3,10 +3,12 @@ resemble."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from opticnerve.encoders.native import first, join_features
 from opticnerve.fusion.base import words_of
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, placed_like
 from opticnerve.train.sampler import StageSampler
@@ -36,7 +38,7 @@ def calibrate(model: OpticNerveForConditionalGeneration, sampler: StageSampler, 
             if features is not None:
                 found[modality].append(features)
             elif given is not None:
-                found[modality].append(tower.encode(given))
+                found[modality].append(tower.encode(given, media.get("image_sizes")))
         if all(sum(len(f.mask_BN) for f in seen) >= pieces for seen in found.values()):
             break
     embeddings: Any = model.get_input_embeddings()
@@ -44,11 +46,8 @@ def calibrate(model: OpticNerveForConditionalGeneration, sampler: StageSampler, 
     for modality, tower in waiting.items():
         if found[modality]:
             seen, device = found[modality], embeddings.weight.device
-            features = Features(
-                torch.cat([f.tokens_BND.to(device) for f in seen])[:pieces],
-                torch.cat([f.mask_BN.to(device) for f in seen])[:pieces],
-            )
-            _measure(tower, features, words_std)
+            here = [replace(f, tokens_BND=f.tokens_BND.to(device), mask_BN=f.mask_BN.to(device)) for f in seen]
+            _measure(tower, first(join_features(here), pieces), words_std)
 
 
 def _measure(tower: Tower, features: Features, embedding_std: float) -> None:
@@ -61,5 +60,5 @@ def _measure(tower: Tower, features: Features, embedding_std: float) -> None:
         text = [word, torch.ones_like(word)]
     # Measured in float32: a deviation over bf16 sums would be rough.
     connector.float()
-    connector.calibrate(type(features)(features.tokens_BND.float(), features.mask_BN), embedding_std, *text)
+    connector.calibrate(replace(features, tokens_BND=features.tokens_BND.float()), embedding_std, *text)
     connector.to(dtype)

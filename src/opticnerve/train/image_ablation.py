@@ -29,13 +29,13 @@ def image_use(model: Any, objective: Objective, sampler: StageSampler) -> dict[s
     """The mean loss a token on some of the stage's samples, with their own picture and with another's.
 
     Every process computes the same. None where the question makes no sense: fewer than `FEWEST` samples with one
-    picture of their own each, pictures in tiles (whose number of tokens differs), or an objective that reads no rows of
-    tokens.
+    picture of their own each, pictures whose number of tokens differs (tiles, `fit: native`), or an objective that
+    reads no rows of tokens.
 
     Returns: `n`, `own`, `other` (nats a token, means over samples), `other_minus_own`, its `ci95` (paired, normal).
     """
     tower = model.towers.get("image")
-    if sampler.own_collate is not None or tower is None or getattr(tower, "tiling", None) is not None:
+    if sampler.own_collate is not None or tower is None or getattr(tower, "layout", None) is not None:
         return None
     rows = _rows(sampler)
     if len(rows) < FEWEST:

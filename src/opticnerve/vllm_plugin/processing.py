@@ -21,6 +21,7 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
+from opticnerve.encoders.native import NativeLayout
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 
@@ -59,8 +60,10 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
         data: dict[str, Any] = {}
         processor = self.info.get_hf_processor()
         if pictures := mm_counts.get("image", 0):
-            pinpoints = (processor.tiling or {}).get("pinpoints") or [(ANY_SIDE, ANY_SIDE)]
-            height, width = map(int, max(pinpoints, key=lambda size: processor.image_placeholders(*size)))
+            sizes = (processor.tiling or {}).get("pinpoints") or [(ANY_SIDE, ANY_SIDE)]
+            if processor.native is not None:
+                sizes = [NativeLayout(**processor.native).costliest]
+            height, width = map(int, max(sizes, key=lambda size: processor.image_placeholders(*size)))
             data["image"] = self._get_dummy_images(
                 width=width, height=height, num_images=pictures, overrides=mm_options.get("image")
             )
@@ -78,7 +81,7 @@ class Processor(BaseMultiModalProcessor[Info]):
     """Items to tensors, and placeholders to as many as each item takes."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        """`pixel_values` (and `image_sizes`, where pictures are tiled), `input_features` and how many of their windows
+        """`pixel_values` (and `image_sizes`, where sizes count), `input_features` and how many of their windows
         are each sound's."""
         processor = self.info.get_hf_processor(**hf_kwargs)
         sounds: Any = hf_data.get("audio")
@@ -99,7 +102,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         if "pixel_values" in hf_inputs:
             fields["pixel_values"] = MultiModalFieldConfig.batched("image")
         if "image_sizes" in hf_inputs and processor.counts_by_size:
-            tiles = torch.tensor([processor.image_tiles(*size) for size in hf_inputs["image_sizes"].tolist()])
+            tiles = torch.tensor([processor.image_pieces(*size) for size in hf_inputs["image_sizes"].tolist()])
             fields["pixel_values"] = MultiModalFieldConfig.flat_from_sizes("image", tiles)
             fields["image_sizes"] = MultiModalFieldConfig.batched("image")
         if "input_features" in hf_inputs:

@@ -51,7 +51,8 @@ def _moved(value: object, device: torch.device | str) -> Any:
     if isinstance(value, Segments):
         return value.to(device)
     if isinstance(value, Features):
-        return Features(_moved(value.tokens_BND, device), _moved(value.mask_BN, device))
+        tokens_BND, mask_BN = (_moved(t, device) for t in (value.tokens_BND, value.mask_BN))
+        return replace(value, tokens_BND=tokens_BND, mask_BN=mask_BN)
     if isinstance(value, dict):
         return {k: _moved(v, device) for k, v in value.items()}
     return value

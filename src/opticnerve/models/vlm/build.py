@@ -81,7 +81,11 @@ class Dock:
             named = [f"{kind} of {whole['name']}" for kind in kinds]
         else:
             named = [encoder_name(self.bases[modality]["name"], kinds[0]), self.bases["language"]["name"]]
-        return {
+        native = tower.encoder.native
+        shape = {}
+        if native is not None:
+            shape["picture"] = f"its own shape, {native.min_patches} to {native.max_patches} patches"
+        return shape | {
             "encoder": named[0],
             "connector": parts["connector"]["type"],
             "fusion": parts["fusion"]["type"],

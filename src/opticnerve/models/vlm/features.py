@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from opticnerve.encoders.native import real
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower
 from opticnerve.types import Features, OpticNerveError
 
@@ -46,8 +47,8 @@ class MediaFeatures:
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None, **kwargs: Any,
     ) -> SoftTokens:  # fmt: skip
-        """(images, 3, H, W) → `pooler_output`, the soft tokens of each picture: (images, N, language width), with
-        tiling a list of (N, language width); `last_hidden_state`: what the encoder saw. The arguments: as for
+        """(images, 3, H, W) → `pooler_output`, the soft tokens of each picture: (images, N, language width), where
+        sizes count a list of (N, language width); `last_hidden_state`: what the encoder saw. The arguments: as for
         `forward`.
 
         Raises:
@@ -70,7 +71,8 @@ class MediaFeatures:
         asked = {k: bool(kwargs.pop(k, getattr(self.config, k, False))) for k in _STATES}
         _check_keywords(kwargs)
         given = media[MEDIA_INPUT[modality]]
-        encoded = tower.encode(given)
+        sizes = media.get("image_sizes")
+        encoded = tower.encode(given, sizes)
         soft = self._soft(modality, tower, {**media, f"{modality}_features": encoded})
         assert soft is not None
         states = tower.encoder.states(tower.placed(given), **asked) if any(asked.values()) else {}
@@ -82,11 +84,11 @@ class MediaFeatures:
         known = (media.get("mm_encoder_outputs") or {}).get(modality)
         if known is not None:
             return pooled_features(tower, known.pooler_output)
+        sizes = media.get("image_sizes") if modality == "image" else None
         if features is None:
             if given is None:
                 return None
-            features = tower.encode(given)
-        sizes = media.get("image_sizes") if modality == "image" else None
+            features = tower.encode(given, sizes)
         ids, mask = media.get("qformer_input_ids"), media.get("qformer_attention_mask")
         text = None if ids is None else (ids, torch.ones_like(ids) if mask is None else mask)
         return tower.connect(features, sizes, text)
@@ -94,7 +96,7 @@ class MediaFeatures:
 
 def pooled_of(tower: Tower, soft: Features) -> Tensor | list[Tensor]:
     """Soft tokens as `pooler_output` holds them: (pieces, N, D), or a list of (N, D) where a piece's size counts."""
-    if tower.tiling is None:
+    if tower.layout is None:
         return soft.tokens_BND
     return [tokens_ND[mask_N] for tokens_ND, mask_N in zip(soft.tokens_BND, soft.mask_BN, strict=True)]
 
@@ -107,16 +109,14 @@ def pooled_features(tower: Tower, pooled: Tensor | list[Tensor]) -> Features:
             cross-attention).
     """
     rows = [*pooled]
-    seen_whole = tower.tiling is None and tower.num_placeholders != tower.num_tokens
+    seen_whole = tower.layout is None and tower.num_placeholders != tower.num_tokens
     if seen_whole and (wrong := {len(r) for r in rows} - {tower.num_tokens}):
         raise OpticNerveError(
             f"a picture has {tower.num_tokens} soft tokens, and {min(wrong)} were given: layers that see pictures "
             "whole cannot be given them in pieces; leave out prefill_chunk_size",
             kind="wrong-shape",
         )
-    lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
-    mask_BN = torch.arange(int(lengths.max()), device=rows[0].device) < lengths[:, None]
-    return Features(pad_sequence(rows, batch_first=True), mask_BN)
+    return Features(pad_sequence(rows, batch_first=True), real([len(r) for r in rows], rows[0]))
 
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from transformers.processing_utils import MultiModalData
 
 from opticnerve.common.private_names import saved_parts
 from opticnerve.data.encode.chat_layout import form_of
+from opticnerve.encoders.native import NativeLayout
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
 from opticnerve.language.load import check_saved, keep_arguments
 from opticnerve.models.vlm.tiling import TileLayout
@@ -52,7 +53,8 @@ class OpticNerveProcessor(ProcessorMixin):
         image_token: the word that stands for a picture in a prompt.
         num_audio_tokens: placeholders written for one window of sound; None where there is no audio encoder.
         audio_token: the word that stands for a sound in a prompt.
-        tiling: a `TileLayout` as a dict, where the number of placeholders depends on a picture's size.
+        tiling, native: a `TileLayout` or a `NativeLayout` as a dict, where the number of placeholders depends on a
+            picture's size.
         qformer_words: what the `qformer_tokenizer` is for: "questions" beside each picture (InstructBLIP), or
             "captions" in BLIP-2's first stage alone; None where there is none.
         thinking: what becomes of think blocks, in training and in asking; see `opticnerve.language.thinking`.
@@ -77,6 +79,7 @@ class OpticNerveProcessor(ProcessorMixin):
         num_audio_tokens: int | None = None,
         audio_token: str = AUDIO_TOKEN,
         tiling: dict[str, Any] | None = None,
+        native: dict[str, Any] | None = None,
         qformer_words: Literal["questions", "captions"] | None = None,
         thinking: Thinking | None = None,
         sanitize_control_tokens: bool = False,
@@ -95,9 +98,9 @@ class OpticNerveProcessor(ProcessorMixin):
         self.audio_token = audio_token if self.num_audio_tokens else None
         self.image_token_id = _token_id(tokenizer, self.image_token)
         self.audio_token_id = _token_id(tokenizer, self.audio_token)
-        self.tiling = tiling
+        self.tiling, self.native = tiling, native
         self.qformer_words = qformer_words if qformer_tokenizer is not None else None
-        self._spec = _tiling_spec(tiling)
+        self._spec = _tiling_spec(tiling) if native is None else NativeLayout(**native)
         parts = {
             "image_processor": image_processor, "tokenizer": tokenizer,
             "feature_extractor": feature_extractor, "qformer_tokenizer": qformer_tokenizer,
@@ -117,10 +120,14 @@ class OpticNerveProcessor(ProcessorMixin):
         if image is not None:
             own = image.encoder.image_processor()
             tiled = image.tiling is not None and image.num_placeholders > 1
+            layout = image.layout if image.encoder.native is not None else None
+            if layout is not None and image.num_placeholders != image.num_tokens:  # one, whatever it shows
+                layout = replace(layout, tokens=image.num_placeholders)
             options |= {
                 "image_processor": own if image.tiling is None else image.tiling.image_processor(own),
                 "num_image_tokens": image.num_placeholders,
                 "tiling": asdict(image.tiling.spec) if tiled else None,
+                "native": None if layout is None else asdict(layout),
             }
             if image.reads_words:
                 options["qformer_tokenizer"] = image.connector.text_tokenizer()
@@ -158,9 +165,9 @@ class OpticNerveProcessor(ProcessorMixin):
         """Placeholders of a picture of that size in pixels."""
         return self._spec.num_tokens(height, width) if self._spec is not None else int(self.num_image_tokens or 0)
 
-    def image_tiles(self, height: int, width: int) -> int:
-        """Rows of `pixel_values` that a picture of that size in pixels becomes: its tiles, or itself alone."""
-        return self._spec.num_tiles(height, width) if self._spec is not None else 1
+    def image_pieces(self, height: int, width: int) -> int:
+        """Rows of `pixel_values` that a picture of that size in pixels becomes: its tiles, its patches, or itself."""
+        return self._spec.num_pieces(height, width) if self._spec is not None else 1
 
     def audio_windows(self, samples: int) -> int:
         """Windows that a sound of so many samples (at the feature extractor's rate) is cut into."""
@@ -180,7 +187,7 @@ class OpticNerveProcessor(ProcessorMixin):
             return MultiModalData()
         return MultiModalData(
             num_image_tokens=[self.image_placeholders(*size) for size in image_sizes],
-            num_image_patches=[self.image_tiles(*size) for size in image_sizes],
+            num_image_patches=[self.image_pieces(*size) for size in image_sizes],
         )
 
     # -- transformers' hooks --------------------------------------------------------------------------------------

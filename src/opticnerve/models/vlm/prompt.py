@@ -82,23 +82,23 @@ def repeat_media(
     for key, value in media.items():
         modality = "audio" if key == "input_features" else "image"
         tower = towers[modality]
-        if tower.tiling is None:
+        if tower.layout is None:
             counts = [n // tower.num_placeholders for n in places[modality]]
         else:
             sizes = media["image_sizes"].tolist()
             counts = _images_of_rows(tower, sizes, places[modality])
             if key == "pixel_values":
-                tiles = [tower.tiling.tiles(*size) for size in sizes]
-                counts = [sum(tiles[a:b]) for a, b in pairwise(accumulate(counts, initial=0))]
+                pieces = [tower.layout.num_pieces(*size) for size in sizes]
+                counts = [sum(pieces[a:b]) for a, b in pairwise(accumulate(counts, initial=0))]
         done[key] = torch.cat([row for row in torch.split(value, counts) for _ in range(times)])
     return done
 
 
 def _images_of_rows(tower: Tower, sizes: list[list[int]], places: list[int]) -> list[int]:
     """How many pictures each row shows, from their sizes and the rows' placeholders."""
-    assert tower.tiling is not None
+    assert tower.layout is not None
     one_each = tower.num_placeholders == 1
-    return _pieces_of_rows([1 if one_each else tower.tiling.count(*size) for size in sizes], places)
+    return _pieces_of_rows([1 if one_each else tower.layout.num_tokens(*size) for size in sizes], places)
 
 
 def _pieces_of_rows(tokens: list[int], places: list[int]) -> list[int]:

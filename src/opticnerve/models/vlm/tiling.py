@@ -61,7 +61,7 @@ class TileLayout:
         canvas_height, canvas_width = select_best_resolution((height, width), list(self.pinpoints))
         return canvas_height // self.tile_size, canvas_width // self.tile_size
 
-    def num_tiles(self, height: int, width: int) -> int:
+    def num_pieces(self, height: int, width: int) -> int:
         """Tiles of a picture of `height` × `width` pixels, thumbnail included."""
         rows, columns = self.shape(height, width)
         return rows * columns + self.thumbnail
@@ -112,7 +112,7 @@ class Tiling(nn.Module):
 
     def __init__(self, spec: TileLayout, language_width: int) -> None:
         super().__init__()
-        self.spec, self.tiles, self.count = spec, spec.num_tiles, spec.num_tokens
+        self.spec, self.tiles, self.count = spec, spec.num_pieces, spec.num_tokens
         row_end_D = torch.randn(language_width) / language_width**0.5 if spec.newline else None
         self.register_parameter("newline", None if row_end_D is None else nn.Parameter(row_end_D))
 

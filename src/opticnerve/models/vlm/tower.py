@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from transformers import PreTrainedModel
 from opticnerve import registry
 from opticnerve.connectors.base import Connector
 from opticnerve.encoders.base import Encoder
+from opticnerve.encoders.native import NativeLayout
 from opticnerve.fusion.base import Fusion, onloaded
 from opticnerve.language.layers import decoder_layers
-from opticnerve.models.vlm.tiling import Tiling
+from opticnerve.models.vlm.tiling import TileLayout, Tiling
 from opticnerve.types import Features, OpticNerveError
 
 # What each modality is called among a model's inputs, by transformers' conventions.
@@ -33,6 +35,8 @@ class Tower(nn.Module):
     connector: Connector
     fusion: Fusion
     tiling: Tiling | None
+    layout: TileLayout | NativeLayout | None
+    """How a picture's size says how many rows of pixels and how many soft tokens it is; None where all are alike."""
 
     def __init__(self, encoder: Encoder, connector: Connector, fusion: Fusion, tiling: Tiling | None = None) -> None:
         super().__init__()
@@ -43,16 +47,24 @@ class Tower(nn.Module):
                 kind="wrong-shape",
             )
         self.encoder, self.connector, self.fusion, self.tiling = encoder, connector, fusion, tiling
+        self.layout = _layout(encoder, connector, tiling)
 
     @property
     def num_tokens(self) -> int:
-        """Soft tokens of one piece of media: an image or a tile, a window of sound."""
-        return int(self.connector.num_tokens)
+        """Soft tokens of one piece of media: an image or a tile, a window of sound; of a picture that keeps its shape
+        the most."""
+        layout = self.layout
+        return layout.max_tokens if isinstance(layout, NativeLayout) else int(self.connector.num_tokens)
 
     @property
     def num_placeholders(self) -> int:
-        """Placeholders that the processor writes for a piece of media (without tiling)."""
+        """Placeholders that the processor writes for a piece of media (without tiling); the most, where sizes count."""
         return self.fusion.placeholders(self.num_tokens)
+
+    @property
+    def max_placeholders(self) -> int:
+        """The most that any picture (or window of sound) takes."""
+        return self.num_placeholders if self.layout is None else self.fusion.placeholders(self.layout.max_tokens)
 
     @property
     def wants_text(self) -> bool:
@@ -67,15 +79,22 @@ class Tower(nn.Module):
     def forward(self, media: Tensor, sizes: Tensor | None = None, text: Sequence[Tensor] | None = None) -> Features:
         """`media` (pieces, *encoder.media_shape) in any float dtype → `Features`, one row for each image or window.
 
-        `sizes` (images, 2): original heights and widths, where tiling is on. `text`: ids and mask of the questions,
-        where the connector reads them.
+        `sizes` (images, 2): original heights and widths, where they count (`layout`). `text`: ids and mask of the
+        questions, where the connector reads them.
         """
-        return self.connect(self.encode(media), sizes, text)
+        return self.connect(self.encode(media, sizes), sizes, text)
 
-    def encode(self, media: Tensor) -> Features:
+    def encode(self, media: Tensor, sizes: Tensor | None = None) -> Features:
         """The encoder's part alone: what a cache of frozen features holds."""
-        features: Features = self.encoder(self.placed(media))
+        if self.encoder.native is not None and sizes is None:
+            raise ValueError("how many tokens a picture has depends on its size: give image_sizes beside pixel_values")
+        features: Features = self.encoder(self.placed(media), *self.grids(sizes))
         return features
+
+    def grids(self, sizes: Tensor | None) -> tuple[list[tuple[int, int]], ...]:
+        """What an encoder of pictures that keep their shape takes beside their patches; nothing for others."""
+        native = self.encoder.native
+        return () if native is None or sizes is None else ([native.grid(*size) for size in sizes.tolist()],)
 
     def placed(self, media: Tensor) -> Tensor:
         """Media on the device and in the floating dtype of the encoder."""
@@ -88,7 +107,7 @@ class Tower(nn.Module):
         if self.tiling is not None and sizes is None:
             raise ValueError("the images come in tiles: give image_sizes beside pixel_values")
         weight = placed_like(self.connector, otherwise=features.tokens_BND)
-        features = Features(features.tokens_BND.to(weight), features.mask_BN)
+        features = replace(features, tokens_BND=features.tokens_BND.to(weight))
         if self.wants_text and text is None:
             raise ValueError("this connector reads the question: give qformer_input_ids and qformer_attention_mask")
         words: list[Tensor] = [t.to(weight.device) for t in text or ()] if self.wants_text else []
@@ -104,10 +123,11 @@ class Tower(nn.Module):
     def dummy_features(self) -> Features:
         """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""
         weight = placed_like(self.connector)
-        media = torch.zeros(1, *self.encoder.media_shape, device=weight.device)
-        sizes = torch.tensor([self.encoder.media_shape[-2:]]) if self.tiling is not None else None
-        if self.tiling is not None and sizes is not None:
-            media = media.expand(self.tiling.tiles(*sizes[0].tolist()), -1, -1, -1)
+        sizes, pieces = None, 1
+        if self.layout is not None:
+            side = self.encoder.image_size if self.encoder.native is None else self.encoder.native.patch_size
+            sizes, pieces = torch.tensor([[side, side]]), self.layout.num_pieces(side, side)
+        media = torch.zeros(pieces, *self.encoder.media_shape, device=weight.device)
         word = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
         features: Features = self(media, sizes, (word, torch.ones_like(word)) if self.wants_text else None)
         return features
@@ -171,12 +191,18 @@ def join(encoder: Encoder, spec: dict[str, Any], sizes: dict[str, int], trusted:
     `spec`: a mapping with `connector`, `fusion` and perhaps `tiling`.
     """
     ends = {"in_size": encoder.hidden_size, "in_tokens": encoder.num_tokens, "out_size": sizes["language_size"]}
+    own_shape = encoder.native is not None
+    connector_class = registry.connectors.get(spec["connector"]["type"], allow_dotted=trusted)
+    if own_shape and "maps" in inspect.signature(connector_class).parameters:
+        ends["maps"] = True
     connector = make(registry.connectors, {**spec["connector"], **ends}, trusted)
     fusion = make(registry.fusions, {**spec["fusion"], **sizes}, trusted)
     tiling = None
     if spec.get("tiling"):
         if encoder.modality != "image":
             raise OpticNerveError(f"tiling is for pictures, not for {encoder.modality}", kind="unsupported")
+        if own_shape:
+            raise OpticNerveError("tiling cuts pictures into squares; leave out tiling or fit: native", kind="conflict")
         side = round(connector.num_tokens**0.5)
         tiling = Tiling.from_options(
             {k: v for k, v in spec["tiling"].items() if k != "type"},
@@ -188,6 +214,21 @@ def join(encoder: Encoder, spec: dict[str, Any], sizes: dict[str, int], trusted:
     return Tower(encoder, connector, fusion, tiling)
 
 
+def _layout(encoder: Encoder, connector: Connector, tiling: Tiling | None) -> TileLayout | NativeLayout | None:
+    """From a picture's size to its rows of pixels and its soft tokens, through encoder and connector."""
+    native = encoder.native
+    if native is None:
+        return tiling.spec if tiling is not None else None
+    if not connector.any_shape:
+        raise OpticNerveError(
+            f"{type(connector).__name__} takes maps of one shape, and with fit: native each picture has its own; take "
+            "linear, mlp, pixel_shuffle, resampler or qformer, or another fit",
+            kind="unsupported",
+        )
+    tokens = None if connector.keeps_grid else int(connector.num_tokens)
+    return replace(native, pool=native.pool * connector.pool, tokens=tokens)
+
+
 def make(parts: registry.Registry[Any], spec: dict[str, Any], trusted: bool = True) -> Any:
     """One part from `{"type": name, **keywords}`; wrong keywords are an error that lists the right ones."""
     options = {k: v for k, v in spec.items() if k != "type"}
@@ -197,7 +238,7 @@ def make(parts: registry.Registry[Any], spec: dict[str, Any], trusted: bool = Tr
 
 
 # Keywords that come from a part's neighbours, not from a recipe.
-_GIVEN = ("in_size", "out_size", "in_tokens", "language_size", "language_layers")
+_GIVEN = ("in_size", "out_size", "in_tokens", "maps", "language_size", "language_layers")
 
 
 def check_options(kind: str, name: str, cls: type, options: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def _docked(run: RunFolder) -> str:
     shape = {k: model.get(k, "?") for k in ("image_size", "encoder_tokens", "encoder_width", "visual_tokens", "width")}
     side = shape["image_size"]
     rows = [
-        ("picture", f"3 × {side} × {side}"),
+        ("picture", str(model.get("picture", f"3 × {side} × {side}"))),
         (f"encoder    {model.get('encoder', '?')}", f"{shape['encoder_tokens']} × {shape['encoder_width']}"),
         (f"connector  {model.get('connector', '?')}", f"{shape['visual_tokens']} × {shape['width']}"),
         (f"fusion     {model.get('fusion', '?')}: {shape['visual_tokens']} visual tokens among the words", ""),

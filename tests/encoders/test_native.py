@@ -1,0 +1,227 @@
+"""Pictures in their own shape: the patches and features of transformers' own processor and model, nothing squashed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from errors import refused
+from opticnerve.connectors.mlp import PixelShuffleConnector
+from opticnerve.data.media.open import image_size, open_image
+from opticnerve.encoders.base import Encoder
+from opticnerve.encoders.hf_vision import HFVisionEncoder
+from opticnerve.encoders.native import Grid, NativeLayout, cut_patches, join_patches
+from opticnerve.encoders.patches import PatchesEncoder
+from opticnerve.models.vlm.build import Dock, dock
+from opticnerve.types import Features
+
+SIDES = [(30, 90), (100, 40), (33, 31), (8, 300), (64, 64)]
+
+
+def picture(height: int, width: int, seed: int = 0) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+PICTURES = [picture(*size, seed) for seed, size in enumerate(SIDES)]
+
+
+@pytest.fixture(params=tiny.NATIVE)
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    made = HFVisionEncoder.from_pretrained(tiny.save_native(request.param), fit="native", max_patches=24)
+    return made.eval()
+
+
+def prepared(encoder: Encoder, pictures: list[PIL.Image.Image]) -> tuple[torch.Tensor, list[Grid]]:
+    made = encoder.image_processor()(pictures, return_tensors="pt")
+    assert encoder.native is not None
+    return made["pixel_values"], [encoder.native.grid(*size) for size in made["image_sizes"].tolist()]
+
+
+def test_a_batch_is_each_picture_alone(encoder: Encoder) -> None:
+    seen = encoder(*prepared(encoder, PICTURES))
+    assert seen.grids is not None
+    for i, one in enumerate(PICTURES):
+        alone = encoder(*prepared(encoder, [one]))
+        assert alone.grids == (seen.grids[i],)
+        count = seen.grids[i][0] * seen.grids[i][1]
+        assert seen.mask_BN[i].sum() == count == alone.tokens_BND.shape[1]
+        torch.testing.assert_close(seen.tokens_BND[i, :count], alone.tokens_BND[0], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_an_opened_encoder_from_every_picture(encoder: Encoder) -> None:
+    patches, grids = prepared(encoder, PICTURES)
+    patches.requires_grad_(True)
+    seen = encoder(patches, grids)
+    seen.tokens_BND[seen.mask_BN].square().sum().backward()
+    pieces = patches.grad.split([r * c for r, c in grids])  # type: ignore[union-attr]
+    assert all(g.isfinite().all() and g.any() for g in pieces)
+    assert any(p.grad is not None and p.grad.any() for p in encoder.blocks()[0].parameters())
+
+
+class TestSiglip2:
+    """NaFlex, by transformers' own processor and model."""
+
+    @pytest.fixture
+    def flexible(self) -> HFVisionEncoder:
+        return HFVisionEncoder.from_pretrained(tiny.save_native("siglip2_vision_model"), fit="native").eval()
+
+    def test_patches_and_features_are_transformers_own(self, flexible: HFVisionEncoder) -> None:
+        own = tiny.native_processor("siglip2_vision_model")(PICTURES, return_tensors="pt")
+        patches, grids = prepared(flexible, PICTURES)
+        assert grids == [tuple(shape) for shape in own["spatial_shapes"].tolist()]
+        torch.testing.assert_close(patches, own["pixel_values"][own["pixel_attention_mask"].bool()], rtol=0, atol=0)
+        with torch.no_grad():
+            seen, theirs = flexible(patches, grids), flexible.model(**own).last_hidden_state
+        kept = own["pixel_attention_mask"].bool()[:, : seen.mask_BN.shape[1]]
+        assert torch.equal(seen.mask_BN, kept)
+        wanted = theirs[:, : seen.mask_BN.shape[1]][kept]
+        torch.testing.assert_close(seen.tokens_BND[seen.mask_BN], wanted, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("layer", [-2, [-1, -2]])
+    def test_a_hidden_layer(self, layer: Any, flexible: HFVisionEncoder) -> None:
+        cut = HFVisionEncoder.from_pretrained(
+            tiny.save_native("siglip2_vision_model"), fit="native", layer=layer
+        ).eval()
+        own = tiny.native_processor("siglip2_vision_model")(PICTURES, return_tensors="pt")
+        with torch.no_grad():
+            states = flexible.model(**own, output_hidden_states=True).hidden_states
+            for _ in range(2):  # from the second pass on it goes no further than what is read
+                seen = cut(*prepared(cut, PICTURES))
+                wanted = torch.cat([states[i] for i in ([layer] if isinstance(layer, int) else layer)], -1)
+                wanted = wanted[own["pixel_attention_mask"].bool()]
+                torch.testing.assert_close(seen.tokens_BND[seen.mask_BN], wanted, rtol=1e-5, atol=1e-5)
+
+    def test_small_pictures_keep_their_size_where_the_budget_lets_them(self) -> None:
+        made = HFVisionEncoder.from_pretrained(
+            tiny.save_native("siglip2_vision_model"), fit="native", min_patches=4, max_patches=40
+        )
+        _, grids = prepared(made, [picture(17, 30), picture(8, 8), picture(400, 100)])
+        assert grids == [(3, 4), (2, 2), (12, 3)]
+
+    def test_its_options_build_it_again(self, flexible: HFVisionEncoder) -> None:
+        again = HFVisionEncoder(**flexible.options)
+        assert (again.native, again.options) == (flexible.native, flexible.options)
+
+
+class TestLayout:
+    @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 60), st.integers(0, 300))
+    def test_within_the_budget_and_in_shape_to_a_patch(self, height: int, width: int, least: int, more: int) -> None:
+        layout = NativeLayout(14, least, least + more)
+        rows, columns = layout.grid(height, width)
+        assert 1 <= rows * columns <= layout.max_patches
+        if rows * columns < layout.max_patches or min(rows, columns) > 1:
+            scale = max((rows - 1) / height, (columns - 1) / width)  # each side was rounded up to a patch, no more
+            assert scale * height <= rows + 1e-6
+            assert scale * width <= columns + 1e-6
+
+    @pytest.mark.parametrize("pool", [1, 2, 3])
+    def test_the_most_tokens_are_the_most(self, pool: int) -> None:
+        layout = NativeLayout(8, 1, 30, pool=pool)
+        sizes = [(8 * r, 8 * c) for r in range(1, 31) for c in range(1, 31) if r * c <= 30]
+        assert layout.max_tokens == max(layout.num_tokens(*size) for size in sizes)
+
+    @pytest.mark.parametrize("budget", [(0, 10), (1, 0), (20, 10)])
+    def test_a_budget_that_no_picture_can_keep(self, budget: tuple[int, int]) -> None:
+        with refused("out-of-range", *budget):
+            NativeLayout(8, *budget)
+        with refused("out-of-range", 3, 4):
+            NativeLayout(8, 1, 3, multiple=2)
+
+    def test_patches_come_together_again(self) -> None:
+        pixels = torch.randn(2, 3, 24, 16)
+        assert torch.equal(join_patches(cut_patches(pixels, 8), (3, 2), 8), pixels)
+
+
+class TestConnectors:
+    def test_pixel_shuffle_on_maps_of_any_shape(self) -> None:
+        """An even map comes out as that of a square picture's connector; an odd one as the map filled up."""
+        grids = ((4, 2), (3, 3), (1, 5))
+        square = PixelShuffleConnector(in_size=6, out_size=5, in_tokens=16)
+        shuffle = PixelShuffleConnector(in_size=6, out_size=5, in_tokens=11, maps=True)
+        shuffle.load_state_dict(square.state_dict())
+        tokens = torch.randn(3, 9, 6)
+        mask = torch.arange(9)[None] < torch.tensor([[8], [9], [5]])
+        out = shuffle(Features(tokens, mask, grids))
+        assert out.grids == ((2, 1), (2, 2), (1, 3))
+        assert out.mask_BN.sum(1).tolist() == [2, 4, 3]
+        for i, (rows, columns) in enumerate(grids):
+            whole = torch.zeros(4, -(-columns // 4) * 4, 6)
+            whole[:rows, :columns] = tokens[i, : rows * columns].view(rows, columns, 6)
+            for x in range(0, whole.shape[1], 4):
+                piece = whole[:, x : x + 4].reshape(1, 16, 6)
+                wanted = square(Features(piece, torch.ones(1, 16, dtype=torch.bool))).tokens_BND.view(2, 2, 5)
+                mine = out.tokens_BND[i][out.mask_BN[i]].view(*out.grids[i], 5)[:, x // 2 : x // 2 + 2]
+                torch.testing.assert_close(mine, wanted[: mine.shape[0], : mine.shape[1]])
+
+    def test_one_that_takes_maps_of_one_shape_is_refused_by_name(self, docked: Callable[..., Dock]) -> None:
+        with refused("unsupported", "AbstractorConnector", "fit: native", "pixel_shuffle"):
+            docked("llama", tiny.native_vision(), connector="abstractor")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "facts"),
+    [
+        ("conflict", {"fit": "squash", "max_patches": 9}, ("max_patches", "native")),
+        ("conflict", {"fit": "native", "class_token": "keep"}, ("class_token",)),
+        ("conflict", {"fit": "native", "image_size": 64}, ("image_size",)),
+        ("conflict", {"fit": "native", "crop_pct": 0.9}, ("crop_pct",)),
+        ("out-of-range", {"fit": "native", "max_patches": 2, "min_patches": 3}, (2, 3)),
+    ],
+)
+def test_what_does_not_go_together(kind: str, options: dict[str, Any], facts: tuple[Any, ...]) -> None:
+    with refused(kind, *facts):
+        HFVisionEncoder.from_pretrained(tiny.save_native("siglip2_vision_model"), **options)
+
+
+def test_tiles_and_native_exclude_each_other(docked: Callable[..., Dock]) -> None:
+    with refused("conflict", "tiling", "native"):
+        docked("llama", tiny.native_vision(), tiling={"type": "anyres"})
+
+
+def test_patches_go_to_the_language_model_as_they_are() -> None:
+    encoder = PatchesEncoder(fit="native", patch_size=8, max_patches=20)
+    patches, grids = prepared(encoder, PICTURES)
+    seen = encoder(patches, grids)
+    assert torch.equal(seen.tokens_BND[seen.mask_BN], patches)
+
+
+@pytest.mark.photos
+@pytest.mark.parametrize("family", tiny.NATIVE)
+def test_long_and_wide_photographs_keep_their_shape_to_a_patch(family: str) -> None:
+    folder = Path(os.environ.get("PHOTOS", "")) / "coco_captions" / "images"
+    files = sorted(folder.glob("*.jpg")) if os.environ.get("PHOTOS") else []
+    if not files:
+        pytest.skip("no photographs: PHOTOS names no folder that holds coco_captions/images")
+    by_shape = sorted(files, key=lambda f: (lambda height, width: width / height)(*image_size(f)))
+    chosen = [open_image(f) for f in (*by_shape[:6], *by_shape[-6:])]
+    encoder = HFVisionEncoder.from_pretrained(tiny.save_native(family), fit="native", max_patches=200).eval()
+    _, grids = prepared(encoder, chosen)
+    step = encoder.native.multiple  # type: ignore[union-attr]
+    for photo, (rows, columns) in zip(chosen, grids, strict=True):
+        assert photo.width / photo.height > 1.5 or photo.height / photo.width > 1.4
+        low, high = (columns - step) / (rows + step), (columns + step) / max(rows - step, step)
+        assert low <= photo.width / photo.height <= high
+    with torch.no_grad():
+        seen = encoder(*prepared(encoder, chosen))
+    assert seen.tokens_BND.isfinite().all()
+
+
+def test_the_same_through_dock(language_folder: Callable[..., str], private_cache: Path) -> None:
+    """What the tower gives is what the encoder gives, and the processor counts it."""
+    made = dock(tiny.native_vision(max_patches=20), "linear", language_folder())
+    assert made.processor.image_placeholders(30, 90) == 2 * 6
+    assert made.processor.image_pieces(30, 90) == 12
+    count = partial(made.processor.image_placeholders)
+    out = made.processor._get_num_multimodal_tokens(image_sizes=SIDES)
+    assert out.num_image_tokens == [count(*s) for s in SIDES]
