@@ -57,6 +57,8 @@ def quiet_libraries() -> None:
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
+    # It tells of kernels that it would fetch from the hub.
+    logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.disable_progress_bar()  # those of huggingface_hub go with it
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # where the environment says it, it is not ours to say
         enable_progress_bars()

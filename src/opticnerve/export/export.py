@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from opticnerve.export import parity, samples
 from opticnerve.export.formats import PLAIN, Format, Options, Proof, Trial, formats
 from opticnerve.inference.load import load_model
 from opticnerve.language.load import no_bars
+from opticnerve.models.vlm.build import quantization
 from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ RECORD = "export.json"
 
 @dataclass
 class Exported:
-    """What came of an export. `proof` is None where the user wanted none; `rounding` is how far merging and folding
-    moved the logits, as a part of the largest one."""
+    """What came of an export. `proof` is None where the user wanted none; `rounding` is how far merging, dequantising
+    and folding moved the logits, as a part of the largest one; `quantization` how far the parts that were trained over
+    quantised weights, which are written dequantised, are from their bases (see `quantization.distance`)."""
 
     folder: Path
     format: str
@@ -36,6 +38,7 @@ class Exported:
     rounding: float
     proof: Proof | None
     notes: list[str] = field(default_factory=list)
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 def export(
@@ -98,13 +101,18 @@ def _export(
     chosen = maker.choose(made_up)
     emit("asking the model")
     before = parity.record(model, processor, chosen)
+    quantized = quantization(model)
     maker.simplify(model, processor)
     wanted = parity.record(model, processor, chosen)
     dtype = model.language_model.dtype
     made = Exported(out, to, str(dtype).removeprefix("torch."), parity.check_rounding(before, wanted, dtype), None)
     with new_folder(out) as new, no_bars():
         emit(f"writing {out}")
-        made.notes = maker.write(model, processor, new)
+        made.notes, made.quantization = maker.write(model, processor, new), quantized
+        made.notes += [
+            f"{part} was trained over {found['quantize']}; it is dequantised here, {found['distance']:.2%} off its base"
+            for part, found in quantized.items()
+        ]
         if maker.options.unchecked:
             note = f"no engine has loaded these {to} files, and nobody knows whether they answer as the model does"
             made.notes.append(f"UNCHECKED: {note}")

@@ -73,7 +73,8 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Weights to `dtype`, in place. Tables that no checkpoint holds (rotary frequencies) keep all their digits."""
     kept = model.state_dict().keys()
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # quantised weights are dequantised into what they are multiplied with
+            parameter.data = parameter.data.to(dtype)
     for name, buffer in model.named_buffers():
         if name in kept and buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from opticnerve.language.quantization import QuantizedLinear
 from opticnerve.models.family import FamilyModel
 from opticnerve.types import OpticNerveError
 
@@ -76,6 +77,8 @@ def freeze(model: FamilyModel, train: Mapping[str, float]) -> Frozen:
                 f"train: all of {part} belongs to parts named before it; name the narrower part first, or leave it out",
                 kind="conflict",
             )
+        if quantized := [n for n, p in groups[name].items() if not p.is_floating_point()]:
+            raise OpticNerveError(f"train: {part} is quantised ({quantized[0]}), and does not train", kind="conflict")
         rates[name] = rate
         taken |= {id(p) for p in groups[name].values()}
     for parameter in model.parameters():
@@ -95,28 +98,27 @@ def freeze(model: FamilyModel, train: Mapping[str, float]) -> Frozen:
 
 def _rows(model: FamilyModel, groups: dict[str, dict[str, nn.Parameter]], rates: dict[str, float]) -> list[FreezeRow]:
     """The table: each trained part, and what is left frozen of each whole (encoder, connector, language model, …)."""
-    rows = []
+    rows, packed = [], {id(m.weight): m for m in model.modules() if isinstance(m, QuantizedLinear)}
+
+    def row(label: str, these: Iterable[nn.Parameter], rate: float | None) -> FreezeRow:
+        known = [(p, packed.get(id(p))) for p in these]
+        count = sum(p.numel() if layer is None else layer.in_features * layer.out_features for p, layer in known)
+        dtypes = {str(p.dtype).removeprefix("torch.") if layer is None else layer.kind for p, layer in known}
+        return FreezeRow(label, count, rate is not None, rate, "/".join(sorted(dtypes)))
+
     trained = {id(p) for g in groups.values() for p in g.values()}
     for whole, prefix in model.whole_parts():
         mine = {n: p for n, p in model.named_parameters() if n.startswith(prefix)}
         rest = [p for p in mine.values() if id(p) not in trained]
         for name, group in groups.items():
             if group and next(iter(group)).startswith(prefix):
-                rows.append(FreezeRow(name, _count(group.values()), True, rates[name], _dtype(group.values())))
+                rows.append(row(name, group.values(), rates[name]))
         if rest:
             label = (
                 whole if len(rest) == len(mine) or not any(n.startswith(whole) for n in groups) else f"{whole} (rest)"
             )
-            rows.append(FreezeRow(label, _count(rest), False, None, _dtype(rest)))
+            rows.append(row(label, rest, None))
     return rows
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
-
-
-def _dtype(parameters: Iterable[nn.Parameter]) -> str:
-    return "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
 
 
 def decay_groups(parts: list[str], tensors: list[list[Any]], weight_decay: float) -> list[dict[str, Any]]:

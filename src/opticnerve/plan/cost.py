@@ -62,16 +62,19 @@ class Trace:
     flops: int
 
 
-def memory(model: nn.Module, trace: Trace, *, checkpointing: bool, process: int) -> Memory:
+def memory(
+    model: nn.Module, trace: Trace, *, checkpointing: bool, process: int, packed: dict[int, int] | None = None
+) -> Memory:
     """Bytes of a step, by the rules of this package's optimizer.
 
-    - weights: every parameter in its dtype; tied ones once.
+    - weights: every parameter in its dtype; tied ones once. `packed`: the bytes of those that will be quantised, by id.
     - gradients: trained parameters in their dtype.
     - optimizer: AdamW's two float32 moments (8 bytes a trained parameter), and for bf16 weights a float32 master
       (4 bytes more). A step's float32 copies of bf16 gradients live for a moment and are not counted.
     - activations: see `trace_step`.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    packed = packed or {}
+    weights = sum(packed.get(id(p), p.numel() * p.element_size()) for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     optimizer = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
+from opticnerve.language.quantization import planned_bytes, quantizable
+from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.source import ModelSource
 from opticnerve.models.vlm.build import dtype_of, load_encoder
 from opticnerve.models.vlm.continued import check_stages, load_processor, planned, take_connector
@@ -62,6 +64,24 @@ def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
         language_part, towers, image_token_id=size, audio_token_id=size + 1
     )
     return model
+
+
+def packed_bytes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> dict[int, int]:
+    """What the weights that the recipe quantises will take, by the id of those of its `meta_model`."""
+    language: Any = model.language_model
+    found: dict[int, int] = {}
+    if isinstance(recipe.model, ContinuedSpec):
+        folder = delta.find(ModelSource.find(recipe.model.source, weights=False).folder)
+        bases = delta.read(folder)["bases"] if folder is not None else {}
+        quantized = {part: base["quantize"] for part, base in bases.items() if base.get("quantize")}
+    else:
+        quantized = recipe.docked.quantized
+    for part, kind in quantized.items():
+        module, within = (language, f"{decoder_layers(language)[0]}.") if part == "language" else (
+            model.towers[part].encoder, ""
+        )  # fmt: skip
+        found |= {id(layer.weight): planned_bytes(kind, layer) for _, layer in quantizable(module, within)}
+    return found
 
 
 def processor_for(recipe: Recipe, model: OpticNerveForConditionalGeneration | None = None) -> OpticNerveProcessor:

@@ -23,7 +23,7 @@ from opticnerve.models.vlm.tower import Tower, placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan import cost, feature_cache
 from opticnerve.plan.data import StageData, inspect_data
-from opticnerve.plan.model import Shape, meta_model, processor_for, shapes
+from opticnerve.plan.model import Shape, meta_model, packed_bytes, processor_for, shapes
 from opticnerve.plan.remarks import Remark, remarks
 from opticnerve.recipe import ContinuedSpec, Recipe, Stage
 from opticnerve.starter import weights
@@ -137,12 +137,13 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
         if isinstance(recipe.model, ContinuedSpec) or Path(recipe.docked.language.name).exists():
             raise  # it will not be there when the run wants it
         plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
+    packed = packed_bytes(recipe, model)
     imagined = Dock(model, plan.processor, bases={}, lora=model.config.lora)
     docked = dock(recipe) if dock is not None and recipe.stages else None
     rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], dtype_of(recipe))
     for stage in recipe.stages:
         data = inspect_data(stage, plan.processor, seed=recipe.seed)
-        plan.stages.append(planned := _stage(stage, imagined, data, process, visual or 0))
+        plan.stages.append(planned := _stage(stage, imagined, data, process, visual or 0, packed))
         _time(planned, stage, docked, rate, machine["type"])
         planned.cache = feature_cache.foresee(stage, model, data, flops=planned.flops, seconds=planned.seconds)
         if planned.cache is not None and planned.cache.on and planned.seconds is not None:
@@ -179,7 +180,7 @@ def _open_parts(dock: Dock, stage: Stage, device: str) -> Frozen:
     return freeze(dock.model, stage.train)
 
 
-def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int) -> StagePlan:
+def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int, packed: dict[int, int]) -> StagePlan:
     """Parts, memory and arithmetic of one stage."""
     frozen, model = _open_parts(dock, stage, "meta"), dock.model
     rows = stage.batch_size // stage.accumulate
@@ -192,7 +193,7 @@ def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int)
     trace = cost.Trace(0, 0, 0)
     if stage.objective.type == "next_token":
         trace = cost.trace_step(model, rows=rows, length=padded, media=media, supervised=supervised)
-    needed = cost.memory(model, trace, checkpointing=stage.gradient_checkpointing, process=process)
+    needed = cost.memory(model, trace, checkpointing=stage.gradient_checkpointing, process=process, packed=packed)
     again = 4 / 3 if stage.gradient_checkpointing else 1.0  # the forward pass of the layers is done twice
     return StagePlan(stage.name, frozen, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
 

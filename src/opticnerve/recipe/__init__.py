@@ -12,6 +12,7 @@ from opticnerve.recipe.model import (
     LanguageSpec,
     ModelSpec,
     PartSpec,
+    Quantize,
     TextSpec,
     TilingSpec,
     TowerSpec,
@@ -24,6 +25,6 @@ from opticnerve.recipe.stage import CacheSpec, LoraSpec, PackSpec, Stage
 __all__ = [
     "CacheSpec", "ClassifierSpec", "ContinuedSpec", "DataSpec", "DualSpec", "EvaluateSpec", "FROM", "VisionSpec",
     "LanguageSpec", "LoraSpec",
-    "MODALITIES", "ModelSpec", "PARTS", "PackSpec", "PartSpec", "Recipe", "Stage", "TextSpec", "TilingSpec",
+    "MODALITIES", "ModelSpec", "PARTS", "PackSpec", "PartSpec", "Quantize", "Recipe", "Stage", "TextSpec", "TilingSpec",
     "TowerSpec", "dump", "load", "split_part",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ PARTS = (
 )  # fmt: skip
 MODALITIES = ("image", "audio")
 FROM = "from"  # what a model, or a connector, goes on from
+Quantize = Literal["nf4", "int8"]
 
 
 class Strict(BaseModel):
@@ -52,6 +53,12 @@ class PartSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
+class EncoderSpec(PartSpec):
+    """An encoder that is docked onto a language model."""
+
+    quantize: Quantize | None = Field(None, description="keep its linear layers in 4 or 8 bits, where it stays frozen")
+
+
 def check_known(spec: PartSpec, parts: registry.Registry[Any]) -> None:
     if spec.type == FROM and parts is registry.connectors:
         if not isinstance(spec.options.get(FROM), str):
@@ -80,6 +87,12 @@ class LanguageSpec(Strict):
     )
     date: datetime.date | None = Field(
         None, description="the day that a chat template with today's date writes; by default the day of the run's start"
+    )
+
+    quantize: Quantize | None = Field(
+        None,
+        description="keep the linear layers of its decoder in 4 (NormalFloat) or 8 bits; they stay frozen, adapters, "
+        "embeddings and head are left in the run's precision",
     )
 
     def processor_keys(self) -> dict[str, Any]:
@@ -118,6 +131,7 @@ class PictureSpec(Strict):
 class TowerSpec(PictureSpec):
     """A vision encoder or an audio encoder with its connector and its way into the language model."""
 
+    encoder: EncoderSpec
     connector: PartSpec = PartSpec(type="mlp")
     fusion: PartSpec = PartSpec(type="splice")
     tiling: TilingSpec | None = None
@@ -127,6 +141,11 @@ class TowerSpec(PictureSpec):
     def _connector_of_another(cls, connector: object) -> object:
         """`{from: RUN}` is a connector of the type that the run's has."""
         return {"type": FROM, **connector} if isinstance(connector, dict) and FROM in connector else connector
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _docked(cls, encoder: object) -> Any:
+        return encoder.model_dump() if isinstance(encoder, PartSpec) else encoder
 
     def parts(self) -> dict[str, Any]:
         """What `opticnerve.models.vlm.tower.join` takes."""
@@ -156,9 +175,20 @@ class ModelSpec(Strict):
     def towers(self) -> dict[str, TowerSpec]:
         return {m: t for m in MODALITIES if (t := getattr(self, m, None)) is not None}
 
+    @property
+    def quantized(self) -> dict[str, Quantize]:
+        """How the parts are quantised that are: `language`, and encoders by their modality."""
+        encoders = {m: tower.encoder.quantize for m, tower in self.towers.items()}
+        return {part: kind for part, kind in {"language": self.language.quantize, **encoders}.items() if kind}
+
     def check_part(self, part: str) -> None:
-        """Raise a ValueError unless the docked model has this part, and it is clear of which tower."""
+        """Raise a ValueError unless the docked model has this part, it is clear of which tower, and it can train."""
         check_tower(part, list(self.towers))
+        modality, inner = split_part(part)
+        where = "language" if inner.startswith("language") else modality or next(iter(self.towers))
+        if (kind := self.quantized.get(where)) and re.match(r"encoder|language(\.last|$)", inner):
+            instead = "language.lora" if where == "language" else "the connector"
+            raise ValueError(f"quantised weights ({kind}) do not train; leave quantize out, or train {instead}")
 
     def cannot_cache(self) -> str | None:
         """Why pictures cannot be seen once and for all, if they cannot."""

@@ -91,6 +91,8 @@ class Recipe(Strict):
         if len(set(names)) != len(names):
             raise ValueError(f"stages: two stages have the same name; the names are {', '.join(names)}")
         for i, stage in enumerate(self.stages):
+            if stage.compile and isinstance(self.model, ModelSpec) and self.model.language.quantize:
+                raise ValueError(f"stages.{i}.compile: was not tried over quantised weights; leave one of the two out")
             for part in stage.train:
                 try:
                     self.model.check_part(part)

@@ -15,6 +15,7 @@ from torch import Tensor
 from opticnerve.distributed.collectives import engine
 from opticnerve.distributed.deepspeed import Zero
 from opticnerve.distributed.fsdp import Sharded
+from opticnerve.language.quantization import quantized_layers
 from opticnerve.models.freeze import Frozen
 from opticnerve.objectives.base import Objective
 from opticnerve.recipe import Stage
@@ -119,6 +120,11 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
     if objective.model.language_model is None:
         raise OpticNerveError(
             f"{name} is for docked language models; train this one by DDP: recipes/launch/ddp.yaml", kind="unsupported"
+        )
+    if quantized_layers(objective.model):
+        raise OpticNerveError(
+            f"stage {stage.name}: quantised weights were not tried with {name}; leave quantize out, or train by DDP",
+            kind="unsupported",
         )
     if stage.compile:
         raise OpticNerveError(

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -33,14 +34,17 @@ from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
 from opticnerve.common.version import __version__
 from opticnerve.language.adapters import current_name
+from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language
 from opticnerve.language.lora import has_lora
+from opticnerve.language.quantization import quantize
 from opticnerve.models.checkpoint.options import LoadOptions, floating
 from opticnerve.models.checkpoint.source import ModelSource
 from opticnerve.models.checkpoint.strict import no_larger_than, shapes, wrap_errors
 from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
 from opticnerve.models.vlm.parts import is_docked, moving_buffers
 from opticnerve.models.vlm.tower import join, language_sizes
+from opticnerve.recipe import Quantize
 from opticnerve.types import OpticNerveError
 
 REFERENCE, TENSORS = "dock.json", "trained.safetensors"
@@ -58,6 +62,7 @@ class _Base(BaseModel):
 
     name: str | dict[str, Any] | None
     sha256: str | None
+    quantize: Quantize | None = None
 
 
 class _Language(_Base):
@@ -96,13 +101,23 @@ def find(name: str | Path) -> Path | None:
 
 
 def describe_bases(
-    language_name: str, language_files: Iterable[str], towers: dict[str, Any], *, gguf_file: str | None = None
-) -> dict[str, Any]:
-    """The references: `language` and, per modality, `encoder`: how each is called, and the hash of its weight files."""
+    language_name: str, language_files: Iterable[str], towers: dict[str, Any], *, gguf_file: str | None = None,
+    quantized: Mapping[str, Quantize] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
+    """The references: `language` and, per modality, `encoder`: how each is called, the hash of its weight files, and
+    how it is quantised, if it is: such weights are made again of those files."""
     bases = {"language": _base(language_name, list(language_files))}
     if gguf_file is not None:
         bases["language"]["gguf_file"] = gguf_file
-    return bases | {modality: base_of(name, encoder) for modality, (name, encoder) in towers.items()}
+    bases |= {modality: base_of(name, encoder) for modality, (name, encoder) in towers.items()}
+    return {p: base | ({"quantize": quantized[p]} if p in quantized else {}) for p, base in bases.items()}
+
+
+def quantize_part(module: nn.Module, part: str, quantized: Mapping[str, Quantize]) -> None:
+    """Quantise the layers of a language model's decoder, or of the encoder of a modality, if that is asked for."""
+    if kind := quantized.get(part):
+        within = f"{decoder_layers(module)[0]}." if part == "language" else ""
+        quantize(module, kind, part, within)
 
 
 def base_of(name: Name, encoder: HasFiles) -> dict[str, Any]:
@@ -216,7 +231,7 @@ def load(
         config = OpticNerveConfig.from_pretrained(folder)
     chosen.agree(folder, config)
     build = _whole if WHOLE in reference["bases"] else _joined
-    model = build(cls, folder, reference, config, dtype, trust_remote_code)
+    model = build(cls, folder, reference, config, dtype, trust_remote_code, chosen)
     put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
     if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
         with wrap_errors(GENERATION_CONFIG_NAME, folder):
@@ -227,9 +242,15 @@ def load(
 
 
 def _whole(
-    cls: type[Any], folder: Path, reference: dict[str, Any], config: OpticNerveConfig, dtype: torch.dtype, trusted: bool
-) -> Any:
+    cls: type[Any], folder: Path, reference: dict[str, Any], config: OpticNerveConfig, dtype: torch.dtype,
+    trusted: bool, chosen: LoadOptions,
+) -> Any:  # fmt: skip
     """The dock that the run went on from, with the adapter that the run gave it."""
+    if chosen.quantization_config is not None:
+        raise OpticNerveError(
+            f"{folder} went on from another model, which is loaded as it was; leave quantization_config out, or merge",
+            kind="unsupported",
+        )
     named = reference["bases"][WHOLE]
     with wrap_errors(f"the model {named['name']!r}", folder):
         source = ModelSource.find(named["name"])
@@ -241,13 +262,16 @@ def _whole(
 
 
 def _joined(
-    cls: type[Any], folder: Path, reference: dict[str, Any], config: OpticNerveConfig, dtype: torch.dtype, trusted: bool
-) -> Any:
+    cls: type[Any], folder: Path, reference: dict[str, Any], config: OpticNerveConfig, dtype: torch.dtype,
+    trusted: bool, chosen: LoadOptions,
+) -> Any:  # fmt: skip
     """The dock built of its language model and its encoders, with connectors and adapters that are still empty."""
     towers_differ(folder, set(config.towers), set(reference["bases"]) - {"language"})
     named = reference["bases"]["language"]
+    quantized = chosen.quantized({p: b["quantize"] for p, b in reference["bases"].items() if b.get("quantize")})
     with wrap_errors(f"the language model {named['name']!r}", folder):
         base = load_language(named["name"], dtype=dtype, gguf_file=named.get("gguf_file"))
+        quantize_part(base.model, "language", quantized)
     towers = {}
     for modality, spec in config.towers.items():
         name = reference["bases"][modality]["name"]
@@ -260,6 +284,8 @@ def _joined(
     trained = reference["tensors"].values()
     with wrap_errors("the docked model", folder), no_larger_than(str(folder), len(trained), sum(map(prod, trained))):
         made = {m: join(encoder, config.towers[m], sizes, trusted).to(dtype) for m, (_, encoder) in towers.items()}
+        for modality, tower in made.items():
+            quantize_part(tower.encoder, modality, quantized)
         model = cls.from_parts(
             base.model, made, image_token_id=config.image_token_id, audio_token_id=config.audio_token_id
         )

@@ -7,7 +7,7 @@ import copy
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from opticnerve.common.private_names import attention_of, layers_not_to_split
+from opticnerve.recipe import Quantize
 from opticnerve.types import OpticNerveError
 
 # Left alone, transformers' quantizers spare a language model's head, which they find by their rules, and take all else:
@@ -43,6 +44,7 @@ class LoadOptions:
     offload_buffers: bool = False
     offload_folder: str | Path | None = None
     output_loading_info: bool = False
+    quantization_config: Any = None
 
     @classmethod
     def of(cls, folder: Path, options: dict[str, Any]) -> LoadOptions:
@@ -70,6 +72,35 @@ class LoadOptions:
                 kind="unsupported",
             )
         return chosen
+
+    def quantized(self, recorded: dict[str, Quantize]) -> dict[str, Quantize]:
+        """How the parts are quantised: as they were in training, and the language model as the caller wants it.
+
+        Raises:
+            OpticNerveError: it was trained over weights of another kind, or of such a kind there are none here.
+        """
+        given, asked = self.quantization_config, None
+        if given is None:
+            return recorded
+        said = dict(given) if isinstance(given, dict) else given.to_dict()
+        if said.get("load_in_8bit"):
+            asked = "int8"
+        elif said.get("load_in_4bit") and said.get("bnb_4bit_quant_type") == "nf4":
+            asked = "nf4"
+        if asked is None or said.get("llm_int8_skip_modules"):
+            raise OpticNerveError(
+                f"quantization_config={str(said)[:200]}: a run's folder is loaded in int8 or nf4 by bitsandbytes, "
+                "without a list of modules; `opticnerve merge` makes a self-contained folder, which takes whatever "
+                "transformers does",
+                kind="unsupported",
+            )
+        if recorded.get("language", asked) != asked:
+            raise OpticNerveError(
+                f"the language model was trained over {recorded['language']} and is asked for in {asked}; leave "
+                "quantization_config out, or merge the run before",
+                kind="conflict",
+            )
+        return {**recorded, "language": cast("Quantize", asked)}
 
     def agree(self, folder: Path, own: PreTrainedConfig) -> None:
         """See that `config`, where one was given (transformers' Auto classes always do), is the folder's own.

@@ -14,8 +14,9 @@ from opticnerve.common.cache import new_folder
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.load import Language, load_language
 from opticnerve.language.lora import has_lora, merge_lora
+from opticnerve.language.quantization import dequantize, distance
 from opticnerve.models.checkpoint import delta
-from opticnerve.models.checkpoint.delta import describe_bases, encoder_name
+from opticnerve.models.checkpoint.delta import describe_bases, encoder_name, quantize_part
 from opticnerve.models.vlm.continued import continue_from, take_connector
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor, stops
@@ -169,6 +170,7 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
 def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
     """The model that a validated specification describes."""
     language_part = load_language(spec.language.name, dtype=dtype, gguf_file=spec.language.gguf_file)
+    quantize_part(language_part.model, "language", spec.quantized)
     if spec.language.chat_template:
         set_template(language_part.tokenizer, spec.language.chat_template)
     if seed is not None:
@@ -186,7 +188,10 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
             trained.put(towers[modality].connector, towers[modality].describe()["encoder"])
         towers[modality].fusion.start(language_part.model.get_input_embeddings())
         towers[modality].to(dtype)
-    bases = describe_bases(language_part.name, language_part.files, encoders, gguf_file=spec.language.gguf_file)
+        quantize_part(towers[modality].encoder, modality, spec.quantized)
+    bases = describe_bases(
+        language_part.name, language_part.files, encoders, gguf_file=spec.language.gguf_file, quantized=spec.quantized
+    )
     made = assemble(language_part, towers, bases, **spec.language.processor_keys())
     made.origins = origins
     return made
@@ -252,6 +257,13 @@ def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     return out
 
 
+def quantization(model: OpticNerveForConditionalGeneration) -> dict[str, Any]:
+    """Of each part that is quantised: how, and how far its weights are from those that it was made of."""
+    encoders = {modality: tower.encoder for modality, tower in model.towers.items()}
+    found = {part: distance(module) for part, module in {"language": model.language_model, **encoders}.items()}
+    return {part: entry for part, entry in found.items() if entry}
+
+
 def is_gated(model: OpticNerveForConditionalGeneration) -> bool:
     """Whether the adapter steps aside for text alone (`lora.when: media`): no sum of weights can do that."""
     differs: bool = (model.config.lora or {}).get("when", "always") != "always"
@@ -259,7 +271,9 @@ def is_gated(model: OpticNerveForConditionalGeneration) -> bool:
 
 
 def merge_adapter(model: OpticNerveForConditionalGeneration) -> None:
-    """Add the LoRA adapter, if there is one, into the language model's weights; a gated one stays as it is."""
+    """Add the LoRA adapter, if there is one, into the language model's weights; a gated one stays as it is. Quantised
+    weights, which take no sum, are plain ones after it."""
+    dequantize(model, model.language_model.dtype)
     if has_lora(model.language_model) and not is_gated(model):
         merge_lora(model.language_model)
         model.config.lora = None

@@ -15,6 +15,7 @@ from opticnerve.encoders.base import last_blocks
 from opticnerve.language.adapters import beside, has_others, is_adapter, without_others
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.lora import has_lora, is_lora
+from opticnerve.language.quantization import dequantized_state, quantized_layers
 from opticnerve.recipe import MODALITIES, split_part
 from opticnerve.types import OpticNerveError
 
@@ -62,11 +63,15 @@ class DockedParts:
             self.config.lora = None
 
     def save_pretrained(self: Any, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """As for any model of transformers. Adapters that others put on stay out: peft saves them, each in a folder."""
+        """As for any model of transformers. Adapters that others put on stay out: peft saves them, each in a folder.
+        What a recipe had quantised is written dequantised."""
         if not has_lora(self.language_model):
             self.config.lora = None
-        if kwargs.get("state_dict") is None and not saves_adapters_alone(self) and has_others(self):
-            kwargs["state_dict"] = without_others(self)
+        if kwargs.get("state_dict") is None and not saves_adapters_alone(self):
+            others, packed = has_others(self), quantized_layers(self)
+            if others or packed:
+                state = without_others(self) if others else self.state_dict()
+                kwargs["state_dict"] = dequantized_state(state, packed, self.dtype)
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def part_parameters(self: Any, part: str) -> dict[str, nn.Parameter]:
