@@ -30,7 +30,8 @@ class SoftTokens(BaseModelOutputWithPooling):
 
     def __getattr__(self, name: str) -> Any:
         pooled = vars(self).get("pooler_output")
-        if name.startswith("_") or not hasattr(pooled, name):
+        # accelerate calls `to` on whatever has it, and would be left with the tensor.
+        if name.startswith("_") or name == "to" or not hasattr(pooled, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         warnings.warn(f"soft tokens are in `pooler_output` now: ask it for {name}", DeprecationWarning, stacklevel=2)
         return getattr(pooled, name)
