@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -88,11 +89,13 @@ def check(
     reports: dict[str, Any] = {}
     sides = {"train": Side(), "test": Side()}
     for name, spec, encoder, side in _entries(source, overrides or [], data_format, media, against or [], quick):
+        left_out = Counter[str]()
         with _counting(console, name) as seen:
             reports[name] = run_check(
-                _samples(spec), open_media=not quick, max_listed=max_listed, encode=encoder,
+                _samples(spec, left_out), open_media=not quick, max_listed=max_listed, encode=encoder,
                 on_progress=seen, side=sides[side],
             )  # fmt: skip
+        reports[name].left_out = left_out
         if not as_json:
             if several:
                 console.rule(name, align="left")
@@ -132,12 +135,14 @@ def convert(
 
     bad: list[DataError] = []
     spec = _spec(source, data_format, media, overrides)
-    count = write(stream_data(spec, on_error=bad.append if skip_bad else None), out)
+    left_out = Counter[str]()
+    count = write(stream_data(spec, on_error=bad.append if skip_bad else None, left_out=left_out), out)
     if as_json:
-        print_json({"out": str(out), "samples": count, "left_out": len(bad)})
+        print_json({"out": str(out), "samples": count, "left_out": len(bad), "by_where": left_out.total()})
         return
     console = console_for(False)
     console.print(f"{out}: {count:,} samples, {len(bad):,} bad ones left out", highlight=False, soft_wrap=True)
+    _print_left_out(console, left_out)
     for error in bad[:20]:
         console.print(f"  {error}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
@@ -179,7 +184,8 @@ def show(
         specs = recipe.stages[stage].data
     else:
         specs = [_spec(source, data_format, media, overrides)]
-    everything = Joined([load_data(spec) for spec in specs])
+    left_out = Counter[str]()
+    everything = Joined([load_data(spec, left_out=left_out) for spec in specs])
     conversation = tokens.choose(everything, index=index, sample_id=sample_id)
     processor = _processor_of(model) if model else _processor_of(source, overrides)
     template = stage_template(recipe.stages[stage].template, processor.tokenizer) if recipe else None
@@ -188,9 +194,16 @@ def show(
         print_json(tokens.to_dict(encoded, tokens.pieces(encoded, processor)))
         return
     console = console_for(False)
+    _print_left_out(console, left_out)
     for line in (conversation.where, *(described(i.source) for i in conversation.images)):
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
     tokens.show(encoded, processor, console)
+
+
+def _print_left_out(console: Console, left_out: Counter[str]) -> None:
+    for text, count in left_out.items():
+        line = f"{count:,} records left out by where: {text}"
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _entries(
@@ -232,12 +245,12 @@ def _of_recipe(source: str, overrides: list[str], quick: bool) -> Iterator[Entry
         yield f"evaluate.{i} ({task.name}): {task.data.path}", task.data, None, "test"
 
 
-def _samples(spec: DataSpec) -> Iterator[Conversation | DataError]:
+def _samples(spec: DataSpec, left_out: Counter[str]) -> Iterator[Conversation | DataError]:
     """Good samples and bad ones as they come; a file that cannot be read at all is a bad one, too."""
     from opticnerve.data.dataset.load import stream_data
 
     waiting: list[DataError] = []
-    found = stream_data(spec, on_error=waiting.append)
+    found = stream_data(spec, on_error=waiting.append, left_out=left_out)
     conversation: Conversation | None
     while True:
         try:

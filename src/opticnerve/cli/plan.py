@@ -118,6 +118,8 @@ def _stage(stage: StagePlan, console: Console) -> None:
         facts = [f"{data.steps:,} steps of {stage.batch_size}"]
         if data.samples:
             facts.append(f"{data.samples:,} samples, {stage.epochs:.3g} epochs")
+        if data.left_out:
+            facts.append(f"{data.left_out:,} records left out by where")
         if data.per_row > 1:
             facts.append(f"{data.per_row:.3g} samples to a packed row")
         if data.length:

@@ -39,7 +39,8 @@ class SourcePlan:
 class StageData:
     """A stage's data, as far as it could be read. `rows`: some training rows; `sample`: the first conversation;
     `per_row`: samples (or groups that share a prefix) in a row, more than one where rows are packed ahead; `pictures`:
-    how many different ones; `blind`: no sample (of a stream: of those looked at) has a picture or a sound."""
+    how many different ones; `left_out`: records that `where` leaves out (of a stream: among those looked at); `blind`:
+    no sample (of a stream: of those looked at) has a picture or a sound."""
 
     samples: int = 0
     examples: int = 0
@@ -50,6 +51,7 @@ class StageData:
     longest: int = 0
     sample: Encoded | None = None
     bad: int = 0
+    left_out: int = 0
     first_bad: str = ""
     problem: str = ""
     blind: bool = False
@@ -84,11 +86,12 @@ def inspect_data(stage: Stage, processor: OpticNerveProcessor, *, seed: int) -> 
         if stage.data[0].streaming:
             streams = load_streams(stage, seed=seed)
             examples = list(_first(streams, bad))
+            found.left_out = sum(s.left_out for s in streams.streams)
             found.blind = bool(examples) and not any(c.pieces for conversations, _ in examples for c in conversations)
         else:
             examples = loaded = load_examples(stage.data, on_error=bad.append)
             found.examples, found.samples, found.pictures = len(loaded), loaded.samples(), loaded.pictures()
-            found.blind = not loaded.with_media()
+            found.blind, found.left_out = not loaded.with_media(), loaded.left_out()
     except OpticNerveError as e:
         found.problem = str(e)
         return found

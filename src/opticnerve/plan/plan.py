@@ -76,6 +76,7 @@ class StagePlan:
             "total": self.total,
             "samples": data.samples,
             "bad_samples": data.bad,
+            "left_out": data.left_out,
             "steps": data.steps,
             "epochs": self.epochs,
             "sources": [asdict(source) for source in data.sources],

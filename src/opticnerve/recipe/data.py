@@ -26,6 +26,7 @@ class DataSpec(Strict):
     roles: dict[str, Literal["user", "assistant", "system"]] = Field({}, description="a speaker of the data: its role")
     annotations: str | None = Field(None, description="a second file, which has the answers to the first's questions")
     media_cache: str | None = Field(None, description="a folder to fetch media on the web into; without it, none are")
+    where: str | None = Field(None, description="a condition on the data's fields; what does not meet it is left out")
     prompt: str | list[str] | None = None
     limit: Positive | None = None
     repeat: Positive = 1

@@ -41,6 +41,7 @@ class DataReport:
     repeated_answers: Listed = field(default_factory=Listed)  # beside those of whole samples
     control_words: Listed = field(default_factory=Listed)  # words that spell a special token of the language model
     repaired: Counter[str] = field(default_factory=Counter)  # samples that a repair changed, by its name
+    left_out: Counter[str] = field(default_factory=Counter)  # records that do not meet `where`, by what it says
     media_opened: bool = True
 
     @property
@@ -58,6 +59,7 @@ class DataReport:
             "kinds": {k: v.to_dict() for k, v in self._by_count()},
             "images_per_sample": {str(k): v for k, v in sorted(self.images_per_sample.items())},
             "answer_words": spread(self.answer_words), "tokens": spread(self.tokens), "repaired": dict(self.repaired),
+            "left_out": dict(self.left_out),
         }  # fmt: skip
         plain = {k: v.to_dict() if isinstance(v, Listed) else v for k, v in made.items()}
         return {"ok": self.ok, "samples": self.samples, **plain}
@@ -98,6 +100,8 @@ class DataReport:
 
         if self.repaired:
             yield "repaired", ", ".join(f"{name} in {count:,}" for name, count in sorted(self.repaired.items()))
+        if self.left_out:
+            yield "left out", ", ".join(f"{count:,} by where: {text}" for text, count in self.left_out.items())
 
     def _status(self) -> str:
         if self.ok:
@@ -136,7 +140,7 @@ def check(
     pictures = _Pictures(open_media)
     own = Side()
     first_seen: dict[bytes, str] = {}
-    for item in _all(data):
+    for item in _all(data, report.left_out):
         try:
             if isinstance(item, DataError):
                 raise item
@@ -210,13 +214,15 @@ class _Pictures:
         return identity
 
 
-def _all(data: Iterable[DataSource | Conversation | DataError]) -> Iterator[Conversation | DataError]:
+def _all(
+    data: Iterable[DataSource | Conversation | DataError], left_out: Counter[str]
+) -> Iterator[Conversation | DataError]:
     for item in data:
         if not isinstance(item, DataSource):
             yield item
             continue
         waiting: list[DataError] = []
-        found = item.read(waiting.append)
+        found = item.read(waiting.append, left_out=left_out)
         while True:
             try:
                 conversation = next(found, None)

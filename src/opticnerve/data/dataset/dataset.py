@@ -180,6 +180,10 @@ class Examples(Joined[Example]):
         """How many samples all examples have."""
         return sum(e.repeat * (e.once if e.groups is None else len(e.groups.members)) for e in self.entries)
 
+    def left_out(self) -> int:
+        """How many records `where` left out."""
+        return sum(e.samples.found.left_out for e in self.entries if isinstance(e.samples, Samples))
+
     def with_media(self) -> int:
         """How many samples have a picture or a sound; of what is not indexed, all are taken to have one."""
         found = 0

@@ -16,6 +16,7 @@ import json
 import shutil
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,7 +31,7 @@ from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.data.dataset.read import DataSource, OnError, OpenSource, open_source, raise_error
 from opticnerve.data.formats.media import MOST_FOLDERS, folder_age
-from opticnerve.data.sources.base import Location
+from opticnerve.data.sources.base import Location, Records
 from opticnerve.types import Conversation, DataError, Frame, OpticNerveError
 
 KEPT = 16 << 20
@@ -51,10 +52,12 @@ _PACKED = struct.Struct("<2Q4I?3B")  # a row
 
 @dataclass
 class Index:
-    """The rows of a source's good samples, in their order, and how to read them."""
+    """The rows of a source's good samples, in their order, and how to read them. `left_out`: records that the data
+    entry's `where` left out."""
 
     rows: NDArray[Any]
     source: OpenSource
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,36 +82,41 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
     """
     source.check()
     tell = raise_error if on_error is None else on_error  # a counter that has counted nothing is false
-    files = _files_of(source)
+    records = source.records()
+    files = records.files
     if sum(size for size, _ in _stats(files)) < KEPT:
-        return _made(source, tell)
+        file = io.BytesIO()
+        opened = open_source(source, tell, records=records)
+        left_out = _collect(opened, file, _limit(source), tell)
+        return Index(np.frombuffer(file.getvalue(), ROW), opened.read(), left_out)
     options = [str(source.path), str(Path(source.path).absolute()), source.format, str(source.media), source.prompt,
                source.allow_outside_media, source.frames, _limit(source), list(source.ignore), source.split,
                list(source.repair), dict(source.columns), dict(source.roles), str(source.annotations),
-               str(source.media_cache), _readers()]  # fmt: skip
+               str(source.media_cache), source.where, _readers()]  # fmt: skip
     folder = cache_dir() / "indexes" / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
     with _alone(folder):  # several processes start at once: one makes it, the others find it
         started = time.time_ns()
         before = _stats(files)
-        contents = _contents(files, started)
-        found = folder / contents
-        if not _still_true(found):
+        found = folder / _contents(files, started)
+        if about := _still_true(found):
+            with (found / "errors.jsonl").open() as errors:
+                for line in errors:
+                    problem, where, remedy, kind = json.loads(line)
+                    tell(DataError(problem, where=where, remedy=remedy, kind=kind))
+            opened = open_source(source, _pass_over, records=records)
+            left_out = about["left_out"]
+        else:
             shutil.rmtree(found, ignore_errors=True)
-            _make(source, found, started, tell)
+            opened, left_out = _make(source, records, found, started, tell)
             if _stats(files) != before:
                 shutil.rmtree(found, ignore_errors=True)
                 raise DataError("it changed while it was read", where=str(source.path), kind="changed-file")
             for old in folder.iterdir():
                 if old.is_dir() and old != found:
                     shutil.rmtree(old, ignore_errors=True)
-        else:
-            with (found / "errors.jsonl").open() as errors:
-                for line in errors:
-                    problem, where, remedy, kind = json.loads(line)
-                    tell(DataError(problem, where=where, remedy=remedy, kind=kind))
-        file = found / "rows"
-        rows: NDArray[Any] = np.memmap(file, ROW, "r") if file.stat().st_size else np.zeros(0, ROW)
-    return Index(rows, open_source(source, _pass_over).read())
+        kept = found / "rows"
+        rows: NDArray[Any] = np.memmap(kept, ROW, "r") if kept.stat().st_size else np.zeros(0, ROW)
+    return Index(rows, opened.read(), left_out)
 
 
 def picture_key(sources: Sequence[Any]) -> int:
@@ -139,15 +147,8 @@ def _named(source: object) -> str:
     return f"{type(source).__name__} {hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else source}"
 
 
-def _made(source: DataSource, tell: OnError) -> Index:
-    """In memory."""
-    opened, file = open_source(source, tell), io.BytesIO()
-    _collect(opened, file, _limit(source), tell)
-    return Index(np.frombuffer(file.getvalue(), ROW), opened.read())
-
-
-def _make(source: DataSource, target: Path, started: int, tell: OnError) -> None:
-    """On disk, whole or not at all."""
+def _make(source: DataSource, records: Records, target: Path, started: int, tell: OnError) -> tuple[OpenSource, int]:
+    """On disk, whole or not at all; what was opened for it, and how many records were left out."""
     folders: dict[str, int] = {}
     with new_folder(target) as made:
         with (made / "rows").open("wb") as file, (made / "errors.jsonl").open("w") as errors:
@@ -156,16 +157,19 @@ def _make(source: DataSource, target: Path, started: int, tell: OnError) -> None
                 errors.write(json.dumps([error.problem, error.where, error.remedy, error.kind]) + "\n")
                 tell(error)
 
-            _collect(open_source(source, note, folders=folders), file, _limit(source), note)
+            opened = open_source(source, note, folders=folders, records=records)
+            left_out = _collect(opened, file, _limit(source), note)
         # What changed while it was read, or too shortly before to be sure, is not relied on.
         sure = len(folders) <= MOST_FOLDERS and all(age < started - _UNSURE for age in folders.values())
-        about = {"folders": folders if sure else None}
+        about = {"folders": folders if sure else None, "left_out": left_out}
         atomic.write(made / "about.json", json.dumps(about))
+    return opened, left_out
 
 
-def _collect(opened: OpenSource, file: BinaryIO, limit: int | None, tell: OnError) -> None:
-    """Write a row for each good sample, as they come."""
-    for record, part, conversation in islice(opened.converted(tell), limit):
+def _collect(opened: OpenSource, file: BinaryIO, limit: int | None, tell: OnError) -> int:
+    """Write a row for each good sample, as they come; say how many records `where` left out."""
+    left_out = Counter[str]()
+    for record, part, conversation in islice(opened.converted(tell, left_out), limit):
         place, pieces = record.place, conversation.pieces
         if place.size >= 1 << 32:
             raise DataError(f"a record of {place.size:,} bytes", where=record.where, kind="too-long")
@@ -175,6 +179,7 @@ def _collect(opened: OpenSource, file: BinaryIO, limit: int | None, tell: OnErro
             _PACKED.pack(place.start, picture, place.size, place.file, record.index, part, held_out(conversation),
                          images, shown, 0)
         )  # fmt: skip
+    return left_out.total()
 
 
 def _limit(source: DataSource) -> int | None:
@@ -182,16 +187,14 @@ def _limit(source: DataSource) -> int | None:
     return None if source.group_by_image else source.limit
 
 
-def _still_true(found: Path) -> bool:
+def _still_true(found: Path) -> dict[str, Any] | None:
+    """What is known of an index, as long as the folders of its media are as they were."""
     try:
-        folders = json.loads((found / "about.json").read_text())["folders"]
+        about: dict[str, Any] = json.loads((found / "about.json").read_text())
+        folders = about["folders"]
     except (OSError, ValueError, KeyError):
-        return False
-    return folders is not None and all(folder_age(folder) == age for folder, age in folders.items())
-
-
-def _files_of(source: DataSource) -> list[Path]:
-    return source.records().files
+        return None
+    return about if folders is not None and all(folder_age(f) == age for f, age in folders.items()) else None
 
 
 def _contents(files: Sequence[Path], now: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,24 +45,29 @@ STARTER = {
 }
 
 
-def load_data(spec: DataSpec, *, on_error: OnError | None = None) -> Sequence[Conversation]:
+def load_data(
+    spec: DataSpec, *, on_error: OnError | None = None, left_out: Counter[str] | None = None
+) -> Sequence[Conversation]:
     """All conversations of one data entry, in file order; each is read from its file when it is asked for.
 
-    Of a stream, the first `limit`, in memory.
+    Of a stream, the first `limit`, in memory. `left_out` counts the records that `where` leaves out, under it.
 
     Raises:
         DataError: a bad sample, unless `on_error` takes it.
         OpticNerveError: no such file or starter name; a stream without a limit.
     """
     if not spec.streaming:
-        return _indexed(spec, on_error)
+        samples = _indexed(spec, on_error)
+        if left_out is not None and spec.where is not None:
+            left_out[spec.where] += samples.found.left_out
+        return samples
     if spec.limit is None:
         raise OpticNerveError(
             f"{spec.path} is streamed, and here all of it is wanted; give a limit, and the first so many samples are "
             f"taken, or download it and leave streaming out",
             kind="unsupported",
         )
-    return list(stream_data(spec, on_error=on_error))
+    return list(stream_data(spec, on_error=on_error, left_out=left_out))
 
 
 def _indexed(spec: DataSpec, on_error: OnError | None) -> Samples:
@@ -78,9 +84,11 @@ def _indexed(spec: DataSpec, on_error: OnError | None) -> Samples:
     return samples.only(np.flatnonzero(wanted).astype(np.uint32))
 
 
-def stream_data(spec: DataSpec, *, on_error: OnError | None = None) -> Iterator[Conversation]:
+def stream_data(
+    spec: DataSpec, *, on_error: OnError | None = None, left_out: Counter[str] | None = None
+) -> Iterator[Conversation]:
     """The same conversations, one after another in a single pass, and nothing kept."""
-    found = source_of(spec).read(on_error)
+    found = source_of(spec).read(on_error, left_out=left_out)
     return (c for c in found if spec.split == "all" or held_out(c) == (spec.split == "held_out"))
 
 
@@ -100,7 +108,7 @@ def source_of(spec: DataSpec) -> DataSource:
     return DataSource(
         path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
         tuple(spec.ignore), None if spec.streaming else spec.hub_split, tuple(spec.repair), spec.columns, spec.roles,
-        annotations, cache,
+        annotations, cache, spec.where,
     )  # fmt: skip
 
 
@@ -136,7 +144,8 @@ def load_examples(specs: Sequence[DataSpec], *, on_error: OnError | None = None)
             )
         samples = _indexed(spec, on_error)
         if not samples:
-            raise OpticNerveError(f"{spec.path} holds no usable sample", kind="empty")
+            none = f", and {samples.found.left_out:,} records do not meet {spec.where!r}" if spec.where else ""
+            raise OpticNerveError(f"{spec.path} holds no usable sample{none}", kind="empty")
         groups = samples.by_picture() if spec.share_prefix else None
         entries.append(Entry(samples, groups, spec.per_image, spec.repeat))
     return Examples(entries)

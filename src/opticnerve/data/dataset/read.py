@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
@@ -17,6 +18,7 @@ from opticnerve.data.formats.layouts import as_option, guessed, layout_of
 from opticnerve.data.formats.media import Context
 from opticnerve.data.formats.rules import REPAIRS, check_conversation, check_unread, repaired
 from opticnerve.data.formats.turns import ROLES
+from opticnerve.data.formats.where import Where
 from opticnerve.data.media.files import errors_at
 from opticnerve.data.media.video import MAX_COUNT
 from opticnerve.data.sources.base import Record, Records, Streaming, refused
@@ -49,6 +51,7 @@ class DataSource:
     `split`: which of several splits is meant. `repair`: repairs to make, by name (`formats.rules`). `columns`, `roles`:
     names of the format's to those of the file (`formats.columns`). `annotations`: a second file, whose records belong
     to those of the first (`sources.joined`). `media_cache`: the folder into which pictures on the web are fetched.
+    `where`: a condition that wanted records meet (`formats.where`).
     """
 
     path: str | Path
@@ -67,6 +70,7 @@ class DataSource:
     roles: Mapping[str, str] = field(default_factory=dict)
     annotations: str | Path | None = None
     media_cache: str | Path | None = None
+    where: str | None = None
 
     def records(self) -> Records:
         """The records of the file, or files, as they lie there.
@@ -85,13 +89,16 @@ class DataSource:
             return found
         return Annotated(found, open_records(Path(self.annotations)))
 
-    def read(self, on_error: OnError | None = None) -> Iterator[Conversation]:
+    def read(
+        self, on_error: OnError | None = None, *, left_out: Counter[str] | None = None
+    ) -> Iterator[Conversation]:  # fmt: skip
+        """The conversations, one after another. `left_out` counts the records that `where` leaves out, under it."""
         self.check()
-        return islice(self._found(raise_error if on_error is None else on_error), self.limit)
+        return islice(self._found(raise_error if on_error is None else on_error, left_out), self.limit)
 
-    def _found(self, on_error: OnError) -> Iterator[Conversation]:
+    def _found(self, on_error: OnError, left_out: Counter[str] | None) -> Iterator[Conversation]:
         opened = open_source(self, on_error)
-        good = (conversation for _, _, conversation in opened.converted(on_error))
+        good = (conversation for _, _, conversation in opened.converted(on_error, left_out))
         yield from grouped(good) if self.group_by_image else good
 
     def check(self) -> None:
@@ -107,6 +114,8 @@ class DataSource:
             raise refused(path, f"roles: {strange!r} is no role", "map to user, assistant or system", "unknown-role")
         if not 0 < self.frames <= MAX_COUNT:
             raise refused(path, f"frames is {self.frames}", f"give 1 to {MAX_COUNT}")
+        if self.where is not None:
+            Where(self.where)
 
 
 @dataclass
@@ -122,14 +131,38 @@ class OpenSource:
     head: list[Record | DataError]
     remaining: Iterator[Record | DataError]
     split: _Split
+    where: Where | None = None
 
-    def converted(self, on_error: OnError) -> Iterator[tuple[Record, int, Conversation]]:
-        """All good conversations, once: the record of each, and which of that record's it is."""
+    def wants(self, record: Record) -> bool:
+        """Whether a record meets the condition of the data entry.
+
+        Raises:
+            DataError: that cannot be told.
+        """
+        if self.where is None:
+            return True
+        with errors_at(record.where):
+            return self.where.keeps(record.fields, lambda: self.columns.applied(record.fields))
+
+    def converted(
+        self, on_error: OnError, left_out: Counter[str] | None = None
+    ) -> Iterator[tuple[Record, int, Conversation]]:
+        """All good conversations, once: the record of each, and which of that record's it is. `left_out` counts the
+        records that `where` leaves out, under it."""
         for record in chain(self.head, self.remaining):
             if isinstance(record, DataError):
                 on_error(record)
                 continue
             if not self.split.wants(record):
+                continue
+            try:
+                wanted = self.wants(record)
+            except DataError as e:
+                on_error(e)
+                continue
+            if not wanted:
+                if left_out is not None and self.where is not None:
+                    left_out[self.where.text] += 1
                 continue
             made = self._made(record)
             for part in count():
@@ -163,7 +196,7 @@ class OpenSource:
 
     def read(self) -> OpenSource:
         """The same without what is still to come: for reading single records."""
-        return replace(self, head=[], remaining=iter(()))
+        return replace(self, head=[], remaining=iter(()), context=replace(self.context, folders=None))
 
     def one(self, record: Record, part: int) -> Conversation:
         """A conversation that `converted` gave, made again.
@@ -225,17 +258,20 @@ class _Split:
         return True
 
 
-def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int] | None = None) -> OpenSource:
+def open_source(
+    source: DataSource, on_error: OnError, *, folders: dict[str, int] | None = None, records: Records | None = None
+) -> OpenSource:
     """Open a source and find out its format.
 
     Args:
-        folders: takes the folders in which media are looked for, see `media.Context`.
+        folders: takes the folders in which media are looked for, see `media.Context`. records: the source's, where
+            they have been opened already.
 
     Raises:
         DataError: as `read` does even with `on_error`.
     """
     path = Path(source.path)
-    found = source.records()
+    found = source.records() if records is None else records
     known = path.is_dir() or path.suffix.lower() == ".parquet" or source.stream is not None
     if source.format == "hf" and not known:
         raise refused(path, "the hf format is a folder or a .parquet file", "leave format at auto")
@@ -245,6 +281,7 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     ignore = frozenset(source.ignore)
     head = _head(rest, columns, ignore)
     read_by, columns, again = _shape(source, head, columns, media, on_error)
+    where = _condition(source, head, rest, columns)
     if source.prompt and not read_by.takes_prompt:
         raise refused(path, f"prompt is for captions, and this is {read_by.name}", "remove prompt")
     if source.group_by_image and read_by.name != "vqa":
@@ -257,7 +294,7 @@ def open_source(source: DataSource, on_error: OnError, *, folders: dict[str, int
     context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders, cache)
     counts = "split" not in source.ignore and source.stream is None
     split = _Split(path, counts, source.split if path.is_file() else None)
-    return OpenSource(found, read_by, columns, context, ignore.union(again), source.repair, head, rest, split)
+    return OpenSource(found, read_by, columns, context, ignore.union(again), source.repair, head, rest, split, where)
 
 
 def _media_of(source: DataSource, path: Path) -> Path:
@@ -294,6 +331,30 @@ def _head(stream: Iterator[Record | DataError], columns: Columns, ignore: frozen
         if isinstance(item, Record) and (_matches(mapped := _mapped(item, columns, ignore)) or layout_of(mapped)):
             break
     return head
+
+
+def _condition(
+    source: DataSource, head: list[Record | DataError], rest: Iterator[Record | DataError], columns: Columns
+) -> Where | None:
+    """What `where` says; `head` takes as much of the rest as shows that there are the fields it names.
+
+    Raises:
+        DataError: none of the first records has one of them.
+    """
+    if source.where is None:
+        return None
+    where = Where(source.where)
+    seen = [(item.fields, _mapped(item, columns, ())) for item in head if isinstance(item, Record)]
+    while (lost := where.missing(seen)) and len(head) < _HEAD and (item := next(rest, None)) is not None:
+        head.append(item)
+        if isinstance(item, Record):
+            seen.append((item.fields, _mapped(item, columns, ())))
+    if lost and seen:
+        there = list(dict.fromkeys(str(k) for pair in seen for fields in pair for k in fields))
+        problem = f"where: no record has {lost}; the fields of the first {len(seen)} are {', '.join(there[:24])}"
+        remedy = "correct the condition" + hint_at(lost, there)
+        raise refused(Path(source.path), problem, remedy, "missing-field")
+    return where
 
 
 def _mapped(record: Record, columns: Columns, ignore: Iterable[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -44,6 +44,7 @@ class Stream:
         assert isinstance(opened.records, Streamed)
         self.records, self.source = opened.records, opened.read()
         self.key, self.window, self.limit = key, window, limit
+        self.left_out = 0  # rows that this process has met and `where` leaves out
         self.length: int | None = None  # rows of an epoch, known from its first end on
         self.marks: dict[tuple[int, int], tuple[int, int]] = {}
         self._new: list[Mark] = []
@@ -77,6 +78,10 @@ class Stream:
         """Let go of the open shard and of the rows in memory; both come back when they are asked for."""
         self._reader = None
         self._windows.clear()
+
+    def tells(self) -> list[str]:
+        """What shows that its rows are others: its shards, and which of their rows are wanted."""
+        return [*self.records.shards.tells, *([self.source.where.text] if self.source.where is not None else [])]
 
     # -- what a checkpoint and other processes get to know --------------------------------------------------------
 
@@ -132,7 +137,7 @@ class Stream:
     def _open(self, epoch: int, number: int) -> _Reader:
         known = max((n for e, n in self.marks if e == epoch and n <= number), default=0)
         shard, row = self.marks.get((epoch, known), (0, 0))
-        reader = _Reader(self.records, self._shards(epoch), shard, row, epoch, known)
+        reader = _Reader(self.records, self._wanted, self._shards(epoch), shard, row, epoch, known)
         while reader.number < number:
             passed = sum(1 for _ in islice(reader.rows, self._size(reader.number)))
             if passed < self.window:
@@ -141,6 +146,18 @@ class Stream:
             reader.number += 1
             self._note((epoch, reader.number), (reader.shard, reader.row), new=True)
         return reader
+
+    def _wanted(self, row: Row) -> Row | None:
+        """A row, or what is wrong with it; None if the entry's `where` leaves it out."""
+        if isinstance(row, DataError):
+            return row
+        try:
+            if self.source.wants(row):
+                return row
+        except DataError as e:
+            return e
+        self.left_out += 1
+        return None
 
     def _size(self, number: int) -> int:
         """Rows that window `number` may have."""
@@ -155,6 +172,8 @@ class Stream:
     def _ends_at(self, length: int) -> None:
         where = str(self.records.path)
         if length == 0:
+            if self.source.where is not None:
+                raise self.source.where.met_by_none(where)
             raise DataError("there is no record in it", where=where, remedy="name another", kind="empty-file")
         if self.length is not None and length != self.length:
             raise OpticNerveError(  # no bad sample that could be skipped
@@ -175,10 +194,13 @@ class Stream:
 
 
 class _Reader:
-    """A place in an epoch that moves on: behind `row` rows of the `shard`-th shard of its order."""
+    """A place in an epoch that moves on: behind `row` rows of the `shard`-th shard of its order, wanted or not."""
 
-    def __init__(self, records: Streamed, order: Sequence[int], shard: int, row: int, epoch: int, number: int) -> None:
-        self.records, self.order, self.shard, self.row = records, order, shard, row
+    def __init__(
+        self, records: Streamed, wanted: Callable[[Row], Row | None], order: Sequence[int], shard: int, row: int,
+        epoch: int, number: int,
+    ) -> None:  # fmt: skip
+        self.records, self.wanted, self.order, self.shard, self.row = records, wanted, order, shard, row
         self.epoch, self.number, self.process = epoch, number, os.getpid()
         self.rows = self._rows()
 
@@ -190,7 +212,8 @@ class _Reader:
                     yield item
                     break
                 self.row += 1
-                yield item
+                if (row := self.wanted(item)) is not None:
+                    yield row
             else:
                 self.shard, self.row = self.shard + 1, 0
 
@@ -253,6 +276,7 @@ class Streams:
     def tells(self) -> list[str]:
         """What shows that the data are others: shards with their sizes or revisions, and how they are cut."""
         return [
-            f"{s.window} {s.limit} {turn} " + "|".join(s.records.shards.tells)
+            f"{s.window} {s.limit} {turn} "
+            + "|".join(s.tells())
             for s, turn in zip(self.streams, self._turns, strict=True)
         ]
