@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
-from opticnerve.data.dataset.read import DataSource, OnError, OpenSource, open_source, raise_error
+from opticnerve.data.dataset.opened import OnError, OpenSource
+from opticnerve.data.dataset.read import DataSource, open_source, raise_error
 from opticnerve.data.formats.media import MOST_FOLDERS, folder_age
 from opticnerve.data.sources.base import Location, Records
 from opticnerve.types import Conversation, DataError, Frame, OpticNerveError

@@ -15,7 +15,8 @@ import numpy as np
 from opticnerve.data.dataset.dataset import Entry, Example, Examples, Groups, Samples
 from opticnerve.data.dataset.index import held_out, index_of
 from opticnerve.data.dataset.mixture import Mixture, mixed_shares
-from opticnerve.data.dataset.read import DataSource, OnError
+from opticnerve.data.dataset.opened import OnError
+from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.dataset.streaming import Stream, Streams
 from opticnerve.data.media.web import CLOUD, local_copy
 from opticnerve.data.sources.base import Streaming

@@ -276,7 +276,6 @@ class Streams:
     def tells(self) -> list[str]:
         """What shows that the data are others: shards with their sizes or revisions, and how they are cut."""
         return [
-            f"{s.window} {s.limit} {turn} "
-            + "|".join(s.tells())
+            f"{s.window} {s.limit} {turn} " + "|".join(s.tells())
             for s, turn in zip(self.streams, self._turns, strict=True)
         ]

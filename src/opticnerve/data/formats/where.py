@@ -53,7 +53,7 @@ class Where:
     _holds: Term = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        reader = _Reader(self.text)
+        reader = _Parser(self.text)
         self._holds = reader.condition(reader.tree)
         self.names = tuple(dict.fromkeys(reader.names))
 
@@ -91,7 +91,7 @@ def _value(value: object) -> object:
     return value if value is None or isinstance(value, str | int | float | bytes | list | dict) else str(value)
 
 
-class _Reader:
+class _Parser:
     """From a text to functions; every kind of node that is not named here is refused."""
 
     def __init__(self, text: str) -> None:
