@@ -171,22 +171,43 @@ Thinking = Literal["strip", "keep", "empty"]
 """What becomes of think blocks before answers; see `opticnerve.language.thinking`."""
 
 Part = TextPart | ImagePart | AudioPart
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class CalledTool:
+    """A tool that an assistant calls, with its arguments as JSON has them. `id`: what its result names it by."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = ""
+
+    def to_chat(self) -> dict[str, Any]:
+        """As transformers' chat templates and OpenAI's API have it, the arguments as an object."""
+        call = {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+        return {"id": self.id, **call} if self.id else call
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation: who speaks, and the parts in order. `learn`: False for an assistant's turn that is
-    read and not learned (`weight: 0` of a record)."""
+    read and not learned (`weight: 0` of a record). `calls`: tools that an assistant calls behind its words; a tool's
+    turn is the result of one, `about` its `name` and `tool_call_id`, as far as they are told."""
 
     role: Role
     parts: tuple[Part, ...]
     learn: bool = True
+    calls: tuple[CalledTool, ...] = ()
+    about: tuple[tuple[str, str], ...] = ()
 
     @property
     def text(self) -> str:
         """The message's words, its media left out."""
         return "".join(p.text for p in self.parts if isinstance(p, TextPart))
+
+    def tool_fields(self) -> dict[str, Any]:
+        """What a chat message says of tools beside its role and content."""
+        return ({"tool_calls": [c.to_chat() for c in self.calls]} if self.calls else {}) | dict(self.about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +215,14 @@ class Conversation:
     """The one currency between data readers, training, chat, server and evaluation.
 
     `id` names the sample for people; `where` says where it came from (`captions.jsonl:12`); `meta` carries what an
-    evaluation needs (answer type, alternative answers).
+    evaluation needs (answer type, alternative answers); `tools`: what may be called, as chat templates take it.
     """
 
     messages: tuple[Message, ...]
     id: str = ""
     where: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
 
     def media(self, kind: type[ImagePart] | type[AudioPart]) -> Iterator[Any]:
         """The parts of one kind, in the order in which they are mentioned."""
@@ -222,7 +244,7 @@ class Conversation:
     def prompt(self) -> Conversation:
         """The same conversation without its last assistant turn: what the model is asked to continue."""
         kept = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
-        return Conversation(kept, self.id, self.where, self.meta)
+        return Conversation(kept, self.id, self.where, self.meta, self.tools)
 
     @property
     def answer(self) -> str | None:
@@ -231,7 +253,9 @@ class Conversation:
 
     def to_chat(self) -> list[dict[str, Any]]:
         """transformers' chat format; media are given as `{"type": "image", "image": source}`."""
-        return [{"role": m.role, "content": [_part_to_chat(p) for p in m.parts]} for m in self.messages]
+        return [
+            {"role": m.role, "content": [_part_to_chat(p) for p in m.parts], **m.tool_fields()} for m in self.messages
+        ]
 
 
 class MediaProcessor(Protocol):

@@ -23,7 +23,9 @@ class DataSpec(Strict):
     format: str = "auto"
     media: str | None = None
     columns: dict[str, str | list[str]] = Field({}, description="a format's field: the data's, or a template of them")
-    roles: dict[str, Literal["user", "assistant", "system"]] = Field({}, description="a speaker of the data: its role")
+    roles: dict[str, Literal["user", "assistant", "system", "tool"]] = Field(
+        {}, description="a speaker of the data: its role"
+    )
     annotations: str | None = Field(None, description="a second file, which has the answers to the first's questions")
     media_cache: str | None = Field(None, description="a folder to fetch media on the web into; without it, none are")
     where: str | None = Field(None, description="a condition on the data's fields; what does not meet it is left out")

@@ -77,11 +77,12 @@ def answers_of(conversation: Conversation, pictures: Sequence[str]) -> Iterator[
     """A hash of each question with its answer, the system turn, and the pictures (by name) that they are about."""
     asked, system = "", "".join(m.text.strip() for m in conversation.messages if m.role == "system")
     for message in conversation.messages:
-        if message.role == "user":
+        if message.role in ("user", "tool"):
             asked = message.text.strip()
         elif message.role == "assistant":
             sounds = [str(a.source) if not isinstance(a.source, bytes) else key(a.source) for a in conversation.audios]
-            yield key(repr((*pictures, *sounds, system, asked, message.text.strip())).encode("utf-8", "replace"))
+            said = (message.text.strip(), *message.calls)
+            yield key(repr((*pictures, *sounds, system, asked, *said)).encode("utf-8", "replace"))
 
 
 def key(content: bytes) -> int:

@@ -17,7 +17,7 @@ from opticnerve.data.check.leakage import Listed, Side, answers_of, dhash, near_
 from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.encode.tokenize import Encoded
 from opticnerve.data.media.open import image_digest, open_image
-from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, TextPart
+from opticnerve.types import Conversation, DataError, ImagePart, OpticNerveError, TextPart
 
 Encode = Callable[[Conversation], Encoded]
 
@@ -264,7 +264,7 @@ def _add(
     report.images_per_sample[len(identities)] += 1
     report.answer_words.update(len(m.text.split()) for m in answers)
     place = item.where or item.id
-    content = _digest(item.messages, identities)
+    content = _digest(item, identities)
     if content in first_seen:
         report.duplicates.add(place, f"the same pictures and words as {first_seen[content]}", max_listed)
     else:
@@ -286,11 +286,11 @@ def _compare_looks(own: Side, report: DataReport, max_listed: int) -> None:
             report.near_pictures.add(place, f"a picture that looks like one of {other}", max_listed)
 
 
-def _digest(messages: Iterable[Message], identities: list[str]) -> bytes:
-    """What makes two samples the same: roles, words and pictures, in order."""
+def _digest(item: Conversation, identities: list[str]) -> bytes:
+    """What makes two samples the same: roles, words, pictures and tools, in order."""
     pictures = iter(identities)
-    content: list[tuple[str, bool, list[tuple[str, str]]]] = []
-    for message in messages:
+    content: list[object] = [item.tools]
+    for message in item.messages:
         parts: list[tuple[str, str]] = []
         for part in message.parts:
             match part:
@@ -300,7 +300,7 @@ def _digest(messages: Iterable[Message], identities: list[str]) -> bytes:
                     parts.append(("image", next(pictures)))
                 case _:
                     parts.append(("audio", str(part.source)))
-        content.append((message.role, message.learn, parts))
+        content.append((message.role, message.learn, parts, message.calls))
     return hashlib.blake2b(repr(content).encode(), digest_size=16).digest()
 
 

@@ -64,6 +64,8 @@ def record_of_conversation(conversation: Conversation, refer: Refer) -> dict[str
         made |= {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": [worse]}
     else:
         made["messages"] = messages
+    if conversation.tools:
+        made["tools"] = list(conversation.tools)
     return made | {k: meta[k] for k in ("answers", "choices", "type") if meta.get(k) is not None}
 
 
@@ -85,7 +87,7 @@ def _message(message: Message, refer: Refer, where: str) -> dict[str, Any]:
                 raise DataError(f"an opened {kind} cannot be written", where=where, kind="unsupported")
             parts.append({"type": kind, **refer(kind, part.source)})
     flag = {} if message.learn else {"weight": 0}
-    return {"role": message.role, "content": parts, **flag}
+    return {"role": message.role, "content": parts, **flag, **message.tool_fields()}
 
 
 def _video(part: TextPart | ImagePart | AudioPart) -> tuple[Path | bytes, int] | None:
@@ -140,19 +142,36 @@ def _held(conversation: Conversation) -> dict[str, Any]:
     return {**record_of_conversation(conversation, refer), **media}
 
 
+def _row(conversation: Conversation) -> dict[str, Any]:
+    """A record for a table, in which what tools say of themselves is a JSON text: no two have the same fields."""
+    row = _held(conversation)
+    if "tools" in row:
+        row["tools"] = json.dumps(row["tools"], ensure_ascii=False)
+    for turn in (t for name in ("messages", "prompt", "chosen") for t in row.get(name, ())):
+        if "tool_calls" in turn:
+            turn["tool_calls"] = json.dumps(turn["tool_calls"], ensure_ascii=False)
+    return row
+
+
 def _table(conversations: Iterable[Conversation], out: Path, file: BinaryIO) -> int:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     media = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     part = pa.struct([("type", pa.string()), ("text", pa.string())])
-    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part)), ("weight", pa.int64())]))
+    words = [(name, pa.string()) for name in ("tool_calls", "tool_call_id", "name")]
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part)), ("weight", pa.int64()), *words]))
     texts = pa.list_(pa.string())
     kinds = dict.fromkeys(("messages", "prompt", "chosen", "rejected"), turns) | {"answers": texts, "choices": texts}
-    kinds |= {"id": pa.string(), "type": pa.string(), **dict.fromkeys((f"{k}s" for k in KINDS), media)}
+    kinds |= {
+        "id": pa.string(),
+        "type": pa.string(),
+        "tools": pa.string(),
+        **dict.fromkeys((f"{k}s" for k in KINDS), media),
+    }
     count, rows, writer, names = 0, list[dict[str, Any]](), None, list[str]()
     for conversation in conversations:
-        row = _held(conversation)
+        row = _row(conversation)
         preferred = "chosen" in row
         if writer is None:
             names = [n for n in kinds if n not in (("messages",) if preferred else ("prompt", "chosen", "rejected"))]

@@ -107,7 +107,9 @@ class DataSource:
         if unknown := sorted(set(self.repair) - set(REPAIRS)):
             raise refused(path, f"unknown repair {unknown[0]!r}", f"choose of {', '.join(REPAIRS)}")
         if strange := next((r for r in self.roles.values() if r not in ROLES), None):
-            raise refused(path, f"roles: {strange!r} is no role", "map to user, assistant or system", "unknown-role")
+            raise refused(
+                path, f"roles: {strange!r} is no role", "map to user, assistant, system or tool", "unknown-role"
+            )
         if not 0 < self.frames <= MAX_COUNT:
             raise refused(path, f"frames is {self.frames}", f"give 1 to {MAX_COUNT}")
         if self.where is not None:

@@ -8,6 +8,7 @@ skeleton with its words in the places of the marks, or it is refused: no word is
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -32,6 +33,10 @@ _RENDERING = (TemplateError, ArithmeticError, AttributeError, LookupError, Recur
 
 OTHER_TEMPLATE = "give model.language.chat_template one that keeps them"
 FOLD = "write `repair: [fold-system]` beside the data's path, or give model.language.chat_template one that takes them"
+NO_TOOLS = (
+    "take tools and their turns out of the data, or give model.language.chat_template one that knows them (those of "
+    "Qwen2.5, Qwen3 and Llama 3.1 do)"
+)
 THINKING = "set model.language.thinking to strip, keep or empty, or give model.language.chat_template another template"
 
 
@@ -81,7 +86,7 @@ class ChatForm:
         self.separator = str(plain[0]) if plain else ""
         self.parting = set(self.tokenizer.convert_tokens_to_ids([str(t) for t in plain]))
         self.beginning = _beginning(self.tokenizer)
-        self._skeletons: dict[tuple[tuple[SkeletonTurn, ...], bool], Skeleton | DataError] = {}
+        self._skeletons: dict[tuple[tuple[SkeletonTurn, ...], str, bool], Skeleton | DataError] = {}
 
     def lay_out(self, conversation: Conversation, *, cue: bool) -> Layout:
         """Render a conversation (`cue`: with the generation prompt behind it) and find every turn in it.
@@ -94,28 +99,29 @@ class ChatForm:
         messages = conversation.messages
         if self.thinking == "strip":
             messages = tuple(_without_thinking(m) for m in messages)
+        tools = json.dumps(conversation.tools, ensure_ascii=False) if conversation.tools else ""
         turns, words = marked(messages)
         try:
             try:
-                return self._fit(self._skeleton(turns, cue), turns, words, messages, cue)
-            except DataError:
+                return self._fit(self._skeleton(turns, tools, cue), turns, words, messages, tools, cue)
+            except DataError as e:
                 # A template may look into the words (`{% if 'x' in content %}`): the assistants' alone are marks then.
                 turns, words = marked(messages, ("assistant",))
-                if len(words) == len(messages):
+                if len(words) == len(messages) or e.remedy == NO_TOOLS:
                     raise
-                return self._fit(self._new_skeleton(turns, cue), turns, words, messages, cue)
+                return self._fit(self._new_skeleton(turns, tools, cue), turns, words, messages, tools, cue)
         except DataError as e:
             raise DataError(e.problem, where=where, remedy=e.remedy, kind="template") from None
 
     # -- skeletons ------------------------------------------------------------------------------------------------
 
-    def _skeleton(self, turns: Sequence[SkeletonTurn], cue: bool) -> Skeleton:
-        key = (tuple(turns), cue)
+    def _skeleton(self, turns: Sequence[SkeletonTurn], tools: str, cue: bool) -> Skeleton:
+        key = (tuple(turns), tools, cue)
         if key not in self._skeletons:
             if len(self._skeletons) >= _MOST_SHAPES:
                 self._skeletons.clear()
             try:
-                self._skeletons[key] = self._new_skeleton(turns, cue)
+                self._skeletons[key] = self._new_skeleton(turns, tools, cue)
             except DataError as e:
                 self._skeletons[key] = e
         found = self._skeletons[key]
@@ -123,8 +129,9 @@ class ChatForm:
             raise found
         return found
 
-    def _new_skeleton(self, turns: Sequence[SkeletonTurn], cue: bool) -> Skeleton:
-        whole = self._whole([t.chat() for t in turns], cue, turns[-1].said if turns else "")
+    def _new_skeleton(self, turns: Sequence[SkeletonTurn], tools: str, cue: bool) -> Skeleton:
+        whole = self._whole([t.chat() for t in turns], tools, cue, turns[-1].said if turns else "")
+        self._check_tools(tools, whole)
         pieces, order, at = [], [], 0
         starts: dict[int, int] = {}
         for match in MARK.finditer(whole):
@@ -141,38 +148,64 @@ class ChatForm:
         for k, turn in enumerate(turns):
             if turn.role != "assistant" or any(m not in order for m in turn.marks):
                 continue
-            asked = self._render([t.chat() for t in turns[:k]], True)
+            asked = self._render([t.chat() for t in turns[:k]], tools, True)
             if k < len(turns) - 1 and self.thinking in ("keep", "empty") and not whole.startswith(asked):
                 # The template shows earlier answers without the block that an answer is asked with.
                 asked = thinking.without_block(asked)
             if not whole.startswith(asked):
                 if cue or not turn.learn:
                     continue  # no more than history
-                raise _other_prompt(asked, whole, any(t.role == "system" for t in turns))
+                remedy = NO_TOOLS if turn.calls else FOLD if any(t.role == "system" for t in turns) else OTHER_TEMPLATE
+                raise _other_prompt(asked, whole, remedy)
             made.gaps[k] = whole[len(asked) : starts[turn.marks[0]]]
             after = made.behind(turn.marks[-1])
+            if turn.calls:
+                made.ends[k] = self._end_of_calls(after, turns[: k + 1], tools, k == len(turns) - 1, closing)
+                continue
             end = self._special_at(after)
             # In between, a special token might begin the next speaker's turn: one that ends users' turns does not.
             ends = end is not None and (k == len(turns) - 1 or end in closing)
             made.ends[k] = after.index(end) + len(end) if end is not None and ends else 0
         return made
 
-    def _whole(self, chat: list[dict[str, Any]], cue: bool, said: str) -> str:
+    def _end_of_calls(
+        self, after: str, turns: Sequence[SkeletonTurn], tools: str, last: bool, closing: set[str | None]
+    ) -> int:
+        """How many letters behind the last text of a call are learned: the rest of it, and what ends its turn. That may
+        be another special token than behind words (gpt-oss's `<|call|>`), but it is what ends the turn as the last."""
+        found = list(self._special.finditer(after))
+        if not found:
+            return 0
+        if last:
+            return found[-1].end(1)
+        alone = list(self._special.finditer(self._render([t.chat() for t in turns], tools, False)))
+        return next((m.end(1) for m in found if m[1] in {*closing, alone[-1][1]}), 0)
+
+    def _check_tools(self, tools: str, whole: str) -> None:
+        """Refuse a template that does not write every tool there is: an answer would call what nobody told of."""
+        for tool in json.loads(tools) if tools else ():
+            if (name := str(tool["function"]["name"])) not in whole:
+                raise DataError(f"the chat template writes no tools, {name[:60]} among them", remedy=NO_TOOLS)
+
+    def _whole(self, chat: list[dict[str, Any]], tools: str, cue: bool, said: str) -> str:
         """The rendered conversation. Where the generation prompt opens or closes a think block that the template never
         writes before an answer, the last answer stands behind that prompt, if `thinking` asks for it."""
-        whole = self._render(chat, cue)
+        whole = self._render(chat, tools, cue)
         if cue or not chat or chat[-1]["role"] != "assistant" or self.thinking not in ("keep", "empty"):
             return whole
-        asked = self._render(chat[:-1], True)
+        asked = self._render(chat[:-1], tools, True)
         behind = thinking.behind_cue(said, asked, self.thinking)
         if whole.startswith(asked) or behind is None:
             return whole
         last = mark(10**9)
-        ended = self._render([*chat[:-1], {"role": "assistant", "content": [text_part(last)]}], False)
+        ended = self._render([*chat[:-1], {**chat[-1], "content": [text_part(last)]}], tools, False)
         return asked + behind + ended.partition(last)[2]
 
     def _check_marks(self, turn: SkeletonTurn, order: Sequence[int], cue: bool) -> None:
         missing = [m for m in turn.marks if m not in order]
+        words = turn.marks[: len(turn.marks) - turn.calls]  # a call's name may stand beside its result, too
+        if any(m in missing for m in turn.marks[len(words) :]):
+            raise DataError("the chat template drops the assistant's calls of tools", remedy=NO_TOOLS)
         if turn.role == "assistant":
             if cue or not turn.learn:
                 return  # templates that shorten their history know what they do
@@ -180,7 +213,7 @@ class ChatForm:
                 raise DataError("the chat template drops what an assistant thinks", remedy=THINKING, kind="template")
             if missing:
                 raise DataError("the chat template drops an assistant turn", remedy=OTHER_TEMPLATE, kind="template")
-            if any(order.count(m) > 1 for m in turn.marks):
+            if any(order.count(m) > 1 for m in words):
                 raise DataError(
                     "the chat template writes an assistant turn twice", remedy=OTHER_TEMPLATE, kind="template"
                 )
@@ -195,7 +228,7 @@ class ChatForm:
     def after_last_answer(self) -> str:
         """What the template writes behind the last words of an assistant."""
         chat = [SkeletonTurn("user", (("text", "q"),), ()), SkeletonTurn("assistant", (("text", mark(0)),), (0,))]
-        return self._render([t.chat() for t in chat], False).partition(mark(0))[2]
+        return self._render([t.chat() for t in chat], "", False).partition(mark(0))[2]
 
     @cached_property
     def end(self) -> str | None:
@@ -207,7 +240,7 @@ class ChatForm:
         turns, _ = marked([Message(role, (TextPart("x"),)) for role in ("user", "assistant", "user", "assistant")])
         for some in (turns, turns[:2]):  # there are templates without a second turn
             try:
-                made = self._skeleton(some, False)
+                made = self._skeleton(some, "", False)
             except DataError:
                 continue
             found = [self._special_at(made.behind(some[k].marks[-1])) for k, length in made.ends.items() if length]
@@ -233,10 +266,11 @@ class ChatForm:
         turns: Sequence[SkeletonTurn],
         words: Sequence[str],
         messages: Sequence[Message],
+        tools: str,
         cue: bool,
     ) -> Layout:  # fmt: skip
         """The words of a conversation in the places of a skeleton's marks."""
-        text = self._whole([plain(m) for m in messages], cue, messages[-1].text if messages else "")
+        text = self._whole([plain(m) for m in messages], tools, cue, messages[-1].text if messages else "")
         first, *following = [*skeleton.pieces, skeleton.tail]
         other = DataError("the chat template writes other words around a turn", remedy=OTHER_TEMPLATE, kind="template")
         if not text.startswith(first):
@@ -269,16 +303,19 @@ class ChatForm:
         ]
         return Layout(text, answers, spans)
 
-    def _render(self, chat: list[dict[str, Any]], cue: bool) -> str:
+    def _render(self, chat: list[dict[str, Any]], tools: str, cue: bool) -> str:
         processor = self._processor()
         assert processor is not None, "a form lives as long as its processor"
+        given = {"tools": json.loads(tools)} if tools else {}
         try:
-            return str(processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue))
+            return str(
+                processor.apply_chat_template(chat, chat_template=self.template, add_generation_prompt=cue, **given)
+            )
         except _RENDERING as e:
-            system = any(m["role"] == "system" for m in chat)
+            system, called = any(m["role"] == "system" for m in chat), any("tool_calls" in m for m in chat)
             raise DataError(
                 f"the chat template refuses this conversation: {' '.join(str(e).split()) or type(e).__name__}",
-                remedy=FOLD if system else OTHER_TEMPLATE, kind="template",
+                remedy=NO_TOOLS if called or tools else FOLD if system else OTHER_TEMPLATE, kind="template",
             ) from None  # fmt: skip
 
 
@@ -320,7 +357,7 @@ def _without_thinking(message: Message) -> Message:
     return replace(message, parts=parts)
 
 
-def _other_prompt(asked: str, whole: str, system: bool) -> DataError:
+def _other_prompt(asked: str, whole: str, remedy: str) -> DataError:
     common = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(whole))
     start = max(0, common - 20)
     said, written = (MARK.sub("…", t[start : common + 30]) for t in (asked, whole))
@@ -328,5 +365,5 @@ def _other_prompt(asked: str, whole: str, system: bool) -> DataError:
     return DataError(
         f"the chat template asks for an answer with {said!r}, and in training {written!r} stands there: what is "
         "trained would not be what is asked",
-        remedy=THINKING if thinks else FOLD if system else OTHER_TEMPLATE, kind="template",
+        remedy=THINKING if thinks else remedy, kind="template",
     )  # fmt: skip

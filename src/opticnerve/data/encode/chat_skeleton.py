@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +35,15 @@ class Skeleton:
 
 @dataclass(frozen=True, slots=True)
 class SkeletonTurn:
-    """A message of a skeleton: its `content`, as (type, text with marks), and the numbers of its marks."""
+    """A message of a skeleton: its `content`, as (type, text with marks), and the numbers of its marks. `tools`: what
+    it says of tools, as JSON; `calls`: how many of its marks stand in calls, as the last ones."""
 
     role: str
     content: tuple[tuple[str, str], ...]
     marks: tuple[int, ...]
     learn: bool = True
+    tools: str = "{}"
+    calls: int = 0
 
     @property
     def said(self) -> str:
@@ -48,7 +52,7 @@ class SkeletonTurn:
     def chat(self) -> dict[str, Any]:
         """As templates take it."""
         parts = [{"type": kind, "text": text} if kind == "text" else {"type": kind} for kind, text in self.content]
-        return {"role": self.role, "content": parts}
+        return {"role": self.role, "content": parts, **json.loads(self.tools)}
 
 
 def mark(number: int) -> str:
@@ -62,7 +66,7 @@ def text_part(text: str) -> dict[str, Any]:
 def plain(message: Message) -> dict[str, Any]:
     """A message as templates take it, its media without their contents."""
     content = [text_part(p.text) if isinstance(p, TextPart) else {"type": _kind(p)} for p in message.parts]
-    return {"role": message.role, "content": content}
+    return {"role": message.role, "content": content, **message.tool_fields()}
 
 
 def _kind(part: ImagePart | AudioPart) -> str:
@@ -70,10 +74,11 @@ def _kind(part: ImagePart | AudioPart) -> str:
 
 
 def marked(
-    messages: Sequence[Message], roles: Sequence[str] = ("system", "user", "assistant")
+    messages: Sequence[Message], roles: Sequence[str] = ("system", "user", "assistant", "tool")
 ) -> tuple[list[SkeletonTurn], list[str]]:
     """The messages with marks for the words of these roles, and the words. Words that are white space alone are left
-    as they are, for templates ask whether there are any; an assistant's are marked all the same."""
+    as they are, for templates ask whether there are any; an assistant's are marked all the same, unless it calls a
+    tool: then the tool's name and every text among its arguments are."""
     turns: list[SkeletonTurn] = []
     words: list[str] = []
     for message in messages:
@@ -86,12 +91,14 @@ def marked(
             return mark(marks[-1])
 
         parts = message.parts
-        if message.role == "assistant":
+        if message.role == "assistant" and not message.calls:
             parts = parts or (TextPart(""),)
         for part in parts:
             if not isinstance(part, TextPart):
                 content.append((_kind(part), ""))
-            elif message.role not in roles or (message.role != "assistant" and not part.text.strip()):
+            elif message.role not in roles or (
+                (message.role != "assistant" or message.calls) and not part.text.strip()
+            ):
                 content.append(("text", part.text))
             elif message.role == "assistant" and (thought := thinking.BLOCK.match(part.text)):
                 before, inside, behind = thought.groups()
@@ -99,13 +106,31 @@ def marked(
                 content.append(("text", block + put(part.text[thought.end() :])))
             else:
                 content.append(("text", put(part.text)))
-        turns.append(SkeletonTurn(message.role, tuple(content), tuple(marks), message.learn))
+        said = len(marks)
+        about = message.tool_fields()
+        for call in about.get("tool_calls", ()):
+            function = call["function"]
+            function["name"], function["arguments"] = put(function["name"]), _with_marks(function["arguments"], put)
+        about_text = json.dumps(about, ensure_ascii=False)
+        turns.append(
+            SkeletonTurn(message.role, tuple(content), tuple(marks), message.learn, about_text, len(marks) - said)
+        )
     return turns, words
 
 
+def _with_marks(value: Any, put: Callable[[str], str]) -> Any:
+    """JSON with marks for the texts in it; keys stay, for they are the tool's."""
+    if isinstance(value, dict):
+        return {k: _with_marks(v, put) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_marks(v, put) for v in value]
+    return put(value) if isinstance(value, str) else value
+
+
 def trimmed(said: str) -> Iterator[str]:
-    """Words as they are, and as templates trim them: of some kind of white space, or of all, at either end. No other
-    change of people's words goes unnoticed."""
+    """Words as they are, and as templates trim them: of some kind of white space, or of all, at either end; and within
+    JSON, as a tool's arguments and results are written. No other change of people's words goes unnoticed."""
     yield said
     kinds = ("", "\n", " \t", " ", " \n", None)
     yield from dict.fromkeys(said.lstrip(left).rstrip(right) for left in kinds for right in kinds)
+    yield json.dumps(said, ensure_ascii=False)[1:-1]

@@ -68,7 +68,7 @@ def _chosen_and_rejected(fields: Fields, context: Context) -> tuple[list[Turn], 
 def _shared(sides: dict[str, Any], context: Context) -> tuple[list[Turn], str, str]:
     """Both answers with the whole conversation before them: TRL's implicit prompt."""
     (better, worse) = (turns_of(value, name, context) for name, value in sides.items())
-    if [(t.role, t.pieces) for t in better[:-1]] != [(t.role, t.pieces) for t in worse[:-1]]:
+    if [(t.role, t.pieces, t.calls) for t in better[:-1]] != [(t.role, t.pieces, t.calls) for t in worse[:-1]]:
         raise DataError(
             f"chosen ({len(better)} messages) and rejected ({len(worse)}) differ before their last messages",
             remedy="write what both follow under prompt, and one assistant message each", kind="wrong-type",
@@ -87,7 +87,7 @@ def _with_a_worse_answer(fields: Fields, context: Context) -> tuple[list[Turn], 
     worse = take(fields, _WORSE, "rejected answer")
     if isinstance(worse, list) and len(worse) > 1:
         *before, last = turns_of(worse, _WORSE[1], context)
-        if [(t.role, t.pieces) for t in before] != [(t.role, t.pieces) for t in asked]:
+        if [(t.role, t.pieces, t.calls) for t in before] != [(t.role, t.pieces, t.calls) for t in asked]:
             problem = f"messages ({len(asked) + 1}) and rejected_messages ({len(worse)}) differ before their last turns"
             raise DataError(problem, remedy="write the last answer alone under rejected_response", kind="wrong-type")
         return asked, better, _words([last], "rejected")
@@ -110,6 +110,8 @@ def _words(turns: list[Turn], name: str) -> str:
             f"{name} holds {said_by}",
             remedy="write one assistant message; what both answers follow belongs into prompt", kind="wrong-type",
         )  # fmt: skip
+    if turns[0].calls:
+        raise DataError(f"{name} calls a tool, and answers are compared by their words", kind="tools")
     if not turns[0].learn:
         raise DataError(f"{name} is not to be learned", remedy="remove the sample", kind="weight")
     if not all(isinstance(p, TextPart) for p in turns[0].pieces):

@@ -31,8 +31,8 @@ from opticnerve.data.media.files import errors_at, is_url
 from opticnerve.types import Conversation, DataError, ImagePart, Message, TextPart
 
 QUESTION = ("prompt", "question", "query", "instruction", "context", "hint", "choices", "options", "answer", "answers")
-_PROMPTED = ("tools", "objects")
-"""What is written into the prompt elsewhere: tools, and ms-swift's boxes behind `<ref-object>` and `<bbox>`."""
+_PROMPTED = ("objects",)
+"""What is written into the prompt elsewhere: ms-swift's boxes behind `<ref-object>` and `<bbox>`."""
 _DEEPEST = 6
 
 
@@ -43,6 +43,7 @@ def check_conversation(conversation: Conversation) -> None:
     - `no-assistant-turn`: there is no answer to learn; `unanswered-question`: the last question has none.
     - `assistant-first`, `two-assistant-turns`, `two-user-turns`: turns do not alternate, beginning with the user.
     - `empty-answer`, `empty-question`: a turn with nothing in it.
+    - `tools`: a tool's result that follows no call.
     - `image-in-answer`: the assistant cannot be taught to draw.
     - `placeholder-without-image`: `<image>`, `<video>`, `[IMG]` and the like as plain text: a picture is missing.
     - `encoding`: half of a surrogate pair, which no tokenizer can take.
@@ -69,17 +70,23 @@ def _check_turns(turns: list[Message]) -> None:
             "no-assistant-turn", "no assistant turn is to be learned",
             "remove the sample, or the flag (weight, loss, train) that says so",
         )  # fmt: skip
-    for number, (before, after) in enumerate(pairwise(turns), start=1):
-        if before.role == after.role:
+    for number, (before, after) in enumerate(pairwise([turns[0], *turns])):
+        if after.role == "tool":
+            if not before.calls and (before.role != "tool" or number == 0):
+                raise _refused(
+                    "tools", f"the tool's result (turn {number + 1}) follows no call",
+                    "write what the assistant called under tool_calls of the turn before it",
+                )  # fmt: skip
+        elif before.role == after.role and number > 0:
             problem = f"two {after.role} turns in a row (turns {number} and {number + 1})"
             raise _refused(
                 f"two-{after.role}-turns", problem, "join them into one, or put the missing turn between them"
             )
     for number, turn in enumerate(turns, start=1):
         _check_content(turn, number)
-    if turns[-1].role == "user":
+    if turns[-1].role != "assistant":
         remedy = "add the assistant's answer or remove the turn"
-        raise _refused("unanswered-question", "the last user turn has no answer", remedy)
+        raise _refused("unanswered-question", f"the last {turns[-1].role} turn has no answer", remedy)
 
 
 def _check_text(message: Message) -> None:
@@ -106,10 +113,10 @@ def _check_content(turn: Message, number: int) -> None:
         if any(isinstance(p, ImagePart) for p in turn.parts):
             problem = f"the assistant's turn {number} holds a picture; only text can be answered"
             raise _refused("image-in-answer", problem, "move the picture to the user's turn")
-        if not turn.text.strip():
+        if not turn.text.strip() and not turn.calls:
             problem = f"the assistant's answer (turn {number}) is empty"
             raise _refused("empty-answer", problem, "write the answer or remove the sample")
-    elif not turn.text.strip() and all(isinstance(p, TextPart) for p in turn.parts):
+    elif turn.role == "user" and not turn.text.strip() and all(isinstance(p, TextPart) for p in turn.parts):
         problem = f"the user's turn {number} is empty"
         raise _refused("empty-question", problem, "write the question or remove the sample")
 

@@ -12,6 +12,7 @@ between, or speaks of parts of a turn, is refused by name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,20 +20,24 @@ from typing import Any, cast
 from opticnerve.data.formats.fields import Fields, brief, empty, find, missing, objects, text
 from opticnerve.data.formats.media import Context, Example
 from opticnerve.data.formats.names import Tag, kind_by_name, split
+from opticnerve.data.formats.tools import about_result, called, calls_of, tools_of
 from opticnerve.data.media.files import KINDS, Kind
-from opticnerve.types import Conversation, DataError, Message, Part, Role, TextPart
+from opticnerve.types import CalledTool, Conversation, DataError, Message, Part, Role, TextPart
 
 ROLES: dict[str, Role] = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-    "system": "system", "developer": "system",
+    "system": "system", "developer": "system", "tool": "tool", "function": "tool", "tool_response": "tool",
+    "observation": "tool", "tool_call": "assistant", "function_call": "assistant",
 }  # fmt: skip
+CALLS = ("tool_call", "function_call")
+"""Speakers whose words are a call as JSON (ms-swift, LLaMA-Factory)."""
 ROLE, CONTENT = ("role", "from"), ("content", "value")
 WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training", "trainable", "learn",
            "masked")  # fmt: skip
 """0 or false: not learned; of `masked` (torchtune) the reverse."""
 _READER_WEIGHTS = {"weight", "loss_weight", "loss_scale", "masked"}  # of a user's turn they say nothing
 REFUSED = ("train_detail", "training_detail", "mask", "assistant_masks", "completion_mask", "token_weights",
-           "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # fmt: skip
+           "reasoning_content", "reasoning", "thinking")  # fmt: skip
 """What changes what is learned of a turn, and is not honoured."""
 _TEXT = ("text", "input_text", "output_text")
 _KIND_OF_TYPE: dict[str, Kind] = {f"{before}{kind}{after}": kind for kind in KINDS for before in ("", "input_")
@@ -41,11 +46,13 @@ _KIND_OF_TYPE: dict[str, Kind] = {f"{before}{kind}{after}": kind for kind in KIN
 
 @dataclass
 class Turn:
-    """What one says. A `Tag` among the pieces is a place for the record's media."""
+    """What one says, and calls. A `Tag` among the pieces is a place for the record's media."""
 
     role: Role
     pieces: list[Part | Tag]
     learn: bool = True
+    calls: tuple[CalledTool, ...] = ()
+    about: tuple[tuple[str, str], ...] = ()
 
 
 def said(role: Role, words: str, *, tags: bool = True) -> Turn:
@@ -56,7 +63,14 @@ def said(role: Role, words: str, *, tags: bool = True) -> Turn:
 
 def turns_of(value: object, what: str, context: Context) -> list[Turn]:
     """A list of messages, `{"role", "content"}` or `{"from", "value"}`."""
-    return [_turn(message, context) for message in objects(value, what)]
+    turns: list[Turn] = []
+    for message in objects(value, what):
+        turn = _turn(message, context)
+        if find(message, ROLE) in CALLS and turns and turns[-1].role == "assistant":
+            turns[-1].calls += turn.calls  # several calls of one turn, or behind its words
+        else:
+            turns.append(turn)
+    return turns
 
 
 def conversation(
@@ -99,8 +113,8 @@ def conversation(
                 parts += context.example(piece.kind, piece.path)
             else:
                 parts += queues[shown_as.get(piece.kind, piece.kind)].pop(0)
-        messages.append(Message(turn.role, tuple(parts), turn.learn))
-    return Conversation(tuple(messages), id, where, meta)
+        messages.append(Message(turn.role, tuple(parts), turn.learn, turn.calls, turn.about))
+    return Conversation(tuple(messages), id, where, meta, tools_of(fields))
 
 
 def _in_order(examples: list[Example], tags: list[Tag], kind: str) -> list[Example]:
@@ -128,7 +142,17 @@ def _in_order(examples: list[Example], tags: list[Tag], kind: str) -> list[Examp
 
 
 def _turn(message: Fields, context: Context) -> Turn:
-    name, content = find(message, ROLE), find(message, CONTENT)
+    raw = next((value for n in CONTENT if (value := dict.get(message, n)) is not None), None)
+    name, calls = find(message, ROLE), calls_of(message)
+    if name in CALLS or (name in ROLES and ROLES[name] == "tool" and isinstance(raw, dict)):
+        message.read.update(CONTENT)  # an object of the tool's own
+        if name in CALLS:
+            return Turn("assistant", [], _learned(message, "assistant"), (*calls, *called(raw, name)))
+        content: Any = json.dumps(raw, ensure_ascii=False)
+    else:
+        content = find(message, CONTENT)
+    if content is None and calls:
+        content = ""
     if name is None or content is None:
         raise missing(message, ("role and content", "from and value"), "speaker and words in a message")
     if not isinstance(name, str) or name not in ROLES:
@@ -138,6 +162,8 @@ def _turn(message: Fields, context: Context) -> Turn:
             kind="unknown-role",
         )  # fmt: skip
     role = ROLES[name]
+    if calls and role != "assistant":
+        raise DataError(f"a {role}'s turn calls tools, and an assistant's alone may", kind="tools")
     if isinstance(content, list) and all(isinstance(p, str) for p in content):
         pieces = [p for words in content for p in said(role, words).pieces]
     elif isinstance(content, list):
@@ -146,7 +172,7 @@ def _turn(message: Fields, context: Context) -> Turn:
         pieces = _part(Fields(content) if not isinstance(content, Fields) else content, context)
     else:
         pieces = said(role, text(content, "content")).pieces
-    return Turn(role, pieces, _learned(message, role))
+    return Turn(role, pieces, _learned(message, role), calls, about_result(message) if role == "tool" else ())
 
 
 def _part(part: Fields, context: Context) -> list[Part | Tag]:
