@@ -148,7 +148,7 @@ def test_convert_on_the_command_line(folder: Path) -> None:
     words = ["data", "convert", str(folder / "d.csv"), out, "columns.question=q", "columns.answer=a"]
     assert CliRunner().invoke(app, words).exit_code == 1 and not Path(out).exists()
     done = CliRunner().invoke(app, [*words, "--skip-bad", "--json"])
-    assert json.loads(done.stdout) == {"out": out, "samples": 1, "left_out": 1}
+    assert json.loads(done.stdout) == {"out": out, "samples": 1, "left_out": 1, "by_where": 0}
     assert CliRunner().invoke(app, words).exit_code == 1  # it is there already
     (sample,) = found({"path": out})
     assert (shown(sample), sample.meta) == (

@@ -259,7 +259,7 @@ class TestWhatIsLearned:
         assert error.kind == "weight" and "weight" in error.problem
         assert only(folder, record, ignore=["weight"])
 
-    @pytest.mark.parametrize("extra", [{"train_detail": [{"begin": 0}]}, {"weight": 0.3}, {"tool_calls": [{"id": 1}]},
+    @pytest.mark.parametrize("extra", [{"train_detail": [{"begin": 0}]}, {"weight": 0.3},
                                        {"reasoning_content": "so"}])  # fmt: skip
     def test_of_a_turn(self, folder: Path, extra: dict[str, Any]) -> None:
         error = refused(folder, {"messages": [SAID[0], {**SAID[1], **extra}]})

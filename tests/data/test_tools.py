@@ -120,7 +120,7 @@ def test_arguments_as_elements() -> None:
 
 @pytest.mark.parametrize(
     ("name", "template"),
-    [("qwen2.5", "chatml"), ("llama2", "vicuna"), ("llama3.1", ""), ("gemma2", ""), ("gemma3", ""), ("llama2", "gguf:llama2:7b")],
+    [("qwen2.5", "chatml"), ("llama2", "vicuna"), ("llama3.1", ""), ("gemma2", ""), ("llama2", "gguf:llama2:7b")],
 )  # fmt: skip
 def test_templates_that_know_no_tools_refuse_them_by_name(name: str, template: str) -> None:
     proc = processor(real_tokenizers.tokenizer(name), template)
