@@ -17,6 +17,7 @@ from opticnerve import recipe as recipes
 from opticnerve.common import atomic
 from opticnerve.models.vlm.continued import pinned, pinned_as
 from opticnerve.recipe import ModelSpec, Recipe
+from opticnerve.train.checkpoint import checkpoints
 from opticnerve.types import DataError, OpticNerveError, RecipeError
 
 RECIPE, RESULTS, RESULT = "recipe.yaml", "results.json", "result.json"
@@ -56,6 +57,8 @@ def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
     A chat template that writes today's date writes the day on which the run began, however long it takes; what the run
     goes on from (`from`) is noted with its hash, and must stay the same.
 
+    A recipe that differs in how long stages are is taken, too, and written once the stage goes on (`lengthen`).
+
     Raises:
         OpticNerveError: it differs; the message names the keys, with both values.
     """
@@ -73,7 +76,8 @@ def keep_recipe(recipe: Recipe, run_dir: Path, resume: bool) -> Recipe:
     if isinstance(kept.model, ModelSpec) and kept.docked.language.date is not None:
         recipe = recipe.dated(kept.docked.language.date)
     recipe = pinned_as(recipe, kept)
-    if lines := differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")):
+    lines = differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    if lines and not _lengthened(kept, recipe, run_dir):
         raise OpticNerveError(
             f"{run_dir} was begun with another recipe: {'; '.join(lines)}. Go on with its own by `opticnerve train "
             f"--resume {run_dir}`, or choose another --out",
@@ -91,6 +95,59 @@ def differences(was: object, now: object, key: str = "") -> list[str]:
     else:
         return [] if was == now else [f"{key}: {was!r} there, {now!r} given"]
     return [line for place, a, b in inner for line in differences(a, b, place)]
+
+
+def _lengthened(kept: Recipe, recipe: Recipe, run_dir: Path) -> bool:
+    """Whether two recipes differ in how long stages are alone.
+
+    Raises:
+        OpticNerveError: they do, and such a stage cannot go on: a later one has begun from it, or it left no state.
+    """
+    if differences(_without_lengths(kept), _without_lengths(recipe)):
+        return False
+    for number in _other_lengths(kept, recipe):
+        folder = stage_folder(run_dir, recipe, number)
+        later = stage_folder(run_dir, recipe, number + 1) if number + 1 < len(recipe.stages) else None
+        if later is not None and later.exists():
+            raise OpticNerveError(
+                f"stage {recipe.stages[number].name} cannot be made longer: {later} was begun from what it came "
+                f"to. Go on from {folder} by a recipe with `model: {{from: {folder}}}`",
+                kind="conflict",
+            )
+        if (folder / RESULT).is_file() and not checkpoints(folder):
+            raise OpticNerveError(
+                f"stage {recipe.stages[number].name} is finished and kept no checkpoint to go on from (it had no "
+                f"`save_every`). Go on from what it came to by a recipe with `model: {{from: {run_dir}}}`",
+                kind="missing-file",
+            )
+    return True
+
+
+def lengthened_stages(recipe: Recipe, run_dir: Path) -> list[int]:
+    """Numbers of the stages that are of another length than in the recipe that the folder has."""
+    return _other_lengths(recipes.load(run_dir / RECIPE), recipe)
+
+
+def _other_lengths(kept: Recipe, recipe: Recipe) -> list[int]:
+    pairs = enumerate(zip(kept.stages, recipe.stages, strict=True))
+    return [n for n, (was, now) in pairs if (was.steps, was.epochs) != (now.steps, now.epochs)]
+
+
+def lengthen(recipe: Recipe, run_dir: Path, folder: Path) -> None:
+    """From now on the run goes by this recipe, and the stage in `folder` is not finished."""
+    (folder / RESULT).unlink(missing_ok=True)
+    if (text := recipes.dump(recipe)) != (run_dir / RECIPE).read_text(encoding="utf-8"):
+        atomic.write(run_dir / RECIPE, text)
+
+
+def stage_folder(run_dir: Path, recipe: Recipe, number: int) -> Path:
+    """Where a stage is kept."""
+    return run_dir / "stages" / f"{number}-{recipe.stages[number].name}"
+
+
+def _without_lengths(recipe: Recipe) -> dict[str, Any]:
+    plain = recipe.model_dump(mode="json")
+    return {**plain, "stages": [{**s, "steps": None, "epochs": None} for s in plain["stages"]]}
 
 
 def finish_stage(folder: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,17 @@ from opticnerve.models.family import Family, build
 from opticnerve.recipe import Recipe
 from opticnerve.runs.card.card import write_card
 from opticnerve.runs.card.warnings import warnings_of
-from opticnerve.runs.folder import RESULTS, Results, finish_stage, finished_stage, keep_recipe, publish
+from opticnerve.runs.folder import (
+    RESULTS,
+    Results,
+    finish_stage,
+    finished_stage,
+    keep_recipe,
+    lengthen,
+    lengthened_stages,
+    publish,
+    stage_folder,
+)
 from opticnerve.train.loop import run_stage
 from opticnerve.train.setup import make_accelerator
 from opticnerve.types import Conversation, OpticNerveError
@@ -43,7 +53,7 @@ def run_recipe(
 
     Args:
         resume: go on where an earlier call with the same recipe stopped: finished stages are loaded, a begun one
-            continues from its newest checkpoint.
+            continues from its newest checkpoint, as does the last one that was begun where the recipe makes it longer.
         command: what the user typed, for the card.
         console: a rich console for progress, or None for silence.
 
@@ -57,6 +67,7 @@ def run_recipe(
     accelerator = make_accelerator(recipe, run_dir)
     main = accelerator.is_main_process
     recipe = on_main(accelerator, partial(keep_recipe, recipe, run_dir, resume))
+    longer = on_main(accelerator, partial(lengthened_stages, recipe, run_dir))
     results = Results(run_dir / RESULTS, fresh=not resume, writes=main)
 
     # What is wrong with the questions, or with the tokenizer, is found now and not when all is trained.
@@ -71,6 +82,8 @@ def run_recipe(
     results.data |= {"model": dock.describe(), "machine": machine(), "opticnerve": __version__, "seed": recipe.seed}
     if not (resume and results.data.get("command")):  # the card says how the run was begun
         results.data["command"] = command
+    elif longer:
+        results.data["command"] += f"\n{command}"
     seconds = results.data.setdefault("seconds", {})
     results.write()
 
@@ -84,15 +97,18 @@ def run_recipe(
 
     trained: set[str] = set()
     for number, stage in enumerate(recipe.stages):
-        folder = run_dir / "stages" / f"{number}-{stage.name}"
-        done = on_main(accelerator, partial(finished_stage, folder)) if resume else None
+        folder = stage_folder(run_dir, recipe, number)
+        going_on = resume and number not in longer
+        done = on_main(accelerator, partial(finished_stage, folder)) if going_on else None
         if done is not None:
             trained |= dock.load_stage(folder)
         else:
             result = run_stage(
                 dock, recipe, stage, folder, trained_before=trained, resume=resume, console=console,
-                accelerator=accelerator,
+                accelerator=accelerator, ready_to_train=partial(lengthen, recipe, run_dir, folder),
             )  # fmt: skip
+            known = results.data.get("forgetting", [])
+            results.data["forgetting"] = [e for e in known if e["after"] != stage.name]
             done = finish_stage(folder, result.to_dict()) if main else {}
         if main:
             seconds[stage.name] = done["seconds"]

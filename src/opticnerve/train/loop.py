@@ -68,6 +68,7 @@ class StageResult:
 def run_stage(
     dock: Family, recipe: Recipe, stage: Stage, folder: Path, *, trained_before: set[str], resume: bool = False,
     console: Console | None = None, accelerator: Accelerator | None = None,
+    ready_to_train: Callable[[], None] = lambda: None,
 ) -> StageResult:  # fmt: skip
     """Train one stage in place and write its folder: freeze.json, metrics.jsonl, checkpoints, the model.
 
@@ -75,6 +76,7 @@ def run_stage(
         dock: a model of any family.
         trained_before: names of parameters that earlier stages trained; this stage's are added to it.
         resume: continue from the newest whole checkpoint in `folder`, if there is one.
+        ready_to_train: called on the main process when nothing is refused any more, before the first step.
 
     Raises:
         Interrupted: stopped by a signal, after saving.
@@ -86,6 +88,7 @@ def run_stage(
         ready = set_up(
             dock, recipe, stage, folder, accelerator, trained=trained_before, resume=resume, console=console
         )  # fmt: skip
+        on_main(accelerator, ready_to_train)
         with ready.fast_layers():
             Trainer(ready, track=bool(recipe.trackers)).train()
             ready.strategy.finish()

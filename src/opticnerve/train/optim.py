@@ -10,6 +10,8 @@ from torch import nn
 
 from opticnerve.distributed.fsdp import as_shard, whole
 from opticnerve.models.freeze import Frozen, decay_groups
+from opticnerve.recipe import Stage
+from opticnerve.types import OpticNerveError
 
 
 class MasterAdamW:
@@ -106,6 +108,35 @@ def schedule(step: int, steps: int, *, warmup: float, kind: str) -> float:
         return (step + 1) / warm
     progress = (step - warm) / max(1, steps - warm)
     return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[kind]
+
+
+def check_lengthened(stage: Stage, done: int, was: int, now: int) -> None:
+    """See that a stage that is made longer has trained as the longer one would have: at every step that is done both
+    schedules give the same learning rate.
+
+    Args:
+        done: steps. was, now: how many the stage was to take, and is to take.
+
+    Raises:
+        OpticNerveError: they do not (a schedule that decays looks at the end from its first step on); or it would be
+            shorter.
+    """
+    if now < was:
+        raise OpticNerveError(
+            f"stage {stage.name}: {now} steps are fewer than the {was} that it was begun with; it can be made longer "
+            "alone",
+            kind="conflict",
+        )
+    for step in range(done):
+        before, after = (schedule(step, steps, warmup=stage.warmup, kind=stage.schedule) for steps in (was, now))
+        if before != after:
+            raise OpticNerveError(
+                f"stage {stage.name}: at step {step + 1} the {stage.schedule} schedule of {was} steps had the learning "
+                f"rate at {before:.4g} of its height, that of {now} has it at {after:.4g} (warm-up {stage.warmup:g}): "
+                f"no run of {now} steps looks like this one. Go on from what it came to by a recipe with `model: "
+                "{from: RUN}` and a stage of its own; `schedule: constant` can be made longer",
+                kind="conflict",
+            )
 
 
 def _whole_values(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from opticnerve.data.collators.base import open_once
 from opticnerve.data.dataset.dataset import Example, ExampleSubset
 from opticnerve.data.dataset.streaming import Streams
-from opticnerve.data.encode.packing import shared_prefix
+from opticnerve.data.encode.packing import PackPlan, shared_prefix
 from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.recipe import Stage
 from opticnerve.train.sampler import Collate, StageSampler
@@ -135,10 +135,23 @@ def fingerprint(sampler: StageSampler, notes: Notes) -> dict[str, Any]:
         for number in range(0, len(examples), math.ceil(len(examples) / MOST)):
             notes.add(*examples[number])
     found: dict[str, Any] = {"units": len(examples), "steps": sampler.steps, "sha256": notes.digest()}
-    if (plan := sampler.plan) is not None:
-        rows = _short_hash(b"".join(bytes(memoryview(plan[row])) for row in range(len(plan))))
-        found |= {"rows": len(plan), "plan": rows}
+    if sampler.plan is not None:
+        found |= _planned(sampler.plan, len(sampler.plan))
     return found
+
+
+def of_length(was: dict[str, Any], now: dict[str, Any], plan: PackPlan | None) -> dict[str, Any]:
+    """The fingerprint of data now, for as many steps as they once were to take: samples and rows that come later leave
+    those before them as they are."""
+    if was["steps"] == now["steps"]:
+        return now
+    rows = was.get("rows", 0) if plan is not None else 0
+    return {**now, "steps": was["steps"], **(_planned(plan, rows) if plan is not None and rows <= len(plan) else {})}
+
+
+def _planned(plan: PackPlan, rows: int) -> dict[str, Any]:
+    """The first rows of a plan."""
+    return {"rows": rows, "plan": _short_hash(b"".join(bytes(memoryview(plan[row])) for row in range(rows)))}
 
 
 def check_same(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:

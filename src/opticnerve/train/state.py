@@ -16,6 +16,7 @@ from opticnerve.distributed.collectives import gather_objects
 from opticnerve.language.adapters import current_name
 from opticnerve.models.vlm.parts import moving_buffers
 from opticnerve.train import checkpoint, precheck
+from opticnerve.train.optim import check_lengthened
 from opticnerve.train.sampler import StageSampler
 from opticnerve.train.strategy import Strategy
 
@@ -62,9 +63,13 @@ class TrainState:
         """Go on from a checkpoint; `emit` takes what is to be said of it.
 
         Raises:
-            OpticNerveError: its data were others.
+            OpticNerveError: its data were others, or the stage was made longer and had another schedule.
         """
-        precheck.check_same(state["data"], self._data, self._folder)
+        was, sampler = state["data"], self._sampler
+        precheck.check_same(was, precheck.of_length(was, self._data, sampler.plan), self._folder)
+        if was["steps"] != sampler.steps:
+            check_lengthened(sampler.stage, state["step"], was["steps"], sampler.steps)
+            emit(f"from step {state['step']} on to step {sampler.steps} instead of {was['steps']}")
         kept = state["optimizer"]
         masters = {current_name(n): t for n, t in kept["masters"].items()}
         self._strategy.optimizer.load_state_dict({**kept, "masters": masters})
