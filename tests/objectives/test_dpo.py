@@ -123,6 +123,7 @@ def test_a_stage_learns_to_prefer(docked: Callable[..., Dock], tmp_path: Path, l
         "stages": [{
             "name": "prefer", "objective": {"type": "dpo", "beta": 0.5}, "train": train, "batch_size": 6, "steps": 25,
             "schedule": "constant", "cache_features": lora, "data": [{"path": str(tmp_path / "pairs.jsonl")}],
+            "validate": {"data": {"path": str(tmp_path / "pairs.jsonl")}, "every": 10},
             **({"lora": {"rank": 4, "dropout": 0.1}} if lora else {}),
         }],
     })  # fmt: skip
@@ -132,6 +133,9 @@ def test_a_stage_learns_to_prefer(docked: Callable[..., Dock], tmp_path: Path, l
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3 if not lora else 0.05)
     assert lines[-1]["metrics"]["accuracy"] == 1.0
     assert lines[-1]["loss"] < 0.3
+    looks = [line["validation"]["loss"] for line in lines if "validation" in line]
+    assert len(looks) == 3
+    assert looks[-1] < looks[0] < 0.6931
 
 
 def messages(text: str) -> list[dict[str, Any]]:

@@ -162,3 +162,15 @@ def test_recipes_that_contradict_themselves(
 def test_gradient_checkpointing_is_for_language_models(make: Callable[..., Recipe], tmp_path: Path) -> None:
     with refused("unsupported", "gradient_checkpointing"):
         train(make("dual", gradient_checkpointing=True), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["dual", "late"])
+def test_a_held_out_curve_moves_nothing(kind: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
+    data = [spec.model_dump() for spec in make(kind).stages[0].data]
+    _, without = train(make(kind), tmp_path / "without")
+    _, watched = train(make(kind, validate={"data": data, "every": 2}), tmp_path / "with")
+    assert watched == without
+    lines = (tmp_path / "with" / "stages" / "0-learn" / "metrics.jsonl").read_text().splitlines()
+    looks = [look["loss"] for line in lines if (look := json.loads(line).get("validation"))]
+    assert len(looks) == 3
+    assert looks[-1] < looks[0]

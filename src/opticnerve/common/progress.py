@@ -84,21 +84,27 @@ class Progress(Counting):
     """`update(line)` after each step, with a line of metrics.jsonl."""
 
     def __init__(self, name: str, steps: int, *, start: int, console: Console | None, every_s: float = 10.0) -> None:
-        behind = "loss {task.fields[loss]}  {task.fields[speed]}"
-        super().__init__(name, steps, behind, console=console, every_s=every_s, start=start, loss="…", speed="")
+        behind = "loss {task.fields[loss]}{task.fields[held]}  {task.fields[speed]}"
+        fields = {"loss": "…", "held": "", "speed": ""}
+        super().__init__(name, steps, behind, console=console, every_s=every_s, start=start, **fields)
         self.smooth: float | None = None
+        self.held = ""  # what the last look at held-out data found
 
     def update(self, line: dict[str, Any]) -> None:
         loss = line["loss"]
         if loss is None:  # the step was left out
             loss = math.nan if self.smooth is None else self.smooth
         self.smooth = loss if self.smooth is None or math.isnan(self.smooth) else 0.9 * self.smooth + 0.1 * loss
+        if found := line.get("validation"):
+            words = (("held out", found.get("loss")), ("score", found.get("score")))
+            self.held = "".join(f"  {word} {value:.4f}" for word, value in words if value is not None)
         speed = f"{line['tokens_per_second']:.0f} tokens/s"
         if self.bar is not None:
-            self.bar.update(self.task, completed=line["step"], loss=f"{self.smooth:.4f}", speed=speed)
+            self.bar.update(self.task, completed=line["step"], loss=f"{self.smooth:.4f}", held=self.held, speed=speed)
         elif self.console is not None and self.due(now := time.perf_counter(), line["step"]):
             left = (now - self.began) / max(1, line["step"] - self.start) * (self.total - line["step"])
             self.console.print(
-                f"{self.name}: step {line['step']}/{self.total}  loss {self.smooth:.4f}  {speed}  {left:.0f} s left",
+                f"{self.name}: step {line['step']}/{self.total}  loss {self.smooth:.4f}{self.held}  "
+                f"{speed}  {left:.0f} s left",
                 highlight=False,
             )

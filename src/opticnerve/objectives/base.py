@@ -32,6 +32,8 @@ class Objective(nn.Module, ABC):
     """
 
     whole_step: ClassVar[bool] = False
+    in_batch: ClassVar[bool] = False
+    """Whether the samples of a batch are compared with each other, on all processes."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -99,7 +99,7 @@ class Contrastive(Objective):
             are no negatives of each other. "refuse" raises and names them; "mask" leaves such pairs out of the loss.
     """
 
-    whole_step = True
+    whole_step = in_batch = True
 
     def __init__(self, model: Any, *, duplicates: Literal["refuse", "mask"] = "refuse") -> None:
         super().__init__(model)

@@ -58,6 +58,8 @@ class QFormerPretraining(Objective):
     not draw them. A pair without any negative left adds nothing to ITC and its own match alone to ITM.
     """
 
+    in_batch = True
+
     def __init__(self, model: Any, *, label_smoothing: float = 0.1) -> None:
         super().__init__(model)
         tower = getattr(model, "image", None)

@@ -20,11 +20,11 @@ from opticnerve.recipe.model import (
     split_part,
 )
 from opticnerve.recipe.schema import EvaluateSpec, Recipe
-from opticnerve.recipe.stage import CacheSpec, LoraSpec, PackSpec, Stage
+from opticnerve.recipe.stage import CacheSpec, LoraSpec, PackSpec, Stage, ValidateSpec
 
 __all__ = [
     "CacheSpec", "ClassifierSpec", "ContinuedSpec", "DataSpec", "DualSpec", "EvaluateSpec", "FROM", "VisionSpec",
     "LanguageSpec", "LoraSpec",
     "MODALITIES", "ModelSpec", "PARTS", "PackSpec", "PartSpec", "Quantize", "Recipe", "Stage", "TextSpec", "TilingSpec",
-    "TowerSpec", "dump", "load", "split_part",
+    "TowerSpec", "ValidateSpec", "dump", "load", "split_part",
 ]  # fmt: skip

@@ -111,6 +111,12 @@ class Recipe(Strict):
                     f"stages.{i}.objective: {name} does not train {self.model.WHAT}; write "
                     f"objective: {' or '.join(OBJECTIVES[mine])}"
                 )
+            asked = [spec.name for spec in self.evaluate]
+            if (watched := stage.validate) is not None and watched.metric not in ("loss", *asked):
+                raise ValueError(
+                    f"stages.{i}.validate.metric: there is no {watched.metric!r}; loss, or the name of an entry of "
+                    f"evaluate: {', '.join(asked) or 'there are none'}"
+                )
             if stage.pack is not None and name != "next_token":
                 raise ValueError(f"stages.{i}.pack: {name} takes samples by themselves; leave it out")
             if stage.cache_features and (reason := self._cannot_cache(stage)):

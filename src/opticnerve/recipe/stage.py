@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
@@ -52,7 +53,46 @@ class CacheSpec(Strict):
     )
 
 
-class Stage(Strict):
+class ValidateSpec(Strict):
+    """A held-out curve beside the training's; see `opticnerve.train.validation`."""
+
+    data: list[DataSpec] | None = Field(None, description="what is held out: one entry, or several")
+    split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="a share of the stage's own data to hold out, by the hash of each picture's file name"
+    )
+    every: Positive = Field(description="steps from one look to the next; the last step is always looked at")
+    metric: str = Field("loss", description="what best and patience go by: loss, or the name of an entry of `evaluate`")
+    keep: Literal["last", "best"] = Field("last", description="best: the stage leaves the weights of its best look")
+    patience: Positive | None = Field(None, description="stop when so many looks in a row were no better than the best")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, data: object) -> Any:
+        return [data] if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _something_is_held_out(self) -> ValidateSpec:
+        if self.data is not None and self.split is not None:
+            raise ValueError("validate: data and split both say what is held out; keep one of them")
+        if self.data is None and self.split is None and self.metric == "loss":
+            raise ValueError("validate: name held-out data, or a split such as 0.02 of the stage's own")
+        for spec in self.data or ():
+            if spec.weight is not None or spec.repeat != 1:
+                raise ValueError(f"validate: {spec.path} is looked at once each time; leave out weight and repeat")
+            if spec.streaming:
+                raise ValueError(f"validate: {spec.path} is read again at each look; leave out streaming")
+        return self
+
+
+with warnings.catch_warnings():
+    # pydantic's `BaseModel.validate` is of its first version, and nothing here calls it.
+    warnings.filterwarnings("ignore", 'Field name "validate"', UserWarning)
+
+    class _WithValidation(Strict):
+        validate: ValidateSpec | None = None  # type: ignore[assignment]
+
+
+class Stage(_WithValidation):
     """An objective, its data, and what trains. Every part that `train` does not name is frozen and in `eval()`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
@@ -186,6 +226,8 @@ class Stage(Strict):
                 f"data: some entries are streamed, {indexed} is not; write streaming: true for it, too (files here can "
                 f"be streamed), or give it a stage of its own"
             )
+        if self.validate is not None and self.validate.split is not None:
+            return "validate: a stream's pictures are not known beforehand; name held-out data instead of a split"
         known = len(self.data) == 1 and self.data[0].limit is not None
         if self.steps is None and not known:
             return "streaming: the data do not say how long they are; give steps, or one entry with a limit"

@@ -106,6 +106,7 @@ def run_recipe(
             result = run_stage(
                 dock, recipe, stage, folder, trained_before=trained, resume=resume, console=console,
                 accelerator=accelerator, ready_to_train=partial(lengthen, recipe, run_dir, folder),
+                score=partial(_score, dock, recipe),
             )  # fmt: skip
             known = results.data.get("forgetting", [])
             results.data["forgetting"] = [e for e in known if e["after"] != stage.name]
@@ -134,6 +135,15 @@ def run_recipe(
     if recipe.trackers:
         accelerator.end_training()
     return results.data
+
+
+def _score(dock: Family, recipe: Recipe, name: str) -> float:
+    """What the model as it stands scores on an entry of `evaluate`: accuracy, CIDEr, or the mean recall@1."""
+    spec = next(s for s in recipe.evaluate if s.name == name).model_copy(update={"image_dependence": 0})
+    [found] = evaluate_model(dock.model, dock.processor, [spec])["tasks"]
+    if "image_to_text" in found:
+        return float(sum(found[way]["R@1"]["accuracy"] for way in ("image_to_text", "text_to_image"))) / 2
+    return float(found["cider"] if "cider" in found else found["accuracy"])
 
 
 def machine() -> dict[str, Any]:

@@ -33,6 +33,7 @@ from opticnerve.train.image_ablation import image_use
 from opticnerve.train.metrics import METRICS, MetricsLog, by_source, fill, media_counts, source_counts, source_names
 from opticnerve.train.optim import schedule
 from opticnerve.train.setup import StageSetup, make_accelerator, set_up
+from opticnerve.train.validation import Score
 from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
@@ -60,15 +61,17 @@ class StageResult:
     skipped: Sequence[str]
     left_out: list[int] = field(default_factory=list)
     image_use: dict[str, Any] | None = None
+    validation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "skipped"} | {"skipped": len(self.skipped)}
+        shown = {k: v for k, v in vars(self).items() if k != "validation" or v is not None}
+        return shown | {"skipped": len(self.skipped)}
 
 
 def run_stage(
     dock: Family, recipe: Recipe, stage: Stage, folder: Path, *, trained_before: set[str], resume: bool = False,
     console: Console | None = None, accelerator: Accelerator | None = None,
-    ready_to_train: Callable[[], None] = lambda: None,
+    ready_to_train: Callable[[], None] = lambda: None, score: Score | None = None,
 ) -> StageResult:  # fmt: skip
     """Train one stage in place and write its folder: freeze.json, metrics.jsonl, checkpoints, the model.
 
@@ -77,6 +80,7 @@ def run_stage(
         trained_before: names of parameters that earlier stages trained; this stage's are added to it.
         resume: continue from the newest whole checkpoint in `folder`, if there is one.
         ready_to_train: called on the main process when nothing is refused any more, before the first step.
+        score: what the model as it stands scores on an entry of `evaluate`; for a stage whose `validate` names one.
 
     Raises:
         Interrupted: stopped by a signal, after saving.
@@ -86,17 +90,21 @@ def run_stage(
     with companions(accelerator, f"stage {stage.name}"), plain_attention(dock.model):
         barrier(accelerator)  # the main process may have evaluated for long
         ready = set_up(
-            dock, recipe, stage, folder, accelerator, trained=trained_before, resume=resume, console=console
+            dock, recipe, stage, folder, accelerator, trained=trained_before, resume=resume, console=console,
+            score=score,
         )  # fmt: skip
         on_main(accelerator, ready_to_train)
         with ready.fast_layers():
             Trainer(ready, track=bool(recipe.trackers)).train()
             ready.strategy.finish()
+            state, validation = ready.state, ready.state.validation
+            if validation is not None:
+                validation.restore_best(dock.model)
             on_main(accelerator, lambda: _save_model(ready, trained_before))
-            state, use = ready.state, image_use(dock.model, ready.strategy.objective, ready.sampler)
+            use = image_use(dock.model, ready.strategy.objective, ready.sampler)
             return StageResult(
-                stage.name, ready.sampler.steps, state.samples, state.tokens, state.elapsed, state.loss, ready.skipped,
-                state.left_out, use,
+                stage.name, state.step, state.samples, state.tokens, state.elapsed, state.loss, ready.skipped,
+                state.left_out, use, None if validation is None else validation.summary(ready.sampler.steps),
             )  # fmt: skip
 
 
@@ -110,7 +118,7 @@ class Trainer:
     def __init__(self, ready: StageSetup, *, track: bool = False) -> None:
         self.ready, self.stage, self.accelerator, self.track = ready, ready.stage, ready.accelerator, track
         self.strategy, self.optimizer = ready.strategy, ready.strategy.optimizer
-        self.sampler, self.state = ready.sampler, ready.state
+        self.sampler, self.state, self.validation = ready.sampler, ready.state, ready.state.validation
         self.divergence = Divergence(ready.stage, ready.folder, ready.state, ready.strategy.model)
         self.sources = source_names(ready.stage.data)
         self.log: MetricsLog | None = None
@@ -125,11 +133,15 @@ class Trainer:
         with _signals(self._ask_to_stop), self._metrics() as self.log, self._progress() as bar:
             started = time.perf_counter() - state.elapsed
             try:
-                while state.step < steps:
+                while state.step < steps and not (self.validation is not None and self.validation.done):
                     line = self.train_step(*attempt(lambda: [next(batches) for _ in range(stage.accumulate)]))
                     state.elapsed = time.perf_counter() - started
                     line |= {"elapsed_s": round(state.elapsed, 3), "waited_s": round(batches.seconds, 3)}
                     line |= {"tokens_per_second": round(state.tokens / state.elapsed, 1)}
+                    if self.validation is not None:
+                        looked = time.perf_counter()
+                        line |= self.validation.validate(state.step, steps)
+                        started += time.perf_counter() - looked  # the clock of training stands still
                     if self.log is not None:
                         self.log.write(line)
                         bar.update(line)

@@ -96,7 +96,10 @@ class StageSampler(Dataset[Batch]):
             planned: Batch = self.collate([self.planned_row(first + r) for r in dealt])
             return planned
         rows = self.stage.batch_size // self.stage.accumulate
-        mine = range(index * rows + self.rank, (index + 1) * rows, self.world)
+        return self.batch(range(index * rows + self.rank, (index + 1) * rows, self.world))
+
+    def batch(self, mine: Iterable[int]) -> Batch:
+        """The batch of these samples."""
         if self.own_collate is not None:
             own: Batch = self.own_collate([self._collatable(v) for v in mine])
             return own

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opticnerve import registry
 from opticnerve.common import atomic, private_names
 from opticnerve.data.dataset.bad_samples import BadSampleCounter
-from opticnerve.data.dataset.dataset import NO_MEDIA
+from opticnerve.data.dataset.dataset import NO_MEDIA, Example
 from opticnerve.data.dataset.load import load_examples, load_streams
 from opticnerve.distributed.collectives import barrier, engine, timeout, without_deepspeed
 from opticnerve.features.store import see_all
@@ -33,6 +33,7 @@ from opticnerve.language.lora import has_lora
 from opticnerve.models.family import Family, FamilyModel
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.tower import check_options
+from opticnerve.objectives.base import Objective
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
 from opticnerve.ops.offload import offload_encoder
@@ -44,6 +45,7 @@ from opticnerve.train.precheck import Notes, fingerprint, precheck, samples_to_c
 from opticnerve.train.sampler import Collate, StageSampler, StreamingSampler
 from opticnerve.train.state import TrainState
 from opticnerve.train.strategy import Strategy, make_strategy
+from opticnerve.train.validation import HeldOut, Score, Validation, held_out_stage
 from opticnerve.types import MediaProcessor, OpticNerveError, to_install
 
 BACKEND = "inductor"
@@ -92,12 +94,13 @@ class StageSetup:
 
 def set_up(
     dock: Family, recipe: Recipe, stage: Stage, folder: Path, accelerator: Accelerator, *, trained: set[str],
-    resume: bool, console: Console | None = None,
+    resume: bool, console: Console | None = None, score: Score | None = None,
 ) -> StageSetup:  # fmt: skip
     """Make a stage ready for its first step, or, where it goes on from a checkpoint, for the step after that.
 
     Args:
         trained: names of parameters that earlier stages trained; this stage's are added to it.
+        score: asks an entry of `evaluate`, where `validate.metric` names one.
 
     Raises:
         OpticNerveError: anything in the recipe, the data or the folder that a user can put right.
@@ -126,9 +129,14 @@ def set_up(
         stage, processor, seed=recipe.seed, accelerator=accelerator, skipped=skipped, console=console,
         collate=objective.collator(processor, stage, recipe.seed),
     )  # fmt: skip
+    held_out = None
+    if (spec := stage.validate) is not None and (spec.data or spec.split):
+        held_out = make_held_out(stage, processor, objective, sampler)
+        data |= {"held_out": held_out.fingerprint}
     model.to(accelerator.device)
     if stage.cache_features:
-        cache_features(model, processor, stage, sampler, accelerator, console)
+        seeing = [sampler] if held_out is None else [sampler, held_out.sampler]
+        cache_features(model, processor, stage, seeing, accelerator, console)
 
     # Fresh connectors measure what they will get, the same on every process; then the weights may be shared out.
     going_on = resume and bool(checkpoint.checkpoints(folder))
@@ -139,6 +147,10 @@ def set_up(
         offload_encoder(model.image.encoder, folder, console)
 
     state = TrainState(strategy, sampler, data, folder)
+    if spec is not None:
+        state.validation = Validation(
+            spec, strategy, held_out, seed=recipe.seed, moving=list(state.moving), score=score
+        )  # fmt: skip
     ready = StageSetup(dock, stage, folder, accelerator, console, frozen, skipped, sampler, strategy, state)
     if going_on:
         found = checkpoint.newest(folder, warn=ready.emit, most=steps_in(folder / METRICS))
@@ -287,7 +299,8 @@ def make_sampler(
         sampler: StageSampler = streaming
         has_media = any(c.pieces for v in range(_LOOKED_AT) for c in sampler.drawn(v))
     else:
-        loaded = load_examples(stage.data, on_error=on_error)
+        split = stage.validate.split if stage.validate is not None else None
+        loaded = load_examples(stage.data, on_error=on_error, split=split)
         has_media = loaded.with_media() > 0
         skipped.of(loaded.samples() + len(skipped))
         examples = precheck(
@@ -299,15 +312,43 @@ def make_sampler(
     return sampler, fingerprint(sampler, notes)
 
 
+def make_held_out(stage: Stage, processor: MediaProcessor, objective: Objective, sampler: StageSampler) -> HeldOut:
+    """What the stage's `validate` holds out, looked at as the data that it trains on.
+
+    Raises:
+        DataError: a sample is bad and the stage refuses it. OpticNerveError: nothing is held out.
+    """
+    spec, held = stage.validate, held_out_stage(stage, objective)
+    assert spec is not None
+    on_error = None if stage.bad_samples == "refuse" else lambda e: sampler.leave_out([e])
+    examples: Sequence[Example] = load_examples(held.data, on_error=on_error, split=spec.split, held_out=True)
+    notes = Notes()
+    examples = precheck(
+        examples, processor, held, template=sampler.template, on_error=on_error, collate=sampler.own_collate,
+        check=samples_to_check(held), notes=notes,
+    )  # fmt: skip
+    # A collator of its own, for that of the stage may hold what it has seen.
+    held_sampler = StageSampler(
+        examples, held, processor, seed=sampler.seed, rank=sampler.rank, world=sampler.world,
+        template=sampler.template, collate=objective.collator(processor, held, sampler.seed), on_error=on_error,
+    )  # fmt: skip
+    made = HeldOut(held_sampler, whole_batches=objective.in_batch)
+    made.fingerprint = fingerprint(held_sampler, notes)
+    return made
+
+
 def cache_features(
-    model: FamilyModel, processor: MediaProcessor, stage: Stage, sampler: StageSampler, accelerator: Accelerator,
-    console: Console | None,
+    model: FamilyModel, processor: MediaProcessor, stage: Stage, samplers: Sequence[StageSampler],
+    accelerator: Accelerator, console: Console | None,
 ) -> None:  # fmt: skip
-    """Have the frozen vision encoder see all pictures of the stage once, and the sampler take what it saw."""
+    """Have the frozen vision encoder see all pictures of the stage once, and the samplers take what it saw."""
     spec = stage.cache_features if isinstance(stage.cache_features, CacheSpec) else CacheSpec()
+    [sampler, *_] = samplers
+    pictures = [picture for each in samplers for picture in each.pictures()]
     store = see_all(
-        model, processor, sampler.pictures(), budget=spec.budget, stored=spec.dtype,
+        model, processor, pictures, budget=spec.budget, stored=spec.dtype,
         rank=accelerator.process_index, world=accelerator.num_processes, wait=lambda: barrier(accelerator),
         threads=stage.workers or None, on_error=sampler.on_error, console=console,
     )  # fmt: skip
-    sampler.collate.features = store
+    for each in samplers:
+        each.collate.features = store

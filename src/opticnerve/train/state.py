@@ -19,6 +19,7 @@ from opticnerve.train import checkpoint, precheck
 from opticnerve.train.optim import check_lengthened
 from opticnerve.train.sampler import StageSampler
 from opticnerve.train.strategy import Strategy
+from opticnerve.train.validation import Validation
 
 
 class TrainState:
@@ -32,13 +33,14 @@ class TrainState:
     Attributes:
         step: how many are done. samples, tokens: seen in them. elapsed: seconds. loss: of the last one that was taken.
         left_out: the steps whose update was left out, from 1.
-        moving: full names of the buffers that training moves.
+        moving: full names of the buffers that training moves. validation: the held-out curve, where the stage has one.
     """
 
     def __init__(self, strategy: Strategy, sampler: StageSampler, data: dict[str, Any], folder: Path) -> None:
         self.step, self.samples, self.tokens, self.elapsed, self.loss = 0, 0, 0, 0.0, math.nan
         self.left_out: list[int] = []
         self.moving = moving_buffers(strategy.model, strategy.optimizer.master_tensors())
+        self.validation: Validation | None = None
         self._strategy, self._sampler, self._data, self._folder = strategy, sampler, data, folder
 
     def count(self, *, samples: int, tokens: int, loss: float | None) -> None:
@@ -57,6 +59,7 @@ class TrainState:
             "versions": versions(),
             "samples": self.samples, "tokens": self.tokens, "elapsed": self.elapsed, "loss": self.loss,
             "left_out": self.left_out, "visits": self._sampler.state_dict(),
+            **({} if self.validation is None else {"validation": self.validation.state_dict()}),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], emit: Callable[[str], None] = print) -> None:
@@ -76,6 +79,8 @@ class TrainState:
         for name, value in state["buffers"].items():
             self._strategy.model.get_buffer(name).copy_(value)
         self._sampler.load_state_dict(state["visits"])
+        if self.validation is not None and "validation" in state:
+            self.validation.load_state_dict(state["validation"])
         load_rng_state(state["rng"], self._strategy.accelerator, emit)
         self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
         self.elapsed, self.loss, self.left_out = state["elapsed"], state["loss"], list(state["left_out"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,9 @@ def curve_figure(stage: ShownStage, words: Words, planned: int | None = None) ->
     if known := curve.known:
         first, last = f"{known[0]:.3g}", f"{known[-1]:.3g}"
         said = words("runs_curve_said", stage=stage.name, first=first, last=last, steps=f"{stage.steps:,}")
+        if curve.held_out:
+            step, held = curve.held_out[-1]
+            said += f" {words('runs_curve_held', held=f'{held:.3g}', step=f'{step:,}')}"
     drawn = curve_svg(curve, title=said, x_label=words("runs_step"), planned=planned or stage.planned)
     return str(HTML.curve(stage.name, drawn, f"{said} {speed(stage, words)}", words))
 
@@ -168,11 +171,13 @@ LAST = 50
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Thinned to at most `MOST_POINTS` steps; a step without a number holds NaN. `smooth` is taken over all steps."""
+    """Thinned to at most `MOST_POINTS` steps; a step without a number holds NaN. `smooth` is taken over all steps.
+    `held_out`: the steps whose held-out loss was looked at, with it."""
 
     steps: list[int]
     loss: list[float]
     smooth: list[float]
+    held_out: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def known(self) -> list[float]:
@@ -186,9 +191,11 @@ def curve_of(metrics: Sequence[dict[str, Any]]) -> Curve:
     # The last step is always among them: it is what the words beside the curve tell.
     count = min(len(metrics), MOST_POINTS)
     kept = [int(i) for i in np.linspace(0, len(metrics) - 1, count)] if metrics else []
+    looks = [(int(m["step"]), m["validation"]) for m in metrics if isinstance(m.get("validation"), dict)]
     return Curve(
-        [int(metrics[i]["step"]) for i in kept], [float(loss[i]) for i in kept], [float(even[i]) for i in kept]
-    )
+        [int(metrics[i]["step"]) for i in kept], [float(loss[i]) for i in kept], [float(even[i]) for i in kept],
+        [(step, held) for step, look in looks if np.isfinite(held := finite(look.get("loss")))],
+    )  # fmt: skip
 
 
 def pace(metrics: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -208,7 +215,7 @@ def curve_svg(curve: Curve, *, title: str, x_label: str, planned: int | None = N
 
     Values far above the usual ones, as first steps have, leave the drawing at its top.
     """
-    text = [v for v in (*curve.loss, *curve.smooth) if np.isfinite(v)]
+    text = [v for v in (*curve.loss, *curve.smooth, *(h for _, h in curve.held_out)) if np.isfinite(v)]
     if not text:
         return ""
     top = max(float(np.percentile(text, 99)) * 1.08, 1e-9)
@@ -227,6 +234,8 @@ def curve_svg(curve: Curve, *, title: str, x_label: str, planned: int | None = N
         for kind, values in (("raw", curve.loss), ("smooth", curve.smooth))
         for piece in _pieces(curve.steps, values)
     ]
+    if curve.held_out:
+        lines.append(("held", " ".join(f"{x(step)},{y(value)}" for step, value in curve.held_out)))
     return HTML.drawing(WIDTH, HEIGHT, title, x_label, LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, grid, ticks, lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.data.dataset.index import Index, picture_key
+from opticnerve.data.dataset.index import SIDES, Index, picture_key, sides_of
 from opticnerve.data.formats.converters import merged
 from opticnerve.types import Conversation
 
@@ -108,6 +108,23 @@ class Samples(Indexed[Conversation]):
         if self.groups is None or self.chosen is None:
             return self.first_rows() if self.groups is None else self.groups.members
         return np.concatenate([self.groups[int(g)] for g in self.chosen]) if len(self.chosen) else self.chosen
+
+    def apart(self, share: float, *, held_out: bool) -> Samples:
+        """The samples that a split of so much holds out, or those that it leaves: by the hashes of their pictures'
+        names (of their words, where there are none), so that no picture is on both sides. A sample that shows pictures
+        of both sides is on neither.
+
+        Of samples with several pictures and sounds, the index does not tell, and they are read.
+        """
+        first = self.first_rows()
+        low = high = self.found.rows["side"][first]
+        if len(several := np.flatnonzero(self.found.rows["pieces"][first] > 1)):
+            low, high = low.copy(), high.copy()
+            for number in several:
+                sides = sides_of(self.found.sample(int(first[number])))
+                low[number], high[number] = min(sides), max(sides)
+        limit = round(share * SIDES)
+        return self.only(np.flatnonzero(high < limit if held_out else low >= limit).astype(np.uint32))
 
     def by_picture(self) -> Groups:
         """Samples about the same pictures, together. Text-only samples share no picture; each stays by itself."""

@@ -44,11 +44,13 @@ _UNSURE = 2_000_000_000
 
 ROW = np.dtype(
     [("start", "<u8"), ("picture", "<u8"), ("size", "<u4"), ("file", "<u4"), ("index", "<u4"), ("part", "<u4"),
-     ("held_out", "?"), ("images", "u1"), ("pieces", "u1"), ("_", "u1")]
+     ("side", "<u2"), ("images", "u1"), ("pieces", "u1")]
 )  # fmt: skip
-"""`part`: which of its record's conversations. `picture`: a hash of which pictures and sounds it shows. `images`: how
-many pictures, `pieces`: sounds, too; 255 for more."""
-_PACKED = struct.Struct("<2Q4I?3B")  # a row
+"""`part`: which of its record's conversations. `picture`: a hash of which pictures and sounds it shows. `side`: the
+first of `sides_of`. `images`: how many pictures, `pieces`: sounds, too; 255 for more."""
+_PACKED = struct.Struct("<2Q4IH2B")  # a row
+SIDES = 1 << 16
+_NO_KEY = SIDES - 1  # neither in the held-out twentieth nor in any split
 
 
 @dataclass
@@ -134,12 +136,29 @@ def held_out(conversation: Conversation) -> bool:
     The hash of its first picture's (or sound's) file name (or bytes) decides, so that all that is said of one picture
     stays on one side, in every data file and on every machine.
     """
+    return bool(conversation.pieces) and in_twentieth(sides_of(conversation)[0])
+
+
+def in_twentieth(side: Any) -> Any:
+    """Whether the `side` of a picture, or of many, is held out by `split: held_out`."""
+    return (side & 255) % 20 == 0
+
+
+def sides_of(conversation: Conversation) -> list[int]:
+    """By what splits go: 16 bits of a hash for each picture and sound, of its file's name (or its bytes), so that a
+    file falls on the same side wherever it lies; of text alone, of its words."""
+    if not conversation.pieces:
+        return [_side("\n".join(m.text for m in conversation.messages).encode("utf-8", "surrogatepass"))]
+    sides = []
     for part in conversation.pieces:
         source = part.source.source if isinstance(part.source, Frame) else part.source
         if isinstance(source, Path | bytes):
-            key = source.name.encode() if isinstance(source, Path) else source
-            return hashlib.sha256(key).digest()[0] % 20 == 0
-    return False
+            sides.append(_side(source.name.encode("utf-8", "surrogateescape") if isinstance(source, Path) else source))
+    return sides or [_NO_KEY]
+
+
+def _side(key: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(key).digest()[:2], "little")
 
 
 def _named(source: object) -> str:
@@ -177,8 +196,8 @@ def _collect(opened: OpenSource, file: BinaryIO, limit: int | None, tell: OnErro
         picture = picture_key([p.source for p in pieces])
         images, shown = (min(255, len(listed)) for listed in (conversation.images, pieces))
         file.write(
-            _PACKED.pack(place.start, picture, place.size, place.file, record.index, part, held_out(conversation),
-                         images, shown, 0)
+            _PACKED.pack(place.start, picture, place.size, place.file, record.index, part,
+                         sides_of(conversation)[0], images, shown)
         )  # fmt: skip
     return left_out.total()
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from opticnerve.data.dataset.dataset import Entry, Example, Examples, Groups, Samples
-from opticnerve.data.dataset.index import held_out, index_of
+from opticnerve.data.dataset.index import held_out, in_twentieth, index_of
 from opticnerve.data.dataset.mixture import Mixture, mixed_shares
 from opticnerve.data.dataset.opened import OnError
 from opticnerve.data.dataset.read import DataSource
@@ -81,8 +81,9 @@ def _indexed(spec: DataSpec, on_error: OnError | None) -> Samples:
         samples = Samples(index)
     if spec.split == "all":
         return samples
-    wanted = index.rows["held_out"][samples.first_rows()] == (spec.split == "held_out")
-    return samples.only(np.flatnonzero(wanted).astype(np.uint32))
+    rows = index.rows[samples.first_rows()]
+    held = in_twentieth(rows["side"]) & (rows["pieces"] > 0)
+    return samples.only(np.flatnonzero(held == (spec.split == "held_out")).astype(np.uint32))
 
 
 def stream_data(
@@ -134,9 +135,15 @@ def load_streams(stage: Stage, *, seed: int) -> Streams:
     return Streams(made, [spec.repeat for spec in stage.data], mixture)
 
 
-def load_examples(specs: Sequence[DataSpec], *, on_error: OnError | None = None) -> Examples:
+def load_examples(
+    specs: Sequence[DataSpec], *, on_error: OnError | None = None, split: float | None = None, held_out: bool = False
+) -> Examples:
     """Examples: one conversation, or, with `share_prefix`, all questions about one picture and how many of
-    them to draw at a time."""
+    them to draw at a time.
+
+    Args:
+        split: a share that `validate` holds out; `held_out`: those are wanted, not the others.
+    """
     entries = []
     for spec in specs:
         if spec.streaming:
@@ -144,9 +151,12 @@ def load_examples(specs: Sequence[DataSpec], *, on_error: OnError | None = None)
                 f"{spec.path} is streamed: how many samples it has is not known before it is read", kind="unsupported"
             )
         samples = _indexed(spec, on_error)
+        if split is not None:
+            samples = samples.apart(split, held_out=held_out)
         if not samples:
             none = f", and {samples.found.left_out:,} records do not meet {spec.where!r}" if spec.where else ""
-            raise OpticNerveError(f"{spec.path} holds no usable sample{none}", kind="empty")
+            of = "" if split is None else f" {'within' if held_out else 'outside of'} the split of {split:g}"
+            raise OpticNerveError(f"{spec.path} holds no usable sample{of}{none}", kind="empty")
         groups = samples.by_picture() if spec.share_prefix else None
         entries.append(Entry(samples, groups, spec.per_image, spec.repeat))
     return Examples(entries)

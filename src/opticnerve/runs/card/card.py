@@ -190,7 +190,17 @@ def _stage_line(stage: StageRecord) -> str:
     facts = [f"{s[k]:,} {k}" for k in ("steps", "samples", "tokens") if k in s]
     facts += [format_duration(s["seconds"])] if "seconds" in s else []
     facts += [f"final loss {finite(s['final_loss']):.3g}"] if "final_loss" in s else []
+    facts += [_held_out(v)] if (v := s.get("validation")) else []
     return "; ".join(facts) + "."
+
+
+def _held_out(validation: dict[str, Any]) -> str:
+    """The best and the last look at held-out data, and what became of them."""
+    name, key = ("held-out loss", "loss") if validation["metric"] == "loss" else (plain(validation["metric"]), "score")
+    last = validation["curve"][-1]
+    text = f"{name} {finite(last.get(key)):.3g}, at its best {finite(validation['best']):.3g} in step"
+    text += f" {validation['best_step']}{', whose weights were kept' if validation['keep'] == 'best' else ''}"
+    return text + ("; patience ended, and the stage stopped" if validation["stopped"] else "")
 
 
 def _cost(run: RunFolder) -> str:

@@ -45,10 +45,13 @@ def loss_plot(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> P
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top.plot(steps, loss, color=BLUE, alpha=0.28, linewidth=1, label="each step")
     top.plot(steps, smooth(loss), color=BLUE, linewidth=2.2, label="smoothed")
+    looks = [(finite(m["step"]), finite(m["validation"].get("loss"))) for m in metrics if m.get("validation")]
+    if any(np.isfinite(held) for _, held in looks):
+        top.plot(*zip(*looks, strict=True), color=ORANGE, linewidth=2, marker="o", markersize=4, label="held out")
     top.set_ylabel("loss (nats per trained token)")
     if np.isfinite(loss).any():
         # The first steps would squeeze the rest of the curve into a line at the bottom.
-        usual = float(np.nanpercentile(loss, 99.5))
+        usual = max([float(np.nanpercentile(loss, 99.5)), *(h for _, h in looks if np.isfinite(h))])
         top.set_ylim(0, max(usual, 1e-9) * 1.12)
     top.legend(frameon=False, loc="upper right")
     title_of(top, title, _speed(metrics, loss))

@@ -30,6 +30,8 @@ def warnings_of(results: dict[str, Any]) -> list[tuple[str, str]]:
     for stage in results.get("stages") or []:
         if use := stage.get("image_use"):
             found.append(_loss(str(stage.get("name")), use))
+        if validation := stage.get("validation"):
+            found.append(_rising(str(stage.get("name")), validation))
         if left_out := stage.get("left_out"):
             found.append(_left_out(str(stage.get("name")), left_out))
     return [warning for warning in found if warning is not None]
@@ -76,6 +78,27 @@ def _loss(stage: str, use: dict[str, Any]) -> tuple[str, str] | None:
         f"pictures and {use['other']:.3f} with one another's: {use['other_minus_own']:+.3f} nats a token, 95 % "
         f"interval {low:+.3f} to {high:+.3f}. Either the stage was too short, or the pictures do not reach the "
         f"language model, or its texts can be guessed without them.",
+    )
+
+
+def _rising(stage: str, validation: dict[str, Any]) -> tuple[str, str] | None:
+    """Two looks or more since the lowest held-out loss, and the last one above it: no chance of a single look."""
+    curve = [look for look in validation["curve"] if look.get("loss") is not None]
+    if not curve:
+        return None
+    best = min(curve, key=lambda look: look["loss"])
+    later = [look for look in curve if look["step"] > best["step"]]
+    if len(later) < 2 or later[-1]["loss"] <= best["loss"]:
+        return None
+    kept = validation["best_step"] if validation["keep"] == "best" else None
+    remedy = (
+        f"The stage left the weights of step {kept} (`keep: best`)." if kept is not None
+        else "Train shorter, on more data, or at a lower rate; or write `keep: best`, and `patience`."
+    )  # fmt: skip
+    return (
+        "THE HELD-OUT LOSS ROSE",
+        f"In stage {plain(stage)} it was lowest at step {best['step']} with {best['loss']:.3f}, and is "
+        f"{later[-1]['loss']:.3f} at step {later[-1]['step']}, {len(later)} looks later. {remedy}",
     )
 
 
