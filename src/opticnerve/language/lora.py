@@ -17,15 +17,25 @@ from opticnerve.language.adapters import ADAPTER, adopt, check_plain, our_layers
 from opticnerve.language.layers import decoder_layers
 from opticnerve.types import OpticNerveError
 
-DEFAULTS: dict[str, Any] = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": "all-linear", "when": "always"}
+DEFAULTS: dict[str, Any] = {
+    "rank": 16, "alpha": None, "dropout": 0.0, "targets": "all-linear", "when": "always", "dora": False,
+    "rank_stabilised": False, "init": None,
+}  # fmt: skip
+START = "start"  # of init: pissa, a buffer beside each half: what it began with, which its layer's weight is without
 
 
-def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch.dtype | None = None) -> None:
+def add_lora(
+    language_model: nn.Module, options: dict[str, Any], *, dtype: torch.dtype | None = None, fresh: bool = True
+) -> None:
     """Put low-rank adapters beside the language model's linear layers, in place.
 
     Args:
         options: `rank`; `alpha` (2 × rank by default); `dropout`; `targets`: "all-linear" (every linear layer of the
             decoder), or a list of module-name endings such as [q_proj, v_proj]; `when`: see `AdapterMask`.
+            `dora` (Liu et al. 2024, section 4), `rank_stabilised` (Kalajdzievski 2023): peft's. `init`: of the weights,
+            peft's; `pissa` (Meng et al. 2024, section 3) begins with the weight's first singular vectors and takes
+            what they make out of the weight, which is frozen then.
+        fresh: False where trained weights follow from a file: nothing is taken out of any weight.
         dtype: of the adapter weights; the language model's own by default. (peft's default, float32 beside bf16
             weights, casts every activation and is a third slower on a CPU.)
     """
@@ -41,6 +51,14 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
         )
     targets = chosen["targets"]
     names = linear_layers(language_model)
+    packed = [n for n in names if not _plain(language_model.get_submodule(n)).weight.is_floating_point()]  # type: ignore[operator]
+    pissa = chosen["init"] == "pissa"
+    if packed and (chosen["dora"] or pissa):
+        raise OpticNerveError(
+            f"lora: {'dora' if chosen['dora'] else 'init: pissa'} reads the weight beside which it stands, and "
+            f"{packed[0]} is quantised; leave one of the two out",
+            kind="conflict",
+        )
     if targets == "all-linear":
         targets = names
     else:
@@ -54,6 +72,8 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
     rank, alpha = chosen["rank"], chosen["alpha"]
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=chosen["dropout"], target_modules=targets,
+        use_dora=chosen["dora"], use_rslora=chosen["rank_stabilised"],
+        init_lora_weights=True if pissa else chosen["init"] or True,
         fan_in_fan_out=any(isinstance(_plain(language_model.get_submodule(n)), Conv1D) for n in names),  # GPT-2's
     )  # fmt: skip
     _inject(config, language_model)
@@ -63,6 +83,40 @@ def add_lora(language_model: nn.Module, options: dict[str, Any], *, dtype: torch
     for name, parameter in language_model.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.to(dtype)
+    if pissa:
+        _start_with_singular_vectors(language_model, dtype, fresh=fresh)
+
+
+@torch.no_grad()
+def _start_with_singular_vectors(language_model: nn.Module, dtype: torch.dtype, *, fresh: bool) -> None:
+    """PiSSA: W is kept as W - s B₀ A₀, and the adapter begins as B₀, A₀. Both are remembered in buffers: a run's folder
+    names W by its base, and whoever loads it takes the same product out again."""
+    for _, layer in our_layers(language_model):
+        base = layer.get_base_layer()
+        if fresh and not base.weight.is_meta:
+            whole = base.weight.data
+            layer.pissa_init(ADAPTER, "pissa")
+            base.weight.data = whole
+        for half in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            half.weight.data = half.weight.data.to(dtype)
+            begun = half.weight.data.clone() if fresh else torch.zeros_like(half.weight.data)
+            half.register_buffer(START, begun)
+        layer.start_is_in = True
+    if fresh:
+        take_start_out(language_model)
+
+
+@torch.no_grad()
+def take_start_out(language_model: nn.Module) -> None:
+    """Take out of each weight what its adapter began with, once, where it began with some of it."""
+    for _, layer in our_layers(language_model):
+        if not getattr(layer, "start_is_in", False):
+            continue
+        base, low, high = layer.get_base_layer(), layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        product = layer.scaling[ADAPTER] * (high.start.float() @ low.start.float())
+        left = base.weight.float() - (product.t() if layer.fan_in_fan_out else product)
+        base.weight.data = left.to(base.weight.dtype)
+        layer.start_is_in = False
 
 
 def _inject(config: LoraConfig, language_model: nn.Module) -> None:
@@ -159,7 +213,11 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def is_lora(name: str) -> bool:
     """Whether a parameter's name is that of a weight of our adapter."""
-    return re.search(rf"(^|\.)lora_[AB]\.{ADAPTER}\.", name) is not None
+    return re.search(rf"(^|\.)lora_([AB]|magnitude_vector)\.{ADAPTER}\.", name) is not None
+
+
+def _magnitude(layer: Any) -> list[nn.Module]:
+    return [layer.lora_magnitude_vector[ADAPTER]] if ADAPTER in layer.lora_magnitude_vector else []
 
 
 def has_lora(module: nn.Module) -> bool:
@@ -179,7 +237,7 @@ def merge_lora(language_model: nn.Module) -> None:
     for name, layer in layers:
         base = layer.get_base_layer()
         dtype = base.weight.dtype
-        for part in (base, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+        for part in (base, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], *_magnitude(layer)):
             part.float()
         if layer.merged:
             layer.unmerge()

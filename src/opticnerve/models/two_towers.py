@@ -98,7 +98,7 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Each part draws its own first weights when it is built."""
 
-    def give_lora(self, options: dict[str, Any]) -> None:
+    def give_lora(self, options: dict[str, Any], *, fresh: bool = True) -> None:
         raise OpticNerveError(
             "there is no language model to adapt here; train encoders' last blocks instead", kind="unsupported"
         )

@@ -23,6 +23,25 @@ class LoraSpec(Strict):
         "always",
         description="media: the adapter works on prompts with a picture alone; text alone meets the bare model",
     )
+    dora: bool = Field(False, description="learn the length of each column of the weight beside its direction")
+    rank_stabilised: bool = Field(False, description="scale by alpha over the square root of the rank")
+    init: Literal["gaussian", "orthogonal", "pissa"] | None = Field(
+        None, description="how the adapter begins; pissa: with the weight's first singular vectors, taken out of it"
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> LoraSpec:
+        if self.when == "media" and (self.dora or self.init == "pissa"):
+            raise ValueError(
+                "when: media leaves the language model to text as it was, and dora and init: pissa change what is left "
+                "of it without the adapter; keep one of the two"
+            )
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """What `add_lora` takes, and folders say; what came later is left out where it is not used."""
+        later = {"dora": False, "rank_stabilised": False, "init": None}
+        return {k: v for k, v in self.model_dump().items() if k not in later or v != later[k]}
 
 
 class PackSpec(Strict):

@@ -221,11 +221,11 @@ def within_context(stage: Stage, model: PreTrainedModel) -> Stage:
 def give_lora(dock: Family, stage: Stage) -> None:
     """A fresh adapter for the first stage that trains one; a later stage goes on with it and may not reshape it."""
     if not has_lora(dock.model.language_model):
-        dock.lora = (stage.lora or LoraSpec()).model_dump()
+        dock.lora = (stage.lora or LoraSpec()).options()
         dock.model.give_lora(dock.lora)
-    elif stage.lora is not None and stage.lora.model_dump() != dock.lora:
+    elif stage.lora is not None and stage.lora.options() != dock.lora:
         raise OpticNerveError(
-            f"stage {stage.name}: lora is {stage.lora.model_dump()}, but an earlier stage's adapter is {dock.lora}; "
+            f"stage {stage.name}: lora is {stage.lora.options()}, but an earlier stage's adapter is {dock.lora}; "
             f"leave lora out to go on with it, or merge it and start another recipe",
             kind="conflict",
         )

@@ -36,7 +36,7 @@ from opticnerve.common.version import __version__
 from opticnerve.language.adapters import current_name
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language
-from opticnerve.language.lora import has_lora
+from opticnerve.language.lora import has_lora, take_start_out
 from opticnerve.language.quantization import quantize
 from opticnerve.models.checkpoint.options import LoadOptions, floating
 from opticnerve.models.checkpoint.source import ModelSource
@@ -233,6 +233,7 @@ def load(
     build = _whole if WHOLE in reference["bases"] else _joined
     model = build(cls, folder, reference, config, dtype, trust_remote_code, chosen)
     put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
+    take_start_out(model.language_model)
     if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
         with wrap_errors(GENERATION_CONFIG_NAME, folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -257,7 +258,7 @@ def _whole(
         check_bases(folder, reference["bases"], {WHOLE: {"sha256": source.sha256()}})
         model = source.load(cls, dtype=dtype, trust_remote_code=trusted)
     if reference["lora"] and not has_lora(model.language_model):
-        model.give_lora(reference["lora"])
+        model.give_lora(reference["lora"], fresh=False)
     return model
 
 
@@ -290,7 +291,7 @@ def _joined(
             base.model, made, image_token_id=config.image_token_id, audio_token_id=config.audio_token_id
         )
         if reference["lora"]:
-            model.give_lora(reference["lora"])
+            model.give_lora(reference["lora"], fresh=False)
     return model
 
 

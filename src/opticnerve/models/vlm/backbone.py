@@ -86,7 +86,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         for modality, spec in config.towers.items():
             setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
         if config.lora:
-            add_lora(self.language_model, config.lora)
+            add_lora(self.language_model, config.lora, fresh=False)
         set_layers_not_to_split(self, layers_not_to_split(self.language_model))
         self._wire()
         self.post_init()  # type: ignore[no-untyped-call]
@@ -211,9 +211,10 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
             )
         super()._activation_checkpointing_enable(options, every_n_layers, offload)
 
-    def give_lora(self, options: dict[str, Any]) -> None:
-        """Put an adapter on the language model; the configuration remembers it. (`options`: as for `add_lora`.)"""
-        add_lora(self.language_model, options)
+    def give_lora(self, options: dict[str, Any], *, fresh: bool = True) -> None:
+        """Put an adapter on the language model; the configuration remembers it. (`options`, `fresh`: as for
+        `add_lora`.)"""
+        add_lora(self.language_model, options, fresh=fresh)
         self.config.lora = options
 
     # -- the flow -------------------------------------------------------------------------------------------------

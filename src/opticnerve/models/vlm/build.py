@@ -13,7 +13,7 @@ from opticnerve import registry
 from opticnerve.common.cache import new_folder
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.load import Language, load_language
-from opticnerve.language.lora import has_lora, merge_lora
+from opticnerve.language.lora import has_lora, merge_lora, take_start_out
 from opticnerve.language.quantization import dequantize, distance
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.delta import describe_bases, encoder_name, quantize_part
@@ -68,9 +68,10 @@ class Dock:
         reference = delta.read(folder)
         if reference["lora"] and not has_lora(self.model.language_model):
             self.lora = reference["lora"]
-            self.model.give_lora(reference["lora"])
+            self.model.give_lora(reference["lora"], fresh=False)
         with torch.no_grad():
             delta.put(self.model, folder, reference["tensors"], sha256=reference.get("sha256"))
+        take_start_out(self.model.language_model)
         return {n for n in reference["tensors"] if n in dict(self.model.named_parameters())}
 
     def describe(self) -> dict[str, Any]:
