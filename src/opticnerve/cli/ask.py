@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -20,10 +20,12 @@ from opticnerve.types import Conversation, ImagePart, Message, OpticNerveError, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+BoxFrame = Literal["thousandths", "pixels"]
 ASK_EPILOG = examples(
     'opticnerve ask starter "what shape is in the image?" --image picture.png',
     'opticnerve ask runs/demo "is there a red circle?" --image picture.png --json',
     'opticnerve ask runs/demo "What is the capital of France?"',
+    'opticnerve ask runs/boxes "Where is the cup?" --image table.jpg --draw found.png',
 )
 CHAT_EPILOG = examples(
     "opticnerve chat starter --image picture.png",
@@ -43,15 +45,26 @@ def ask(
     image: Annotated[list[Path] | None, Option("--image", "-i", help="A picture; may be given several times.")] = None,
     audio: Annotated[list[Path] | None, Option("--audio", "-a", help="A sound; may be given several times.")] = None,
     max_new_tokens: AnswerTokens = 64,
+    draw: Annotated[
+        Path | None,
+        Option("--draw", help="Write the last picture with the boxes and points of the answer to this file."),
+    ] = None,
+    frame: Annotated[
+        BoxFrame, Option(help="What the answer's numbers are: thousandths of the picture's sides, or its pixels.")
+    ] = "thousandths",
     trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Ask a model one question, about a picture, a sound, or none. The answer is what is printed on stdout."""
+    from opticnerve.data.formats.boxes import FRAMES, boxes_in
     from opticnerve.data.media.audio import open_audio
+    from opticnerve.data.media.marks import marked
     from opticnerve.data.media.open import open_image
     from opticnerve.types import ask as conversation
 
     images, audios = image or [], audio or []
+    if draw is not None and not images:
+        raise OpticNerveError("--draw draws on the picture asked about; give one with --image", kind="missing-field")
     # Before the model is loaded: a wrong path should not take seconds to be found.
     for path in images:
         open_image(path)
@@ -60,6 +73,8 @@ def ask(
     answerer = load_answerer(model, trust_remote_code)
     started = time.perf_counter()
     [answer] = answerer.answer([conversation(question, *images, audios=audios)], max_new_tokens=max_new_tokens)
+    if draw is not None:
+        marked(open_image(images[-1]), boxes_in(answer), frame=FRAMES[frame]).save(draw)
     if not as_json:
         typer.echo(answer)
         return

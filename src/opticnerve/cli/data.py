@@ -68,6 +68,10 @@ def check(
     against: Annotated[
         list[str] | None, Option(help="Test data: what of it is in PATH, too? May be given several times.")
     ] = None,
+    draw: Annotated[
+        Path | None,
+        Option(help="A folder: pictures of samples with the boxes that their words name, as many as listed."),
+    ] = None,
     quick: Annotated[bool, Option("--quick", help="Open no picture and count no token.")] = False,
     max_listed: Annotated[int, Option(min=0, help="Examples listed for each kind of trouble.")] = 20,
     fail_on_leaks: Annotated[
@@ -92,8 +96,8 @@ def check(
         left_out = Counter[str]()
         with _counting(console, name) as seen:
             reports[name] = run_check(
-                _samples(spec, left_out), open_media=not quick, max_listed=max_listed, encode=encoder,
-                on_progress=seen, side=sides[side],
+                _drawn(_samples(spec, left_out), spec, draw, max_listed), open_media=not quick, max_listed=max_listed,
+                encode=encoder, on_progress=seen, side=sides[side],
             )  # fmt: skip
         reports[name].left_out = left_out
         if not as_json:
@@ -243,6 +247,28 @@ def _of_recipe(source: str, overrides: list[str], quick: bool) -> Iterator[Entry
             yield f"stages.{i}.data.{k} ({stage.name}): {spec.path}", spec, made, "train"
     for i, task in enumerate(recipe.evaluate):
         yield f"evaluate.{i} ({task.name}): {task.data.path}", task.data, None, "test"
+
+
+def _drawn(
+    samples: Iterator[Conversation | DataError], spec: DataSpec, folder: Path | None, most: int
+) -> Iterator[Conversation | DataError]:
+    """The same samples; the last pictures of the first that name boxes or points are drawn into the folder."""
+    from opticnerve.data.formats.boxes import FRAMES, boxes_in
+    from opticnerve.data.media.marks import marked
+    from opticnerve.data.media.open import open_image
+
+    if folder is None:
+        yield from samples
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    frame, drawn = FRAMES[spec.boxes.frame if spec.boxes else "thousandths"], 0
+    for sample in samples:
+        if drawn < most and isinstance(sample, Conversation) and sample.images:
+            found = boxes_in("\n".join(m.text for m in sample.messages))
+            if found:
+                marked(open_image(sample.images[-1].source), found, frame=frame).save(folder / f"{drawn:04d}.png")
+                drawn += 1
+        yield sample
 
 
 def _samples(spec: DataSpec, left_out: Counter[str]) -> Iterator[Conversation | DataError]:

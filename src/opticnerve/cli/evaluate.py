@@ -36,8 +36,9 @@ def evaluate(
     metric: Annotated[
         str,
         Option(
-            help="vqa (right answers), yes_no (POPE: precision and recall), ocr (ANLS), captions (CIDEr, BLEU-4, "
-            "ROUGE-L), choice (the true caption among ten) or multiple_choice (the likeliest of a question's choices)."
+            help="vqa (right answers), yes_no (POPE: precision and recall), ocr (ANLS), boxes (IoU 0.5), points, "
+            "captions (CIDEr, BLEU-4, ROUGE-L), choice (the true caption among ten) or multiple_choice (the likeliest "
+            "of a question's choices)."
         ),
     ] = "vqa",
     media: MediaOption = None,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opticnerve.data.formats.boxes import Numbers, boxes_in
 from opticnerve.evaluation.metrics import exact_match, vqa_soft_accuracy
 from opticnerve.types import OpticNerveError
 
 PEOPLE = 10  # VQAv2's number of answers to a question; from so many on, agreement is counted softly
 _ANLS_LEAST = 0.5
+_IOU_LEAST = 0.5
+_NEAR = 50  # thousandths of a side
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,65 @@ def _truth(references: Sequence[str]) -> bool:
     return answer == "yes"
 
 
+def iou(one: Numbers, other: Numbers) -> float:
+    """Intersection over union of two boxes (left, top, right, bottom); 0 where one has no inside.
+
+    >>> round(iou((0, 0, 2, 2), (1, 0, 3, 2)), 3)
+    0.333
+    """
+    wide, high = (min(one[k + 2], other[k + 2]) - max(one[k], other[k]) for k in (0, 1))
+    shared = max(0.0, wide) * max(0.0, high)
+    areas = sum(max(0.0, b[2] - b[0]) * max(0.0, b[3] - b[1]) for b in (one, other))
+    return shared / (areas - shared) if areas > shared else 0.0
+
+
+def overlaps(prediction: str, references: Sequence[str]) -> list[float]:
+    """For each box of the reference the overlap with the box said for it, and 0 for each that was said beside: the
+    pairs of largest overlap first, each box once."""
+    said, true = (_numbers(text, 4) for text in (prediction, references[0]))
+    if not true:
+        raise OpticNerveError(f"metric boxes: a reference names no box: {references[0][:80]!r}", kind="missing-field")
+    pairs = sorted(((iou(s, t), i, j) for i, s in enumerate(said) for j, t in enumerate(true)), reverse=True)
+    found: dict[int, float] = {}
+    taken: set[int] = set()
+    for overlap, i, j in pairs:
+        if i not in taken and j not in found:
+            found[j] = overlap
+            taken.add(i)
+    return [found.get(j, 0.0) for j in range(len(true))] + [0.0] * max(0, len(said) - len(true))
+
+
+def boxes(prediction: str, references: Sequence[str]) -> float:
+    """The share of boxes that overlap by half or more (accuracy at IoU 0.5, as for referring expressions: Kazemzadeh et
+    al. 2014; Yu et al. 2016, section 5.1)."""
+    found = overlaps(prediction, references)
+    return sum(o >= _IOU_LEAST for o in found) / len(found)
+
+
+def boxes_report(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    each = [overlaps(p, r) for p, r in zip(predictions, references, strict=True)]
+    return {"mean_iou": sum(sum(o) / len(o) for o in each) / len(each)}
+
+
+def points(prediction: str, references: Sequence[str]) -> float:
+    """Whether the first point said lies in the reference's box, or, where that is a point, within 50 thousandths."""
+    said, box, point = _numbers(prediction, 2), _numbers(references[0], 4), _numbers(references[0], 2)
+    if not box and not point:
+        raise OpticNerveError(
+            f"metric points: a reference names no point and no box: {references[0][:80]!r}", kind="missing-field"
+        )
+    if not said:
+        return 0.0
+    x, y = said[0]
+    if box:
+        return float(box[0][0] <= x <= box[0][2] and box[0][1] <= y <= box[0][3])
+    return float(math.dist((x, y), point[0]) <= _NEAR)
+
+
+def _numbers(words: str, count: int) -> list[Numbers]:
+    return [n for n in boxes_in(words) if len(n) == count]
+
+
 def _vqa_harness(references: Sequence[Sequence[str]]) -> str:
     return "VQA soft accuracy" if any(len(r) >= PEOPLE for r in references) else "exact match"
 
@@ -91,4 +154,6 @@ SCORERS = {
     "vqa": Scorer(vqa, _vqa_harness),
     "yes_no": Scorer(yes_no, lambda _: "yes or no by POPE's rule", yes_no_report),
     "ocr": Scorer(anls, lambda _: "ANLS"),
+    "boxes": Scorer(boxes, lambda _: "accuracy at IoU 0.5", boxes_report),
+    "points": Scorer(points, lambda _: "points in their boxes"),
 }

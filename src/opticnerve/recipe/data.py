@@ -12,6 +12,15 @@ from opticnerve import registry
 from opticnerve.recipe.model import Positive, Strict
 
 
+class BoxSpec(Strict):
+    """How boxes and points of records are written where their words have `<bbox>` or `<objects>`."""
+
+    style: Literal["plain", "qwen", "internvl"] = "plain"
+    frame: Literal["thousandths", "pixels"] = Field(
+        "thousandths", description="of the whole picture's sides, or pixels of its file"
+    )
+
+
 class DataSpec(Strict):
     """One source of conversations.
 
@@ -29,6 +38,7 @@ class DataSpec(Strict):
     annotations: str | None = Field(None, description="a second file, which has the answers to the first's questions")
     media_cache: str | None = Field(None, description="a folder to fetch media on the web into; without it, none are")
     where: str | None = Field(None, description="a condition on the data's fields; what does not meet it is left out")
+    boxes: BoxSpec | None = Field(None, description="how the `objects` of records are written into their words")
     prompt: str | list[str] | None = None
     limit: Positive | None = None
     repeat: Positive = 1

@@ -17,7 +17,9 @@ class EvaluateSpec(Strict):
     """Questions with known answers, asked after the last stage (and what is measured along with them)."""
 
     name: str = "held-out questions"
-    metric: Literal["vqa", "yes_no", "ocr", "captions", "choice", "multiple_choice", "retrieval", "zero_shot"] = "vqa"
+    metric: Literal[
+        "vqa", "yes_no", "ocr", "boxes", "points", "captions", "choice", "multiple_choice", "retrieval", "zero_shot"
+    ] = "vqa"
     data: DataSpec
     sample: Positive | None = Field(None, description="a fixed random sample of this many questions")
     image_dependence: Annotated[int, Field(ge=0)] = Field(
@@ -42,7 +44,7 @@ class EvaluateSpec(Strict):
 
 # What each kind of model can be asked.
 _METRICS = {
-    "docked": ("vqa", "yes_no", "ocr", "captions", "choice", "multiple_choice"),
+    "docked": ("vqa", "yes_no", "ocr", "boxes", "points", "captions", "choice", "multiple_choice"),
     "dual": ("retrieval", "zero_shot"),
     "classifier": ("vqa", "yes_no"),
 }

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from opticnerve.data.formats.boxes import boxes_in
+from opticnerve.data.media.marks import marked
 from opticnerve.data.media.open import image_size, open_image
 from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, Part, TextPart
 from opticnerve.ui.i18n import Translations
@@ -124,7 +126,21 @@ class ChatState:
         def content(part: Part) -> Any:
             return part.text if isinstance(part, TextPart) else {"path": str(part.source), "alt_text": alt_text}
 
-        return [{"role": message.role, "content": content(p)} for message in self.messages for p in message.parts]
+        return [
+            {"role": message.role, "content": shown}
+            for message in self.messages
+            for p in message.parts
+            for shown in (content(p), *self._boxes(message, alt_text))
+        ]
+
+    def _boxes(self, message: Message, alt_text: str) -> list[Any]:
+        """The last picture with the boxes that an answer names, in thousandths of its sides."""
+        found = [b for b in boxes_in(message.text) if len(b) == 4] if message.role == "assistant" else []
+        if not found or self.picture is None:
+            return []
+        import gradio as gr
+
+        return [gr.Image(marked(open_image(Path(self.picture)), found), label=alt_text, container=False)]
 
     def about_last_picture(self) -> Conversation | None:
         """The last question with all that was said since the last picture, which is what `look` can explain."""

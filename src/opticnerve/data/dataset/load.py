@@ -18,6 +18,7 @@ from opticnerve.data.dataset.mixture import Mixture, mixed_shares
 from opticnerve.data.dataset.opened import OnError
 from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.dataset.streaming import Stream, Streams
+from opticnerve.data.formats.boxes import BoxOptions
 from opticnerve.data.media.web import CLOUD, local_copy
 from opticnerve.data.sources.base import Streaming
 from opticnerve.recipe import DataSpec, Stage
@@ -111,6 +112,7 @@ def source_of(spec: DataSpec) -> DataSource:
         path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
         tuple(spec.ignore), None if spec.streaming else spec.hub_split, tuple(spec.repair), spec.columns, spec.roles,
         annotations, cache, spec.where,
+        None if spec.boxes is None else BoxOptions(spec.boxes.style, spec.boxes.frame),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from opticnerve.data.dataset.opened import OnError, OpenSource, RecordSplit
 from opticnerve.data.formats.base import DataFormat
+from opticnerve.data.formats.boxes import BoxOptions
 from opticnerve.data.formats.columns import Columns, Source
 from opticnerve.data.formats.converters import format_of
 from opticnerve.data.formats.converters import group_by_image as grouped
@@ -48,6 +49,7 @@ class DataSource:
     names of the format's to those of the file (`formats.columns`). `annotations`: a second file, whose records belong
     to those of the first (`sources.joined`). `media_cache`: the folder into which pictures on the web are fetched.
     `where`: a condition that wanted records meet (`formats.where`).
+    `boxes`: how the `objects` of a record are written (`formats.boxes`).
     """
 
     path: str | Path
@@ -67,6 +69,7 @@ class DataSource:
     annotations: str | Path | None = None
     media_cache: str | Path | None = None
     where: str | None = None
+    boxes: BoxOptions | None = None
 
     def records(self) -> Records:
         """The records of the file, or files, as they lie there.
@@ -149,7 +152,8 @@ def open_source(
     prompts = [source.prompt] if isinstance(source.prompt, str) else source.prompt or ()
     strict = source.format in _BY_FIELDS
     cache = Path(source.media_cache) if source.media_cache is not None else None
-    context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders, cache)
+    context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders, cache,
+                      source.boxes)  # fmt: skip
     counts = "split" not in source.ignore and source.stream is None
     split = RecordSplit(path, counts, source.split if path.is_file() else None)
     return OpenSource(found, read_by, columns, context, ignore.union(again), source.repair, head, rest, split, where)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from opticnerve.data.formats.boxes import BoxOptions
 from opticnerve.data.formats.fields import Fields, brief, empty
 from opticnerve.data.formats.names import file_names, kind_by_name, kind_of, split, words_of
 from opticnerve.data.media.files import KINDS, Kind, base64_bytes, decode_data_url, is_url
@@ -40,7 +41,8 @@ class Context:
     video. `strict`: the format was not named but told by the fields, so that words which it has no use for are an
     error. `folders`, if given, takes each folder in which a file was looked for, and when it had last changed
     (`folder_age`): as long as these stay, what was found is there and what was missing is not. `cache`: the folder into
-    which what is named by a web address is fetched; without one nothing is.
+    which what is named by a web address is fetched; without one nothing is. `boxes`: how a record's `objects` are
+    written where its words have tags for them.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Context:
     strict: bool = False
     folders: dict[str, int] | None = None
     cache: Path | None = None
+    boxes: BoxOptions | None = None
     _root: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

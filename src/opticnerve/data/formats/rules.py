@@ -150,8 +150,9 @@ def check_unread(fields: Fields, *, format: str, strict: bool, media: int, folde
         elif strict and path == key and key in QUESTION and format in ("captions", "vqa") and not empty(value):
             raise _unused(path, "belongs to the question", value, format)
     for name in _PROMPTED:
-        if not empty(fields.get(name)):
-            raise _unused(name, "changes the prompt", fields[name], format)
+        if name not in fields.read and not empty(dict.get(fields, name)):
+            instead = "boxes={style: plain}, with <bbox> in its words" if name == "objects" else ""
+            raise _unused(name, "changes the prompt", fields[name], format, instead)
 
 
 def _unread(fields: dict[str, Any], before: str, depth: int, ignored: frozenset[str]) -> Iterator[tuple[str, str, Any]]:

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from opticnerve.data.formats.boxes import BoxOptions, Located, Placer, objects_of
 from opticnerve.data.formats.fields import Fields, brief, empty, find, missing, objects, text
 from opticnerve.data.formats.media import Context, Example
 from opticnerve.data.formats.names import Tag, kind_by_name, split
 from opticnerve.data.formats.tools import about_result, called, calls_of, tools_of
 from opticnerve.data.media.files import KINDS, Kind
-from opticnerve.types import CalledTool, Conversation, DataError, Message, Part, Role, TextPart
+from opticnerve.types import CalledTool, Conversation, DataError, ImagePart, Message, Part, Role, TextPart
 
 ROLES: dict[str, Role] = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -114,7 +115,19 @@ def conversation(
             else:
                 parts += queues[shown_as.get(piece.kind, piece.kind)].pop(0)
         messages.append(Message(turn.role, tuple(parts), turn.learn, turn.calls, turn.about))
+    if context.boxes is not None:
+        messages = _with_boxes(messages, objects_of(fields), context.boxes)
     return Conversation(tuple(messages), id, where, meta, tools_of(fields))
+
+
+def _with_boxes(messages: list[Message], objects: list[Located], options: BoxOptions) -> list[Message]:
+    placer = Placer(objects, [p.source for m in messages for p in m.parts if isinstance(p, ImagePart)], options)
+    made = [
+        replace(m, parts=tuple(TextPart(placer.placed(p.text)) if isinstance(p, TextPart) else p for p in m.parts))
+        for m in messages
+    ]
+    placer.check_all_used()
+    return made
 
 
 def _in_order(examples: list[Example], tags: list[Tag], kind: str) -> list[Example]:

@@ -17,7 +17,9 @@ RETRIEVAL_HEAD = ["data", "direction", "queries / candidates", "R@1", "R@5", "R@
 
 def answers(run: RunFolder) -> str:
     """What a model answers to questions: a table for each kind of score, and the harnesses that made them."""
-    return _evaluation(run, lambda found: [_accuracies(found), _yes_no(found), _captions(found), _harnesses(found)])
+    return _evaluation(
+        run, lambda found: [_accuracies(found), _yes_no(found), _boxes(found), _captions(found), _harnesses(found)]
+    )
 
 
 def matches(run: RunFolder) -> str:
@@ -72,6 +74,11 @@ def _yes_no(found: list[Task]) -> str:
     ]
     head = ["yes or no", "n", "precision of yes", "recall of yes", "F1", "share of yes"]
     return table(head, rows, right=(1, 2, 3, 4, 5)) if rows else ""
+
+
+def _boxes(found: list[Task]) -> str:
+    rows = [[f"**{plain(t['name'])}**", f"{t['n']:,}", f"{t['mean_iou']:.3f}"] for t in found if "mean_iou" in t]
+    return table(["boxes", "n", "mean IoU"], rows, right=(1, 2)) if rows else ""
 
 
 def _captions(found: list[Task]) -> str:
