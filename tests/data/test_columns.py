@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,8 @@ from errors import refused
 from opticnerve.cli.main import app
 from opticnerve.data.dataset.load import load_data, stream_data
 from opticnerve.data.formats.columns import Columns, filled, paths_of
-from opticnerve.data.media import web
 from opticnerve.recipe.loading import data_entry
-from opticnerve.types import Conversation, DataError, ImagePart, RecipeError, TextPart
+from opticnerve.types import Conversation, DataError, RecipeError, TextPart
 
 
 @pytest.fixture
@@ -285,70 +281,3 @@ class TestSecondFile:
         put(folder / "a.jsonl", [{"question_id": n, "image": f"{1 + n // 2}.png", "answer": "a"} for n in range(3)])
         _, bad = tried(folder / "q.json", **options)
         assert [e.kind for e in bad] == ["conflict"]
-
-
-@pytest.fixture
-def site() -> Iterator[tuple[str, list[str]]]:
-    """A web server on this machine, and what it was asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200 if self.path == "/1.png" else 404)
-            self.end_headers()
-            self.wfile.write(png() if self.path == "/1.png" else b"no")
-
-        def log_message(self, *args: Any) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-class TestWeb:
-    def test_once_and_only_where_asked(self, folder: Path, site: tuple[str, list[str]]) -> None:
-        url, asked = site
-        put(folder / "d.tsv", f"a red square\t{url}/1.png\ngone\t{url}/2.png\n")
-        found, bad = tried(folder / "d.tsv")
-        assert not found and not asked and {e.kind for e in bad} == {"url"} and "media_cache" in bad[0].remedy
-        options = {"media_cache": str(folder / "cache")}
-        found, bad = tried(folder / "d.tsv", **options)
-        assert [e.kind for e in bad] == ["url"] and "404" in bad[0].problem
-        assert isinstance(found[0].images[0], ImagePart) and Path(str(found[0].images[0].source)).read_bytes() == png()
-        tried(folder / "d.tsv", **options)
-        assert asked == ["/1.png", "/2.png", "/2.png"]
-
-    def test_a_file_that_was_changed_is_fetched_again(self, folder: Path, site: tuple[str, list[str]]) -> None:
-        url, asked = site
-        file = web.fetched(f"{url}/1.png", folder / "cache", "image")
-        file.write_bytes(b"x" * len(png()))
-        web._SEEN.clear()  # another process
-        assert web.fetched(f"{url}/1.png", folder / "cache", "image").read_bytes() == png() and len(asked) == 2
-
-    def test_more_than_may_be(self, folder: Path, site: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(web.MAX_MEDIUM, "image", 10)
-        with refused("url", 10, error=DataError):
-            web.fetched(f"{site[0]}/1.png", folder / "cache", "image")
-        assert not (folder / "cache").exists()
-
-    def test_a_data_file_in_a_cloud(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import fsspec
-
-        monkeypatch.setenv("OPTICNERVE_CACHE", str(folder / "cache"))
-        monkeypatch.setattr(web, "CLOUD", ("memory://",))
-        monkeypatch.setattr("opticnerve.data.dataset.load.CLOUD", ("memory://",))
-        with fsspec.open("memory://bucket/d.jsonl", "w") as file:
-            file.write(json.dumps({"image": "1.png", "caption": "red"}))
-        (sample,) = load_data(data_entry({"path": "memory://bucket/d.jsonl", "media": str(folder)}))
-        assert said(sample) == [["1.png"], ["red"]]
-        checked = CliRunner().invoke(
-            app, ["data", "check", "memory://bucket/d.jsonl", "--media", str(folder), "--json"]
-        )
-        assert json.loads(checked.stdout)["good"] == 1, checked.output
-        with refused("missing-file", error=DataError):
-            load_data(data_entry({"path": "memory://bucket/none.jsonl"}))

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from served import Live, chat, image_url
 
+from opticnerve.common import fetch as module
+from opticnerve.common.fetch import is_public
 from opticnerve.data.media.files import decode_data_url
-from opticnerve.serve import media as module
 from opticnerve.serve.errors import ApiError
-from opticnerve.serve.media import fetch, is_public
+from opticnerve.serve.media import fetch
 
 CUT = threading.Event()  # the client of /slow has hung up
 PICTURE = decode_data_url(image_url(1))

@@ -37,6 +37,7 @@ class DataSpec(Strict):
     )
     annotations: str | None = Field(None, description="a second file, which has the answers to the first's questions")
     media_cache: str | None = Field(None, description="a folder to fetch media on the web into; without it, none are")
+    allow_private_hosts: bool = Field(False, description="media_cache: fetch from hosts within this network, too")
     where: str | None = Field(None, description="a condition on the data's fields; what does not meet it is left out")
     boxes: BoxSpec | None = Field(None, description="how the `objects` of records are written into their words")
     prompt: str | list[str] | None = None
@@ -89,6 +90,8 @@ class DataSpec(Strict):
     def _counts_have_a_use(self) -> DataSpec:
         if self.per_image is not None and not self.share_prefix:
             raise ValueError("per_image says how many questions share a picture's prefix; set share_prefix: true, too")
+        if self.allow_private_hosts and self.media_cache is None:
+            raise ValueError("allow_private_hosts says from where media_cache is filled; name a media_cache, too")
         own = {"shuffle_window", "subset", "revision"} & self.model_fields_set
         if not self.streaming:
             # (a recipe that was written out names every key)

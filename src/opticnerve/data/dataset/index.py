@@ -95,7 +95,8 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
     options = [str(source.path), str(Path(source.path).absolute()), source.format, str(source.media), source.prompt,
                source.allow_outside_media, source.frames, _limit(source), list(source.ignore), source.split,
                list(source.repair), dict(source.columns), dict(source.roles), str(source.annotations),
-               str(source.media_cache), source.where, str(source.boxes), _readers()]  # fmt: skip
+               str(source.media_cache), source.where, source.allow_private_hosts, str(source.boxes),
+               _readers()]  # fmt: skip
     folder = cache_dir() / "indexes" / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
     with _alone(folder):  # several processes start at once: one makes it, the others find it
         started = time.time_ns()

@@ -111,7 +111,7 @@ def source_of(spec: DataSpec) -> DataSource:
     return DataSource(
         path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
         tuple(spec.ignore), None if spec.streaming else spec.hub_split, tuple(spec.repair), spec.columns, spec.roles,
-        annotations, cache, spec.where,
+        annotations, cache, spec.where, spec.allow_private_hosts,
         None if spec.boxes is None else BoxOptions(spec.boxes.style, spec.boxes.frame),
     )  # fmt: skip
 

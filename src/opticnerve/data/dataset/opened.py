@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from opticnerve.data.formats.media import Context
 from opticnerve.data.formats.rules import check_conversation, check_unread, repaired
 from opticnerve.data.formats.where import Where
 from opticnerve.data.media.files import errors_at
+from opticnerve.data.media.web import AT_ONCE
 from opticnerve.data.sources.base import Record, Records, refused
 from opticnerve.data.sources.paths import known_split
 from opticnerve.types import Conversation, DataError
@@ -54,22 +56,8 @@ class OpenSource:
     ) -> Iterator[tuple[Record, int, Conversation]]:
         """All good conversations, once: the record of each, and which of that record's it is. `left_out` counts the
         records that `where` leaves out, under it."""
-        for record in chain(self.head, self.remaining):
-            if isinstance(record, DataError):
-                on_error(record)
-                continue
-            if not self.split.wants(record):
-                continue
-            try:
-                wanted = self.wants(record)
-            except DataError as e:
-                on_error(e)
-                continue
-            if not wanted:
-                if left_out is not None and self.where is not None:
-                    left_out[self.where.text] += 1
-                continue
-            made = self._made(record)
+        wanted = self._wanted(Counter() if left_out is None else left_out)
+        for record, made in self._side_by_side(wanted) if self.context.cache else ((r, self._made(r)) for r in wanted):
             for part in count():
                 # Only our own work stands in the try: an error of the caller, thrown at a yield, is not a bad sample.
                 try:
@@ -84,7 +72,50 @@ class OpenSource:
                 except DataError as e:
                     on_error(e)
                     continue
+                assert isinstance(record, Record)
                 yield record, part, conversation
+
+    def _wanted(self, left_out: Counter[str]) -> Iterator[Record | DataError]:
+        """The records that are wanted, and what is wrong with others."""
+        for record in chain(self.head, self.remaining):
+            if isinstance(record, DataError):
+                yield record
+            elif self.split.wants(record):
+                try:
+                    wanted = self.wants(record)
+                except DataError as e:
+                    yield e
+                    continue
+                if wanted:
+                    yield record
+                elif self.where is not None:
+                    left_out[self.where.text] += 1
+
+    def _side_by_side(
+        self, records: Iterable[Record | DataError]
+    ) -> Iterator[tuple[Record | DataError, Iterator[Conversation]]]:
+        """As `_made`, in the same order, for records whose media may have to be fetched: of a few at once."""
+
+        def finished(record: Record | DataError) -> tuple[list[Conversation], DataError | None]:
+            found: list[Conversation] = []
+            try:
+                for conversation in self._made(record):
+                    found.append(conversation)
+            except DataError as e:
+                return found, e
+            return found, None
+
+        waiting: deque[tuple[Record | DataError, Future[tuple[list[Conversation], DataError | None]]]] = deque()
+        pool = ThreadPoolExecutor(AT_ONCE, "media")
+        try:
+            for record in chain(records, [None] * (2 * AT_ONCE)):
+                if record is not None:
+                    waiting.append((record, pool.submit(finished, record)))
+                if waiting and (record is None or len(waiting) >= 2 * AT_ONCE):
+                    first, future = waiting.popleft()
+                    yield first, _again(*future.result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def of(self, record: Record) -> list[Conversation]:
         """All conversations of one record.
@@ -114,8 +145,10 @@ class OpenSource:
             raise DataError("the sample is no longer there", where=record.where, kind="changed-file")
         return found
 
-    def _made(self, record: Record, *, check: bool = True) -> Iterator[Conversation]:
+    def _made(self, record: Record | DataError, *, check: bool = True) -> Iterator[Conversation]:
         """A record's conversations, once it is seen that nothing of it is passed over that must not be."""
+        if isinstance(record, DataError):
+            raise record
         with errors_at(record.where):
             given = {k: v for k, v in record.fields.items() if k not in self.ignore}
             fields = Fields(
@@ -127,6 +160,12 @@ class OpenSource:
                     folder = self.context.media
                     check_unread(fields, format=self.format.name, strict=strict, media=media, folder=folder)
                 yield repaired(conversation, self.repair, record.repaired)
+
+
+def _again(found: list[Conversation], error: DataError | None) -> Iterator[Conversation]:
+    yield from found
+    if error is not None:
+        raise error
 
 
 @dataclass

@@ -48,8 +48,8 @@ class DataSource:
     `split`: which of several splits is meant. `repair`: repairs to make, by name (`formats.rules`). `columns`, `roles`:
     names of the format's to those of the file (`formats.columns`). `annotations`: a second file, whose records belong
     to those of the first (`sources.joined`). `media_cache`: the folder into which pictures on the web are fetched.
-    `where`: a condition that wanted records meet (`formats.where`).
-    `boxes`: how the `objects` of a record are written (`formats.boxes`).
+    `allow_private_hosts`: from hosts within this network, too. `where`: a condition that wanted records meet
+    (`formats.where`). `boxes`: how the `objects` of a record are written (`formats.boxes`).
     """
 
     path: str | Path
@@ -69,6 +69,7 @@ class DataSource:
     annotations: str | Path | None = None
     media_cache: str | Path | None = None
     where: str | None = None
+    allow_private_hosts: bool = False
     boxes: BoxOptions | None = None
 
     def records(self) -> Records:
@@ -152,8 +153,10 @@ def open_source(
     prompts = [source.prompt] if isinstance(source.prompt, str) else source.prompt or ()
     strict = source.format in _BY_FIELDS
     cache = Path(source.media_cache) if source.media_cache is not None else None
-    context = Context(path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders, cache,
-                      source.boxes)  # fmt: skip
+    context = Context(
+        path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders, cache,
+        source.allow_private_hosts, source.boxes,
+    )  # fmt: skip
     counts = "split" not in source.ignore and source.stream is None
     split = RecordSplit(path, counts, source.split if path.is_file() else None)
     return OpenSource(found, read_by, columns, context, ignore.union(again), source.repair, head, rest, split, where)

@@ -41,8 +41,8 @@ class Context:
     video. `strict`: the format was not named but told by the fields, so that words which it has no use for are an
     error. `folders`, if given, takes each folder in which a file was looked for, and when it had last changed
     (`folder_age`): as long as these stay, what was found is there and what was missing is not. `cache`: the folder into
-    which what is named by a web address is fetched; without one nothing is. `boxes`: how a record's `objects` are
-    written where its words have tags for them.
+    which what is named by a web address is fetched; without one nothing is; `private_hosts`: from within this network,
+    too. `boxes`: how a record's `objects` are written where its words have tags for them.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Context:
     strict: bool = False
     folders: dict[str, int] | None = None
     cache: Path | None = None
+    private_hosts: bool = False
     boxes: BoxOptions | None = None
     _root: Path = field(init=False, repr=False)
 
@@ -122,7 +123,7 @@ class Context:
                     remedy="name a folder to fetch it into with media_cache, or download it and give the file's path",
                     kind="url",
                 )  # fmt: skip
-            return fetched(value, self.cache, kind)
+            return fetched(value, self.cache, kind, private=self.private_hosts)
         if value[:5].lower() == "data:":
             return decode_data_url(value, kind)
         if len(value) >= _LONG and value.lstrip().startswith(_BEGINNINGS) and _BASE64.fullmatch(value):

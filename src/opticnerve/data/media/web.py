@@ -2,7 +2,9 @@
 
 Naming the folder is the consent. An address is fetched with a bound on its size and on the time it may say nothing, and
 kept under the hash of its text; beside it stands the hash of what came, which is compared when the file is used again.
-What is there is not fetched again, so a pass that was stopped goes on where it was; what failed is tried again.
+What is there is not fetched again, so a pass that was stopped goes on where it was; what failed is tried again. A few
+are fetched side by side, fewer of one host. Hosts within this network are not asked, whatever a name leads to
+(`common.fetch`), unless the data entry allows it.
 `s3://`, `gs://`, `hf://` and the like go through fsspec, with the packages that it wants.
 """
 
@@ -10,31 +12,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+import zlib
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir
+from opticnerve.common.fetch import Unfetched, fetch
 from opticnerve.data.media.files import Kind
 from opticnerve.types import DataError, OpticNerveError, to_install
 
-CLOUD = ("s3://", "gs://", "gcs://", "hf://", "az://", "abfs://", "http+fs://")
+CLOUD = ("s3://", "gs://", "gcs://", "hf://", "az://", "abfs://")
 MAX_MEDIUM: dict[Kind, int] = {"image": 64 << 20, "audio": 512 << 20, "video": 1 << 30}
 """Bytes that are fetched of one."""
 SECONDS, TRIES, PAUSE = 30.0, 3, 1.0
 """How long one may say nothing, how often it is asked, and the first pause between (it doubles)."""
+ALL_SECONDS, MOST_WAIT, REDIRECTS = 3600.0, 60.0, 5
+"""How long one may take in all, how long a host's Retry-After is obeyed, and how many redirects are followed."""
+AT_ONCE, OF_A_HOST = 8, 4
+"""How many are fetched side by side, and how many of one host."""
 _AGENT = "opticnerve (https://pypi.org/project/opticnerve)"
-_BLOCK = 1 << 20
 _SEEN: set[Path] = set()  # files whose hash this process has compared
+_HOSTS = [threading.BoundedSemaphore(OF_A_HOST) for _ in range(256)]
+_FILES = [threading.Lock() for _ in range(256)]
 
 
-def fetched(url: str, folder: Path, kind: Kind) -> Path:
-    """The file of an address, fetched if it is not there yet.
+def fetched(url: str, folder: Path, kind: Kind, *, private: bool = False) -> Path:
+    """The file of an address, fetched if it is not there yet. `private`: hosts within this network are asked, too.
 
     Raises:
         DataError: it cannot be had, or is larger than it may be (kind `url`).
@@ -43,18 +50,19 @@ def fetched(url: str, folder: Path, kind: Kind) -> Path:
     ending = Path(urlsplit(url).path).suffix.lower()
     file = folder / key[:2] / f"{key}{ending if ending[1:].isalnum() and len(ending) < 6 else ''}"
     notes = file.with_suffix(".json")
-    if file in _SEEN or (file.is_file() and _is_whole(file, notes)):
-        _SEEN.add(file)
-        return file
-    try:
-        content = _download(url, MAX_MEDIUM[kind], folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(file, content)
-        about = {"url": url, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        atomic.write_json(notes, about)
-    except OSError as e:
-        problem = f"the media cache {folder} cannot be written: {e.strerror or e}"
-        raise OpticNerveError(f"{problem}; name another folder with media_cache", kind="no-permission") from e
+    with _FILES[int(key[:4], 16) % len(_FILES)]:  # two records may name one picture
+        if file in _SEEN or (file.is_file() and _is_whole(file, notes)):
+            _SEEN.add(file)
+            return file
+        content = _download(url, MAX_MEDIUM[kind], folder, private)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write(file, content)
+            about = {"url": url, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            atomic.write_json(notes, about)
+        except OSError as e:
+            problem = f"the media cache {folder} cannot be written: {e.strerror or e}"
+            raise OpticNerveError(f"{problem}; name another folder with media_cache", kind="no-permission") from e
     return file
 
 
@@ -66,44 +74,40 @@ def _is_whole(file: Path, notes: Path) -> bool:
         return False
 
 
-def _download(url: str, most: int, folder: Path) -> bytes:
-    problem = ""
-    for number in range(TRIES):
-        try:
-            with _opened(url) as answer:
-                return _bounded(answer.read, url, most)
-        except urllib.error.HTTPError as e:
-            problem = f"{e.code} {e.reason}"
-            if e.code < 500 and e.code != 429:
-                break
-        except (OSError, ValueError, EOFError) as e:  # names, connections, time, addresses that are none
-            problem = str(getattr(e, "reason", None) or e) or type(e).__name__
-            if isinstance(e, ValueError | FileNotFoundError | PermissionError):
-                break
-        if number + 1 < TRIES:
-            time.sleep(PAUSE * 2**number)
-    raise DataError(
-        f"{url[:200]} cannot be fetched into {folder}: {problem}", kind="url",
-        remedy="run again when it can be reached, or leave the sample out with bad_samples: skip",
-    )  # fmt: skip
+def _download(url: str, most: int, folder: Path, private: bool) -> bytes:
+    problem, wait = "", 0.0
+    host = urlsplit(url).netloc.rpartition("@")[2].lower()
+    with _HOSTS[zlib.crc32(host.encode("utf-8", "surrogateescape")) % len(_HOSTS)]:
+        for number in range(TRIES):
+            if number:
+                time.sleep(max(PAUSE * 2 ** (number - 1), min(wait, MOST_WAIT)))
+            try:
+                return _of_cloud(url, most) if url.startswith(CLOUD) else fetch(
+                    url, max_bytes=most, seconds=ALL_SECONDS, idle=SECONDS, redirects=REDIRECTS, private=private,
+                    agent=_AGENT,
+                )  # fmt: skip
+            except Unfetched as e:
+                problem, wait = str(e), e.wait
+                if not e.passing:
+                    break
+    remedy = "run again when it can be reached, or leave the sample out with bad_samples: skip"
+    if "not public" in problem:
+        remedy = "leave the sample out, or write allow_private_hosts: true if you trust this data"
+    raise DataError(f"{url[:200]} cannot be fetched into {folder}: {problem}", kind="url", remedy=remedy)
 
 
-def _opened(url: str) -> Any:
-    if url.startswith(CLOUD):
-        return filesystem(url)[0].open(url, "rb")
-    request = urllib.request.Request(url, headers={"User-Agent": _AGENT})  # noqa: S310  (`is_url`: http or https)
-    return urllib.request.urlopen(request, timeout=SECONDS)  # noqa: S310
-
-
-def _bounded(read: Callable[[int], bytes], url: str, most: int) -> bytes:
-    content = bytearray()
-    while block := read(_BLOCK):
-        content += block
-        if len(content) > most:
-            raise DataError(
-                f"{url[:200]} has more than {most:,} bytes", remedy="download it, or remove the sample", kind="url"
-            )
-    return bytes(content)
+def _of_cloud(url: str, most: int) -> bytes:
+    """The bytes of a file that fsspec reads."""
+    try:
+        with filesystem(url)[0].open(url, "rb") as file:
+            content: bytes = file.read(most + 1)
+    except (ValueError, FileNotFoundError, PermissionError) as e:
+        raise Unfetched(str(e) or type(e).__name__) from None
+    except (OSError, EOFError) as e:
+        raise Unfetched(str(e) or type(e).__name__, passing=True) from None
+    if len(content) > most:
+        raise Unfetched(f"it has more than the {most:,} bytes allowed")
+    return content
 
 
 # -- data files in a cloud --------------------------------------------------------------------------------------------
