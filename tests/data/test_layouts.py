@@ -157,6 +157,48 @@ def test_convert_on_the_command_line(folder: Path) -> None:
     )
 
 
+def captioned(folder: Path, rows: int) -> dict[str, Any]:
+    (folder / "1.png").write_bytes(PICTURES["1.png"])
+    put(folder / "in/d.jsonl", [{"id": f"s{n}", "image": "1.png", "caption": f"caption {n}"} for n in range(rows)])
+    return {"path": str(folder / "in/d.jsonl"), "media": str(folder)}
+
+
+@pytest.mark.parametrize(("bound", "files"), [(("--shard-rows", "4"), 3), (("--shard-size", "1"), 10), ((), 1)])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "tar"])
+def test_large_data_are_converted_to_numbered_files(folder: Path, suffix: str, bound: Any, files: int) -> None:
+    given = captioned(folder, 10)
+    before = found(given)
+    out = folder / "out" / f"rows-%05d.{suffix}"
+    words = ["data", "convert", given["path"], str(out), "--media", given["media"], *bound, "--json"]
+    assert json.loads(CliRunner().invoke(app, words).stdout)["samples"] == 10
+    assert len(list(out.parent.glob(f"rows-*.{suffix}"))) == files
+    for name in (f"rows-{{00000..{files - 1:05d}}}.{suffix}", f"rows-*.{suffix}", ""):  # braces, a glob, the folder
+        for options in ({}, {"streaming": True}):
+            if options and not name:  # of a folder, datasets reads the stream
+                continue
+            if options and suffix == "jsonl":
+                options = {"streaming": True, "media": str(out.parent)}
+            after = found({"path": str(out.parent / name), **options})
+            assert [told(c) for c in after] == [told(c) for c in before]
+            assert [c.id for c in after] == [c.id for c in before]
+        assert [c.id for c in load_data(data_entry({"path": str(out.parent / name)}))] == [c.id for c in before]
+    assert CliRunner().invoke(app, words).exit_code == 1  # they are there already
+
+
+def test_nothing_is_left_of_a_conversion_that_breaks(folder: Path) -> None:
+    given = captioned(folder, 3)
+    put(folder / "in/d.jsonl", [{"image": "1.png", "caption": "a"}] * 3 + [{"image": "none.png", "caption": "b"}])
+    with refused("missing-image", error=DataError):
+        convert(stream_data(data_entry(given)), folder / "out/%05d.tar", shard_rows=1)
+    assert not list((folder / "out").iterdir())
+    with refused("conflict", "%05d"):
+        convert(found(captioned(folder, 3)), folder / "out/one.tar", shard_rows=1)
+    with refused("empty"):
+        convert([], folder / "out/one.jsonl")
+    wrong = ["data", "convert", given["path"], str(folder / "o-%05d.tar"), "--shard-size", "much"]
+    assert CliRunner().invoke(app, wrong).exit_code == 1
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "tar"])
 def test_what_is_not_learned_stays_so(folder: Path, suffix: str) -> None:
     turns = [

@@ -45,6 +45,7 @@ SHOW_EPILOG = examples(
 CONVERT_EPILOG = examples(
     "opticnerve data convert train.json train.jsonl --media pictures/",
     "opticnerve data convert questions.tsv questions.parquet columns.question=query",
+    "opticnerve data convert mix.json 'shards/mix-%05d.tar' --shard-size 1GB",
     note="Bad samples stop it, unless --skip-bad leaves them out.",
 )
 SourceArgument = Annotated[str, Argument(metavar="PATH|RECIPE", help="A data file or folder, or a recipe.")]
@@ -126,21 +127,36 @@ def check(
 @guarded
 def convert(
     source: Annotated[str, Argument(metavar="PATH", help="A data file or folder.")],
-    out: Annotated[Path, Argument(metavar="OUT", help="A new file: .jsonl, .parquet or .tar.")],
+    out: Annotated[
+        Path, Argument(metavar="OUT", help="A new file: .jsonl, .parquet or .tar; several with %05d in the name.")
+    ],
     overrides: DataOverrides = None,
     data_format: FormatOption = "auto",
     media: MediaOption = None,
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad samples out, and count them.")] = False,
+    shard_rows: Annotated[int | None, Option(min=1, help="Samples of a file, of several [100,000].")] = None,
+    shard_size: Annotated[
+        str | None, Option(help="Bytes after which the next file begins, such as 500MB [3GB].", metavar="SIZE")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write data of any layout as chat records: JSON lines, Parquet, or a webdataset shard."""
+    """Write data of any layout as chat records: JSON lines, Parquet, or webdataset shards."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
     from opticnerve.data.dataset.convert import convert as write
     from opticnerve.data.dataset.load import stream_data
+
+    try:
+        size = None if shard_size is None else int(TypeAdapter(ByteSize).validate_python(shard_size))
+    except ValidationError:
+        problem = f"--shard-size {shard_size!r} is no size; write it as 500MB or 2GiB"
+        raise OpticNerveError(problem, kind="wrong-type") from None
 
     bad: list[DataError] = []
     spec = _spec(source, data_format, media, overrides)
     left_out = Counter[str]()
-    count = write(stream_data(spec, on_error=bad.append if skip_bad else None, left_out=left_out), out)
+    found = stream_data(spec, on_error=bad.append if skip_bad else None, left_out=left_out)
+    count = write(found, out, shard_rows=shard_rows, shard_bytes=size)
     if as_json:
         print_json({"out": str(out), "samples": count, "left_out": len(bad), "by_where": left_out.total()})
         return

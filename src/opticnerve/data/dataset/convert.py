@@ -2,16 +2,20 @@
 
 What is learned, which answers are preferred and what an evaluation asks goes along, so that the new file gives the same
 samples. JSON lines name media by paths from their own folder, and what lies elsewhere (or nowhere: bytes) is copied
-into `<name>_media` beside them; Parquet and shards hold the bytes. A file is whole or not there.
+into `<name>_media` beside them; Parquet and shards hold the bytes. Large data go into several, numbered files. All are
+whole or not there.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +24,10 @@ from opticnerve.common import atomic
 from opticnerve.data.media.files import KINDS
 from opticnerve.types import AudioPart, Conversation, DataError, Frame, ImagePart, Message, OpticNerveError, TextPart
 
-SUFFIXES = (".jsonl", ".parquet", ".tar")
 _ROWS = 256  # of a group of Parquet's
+_PATTERN = re.compile(r"%0?\d*d")
+SHARD_ROWS, SHARD_BYTES = 100_000, 3_000_000_000
+"""Bounds of a shard where none are given, webdataset's own (`ShardWriter`)."""
 _BEGINNINGS = (
     (b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tiff"), (b"MM\0*", "tiff"),
     (b"fLaC", "flac"), (b"OggS", "ogg"), (b"ID3", "mp3"), (b"\xff\xfb", "mp3"),
@@ -31,22 +37,48 @@ Refer = Callable[[str, Path | bytes], dict[str, Any]]
 """From kind and source of a medium to what its part says of it."""
 
 
-def convert(conversations: Iterable[Conversation], out: Path) -> int:
+def convert(
+    conversations: Iterable[Conversation], out: Path, *, shard_rows: int | None = None, shard_bytes: int | None = None
+) -> int:
     """Write conversations by the ending of `out`, and say how many there were.
 
+    Args:
+        out: a file, or several: `rows-%05d.parquet` is webdataset's way to number them (rows-00000.parquet, …).
+        shard_rows, shard_bytes: with such a name, samples of a file, and bytes after which the next one begins.
+
     Raises:
-        OpticNerveError: `out` is there already, or has another ending.
-        DataError: a sample that cannot be written so.
+        OpticNerveError: `out` is there already, or has another ending; bounds without a number in the name; there is
+            no sample.
+        DataError: a sample that cannot be written so. Then nothing is.
     """
-    if out.suffix not in SUFFIXES:
-        problem = f"{out} does not say what to write: end it with {', '.join(SUFFIXES)}"
+    make, several = _WRITERS.get(out.suffix), _PATTERN.search(out.name) is not None
+    if make is None:
+        problem = f"{out} does not say what to write: end it with {', '.join(_WRITERS)}"
         raise OpticNerveError(problem, kind="unsupported")
-    if out.exists():
-        raise OpticNerveError(f"{out} is there already; name another file, or remove it", kind="exists-already")
+    if not several and (shard_rows, shard_bytes) != (None, None):
+        name = f"{out.stem}-%05d{out.suffix}"
+        raise OpticNerveError(f"{out} is one file, and a bound wants several; name them {name}", kind="conflict")
+    if there := next(out.parent.glob(_PATTERN.sub("*[0-9]", out.name) if several else glob.escape(out.name)), None):
+        raise OpticNerveError(f"{there} is there already; name another file, or remove it", kind="exists-already")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write = {".jsonl": _lines, ".parquet": _table, ".tar": _shard}[out.suffix]
-    with atomic.replacing(out) as partial, partial.open("wb") as file:
-        return write(conversations, out, file)
+    rows, size = shard_rows or SHARD_ROWS, shard_bytes or SHARD_BYTES
+    count, number, writer = 0, 0, None
+    with ExitStack() as files:  # each is whole or not there, and so are all
+        for conversation in conversations:
+            if writer is None or (several and (writer.rows >= rows or writer.size >= size)):
+                if writer is not None:
+                    writer.close()
+                place = out.with_name(out.name % number) if several else out
+                partial = files.enter_context(atomic.replacing(place))
+                writer = make(files.enter_context(partial.open("wb")), out, first=count)
+                number += 1
+            writer.add(conversation)
+            writer.rows += 1
+            count += 1
+        if writer is None:
+            raise OpticNerveError(f"there is no sample to write into {out}", kind="empty")
+        writer.close()
+    return count
 
 
 def record_of_conversation(conversation: Conversation, refer: Refer) -> dict[str, Any]:
@@ -95,37 +127,6 @@ def _video(part: TextPart | ImagePart | AudioPart) -> tuple[Path | bytes, int] |
     return (frame.source, frame.of) if isinstance(frame, Frame) else None
 
 
-# -- the three kinds of file ------------------------------------------------------------------------------------------
-
-
-def _lines(conversations: Iterable[Conversation], out: Path, file: BinaryIO) -> int:
-    folder = out.parent / f"{out.stem}_media"
-    home, copied = out.parent.resolve(), set[Path]()
-
-    def refer(kind: str, source: Path | bytes) -> dict[str, Any]:
-        if isinstance(source, Path) and (found := source.resolve()).is_relative_to(home):
-            return {kind: found.relative_to(home).as_posix()}
-        if isinstance(source, Path) and source.is_dir():
-            problem = f"{source} is a video in a folder, and lies outside of {out.parent}"
-            remedy = f"write the file beside it, or move it below {out.parent}"
-            raise DataError(problem, remedy=remedy, kind="outside-media")
-        content = source.read_bytes() if isinstance(source, Path) else source
-        ending = source.suffix if isinstance(source, Path) else f".{_ending(content, kind)}"
-        copy = folder / f"{hashlib.sha256(content).hexdigest()[:24]}{ending}"
-        if copy not in copied and not copy.exists():
-            folder.mkdir(exist_ok=True)
-            atomic.write(copy, content)
-        copied.add(copy)
-        return {kind: copy.relative_to(out.parent).as_posix()}
-
-    count = 0
-    for conversation in conversations:
-        line = json.dumps(record_of_conversation(conversation, refer), ensure_ascii=False)
-        file.write(line.encode() + b"\n")
-        count += 1
-    return count
-
-
 def _held(conversation: Conversation) -> dict[str, Any]:
     """A record that holds its media as bytes, listed by kind; its parts keep their places."""
     media: dict[str, list[dict[str, Any]]] = {f"{kind}s": [] for kind in KINDS}
@@ -142,71 +143,135 @@ def _held(conversation: Conversation) -> dict[str, Any]:
     return {**record_of_conversation(conversation, refer), **media}
 
 
-def _row(conversation: Conversation) -> dict[str, Any]:
-    """A record for a table, in which what tools say of themselves is a JSON text: no two have the same fields."""
-    row = _held(conversation)
-    if "tools" in row:
-        row["tools"] = json.dumps(row["tools"], ensure_ascii=False)
-    for turn in (t for name in ("messages", "prompt", "chosen") for t in row.get(name, ())):
-        if "tool_calls" in turn:
-            turn["tool_calls"] = json.dumps(turn["tool_calls"], ensure_ascii=False)
-    return row
+# -- the three kinds of file ------------------------------------------------------------------------------------------
 
 
-def _table(conversations: Iterable[Conversation], out: Path, file: BinaryIO) -> int:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+class _RecordWriter:
+    """A file that takes conversations. `rows`: how many; `size`: bytes so far; `first`: how many came before it."""
 
-    media = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    part = pa.struct([("type", pa.string()), ("text", pa.string())])
-    words = [(name, pa.string()) for name in ("tool_calls", "tool_call_id", "name")]
-    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part)), ("weight", pa.int64()), *words]))
-    texts = pa.list_(pa.string())
-    kinds = dict.fromkeys(("messages", "prompt", "chosen", "rejected"), turns) | {"answers": texts, "choices": texts}
-    kinds |= {
-        "id": pa.string(),
-        "type": pa.string(),
-        "tools": pa.string(),
-        **dict.fromkeys((f"{k}s" for k in KINDS), media),
-    }
-    count, rows, writer, names = 0, list[dict[str, Any]](), None, list[str]()
-    for conversation in conversations:
-        row = _row(conversation)
-        preferred = "chosen" in row
-        if writer is None:
-            names = [n for n in kinds if n not in (("messages",) if preferred else ("prompt", "chosen", "rejected"))]
-            writer = pq.ParquetWriter(file, pa.schema([(n, kinds[n]) for n in names]))
-        if ("chosen" in names) != preferred:
+    def __init__(self, file: BinaryIO, out: Path, *, first: int) -> None:
+        self.file, self.out, self.first, self.rows = file, out, first, 0
+
+    @property
+    def size(self) -> int:
+        return self.file.tell()
+
+    def add(self, conversation: Conversation) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Lines(_RecordWriter):
+    """Chat JSON lines, and a folder of those media that do not lie below the file's own."""
+
+    def add(self, conversation: Conversation) -> None:
+        line = json.dumps(record_of_conversation(conversation, self._refer), ensure_ascii=False)
+        self.file.write(line.encode() + b"\n")
+
+    def _refer(self, kind: str, source: Path | bytes) -> dict[str, Any]:
+        home = self.out.parent.resolve()
+        if isinstance(source, Path) and (found := source.resolve()).is_relative_to(home):
+            return {kind: found.relative_to(home).as_posix()}
+        if isinstance(source, Path) and source.is_dir():
+            problem = f"{source} is a video in a folder, and lies outside of {self.out.parent}"
+            remedy = f"write the file beside it, or move it below {self.out.parent}"
+            raise DataError(problem, remedy=remedy, kind="outside-media")
+        content = source.read_bytes() if isinstance(source, Path) else source
+        ending = source.suffix if isinstance(source, Path) else f".{_ending(content, kind)}"
+        stem = _PATTERN.sub("", self.out.stem).rstrip("-_.")
+        copy = self.out.parent / f"{stem}_media" / f"{hashlib.sha256(content).hexdigest()[:24]}{ending}"
+        if not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            atomic.write(copy, content)
+        return {kind: copy.relative_to(self.out.parent).as_posix()}
+
+
+class _Table(_RecordWriter):
+    """Parquet. What tools say of themselves is a JSON text in it, for no two have the same fields."""
+
+    def __init__(self, file: BinaryIO, out: Path, *, first: int) -> None:
+        super().__init__(file, out, first=first)
+        self._waiting: list[dict[str, Any]] = []
+        self._bytes = 0  # of these, about
+        self._writer: Any = None
+        self._preferred = False
+
+    @property
+    def size(self) -> int:
+        return self.file.tell() + self._bytes
+
+    def add(self, conversation: Conversation) -> None:
+        row = _held(conversation)
+        media = {name: row.pop(f"{name}s") for name in KINDS}
+        for holder in (row, *(t for name in ("messages", "prompt", "chosen") for t in row.get(name, ()))):
+            for key in {"tools", "tool_calls"} & holder.keys():
+                holder[key] = json.dumps(holder[key], ensure_ascii=False)
+        if self._writer is None:
+            self._preferred = "chosen" in row
+            self._writer = self._opened()
+        if self._preferred != ("chosen" in row):
             problem = "preference data and other data cannot stand in one table"
             raise DataError(problem, where=conversation.where, remedy="convert to .jsonl", kind="conflict")
-        rows.append(row)
-        count += 1
-        if len(rows) >= _ROWS:
-            writer.write_table(pa.Table.from_pylist(rows, schema=writer.schema))
-            rows.clear()
-    if writer is None:
-        raise OpticNerveError(f"there is no sample to write into {out}", kind="empty")
-    if rows:
-        writer.write_table(pa.Table.from_pylist(rows, schema=writer.schema))
-    writer.close()
-    return count
+        self._bytes += len(json.dumps(row)) + sum(len(m["bytes"]) for listed in media.values() for m in listed)
+        self._waiting.append(row | {f"{name}s": listed for name, listed in media.items()})
+        if len(self._waiting) >= _ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+        super().close()
+
+    def _opened(self) -> Any:
+        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        texts, text = pa.list_(pa.string()), pa.string()
+        media = pa.list_(pa.struct([("bytes", pa.binary()), ("path", text)]))
+        part = pa.struct([("type", text), ("text", text)])
+        words = [(name, text) for name in ("tool_calls", "tool_call_id", "name")]
+        turns = pa.list_(pa.struct([("role", text), ("content", pa.list_(part)), ("weight", pa.int64()), *words]))
+        said = ("prompt", "chosen", "rejected") if self._preferred else ("messages",)
+        columns = dict.fromkeys(said, turns) | {"answers": texts, "choices": texts, "id": text, "type": text}
+        columns |= {"tools": text, **dict.fromkeys((f"{kind}s" for kind in KINDS), media)}
+        return pq.ParquetWriter(self.file, pa.schema(list(columns.items())))
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._writer.schema))
+            self._waiting.clear()
+            self._bytes = 0
 
 
-def _shard(conversations: Iterable[Conversation], out: Path, file: BinaryIO) -> int:
-    count = 0
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for count, conversation in enumerate(conversations, start=1):
-            row = _held(conversation)
-            if row.pop("videos"):
-                problem = "a shard's videos are not read"
-                raise DataError(problem, where=conversation.where, remedy="convert to .parquet", kind="unsupported")
-            key = f"{count - 1:09d}"
-            for kind in ("image", "audio"):
-                for number, medium in enumerate(row.pop(f"{kind}s")):
-                    ending = _ending(medium["bytes"], kind)
-                    _add(tar, f"{key}.{kind}{number:04d}.{ending}", medium["bytes"])
-            _add(tar, f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
-    return count
+class _TarShard(_RecordWriter):
+    """A webdataset shard."""
+
+    def __init__(self, file: BinaryIO, out: Path, *, first: int) -> None:
+        super().__init__(file, out, first=first)
+        self._tar = tarfile.open(fileobj=file, mode="w")  # noqa: SIM115  (closed by `close`)
+
+    def add(self, conversation: Conversation) -> None:
+        row = _held(conversation)
+        if row.pop("videos"):
+            problem = "a shard's videos are not read"
+            raise DataError(problem, where=conversation.where, remedy="convert to .parquet", kind="unsupported")
+        key = f"{self.first + self.rows:09d}"
+        for kind in ("image", "audio"):
+            for number, medium in enumerate(row.pop(f"{kind}s")):
+                ending = _ending(medium["bytes"], kind)
+                _add(self._tar, f"{key}.{kind}{number:04d}.{ending}", medium["bytes"])
+        _add(self._tar, f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
+
+    def close(self) -> None:
+        self._tar.close()
+        super().close()
+
+
+_WRITERS: dict[str, type[_RecordWriter]] = {".jsonl": _Lines, ".parquet": _Table, ".tar": _TarShard}
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

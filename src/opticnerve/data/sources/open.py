@@ -16,7 +16,7 @@ from typing import Any
 from opticnerve.data.sources.base import CSV_SUFFIXES, JSONL_SUFFIXES, JsonLines, Location, Record, Records, refused
 from opticnerve.data.sources.csv_rows import Csv
 from opticnerve.data.sources.json_list import open_json
-from opticnerve.data.sources.paths import one_split
+from opticnerve.data.sources.paths import matching, one_split
 from opticnerve.data.sources.pictures import PictureFolders
 from opticnerve.data.sources.tables import ParquetTables, SavedTable, saved_by_datasets
 from opticnerve.data.sources.webdataset import PICTURES, Shards, is_shards
@@ -28,7 +28,7 @@ _NO_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_di
 
 
 def open_records(path: Path, format: str = "auto", split: str | None = None, *, close_quotes: bool = False) -> Records:
-    """The records of a path, which may be a pattern of shards.
+    """The records of a path, which may be a pattern of shards or of files.
 
     Args:
         split: which of a folder's splits. close_quotes: of a table, take the quotes of a line that cannot be read
@@ -39,6 +39,8 @@ def open_records(path: Path, format: str = "auto", split: str | None = None, *, 
     """
     if format == "webdataset" or is_shards(path):
         return Shards(path, split)
+    if not path.exists() and any(sign in str(path) for sign in "*?[{") and (files := matching(str(path), split)):
+        return _of_files(Path(os.path.commonpath([f.parent for f in files])), files, close_quotes)
     if not path.exists():
         remedy = "check the path"
         if format == "hf" and not path.is_absolute():
@@ -88,7 +90,11 @@ def _open_folder(folder: Path, split: str | None, close_quotes: bool) -> Records
         return Shards(folder, split)
     if found[0].suffix.lower().lstrip(".") in PICTURES:
         return PictureFolders(folder, one_split(folder, found, split))
-    files = one_split(folder, found, split)
+    return _of_files(folder, one_split(folder, found, split), close_quotes)
+
+
+def _of_files(folder: Path, files: Sequence[Path], close_quotes: bool) -> Records:
+    """The records of several files below a folder, one file after the other."""
     if all(f.suffix.lower() == ".parquet" and f.stem != "metadata" for f in files):
         return ParquetTables(folder, files)
     return Files(folder, files, [open_records(f, close_quotes=close_quotes) for f in files])
