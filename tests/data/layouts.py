@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -53,6 +54,18 @@ def png(colour: str = "red") -> bytes:
     """A small picture."""
     out = io.BytesIO()
     PIL.Image.new("RGB", (8, 8), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+@cache
+def wav() -> bytes:
+    """A short silence."""
+    out = io.BytesIO()
+    with wave.open(out, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        sound.writeframes(bytes(3_200))
     return out.getvalue()
 
 
@@ -168,7 +181,7 @@ TOOLS = [
     Case("LLaMA-Factory, video", "mllm_video_demo.json", [{"messages": chat("<video>" + Q, A), "videos": ["clip"]}],
          qa("0.png"), options={"frames": 1}, also={"clip/0.png": png()}),
     Case("LLaMA-Factory, audio", "mllm_audio_demo.json", [{"messages": chat("<audio>" + Q, A), "audios": ["a.wav"]}],
-         qa("a.wav"), also={"a.wav": b"RIFF"}),
+         qa("a.wav"), also={"a.wav": wav()}),
     Case("Alpaca", "alpaca_en_demo.json",
          [{"instruction": Q, "input": "", "output": A, "images": ["1.png"]},
           {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "S", "history": [["Hi", "Hello"]]}], qa(), 2),
@@ -355,9 +368,9 @@ CAPTIONS = [
     Case("open_clip", "cc12m.csv", "filepath\ttitle\n1.png\ta red square\n", cap(), map={"caption": "title"}),
     Case("Clotho", "clotho_captions_development.csv",
          "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\na.wav,one,two,three,four,five\n", cap("a.wav", "one"), 5,
-         also={"a.wav": b"RIFF"}, map={"captions": [f"caption_{n}" for n in range(1, 6)]}),
+         also={"a.wav": wav()}, map={"captions": [f"caption_{n}" for n in range(1, 6)]}),
     Case("Common Voice", "train.tsv", "client_id\tpath\tsentence\tage\nx\ta.wav\thello there\t\n", cap("a.wav", "hello there"),
-         also={"a.wav": b"RIFF"}, map={"audio": "path", "caption": "sentence"}),
+         also={"a.wav": wav()}, map={"audio": "path", "caption": "sentence"}),
     Case("webdataset, json", "0.tar", {"a.png": png(), "a.json": {"caption": "a red square"}}, cap("[bytes]")),
     Case("webdataset, txt and a null caption", "0.tar", {"a.png": png(), "a.json": {"caption": None, "url": "http://x.org/a"}, "a.txt": "a red square"},
          cap("[bytes]")),
