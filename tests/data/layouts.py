@@ -333,7 +333,8 @@ QUESTIONS = [
          options={"frames": 1, "columns": {"question": "q", "answer": "a", "video": "video_id"}}, also={"clip/0.png": png()}),
     Case("NExT-QA", "train.csv",
          "video,frame_count,width,height,question,answer,qid,type,a0,a1\nclip,1,8,8,which?,1,6,CW,cat,dog\n",
-         [("user", ["0.png", "which?\nA. cat\nB. dog"]), ("assistant", ["dog"])], options={"frames": 1}, also={"clip/0.png": png()}),
+         [("user", ["0.png", "which?\nA. cat\nB. dog"]), ("assistant", ["dog"])], options={"frames": 1}, also={"clip/0.png": png()},
+         map={"A": "a0", "B": "a1", "answer": "{answer:place}"}),
 ]  # fmt: skip
 
 CAPTIONS = [

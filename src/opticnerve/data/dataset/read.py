@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -142,6 +142,8 @@ def open_source(
     media = _media_of(source, path)
     ignore = frozenset(source.ignore)
     head = _head(rest, columns, ignore)
+    if columns:
+        _while(lambda: columns.missing([r.fields for r in head if isinstance(r, Record)]), head, rest)
     read_by, columns, again = _shape(source, head, columns, media, on_error)
     where = _condition(source, head, rest, columns)
     if source.prompt and not read_by.takes_prompt:
@@ -198,25 +200,31 @@ def _head(stream: Iterator[Record | DataError], columns: Columns, ignore: frozen
     return head
 
 
+def _while(lacking: Callable[[], object], head: list[Record | DataError], rest: Iterator[Record | DataError]) -> None:
+    """Take more of the rest into the head: a field that is asked for may stand in a later record alone."""
+    while len(head) < _HEAD and lacking() and (item := next(rest, None)) is not None:
+        head.append(item)
+
+
 def _condition(
     source: DataSource, head: list[Record | DataError], rest: Iterator[Record | DataError], columns: Columns
 ) -> Where | None:
-    """What `where` says; `head` takes as much of the rest as shows that there are the fields it names.
+    """What `where` says.
 
     Raises:
-        DataError: none of the first records has one of them.
+        DataError: none of the first records has a field that it names.
     """
     if source.where is None:
         return None
     where = Where(source.where)
-    seen = [(item.fields, _mapped(item, columns, ())) for item in head if isinstance(item, Record)]
-    while (lost := where.missing(seen)) and len(head) < _HEAD and (item := next(rest, None)) is not None:
-        head.append(item)
-        if isinstance(item, Record):
-            seen.append((item.fields, _mapped(item, columns, ())))
-    if lost and seen:
-        there = list(dict.fromkeys(str(k) for pair in seen for fields in pair for k in fields))
-        problem = f"where: no record has {lost}; the fields of the first {len(seen)} are {', '.join(there[:24])}"
+
+    def seen() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        return [(item.fields, _mapped(item, columns, ())) for item in head if isinstance(item, Record)]
+
+    _while(lambda: where.missing(seen()), head, rest)
+    if (first := seen()) and (lost := where.missing(first)):
+        there = list(dict.fromkeys(str(k) for pair in first for fields in pair for k in fields))
+        problem = f"where: no record has {lost}; the fields of the first {len(first)} are {', '.join(there[:24])}"
         remedy = "correct the condition" + hint_at(lost, there)
         raise refused(Path(source.path), problem, remedy, "missing-field")
     return where
@@ -246,7 +254,8 @@ def _shape(
         there = ", ".join(str(k) for k in list(known[0].fields)[:12])
         problem = f"columns.{name}: no record has {field}; the fields of {known[0].where} are {there}"
         raise refused(path, problem, "correct the map" + hint_at(field, map(str, known[0].fields)), "missing-field")
-    record = _mapped(known[-1], columns, source.ignore) if known else {}
+    mapped = [_mapped(r, columns, source.ignore) for r in known]
+    record = next((m for m in mapped if _matches(m) or layout_of(m)), mapped[-1] if mapped else {})
     wanted = None if source.format in _BY_FIELDS else source.format
     if not columns and (layout := layout_of(record, wanted)):
         return format_of(layout.format), layout.map, layout.ignore
