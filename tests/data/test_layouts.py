@@ -266,3 +266,28 @@ def test_what_is_not_learned_stays_so(folder: Path, suffix: str) -> None:
     convert(before, folder / f"out.{suffix}")
     after = found({"path": str(folder / f"out.{suffix}")})
     assert [m.learn for m in after[0].messages] == [m.learn for m in before[0].messages] == [True, False, True, True]
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def table_of(page: str) -> list[tuple[str, list[str]]]:
+    """The table of layouts: what each row names, and what is to be written beside `path`."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.*?) ?\|$", text[text.index("LLaVA-Pretrain") - 2 :].partition("\n\n")[0], re.M)
+    return [(name, re.findall(r"`[^`]+`", beside)) for name, beside in rows]
+
+
+def test_the_documents_tables_are_the_layouts_in_both_languages() -> None:
+    english, japanese = table_of("data.md"), table_of("data.ja.md")
+    assert [beside for _, beside in japanese] == [beside for _, beside in english]
+    assert [re.findall(r"`[^`]+`", name) for name, _ in japanese] == [
+        re.findall(r"`[^`]+`", name) for name, _ in english
+    ]
+    for case in CASES:
+        word = re.split(r",|'s| on the hub| captions|-178K| fine-tuning", case.name)[0]
+        known = {"Qwen2.5-VL": "Qwen2.5-VL", "Florence-2": "Florence", "pictures with texts": "pictures"}.get(
+            word, word
+        )
+        for page, table in (("data.md", english), ("data.ja.md", japanese)):
+            assert any(known in name for name, _ in table), f"{page} does not name {case.name}"
