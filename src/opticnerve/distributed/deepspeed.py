@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -261,6 +261,13 @@ class ZeroAdamW:
             group["lr"] = self._rates[group["part"]] * factor
         self._zero.engine.step()
         self.adam.resting.clear()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """No averages are kept here."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """The weights are as they were left."""
 
     def zero_grad(self) -> None:
         """Forget the gradients of this step."""

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.inference.load import default_device
 from opticnerve.models.vlm.prompt import Prompt
+from opticnerve.train.optim import state_bytes
 from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
@@ -63,22 +64,25 @@ class Trace:
 
 
 def memory(
-    model: nn.Module, trace: Trace, *, checkpointing: bool, process: int, packed: dict[int, int] | None = None
-) -> Memory:
+    model: nn.Module, trace: Trace, *, checkpointing: bool, process: int, packed: dict[int, int] | None = None,
+    optimizer: str = "adamw", ema: bool = False,
+) -> Memory:  # fmt: skip
     """Bytes of a step, by the rules of this package's optimizer.
 
     - weights: every parameter in its dtype; tied ones once. `packed`: the bytes of those that will be quantised, by id.
     - gradients: trained parameters in their dtype.
-    - optimizer: AdamW's two float32 moments (8 bytes a trained parameter), and for bf16 weights a float32 master
-      (4 bytes more). A step's float32 copies of bf16 gradients live for a moment and are not counted.
+    - optimizer: what it keeps (AdamW's two float32 moments: 8 bytes a trained parameter), for bf16 weights a float32
+      master (4 bytes more), and with `ema` an average (4 more). A step's float32 copies of bf16 gradients live for a
+      moment and are not counted.
     - activations: see `trace_step`.
     """
     packed = packed or {}
     weights = sum(packed.get(id(p), p.numel() * p.element_size()) for p in model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    optimizer = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained)
-    return Memory(process, weights, gradients, optimizer, trace.kept, trace.checkpointed, checkpointing)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = sum(p.numel() * p.element_size() for p in trained.values())
+    copies = {n: p.numel() * 4 * ((p.dtype != torch.float32) + ema) for n, p in trained.items()}
+    kept = sum(copies[n] + state_bytes(optimizer, n, p.shape) for n, p in trained.items())
+    return Memory(process, weights, gradients, kept, trace.kept, trace.checkpointed, checkpointing)
 
 
 def trace_step(

@@ -194,7 +194,10 @@ def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int,
     trace = cost.Trace(0, 0, 0)
     if stage.objective.type == "next_token":
         trace = cost.trace_step(model, rows=rows, length=padded, media=media, supervised=supervised)
-    needed = cost.memory(model, trace, checkpointing=stage.gradient_checkpointing, process=process, packed=packed)
+    needed = cost.memory(
+        model, trace, checkpointing=stage.gradient_checkpointing, process=process, packed=packed,
+        optimizer=stage.optimizer, ema=stage.ema is not None,
+    )  # fmt: skip
     again = 4 / 3 if stage.gradient_checkpointing else 1.0  # the forward pass of the layers is done twice
     return StagePlan(stage.name, frozen, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
 

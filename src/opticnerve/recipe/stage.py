@@ -128,7 +128,17 @@ class Stage(_WithValidation):
     )
     accumulate: Positive = 1
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    cooldown: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="schedule wsd: the share of the steps, at the end, in which the rate falls; by default 0.1"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "muon", "adafactor"] = "adamw"
+    layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="of encoders and language models, each layer's rate is this part of that of the layer above"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="keep a running average of what trains, and look at, save and go on with that"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: Annotated[float, Field(gt=0)] | None = 1.0
@@ -203,6 +213,10 @@ class Stage(_WithValidation):
             f"train: {', '.join(twice)} is named twice, with and without its tower; keep one": bool(twice),
             "lora options are given, but train names no language.lora": (
                 self.lora is not None and "language.lora" not in parts
+            ),
+            "cooldown is for schedule: wsd; leave it out": self.cooldown is not None and self.schedule != "wsd",
+            "betas are AdamW's, and adafactor has none; leave them out": (
+                self.optimizer == "adafactor" and self.betas != type(self).model_fields["betas"].default
             ),
             "give steps or epochs, not both": self.steps is not None and self.epochs is not None,
             f"compile fuses what kernels: {self.kernels} brings; keep one of them": bool(self.compile and self.kernels),

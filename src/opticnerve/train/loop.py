@@ -31,7 +31,7 @@ from opticnerve.train import checkpoint
 from opticnerve.train.divergence import Diverged, Divergence
 from opticnerve.train.image_ablation import image_use
 from opticnerve.train.metrics import METRICS, MetricsLog, by_source, fill, media_counts, source_counts, source_names
-from opticnerve.train.optim import schedule
+from opticnerve.train.optim import stage_factor
 from opticnerve.train.setup import StageSetup, make_accelerator, set_up
 from opticnerve.train.validation import Score
 from opticnerve.types import OpticNerveError
@@ -140,7 +140,8 @@ class Trainer:
                     line |= {"tokens_per_second": round(state.tokens / state.elapsed, 1)}
                     if self.validation is not None:
                         looked = time.perf_counter()
-                        line |= self.validation.validate(state.step, steps)
+                        with self.optimizer.averaged():
+                            line |= self.validation.validate(state.step, steps)
                         started += time.perf_counter() - looked  # the clock of training stands still
                     if self.log is not None:
                         self.log.write(line)
@@ -178,7 +179,7 @@ class Trainer:
         # Reading them is the step's one wait for the device.
         norm, total, *losses = torch.cat([self.optimizer.clip(self.stage.clip).float().view(1), total]).tolist()
         loss = total / supervised
-        factor = schedule(state.step, self.sampler.steps, warmup=self.stage.warmup, kind=self.stage.schedule)
+        factor = stage_factor(self.stage, state.step, self.sampler.steps)
         left_out = None
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step(factor)

@@ -1,40 +1,63 @@
-"""AdamW over float32 masters, a learning rate per part, warm-up and decay."""
+"""Optimizers over float32 masters, a learning rate per part and layer, an average of the weights, warm-up and decay."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from opticnerve.distributed.fsdp import as_shard, whole
+from opticnerve.language.quantization import bitsandbytes
 from opticnerve.models.freeze import Frozen, decay_groups
 from opticnerve.recipe import Stage
 from opticnerve.types import OpticNerveError
 
+_LAYER = re.compile(r"\.(\d+)\.")
+_TABLES = re.compile(r"embed|lm_head|\.wte\.|\.wpe\.")  # Muon's paper leaves them to AdamW
+_SMALL_8BIT, _BLOCK_8BIT = 4096, 256  # bitsandbytes' own: fewer weights keep float32 moments; a scale for so many
+
 
 class MasterAdamW:
-    """AdamW (Loshchilov & Hutter 2019) whose arithmetic is float32 even where the weights are bf16.
+    """AdamW (Loshchilov & Hutter 2019), or another optimizer, whose arithmetic is float32 even where the weights are
+    bf16.
 
     A bf16 weight has eight bits: most of Adam's small steps would be rounded away. So each such weight has a float32
     master that takes the step, and the weight is the master, rounded. float32 weights are their own masters.
+
+    Args:
+        name: `adamw`; `adamw_8bit`, whose moments are 8-bit blocks (Dettmers et al. 2021), bitsandbytes'; `muon`
+            (Jordan et al. 2024) for matrices, its steps as long as AdamW's (Liu et al. 2025, section 2.2), and AdamW
+            for the rest; `adafactor` (Shazeer & Stern 2018). The last two are torch's.
+        layer_decay: each layer's rate is this part of the rate of the layer above it (ELECTRA).
+        ema: keep an average of the masters, of which a step leaves this share; less in the first steps.
     """
 
-    def __init__(self, frozen: Frozen, *, betas: tuple[float, float], weight_decay: float) -> None:
-        self.rates = dict(frozen.rates)
+    def __init__(
+        self, frozen: Frozen, *, betas: tuple[float, float], weight_decay: float, name: str = "adamw",
+        layer_decay: float | None = None, ema: float | None = None,
+    ) -> None:  # fmt: skip
+        self.rates, self.ema, self.averaged_steps = dict(frozen.rates), ema, 0
         masters = [
             [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in group.values()]
             for group in frozen.groups.values()
         ]
-        self.adam = torch.optim.AdamW(
-            decay_groups(list(frozen.groups), masters, weight_decay), lr=0.0, betas=betas, fused=True
-        )
         self.weights: list[tuple[str, nn.Parameter, torch.Tensor]] = [  # name, weight, master
             (name, weight, master)
             for group, mine in zip(frozen.groups.values(), masters, strict=True)
             for (name, weight), master in zip(group.items(), mine, strict=True)
         ]
+        names = {id(master): n for n, _, master in self.weights}
+        groups = decay_groups(list(frozen.groups), masters, weight_decay)
+        if layer_decay is not None:
+            groups = list(_by_layer(groups, names, layer_decay))
+        self.optimizers = _make(name, groups, names, betas)
+        self.averages = {n: master.detach().clone() for n, _, master in self.weights} if ema is not None else {}
 
     def collect(self) -> None:
         """Move bf16 gradients into the float32 masters, adding up: no sum over micro-batches is made in bf16."""
@@ -52,14 +75,42 @@ class MasterAdamW:
 
     def step(self, factor: float) -> None:
         """Take the step that the gradients, brought together by `clip`, say at `factor` × each part's learning rate."""
-        for group in self.adam.param_groups:
-            group["lr"] = self.rates[group["part"]] * factor
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for _, weight, master in self.weights:
-                if master is not weight:
-                    weight.copy_(master)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.rates[group["part"]] * factor * group.get("scale", 1.0)
+            optimizer.step()
+        self.zero_grad()
+        self._show({})
+        if self.ema is not None:
+            # The first weights are not worth much: as torch-ema, timm and TensorFlow before them.
+            keep = min(self.ema, (1 + self.averaged_steps) / (10 + self.averaged_steps))
+            self.averaged_steps += 1
+            for name, _, master in self.weights:
+                self.averages[name].lerp_(master.detach(), 1 - keep)
+
+    @torch.no_grad()
+    def _show(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Let the weights be these values; the masters where there are none."""
+        for name, weight, master in self.weights:
+            if (value := values.get(name, master)) is not weight:
+                weight.copy_(value)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the weights are their averages, where such are kept."""
+        if not self.averages:
+            yield
+            return
+        own = {n: master.detach().clone() for n, weight, master in self.weights if master is weight}
+        self._show(self.averages)
+        try:
+            yield
+        finally:
+            self._show(own)
+
+    def finish(self) -> None:
+        """Leave the weights as their averages, where such are kept."""
+        self._show(self.averages)
 
     def skip(self, tower: str) -> None:
         """Let the weights of a tower stay as they are in this step."""
@@ -69,45 +120,131 @@ class MasterAdamW:
 
     def zero_grad(self) -> None:
         """Forget the gradients of this step."""
-        self.adam.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def master_tensors(self) -> dict[str, torch.Tensor]:
         """float32 values of the trained weights, by full name."""
         return {name: master.detach() for name, _, master in self.weights}
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
-        """Moments and masters, whole also where they lie in shards: the same on any number of processes.
+        """Moments, masters and averages, whole also where they lie in shards: the same on any number of processes.
 
         Shards are brought together by all processes; those that say `keep=False` get nothing, and hold no more than one
         whole tensor at a time.
         """
-        adam = self.adam.state_dict()
-        moments = {k: _whole_values(v, keep) for k, v in adam["state"].items()}
-        return {"adam": {**adam, "state": moments}, "masters": _whole_values(self.master_tensors(), keep)}
+        found: dict[str, Any] = {}
+        for kind, optimizer in self.optimizers.items():
+            state = optimizer.state_dict()
+            found[kind] = {**state, "state": {k: _whole_values(v, keep) for k, v in state["state"].items()}}
+        if self.ema is not None:
+            found |= {"averages": _whole_values(self.averages, keep), "averaged_steps": self.averaged_steps}
+        return {**found, "masters": _whole_values(self.master_tensors(), keep)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly: moments, masters, and the weights rounded from them. Each process takes its shards."""
-        masters = [p for group in self.adam.param_groups for p in group["params"]]
-        moments = {
-            k: {n: as_shard(v, masters[k]) if v.shape == masters[k].shape else v for n, v in values.items()}
-            for k, values in state["adam"]["state"].items()
-        }
-        self.adam.load_state_dict({**state["adam"], "state": moments})
+        """Continue exactly: moments, masters, averages, and the weights rounded from them. Each process takes its
+        shards."""
+        for kind, optimizer in self.optimizers.items():
+            masters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {
+                k: {
+                    n: as_shard(v, masters[k]) if getattr(v, "shape", None) == masters[k].shape else v
+                    for n, v in values.items()
+                }
+                for k, values in state[kind]["state"].items()
+            }
+            optimizer.load_state_dict({**state[kind], "state": moments})
         with torch.no_grad():
             for name, weight, master in self.weights:
                 master.copy_(as_shard(state["masters"][name], master))
                 if master is not weight:
                     weight.copy_(master)
+                if self.ema is not None:
+                    self.averages[name].copy_(as_shard(state["averages"][name], master))
+        self.averaged_steps = state.get("averaged_steps", 0)
 
 
-def schedule(step: int, steps: int, *, warmup: float, kind: str) -> float:
-    """The factor on the learning rate at `step` (from 0) of `steps`: linear warm-up, then cosine, linear or
-    constant."""
+def _make(
+    name: str, groups: list[dict[str, Any]], names: dict[int, str], betas: tuple[float, float]
+) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers of a name over groups of masters; `names`: of masters, by id."""
+    if name == "adamw_8bit":
+        bitsandbytes()
+        eight_bit: Any = importlib.import_module("bitsandbytes.optim")
+        return {"adam": eight_bit.AdamW8bit(groups, lr=0.0, betas=betas)}
+    if name == "adafactor":
+        return {"adafactor": torch.optim.Adafactor(groups, lr=0.0)}
+    if name == "muon":
+        split = [
+            [{**g, "params": [p for p in g["params"] if _is_matrix(names[id(p)], p) == matrix]} for g in groups]
+            for matrix in (True, False)
+        ]
+        matrices, rest = ([g for g in half if g["params"]] for half in split)
+        made: dict[str, torch.optim.Optimizer] = {}
+        if matrices:
+            made["muon"] = torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw")
+        return made | ({"adam": torch.optim.AdamW(rest, lr=0.0, betas=betas, fused=True)} if rest else {})
+    return {"adam": torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)}
+
+
+def _is_matrix(name: str, weight: torch.Tensor) -> bool:
+    """Whether Muon takes a weight."""
+    return weight.ndim == 2 and _TABLES.search(name) is None
+
+
+def state_bytes(name: str, weight: str, shape: torch.Size) -> int:
+    """What an optimizer keeps for a weight of such a name and shape, its master and average not counted."""
+    numel, moments = shape.numel(), 8
+    if name == "adafactor" and len(shape) > 1:
+        return 4 * (numel // shape[-1] + numel // shape[-2])
+    if name == "adafactor" or (name == "muon" and len(shape) == 2 and _TABLES.search(weight) is None):
+        moments = 4
+    elif name == "adamw_8bit" and numel >= _SMALL_8BIT:
+        return 2 * (numel + 4 * math.ceil(numel / _BLOCK_8BIT))
+    return moments * numel
+
+
+def _by_layer(groups: list[dict[str, Any]], names: dict[int, str], decay: float) -> Iterator[dict[str, Any]]:
+    """Groups of one `scale` each: of encoders and language models, by how many layers are above a weight. What stands
+    before the first layer (embeddings) is below it, what stands behind the last is at its full rate."""
+    depth: dict[str, int] = {}
+    for part in {g["part"] for g in groups}:
+        mine = sorted(
+            (n for g in groups if g["part"] == part for n in (names[id(p)] for p in g["params"])),
+            key=list(names.values()).index,
+        )
+        numbers = [int(found[1]) if (found := _LAYER.search(n)) else None for n in mine]
+        top, known = max((n for n in numbers if n is not None), default=None), False
+        if top is None or not re.search(r"encoder|language", part):
+            continue
+        for name, number in zip(mine, numbers, strict=True):
+            known = known or number is not None
+            depth[name] = top + 1 if not known else 0 if number is None else top - number
+    for group in groups:
+        by_depth: dict[int, list[Any]] = {}
+        for parameter in group["params"]:
+            by_depth.setdefault(depth.get(names[id(parameter)], 0), []).append(parameter)
+        for below, these in by_depth.items():
+            yield {**group, "params": these, "scale": decay**below}
+
+
+def schedule(step: int, steps: int, *, warmup: float, kind: str, cooldown: float = 0.1) -> float:
+    """The factor on the learning rate at `step` (from 0) of `steps`: linear warm-up, then cosine, linear, constant, or
+    `wsd` (Hu et al. 2024, MiniCPM, section 4): constant up to the last share `cooldown` of all steps, linear from
+    there."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm
+    if kind == "wsd":
+        falling = max(1, min(steps - warm, math.ceil(cooldown * steps)))
+        return min(1.0, (steps - step) / falling)
     progress = (step - warm) / max(1, steps - warm)
     return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[kind]
+
+
+def stage_factor(stage: Stage, step: int, steps: int) -> float:
+    """A stage's schedule."""
+    return schedule(step, steps, warmup=stage.warmup, kind=stage.schedule, cooldown=stage.cooldown or 0.1)
 
 
 def check_lengthened(stage: Stage, done: int, was: int, now: int) -> None:
@@ -128,7 +265,7 @@ def check_lengthened(stage: Stage, done: int, was: int, now: int) -> None:
             kind="conflict",
         )
     for step in range(done):
-        before, after = (schedule(step, steps, warmup=stage.warmup, kind=stage.schedule) for steps in (was, now))
+        before, after = (stage_factor(stage, step, steps) for steps in (was, now))
         if before != after:
             raise OpticNerveError(
                 f"stage {stage.name}: at step {step + 1} the {stage.schedule} schedule of {was} steps had the learning "

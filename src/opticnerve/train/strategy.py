@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,8 @@ class Optimizer(Protocol):
 
     def clip(self, limit: float | None) -> Tensor: ...
     def skip(self, tower: str) -> None: ...
+    def averaged(self) -> AbstractContextManager[None]: ...
+    def finish(self) -> None: ...
     def step(self, factor: float) -> None: ...
     def zero_grad(self) -> None: ...
     def master_tensors(self) -> dict[str, Tensor]: ...
@@ -51,7 +54,10 @@ class Strategy:
 
     def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
         self.accelerator, self.objective, self.model = accelerator, objective, objective.model
-        self.optimizer = self._adam = MasterAdamW(frozen, betas=stage.betas, weight_decay=stage.weight_decay)
+        self.optimizer = self._adam = MasterAdamW(
+            frozen, betas=stage.betas, weight_decay=stage.weight_decay, name=stage.optimizer,
+            layer_decay=stage.layer_decay, ema=stage.ema,
+        )  # fmt: skip
         by_ddp = accelerator.num_processes > 1 and not objective.whole_step and not self.spread
         self._wrapped = accelerator.prepare_model(objective) if by_ddp else objective
 
@@ -76,6 +82,7 @@ class Strategy:
 
     def finish(self) -> None:
         """Have `model` and `objective` be the whole ones, with what was learned, on every process."""
+        self.optimizer.finish()
         if self._twin is not None:
             self.model, self.objective = self._twin.bring_together()
 
@@ -125,6 +132,11 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
         raise OpticNerveError(
             f"stage {stage.name}: quantised weights were not tried with {name}; leave quantize out, or train by DDP",
             kind="unsupported",
+        )
+    options = {"optimizer": stage.optimizer != "adamw", "layer_decay": stage.layer_decay, "ema": stage.ema}
+    if given := next((key for key, value in options.items() if value), None):
+        raise OpticNerveError(
+            f"stage {stage.name}: {given} was not tried with {name}; leave it out, or train by DDP", kind="unsupported"
         )
     if stage.compile:
         raise OpticNerveError(
