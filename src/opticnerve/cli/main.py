@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -84,6 +85,8 @@ app.add_typer(data.app, name="data")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
+    # peft imports bitsandbytes where it is installed, which then misses kernels that it would fetch from a hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     words = list(sys.argv[1:] if arguments is None else arguments)
     before_dashes = words[: words.index("--")] if "--" in words else words
     if "--debug" in before_dashes:
