@@ -99,6 +99,8 @@ class Progress(Counting):
             words = (("held out", found.get("loss")), ("score", found.get("score")))
             self.held = "".join(f"  {word} {value:.4f}" for word, value in words if value is not None)
         speed = f"{line['tokens_per_second']:.0f} tokens/s"
+        speed += f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
+        speed += f"  waits {waiting:.0%}" if (waiting := line.get("waiting", 0.0)) >= 0.05 else ""
         if self.bar is not None:
             self.bar.update(self.task, completed=line["step"], loss=f"{self.smooth:.4f}", held=self.held, speed=speed)
         elif self.console is not None and self.due(now := time.perf_counter(), line["step"]):

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opticnerve.inference.load import default_device
 from opticnerve.models.vlm.prompt import Prompt
 from opticnerve.train.optim import state_bytes
+from opticnerve.train.throughput import wait_for
 from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
@@ -192,28 +193,9 @@ def process_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def matmul_rate(kind: str, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
-    """Floating-point operations a second of a bare matrix product of a language model's size."""
-    m, k, n = (8192, 4096, 4096) if kind == "cuda" else (1600, 576, 1536)
-    a, b = torch.randn(m, k, device=kind).to(dtype), torch.randn(k, n, device=kind).to(dtype)
-    _finished(lambda: a @ b, kind)
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        _finished(lambda: a @ b, kind)
-        count += 1
-    return 2 * m * k * n * count / (time.perf_counter() - started)
-
-
 def time_step(step: Callable[[], Any], kind: str) -> float:
     """Seconds of one call, after a first one that warms up."""
-    _finished(step, kind)
+    wait_for(step, kind)
     started = time.perf_counter()
-    _finished(step, kind)
+    wait_for(step, kind)
     return time.perf_counter() - started
-
-
-def _finished(work: Callable[[], Any], kind: str) -> None:
-    """Call it, and wait for a device's queue. (torch's `Timer` imports what warns of a CUDA without a GPU.)"""
-    work()
-    if kind != "cpu":
-        torch.accelerator.synchronize()

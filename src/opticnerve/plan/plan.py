@@ -28,6 +28,7 @@ from opticnerve.plan.remarks import Remark, remarks
 from opticnerve.recipe import ContinuedSpec, Recipe, Stage
 from opticnerve.starter import weights
 from opticnerve.train.setup import give_lora
+from opticnerve.train.throughput import matmul_rate
 from opticnerve.types import OpticNerveError
 
 _CALIBRATION_TOKENS = 768  # a batch of about so many tokens is timed
@@ -141,7 +142,7 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
     packed = packed_bytes(recipe, model)
     imagined = Dock(model, plan.processor, bases={}, lora=model.config.lora)
     docked = dock(recipe) if dock is not None and recipe.stages else None
-    rate = 0.0 if docked or not recipe.stages else cost.matmul_rate(machine["type"], dtype_of(recipe))
+    rate = 0.0 if docked or not recipe.stages else matmul_rate(machine["type"], dtype_of(recipe))
     for stage in recipe.stages:
         data = inspect_data(stage, plan.processor, seed=recipe.seed)
         plan.stages.append(planned := _stage(stage, imagined, data, process, visual or 0, packed))
@@ -222,7 +223,7 @@ def _time(planned: StagePlan, stage: Stage, docked: Dock | None, rate: float, ki
         planned.timing = "a short batch was timed with the real weights"
         planned.seconds = per_row * stage.batch_size * steps if steps else None
         return
-    rate = rate or cost.matmul_rate(kind, placed_like(docked.model).dtype if docked else torch.float32)
+    rate = rate or matmul_rate(kind, placed_like(docked.model).dtype if docked else torch.float32)
     planned.timing = (
         f"estimated from {planned.flops / 1e9:,.0f} GFLOP a step at {cost.EFFICIENCY:.0%} of this device's "
         f"matmul rate ({rate / 1e9:,.0f} GFLOP/s)"

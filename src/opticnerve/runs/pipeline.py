@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -43,6 +41,7 @@ from opticnerve.runs.folder import (
 )
 from opticnerve.train.loop import run_stage
 from opticnerve.train.setup import make_accelerator
+from opticnerve.train.throughput import peak_memory
 from opticnerve.types import Conversation, OpticNerveError
 
 
@@ -159,12 +158,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def _measure_text(dock: Family, results: Results, after: str, console: Console | None, tokens: int | None) -> None:

@@ -30,9 +30,19 @@ from opticnerve.recipe import Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.divergence import Diverged, Divergence
 from opticnerve.train.image_ablation import image_use
-from opticnerve.train.metrics import METRICS, MetricsLog, by_source, fill, media_counts, source_counts, source_names
+from opticnerve.train.metrics import (
+    METRICS,
+    MetricsLog,
+    by_source,
+    fill,
+    media_counts,
+    source_counts,
+    source_names,
+    tracked,
+)
 from opticnerve.train.optim import stage_factor
 from opticnerve.train.setup import StageSetup, make_accelerator, set_up
+from opticnerve.train.throughput import Throughput
 from opticnerve.train.validation import Score
 from opticnerve.types import OpticNerveError
 
@@ -121,6 +131,10 @@ class Trainer:
         self.sampler, self.state, self.validation = ready.sampler, ready.state, ready.state.validation
         self.divergence = Divergence(ready.stage, ready.folder, ready.state, ready.strategy.model)
         self.sources = source_names(ready.stage.data)
+        self.throughput = Throughput(
+            self.strategy.model, self.stage, self.state, processes=self.accelerator.num_processes
+        )  # fmt: skip
+        self.pieces: list[int] = []  # of media in the last step
         self.log: MetricsLog | None = None
         self.stop = self.all_stop = False  # asked by a signal: of this process, of any
 
@@ -138,6 +152,10 @@ class Trainer:
                     state.elapsed = time.perf_counter() - started
                     line |= {"elapsed_s": round(state.elapsed, 3), "waited_s": round(batches.seconds, 3)}
                     line |= {"tokens_per_second": round(state.tokens / state.elapsed, 1)}
+                    line |= self.throughput.line(
+                        tokens=line["tokens"], supervised=line["supervised_tokens"], pieces=self.pieces,
+                        waited=batches.seconds,
+                    )  # fmt: skip
                     if self.validation is not None:
                         looked = time.perf_counter()
                         with self.optimizer.averaged():
@@ -147,8 +165,8 @@ class Trainer:
                         self.log.write(line)
                         bar.update(line)
                     if self.track:
-                        named = {k: line[k] for k in ("loss", "grad_norm", "tokens_per_second") if line[k] is not None}
-                        self.accelerator.log({f"{stage.name}/{k}": v for k, v in named.items()}, step=state.step)
+                        values = {f"{stage.name}/{k}": v for k, v in tracked(line).items()}
+                        self.accelerator.log(values, step=self.ready.steps_before + state.step)
                     if self.all_stop or (self.stop and alone):
                         raise Interrupted(self.save())
                     if stage.save_every and state.step % stage.save_every == 0 and state.step < steps:
@@ -168,14 +186,14 @@ class Trainer:
         counts = [sum(b.supervised for b in batches), sum(b.tokens for b in batches), sum(b.samples for b in batches),
                   int(self.stop), *source_counts(batches, len(self.sources)), *media_counts(batches)]  # fmt: skip
         supervised, tokens, samples, asked, *more = map(int, add_up(accelerator, counts, error))
-        of_source, pieces = more[: len(self.sources)], more[len(self.sources) :]
+        of_source, self.pieces = more[: len(self.sources)], more[len(self.sources) :]
         self.all_stop = bool(asked)  # a signal reaches the processes at different moments; they leave together
         batches = [b.to(accelerator.device) for b in batches]
         sums = torch.zeros(len(self.sources), device=accelerator.device)
         self.strategy.objective.by_source = sums if any(of_source) else None
         total = torch.cat([self.strategy.backward(batches, supervised).float().view(1), sums])
         total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
-        self._skip_unused_towers(pieces)
+        self._skip_unused_towers(self.pieces)
         # Reading them is the step's one wait for the device.
         norm, total, *losses = torch.cat([self.optimizer.clip(self.stage.clip).float().view(1), total]).tolist()
         loss = total / supervised

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from math import isfinite
 from pathlib import Path
@@ -111,3 +111,14 @@ def by_source(names: Sequence[str], losses: Sequence[float], counts: Sequence[in
     shown = zip(names, losses, counts, strict=True)
     found = {name: {"loss": loss / count, "tokens": count} for name, loss, count in shown if count and isfinite(loss)}
     return {"by_source": found} if found else {}
+
+
+def tracked(line: Mapping[str, Any], above: str = "") -> dict[str, float]:
+    """All numbers of a line for a tracker: those of `learning_rate`, `validation` and the like by `key/inner key`."""
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            found |= tracked(value, f"{above}{key}/")
+        elif isinstance(value, int | float) and key != "step":
+            found[above + key] = value
+    return found

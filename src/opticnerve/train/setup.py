@@ -51,7 +51,8 @@ from opticnerve.types import MediaProcessor, OpticNerveError, to_install
 BACKEND = "inductor"
 _LOOKED_AT = 32  # rows of a stream
 # Where the name is not that of the package.
-TRACKER_PACKAGES = {"tensorboard": "opticnerve[tensorboard]", "comet_ml": "comet-ml"}
+_EXTRAS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKER_PACKAGES = {name: f"opticnerve[{name}]" for name in _EXTRAS} | {"comet_ml": "comet-ml"}
 
 
 @dataclass
@@ -68,6 +69,12 @@ class StageSetup:
     sampler: StageSampler
     strategy: Strategy
     state: TrainState
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the stages before this one: a tracker's axis goes on."""
+        mine = _number_of(self.folder)
+        return sum(steps_in(f) for f in self.folder.parent.glob(f"*/{METRICS}") if _number_of(f.parent) < mine)
 
     def emit(self, what: str) -> None:
         """Say something, once."""
@@ -159,6 +166,12 @@ def set_up(
     return ready
 
 
+def _number_of(folder: Path) -> int:
+    """Of a stage, which its folder's name begins with."""
+    number, _, _ = folder.name.partition("-")
+    return int(number) if number.isdigit() else 0
+
+
 # -- the engine -------------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +193,16 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
             log_with=recipe.trackers or None, project_dir=str(run_dir), kwargs_handlers=handlers
         )  # fmt: skip
     if recipe.trackers:
-        accelerator.init_trackers(recipe.name)
+        accelerator.init_trackers(recipe.name, config=tracked_settings(recipe.model_dump(mode="json")))
     return accelerator
+
+
+def tracked_settings(value: object, above: str = "") -> dict[str, Any]:
+    """A recipe's settings as trackers take them, `stages.0.steps: 500`; what is left out, and empty, is not told."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, inner in items for k, v in tracked_settings(inner, f"{above}.{key}").items()}
+    return {} if value is None else {above.lstrip("."): value}
 
 
 def _check_trackers(names: list[str]) -> None:

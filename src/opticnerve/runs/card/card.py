@@ -209,7 +209,21 @@ def _cost(run: RunFolder) -> str:
     rows = [[plain(name), format_duration(s)] for name, s in seconds if isinstance(s, (int, float))]
     if r.get("peak_memory_bytes"):
         rows.append(["peak memory", f"{r['peak_memory_bytes'] / 2**30:.2f} GiB"])
-    return "## Time and memory\n\n" + (table(["", ""], rows, right=(1,)) if rows else "Not recorded yet.")
+    tables = [table(["", ""], rows, right=(1,))] if rows else []
+    tables += [_speeds(timed)] if (timed := [s for s in run.stages if s.metrics and "waiting" in s.metrics[-1]]) else []
+    return "\n\n".join(["## Time and memory", *(tables or ["Not recorded yet."])])
+
+
+def _speeds(stages: list[StageRecord]) -> str:
+    """How fast each stage was, by its last line."""
+    rows = []
+    for stage in stages:
+        last = stage.metrics[-1]
+        speeds = (f"{finite(last.get(k)):,.3g}" for k in ("samples_per_second", "tokens_per_second"))
+        shares = (percent(last[k]) if k in last else "–" for k in ("waiting", "mfu"))
+        rows.append([plain(stage.name), *speeds, *shares, f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"])
+    head = ["stage", "samples/s", "tokens/s", "waited for data", "MFU", "peak memory"]
+    return table(head, rows, right=(1, 2, 3, 4, 5))
 
 
 def _reproduce(run: RunFolder) -> str:
