@@ -13,6 +13,9 @@ import PIL.Image
 import torch
 import transformers as tf
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as qwen2_vl_vision
+
+from opticnerve import registry
 
 CORPUS = [
     "USER: what colour is the circle in the picture?\nASSISTANT: the circle is red\n",
@@ -180,7 +183,8 @@ def vision_config(family: str) -> Any:
     )  # fmt: skip
 
 
-NATIVE = ("siglip2_vision_model", "clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "vit")
+QWEN_VL = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision")
+NATIVE = (*QWEN_VL, "siglip2_vision_model", "clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "vit")
 _NAFLEX = {"num_patches": 16, "patch_size": 8}
 
 
@@ -195,12 +199,37 @@ def native_config(family: str) -> Any:
     match family:
         case "siglip2_vision_model":
             return tf.AutoConfig.for_model(family, **common, **_NAFLEX)
+        case "qwen2_vl_vision":
+            return tf.AutoConfig.for_model(
+                family, depth=3, embed_dim=32, hidden_size=24, num_heads=2, mlp_ratio=2, patch_size=8
+            )
+        case "qwen2_5_vl_vision" | "qwen3_vl_vision":
+            own: dict[str, Any] = {"window_size": 32, "fullatt_block_indexes": [1]}
+            if family == "qwen3_vl_vision":
+                own = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+            return tf.AutoConfig.for_model(
+                family,
+                depth=3,
+                hidden_size=32,
+                out_hidden_size=24,
+                intermediate_size=48,
+                num_heads=2,
+                patch_size=8,
+                **own,
+            )
     return vision_config(family)
 
 
 def native_vision(family: str = "siglip2_vision_model", **options: Any) -> dict[str, Any]:
     """A recipe's encoder with random weights, which shows pictures in their own shape."""
-    return {"type": "hf_vision", "name": save_native(family), "fit": "native", **options}
+    kind = "qwen_vl" if family in QWEN_VL else "hf_vision"
+    return {"type": kind, "name": save_native(family), "fit": "native", **options}
+
+
+def load_native(family: str, **options: Any) -> Any:
+    """The same as an encoder."""
+    spec = native_vision(family, **options)
+    return registry.encoders.get(spec.pop("type")).from_pretrained(spec.pop("name"), **spec).eval()
 
 
 @cache
@@ -210,7 +239,7 @@ def save_native(family: str) -> str:
     _kept.append(folder)
     torch.manual_seed(3)
     config = native_config(family)
-    model = tf.MODEL_MAPPING[type(config)](config)
+    model = tf.MODEL_MAPPING[type(config)](config) if family != QWEN_VL[0] else qwen2_vl_vision(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -224,6 +253,8 @@ def native_processor(family: str) -> Any:
     match family:
         case "siglip2_vision_model":
             return tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+        case _ if family in QWEN_VL:
+            return tf.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 64 * 8, "longest_edge": 64 * 24})
     return tf.SiglipImageProcessor(size={"height": 32, "width": 32})
 
 

@@ -102,6 +102,7 @@ encoders: Registry[Any] = Registry(
         "timm": "opticnerve.encoders.timm:TimmEncoder",
         "pair": "opticnerve.encoders.nested:PairEncoder",
         "patches": "opticnerve.encoders.patches:PatchesEncoder",
+        "qwen_vl": "opticnerve.encoders.qwen_vl:QwenVLEncoder",
         "whisper": "opticnerve.encoders.whisper:WhisperEncoder",
         "dual_encoder": "opticnerve.encoders.nested:DualEncoderVision",
     },

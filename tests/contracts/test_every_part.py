@@ -112,6 +112,13 @@ ENCODERS: dict[str, dict[str, Case]] = {
         "small": Case({"image_size": 24, "patch_size": 6}),
         "native": Case({"fit": "native", "patch_size": 6, "max_patches": 12}),
     },
+    "qwen_vl": {
+        "2, merged": Case(native("qwen2_vl_vision"), {"fullgraph": False}),
+        "2.5, unmerged": Case(
+            native("qwen2_5_vl_vision", merge=False), {"unused": ("model.merger.",), "fullgraph": False}
+        ),
+        "3, several layers": Case(native("qwen3_vl_vision", deepstack=True), {"fullgraph": False}),
+    },
     "whisper": {
         # (Its positions are sinusoids.)
         "two seconds": Case({"architecture": WHISPER}, {"unused": ("model.embed_positions.",)}),

@@ -23,6 +23,7 @@ from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.native import Grid, NativeLayout, cut_patches, join_patches
 from opticnerve.encoders.patches import PatchesEncoder
+from opticnerve.encoders.qwen_vl import QwenVLEncoder
 from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import Features
 
@@ -38,8 +39,8 @@ PICTURES = [picture(*size, seed) for seed, size in enumerate(SIDES)]
 
 @pytest.fixture(params=tiny.NATIVE)
 def encoder(request: pytest.FixtureRequest) -> Encoder:
-    made = HFVisionEncoder.from_pretrained(tiny.save_native(request.param), fit="native", max_patches=24)
-    return made.eval()
+    found: Encoder = tiny.load_native(request.param, max_patches=24)
+    return found
 
 
 def prepared(encoder: Encoder, pictures: list[PIL.Image.Image]) -> tuple[torch.Tensor, list[Grid]]:
@@ -114,7 +115,71 @@ class TestSiglip2:
         assert (again.native, again.options) == (flexible.native, flexible.options)
 
 
+FULL = [picture(*size, seed) for seed, size in enumerate([(30, 90), (100, 40), (33, 31), (64, 64), (9, 12)])]
+
+
+class TestQwenVL:
+    """By transformers' own processor and model; the latter's window order and squares undone where nothing merges."""
+
+    @pytest.fixture(params=tiny.QWEN_VL)
+    def family(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    def test_counts_and_features_are_transformers_own(self, family: str) -> None:
+        encoder = tiny.load_native(family)
+        own = tiny.native_processor(family)(FULL, return_tensors="pt")
+        patches, grids = prepared(encoder, FULL)
+        assert grids == [(h, w) for _, h, w in own["image_grid_thw"].tolist()]
+        with torch.no_grad():
+            theirs = encoder.model(own["pixel_values"], grid_thw=own["image_grid_thw"])
+            seen = encoder(patches, grids)
+        assert seen.grids == tuple((h // 2, w // 2) for h, w in grids)
+        torch.testing.assert_close(seen.tokens_BND[seen.mask_BN], theirs.pooler_output, rtol=1e-5, atol=1e-5)
+
+    def test_unmerged_it_is_a_map_that_pixel_shuffle_merges(self, family: str) -> None:
+        """The merger behind the unmerged map gives what the tower merges itself."""
+        encoder, unmerged = tiny.load_native(family), tiny.load_native(family, merge=False)
+        given = prepared(encoder, PICTURES)
+        with torch.no_grad():
+            whole, parts = encoder(*given), unmerged(*given)
+            assert parts.grids == tuple(given[1])
+            for i, (height, width) in enumerate(given[1]):
+                map_HWD = parts.tokens_BND[i][parts.mask_BN[i]].view(height // 2, 2, width // 2, 2, -1)
+                merged = encoder.model.merger(map_HWD.transpose(1, 2).flatten(0, 3))
+                torch.testing.assert_close(whole.tokens_BND[i][whole.mask_BN[i]], merged, rtol=1e-5, atol=1e-5)
+
+    def test_deepstack_is_joined_behind_the_last_layer(self) -> None:
+        encoder, joined = (tiny.load_native("qwen3_vl_vision", deepstack=deep) for deep in (False, True))
+        given = prepared(encoder, FULL)
+        own = tiny.native_processor("qwen3_vl_vision")(FULL, return_tensors="pt")
+        with torch.no_grad():
+            theirs = encoder.model(own["pixel_values"], grid_thw=own["image_grid_thw"])
+            seen, wide = encoder(*given), joined(*given)
+        assert joined.hidden_size == 3 * encoder.hidden_size
+        wanted = torch.cat([seen.tokens_BND[seen.mask_BN], *theirs.deepstack_features], -1)
+        torch.testing.assert_close(wide.tokens_BND[wide.mask_BN], wanted, rtol=1e-5, atol=1e-5)
+
+    def test_what_does_not_go_together(self) -> None:
+        with refused("conflict", "deepstack", "qwen2_vl_vision"):
+            tiny.load_native("qwen2_vl_vision", deepstack=True)
+        with refused("conflict", "squash"):
+            tiny.load_native("qwen2_vl_vision", fit="squash")
+        with refused("unsupported", "qwen2_vl_vision", "hf_vision"):
+            QwenVLEncoder.from_pretrained(tiny.save_native("dinov2"))
+        with refused("out-of-range", 2, 3, 4):  # squares of 2 × 2
+            tiny.load_native("qwen2_vl_vision", min_patches=2, max_patches=3)
+
+
 class TestLayout:
+    @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(4, 60), st.integers(0, 300))
+    def test_thin_pictures_keep_the_budget_whatever_the_rounding(
+        self, height: int, width: int, least: int, more: int
+    ) -> None:
+        layout = NativeLayout(14, least, least + more, multiple=2, rounding="nearest", pool=2)
+        rows, columns = layout.grid(height, width)
+        assert rows % 2 == columns % 2 == 0
+        assert 4 <= rows * columns <= layout.max_patches
+
     @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 60), st.integers(0, 300))
     def test_within_the_budget_and_in_shape_to_a_patch(self, height: int, width: int, least: int, more: int) -> None:
         layout = NativeLayout(14, least, least + more)
@@ -205,7 +270,7 @@ def test_long_and_wide_photographs_keep_their_shape_to_a_patch(family: str) -> N
         pytest.skip("no photographs: PHOTOS names no folder that holds coco_captions/images")
     by_shape = sorted(files, key=lambda f: (lambda height, width: width / height)(*image_size(f)))
     chosen = [open_image(f) for f in (*by_shape[:6], *by_shape[-6:])]
-    encoder = HFVisionEncoder.from_pretrained(tiny.save_native(family), fit="native", max_patches=200).eval()
+    encoder = tiny.load_native(family, max_patches=200)
     _, grids = prepared(encoder, chosen)
     step = encoder.native.multiple  # type: ignore[union-attr]
     for photo, (rows, columns) in zip(chosen, grids, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from opticnerve.common.private_names import computed_tables
 from opticnerve.encoders.native import NativeImageProcessor, NativeLayout
 from opticnerve.types import Features, OpticNerveError
 
@@ -163,6 +166,17 @@ class Encoder(nn.Module, ABC):
         """The transformers feature extractor that turns sound into this encoder's `input_features`."""
         raise OpticNerveError(f"{type(self).__name__} hears no sound", kind="unsupported")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Tables that a model of transformers computes itself (DINOv3's rotary frequencies) keep their precision, as
+        they do where transformers loads the model in another dtype."""
+        kept = list(computed_tables(self.model)) if isinstance(self._modules.get("model"), PreTrainedModel) else []
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, before in kept:
+            now = module.get_buffer(name)
+            if now.dtype != before.dtype:
+                setattr(module, name, before.to(now.device))
+        return self
+
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The encoder's blocks from input to output: what `encoder.last(N)` counts."""
@@ -239,6 +253,12 @@ def config_from_dict(architecture: dict[str, Any], needed_by: str, such_as: str)
     if model_type is None:
         raise OpticNerveError(f"{needed_by} needs architecture.model_type, such as {such_as}", kind="missing-field")
     return AutoConfig.for_model(model_type, **architecture)
+
+
+def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """The configuration as it comes back from a JSON file (the numbers of labels as text, for one)."""
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {k: v for k, v in found.items() if k not in ("_name_or_path", "dtype")}  # the weights' dtype is the recipe's
 
 
 def model_class(config: PreTrainedConfig, unlisted: Mapping[str, str]) -> Any:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.common.hub import read_config
-from opticnerve.common.private_names import computed_tables
 from opticnerve.encoders.base import (
     Encoder,
     all_real,
@@ -32,6 +30,7 @@ from opticnerve.encoders.base import (
     load_part,
     longest_list,
     model_class,
+    plain_config,
 )
 from opticnerve.encoders.native import Grid, NativeLayout, by_shape, collect, cut_patches, of_pictures, real
 from opticnerve.encoders.preparation import preparation
@@ -105,7 +104,7 @@ class HFVisionEncoder(Encoder):
         if hasattr(self.model, "use_head"):  # SigLIP's pooling, which takes as long as some layers: for `pooling` alone
             self.model.use_head = False
         self.options = {
-            "architecture": _plain(config),
+            "architecture": plain_config(config),
             "layer": layer, "class_token": class_token, "image_size": self.image_size,
             "fit": fit, "mean": self.mean, "std": self.std, "resample": resample, "crop_pct": crop_pct,
             **budget,
@@ -153,17 +152,6 @@ class HFVisionEncoder(Encoder):
     def loading_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         # Folders from before `crop_pct` were trained without it.
         return {"crop_pct": 1.0, **super().loading_options(options)}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Tables that the model computes itself (DINOv3's and Pixtral's rotary frequencies) keep their precision, as
-        they do where transformers loads the model in another dtype."""
-        kept = list(computed_tables(self.model))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module, name, before in kept:
-            now = module.get_buffer(name)
-            if now.dtype != before.dtype:
-                setattr(module, name, before.to(now.device))
-        return self
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Features:
         if self.native is not None:
@@ -317,12 +305,6 @@ def _usual_budget(config: PreTrainedConfig) -> NativeLayout:
     size, patch = _sizes(config)
     most = max(1, (size // patch) ** 2)
     return NativeLayout(patch, most if config.model_type == _FLEXIBLE else 1, most)
-
-
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """The configuration as it comes back from a JSON file (the numbers of labels as text, for one)."""
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {k: v for k, v in found.items() if k not in ("_name_or_path", "dtype")}  # the weights' dtype is the recipe's
 
 
 def _sizes(config: PreTrainedConfig) -> tuple[int, int]:

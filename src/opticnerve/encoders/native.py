@@ -41,7 +41,8 @@ class NativeLayout:
             made smaller until it fits, one of fewer larger, to at most `min_patches`. As SigLIP 2 has it the two are
             the same: every picture fills the budget.
         multiple: sides are multiples of so many patches (2 where an encoder merges squares of 2 × 2).
-        rounding: of a side to whole patches: "up" (SigLIP 2's own processor, Pixtral's) or "nearest" (Qwen2-VL's).
+        rounding: of a side to whole patches: "up" (SigLIP 2's own processor, Pixtral's) or "nearest" (Qwen2-VL's; where
+            a picture is so thin that this would break the budget, "up").
         pool: side of the square of patches that becomes one soft token, in the encoder and in the connector together.
         tokens: soft tokens of every picture, where the connector gives a fixed number.
     """
@@ -65,33 +66,19 @@ class NativeLayout:
 
     @lru_cache(maxsize=4096)  # noqa: B019  (frozen and small: a few of them per process)
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of a picture of `height` × `width` pixels.
-
-        Raises:
-            OpticNerveError: it is so thin that no grid within the budget has its proportions.
-        """
-        side = self.patch_size * self.multiple
-        if self.rounding == "nearest":
-            area = self.patch_size**2
-            try:
-                size = smart_resize(height, width, side, self.min_patches * area, self.max_patches * area)
-            except ValueError as e:  # it refuses pictures 200 times as long as they are wide
-                raise OpticNerveError(f"a picture of {height} × {width} pixels: {e}", kind="out-of-range") from e
-        else:
-            squares = -(-height // side) * -(-width // side)
-            most, least = (n // self.multiple**2 for n in (self.max_patches, self.min_patches))
-            size = (-(-height // side) * side, -(-width // side) * side)
-            if not least <= squares <= most:
-                bound = most if squares > most else max(least, 1)
-                size = get_image_size_for_max_num_patches(height, width, side, bound)
-        rows, columns = size[0] // self.patch_size, size[1] // self.patch_size
-        if rows * columns > self.max_patches:
-            raise OpticNerveError(
-                f"a picture of {height} × {width} pixels is {rows * columns} patches, and the budget is "
-                f"{self.max_patches}: it is too thin; raise max_patches, or cut the picture",
-                kind="out-of-range",
-            )
-        return rows, columns
+        """Rows and columns of patches of a picture of `height` × `width` pixels."""
+        side, area = self.patch_size * self.multiple, self.patch_size**2
+        if self.rounding == "nearest" and max(height, width) <= 200 * min(height, width):
+            size = smart_resize(height, width, side, self.min_patches * area, self.max_patches * area)
+            if size[0] * size[1] <= self.max_patches * area:
+                return size[0] // self.patch_size, size[1] // self.patch_size
+        squares = -(-height // side) * -(-width // side)
+        most, least = (n // self.multiple**2 for n in (self.max_patches, self.min_patches))
+        size = (-(-height // side) * side, -(-width // side) * side)
+        if not least <= squares <= most:
+            bound = most if squares > most else max(least, 1)
+            size = get_image_size_for_max_num_patches(height, width, side, bound)
+        return size[0] // self.patch_size, size[1] // self.patch_size
 
     def num_pieces(self, height: int, width: int) -> int:
         """Patches of a picture: rows of `pixel_values`."""

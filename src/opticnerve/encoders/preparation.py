@@ -12,6 +12,7 @@ from typing import Any
 import transformers as tf
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from opticnerve.common import hub
 from opticnerve.common.hub import UNREADABLE, says_how, unreadable
@@ -30,6 +31,12 @@ _PUBLISHED: dict[str, Any] = {
     "vit": lambda: tf.ViTImageProcessor(),
     "blip_2_vision_model": lambda: tf.BlipImageProcessor(),
     "instructblip_vision_model": lambda: tf.BlipImageProcessor(),
+    "qwen2_vl_vision": lambda: tf.Qwen2VLImageProcessor(),
+    "qwen2_5_vl_vision": lambda: tf.Qwen2VLImageProcessor(),
+    "qwen3_vl_vision": lambda: tf.Qwen2VLImageProcessor(
+        patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": 1 << 16, "longest_edge": 1 << 24},
+    ),
     "idefics2_vision": lambda: tf.Idefics2ImageProcessor(),
     "idefics3_vision": lambda: tf.Idefics3ImageProcessor(),
     "smolvlm_vision": lambda: tf.SmolVLMImageProcessor(),
@@ -130,8 +137,12 @@ def as_options(own: Any, name: str, given: dict[str, Any] | None = None) -> dict
 
 def _budget(own: Any) -> dict[str, int]:
     """The budget of patches that it has of its own, where pictures keep their shape."""
-    most = getattr(own, "max_num_patches", None)
-    return {} if most is None else {"max_patches": int(most)}
+    if (most := getattr(own, "max_num_patches", None)) is not None:
+        return {"max_patches": int(most)}
+    if isinstance(own, Qwen2VLImageProcessor):
+        area = own.patch_size**2
+        return {"min_patches": own.size.shortest_edge // area, "max_patches": own.size.longest_edge // area}
+    return {}
 
 
 def _scale(own: Any) -> float:
