@@ -184,7 +184,10 @@ def vision_config(family: str) -> Any:
 
 
 QWEN_VL = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision")
-NATIVE = (*QWEN_VL, "siglip2_vision_model", "clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "vit")
+NATIVE = (
+    *QWEN_VL, "siglip2_vision_model", "clip_vision_model", "dinov2_with_registers", "dinov3_vit", "pixtral",
+    "smolvlm_vision", "internvl_vision",
+)  # fmt: skip
 _NAFLEX = {"num_patches": 16, "patch_size": 8}
 
 
@@ -199,6 +202,15 @@ def native_config(family: str) -> Any:
     match family:
         case "siglip2_vision_model":
             return tf.AutoConfig.for_model(family, **common, **_NAFLEX)
+        case "dinov3_vit" | "pixtral" | "smolvlm_vision" | "internvl_vision":
+            more: dict[str, Any] = {"image_size": 32, "patch_size": 8}
+            if family == "internvl_vision":
+                more = {k: [v, v] for k, v in more.items()}
+            if family == "pixtral":
+                more["image_size"] = 80
+            if family in ("dinov3_vit", "pixtral"):
+                common["hidden_size"] = 32  # (a multiple of 8: rotary positions both ways)
+            return tf.AutoConfig.for_model(family, **common, **more)
         case "qwen2_vl_vision":
             return tf.AutoConfig.for_model(
                 family, depth=3, embed_dim=32, hidden_size=24, num_heads=2, mlp_ratio=2, patch_size=8
@@ -253,6 +265,8 @@ def native_processor(family: str) -> Any:
     match family:
         case "siglip2_vision_model":
             return tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+        case "pixtral":
+            return tf.PixtralImageProcessor(patch_size={"height": 8, "width": 8}, size={"longest_edge": 80})
         case _ if family in QWEN_VL:
             return tf.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 64 * 8, "longest_edge": 64 * 24})
     return tf.SiglipImageProcessor(size={"height": 32, "width": 32})

@@ -84,6 +84,7 @@ ENCODERS: dict[str, dict[str, Case]] = {
     "timm": {
         "cnn": Case({"name": "test_efficientnet", "image_size": 64}, {"unused": ("model.classifier.",)}),
         "vit": Case({"name": "test_vit", "image_size": 64}, {"unused": ("model.head.",)}),
+        "vit, native": Case({"name": "test_vit", "fit": "native", "max_patches": 12}, {"unused": ("model.head.",)}),
     },
     "pair": {
         "channels": Case(

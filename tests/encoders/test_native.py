@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from opticnerve.encoders.hf_vision import HFVisionEncoder
 from opticnerve.encoders.native import Grid, NativeLayout, cut_patches, join_patches
 from opticnerve.encoders.patches import PatchesEncoder
 from opticnerve.encoders.qwen_vl import QwenVLEncoder
+from opticnerve.encoders.timm import TimmEncoder
 from opticnerve.models.vlm.build import Dock, dock
 from opticnerve.types import Features
 
@@ -168,6 +170,72 @@ class TestQwenVL:
             QwenVLEncoder.from_pretrained(tiny.save_native("dinov2"))
         with refused("out-of-range", 2, 3, 4):  # squares of 2 × 2
             tiny.load_native("qwen2_vl_vision", min_patches=2, max_patches=3)
+
+
+class TestOneShapeAtATime:
+    """Models of whole pictures: what comes out is what the bare model gives for that picture, at its shape."""
+
+    @pytest.mark.parametrize("family", [f for f in tiny.NATIVE if f not in (*tiny.QWEN_VL, "siglip2_vision_model")])
+    def test_features_are_the_bare_model_s(self, family: str) -> None:
+        encoder = tiny.load_native(family, max_patches=40)
+        patches, grids = prepared(encoder, PICTURES)
+        asks = {} if family.startswith(("dino", "pixtral", "smolvlm")) else {"interpolate_pos_encoding": True}
+        asks = {} if family == "internvl_vision" else asks
+        with torch.no_grad():
+            seen = encoder(patches, grids)
+            for i, (rows, columns) in enumerate(grids):
+                one = patches[sum(r * c for r, c in grids[:i]) :][: rows * columns]
+                bare = encoder.model(join_patches(one[None], (rows, columns), 8), **asks).last_hidden_state[0]
+                wanted = bare[len(bare) - rows * columns :]
+                torch.testing.assert_close(seen.tokens_BND[i, : rows * columns], wanted, rtol=1e-5, atol=1e-5)
+
+    def test_pixtral_counts_and_sees_as_its_own_processor_and_model(self) -> None:
+        encoder = tiny.load_native("pixtral")
+        pictures = [*PICTURES, picture(200, 70), picture(9, 400)]  # longer than its longest edge
+        own = tiny.native_processor("pixtral")(pictures, return_tensors="pt")
+        patches, grids = prepared(encoder, pictures)
+        assert [(8 * r, 8 * c) for r, c in grids] == [tuple(map(int, size)) for size in own["image_sizes"]]
+        with torch.no_grad():
+            theirs = encoder.model(own["pixel_values"], image_sizes=own["image_sizes"]).last_hidden_state[0]
+            seen = encoder(patches, grids)
+        torch.testing.assert_close(seen.tokens_BND[seen.mask_BN], theirs, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("name", "how", "layer"),
+        [
+            ("test_vit", {"dynamic_img_size": True}, "last"),
+            ("test_efficientnet", {}, -2),
+            ("naflexvit_base_patch16_gap", {"embed_dim": 32, "depth": 2, "num_heads": 2}, "last"),
+        ],
+    )
+    def test_timm(self, name: str, how: dict[str, Any], layer: Any) -> None:
+        """ViTs with interpolated positions, NaFlex ViTs, and the maps of convolutional networks."""
+        own = {k: v for k, v in how.items() if k != "dynamic_img_size"}
+        encoder = TimmEncoder(name=name, fit="native", layer=layer, max_patches=30, model_args=own).eval()
+        bare = timm.create_model(name, pretrained=False, **how).eval()
+        bare.load_state_dict(encoder.model.state_dict())
+        patches, grids = prepared(encoder, PICTURES)
+        side = encoder.native.patch_size  # type: ignore[union-attr]
+        with torch.no_grad():
+            seen = encoder(patches, grids)
+            for i, (rows, columns) in enumerate(grids):
+                one = patches[sum(r * c for r, c in grids[:i]) :][: rows * columns]
+                pixels = join_patches(one[None], (rows, columns), side)
+                if layer == "last":
+                    wanted = bare.forward_features(pixels)[0, bare.num_prefix_tokens :]
+                else:
+                    wanted = bare.forward_intermediates(pixels, intermediates_only=True)[layer][0].flatten(1).T
+                torch.testing.assert_close(seen.tokens_BND[i, : rows * columns], wanted, rtol=1e-5, atol=1e-5)
+
+    def test_one_that_takes_squares_alone_is_refused_by_name(self) -> None:
+        with refused("unsupported", "mixer_s32_224", "fit: native"):
+            TimmEncoder(name="mixer_s32_224", fit="native")
+        config = {"model_type": "vit_mae", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
+                  "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+        with refused("unsupported", "vit_mae", "fit: native"):
+            HFVisionEncoder(architecture=config, fit="native")
+        with refused("conflict", "min_patches", "squash"):
+            TimmEncoder(name="test_vit", fit="squash", min_patches=3)
 
 
 class TestLayout:

@@ -156,7 +156,7 @@ class HFVisionEncoder(Encoder):
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Features:
         if self.native is not None:
             return self._of_shapes(self.model, pixel_values, grids)
-        tokens_BND = self._select(self.model, self._inputs(self.model, pixel_values))
+        tokens_BND = self._tokens(self.model, pixel_values)
         if self.class_token == "drop":
             tokens_BND = tokens_BND[:, self.prefix_tokens :]
         return all_real(tokens_BND)
@@ -188,11 +188,17 @@ class HFVisionEncoder(Encoder):
             return Features(tokens_BND, real([len(r) for r in rows], tokens_BND), tuple(grids))
 
         def see(pixels_BCHW: Tensor) -> Tensor:
-            tokens_BND = self._select(model, self._inputs(model, pixels_BCHW))
+            tokens_BND = self._tokens(model, pixels_BCHW)
             own = pixels_BCHW.shape[2] * pixels_BCHW.shape[3] // self.patch_size**2
             return tokens_BND[:, tokens_BND.shape[1] - own :]
 
         return collect(by_shape(patches_PE, grids, self.patch_size, see), grids)
+
+    def _tokens(self, model: Any, pixel_values: Tensor) -> Tensor:
+        tokens_BND = self._select(model, self._inputs(model, pixel_values))
+        if model.config.model_type == "pixtral":  # all pictures in one row
+            tokens_BND = tokens_BND.reshape(len(pixel_values), -1, tokens_BND.shape[-1])
+        return tokens_BND
 
     def _select(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.layer == "last":
@@ -241,7 +247,7 @@ class HFVisionEncoder(Encoder):
                     seen = self._tried(meta_model, self.native)
                     return self.native.max_tokens, int(seen.tokens_BND.shape[2])
                 pixels = torch.empty(2, 3, self.image_size, self.image_size)
-                shape = self._select(meta_model, self._inputs(meta_model, pixels)).shape
+                shape = self._tokens(meta_model, pixels).shape
             except OpticNerveError:
                 raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
@@ -304,7 +310,8 @@ def _usual_budget(config: PreTrainedConfig) -> NativeLayout:
     """Where a checkpoint says nothing: at most as many patches as the model was trained on."""
     size, patch = _sizes(config)
     most = max(1, (size // patch) ** 2)
-    return NativeLayout(patch, most if config.model_type == _FLEXIBLE else 1, most)
+    longest = size // patch if config.model_type == "pixtral" else None  # its own processor bounds the longest edge
+    return NativeLayout(patch, most if config.model_type == _FLEXIBLE else 1, most, max_side=longest)
 
 
 def _sizes(config: PreTrainedConfig) -> tuple[int, int]:

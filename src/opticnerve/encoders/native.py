@@ -43,6 +43,7 @@ class NativeLayout:
         multiple: sides are multiples of so many patches (2 where an encoder merges squares of 2 × 2).
         rounding: of a side to whole patches: "up" (SigLIP 2's own processor, Pixtral's) or "nearest" (Qwen2-VL's; where
             a picture is so thin that this would break the budget, "up").
+        max_side: rows or columns of patches at most; a longer picture is made smaller first (Pixtral's longest edge).
         pool: side of the square of patches that becomes one soft token, in the encoder and in the connector together.
         tokens: soft tokens of every picture, where the connector gives a fixed number.
     """
@@ -52,6 +53,7 @@ class NativeLayout:
     max_patches: int
     multiple: int = 1
     rounding: Rounding = "up"
+    max_side: int | None = None
     pool: int = 1
     tokens: int | None = None
 
@@ -68,6 +70,8 @@ class NativeLayout:
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches of a picture of `height` × `width` pixels."""
         side, area = self.patch_size * self.multiple, self.patch_size**2
+        if self.max_side is not None and (ratio := max(height, width) / (self.max_side * self.patch_size)) > 1:
+            height, width = max(1, int(height / ratio)), max(1, int(width / ratio))
         if self.rounding == "nearest" and max(height, width) <= 200 * min(height, width):
             size = smart_resize(height, width, side, self.min_patches * area, self.max_patches * area)
             if size[0] * size[1] <= self.max_patches * area:
@@ -101,8 +105,9 @@ class NativeLayout:
     @property
     def costliest(self) -> tuple[int, int]:
         """Height and width in pixels of a picture that takes the most soft tokens."""
-        step, most = self.multiple, self.max_patches
-        grids = ((rows, most // rows // step * step) for rows in range(step, most // step + 1, step))
+        step, most, longest = self.multiple, self.max_patches, self.max_side or self.max_patches
+        shorter = range(step, min(most // step, longest) + 1, step)
+        grids = ((rows, min(most // rows, longest) // step * step) for rows in shorter)
         rows, columns = max(grids, key=lambda grid: self.tokens_of(*grid))
         return rows * self.patch_size, columns * self.patch_size
 
@@ -121,6 +126,7 @@ class NativeImageProcessorKwargs(ImagesKwargs, total=False):
     max_patches: int
     multiple: int
     rounding: str
+    max_side: int | None
 
 
 class NativeImageProcessor(TorchvisionBackend):
@@ -132,7 +138,8 @@ class NativeImageProcessor(TorchvisionBackend):
     resample = 3
     image_mean = image_std = (0.5, 0.5, 0.5)
     patch_size, min_patches, max_patches, multiple, rounding = 16, 1, 256, 1, "up"
-    LAYOUT: ClassVar = ("patch_size", "min_patches", "max_patches", "multiple", "rounding")
+    max_side: int | None = None
+    LAYOUT: ClassVar = ("patch_size", "min_patches", "max_patches", "multiple", "rounding", "max_side")
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]  # type: ignore[misc]
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -141,10 +148,10 @@ class NativeImageProcessor(TorchvisionBackend):
 
     def _preprocess(  # type: ignore[override]
         self, images: list[Tensor], *, patch_size: int, min_patches: int, max_patches: int, multiple: int,
-        rounding: Rounding, resample: Any, do_rescale: bool, rescale_factor: float, do_normalize: bool,
-        image_mean: list[float], image_std: list[float], return_tensors: str | None, **kwargs: Any,
+        rounding: Rounding, max_side: int | None, resample: Any, do_rescale: bool, rescale_factor: float,
+        do_normalize: bool, image_mean: list[float], image_std: list[float], return_tensors: str | None, **kwargs: Any,
     ) -> BatchFeature:  # fmt: skip
-        layout = NativeLayout(patch_size, min_patches, max_patches, multiple, rounding)
+        layout = NativeLayout(patch_size, min_patches, max_patches, multiple, rounding, max_side)
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         patches = []
         for image_CHW, size in zip(images, sizes, strict=True):

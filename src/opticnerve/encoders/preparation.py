@@ -37,6 +37,7 @@ _PUBLISHED: dict[str, Any] = {
         patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3,
         size={"shortest_edge": 1 << 16, "longest_edge": 1 << 24},
     ),
+    "pixtral": lambda: tf.PixtralImageProcessor(),
     "idefics2_vision": lambda: tf.Idefics2ImageProcessor(),
     "idefics3_vision": lambda: tf.Idefics3ImageProcessor(),
     "smolvlm_vision": lambda: tf.SmolVLMImageProcessor(),
@@ -140,8 +141,9 @@ def _budget(own: Any) -> dict[str, int]:
     if (most := getattr(own, "max_num_patches", None)) is not None:
         return {"max_patches": int(most)}
     if isinstance(own, Qwen2VLImageProcessor):
-        area = own.patch_size**2
-        return {"min_patches": own.size.shortest_edge // area, "max_patches": own.size.longest_edge // area}
+        size: Any = own.size
+        least, most = (n // own.patch_size**2 for n in (size.shortest_edge, size.longest_edge))
+        return {"min_patches": least, "max_patches": most}
     return {}
 
 

@@ -7,6 +7,7 @@ Source: timm's feature API, `forward_features` and `forward_intermediates`
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.common.private_names import read_timm_config
 from opticnerve.encoders.base import Encoder, all_real
+from opticnerve.encoders.native import Grid, NativeLayout, by_shape, collect
 from opticnerve.starter import weights as starter
 from opticnerve.types import Features, OpticNerveError
 
@@ -32,18 +34,21 @@ class TimmEncoder(Encoder):
         name: timm's architecture name, such as `tf_efficientnet_lite0` or `vit_base_patch16_siglip_224`.
         layer: "last" takes `forward_features` (what the classifier would see); a whole number takes that intermediate
             map by `forward_intermediates`' indexing (-1 is the last stage or block).
-        image_size: side of the square input in pixels; the model's own by default.
+        image_size: side of the square input in pixels; the model's own by default. With `fit: native`: of the squares
+            that the model is built for; a picture has at most as many patches by default.
         class_token: "drop" leaves out class and register tokens, "keep" puts them first. CNNs have none.
         fit, crop_pct, mean, std, resample: picture preparation (see `make_image_processor`); by default what timm's
             `pretrained_cfg` says. Where `fit` is given, the whole picture is fitted so: `crop_pct` is 1 then.
+        min_patches, max_patches: the budget of `fit: native` (see `NativeLayout`), for models that take any shape:
+            CNNs, whose patches are the places of the map at `layer`, and ViTs with `dynamic_img_size` or NaFlex.
         model_args: further keywords for `timm.create_model` (they must be plain JSON values).
     """
 
     def __init__(
         self, *, name: str, layer: Layer = "last", image_size: int | None = None,
         class_token: Literal["drop", "keep"] = "drop", fit: str = "squash", mean: list[float] | None = None,
-        std: list[float] | None = None, resample: int = 3, crop_pct: float = 1.0,
-        model_args: dict[str, Any] | None = None,
+        std: list[float] | None = None, resample: int = 3, crop_pct: float = 1.0, min_patches: int | None = None,
+        max_patches: int | None = None, model_args: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         model_args = dict(model_args or {})
@@ -52,7 +57,7 @@ class TimmEncoder(Encoder):
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}", kind="unknown-name")
         self.layer, self.class_token = layer, class_token
-        self.model = _create(name, image_size, model_args)
+        self.model = _create(name, image_size, model_args, any_size=fit == "native")
         data = timm.data.resolve_model_data_config(self.model)
         size = image_size or int(data["input_size"][-1])
         self.take_pictures(size, fit, mean or data["mean"], std or data["std"], resample, crop_pct)
@@ -61,6 +66,11 @@ class TimmEncoder(Encoder):
             "mean": self.mean, "std": self.std, "resample": resample, "crop_pct": crop_pct, "model_args": model_args,
         }  # fmt: skip
         self.num_tokens, self.hidden_size = self._probe(name, image_size, model_args)
+        side = isqrt(self.num_tokens)
+        self.options |= self.take_budget(fit, min_patches, max_patches, NativeLayout(size // side, 1, side**2))
+        if self.native is not None:
+            self._try_shapes(name, image_size, model_args)
+            self.num_tokens = self.native.max_tokens
 
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> TimmEncoder:
@@ -74,6 +84,7 @@ class TimmEncoder(Encoder):
         size = _size_args(encoder.model, encoder.options["image_size"])
         try:
             options = {**size, **encoder.options["model_args"]}
+            options |= _any_size_args(encoder.model) if encoder.native is not None else {}
             with hub.errors(name):
                 pretrained = timm.create_model(_local(name), pretrained=True, **options)
             encoder.model.load_state_dict(pretrained.state_dict())
@@ -102,10 +113,37 @@ class TimmEncoder(Encoder):
         # Folders from before these two were trained without them.
         return {"resample": 3, "crop_pct": 1.0, **super().loading_options(options)}
 
-    def forward(self, pixel_values: Tensor) -> Features:
+    def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Features:
+        if self.native is not None:
+            return self._of_shapes(self.model, pixel_values, grids)
         # Convolutions are a quarter to a half faster on pixels that lie with their channels together.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return all_real(self._tokens(self.model, pixel_values))
+
+    def _of_shapes(self, model: Any, patches_PE: Tensor, grids: Sequence[Grid]) -> Features:
+        """Pictures of one shape go together."""
+        assert self.native is not None
+        rows = by_shape(patches_PE, grids, self.native.patch_size, lambda pixels: self._tokens(model, pixels))
+        return collect(rows, grids)
+
+    def _try_shapes(self, name: str, image_size: int | None, model_args: dict[str, Any]) -> None:
+        """Refuse a model that gives no token for each patch of an upright picture, on the meta device."""
+        layout = self.native
+        assert layout is not None
+        grid = (4, 2)
+        with torch.device("meta"):
+            meta_model = _create(name, image_size, model_args, any_size=True).eval()
+            try:
+                seen = self._of_shapes(meta_model, torch.empty(8, 3 * layout.patch_size**2), [grid])
+                why = f"{seen.tokens_BND.shape[1]} tokens of 4 × 2 patches" if seen.tokens_BND.shape[1] != 8 else ""
+            except (AttributeError, AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError) as e:
+                why = str(e).strip() or type(e).__name__
+        if why or self.class_token == "keep" or layout.patch_size * isqrt(self.num_tokens) != self.image_size:
+            raise OpticNerveError(
+                f"timm model {name!r} (layer {self.layer!r}, class_token: {self.class_token}) takes no pictures in "
+                f"their own shape: {why or 'its tokens are no map of patches'}; leave out fit: native",
+                kind="unsupported",
+            )
 
     def _tokens(self, model: Any, pixel_values: Tensor) -> Tensor:
         prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
@@ -119,7 +157,11 @@ class TimmEncoder(Encoder):
                 # timm's Swin-like models give (B, H, W, C), all others (B, C, H, W).
                 channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
                 return out.flatten(1, 2) if channels_last else out.flatten(2).transpose(1, 2)
-            if not hasattr(model, "num_prefix_tokens") and isqrt(out.shape[1]) ** 2 != out.shape[1]:
+            if (
+                self.native is None
+                and not hasattr(model, "num_prefix_tokens")
+                and isqrt(out.shape[1]) ** 2 != out.shape[1]
+            ):
                 raise OpticNerveError(
                     f"its forward_features gives {out.shape[1]} tokens, no square map, and timm does not say which of "
                     "them are class tokens; use layer: -1",
@@ -245,7 +287,16 @@ def _size_args(model: nn.Module, image_size: int | None) -> dict[str, Any]:
     return {"img_size": image_size} if image_size and takes_size else {}
 
 
-def _create(name: str, image_size: int | None, model_args: dict[str, Any]) -> nn.Module:
+def _any_size_args(model: nn.Module) -> dict[str, Any]:
+    """Vision transformers interpolate their positions to a picture's shape where they are told to."""
+    constructors: list[Any] = [c for c in type(model).__mro__ if issubclass(c, nn.Module)]
+    takes = any("dynamic_img_size" in inspect.signature(c).parameters for c in constructors)
+    return {"dynamic_img_size": True} if takes else {}
+
+
+def _create(
+    name: str, image_size: int | None, model_args: dict[str, Any], *, any_size: bool = False
+) -> nn.Module:  # fmt: skip
     try:
         with torch.device("meta"):
             plain = timm.create_model(name, pretrained=False, **model_args)
@@ -259,4 +310,5 @@ def _create(name: str, image_size: int | None, model_args: dict[str, Any]) -> nn
         raise OpticNerveError(
             f"timm model {name!r} cannot be built with model_args {model_args}: {e}", kind="unknown-key"
         ) from e
-    return timm.create_model(name, pretrained=False, **{**model_args, **_size_args(plain, image_size)})
+    shapes = {**_size_args(plain, image_size), **(_any_size_args(plain) if any_size else {})}
+    return timm.create_model(name, pretrained=False, **{**model_args, **shapes})
