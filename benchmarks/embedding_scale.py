@@ -59,9 +59,9 @@ def steps(folder: Path, width: int, seed: int, *, table: bool) -> int:
         tokens_BND = model.get_image_features(batch.media["pixel_values"])
         print(f"  soft tokens at {float(tokens_BND.std()) / words_of(embeddings)[1]:.3f} of the words' deviation")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    keep_BL = batch.targets != -100
+    targets_M = batch.targets.flatten()[batch.learned_M]
     for step in range(1, MOST + 1):
-        loss = torch.nn.functional.cross_entropy(batch_logits(model, batch, keep_BL), batch.targets[keep_BL])
+        loss = torch.nn.functional.cross_entropy(batch_logits(model, batch), targets_M)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

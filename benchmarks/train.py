@@ -123,9 +123,9 @@ def _without(changes: list[str]) -> None:
         next_token.supported = lambda language_model: False
     if "ablate=logits" in changes:
 
-        def everywhere(language_model: Any, keep_BL: Any, targets_M: Any, **inputs: Any) -> Any:
+        def everywhere(language_model: Any, places_M: Any, targets_M: Any, **inputs: Any) -> Any:
             logits_BLV = language_model(**inputs, use_cache=False).logits.float()
-            return torch.nn.functional.cross_entropy(logits_BLV[keep_BL], targets_M, reduction="none")
+            return torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1)[places_M], targets_M, reduction="none")
 
         next_token.supervised_loss = everywhere
     if "ablate=layers" in changes:

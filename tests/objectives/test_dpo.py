@@ -40,8 +40,8 @@ def answer_alone(dock: Dock, model: Any, conversation: Conversation, answer: str
     """The log-probability of an answer in a batch of its own."""
     said = ask(conversation.messages[0].text, *(i.source for i in conversation.images), answer=answer)
     batch = Collator(dock.processor)([pack([[encode(said, dock.processor)]])])
-    keep = batch.targets != IGNORE
-    return -F.cross_entropy(batch_logits(model, batch, keep).float(), batch.targets[keep], reduction="sum")
+    targets_M = batch.targets.flatten()[batch.learned_M]
+    return -F.cross_entropy(batch_logits(model, batch).float(), targets_M, reduction="sum")
 
 
 @pytest.mark.parametrize("fusion", ["splice", "cross_attention"])

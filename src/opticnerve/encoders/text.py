@@ -26,6 +26,7 @@ from transformers import (
 from opticnerve.common import hub
 from opticnerve.common.cache import weight_files
 from opticnerve.common.hub import read_config
+from opticnerve.common.on_host import on_host
 from opticnerve.encoders.base import config_from_dict, load_part, longest_list, model_class
 from opticnerve.registry import Registry
 from opticnerve.starter.minilm import bert_folder
@@ -144,7 +145,7 @@ class HFTextEncoder(nn.Module):
         if self.pooling == "pooler":
             out = self.model(input_ids=input_ids, attention_mask=attention_mask)
             return Features(out.last_hidden_state, mask_BL.bool()), out.pooler_output
-        if not bool(mask_BL.any(1).all()):
+        if not bool(on_host(mask_BL).any(1).all()):
             raise OpticNerveError(
                 "a text without a single token cannot be encoded; remove it from the batch", kind="empty"
             )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.encode.packing import pack
-from opticnerve.data.encode.tokenize import IGNORE, encode
+from opticnerve.data.encode.tokenize import encode
 from opticnerve.objectives.next_token import batch_logits
 from opticnerve.types import Conversation, Message, TextPart
 
@@ -40,10 +40,8 @@ def answer_scores(
     ]
     batch = Collator(processor)([pack([samples])]).to(model.device)
     with torch.inference_mode():
-        keep_BL = batch.targets != IGNORE
-        logits_MV = batch_logits(model, batch, keep_BL)
-        log_p_M = -F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="none")
-    branch_M = batch.branch[keep_BL]
+        targets_M, branch_M = (t.flatten()[batch.learned_M] for t in (batch.targets, batch.branch))
+        log_p_M = -F.cross_entropy(batch_logits(model, batch).float(), targets_M, reduction="none")
     first = 0 if len(candidates) == 1 else 1
     found = [log_p_M[branch_M == k + first] for k in range(len(candidates))]
     return [float(x.mean() if over == "mean" else x.sum()) for x in found]

@@ -22,7 +22,8 @@ class Objective(nn.Module, ABC):
     """What a stage minimises.
 
     A batch is whatever the collator gives: it moves with `.to(device)`, and says `supervised` (what the loss is a mean
-    over), `tokens`, `samples` and `ids`. `metrics` holds named figures of the last forward pass, for the log.
+    over), `tokens`, `samples` and `ids`. `metrics` holds named figures of the last forward pass, for the log:
+    scalars that still lie on the device, or numbers.
 
     `by_source`: where the loop gives one, a running float32 sum of losses for each data entry (S,), to which an
     objective over tokens adds those of `batch.sources`.
@@ -38,7 +39,7 @@ class Objective(nn.Module, ABC):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, Tensor | float] = {}
         self.by_source: Tensor | None = None
 
     @abstractmethod

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from opticnerve.common.on_host import on_host
 from opticnerve.data.collators.contrastive import PairBatch, PairCollator
 from opticnerve.objectives.base import Objective, gather, processes
 from opticnerve.types import MediaProcessor, OpticNerveError
@@ -116,7 +117,7 @@ class Contrastive(Objective):
         """The float32 loss sum over this process's pairs, and their number."""
         self._bound_temperature()
         image_BD, text_BD = self.model.embed(batch)
-        return self._loss(image_BD, text_BD, [batch]), torch.tensor(len(image_BD), device=image_BD.device)
+        return self._loss(image_BD, text_BD, [batch]), batch.image_keys.new_full((), len(image_BD))
 
     def backward(self, batches: Sequence[Any], scale: float, *, after_each: Callable[[], None] | None = None) -> Tensor:
         """Gradients of `scale` × the loss of all micro-batches as one big batch, added to `.grad`; returns this
@@ -162,7 +163,7 @@ class Contrastive(Objective):
             # The same dropout as in the first pass; afterwards the generators stand where one pass leaves them.
             with torch.random.fork_rng(devices):
                 torch.set_rng_state(state)
-                set_device_states(devices, device_states)
+                set_device_states(devices, device_states, device_type=batch.input_ids.device.type)
                 again = self.model.embed(batch)
             graded = [(e, g) for e, g in zip(again, (image_grad_BD, text_grad_BD), strict=True) if e.requires_grad]
             if graded:
@@ -174,14 +175,14 @@ class Contrastive(Objective):
     def _loss(self, image_BD: Tensor, text_BD: Tensor, batches: Sequence[Any]) -> Tensor:
         negatives = self._negatives(image_BD, text_BD, batches)
         scale = self.model.logit_scale.float().exp()
-        self.metrics = {"logit_scale": float(scale.detach())}
+        self.metrics = {"logit_scale": scale.detach()}
         if self.model.config.loss == "clip":
             return clip_loss(image_BD, text_BD, scale, negatives)
         return siglip_loss(image_BD, text_BD, scale, self.model.logit_bias.float(), negatives)
 
     def _negatives(self, image_BD: Tensor, text_BD: Tensor, batches: Sequence[Any]) -> Negatives:
         _check_pairs(image_BD, text_BD)
-        keys_B2 = torch.cat([torch.stack([b.caption_keys, b.image_keys], 1) for b in batches]).to(image_BD.device)
+        keys_B2 = _keys(batches, lambda keys_B: keys_B).to(image_BD.device)
         _check_even(len(image_BD), image_BD.device)
         first = processes()[0] * len(image_BD)
         image_ND, text_ND, keys_N2 = gather(image_BD), gather(text_BD), gather(keys_B2)
@@ -191,7 +192,8 @@ class Contrastive(Objective):
                 kind="out-of-range",
             )
         if self.duplicates == "refuse":
-            _refuse_duplicates(keys_N2, first, batches)
+            # One process knows its own on the host, where looking costs no wait.
+            _refuse_duplicates(keys_N2 if processes()[1] > 1 else _keys(batches, on_host), first, batches)
             return Negatives(image_ND, text_ND, first)
         twin_BN = (keys_B2[:, None, 0] == keys_N2[None, :, 0]) | (keys_B2[:, None, 1] == keys_N2[None, :, 1])
         rows_B = torch.arange(len(keys_B2), device=twin_BN.device)
@@ -206,6 +208,11 @@ class Contrastive(Objective):
             scale.clamp_(max=math.log(MAX_SCALE))
 
 
+def _keys(batches: Sequence[Any], seen: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B, 2): the captions' and the pictures' keys of all batches, each put through `seen`."""
+    return torch.cat([torch.stack([seen(b.caption_keys), seen(b.image_keys)], 1) for b in batches])
+
+
 def _check_pairs(image_BD: Tensor, text_BD: Tensor) -> None:
     if len(image_BD) != len(text_BD):
         raise OpticNerveError(
@@ -216,6 +223,8 @@ def _check_pairs(image_BD: Tensor, text_BD: Tensor) -> None:
 
 def _check_even(pairs: int, device: torch.device) -> None:
     """All processes must bring the same number of pairs; each learns of it, so that none waits for the others."""
+    if processes()[1] == 1:
+        return
     counts = gather(torch.tensor([pairs], device=device)).tolist()
     if len(set(counts)) > 1:
         raise OpticNerveError(

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from opticnerve.data.collators.preference import PreferenceBatch, PreferenceCollator
 from opticnerve.objectives.base import Objective
-from opticnerve.objectives.next_token import IGNORE, batch_logits
+from opticnerve.objectives.next_token import batch_logits
 from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ class DPO(Objective):
         if self.sft:
             loss_P = loss_P - self.sft * policy_P2[:, 0] / tokens_P2[:, 0]
         rewards_P2 = self.beta * gain_P2.detach()
-        chosen, rejected = rewards_P2.mean(0).tolist()
-        right = float((rewards_P2[:, 0] > rewards_P2[:, 1]).float().mean())
+        chosen, rejected = rewards_P2.mean(0)
+        right = (rewards_P2[:, 0] > rewards_P2[:, 1]).float().mean()
         self.metrics = {"accuracy": right, "margin": chosen - rejected, "chosen": chosen, "rejected": rejected}
-        return loss_P.sum(), torch.tensor(batch.samples, device=loss_P.device)
+        return loss_P.sum(), loss_P.new_full((), batch.samples, dtype=torch.long)
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -111,10 +111,8 @@ class DPO(Objective):
 
 def log_likelihoods(model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """Of each pair's chosen and rejected answer: log-probability (P, 2), float32, and number of tokens (P, 2)."""
-    keep_BL = batch.targets != IGNORE
-    logits_MV = batch_logits(model, batch, keep_BL)
-    log_M = -F.cross_entropy(logits_MV.float(), batch.targets[keep_BL], reduction="none")
-    slots_M = batch.slots_BL[keep_BL]
+    targets_M, slots_M = (t.flatten()[batch.learned_M] for t in (batch.targets, batch.slots_BL))
+    log_M = -F.cross_entropy(batch_logits(model, batch).float(), targets_M, reduction="none")
     sums = log_M.new_zeros(2 * batch.samples).index_add(0, slots_M, log_M)
-    tokens = torch.bincount(slots_M, minlength=2 * batch.samples)
+    tokens = slots_M.new_zeros(2 * batch.samples).index_add(0, slots_M, torch.ones_like(slots_M))
     return sums.view(-1, 2), tokens.view(-1, 2)

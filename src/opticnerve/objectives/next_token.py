@@ -20,20 +20,18 @@ if TYPE_CHECKING:
     from opticnerve.data.collators.next_token import Batch
     from opticnerve.recipe import Stage
 
-IGNORE = -100
-
 
 class NextToken(Objective):
     """The assistant's next token: the sum over supervised tokens, so that any split of a batch adds up exactly."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
-        keep_BL = batch.targets != IGNORE
+        targets_M = batch.targets.flatten()[batch.learned_M]
         with reading(self.model, batch) as (language_model, inputs):
-            loss_M = supervised_loss(language_model, keep_BL, batch.targets[keep_BL], **inputs)
+            loss_M = supervised_loss(language_model, batch.learned_M, targets_M, **inputs)
         if self.by_source is not None and batch.sources is not None:
-            self.by_source.index_add_(0, batch.sources[keep_BL], loss_M.detach())
-        return loss_M.sum(), keep_BL.sum()
+            self.by_source.index_add_(0, batch.sources.flatten()[batch.learned_M], loss_M.detach())
+        return loss_M.sum(), targets_M.new_full((), len(targets_M))
 
 
 class Classification(Objective):
@@ -46,8 +44,8 @@ class Classification(Objective):
         """The float32 loss sum, and the number of questions."""
         scores = self.model.score(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.image_features)
         right = scores.logits_BA.argmax(1) == batch.targets
-        self.metrics = {"accuracy": float(right.float().mean())}
-        return scores.loss(batch.targets), batch.targets.new_tensor(len(batch.targets))
+        self.metrics = {"accuracy": right.float().mean()}
+        return scores.loss(batch.targets), batch.targets.new_full((), len(batch.targets))
 
     @classmethod
     def collator(cls, processor: MediaProcessor, stage: Stage, seed: int) -> AnswerCollator:
@@ -55,10 +53,10 @@ class Classification(Objective):
         return AnswerCollator(processor)
 
 
-def batch_logits(model: Any, batch: Batch, keep_BL: Tensor) -> Tensor:
-    """Logits (M, V) of a batch's rows at the M positions where `keep_BL` is True, pictures and packing and all."""
+def batch_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits (M, V) of a batch's rows at the M positions that have a target, pictures and packing and all."""
     with reading(model, batch) as (language_model, inputs):
-        return supervised_logits(language_model, keep_BL, **inputs)
+        return supervised_logits(language_model, batch.learned_M, **inputs)
 
 
 @contextmanager

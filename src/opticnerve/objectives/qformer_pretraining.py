@@ -136,8 +136,8 @@ class QFormerPretraining(Objective):
         )  # fmt: skip
         itg_B = self._generation(features, batch.text_ids, batch.text_mask)
         losses = {"itc": itc_B, "itm": itm_B, "itg": itg_B}
-        self.metrics = {name: float(loss_B.detach().mean()) for name, loss_B in losses.items()}
-        return (itc_B + itm_B + itg_B).sum(), torch.tensor(count, device=own_B.device)
+        self.metrics = {name: loss_B.detach().mean() for name, loss_B in losses.items()}
+        return (itc_B + itm_B + itg_B).sum(), own_B.new_full((), count)
 
     # -- the three views of a pair, one for each mask ---------------------------------------------------------------
 

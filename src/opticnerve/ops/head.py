@@ -28,21 +28,21 @@ _LEAST = 64  # products of fewer rows read the head's weights for too little
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def supervised_logits(language_model: nn.Module, keep_BL: Tensor, **inputs: Any) -> Tensor:
-    """Logits (M, V) of the M positions where `keep_BL` is True."""
+def supervised_logits(language_model: nn.Module, places_M: Tensor, **inputs: Any) -> Tensor:
+    """Logits (M, V) at M of the B·L positions."""
     if not enabled():
         whole: Tensor = language_model(**inputs, use_cache=False).logits
-        return whole[keep_BL]
-    with _head_given(language_model, keep_BL, lambda hidden_MD: hidden_MD):
+        return whole.flatten(0, 1)[places_M]
+    with _head_given(language_model, places_M, lambda hidden_MD: hidden_MD):
         logits: Tensor = language_model(**inputs, use_cache=False).logits
     return logits.squeeze(0)
 
 
-def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tensor, **inputs: Any) -> Tensor:
-    """The float32 cross-entropies (M,) at the M positions where `keep_BL` is True."""
+def supervised_loss(language_model: nn.Module, places_M: Tensor, targets_M: Tensor, **inputs: Any) -> Tensor:
+    """The float32 cross-entropies (M,) at M of the B·L positions."""
     head: nn.Module = language_model.get_output_embeddings()  # type: ignore[operator]
     if not enabled() or len(targets_M) <= _at_a_time(head) or _plain.get(language_model) is False:
-        logits_MV = supervised_logits(language_model, keep_BL, **inputs)
+        logits_MV = supervised_logits(language_model, places_M, **inputs)
         return F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
     gathered: list[Tensor] = []
 
@@ -50,7 +50,7 @@ def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tenso
         gathered.append(hidden_MD)
         return hidden_MD[:1]
 
-    with _head_given(language_model, keep_BL, first_alone):
+    with _head_given(language_model, places_M, first_alone):
         first_V = language_model(**inputs, use_cache=False).logits.detach().flatten()
     [hidden_MD] = gathered
     if language_model not in _plain:
@@ -58,7 +58,7 @@ def supervised_loss(language_model: nn.Module, keep_BL: Tensor, targets_M: Tenso
             _plain[language_model] = torch.equal(head(hidden_MD[:1].unsqueeze(0)).flatten(), first_V)
         if not _plain[language_model]:
             tell(f"{type(language_model).__name__} changes its head's logits: they are computed in one piece")
-            return supervised_loss(language_model, keep_BL, targets_M, **inputs)
+            return supervised_loss(language_model, places_M, targets_M, **inputs)
     return loss_in_pieces(head, hidden_MD, targets_M)
 
 
@@ -107,10 +107,9 @@ class _InPieces(torch.autograd.Function):
 
 
 @contextmanager
-def _head_given(language_model: nn.Module, keep_BL: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _head_given(language_model: nn.Module, places_M: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within it, the head gets `change(hidden_MD)` of the positions to keep. A hook gathers them, so that whatever a
     language model does to its logits afterwards still happens."""
-    places_M = keep_BL.flatten().nonzero().squeeze(1)
     seen = 0
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

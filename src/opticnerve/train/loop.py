@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import Tensor
 
 from opticnerve.common import atomic
 from opticnerve.common.progress import Progress
@@ -188,14 +189,14 @@ class Trainer:
         supervised, tokens, samples, asked, *more = map(int, add_up(accelerator, counts, error))
         of_source, self.pieces = more[: len(self.sources)], more[len(self.sources) :]
         self.all_stop = bool(asked)  # a signal reaches the processes at different moments; they leave together
+        filled = fill(batches)
         batches = [b.to(accelerator.device) for b in batches]
         sums = torch.zeros(len(self.sources), device=accelerator.device)
         self.strategy.objective.by_source = sums if any(of_source) else None
         total = torch.cat([self.strategy.backward(batches, supervised).float().view(1), sums])
         total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
         self._skip_unused_towers(self.pieces)
-        # Reading them is the step's one wait for the device.
-        norm, total, *losses = torch.cat([self.optimizer.clip(self.stage.clip).float().view(1), total]).tolist()
+        norm, total, losses, figures = self._read(total, self.optimizer.clip(self.stage.clip))
         loss = total / supervised
         factor = stage_factor(self.stage, state.step, self.sampler.steps)
         left_out = None
@@ -210,12 +211,21 @@ class Trainer:
             "step": state.step, "loss": loss, "tokens": tokens, "supervised_tokens": supervised, "samples": samples,
             "grad_norm": norm,
             "learning_rate": {part: rate * factor for part, rate in self.ready.frozen.rates.items()},
-            **fill(batches),
+            **filled,
             **by_source(self.sources, losses, of_source),
-            **({"metrics": dict(figures)} if (figures := self.strategy.objective.metrics) else {}),
+            **({"metrics": figures} if figures else {}),
             # JSON has no word for what is no number.
             **({"loss": None, "grad_norm": None, "left_out": left_out} if left_out else {}),
         }  # fmt: skip
+
+    def _read(self, sums: Tensor, norm: Tensor) -> tuple[float, float, list[float], dict[str, float]]:
+        """The gradient's norm, the loss sum, those of the sources and the objective's figures: the step's one wait for
+        the device."""
+        figures = self.strategy.objective.metrics
+        there = {k: v for k, v in figures.items() if isinstance(v, Tensor) and v.device == sums.device}
+        read = torch.cat([norm.float().view(1), sums, *(v.float().view(1) for v in there.values())]).tolist()
+        known = dict(zip(there, read[1 + len(sums) :], strict=True))
+        return read[0], read[1], read[2 : 1 + len(sums)], {k: known.get(k, v) for k, v in figures.items()}  # type: ignore[misc]
 
     def save(self) -> Path:
         """A checkpoint that the stage continues from, exactly; every process takes part, one of them writes."""

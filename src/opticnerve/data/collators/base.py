@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from opticnerve.common.on_host import moved
 from opticnerve.data.media.transform import open_for
 from opticnerve.ops.varlen import Segments
 from opticnerve.types import Conversation, Features
@@ -47,7 +48,7 @@ class SampleBatch(Moving):
 
 def _moved(value: object, device: torch.device | str) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return moved(value, device)
     if isinstance(value, Segments):
         return value.to(device)
     if isinstance(value, Features):

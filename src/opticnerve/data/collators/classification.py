@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opticnerve.common.on_host import on_host
 from opticnerve.data.collators.base import SampleBatch, SampleCollator, open_once
 from opticnerve.types import Conversation, DataError, Features, OpticNerveError
 
@@ -31,7 +32,7 @@ class AnswerBatch(SampleBatch):
 
     @property
     def tokens(self) -> int:
-        return int(self.attention_mask.sum())
+        return int(on_host(self.attention_mask).sum())
 
 
 class AnswerCollator(SampleCollator):

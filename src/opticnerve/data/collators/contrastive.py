@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from opticnerve.common.on_host import on_host
 from opticnerve.data.collators.base import SampleBatch, SampleCollator, keys_of
 from opticnerve.data.media.open import image_digest
 from opticnerve.data.media.transform import open_for
@@ -38,7 +39,7 @@ class PairBatch(SampleBatch):
 
     @property
     def tokens(self) -> int:
-        return int(self.attention_mask.sum())
+        return int(on_host(self.attention_mask).sum())
 
 
 class PairCollator(SampleCollator):
@@ -113,7 +114,7 @@ class CaptionBatch(SampleBatch):
 
     @property
     def tokens(self) -> int:
-        return int(self.text_mask.sum())
+        return int(on_host(self.text_mask).sum())
 
 
 class CaptionCollator:

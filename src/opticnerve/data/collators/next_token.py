@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opticnerve.common.on_host import on_host
 from opticnerve.data.collators.base import Moving
 from opticnerve.data.encode.packing import Row
 from opticnerve.data.encode.tokenize import IGNORE
@@ -23,6 +24,7 @@ class Batch(Moving):
     """What a training step takes.
 
     `input_ids`, `positions`, `targets`, `group`, `branch`: (B, L) int64, padded on the right (group -1).
+    `learned_M`: (M,) int64, which of the B·L positions have a target.
     `media`: tensors by the names of the model's inputs: `pixel_values` (images or tiles, 3, H, W), `image_sizes`,
     `qformer_input_ids`, `input_features` (windows, mels, frames), …, or `image_features` (`Features`, what the frozen
     vision encoder saw); empty where there are none.
@@ -33,6 +35,7 @@ class Batch(Moving):
     input_ids: Tensor
     positions: Tensor
     targets: Tensor
+    learned_M: Tensor
     group: Tensor
     branch: Tensor
     media: dict[str, Any]
@@ -44,11 +47,11 @@ class Batch(Moving):
 
     @property
     def supervised(self) -> int:
-        return int((self.targets != IGNORE).sum())
+        return len(self.learned_M)
 
     @property
     def tokens(self) -> int:
-        return int((self.group >= 0).sum())
+        return int((on_host(self.group) >= 0).sum())
 
     @property
     def places(self) -> int:
@@ -89,11 +92,17 @@ class Collator:
         def pad(name: str, value: int) -> Tensor:
             return torch.tensor([getattr(r, name) + [value] * (length - len(r)) for r in rows])
 
-        group, branch, positions = pad("group", -1), pad("branch", 0), pad("positions", 0)
+        group, branch, positions, targets = (
+            pad("group", -1),
+            pad("branch", 0),
+            pad("positions", 0),
+            pad("targets", IGNORE),
+        )
         return Batch(
             input_ids=pad("input_ids", self.pad),
             positions=positions,
-            targets=pad("targets", IGNORE),
+            targets=targets,
+            learned_M=(targets != IGNORE).flatten().nonzero().squeeze(1),
             group=group,
             branch=branch,
             media=self.media(rows),

@@ -126,6 +126,8 @@ def _each(value: object, tensor: Callable[[Tensor], Tensor], pixels: Callable[[B
         return tensor(value)
     if isinstance(value, dict):
         return {k: _each(v, tensor, pixels) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_each(v, tensor, pixels) for v in value)
     if is_dataclass(value) and not isinstance(value, type):  # a batch, or `Features`
         return replace(value, **{f.name: _each(getattr(value, f.name), tensor, pixels) for f in fields(value)})
     return value

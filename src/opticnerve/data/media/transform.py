@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,6 +219,11 @@ def _normalise(pixels_CHW: Tensor, mean: tuple[float, ...], std: tuple[float, ..
         np.subtract(pixels_CHW.numpy(), mean_C11, out=out)
         np.divide(out, std_C11, out=out)
         return
-    mean_t, std_t = (torch.tensor(v, device=out_CHW.device)[:, None, None] for v in (mean, std))
-    torch.sub(pixels_CHW, mean_t, out=out_CHW)
-    out_CHW.div_(std_t)
+    torch.sub(pixels_CHW, _channels(mean, out_CHW.device), out=out_CHW)
+    out_CHW.div_(_channels(std, out_CHW.device))
+
+
+@lru_cache(maxsize=32)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), sent to the device once: each time would be a wait for all that it has to do."""
+    return torch.tensor(values, device=device)[:, None, None]

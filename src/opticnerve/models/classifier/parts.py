@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opticnerve.common.on_host import on_host, sent
 from opticnerve.common.private_names import times_written
 from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.text import HFTextEncoder
@@ -257,15 +258,16 @@ class TextMemory:
         if weights != self._weights:
             self._known.clear()
             self._weights = weights
-        ids_BL, mask_BL = input_ids.cpu(), attention_mask.cpu().bool()
+        ids_BL, mask_BL = on_host(input_ids).cpu(), on_host(attention_mask).cpu().bool()
         keys = [ids[mask].numpy().tobytes() for ids, mask in zip(ids_BL, mask_BL, strict=True)]
         missing = {k: i for i, k in enumerate(keys) if k not in self._known}
         if missing:
-            rows = list(missing.values())
+            rows = sent(torch.tensor(list(missing.values())), input_ids.device)
             with torch.no_grad():
                 read = Read(*self.encoder.states_and_vector(input_ids[rows], attention_mask[rows]))
-            for row, key in enumerate(missing):
-                states_LD = read.states.tokens_BND[row, : int(read.states.mask_BN[row].sum())]
+            lengths = mask_BL[list(missing.values())].sum(1).tolist()
+            for row, (key, length) in enumerate(zip(missing, lengths, strict=True)):
+                states_LD = read.states.tokens_BND[row, :length]
                 # Copies: a view would keep all of its batch in memory.
                 self._known[key] = states_LD.clone(), read.vector_BD[row].clone()
         found = [self._known[k] for k in keys]
@@ -274,7 +276,7 @@ class TextMemory:
         while len(self._known) > max(MOST, len(keys)):
             self._known.popitem(last=False)
         states_BLD = torch.nn.utils.rnn.pad_sequence([s for s, _ in found], batch_first=True)
-        lengths_B1 = torch.tensor([[len(s)] for s, _ in found], device=states_BLD.device)
+        lengths_B1 = sent(torch.tensor([[len(s)] for s, _ in found]), states_BLD.device)
         real_BL = torch.arange(states_BLD.shape[1], device=states_BLD.device) < lengths_B1
         return Read(Features(states_BLD, real_BL), torch.stack([v for _, v in found]))
 

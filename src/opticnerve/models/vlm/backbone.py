@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from opticnerve.common.on_host import known, on_host
 from opticnerve.common.private_names import (
     CACHE,
     attention_of,
@@ -238,7 +239,8 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         places: dict[str, Any] = {m: self._places(m, input_ids, inputs_embeds) for m in self.towers}
         if (length := prompt_length.get()) is not None:
             for place_BL in places.values():
-                place_BL[:, length:] = False
+                for numbers in {place_BL, on_host(place_BL)}:
+                    numbers[:, length:] = False
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         prompt = Prompt(inputs_embeds, rows_B=self.rows_with_media(input_ids, inputs_embeds))
@@ -363,7 +365,9 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         assert given is not None
         if number is None:
             return torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
-        return input_ids == number if input_ids is not None else looks_like(number, self.get_input_embeddings(), given)
+        if input_ids is None:
+            return looks_like(number, self.get_input_embeddings(), given)
+        return known(input_ids == number, on_host(input_ids) == number)
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         given = input_ids if input_ids is not None else inputs_embeds

@@ -27,6 +27,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessorKwargs
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+from opticnerve.common.on_host import on_host, sent
 from opticnerve.types import Features, OpticNerveError
 
 # LLaVA-NeXT's canvases in tiles: height × width.
@@ -183,7 +184,8 @@ class Tiling(nn.Module):
         """
         tokens_TMD, mask_TM = features.tokens_BND, features.mask_BN
         sizes = [
-            (int(h), int(w)) for h, w in (image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes)
+            (int(h), int(w))
+            for h, w in (on_host(image_sizes).tolist() if isinstance(image_sizes, Tensor) else image_sizes)
         ]
         tiles = [self.tiles(*size) for size in sizes]
         if sum(tiles) != tokens_TMD.shape[0] or self.spec.tile_tokens != tokens_TMD.shape[1]:
@@ -196,14 +198,14 @@ class Tiling(nn.Module):
         zeros_D = flat_KD.new_zeros(flat_KD.shape[-1])
         row_end_D = zeros_D if self.newline is None else self.newline.to(flat_KD)
         flat_KD = torch.cat([flat_KD, row_end_D[None], zeros_D[None]])
-        seen_K = torch.cat([seen_K, seen_K.new_tensor([True, False])])
+        seen_K = torch.cat([seen_K, seen_K.new_ones(1), seen_K.new_zeros(1)])
         layouts = [self.spec.layout(*size) for size in sizes]
         index_BN = np.full((len(sizes), max(map(len, layouts), default=0)), nothing)
         first = 0
         for row_N, layout, count in zip(index_BN, layouts, tiles, strict=True):
             row_N[: len(layout)] = np.where(layout == NEWLINE, row_end, layout + first)
             first += count * self.spec.tile_tokens
-        index = torch.from_numpy(index_BN).to(flat_KD.device)
+        index = sent(torch.from_numpy(index_BN), flat_KD.device)
         return Features(flat_KD[index], seen_K[index])
 
     def image_processor(self, own: BaseImageProcessor) -> TilingImageProcessor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opticnerve import registry
+from opticnerve.common.on_host import on_host, sent
 from opticnerve.connectors.base import Connector
 from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.native import NativeLayout
@@ -115,8 +116,10 @@ class Tower(nn.Module):
             soft: Features = self.connector(features, *words)
             return soft
         assert sizes is not None
-        tiles = torch.tensor([self.tiling.tiles(*size) for size in sizes.tolist()], device=weight.device)
-        soft = self.connector(features, *(t.repeat_interleave(tiles, 0) for t in words))
+        if words:
+            tiles = sent(torch.tensor([self.tiling.tiles(*size) for size in on_host(sizes).tolist()]), weight.device)
+            words = [t.repeat_interleave(tiles, 0, output_size=len(features.mask_BN)) for t in words]
+        soft = self.connector(features, *words)
         with onloaded(self.tiling):
             return self.tiling.arrange(soft, sizes)
 
