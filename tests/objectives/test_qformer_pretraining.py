@@ -294,7 +294,7 @@ def test_sum_and_count() -> None:
     assert int(count) == pairs.supervised == pairs.samples == 8
     assert pairs.tokens == int(pairs.text_mask.sum())
     assert set(made.metrics) == {"itc", "itm", "itg"}
-    assert float(loss.detach()) == pytest.approx(8 * sum(made.metrics.values()), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(8 * sum(made.metrics.values())), rel=1e-5)
 
 
 def test_what_gets_a_gradient() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from served import chat, image_url, serving
+from served import chat, image, serving
 
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.build import Dock
@@ -22,7 +22,7 @@ def test_the_server(make_dock: Callable[..., Dock]) -> None:
             client = live.client()
             made = client.chat.completions.create(**chat("words"), max_tokens=6)
             assert made.choices[0].message.content == alone
-            body: dict[str, Any] = chat("what?", image_url())
+            body: dict[str, Any] = chat("what?", image())
             said = client.chat.completions.create(**body, max_tokens=6, n=2, temperature=1.0, seed=1, logprobs=True)
             assert len(said.choices) == 2
             assert [

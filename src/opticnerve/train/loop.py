@@ -193,10 +193,10 @@ class Trainer:
         batches = [b.to(accelerator.device) for b in batches]
         sums = torch.zeros(len(self.sources), device=accelerator.device)
         self.strategy.objective.by_source = sums if any(of_source) else None
-        total = torch.cat([self.strategy.backward(batches, supervised).float().view(1), sums])
-        total = accelerator.reduce(total) if accelerator.num_processes > 1 else total
+        sums = torch.cat([self.strategy.backward(batches, supervised).float().view(1), sums])
+        sums = accelerator.reduce(sums) if accelerator.num_processes > 1 else sums
         self._skip_unused_towers(self.pieces)
-        norm, total, losses, figures = self._read(total, self.optimizer.clip(self.stage.clip))
+        norm, total, losses, figures = self._read(sums, self.optimizer.clip(self.stage.clip))
         loss = total / supervised
         factor = stage_factor(self.stage, state.step, self.sampler.steps)
         left_out = None
@@ -225,7 +225,7 @@ class Trainer:
         there = {k: v for k, v in figures.items() if isinstance(v, Tensor) and v.device == sums.device}
         read = torch.cat([norm.float().view(1), sums, *(v.float().view(1) for v in there.values())]).tolist()
         known = dict(zip(there, read[1 + len(sums) :], strict=True))
-        return read[0], read[1], read[2 : 1 + len(sums)], {k: known.get(k, v) for k, v in figures.items()}  # type: ignore[misc]
+        return read[0], read[1], read[2 : 1 + len(sums)], {k: known.get(k, v) for k, v in figures.items()}
 
     def save(self) -> Path:
         """A checkpoint that the stage continues from, exactly; every process takes part, one of them writes."""
