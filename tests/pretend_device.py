@@ -98,7 +98,7 @@ class PretendedDevice:
         if where == CPU:
             vars(storage).pop("pretended", None)
         elif not hasattr(storage, "pretended"):
-            storage.pretended = where
+            storage.pretended = where  # type: ignore[attr-defined]
             size = storage.nbytes()
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -225,10 +225,10 @@ def _moving(device: PretendedDevice) -> Callable[..., Tensor]:
         asked, dtype, at_once, layout = torch._C._nn._parse_to(*rest, **options)  # type: ignore[attr-defined]
         have = place(self)
         want = have if asked is None else asked.type
-        layout = {} if layout is None else {"memory_format": layout}
+        kept = {} if layout is None else {"memory_format": layout}
         if not {have, want} <= {CPU, CUDA}:
-            return _TO(self, asked, dtype or self.dtype, copy=copy, **layout)
-        out: Tensor = _TO(self, dtype=dtype or self.dtype, copy=copy, **layout)
+            return _TO(self, asked, dtype or self.dtype, copy=copy, **kept)
+        out: Tensor = _TO(self, dtype=dtype or self.dtype, copy=copy, **kept)
         if want == have:
             return out
         if out.untyped_storage()._cdata == self.untyped_storage()._cdata:
@@ -266,7 +266,7 @@ def _factory(device: PretendedDevice, real: Any) -> Any:
 
 class _Generator(torch.Generator):
     def __new__(cls, device: Any = CPU) -> _Generator:
-        made = super().__new__(cls, CPU if _kind(device) == CUDA else device)
+        made: _Generator = super().__new__(cls, CPU if _kind(device) == CUDA else device)  # type: ignore[call-arg]
         made.kind = _kind(device)
         return made
 
