@@ -127,7 +127,8 @@ def site() -> str:
         name = frame.f_code.co_filename
         if "/src/opticnerve/" in name:
             return f"{name.split('/src/opticnerve/')[1]}:{frame.f_lineno}"
-        if first is None and name != __file__ and "/torch/" not in name and "unittest/mock" not in name:
+        watching = name == __file__ or isinstance(frame.f_locals.get("self"), Watch)
+        if first is None and not watching and "/torch/" not in name and "unittest/mock" not in name:
             first = f"{name.rsplit('site-packages/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return first or "?"
