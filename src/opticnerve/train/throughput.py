@@ -3,6 +3,7 @@ data, the share of the machine's matrix rate that the model's own arithmetic tak
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -72,21 +73,24 @@ def peak_memory() -> int:
 
 
 def encoder_flops(encoder: nn.Module) -> int:
-    """Operations for one piece (a picture, a window of sound), counted on the meta device: three times as many as
-    forward where the encoder trains."""
+    """Operations for one piece (a picture, a window of sound; of pictures that keep their shape a patch of one that
+    fills the budget), counted on the meta device: three times as many as forward where the encoder trains."""
     tensors: dict[str, Tensor] = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
     imagined = {n: torch.empty_like(t, device="meta") for n, t in tensors.items()}
     shape: tuple[int, ...] = encoder.media_shape  # type: ignore[assignment]
     kind = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    native = getattr(encoder, "native", None)
+    pieces, grids = (1, ()) if native is None else (math.prod(native.largest), ([native.largest],))
     training = encoder.training
     encoder.eval()
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            functional_call(encoder, imagined, (torch.empty(1, *shape, dtype=kind, device="meta"),))
+            media = torch.empty(pieces, *shape, dtype=kind, device="meta")
+            functional_call(encoder, imagined, (media, *grids))
     finally:
         encoder.train(training)
     trained = any(p.requires_grad for p in encoder.parameters())
-    return int(counter.get_total_flops()) * (3 if trained else 1)
+    return int(counter.get_total_flops()) * (3 if trained else 1) // pieces
 
 
 def _matrix_flops(language: nn.Module, *, besides: Tensor) -> int:
