@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import tiny
+from opticnerve.fusion.base import Fusion
+from opticnerve.fusion.gated_cross_attention import GatedCrossAttention
 from opticnerve.inference.decoding import decode
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.build import Dock
@@ -30,6 +32,14 @@ def alone(answerer: Answerer, conversation: Conversation, new: int) -> list[int]
     return torch.cat(
         list(decode(answerer.model, inputs, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None))
     ).tolist()
+
+
+def open_gates(made: Dock) -> None:
+    """A fresh dock's cross-attention adds nothing: here it does."""
+    torch.manual_seed(1)
+    for name, parameter in made.model.named_parameters():
+        if "alpha_" in name:
+            torch.nn.init.normal_(parameter)
 
 
 def together(answerer: Answerer, lengths: list[int], rng: random.Random) -> list[list[int]]:
@@ -57,9 +67,20 @@ def together(answerer: Answerer, lengths: list[int], rng: random.Random) -> list
     return said
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bloom", "phi"])
-def test_each_says_what_it_says_alone(family: str, make_dock: Callable[..., Dock]) -> None:
-    made = make_dock(family)
+@pytest.mark.parametrize(
+    ("family", "fusion", "window"),
+    [
+        *((family, "splice", None) for family in ("llama", "qwen2", "gpt2", "bloom", "phi")),
+        ("mistral", "splice", 8), ("gemma2", "splice", 8), ("llama", {"type": "cross_attention", "every": 1}, None),
+    ],
+)  # fmt: skip
+def test_each_says_what_it_says_alone(
+    family: str, fusion: Any, window: int | None, make_dock: Callable[..., Dock]
+) -> None:
+    made = make_dock(family, fusion=fusion)
+    if window is not None:  # narrower than the prompts
+        made.model.language_model.config.sliding_window = window
+    open_gates(made)
     answerer = Answerer(made.model, made.processor)
     assert why_alone(made.model) is None
     rng = random.Random(0)
@@ -112,15 +133,36 @@ def test_padding_that_nobody_needs_is_cut_away(make_dock: Callable[..., Dock]) -
     assert batch.cache.layers[0].keys.shape[2] == widths[1]
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "why"),
-    [("llama", {"fusion": "cross_attention"}, "cross-attention"), ("gemma2", {}, "sliding windows")],
-)
-def test_models_that_cannot_share_say_why(
-    family: str, options: dict[str, Any], why: str, make_dock: Callable[..., Dock]
-) -> None:
-    made = make_dock(family, **options)
-    assert why in str(why_alone(made.model))
+def test_what_lies_beside_the_text_is_each_rows_own(make_dock: Callable[..., Dock]) -> None:
+    """Several answers to a prompt, and rows that leave, among rows without a picture."""
+    made = make_dock(fusion={"type": "cross_attention", "every": 1})
+    open_gates(made)
+    answerer = Answerer(made.model, made.processor)
+    batch = RunningBatch(answerer)
+    expected, said = [], []
+    for conversation, rows in ((ASKED[2], 1), (ASKED[1], 3), (ASKED[0], 2)):
+        logits_NV, read = batch.read(dict(answerer.inputs([conversation])), rows)
+        batch.join(read, [*range(rows)])
+        expected += [alone(answerer, conversation, 7)] * rows
+        said += [[token] for token in logits_NV.argmax(-1).tolist()]
+    left = [*range(6)]
+    for keep in (None, [0, 2, 5], None, [0, 2], [2], None):
+        if keep is not None:
+            batch.keep([left.index(i) for i in keep])
+            left = keep
+        found = batch.step([said[i][-1] for i in left], [True] * len(left)).argmax(-1).tolist()
+        for i, token in zip(left, found, strict=True):
+            said[i].append(token)
+    assert all(mine == theirs[: len(mine)] for mine, theirs in zip(said, expected, strict=True))
+    assert len(said[2]) == 7
+    assert expected[0] != expected[1] != expected[4]
+
+
+def test_models_that_cannot_share_say_why(make_dock: Callable[..., Dock], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fusion of somebody's own, which does not say how what it sees lies side by side."""
+    made = make_dock(fusion={"type": "cross_attention"})
+    monkeypatch.setattr(GatedCrossAttention, "beside", Fusion.beside)
+    assert "GatedCrossAttention" in str(why_alone(made.model))
     answerer = Answerer(made.model, made.processor)
     for conversation in ASKED[:3]:
         batch = RunningBatch(answerer)

@@ -23,20 +23,21 @@ NOT_OURS = {"positive_data_acceptance", "missing_required_header", "ignored_auth
 def document(live: Live) -> Any:
     made = httpx.get(f"{live.url}/openapi.json").json()
     # Let the requests come through to the model: its name, and answers of a few tokens.
-    for name in ("ChatRequest", "CompletionRequest"):
+    for name in ("ChatRequest", "CompletionRequest", "ResponsesRequest"):
         asked = made["components"]["schemas"][name]["properties"]
         asked["model"] = {"type": "string", "enum": [NAME, "another"]}
-        for field in {"max_tokens", "max_completion_tokens"} & {*asked}:
+        for field in {"max_tokens", "max_completion_tokens", "max_output_tokens"} & {*asked}:
             asked[field] = {"type": "integer", "minimum": 1, "maximum": 4}
-        asked["n"] = {"type": "integer", "minimum": 1, "maximum": 4}
+        if "n" in asked:
+            asked["n"] = {"type": "integer", "minimum": 1, "maximum": 4}
     return made
 
 
 def test_the_document_names_what_there_is(document: dict[str, Any]) -> None:
     assert set(document["paths"]) == {
-        "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}", "/health", "/metrics"
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/models/{model}", "/health", "/metrics"
     }  # fmt: skip
-    for path in ("/v1/chat/completions", "/v1/completions"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
         responses = document["paths"][path]["post"]["responses"]
         assert "text/event-stream" in responses["200"]["content"]
         assert "422" not in responses

@@ -12,6 +12,7 @@ import pytest
 import torch
 from served import Live, chat, image
 from test_chat import streamed
+from transformers import ByT5Tokenizer
 
 import errors
 import tiny
@@ -222,6 +223,13 @@ def test_every_kind_of_tokenizer(kind: str) -> None:
             assert row.allowed(len(tokenizer), torch.device("cpu")).nonzero().flatten().tolist() == compiler.ends
     with errors.refused("request", "guided_choice", error=ApiError):
         made.take(tokenizer.eos_token_id)
+
+
+def test_a_slow_tokenizer_is_refused_with_the_field() -> None:
+    constraint = constraint_of(ChatRequest.model_validate(chat("q") | {"guided_regex": "a"}))
+    assert constraint is not None
+    with errors.refused("request", "fast", "guided_regex", error=ApiError):
+        GrammarCompiler(ByT5Tokenizer(), [1]).compile(constraint)
 
 
 def test_nothing_is_held_by_a_name_alone() -> None:

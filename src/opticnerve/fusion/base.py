@@ -4,7 +4,7 @@ simplest, soft tokens in the text."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,13 @@ class Fusion(nn.Module, ABC):
     def later(self, seen: Any, length: int) -> Any:
         """`seen` for the next `length` tokens behind those that it was made for."""
         return seen
+
+    def beside(self, parts: Sequence[tuple[Any, Tensor]]) -> Any:
+        """What rows of several batches see, side by side: of each `seen` (None: nothing) its rows of these indices.
+
+        Answers share a running batch (`serve.batch`) where a fusion that sees something says how.
+        """
+        raise NotImplementedError
 
     @contextmanager
     def seeing(self, seen: object) -> Iterator[None]:

@@ -6,6 +6,7 @@ Source: Alayrac et al. 2022, Flamingo, section 2.2 and appendix A.1; the layer i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -187,6 +188,30 @@ class GatedCrossAttention(Fusion):
 
     def later(self, seen: CrossAttentionStates, length: int) -> CrossAttentionStates:
         return replace(seen, latest_BL=seen.latest_BL[:, -1:].expand(-1, length))
+
+    def beside(self, parts: Sequence[tuple[CrossAttentionStates | None, Tensor]]) -> CrossAttentionStates:
+        shown = [seen for seen, _ in parts if seen is not None]
+        most = max(seen.media_BKD.shape[1] for seen in shown)
+
+        def together(of: Callable[[CrossAttentionStates], Tensor], nothing: int, *, soft: bool = True) -> Tensor:
+            """One tensor of all; `soft`: its second dimension from the end, or the last of two, counts soft tokens."""
+            found = []
+            for seen, index_B in parts:
+                some = seen or shown[0]
+                missing = most - some.media_BKD.shape[1] if soft else 0
+                x = F.pad(of(some), (*(0, 0) * (of(some).ndim > 2), 0, missing), value=nothing)
+                found.append(x.new_full((len(index_B), *x.shape[1:]), nothing) if seen is None else x[index_B])
+            return torch.cat(found)
+
+        def of_layer(number: int, which: int) -> Tensor:
+            return together(lambda seen: seen.known[number][which], 0)
+
+        layers = set[int].intersection(*(set(seen.known) for seen in shown))
+        return CrossAttentionStates(
+            together(lambda seen: seen.media_BKD, 0), together(lambda seen: seen.owner_BK, -1),
+            together(lambda seen: seen.latest_BL[:, -1:], -1, soft=False),
+            {n: (of_layer(n, 0), of_layer(n, 1)) for n in layers},
+        )  # fmt: skip
 
     def _before(self, number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hook on a layer of the language model."""

@@ -6,9 +6,10 @@ import asyncio
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -19,7 +20,6 @@ from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import Metrics
 from opticnerve.serve.replies import (
     AnswerMessage,
-    AnswerToolCall,
     ChatCompletion,
     Choice,
     Completion,
@@ -52,7 +52,7 @@ class Answer:
     """
 
     prefix: ClassVar[str]  # of the answer's id
-    chunk: ClassVar[str]  # what a piece of a streamed one is called
+    done: ClassVar[str] = ""  # what ends a stream
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Answer:
             for i, prompt in enumerate(prompts)
         ]
         self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue[AnswerPiece | ApiError | None]()
-        self.head: Body = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+        self.head: Body = {"id": f"{self.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         self.choices = len(self.jobs) * asked.choices
         self.counts, self.finished = [0] * self.choices, dict[int, Any]()
         self._watch: asyncio.Task[None] | None = None
@@ -111,14 +111,11 @@ class Answer:
 
     async def whole(self) -> BaseModel:
         """The answer as one body."""
-        texts = [""] * self.choices
-        calls: list[list[AnswerToolCall]] = [[] for _ in texts]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        said: dict[int, AnswerPiece] = {}
         async for piece in self.pieces():
-            texts[piece.number] += piece.text
-            logprobs[piece.number] += piece.logprobs
-            calls[piece.number] += piece.calls
-        return self._body(texts, logprobs, calls)
+            before = said.get(piece.number)
+            said[piece.number] = piece if before is None else before + piece
+        return self._body([said[i] for i in range(self.choices)])
 
     def usage(self) -> Usage:
         prompt, said = sum(len(job.prompt.ids) for job in self.jobs), sum(self.counts)
@@ -155,88 +152,104 @@ class Answer:
             self.finished[event.number] = event.finish
         return event
 
-    # -- what the two kinds say each in its own words -----------------------------------------------------------------
+    # -- what each kind says in its own words --------------------------------------------------------------------------
 
-    def _body(
-        self, texts: list[str], logprobs: list[list[TokenLogprob]], calls: list[list[AnswerToolCall]]
-    ) -> BaseModel:
+    def _body(self, said: list[AnswerPiece]) -> BaseModel:
+        """Of the choices, each as one piece."""
         raise NotImplementedError
 
-    def openings(self) -> Iterator[Body]:
-        """What a stream says before anything is known."""
+    def opened(self) -> Iterator[Body]:
+        """The events of a stream before anything is known."""
         return iter(())
 
     def streamed(self, piece: AnswerPiece) -> Iterator[Body]:
-        """A piece as choices of chunks."""
+        """A piece as events."""
         raise NotImplementedError
 
+    def closed(self) -> Iterator[Body]:
+        """The events behind the last piece."""
+        return iter(())
 
-class ChatAnswer(Answer):
+    def failed(self, why: ApiError) -> Body:
+        """The last event, where it is too late for a status."""
+        return why.body
+
+
+class ChoicesAnswer(Answer):
+    """An answer of several choices, streamed as chunks."""
+
+    chunk: ClassVar[str]  # what one is called
+    done = "data: [DONE]\n\n"
+
+    @property
+    def include_usage(self) -> bool:
+        options = self.asked.stream_options
+        return options is not None and bool(options.include_usage)
+
+    def closed(self) -> Iterator[Body]:
+        if self.include_usage:
+            yield self._chunk() | {"usage": self.usage().model_dump()}
+
+    def _chunk(self, *choices: Body) -> Body:
+        made = {"object": self.chunk, **self.head, "choices": list(choices)}
+        return made | {"usage": None} if self.include_usage else made
+
+
+class ChatAnswer(ChoicesAnswer):
     """An answer in chat."""
 
-    prefix, chunk = "chatcmpl", "chat.completion.chunk"
+    prefix, chunk = "chatcmpl-", "chat.completion.chunk"
 
-    def _body(
-        self, texts: list[str], logprobs: list[list[TokenLogprob]], calls: list[list[AnswerToolCall]]
-    ) -> BaseModel:
-        choices = [
-            Choice(
-                index=i, finish_reason=self.finished[i], logprobs=self._logprobs(logprobs[i]),
-                message=AnswerMessage(content=text or (None if calls[i] else ""), tool_calls=calls[i] or None),
-            )
-            for i, text in enumerate(texts)
-        ]  # fmt: skip
+    def _body(self, said: list[AnswerPiece]) -> BaseModel:
+        choices = []
+        for i, piece in enumerate(said):
+            calls = [*piece.calls]
+            message = AnswerMessage(content=piece.text or (None if calls else ""), tool_calls=calls or None)
+            logprobs = self._logprobs(piece.logprobs)
+            choices.append(Choice(index=i, finish_reason=self.finished[i], logprobs=logprobs, message=message))
         return ChatCompletion(**self.head, choices=choices, usage=self.usage())
 
-    def openings(self) -> Iterator[Body]:
+    def opened(self) -> Iterator[Body]:
         for i in range(self.choices):
-            yield self._choice(i, {"role": "assistant", "content": ""})
+            yield self._delta(i, {"role": "assistant", "content": ""})
 
     def streamed(self, piece: AnswerPiece) -> Iterator[Body]:
         if piece.text or piece.logprobs:
-            yield self._choice(piece.number, {"content": piece.text}, self._logprobs(piece.logprobs))
+            yield self._delta(piece.number, {"content": piece.text}, self._logprobs(piece.logprobs))
         if piece.calls:
             called = [ToolCallDelta(index=i, **c.model_dump()).model_dump() for i, c in enumerate(piece.calls)]
-            yield self._choice(piece.number, {"tool_calls": called})
+            yield self._delta(piece.number, {"tool_calls": called})
         if piece.finish is not None:
-            yield self._choice(piece.number, {}, finish=piece.finish)
+            yield self._delta(piece.number, {}, finish=piece.finish)
 
     def _logprobs(self, found: list[TokenLogprob]) -> Logprobs | None:
         return Logprobs(content=found) if self.asked.likeliest is not None else None
 
-    @staticmethod
-    def _choice(number: int, delta: Body, logprobs: Logprobs | None = None, finish: str | None = None) -> Body:
+    def _delta(self, number: int, delta: Body, logprobs: Logprobs | None = None, finish: str | None = None) -> Body:
         content = logprobs.model_dump() if logprobs is not None else None
-        return {"index": number, "delta": delta, "logprobs": content, "finish_reason": finish}
+        return self._chunk({"index": number, "delta": delta, "logprobs": content, "finish_reason": finish})
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoicesAnswer):
     """How a plain text goes on."""
 
-    prefix, chunk = "cmpl", "text_completion"
+    prefix, chunk = "cmpl-", "text_completion"
     asked: CompletionRequest
 
-    def _body(
-        self, texts: list[str], logprobs: list[list[TokenLogprob]], calls: list[list[AnswerToolCall]]
-    ) -> BaseModel:
-        self._letters = [0] * self.choices
-        choices = [
-            CompletionChoice(
-                index=i, text=text, logprobs=self._logprobs(i, logprobs[i]), finish_reason=self.finished[i]
-            )
-            for i, text in enumerate(texts)
-        ]
-        return Completion(**self.head, choices=choices, usage=self.usage())
-
-    def openings(self) -> Iterator[Body]:
-        self._letters = [0] * self.choices
-        return iter(())
+    def _body(self, said: list[AnswerPiece]) -> BaseModel:
+        return Completion(**self.head, choices=[self._choice(piece) for piece in said], usage=self.usage())
 
     def streamed(self, piece: AnswerPiece) -> Iterator[Body]:
+        yield self._chunk(self._choice(piece).model_dump())
+
+    def _choice(self, piece: AnswerPiece) -> CompletionChoice:
         logprobs = self._logprobs(piece.number, piece.logprobs)
-        yield CompletionChoice(
-            index=piece.number, text=piece.text, logprobs=logprobs, finish_reason=piece.finish
-        ).model_dump()  # fmt: skip
+        return CompletionChoice(index=piece.number, text=piece.text, logprobs=logprobs, finish_reason=piece.finish)
+
+    @cached_property
+    def _letters(self) -> Counter[int]:
+        """How many of each choice's tokens were told so far."""
+        return Counter()
 
     def _logprobs(self, number: int, found: list[TokenLogprob]) -> CompletionLogprobs | None:
         if self.asked.likeliest is None:
@@ -255,43 +268,37 @@ class CompletionAnswer(Answer):
 
 
 class EventStream(Response):
-    """An answer that has begun as server-sent events, ended by `[DONE]`."""
+    """An answer that has begun as server-sent events; those that have a `type` are called by it."""
 
     media_type = "text/event-stream"
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.answer, options = answer, answer.asked.stream_options
-        self.include_usage = options is not None and bool(options.include_usage)
+        self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def event(data: str, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
+        async def put(text: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            for choice in self.answer.openings():
-                await event(self._chunk([choice]))
+            for event in self.answer.opened():
+                await put(_event(event))
             async for piece in self.answer.pieces():
-                for choice in self.answer.streamed(piece):
-                    await event(self._chunk([choice]))
-            if self.include_usage:
-                await event(self._chunk([], self.answer.usage().model_dump()))
-            await event("[DONE]", more=False)
+                for event in self.answer.streamed(piece):
+                    await put(_event(event))
+            for event in self.answer.closed():
+                await put(_event(event))
+            await put(self.answer.done, more=False)
         except ApiError as e:  # too late for a status
-            await event(_json(e.body), more=False)
+            await put(_event(self.answer.failed(e)), more=False)
         except (Gone, OSError):
             return
         finally:
             self.answer.end()
 
-    def _chunk(self, choices: list[Body], usage: Body | None = None) -> str:
-        head = self.answer.head
-        made = {"id": head["id"], "object": self.answer.chunk, "created": head["created"], "model": head["model"]}
-        made["choices"] = choices
-        return _json(made | {"usage": usage} if self.include_usage else made)
 
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def _event(body: Body) -> str:
+    name = f"event: {body['type']}\n" if "type" in body else ""
+    return f"{name}data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from opticnerve.common.version import __version__
@@ -20,7 +21,7 @@ from opticnerve.serve.answers import Answer, ChatAnswer, CompletionAnswer, Event
 from opticnerve.serve.embeddings import EmbeddingMaker
 from opticnerve.serve.errors import ApiError, from_validation
 from opticnerve.serve.limits import Metrics, ServerLimits
-from opticnerve.serve.middleware import CHAT, COMPLETIONS, EMBEDDINGS, Middleware
+from opticnerve.serve.middleware import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Middleware
 from opticnerve.serve.prompts import PromptReader
 from opticnerve.serve.replies import (
     ChatCompletion,
@@ -31,7 +32,11 @@ from opticnerve.serve.replies import (
     Health,
     Model,
     ModelList,
+    ResponseEvent,
+    ResponseObject,
 )
+from opticnerve.serve.responses import ResponsesAnswer
+from opticnerve.serve.responses_schema import ResponsesRequest
 from opticnerve.serve.scheduler import Scheduler
 from opticnerve.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from opticnerve.types import OpticNerveError
@@ -95,6 +100,17 @@ def create_app(name: str, reader: PromptReader, scheduler: Scheduler, access: Ac
         site.check_name(asked.model)
         prompts = await site.in_thread(reader.read_plain, asked)
         return await sent(CompletionAnswer(asked, prompts, request, metrics, deadline(request)))
+
+    @site.app.post(RESPONSES, response_model=ResponseObject, **site.answers(ResponseEvent))
+    async def respond(asked: ResponsesRequest, request: Request) -> Any:
+        """Answer in items of one output, of the same question as in chat. `stream: true` sends its events."""
+        site.check_name(asked.model)
+        chat = asked.chat()
+        try:
+            prompt = await site.in_thread(reader.read, chat)
+        except ApiError as e:
+            raise asked.renamed(e) from None
+        return await sent(ResponsesAnswer(asked, chat, prompt, request, metrics, deadline(request)))
 
     return site.middleware
 
@@ -161,7 +177,7 @@ class _Site:
             """For Prometheus."""
             return Response(generate_latest(access.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def answers(self, chunk: type[ChatCompletionChunk | Completion]) -> dict[str, Any]:
+    def answers(self, chunk: type[BaseModel]) -> dict[str, Any]:
         """Options of a route whose answers may be streamed as such chunks."""
         streamed = {"text/event-stream": {"schema": chunk.model_json_schema()}}
         return {"dependencies": self.secured, "responses": _REFUSED | {200: {"content": streamed}}}

@@ -13,30 +13,34 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from opticnerve.common.private_names import CACHE, is_stateful, repeat_rows
+from opticnerve.fusion.base import Fusion
 from opticnerve.inference.decoding import forward_rows
 from opticnerve.inference.generate import Answerer
-from opticnerve.inference.shared_prefix import looks_beside
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.placeholders import barred
+from opticnerve.models.vlm.prompt import keep, kept
 from opticnerve.ops.fused_decode import FusedDecoder, reserve
 
 ROOM = 128  # tokens for which a layer's buffers grow at a time
 _GROWING_ROPE = ("dynamic", "longrope")
+# A window's layer keeps all keys here, as the others do: what it may look at is in its mask, whoever stands beside it.
+_KEPT_WHOLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def why_alone(model: OpticNerveForConditionalGeneration) -> str | None:
     """Why this model's prompts are answered one at a time; None where they share a batch."""
-    if looks_beside(model):
-        return "its layers look at the picture beside the text (cross-attention)"
+    for fusion in (type(tower.fusion) for tower in model.towers.values()):
+        if fusion.see is not Fusion.see and fusion.beside is Fusion.beside:
+            return f"{fusion.__name__} does not say how what its layers see lies side by side (`Fusion.beside`)"
     language = model.language_model
     if is_stateful(language):
         return "its language model carries a recurrent state"
     config = language.config.get_text_config(decoder=True)
-    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
-        return "its cache is not plain keys and values (sliding windows, linear attention)"
+    if any(type(layer) not in _KEPT_WHOLE for layer in DynamicCache(config=config).layers):
+        return "its cache is more than keys and values (linear attention)"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if rope in _GROWING_ROPE:
         return f"its rotary embedding ({rope}) changes with the longest text of the batch"
@@ -82,13 +86,16 @@ class RunningBatch:
             ids_BL, inputs = repeat_rows(self.model, rows, ids_BL, inputs)
         media_B = self.model.rows_with_media(ids_BL)
         position_BL = torch.arange(ids_BL.shape[1], device=self.device).expand_as(ids_BL)
-        keep = 0 if each else 1
+        behind = 0 if each else 1
         out = forward_rows(
-            self.model, media_B, input_ids=ids_BL, position_ids=position_BL, logits_to_keep=keep, **inputs
-        )
+            self.model, media_B, input_ids=ids_BL, position_ids=position_BL, logits_to_keep=behind, **inputs,
+            **{CACHE: DynamicCache() if self.joins else None},
+        )  # fmt: skip
         logits_BV, cache = out.logits[:, -1], out[CACHE]
         if self.joins and rows > 1:
-            cache.batch_select_indices(torch.zeros(rows, dtype=torch.long, device=self.device))
+            index = torch.zeros(rows, dtype=torch.long, device=self.device)
+            cache.batch_select_indices(index)
+            self._see(cache, [(kept(cache), index)])
             logits_BV = logits_BV.expand(rows, -1)
             media_B = None if media_B is None else media_B.expand(rows)
         return logits_BV, _Read(cache, ids_BL.shape[1], rows, media_B, out.logits[0] if each else None)
@@ -111,6 +118,8 @@ class RunningBatch:
             old = self.cache.layers[number] if len(self) else None
             layer.keys = _beside(None if old is None else old.keys, layer.keys[index], width)
             layer.values = _beside(None if old is None else old.values, layer.values[index], width)
+        rows = torch.arange(len(self), device=self.device)
+        self._see(read.cache, [(kept(self.cache), rows), (kept(read.cache), index)])
         self.cache = read.cache
         reserve(self.cache, ROOM)
         self.mask_BT = torch.cat([_wider(self.mask_BT, width), new_BT]) if len(self) else new_BT
@@ -132,6 +141,7 @@ class RunningBatch:
         first = int(mask_BT.any(0).int().argmax())
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
+        self._see(self.cache, [(kept(self.cache), index)])
         self.mask_BT, self.next_B = mask_BT[:, first:], self.next_B[index]
         self.media_B = None if self.media_B is None else self.media_B[index]
 
@@ -157,6 +167,15 @@ class RunningBatch:
         # A row that has ended stands still: its positions must not run out of the model's table.
         self.next_B = self.next_B + torch.tensor(live, device=self.device)
         return logits_BV
+
+    def _see(self, cache: Any, parts: Sequence[tuple[dict[str, Any], Tensor]]) -> None:
+        """A cache goes on with what these rows see, where layers look at media beside the text."""
+        seen = {}
+        for modality, tower in self.model.towers.items():
+            own = [(known.get(modality), index_B) for known, index_B in parts if len(index_B)]
+            if any(known is not None for known, _ in own):
+                seen[modality] = tower.fusion.beside(own)
+        keep(cache, seen)
 
     def _fused(self) -> FusedDecoder | None:
         if not self.joins or self.media_B is not None or self.model.device.type != "cpu":

@@ -49,7 +49,7 @@ class EmbeddingMaker:
         texts = [i for i in range(len(inputs)) if i not in {*pictures}]
         opener = MediaOpener(self.processor, self.sources, self.limits)
         opened = [opener.image(inputs[i], param.format(i)) for i in pictures]
-        tokens = [self._tokens(inputs[i], param.format(i)) for i in texts]
+        tokens = self._tokens({param.format(i): inputs[i] for i in texts})
         found: dict[int, npt.NDArray[np.float32]] = {}
         if texts:
             found |= zip(texts, self.embedder.texts([inputs[i] for i in texts]), strict=True)
@@ -60,19 +60,23 @@ class EmbeddingMaker:
             raise ApiError(
                 400, f"dimensions is {asked.dimensions}; this model's vectors have {size}", param="dimensions"
             )
-        self.metrics.prompt_tokens.inc(sum(tokens))
+        self.metrics.prompt_tokens.inc(tokens)
         data = [Embedding(index=i, embedding=_written(found[i], asked.encoding_format)) for i in range(len(inputs))]
-        usage = EmbeddingUsage(prompt_tokens=sum(tokens), total_tokens=sum(tokens))
+        usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
         return EmbeddingList(data=data, model=asked.model, usage=usage)
 
-    def _tokens(self, text: str, param: str) -> int:
-        count = len(self.processor.tokenizer(text, verbose=False)["input_ids"])
-        if count > self.longest:
-            raise ApiError(
-                400, f"{param} has {count:,} tokens, more than the {self.longest:,} that the text encoder reads; "
-                "shorten it", param=param, code="context_length_exceeded",
-            )  # fmt: skip
-        return count
+    def _tokens(self, texts: dict[str, str]) -> int:
+        """How many tokens the texts have, by the field that each stands in."""
+        total = 0
+        encoded = self.processor.tokenizer([*texts.values()], verbose=False)["input_ids"] if texts else []
+        for param, ids in zip(texts, encoded, strict=True):
+            if len(ids) > self.longest:
+                raise ApiError(
+                    400, f"{param} has {len(ids):,} tokens, more than the {self.longest:,} that the text encoder "
+                    "reads; shorten it", param=param, code="context_length_exceeded",
+                )  # fmt: skip
+            total += len(ids)
+        return total
 
 
 def _written(vector_D: npt.NDArray[np.float32], form: str | None) -> list[float] | str:

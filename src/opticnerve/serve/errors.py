@@ -54,8 +54,9 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
     if problems[0]["type"] == "json_invalid":
         why = problems[0].get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is not valid JSON: {why}", code="invalid_json")
-    # Of content that may be text or parts, the alternative that was got furthest into is the one that was meant.
-    first = max(problems, key=lambda p: len(p["loc"]))
+    # Of content that may be text or parts, the alternative that was got furthest into is the one that was meant, and
+    # then the one whose kind is right.
+    first = max(problems, key=lambda p: (len(p["loc"]), not p["type"].endswith(("missing", "_type"))))
     param = ".".join(_names(first["loc"][1:])) or None  # without "body"
     if first["type"] in ("extra_forbidden", "none_required"):
         return ApiError(
@@ -72,7 +73,8 @@ def _names(path: Sequence[Any]) -> list[str]:
     found: list[str] = []
     for i, step in enumerate(path):
         # Of messages.0.user.content the "user", and of response_format.json_schema.json_schema.name one json_schema.
-        union = i > 0 and (isinstance(path[i - 1], int) or (path[i - 1] == "response_format" and i == 1))
+        formats = (("response_format",), ("text", "format"))
+        union = i > 0 and (isinstance(path[i - 1], int) or tuple(path[:i]) in formats)
         tag = union and i + 1 < len(path)
         last = i + 1 == len(path)
         kind = isinstance(step, str) and (not step.isidentifier() or (step == "str" and last))

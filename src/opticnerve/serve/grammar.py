@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import llguidance
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from llguidance.hf import from_tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.schema import ChatRequest, JsonObjectFormat, JsonSchemaFormat, SampledRequest
@@ -81,42 +81,42 @@ def lark_text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _guided(asked: SampledRequest) -> list[Constraint]:
-    found = []
-    outputs = asked.structured_outputs
-    wishes = {f"guided_{k}": getattr(asked, f"guided_{k}") for k in ("json", "regex", "choice", "grammar")}
-    if outputs is not None:
-        wishes |= {f"structured_outputs.{k.rstrip('_')}": v for k, v in outputs}
-    for param, wish in wishes.items():
-        kind = param.partition(".")[2] or param.removeprefix("guided_")
-        if wish is None or wish is False:
-            continue
-        match kind:
-            case "json":
-                found.append(json_constraint(_schema(wish, param), param))
-            case "json_object":
-                found.append(json_constraint({"type": "object"}, param))
-            case "regex":
-                text = _bounded(wish, param)
-                found.append(Constraint(str(llguidance.LLMatcher.grammar_from_regex(text)), param))
-            case "choice":
-                found.append(lark_constraint("start: " + " | ".join(map(lark_text, wish)), param))
-            case "grammar":
-                try:
-                    made = llguidance.grammar_from("grammar", _bounded(wish, param))
-                except ValueError as e:  # it looked like GBNF
-                    raise ApiError(400, f"{param}: {e}", param=param, code="invalid_grammar") from None
-                found.append(Constraint(made, param))
-    return found
+def _json(wish: dict[str, Any] | str, param: str) -> Constraint:
+    if isinstance(wish, str):
+        try:
+            wish = json.loads(wish)
+        except (ValueError, RecursionError) as e:
+            raise ApiError(400, f"{param} is no JSON: {e}", param=param) from None
+    return json_constraint(wish, param)
 
 
-def _schema(wish: object, param: str) -> object:
-    if not isinstance(wish, str):
-        return wish
+def _choice(words: list[str], param: str) -> Constraint:
+    return lark_constraint("start: " + " | ".join(map(lark_text, words)), param)
+
+
+def _grammar(text: str, param: str) -> Constraint:
     try:
-        return json.loads(wish)
-    except (ValueError, RecursionError) as e:
-        raise ApiError(400, f"{param} is no JSON: {e}", param=param) from None
+        return Constraint(llguidance.grammar_from("grammar", _bounded(text, param)), param)
+    except ValueError as e:  # it looked like GBNF
+        raise ApiError(400, f"{param}: {e}", param=param, code="invalid_grammar") from None
+
+
+# What vLLM's fields ask for, in their order: as `guided_json` and so on, and the same within `structured_outputs`.
+_KINDS: dict[str, Callable[[Any, str], Constraint]] = {
+    "json": _json,
+    "json_object": lambda _, param: json_constraint({"type": "object"}, param),
+    "regex": lambda wish, param: Constraint(str(llguidance.LLMatcher.grammar_from_regex(_bounded(wish, param))), param),
+    "choice": _choice,
+    "grammar": _grammar,
+}
+
+
+def _guided(asked: SampledRequest) -> list[Constraint]:
+    outputs = {} if asked.structured_outputs is None else asked.structured_outputs.model_dump(by_alias=True)
+    wishes = {f"guided_{kind}": getattr(asked, f"guided_{kind}", None) for kind in _KINDS}
+    wishes |= {f"structured_outputs.{kind}": outputs.get(kind) for kind in _KINDS}
+    makers = zip(wishes.items(), [*_KINDS.values()] * 2, strict=True)
+    return [make(wish, param) for (param, wish), make in makers if wish is not None and wish is not False]
 
 
 def _bounded(text: str, param: str) -> str:
@@ -186,10 +186,9 @@ class GrammarCompiler:
         """The tokens' bytes, read once: that takes a second."""
         with self._alone:
             if self._known is None:
-                assert isinstance(self.tokenizer, PreTrainedTokenizerFast)  # `encode` refuses others
                 try:
-                    self._known = from_tokenizer(self.tokenizer, eos_token=self.ends or None)
-                except (ValueError, TypeError) as e:
+                    self._known = from_tokenizer(self.tokenizer, eos_token=self.ends or None)  # type: ignore[arg-type]
+                except (ValueError, TypeError) as e:  # of a slow one, too
                     raise ApiError(
                         400, f"this model's tokenizer does not tell its tokens' bytes ({e}), so its answers cannot be "
                         f"held to a grammar; leave {param} out", param=param,

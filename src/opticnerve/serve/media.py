@@ -5,7 +5,6 @@ Those on other hosts are fetched only from allow-listed ones, and never from wit
 
 from __future__ import annotations
 
-import base64
 import os
 import stat
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import PIL.Image
 from opticnerve.common.fetch import Unfetched
 from opticnerve.common.fetch import fetch as fetch_bounded
 from opticnerve.data.media.audio import open_audio
-from opticnerve.data.media.files import decode_data_url, is_url
+from opticnerve.data.media.files import base64_bytes, decode_data_url, is_url
 from opticnerve.data.media.open import image_size
 from opticnerve.data.media.transform import open_for
 from opticnerve.serve.errors import ApiError
@@ -55,15 +54,6 @@ def fetch(url: str, *, hosts: Sequence[str], max_bytes: int, seconds: float, par
         raise _refuse(param, str(e)) from None
 
 
-_URL_SAFE = str.maketrans("-_", "+/")
-
-
-def _standard_base64(text: str) -> str:
-    """Base64 as strict decoders take it: clients also send it with line breaks, URL-safe, and without its padding."""
-    text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
-    return text + "=" * (-len(text) % 4)
-
-
 @dataclass(frozen=True, slots=True)
 class MediaSources:
     """Where media may come from beside the request itself: `hosts` on the web, `folders` on this machine."""
@@ -83,8 +73,7 @@ class MediaSources:
         """The bytes that a URL stands for. Raises ApiError: 400: not base64, not allowed, not there, too big."""
         if url[:5].lower() == "data:":
             try:
-                head, comma, body = url.partition(",")
-                return decode_data_url(head + comma + _standard_base64(body))
+                return decode_data_url(url)
             except DataError as e:
                 raise _refuse(param, str(e)) from None
         if is_url(url):
@@ -149,10 +138,7 @@ class MediaOpener:
             raise _refuse(param, "this model takes no sound", None)
         self._count(param)
         try:
-            sound = base64.b64decode(_standard_base64(data), validate=True)
-        except ValueError as e:  # binascii.Error among them
-            raise _refuse(param, f"not valid base64: {e}", None) from None
-        try:
+            sound = base64_bytes(data, "audio", "the sound")
             return open_audio(sound, rate=extractor.sampling_rate, max_seconds=self.limits.audio_seconds)
         except DataError as e:
             raise _refuse(param, str(e), "invalid_audio") from None

@@ -18,6 +18,7 @@ from opticnerve.web.guard import App, Keys, Receive, Scope, Send, answers_to
 log = logging.getLogger("opticnerve.serve")
 OPEN = ("/health",)  # no key, and answered to the last
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES = "/v1/responses"
 
 
 class Middleware:
@@ -40,7 +41,7 @@ class Middleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        chat = scope["path"] in (CHAT, COMPLETIONS, EMBEDDINGS) and scope["method"] == "POST"
+        chat = scope["path"] in (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS) and scope["method"] == "POST"
         started, status = time.monotonic(), 0
         log_fields: dict[str, Any] = {}
         scope.setdefault("state", {}).update(started=started, log_fields=log_fields)

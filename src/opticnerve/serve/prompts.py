@@ -15,6 +15,7 @@ from opticnerve.data.encode.packing import pack
 from opticnerve.data.encode.tokenize import Encoded, encode, end_of_turn
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.shared_prefix import layout
+from opticnerve.language.layers import context_length
 from opticnerve.serve import schema
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.grammar import AnswerGrammar, Constraint, GrammarCompiler, constraint_of
@@ -22,7 +23,7 @@ from opticnerve.serve.limits import ServerLimits
 from opticnerve.serve.media import MediaOpener, MediaSources
 from opticnerve.serve.rendering import encode_with_tools
 from opticnerve.serve.sequence import PromptInputs
-from opticnerve.serve.tools import ToolAnswer, form_of_tools, many_calls, tool_constraint, tools_of
+from opticnerve.serve.tools import ToolAnswer, form_of_tools, tool_constraint
 from opticnerve.types import AudioPart, Conversation, ImagePart, Message, OpticNerveError, Part, Role, TextPart
 
 if TYPE_CHECKING:
@@ -38,13 +39,12 @@ UNKNOWN_CONTEXT = 2048  # for language models whose configuration names no bound
 
 def check_context(model: OpticNerveForConditionalGeneration, wished: int | None) -> int:
     """Tokens of prompt and answer together. Raises OpticNerveError: more are wished than the model knows positions."""
-    config = model.language_model.config.get_text_config(decoder=True)
-    known = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    known = context_length(model.language_model.config)
     if wished is not None and known is not None and wished > known:
         raise OpticNerveError(
             f"--max-context {wished} is more than the {known} positions that the model knows", kind="out-of-range"
         )
-    return int(wished or known or UNKNOWN_CONTEXT)
+    return wished or known or UNKNOWN_CONTEXT
 
 
 class PromptReader:
@@ -79,7 +79,7 @@ class PromptReader:
             with self._alone:
                 # Whatever a client writes, it is words: no `<|im_end|>` of theirs ends a turn.
                 if asked.with_tools:
-                    specs = [t.model_dump(exclude_none=True) for t in tools_of(asked)]
+                    specs = [t.model_dump(exclude_none=True) for t in asked.open_tools]
                     prompt = encode_with_tools(_chat(asked, conversation), specs, conversation, self.processor)
                 else:
                     prompt = encode(conversation, self.processor, learn=asked.continued, sanitize_control_tokens=True)
@@ -133,19 +133,19 @@ class PromptReader:
 
     def _tools(self, asked: schema.ChatRequest) -> Callable[[], ToolAnswer] | None:
         """What finds calls in an answer; None where nothing may be called."""
-        if not (tools := tools_of(asked)):
+        if not (tools := asked.open_tools):
             return None
         if self.tool_form is None:
             raise ApiError(
                 400, "this model's chat template has no tools, or writes calls in a form that is not read here "
                 "(docs/serving.md names three); leave tools out, or describe them in a message", param="tools",
             )  # fmt: skip
-        return partial(ToolAnswer, self.tool_form, [t.function.name for t in tools], many=many_calls(asked))
+        return partial(ToolAnswer, self.tool_form, [t.function.name for t in tools], many=asked.many_calls)
 
     def _constraint(self, asked: schema.ChatRequest) -> Constraint | None:
         """The grammar that an answer must fit, if any."""
         own = constraint_of(asked)
-        if own is not None and tools_of(asked):
+        if own is not None and asked.open_tools:
             raise ApiError(
                 400, f"{own.param} and tools exclude each other: what fits the one is no call; leave one out, or send "
                 "tool_choice: none", param=own.param,

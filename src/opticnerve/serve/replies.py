@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class TopLogprob(BaseModel):
@@ -112,6 +112,50 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class OutputText(BaseModel):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[str]
+    logprobs: list[TokenLogprob]
+
+
+class OutputItem(BaseModel):
+    id: str
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputMessage(OutputItem):
+    type: Literal["message"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class OutputCall(OutputItem, FunctionCall):
+    type: Literal["function_call"]
+    call_id: str
+
+
+class ResponseObject(BaseModel):
+    """The fields of an answer; those of its request that stand beside them are not listed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete", "in_progress"]
+    model: str
+    output: list[OutputMessage | OutputCall]
+    usage: dict[str, int | dict[str, int]] | None
+
+
+class ResponseEvent(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
 
 
 class Embedding(BaseModel):

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 MAX_STOPS, MAX_TOP_LOGPROBS, MAX_CHOICES, MAX_BIASES, MAX_TOOLS = 4, 20, 16, 1024, 128
 MAX_PROMPTS, MAX_INPUTS = 64, 256
-_HINT = "taken, and without effect"
+HINT = "taken, and without effect"
 
 
 def _whole_characters(text: str) -> str:
@@ -42,7 +42,7 @@ class TextContent(Asked):
 
 class ImageUrl(Asked):
     url: Text = Field(min_length=1, description="`data:image/…;base64,…`; https and file: only where they are allowed")
-    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description=_HINT)
+    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description=HINT)
 
 
 class ImageContent(Asked):
@@ -66,13 +66,13 @@ AnyContent = TextContent | ImageContent | AudioContent
 class SystemMessage(Asked):
     role: Literal["system", "developer"]
     content: Text | list[TextContent]
-    name: Text | None = Field(None, description=_HINT)
+    name: Text | None = Field(None, description=HINT)
 
 
 class UserMessage(Asked):
     role: Literal["user"]
     content: Text | list[Annotated[AnyContent, Field(discriminator="type")]]
-    name: Text | None = Field(None, description=_HINT)
+    name: Text | None = Field(None, description=HINT)
 
 
 class CalledFunction(Asked):
@@ -91,9 +91,9 @@ class AssistantMessage(Asked):
 
     role: Literal["assistant"]
     content: Text | list[TextContent] | None = None
-    name: Text | None = Field(None, description=_HINT)
+    name: Text | None = Field(None, description=HINT)
     refusal: None = None
-    annotations: list[dict[str, Any]] | None = Field(None, description=_HINT)
+    annotations: list[dict[str, Any]] | None = Field(None, description=HINT)
     audio: None = None
     function_call: None = None
     tool_calls: list[ToolCall] | None = None
@@ -132,7 +132,7 @@ class NamedTool(Asked):
 
 class StreamOptions(Asked):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(None, description=_HINT)
+    include_obfuscation: bool | None = Field(None, description=HINT)
 
 
 class TextFormat(Asked):
@@ -144,10 +144,10 @@ class JsonObjectFormat(Asked):
 
 
 class DescribedSchema(Asked):
-    name: Text = Field(min_length=1, max_length=64, description=_HINT)
-    description: Text | None = Field(None, description=_HINT)
+    name: Text = Field(min_length=1, max_length=64, description=HINT)
+    description: Text | None = Field(None, description=HINT)
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="JSON Schema")
-    strict: bool | None = Field(None, description=f"{_HINT}: answers always fit")
+    strict: bool | None = Field(None, description=f"{HINT}: answers always fit")
 
 
 class JsonSchemaFormat(Asked):
@@ -170,8 +170,8 @@ class StructuredOutputs(Asked):
     grammar: Text | None = None
 
 
-class SampledRequest(Asked):
-    """What chat and plain completions have in common: how tokens are chosen, and how answers end."""
+class Sampling(Asked):
+    """What all requests for an answer have in common: how tokens are chosen."""
 
     model: Text
     stream: bool | None = None
@@ -184,16 +184,33 @@ class SampledRequest(Asked):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Biases | None = Field(None, description="by token id")
-    max_tokens: int | None = Field(None, ge=1)
-    stop: StopWord | list[StopWord] | None = None
     guided_json: JsonSchema | None = Field(None, description="a JSON schema that the answer fits")
     guided_regex: Text | None = Field(None, description="a regular expression that the whole answer fits")
     guided_choice: Choices | None = Field(None, description="the answer is one of these")
     guided_grammar: Text | None = Field(None, description="Lark or GBNF")
     structured_outputs: StructuredOutputs | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    user: Text | None = Field(None, description=HINT)
+
+
+class Hints(Asked):
+    """What changes no answer."""
+
+    metadata: dict[str, Any] | None = Field(None, description=HINT)
+    prompt_cache_key: Text | None = Field(None, description=HINT)
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=HINT)
+    prompt_cache_retention: Text | None = Field(None, description=HINT)
+    safety_identifier: Text | None = Field(None, description=HINT)
+    service_tier: Text | None = Field(None, description=HINT)
+    store: bool | None = Field(None, description=f"{HINT}: nothing is kept")
+
+
+class SampledRequest(Sampling):
+    """What chat and plain completions have in common: `Sampling`, and how answers end."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    stop: StopWord | list[StopWord] | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    user: Text | None = Field(None, description=_HINT)
 
     @model_validator(mode="after")
     def _options_fit(self) -> SampledRequest:
@@ -227,7 +244,7 @@ class SampledRequest(Asked):
         raise NotImplementedError
 
 
-class ChatRequest(SampledRequest):
+class ChatRequest(SampledRequest, Hints):
     """`POST /v1/chat/completions`."""
 
     messages: list[AnyMessage] = Field(min_length=1, max_length=1000)
@@ -250,14 +267,7 @@ class ChatRequest(SampledRequest):
     reasoning_effort: None = None
     verbosity: Literal["medium"] | None = None
     web_search_options: None = None
-    metadata: dict[str, Any] | None = Field(None, description=_HINT)
-    prediction: dict[str, Any] | None = Field(None, description=_HINT)
-    prompt_cache_key: Text | None = Field(None, description=_HINT)
-    prompt_cache_options: dict[str, Any] | None = Field(None, description=_HINT)
-    prompt_cache_retention: Text | None = Field(None, description=_HINT)
-    safety_identifier: Text | None = Field(None, description=_HINT)
-    service_tier: Text | None = Field(None, description=_HINT)
-    store: bool | None = Field(None, description=f"{_HINT}: nothing is kept")
+    prediction: dict[str, Any] | None = Field(None, description=HINT)
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
@@ -269,10 +279,9 @@ class ChatRequest(SampledRequest):
             raise ValueError("top_logprobs wants logprobs: true")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other; leave one out")
-        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
-        if forced and not self.tools:
+        if self.must_call and not self.tools:
             raise ValueError("tool_choice asks for a call, and there are no tools; give some")
-        if self.tools and not forced and self.tool_choice != "none" and any(t.function.strict for t in self.tools):
+        if not self.must_call and any(t.function.strict for t in self.open_tools):
             raise ValueError("a tool with strict: true wants tool_choice required, or its name; or leave strict out")
         return self
 
@@ -285,11 +294,26 @@ class ChatRequest(SampledRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def open_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is calls and nothing else."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def many_calls(self) -> bool:
+        """Whether it may hold several calls."""
+        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
+
+    @property
     def with_tools(self) -> bool:
         """Whether tools may be called, or were."""
-        called = (m for m in self.messages if isinstance(m, AssistantMessage) and m.tool_calls)
-        tools = (m for m in self.messages if isinstance(m, ToolMessage))
-        return any(called) or any(tools) or (bool(self.tools) and self.tool_choice != "none")
+        return bool(self.open_tools) or any(
+            isinstance(m, ToolMessage) or (isinstance(m, AssistantMessage) and m.tool_calls) for m in self.messages
+        )
 
     @property
     def continued(self) -> bool:
@@ -349,4 +373,4 @@ class EmbeddingRequest(Asked):
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, description="that of the model's vectors, or nothing")
-    user: Text | None = Field(None, description=_HINT)
+    user: Text | None = Field(None, description=HINT)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -89,6 +89,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+@lru_cache(maxsize=65_536)
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, list[int] | None]:
     """A token alone, as text and as UTF-8 bytes (None where the tokenizer does not tell)."""
     raw: Any = tokenizer.convert_ids_to_tokens(token)
@@ -140,6 +141,13 @@ class AnswerPiece:
     tokens: int
     calls: Sequence[AnswerToolCall] = ()
 
+    def __add__(self, later: AnswerPiece) -> AnswerPiece:
+        """Two pieces of one choice as one."""
+        return replace(
+            later, text=self.text + later.text, logprobs=[*self.logprobs, *later.logprobs],
+            calls=[*self.calls, *later.calls],
+        )  # fmt: skip
+
 
 @dataclass(eq=False)
 class GenerationJob:
@@ -183,16 +191,13 @@ class RunningSequence:
     def emit(self, logits_V: Tensor) -> None:
         """Choose the next token and tell what is new; `live` is False after the last."""
         self.token, self.count = self.sampler.choose(logits_V), self.count + 1
-        if self.token in self.ends:
-            if self.job.asked.tells_end and self.job.asked.likeliest is not None:
-                self._logprobs.append((len(self.text.text), self._logprob(self.token, logits_V)))
-            self.end("stop")
-            return
-        at = len(self.text.text)
-        text = self.text.put(self.token)
-        if self.job.asked.likeliest is not None:
+        ended, at = self.token in self.ends, len(self.text.text)
+        text = "" if ended else self.text.put(self.token)
+        if self.job.asked.likeliest is not None and (self.job.asked.tells_end or not ended):
             self._logprobs.append((at, self._logprob(self.token, logits_V)))
-        if self.text.cut is not None:
+        if ended:
+            self.end("stop")
+        elif self.text.cut is not None:
             self._tell(text, "stop")
         elif self.sampler.finished:
             self.end("stop", text)

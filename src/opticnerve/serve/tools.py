@@ -191,28 +191,18 @@ class ToolAnswer:
         ]
 
 
-def tools_of(asked: ChatRequest) -> list[Tool]:
-    """The tools that an answer may call."""
-    return [] if asked.tool_choice == "none" else list(asked.tools or ())
-
-
-def many_calls(asked: ChatRequest) -> bool:
-    """Whether an answer may hold several calls."""
-    return asked.parallel_tool_calls is not False and not isinstance(asked.tool_choice, NamedTool)
-
-
 def tool_constraint(asked: ChatRequest, form: ToolForm) -> Constraint | None:
     """The grammar of an answer that must be calls. Raises ApiError: 400: a named tool that is none."""
-    tools, choice = tools_of(asked), asked.tool_choice
+    if not asked.must_call:
+        return None
+    tools, choice = asked.open_tools, asked.tool_choice
     if isinstance(choice, NamedTool):
         wanted = choice.function.name
         tools = [t for t in tools if t.function.name == wanted]
         if not tools:
-            names = ", ".join(t.function.name for t in asked.tools or ())
+            names = ", ".join(t.function.name for t in asked.open_tools)
             raise ApiError(400, f"tool_choice names {wanted!r}; the tools are {names}", param="tool_choice")
-    elif choice != "required":
-        return None
-    return lark_constraint(form.lark(tools, many_calls(asked)), "tools")
+    return lark_constraint(form.lark(tools, asked.many_calls), "tools")
 
 
 def _as_json(arguments: dict[str, Any]) -> str:

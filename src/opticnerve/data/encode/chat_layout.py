@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -257,6 +258,11 @@ class ChatForm:
             spelled = self._special if role == "assistant" else self._control
             found += [m.span(1) for m in spelled.finditer(layout.text, start, stop) if m.end(1) <= stop]
         return found
+
+    def part(self, text: str, mark: str) -> str:
+        """A text with a mark behind the first letter of every control token that it spells."""
+        cuts = [m.start() + 1 for m in self._control.finditer(text)]
+        return mark.join(text[a:b] for a, b in pairwise([0, *cuts, len(text)]))
 
     # -- texts ----------------------------------------------------------------------------------------------------
 

@@ -65,11 +65,7 @@ def encode(
             conversation, drops words, or asks otherwise than it trains; names the sample.
         OpticNerveError: the template never ends an assistant's turn, or the tokenizer has no offsets.
     """
-    if not processor.tokenizer.is_fast:
-        raise OpticNerveError(
-            f"{type(processor.tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)",
-            kind="unsupported",
-        )
+    check_fast(processor)
     where = conversation.where or conversation.id
     with errors_at(where):
         _check_placeholders(conversation, processor)
@@ -85,7 +81,7 @@ def encode(
         ids, labels = _tokenise(layout, cuts, form)
         if not learn:
             labels = [IGNORE] * len(ids)
-        ids, labels, media_end = _expand(ids, labels, media_blocks(conversation, processor), processor)
+        ids, labels, media_end = expand(ids, labels, conversation, processor)
         if max_length is not None and len(ids) > max_length:
             raise DataError(
                 f"{len(ids)} tokens are more than max_length {max_length}", kind="too-long",
@@ -99,6 +95,15 @@ def encode(
             ids, labels, conversation.images, conversation.id, where, media_end, conversation.audios, questions,
             control_words,
         )  # fmt: skip
+
+
+def check_fast(processor: ChatProcessor) -> None:
+    """Raises OpticNerveError: a slow tokenizer, which gives no offsets."""
+    if not processor.tokenizer.is_fast:
+        raise OpticNerveError(
+            f"{type(processor.tokenizer).__name__} gives no character offsets; use its fast form (tokenizer.json)",
+            kind="unsupported",
+        )
 
 
 def media_blocks(conversation: Conversation, processor: ChatProcessor) -> dict[str, list[int]]:
@@ -168,7 +173,7 @@ def _check_placeholders(conversation: Conversation, processor: ChatProcessor) ->
 def _tokenise(layout: Layout, cuts: set[int], form: ChatForm) -> tuple[list[int], list[int]]:
     """Token ids of a rendered text, and their labels."""
     text = layout.text
-    ids, offsets = _tokens(text, cuts, form)
+    ids, offsets = tokens_of(text, cuts, form)
     begins: list[int] = []
     for answer in layout.answers:
         # A special token parts a text: what stands before the last one is the same tokens in the prompt.
@@ -176,11 +181,11 @@ def _tokenise(layout: Layout, cuts: set[int], form: ChatForm) -> tuple[list[int]
         parted = [i for i in known if ids[i] in form.parting and offsets[i][1] <= answer.start]
         head = parted[-1] if parted and not cuts else 0
         start = offsets[head][0] if head else 0
-        prompt, _ = _tokens(text[start : answer.start], cuts, form, begins=head == 0)
+        prompt, _ = tokens_of(text[start : answer.start], cuts, form, begins=head == 0)
         if ids[head : head + len(prompt)] != prompt:
             cuts.add(answer.start)
-            ids, offsets = _tokens(text, cuts, form)
-            head, (prompt, _) = 0, _tokens(text[: answer.start], cuts, form)
+            ids, offsets = tokens_of(text, cuts, form)
+            head, (prompt, _) = 0, tokens_of(text[: answer.start], cuts, form)
         begins.append(head + len(prompt))
     labels = [IGNORE] * len(ids)
     for answer, begin in zip(layout.answers, begins, strict=True):
@@ -202,11 +207,11 @@ def _tokenise(layout: Layout, cuts: set[int], form: ChatForm) -> tuple[list[int]
     return ids, labels
 
 
-def _tokens(
+def tokens_of(
     text: str, cuts: set[int], form: ChatForm, *, begins: bool = True
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a text (`begins`: and what the tokenizer writes before one), and their offsets; no token crosses a
-    cut."""
+    cut. The tokenizer is a fast one (`check_fast`)."""
     tokenizer = form.tokenizer
     bos = tokenizer.bos_token
     ids = list(form.beginning) if begins and not (bos is not None and text.startswith(bos)) else []
@@ -223,10 +228,15 @@ def _tokens(
     return ids, offsets
 
 
-def _expand(
-    ids: list[int], labels: list[int], blocks: dict[str, list[int]], processor: ChatProcessor
+def expand(
+    ids: list[int], labels: list[int], conversation: Conversation, processor: ChatProcessor
 ) -> tuple[list[int], list[int], int]:
-    """Each placeholder becomes as many of it as its picture takes; and where the last one ends."""
+    """Each placeholder becomes as many of it as its picture takes; and where the last one ends.
+
+    Raises:
+        DataError: as `media_blocks`; or placeholders and media disagree.
+    """
+    blocks = media_blocks(conversation, processor)
     wanted = {number: iter(blocks.get(token, ())) for token, number in _placeholder_ids(processor).items()}
     for token, number in _placeholder_ids(processor).items():
         given, written = len(blocks.get(token, ())), ids.count(number)
