@@ -60,8 +60,8 @@ class ResponsesAnswer(Answer):
         yield self._event(made["status"], response=made)
 
     def failed(self, why: ApiError) -> Body:
-        told = why.body["error"]
-        return self._event("error", **{key: told[key] for key in ("code", "message", "param")})
+        error = why.body["error"]
+        return self._event("error", **{key: error[key] for key in ("code", "message", "param")})
 
     # -- items --------------------------------------------------------------------------------------------------------
 

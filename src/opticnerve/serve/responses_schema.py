@@ -32,7 +32,7 @@ class InputImage(Asked):
     file_id: None = None
 
 
-class OutputText(Asked):
+class SaidText(Asked):
     """What an answer said, sent back."""
 
     type: Literal["output_text"]
@@ -44,12 +44,12 @@ class OutputText(Asked):
 UserContent = Annotated[InputText | InputImage | schema.AudioContent, Field(discriminator="type")]
 
 
-class Item(Asked):
+class InputItem(Asked):
     id: Text | None = Field(None, description=HINT)
     status: Literal["in_progress", "completed", "incomplete"] | None = Field(None, description=HINT)
 
 
-class MessageItem(Item):
+class MessageItem(InputItem):
     type: Literal["message"] | None = None
     phase: Text | None = Field(None, description=HINT)
 
@@ -66,10 +66,10 @@ class SystemItem(MessageItem):
 
 class AssistantItem(MessageItem):
     role: Literal["assistant"]
-    content: Text | list[Annotated[OutputText | InputText, Field(discriminator="type")]]
+    content: Text | list[Annotated[SaidText | InputText, Field(discriminator="type")]]
 
 
-class CallItem(Item):
+class CallItem(InputItem):
     type: Literal["function_call"]
     call_id: Text
     name: FunctionName
@@ -79,7 +79,7 @@ class CallItem(Item):
     namespace: None = None
 
 
-class CallOutputItem(Item):
+class CallOutputItem(InputItem):
     type: Literal["function_call_output"]
     call_id: Text
     output: Text | list[InputText]
@@ -233,7 +233,7 @@ def _content(content: str | Sequence[Asked]) -> str | list[dict[str, Any]]:
 
 def _part(part: Asked) -> dict[str, Any]:
     match part:
-        case InputText() | OutputText():
+        case InputText() | SaidText():
             return {"type": "text", "text": part.text}
         case InputImage():
             return {"type": "image_url", "image_url": {"url": part.image_url, "detail": part.detail}}
