@@ -71,7 +71,8 @@ def together(answerer: Answerer, lengths: list[int], rng: random.Random) -> list
     ("family", "fusion", "window"),
     [
         *((family, "splice", None) for family in ("llama", "qwen2", "gpt2", "bloom", "phi")),
-        ("mistral", "splice", 8), ("gemma2", "splice", 8), ("llama", {"type": "cross_attention", "every": 1}, None),
+        *((family, "splice", 8) for family in ("mistral", "gemma2", "gemma3_text")),
+        ("llama", {"type": "cross_attention", "every": 1}, None),
     ],
 )  # fmt: skip
 def test_each_says_what_it_says_alone(
@@ -173,3 +174,21 @@ def test_models_that_cannot_share_say_why(make_dock: Callable[..., Dock], monkey
         for _ in range(7):
             said.append(batch.step(said[-1], [True, True]).argmax(-1).tolist())
         assert said == [[token] * 2 for token in expected]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"attention_chunk_size": 8}, "chunks"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "longrope"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear attention"),
+    ],
+)
+def test_language_models_that_are_answered_alone(
+    change: dict[str, Any], why: str, make_dock: Callable[..., Dock]
+) -> None:
+    made = make_dock()
+    for name, value in change.items():
+        setattr(made.model.language_model.config, name, value)
+    assert why in str(why_alone(made.model))

@@ -41,9 +41,12 @@ def why_alone(model: OpticNerveForConditionalGeneration) -> str | None:
     config = language.config.get_text_config(decoder=True)
     if any(type(layer) not in _KEPT_WHOLE for layer in DynamicCache(config=config).layers):
         return "its cache is more than keys and values (linear attention)"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if rope in _GROWING_ROPE:
-        return f"its rotary embedding ({rope}) changes with the longest text of the batch"
+    if getattr(config, "attention_chunk_size", None):
+        return "its attention goes by chunks of the text"
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind
+        if isinstance(rope, dict) and rope.get("rope_type") in _GROWING_ROPE:
+            return f"its rotary embedding ({rope['rope_type']}) changes with the longest text of the batch"
     return None
 
 
