@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from opticnerve.cli.guard import ERROR, Stopped, fail, guarded, terminate_like_ctrl_c
 from opticnerve.cli.options import RECIPE_HELP, Overrides
@@ -113,4 +113,45 @@ def _run(
             f"{len(done.failures)} of {len(done.outcomes)} rows failed:\n{listed}\nMore is in each one's error.txt and "
             f"log.txt, in {done.failures[0].folder.parent.parent}; type the command again to run them."
         )
+        raise typer.Exit(ERROR)
+
+
+SWEEP_EPILOG = examples(
+    "opticnerve sweep recipe.yaml stages.0.train.connector=1e-3,3e-3",
+    "opticnerve sweep starter stages.1.lora.rank=4,16 seed=0 --seeds 2",
+    note="Every combination is one run. Finished runs are kept: type the same command again after Ctrl-C, or with more "
+    "values. With cache_features in the recipe all runs share one store of features.",
+)
+
+
+def sweep(
+    recipe: Annotated[str, Argument(help=RECIPE_HELP, show_default=False)],
+    values: Annotated[
+        list[str],
+        Argument(help="Settings with their values, commas between: [cyan]KEY=VALUE,VALUE[/].", metavar="KEY=VALUES..."),
+    ],
+    out: Annotated[Path | None, Option(help="Folder of the runs.", show_default="runs/sweep-<recipe>")] = None,
+    seeds: Annotated[int, Option(min=1, help="Trainings of each setting.")] = 1,
+    keep_models: Keep = False,
+) -> None:
+    """Train a recipe with each of some settings, under one budget, and write one table."""
+    from opticnerve.compare.sweep import run_sweep
+
+    console, folder = console_for(False), out or Path("runs") / f"sweep-{Path(recipe).stem}"
+    command = shlex.join([
+        "opticnerve", "sweep", recipe, *values, *(["--out", str(out)] if out else []),
+        *(["--seeds", str(seeds)] if seeds > 1 else []), *(["--keep-models"] if keep_models else []),
+    ])  # fmt: skip
+    quiet_libraries()
+    terminate_like_ctrl_c()
+    try:
+        path, results = run_sweep(
+            lambda overrides: read_recipe(recipe, overrides), values, folder, seeds=seeds, keep_models=keep_models,
+            command=command, console=console,
+        )  # fmt: skip
+    except KeyboardInterrupt as e:
+        raise Stopped(f"\nstopped; finished runs are kept, and the begun one is saved. Go on with:\n  {command}") from e
+    console.print(f"\nThe table: [bold]{path}[/]", soft_wrap=True, highlight=False)
+    if failed := [r for r in results if r.error is not None]:
+        fail("\n".join(f"{r.row.name}, seed {r.seed}: {r.error}" for r in failed))
         raise typer.Exit(ERROR)

@@ -64,6 +64,7 @@ for _name, _function, _epilog in (
     ("demo", train.demo, train.DEMO_EPILOG),
     ("plan", plan.plan, plan.EPILOG),
     ("train", train.train, train.TRAIN_EPILOG),
+    ("sweep", compare.sweep, compare.SWEEP_EPILOG),
     ("ask", ask.ask, ask.ASK_EPILOG),
     ("chat", ask.chat, ask.CHAT_EPILOG),
     ("eval", evaluate.evaluate, evaluate.EPILOG),

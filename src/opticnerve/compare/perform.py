@@ -121,6 +121,8 @@ def _facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         "steps": sum(s["steps"] for s in stages),
         "tokens": sum(s["tokens"] for s in stages),
         "samples": {s["name"]: s["samples"] for s in stages},
+        "final_loss": stages[-1]["final_loss"],
+        "validation": stages[-1].get("validation"),
         "visual_tokens": about.get("visual_tokens"),
         "fusion": about.get("fusion"),
         "between_parameters": between(tables[-1]),
