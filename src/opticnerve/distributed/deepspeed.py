@@ -262,6 +262,12 @@ class ZeroAdamW:
         self._zero.engine.step()
         self.adam.resting.clear()
 
+    scale = 1.0
+
+    def overflowed(self) -> bool:
+        """Losses are not scaled here."""
+        return False
+
     def averaged(self) -> AbstractContextManager[None]:
         """No averages are kept here."""
         return nullcontext()

@@ -55,7 +55,7 @@ class Recipe(Strict):
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     model: AnyModelSpec
     # (pydantic copies defaults)
     stages: list[Stage] = []  # noqa: RUF012

@@ -200,8 +200,11 @@ class Trainer:
         loss = total / supervised
         factor = stage_factor(self.stage, state.step, self.sampler.steps)
         left_out = None
+        scaled: dict[str, Any] = {"loss_scale": self.optimizer.scale} if self.optimizer.scale > 1 else {}
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step(factor)
+        elif math.isfinite(loss) and self.optimizer.overflowed():
+            scaled |= {"overflow": True, "grad_norm": None}
         else:
             left_out = self.divergence.handle(loss, norm, self.sampler, keep=accelerator.is_main_process)
             self.optimizer.zero_grad()
@@ -211,6 +214,7 @@ class Trainer:
             "step": state.step, "loss": loss, "tokens": tokens, "supervised_tokens": supervised, "samples": samples,
             "grad_norm": norm,
             "learning_rate": {part: rate * factor for part, rate in self.ready.frozen.rates.items()},
+            **scaled,
             **filled,
             **by_source(self.sources, losses, of_source),
             **({"metrics": figures} if figures else {}),

@@ -20,12 +20,14 @@ from opticnerve.types import OpticNerveError
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _TABLES = re.compile(r"embed|lm_head|\.wte\.|\.wpe\.")  # Muon's paper leaves them to AdamW
+# As torch's GradScaler: where the scale begins, and after how many good steps it doubles.
+_FIRST_SCALE, _DOUBLE_AFTER = 2.0**16, 2000
 _SMALL_8BIT, _BLOCK_8BIT = 4096, 256  # bitsandbytes' own: fewer weights keep float32 moments; a scale for so many
 
 
 class MasterAdamW:
     """AdamW (Loshchilov & Hutter 2019), or another optimizer, whose arithmetic is float32 even where the weights are
-    bf16.
+    bf16 or fp16.
 
     A bf16 weight has eight bits: most of Adam's small steps would be rounded away. So each such weight has a float32
     master that takes the step, and the weight is the master, rounded. float32 weights are their own masters.
@@ -36,6 +38,10 @@ class MasterAdamW:
             for the rest; `adafactor` (Shazeer & Stern 2018). The last two are torch's.
         layer_decay: each layer's rate is this part of the rate of the layer above it (ELECTRA).
         ema: keep an average of the masters, of which a step leaves this share; less in the first steps.
+
+    Attributes:
+        scale: what losses are multiplied with before their backward pass, so that small gradients of fp16 weights are
+            not rounded to nothing (Micikevicius et al. 2018, section 3.2); 1 without such weights.
     """
 
     def __init__(
@@ -52,6 +58,8 @@ class MasterAdamW:
             for group, mine in zip(frozen.groups.values(), masters, strict=True)
             for (name, weight), master in zip(group.items(), mine, strict=True)
         ]
+        self._halved = any(weight.dtype == torch.float16 for _, weight, _ in self.weights)
+        self.scale, self._good_steps = _FIRST_SCALE if self._halved else 1.0, 0
         names = {id(master): n for n, _, master in self.weights}
         groups = decay_groups(list(frozen.groups), masters, weight_decay)
         if layer_decay is not None:
@@ -71,6 +79,10 @@ class MasterAdamW:
         lies on the device: reading it waits for all that was computed."""
         self.collect()
         masters = [m for _, _, m in self.weights]
+        if self._halved:
+            for master in masters:
+                if master.grad is not None:
+                    master.grad.div_(self.scale)
         return whole(torch.nn.utils.clip_grad_norm_(masters, limit if limit is not None else math.inf))
 
     def step(self, factor: float) -> None:
@@ -81,12 +93,25 @@ class MasterAdamW:
             optimizer.step()
         self.zero_grad()
         self._show({})
+        if self._halved:
+            self._good_steps += 1
+            if self._good_steps % _DOUBLE_AFTER == 0:
+                self.scale *= 2
         if self.ema is not None:
             # The first weights are not worth much: as torch-ema, timm and TensorFlow before them.
             keep = min(self.ema, (1 + self.averaged_steps) / (10 + self.averaged_steps))
             self.averaged_steps += 1
             for name, _, master in self.weights:
                 self.averages[name].lerp_(master.detach(), 1 - keep)
+
+    def overflowed(self) -> bool:
+        """Whether gradients that are no numbers are so because the scale was too high, which is halved then; the step
+        is not taken."""
+        if self.scale <= 1:
+            return False
+        self.scale, self._good_steps = self.scale / 2, 0
+        self.zero_grad()
+        return True
 
     @torch.no_grad()
     def _show(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -139,6 +164,8 @@ class MasterAdamW:
             found[kind] = {**state, "state": {k: _whole_values(v, keep) for k, v in state["state"].items()}}
         if self.ema is not None:
             found |= {"averages": _whole_values(self.averages, keep), "averaged_steps": self.averaged_steps}
+        if self._halved:
+            found["scaler"] = {"scale": self.scale, "good_steps": self._good_steps}
         return {**found, "masters": _whole_values(self.master_tensors(), keep)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,6 +189,8 @@ class MasterAdamW:
                 if self.ema is not None:
                     self.averages[name].copy_(as_shard(state["averages"][name], master))
         self.averaged_steps = state.get("averaged_steps", 0)
+        if self._halved:
+            self.scale, self._good_steps = state["scaler"]["scale"], state["scaler"]["good_steps"]
 
 
 def _make(

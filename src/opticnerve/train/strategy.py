@@ -27,6 +27,9 @@ from opticnerve.types import OpticNerveError
 class Optimizer(Protocol):
     """What `MasterAdamW` does, and `ZeroAdamW` over shares."""
 
+    scale: float
+
+    def overflowed(self) -> bool: ...
     def clip(self, limit: float | None) -> Tensor: ...
     def skip(self, tower: str) -> None: ...
     def averaged(self) -> AbstractContextManager[None]: ...
@@ -67,14 +70,14 @@ class Strategy:
         world = accelerator.num_processes
         if self.objective.whole_step:
             alone = self._adam.collect if world == 1 else None
-            return total + self.objective.backward(batches, 1.0 / supervised, after_each=alone)
+            return total + self.objective.backward(batches, self.optimizer.scale / supervised, after_each=alone)
         for k, batch in enumerate(batches):
             at_once = self.spread or k == len(batches) - 1
             with contextlib.nullcontext() if at_once else accelerator.no_sync(self._wrapped):
                 loss, _ = self._wrapped(batch)
                 # Summed over processes by all-reduce, which averages: hence the number of processes.
                 if loss.requires_grad:  # text alone teaches nothing where only a tower's parts train
-                    (loss * (world / supervised)).backward()
+                    (loss * (self.optimizer.scale * world / supervised)).backward()
             if world == 1 or self.spread:  # DDP's all-reduce wants them left in place
                 self._adam.collect()
             total += loss.detach()
@@ -133,6 +136,8 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
             f"stage {stage.name}: quantised weights were not tried with {name}; leave quantize out, or train by DDP",
             kind="unsupported",
         )
+    if any(p.dtype == torch.float16 for p in objective.model.parameters()):
+        raise OpticNerveError(f"precision: fp16 was not tried with {name}; write bf16", kind="unsupported")
     options = {"optimizer": stage.optimizer != "adamw", "layer_decay": stage.layer_decay, "ema": stage.ema}
     if given := next((key for key, value in options.items() if value), None):
         raise OpticNerveError(

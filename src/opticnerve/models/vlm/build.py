@@ -165,7 +165,7 @@ dock_recipe = Dock.build
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
     """Of the weights in memory, by the recipe's precision."""
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.precision]
 
 
 def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
