@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import torch_compilable_check
 
 from opticnerve.types import Features
 
@@ -109,13 +110,18 @@ def onloaded(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def check_count(wanted: int, found: int, kind: str = "image") -> None:
-    """The processor wrote as many placeholders as there are soft tokens, or it is an error with both numbers."""
-    if wanted != found:
-        raise ValueError(
-            f"{wanted} {kind} placeholders in the text, but {found} visual tokens from the pictures; "
-            f"let the processor write the placeholders, and never truncate after it has"
-        )
+def check_count(
+    wanted: int | Tensor, found: int | Tensor,
+    message: str = "{wanted} image placeholders in the text, but {found} visual tokens from the pictures; let the "
+    "processor write the placeholders, and never truncate after it has",
+) -> None:  # fmt: skip
+    """The processor wrote as many placeholders as there are soft tokens, or it is an error with both numbers.
+
+    Numbers on a device are waited for once; a graph (`torch.compile`, `torch.export`) carries the check along.
+    """
+    torch_compilable_check(
+        torch.as_tensor(wanted == found), lambda: message.format(wanted=int(wanted), found=int(found))
+    )
 
 
 @torch.no_grad()
@@ -151,6 +157,9 @@ class Splice(Fusion):
         return num_tokens
 
     def embed(self, embeds_BLD: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
-        soft_MD = features.tokens_BND[features.mask_BN].to(embeds_BLD)
-        check_count(int(placeholder_BL.sum()), soft_MD.shape[0])
-        return embeds_BLD.masked_scatter(placeholder_BL.unsqueeze(-1), soft_MD)
+        real_K = features.mask_BN.flatten()
+        check_count(placeholder_BL.sum(), real_K.sum())
+        # Those that are real first, in their order: `tokens[mask]` would wait for the device and break a graph.
+        first_K = torch.argsort((~real_K).byte(), stable=True)
+        soft_KD = features.tokens_BND.flatten(0, 1)[first_K].to(embeds_BLD)
+        return embeds_BLD.masked_scatter(placeholder_BL.unsqueeze(-1), soft_KD)

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from opticnerve.fusion.base import Fusion, onloaded, words_of
+from opticnerve.fusion.base import Fusion, check_count, onloaded, words_of
 from opticnerve.language.layers import decoder_layers
 from opticnerve.types import Features, OpticNerveError
 
@@ -154,12 +154,11 @@ class GatedCrossAttention(Fusion):
                 layer.register_forward_pre_hook(partial(self._before, number // self.every), with_kwargs=True)
 
     def embed(self, embeds_BLD: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
-        wanted, found = int(placeholder_BL.sum()), features.tokens_BND.shape[0]
-        if wanted != found:
-            raise ValueError(
-                f"{wanted} placeholders in the text, but {found} pictures: with cross_attention one placeholder stands "
-                f"for one picture; let the processor write them"
-            )
+        check_count(
+            placeholder_BL.sum(), features.tokens_BND.shape[0],
+            "{wanted} placeholders in the text, but {found} pictures: with cross_attention one placeholder stands for "
+            "one picture; let the processor write them",
+        )  # fmt: skip
         with onloaded(self):
             return torch.where(placeholder_BL[:, :, None], self.marker.to(embeds_BLD), embeds_BLD)
 
@@ -245,9 +244,9 @@ def _scatter_rows(features: Features, counts_B: Tensor) -> tuple[Tensor, Tensor]
     where a row shows fewer than M, and the mask (B, M, N).
     """
     tokens_IND, mask_IN = features.tokens_BND, features.mask_BN
-    most = max(1, int(counts_B.max()))
-    place = torch.arange(most, device=counts_B.device) < counts_B[:, None]  # (B, M)
-    tokens = tokens_IND.new_zeros(*place.shape, *tokens_IND.shape[1:])
-    mask = mask_IN.new_zeros(*place.shape, mask_IN.shape[1])
-    tokens[place], mask[place] = tokens_IND, mask_IN
-    return tokens, mask
+    # A graph's shapes cannot depend on what the text holds: there, any row may show all pictures.
+    most = len(tokens_IND) if torch.compiler.is_compiling() else max(1, int(counts_B.max()))
+    slot_M = torch.arange(most, device=counts_B.device)
+    index_BM = (counts_B.cumsum(0) - counts_B)[:, None] + slot_M
+    index_BM = index_BM.where(slot_M < counts_B[:, None], len(tokens_IND))  # a row of zeros behind the last picture
+    return F.pad(tokens_IND, (0, 0, 0, 0, 0, 1))[index_BM], F.pad(mask_IN, (0, 0, 0, 1))[index_BM]

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from opticnerve.common.on_host import known, on_host
 from opticnerve.common.private_names import (
@@ -76,7 +78,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True
 
     def __init__(self, config: OpticNerveConfig, *, trust_remote_code: bool = False) -> None:
         attention = attention_of(config)  # None where nobody asked for one
@@ -132,6 +134,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         return {m: getattr(self, m) for m in MEDIA_INPUT if m in self.config.towers}
 
     def _wire(self) -> None:
+        self.get_input_embeddings()  # made now: not while a graph is
         for tower in self.towers.values():
             tower.fusion.wire(self.language_model)
 
@@ -166,17 +169,17 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
     def get_input_embeddings(self) -> nn.Module:
         """The language model's table; where placeholders lie beyond it, a view of it that knows them."""
         table, ids = self.language_model.get_input_embeddings(), self.placeholder_ids
-        known = self.__dict__.get("_embedding")
-        if known is None or known[0] is not table or known[1] != ids:
-            known = self.__dict__["_embedding"] = (table, ids, embedding_of(table, ids))
-        module: nn.Module = known[2]
+        known = self.__dict__.setdefault("_embedding", {})  # the backbone's, too
+        if known.get("table") is not table or known["ids"] != ids:
+            known |= {"table": table, "ids": ids, "view": embedding_of(table, ids)}
+        module: nn.Module = known["view"]
         return module
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         table = vars(value).get("table", value)  # of a view: it came from `get_input_embeddings`, resized
         table.num_embeddings = table.weight.shape[0]
         self.language_model.set_input_embeddings(table)
-        self.__dict__.pop("_embedding", None)
+        self.__dict__.get("_embedding", {}).clear()
 
     def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         module: nn.Module = self.language_model.get_decoder()
@@ -251,7 +254,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
                 prompt.embeds_BLD = fusion.embed(prompt.embeds_BLD, place_BL, soft)  # type: ignore[arg-type]
                 prompt.seen[modality] = fusion.see(place_BL, soft, group)
                 prompt.soft[modality] = soft.tokens_BND
-            elif bool(place_BL.any()) and prompt_length.get() is None:
+            elif prompt_length.get() is None and _any(place_BL):
                 raise ValueError(
                     f"{int(place_BL.sum())} {modality} placeholders in the text, but 0 visual tokens: "
                     f"no {MEDIA_INPUT[modality]} given"
@@ -329,7 +332,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
             raise ValueError("give one of pixel_values and mm_encoder_outputs")
         given = any(v is not None for v in ({**media, "mm_encoder_outputs": None} | computed).values())
         # Asking costs a wait for the device: not where media are there to be read.
-        shown = not given and input_ids is not None and bool(self._placeholders(input_ids).any())
+        shown = not given and input_ids is not None and _any(self._placeholders(input_ids))
         if given or (shown and prompt_length.get() is None):
             prompt = self.read(input_ids, inputs_embeds=inputs_embeds, **media)
             input_ids, inputs_embeds = None, prompt.embeds_BLD
@@ -356,7 +359,8 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
     @property
     def placeholder_ids(self) -> list[int]:
         """The placeholders' ids."""
-        return [i for m in self.towers if (i := self.config.token_id(m)) is not None]
+        ids = [self.config.token_id(m) for m in self.towers]
+        return [i for i in ids if i is not None]
 
     def _places(self, modality: str, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """(B, L) bool: the placeholders of a modality."""
@@ -385,3 +389,12 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         assert given is not None
         # Beams and several answers stand beside each other, each prompt's together.
         return settled_B.repeat_interleave(given.shape[0] // settled_B.shape[0])
+
+
+def _any(place_BL: Tensor) -> bool:
+    """Whether there are placeholders. A graph that is made without media is one for text: it holds that there are
+    none, as a check of its own."""
+    if is_tracing():
+        torch_compilable_check(~place_BL.any(), "placeholders in the text, and a graph that was made without media")
+        return False
+    return bool(place_BL.any())

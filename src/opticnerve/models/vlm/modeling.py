@@ -46,6 +46,7 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
             view = OpticNerveModel.__new__(OpticNerveModel)
             PreTrainedModel.__init__(view, self.config)
             own = vars(self)
+            view.__dict__["_embedding"] = own.setdefault("_embedding", {})
             view._modules, view._parameters, view._buffers = own["_modules"], own["_parameters"], own["_buffers"]
             self.__dict__["_backbone"] = view
         found: OpticNerveModel = view

@@ -58,7 +58,7 @@ def embedding_of(table: nn.Module, ids: Iterable[int]) -> nn.Module:
 
 def looks_like(number: int, embedding: nn.Module, embeds_BLD: Tensor) -> Tensor:
     """(B, L) bool: where embeddings are those of a placeholder."""
-    one_D: Tensor = embedding(torch.tensor(number, device=embeds_BLD.device))
+    one_D: Tensor = embedding(torch.full((), number, device=embeds_BLD.device))
     return (embeds_BLD == one_D.to(embeds_BLD.dtype)).all(-1)
 
 
