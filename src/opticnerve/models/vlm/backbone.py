@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.import_utils import is_tracing
 
 from opticnerve.common.on_host import known, on_host
 from opticnerve.common.private_names import (
@@ -36,7 +34,7 @@ from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, 
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.features import MediaFeatures
 from opticnerve.models.vlm.parts import DockedParts
-from opticnerve.models.vlm.placeholders import embedding_of, looks_like
+from opticnerve.models.vlm.placeholders import embedding_of, looks_like, shown
 from opticnerve.models.vlm.prompt import Prompt, keep, kept, multimodal_context, one_cache, seen_of
 from opticnerve.models.vlm.tower import MEDIA_INPUT, Tower, build_tower, language_sizes
 from opticnerve.ops import varlen
@@ -254,7 +252,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
                 prompt.embeds_BLD = fusion.embed(prompt.embeds_BLD, place_BL, soft)  # type: ignore[arg-type]
                 prompt.seen[modality] = fusion.see(place_BL, soft, group)
                 prompt.soft[modality] = soft.tokens_BND
-            elif prompt_length.get() is None and _any(place_BL):
+            elif prompt_length.get() is None and shown(place_BL):
                 raise ValueError(
                     f"{int(place_BL.sum())} {modality} placeholders in the text, but 0 visual tokens: "
                     f"no {MEDIA_INPUT[modality]} given"
@@ -332,15 +330,15 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
             raise ValueError("give one of pixel_values and mm_encoder_outputs")
         given = any(v is not None for v in ({**media, "mm_encoder_outputs": None} | computed).values())
         # Asking costs a wait for the device: not where media are there to be read.
-        shown = not given and input_ids is not None and _any(self._placeholders(input_ids))
-        if given or (shown and prompt_length.get() is None):
+        there = not given and input_ids is not None and shown(self._placeholders(input_ids))
+        if given or (there and prompt_length.get() is None):
             prompt = self.read(input_ids, inputs_embeds=inputs_embeds, **media)
             input_ids, inputs_embeds = None, prompt.embeds_BLD
         else:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
             seen = {m: getattr(self, m).fusion.later(s, length) for m, s in kept(cache).items()}
             prompt = Prompt(seen=seen, rows_B=self.rows_with_media(input_ids, inputs_embeds))
-            if shown:  # a guess that will be refused; the language model's own table may not know it
+            if there:  # a guess that will be refused; the language model's own table may not know it
                 input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
         prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
         with self.multimodal_context(prompt):
@@ -389,12 +387,3 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         assert given is not None
         # Beams and several answers stand beside each other, each prompt's together.
         return settled_B.repeat_interleave(given.shape[0] // settled_B.shape[0])
-
-
-def _any(place_BL: Tensor) -> bool:
-    """Whether there are placeholders. A graph that is made without media is one for text: it holds that there are
-    none, as a check of its own."""
-    if is_tracing():
-        torch_compilable_check(~place_BL.any(), "placeholders in the text, and a graph that was made without media")
-        return False
-    return bool(place_BL.any())

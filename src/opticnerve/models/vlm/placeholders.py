@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import is_tracing, torch_compilable_check
 
 
 class PlaceholderEmbedding(nn.Embedding):
@@ -60,6 +61,15 @@ def looks_like(number: int, embedding: nn.Module, embeds_BLD: Tensor) -> Tensor:
     """(B, L) bool: where embeddings are those of a placeholder."""
     one_D: Tensor = embedding(torch.full((), number, device=embeds_BLD.device))
     return (embeds_BLD == one_D.to(embeds_BLD.dtype)).all(-1)
+
+
+def shown(place_BL: Tensor) -> bool:
+    """Whether there are placeholders. A graph that is made without media is one for text: it holds that there are none,
+    as a check of its own."""
+    if is_tracing():
+        torch_compilable_check(~place_BL.any(), "placeholders in the text, and a graph that was made without media")
+        return False
+    return bool(place_BL.any())
 
 
 def barred(logits: Tensor, ids: Iterable[int]) -> Tensor:
