@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opticnerve.fusion.base import Splice
 from opticnerve.types import Features
@@ -58,3 +61,24 @@ def test_half_precision_words_take_float_pictures() -> None:
         torch.zeros(1, 2, 2, dtype=torch.bfloat16), torch.tensor([[True, False]]), features
     )
     assert out.dtype == torch.bfloat16
+
+
+class Waits(TorchDispatchMode):
+    """How often the host would wait for a device: for a number, or for how large what comes out is."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once() -> None:
+    """For the numbers that are compared."""
+    features = Features(torch.ones(2, 3, 4), torch.tensor([[True, True, False], [True, True, True]]))
+    placeholder = torch.tensor([[False, True, True, True, True, True]])
+    with Waits() as waits:
+        Splice(language_size=4, language_layers=2).embed(torch.zeros(1, 6, 4), placeholder, features)
+    assert waits.count == 1

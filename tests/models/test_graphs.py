@@ -35,6 +35,8 @@ def _fresh() -> Iterator[None]:
 def make(docked: Callable[..., Dock], name: str) -> Dock:
     language, vision, connector, fusion = DOCKS[name]
     made = docked(language, vision, connector=connector, fusion=fusion)
+    if language == "qwen2":  # whose placeholder lies within the table
+        made.model.resize_token_embeddings(made.processor.image_token_id + 8)
     with torch.no_grad():
         for key, parameter in made.model.image.fusion.named_parameters():
             if "alpha" in key:  # as after training: gates away from zero

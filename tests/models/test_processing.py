@@ -71,6 +71,14 @@ def test_round_trip(processor: Any, tmp_path: Path) -> None:
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.parametrize("tiling", [None, {"type": "anyres", "pinpoints": [[32, 64], [64, 32]]}])
+def test_what_is_loaded_says_what_was_saved(docked: Callable[..., Dock], tiling: Any, tmp_path: Path) -> None:
+    """A processor of transformers that is loaded and one that was made are told apart by nothing."""
+    made = docked("llama", tiling=tiling).processor
+    made.save_pretrained(tmp_path)
+    assert OpticNerveProcessor.from_pretrained(tmp_path).to_dict() == made.to_dict()
+
+
 def test_chat_in_transformers_own_form(processor: Any) -> None:
     chat = [
         {"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "what?"}]}

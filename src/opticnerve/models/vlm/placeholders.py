@@ -82,7 +82,11 @@ def barred(logits: Tensor, ids: Iterable[int]) -> Tensor:
     least = torch.finfo(logits.dtype).min
     width = logits.shape[-1]
     within = [i for i in ids if i < width]
-    if within and (logits.requires_grad or logits.is_inference() != torch.is_inference_mode_enabled()):
+    if within and (
+        torch.compiler.is_compiling()
+        or logits.requires_grad
+        or logits.is_inference() != torch.is_inference_mode_enabled()
+    ):
         logits = logits.clone()
     for i in within:
         logits[..., i] = least

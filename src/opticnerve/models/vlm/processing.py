@@ -126,7 +126,7 @@ class OpticNerveProcessor(ProcessorMixin):
             options |= {
                 "image_processor": own if image.tiling is None else image.tiling.image_processor(own),
                 "num_image_tokens": image.num_placeholders,
-                "tiling": asdict(image.tiling.spec) if tiled else None,
+                "tiling": {**asdict(image.tiling.spec), **image.tiling.options} if tiled else None,
                 "native": None if layout is None else asdict(layout),
             }
             if image.reads_words:
