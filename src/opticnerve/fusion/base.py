@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import torch_compilable_check
 
+from opticnerve.common.on_host import on_host
 from opticnerve.types import Features
 
 
@@ -157,8 +158,12 @@ class Splice(Fusion):
         return num_tokens
 
     def embed(self, embeds_BLD: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
-        real_K = features.mask_BN.flatten()
-        check_count(placeholder_BL.sum(), real_K.sum())
+        real_K, shown_BL = features.mask_BN.flatten(), on_host(placeholder_BL)
+        if real_K.is_cuda and not shown_BL.is_cuda and int(shown_BL.sum()) == len(real_K):
+            # Known on the host, and as many as there can be: that all are real is left to the device, unwaited for.
+            torch._assert_async(real_K.all(), "an encoder calls tokens not real that have placeholders")
+        else:
+            check_count(shown_BL.sum(), real_K.sum())
         # Those that are real first, in their order: `tokens[mask]` would wait for the device and break a graph.
         first_K = torch.argsort((~real_K).byte(), stable=True)
         soft_KD = features.tokens_BND.flatten(0, 1)[first_K].to(embeds_BLD)

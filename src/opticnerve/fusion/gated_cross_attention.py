@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from opticnerve.common.on_host import on_host
 from opticnerve.fusion.base import Fusion, check_count, onloaded, words_of
 from opticnerve.language.layers import decoder_layers
 from opticnerve.types import Features, OpticNerveError
@@ -155,7 +156,7 @@ class GatedCrossAttention(Fusion):
 
     def embed(self, embeds_BLD: Tensor, placeholder_BL: Tensor, features: Features) -> Tensor:
         check_count(
-            placeholder_BL.sum(), features.tokens_BND.shape[0],
+            on_host(placeholder_BL).sum(), features.tokens_BND.shape[0],
             "{wanted} placeholders in the text, but {found} pictures: with cross_attention one placeholder stands for "
             "one picture; let the processor write them",
         )  # fmt: skip
@@ -164,7 +165,7 @@ class GatedCrossAttention(Fusion):
 
     def see(self, placeholder_BL: Tensor, features: Features, group_BL: Tensor | None = None) -> CrossAttentionStates:
         counts_B = placeholder_BL.sum(1)
-        media_BMND, mask_BMN = _scatter_rows(features, counts_B)
+        media_BMND, mask_BMN = _scatter_rows(features, counts_B, on_host(placeholder_BL).sum(1))
         number_BL = placeholder_BL.cumsum(1) - 1
         if group_BL is not None:
             # A sample of a packed row sees its own pictures alone.
@@ -237,15 +238,15 @@ class GatedCrossAttention(Fusion):
         return torch.where(sees_BL[:, :, None], out_BLD, hidden_BLD)
 
 
-def _scatter_rows(features: Features, counts_B: Tensor) -> tuple[Tensor, Tensor]:
+def _scatter_rows(features: Features, counts_B: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures of a batch, laid out by the rows that show them.
 
-    `features`: (images, N, D) in reading order; `counts_B`: how many each row shows. Returns tokens (B, M, N, D), zero
-    where a row shows fewer than M, and the mask (B, M, N).
+    `features`: (images, N, D) in reading order; `counts_B`: how many each row shows; `known_B`: the same, on the host
+    if that knows them. Returns tokens (B, M, N, D), zero where a row shows fewer than M, and the mask (B, M, N).
     """
     tokens_IND, mask_IN = features.tokens_BND, features.mask_BN
     # A graph's shapes cannot depend on what the text holds: there, any row may show all pictures.
-    most = len(tokens_IND) if torch.compiler.is_compiling() else max(1, int(counts_B.max()))
+    most = len(tokens_IND) if torch.compiler.is_compiling() else max(1, int(known_B.max()))
     slot_M = torch.arange(most, device=counts_B.device)
     index_BM = (counts_B.cumsum(0) - counts_B)[:, None] + slot_M
     index_BM = index_BM.where(slot_M < counts_B[:, None], len(tokens_IND))  # a row of zeros behind the last picture

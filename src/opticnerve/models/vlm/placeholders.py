@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import is_tracing, torch_compilable_check
 
+from opticnerve.common.on_host import on_host
+
 
 class PlaceholderEmbedding(nn.Embedding):
     """A view of a language model's embedding table that knows placeholders beyond it, too; it holds no weights.
@@ -69,7 +71,7 @@ def shown(place_BL: Tensor) -> bool:
     if is_tracing():
         torch_compilable_check(~place_BL.any(), "placeholders in the text, and a graph that was made without media")
         return False
-    return bool(place_BL.any())
+    return bool(on_host(place_BL).any())
 
 
 def barred(logits: Tensor, ids: Iterable[int]) -> Tensor:
