@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.models.family import FamilyModel
 from opticnerve.models.vlm.tower import MEDIA_INPUT
+from opticnerve.ops import tell
 from opticnerve.recipe import Stage
 from opticnerve.train.state import TrainState
 
@@ -41,13 +42,22 @@ class Throughput:
             return
         head = language.get_output_embeddings().weight
         self._token, self._head = _matrix_flops(language, besides=head), _weight_flops(head.numel(), head.requires_grad)
-        self._piece = [
+        try:
+            self._piece = self._media_flops(model, stage)
+        except (RuntimeError, TypeError, ValueError) as e:  # a figure for the log stops no training
+            tell(f"MFU is not told: an encoder cannot be counted on the meta device: {str(e).partition(chr(10))[0]}")
+            return
+        self._rate = usual_matmul_rate(device.type, next(language.parameters()).dtype) * processes
+        self._flops = 0.0
+
+    @staticmethod
+    def _media_flops(model: FamilyModel, stage: Stage) -> list[int]:
+        """Operations for a piece of each modality; 0 where its encoder does not run."""
+        return [
             0 if (tower := model.towers.get(modality)) is None or (modality == "image" and stage.cache_features)
             else encoder_flops(tower.encoder)
             for modality in MEDIA_INPUT
         ]  # fmt: skip
-        self._rate = usual_matmul_rate(device.type, next(language.parameters()).dtype) * processes
-        self._flops = 0.0
 
     def line(self, *, tokens: int, supervised: int, pieces: Sequence[int], waited: float) -> dict[str, float]:
         """Figures for a line of metrics.jsonl, after one more step: `tokens`, `supervised` and `pieces` of media (by
