@@ -15,6 +15,7 @@ from typing import Any
 
 from opticnerve import recipe as recipes
 from opticnerve.common import atomic
+from opticnerve.models.checkpoint.readme import README
 from opticnerve.models.vlm.continued import pinned, pinned_as
 from opticnerve.recipe import ModelSpec, Recipe
 from opticnerve.train.checkpoint import checkpoints
@@ -22,7 +23,7 @@ from opticnerve.types import DataError, OpticNerveError, RecipeError
 
 RECIPE, RESULTS, RESULT = "recipe.yaml", "results.json", "result.json"
 # Of a stage's folder: what is no part of its model.
-_NO_MODEL = ("freeze.json", "metrics.jsonl", "diverged.jsonl", RESULT)
+_NO_MODEL = ("freeze.json", "metrics.jsonl", "diverged.jsonl", RESULT, README)
 
 
 # -- written ----------------------------------------------------------------------------------------------------------
@@ -191,6 +192,8 @@ def publish(run_dir: Path, last: Path) -> None:
     atomic.clear_left_overs(run_dir)
     for file in _model_files(last):
         atomic.copy(file, run_dir / file.name)
+    if not (run_dir / README).exists():
+        atomic.copy(last / README, run_dir / README)
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ SHA-256 of their files. Loading builds the bases again and refuses others. `opti
     dock.json            bases and their hashes, what it went on from, LoRA options, the list of trained tensors and the
                          hash of their file, format and library versions
     trained.safetensors  the trained tensors under their full names
+    README.md            how it is loaded, where none was
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from opticnerve.language.load import load_language
 from opticnerve.language.lora import has_lora, take_start_out
 from opticnerve.language.quantization import quantize
 from opticnerve.models.checkpoint.options import LoadOptions, floating
+from opticnerve.models.checkpoint.readme import introduce
 from opticnerve.models.checkpoint.source import ModelSource
 from opticnerve.models.checkpoint.strict import no_larger_than, shapes, wrap_errors
 from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
@@ -164,6 +166,7 @@ def save(
     trained = set(trained)
     names = sorted({*trained, *moving_buffers(model, trained), *filter(is_docked, state)})
     chosen = {n: state[n].detach().cpu().contiguous().clone() for n in names}
+    introduce(folder, model.config)
     model.config.save_pretrained(folder)
     model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     save_file(chosen, folder / TENSORS, metadata={"format": "pt"})

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from opticnerve.common import hub
-from opticnerve.common.private_names import forget_renamings
+from opticnerve.common.private_names import forget_renamings, saves_adapters_alone
 from opticnerve.language.adapters import OLD_NAMES
 from opticnerve.models.checkpoint.options import spare
+from opticnerve.models.checkpoint.readme import introduce, introduce_on_hub
 from opticnerve.types import OpticNerveError
 
 MAX_HEADER = 100_000_000  # bytes: what the safetensors library itself takes
@@ -77,6 +78,17 @@ class StrictLoading:
         with wrap_errors("the model", folder):
             model.restore_tables()
         return (model, report) if wants_report else model
+
+    def save_pretrained(self: Any, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As for any model of transformers; a folder without a README.md gets one that says how the model is loaded."""
+        if not saves_adapters_alone(self) and kwargs.get("is_main_process", True):
+            introduce(Path(save_directory), self.config)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
+        """As for any model of transformers; a repository without a README.md gets the one of `save_pretrained`."""
+        introduce_on_hub(repo_id, self.config, private=kwargs.get("private"), token=kwargs.get("token"))
+        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
 
     def restore_tables(self) -> None:
         """Compute again what a checkpoint does not carry; see `restore_buffers`."""
