@@ -240,7 +240,7 @@ def load(
     if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
         with wrap_errors(GENERATION_CONFIG_NAME, folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = str(folder)
+    model.config.name_or_path = model.name_or_path = str(folder)  # peft notes the second on adapters
     chosen.apply(model)
     return chosen.result(model.eval())
 

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,12 @@ class StrictLoading:
             introduce(Path(save_directory), self.config)
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
-    def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
-        """As for any model of transformers; a repository without a README.md gets the one of `save_pretrained`."""
-        introduce_on_hub(repo_id, self.config, private=kwargs.get("private"), token=kwargs.get("token"))
-        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+    if not TYPE_CHECKING:  # what transformers says of it does not fit a method of another class
+
+        def push_to_hub(self, repo_id, **kwargs):
+            """As for any model of transformers; a repository without a README.md gets the one of `save_pretrained`."""
+            introduce_on_hub(repo_id, self.config, private=kwargs.get("private"), token=kwargs.get("token"))
+            return super().push_to_hub(repo_id, **kwargs)
 
     def restore_tables(self) -> None:
         """Compute again what a checkpoint does not carry; see `restore_buffers`."""
