@@ -27,6 +27,7 @@ import shapes
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.initialization import no_init_weights
 
 from pretend_device import CPU, CUDA, NO_KERNELS, Watch, pretended, site
 
@@ -170,7 +171,7 @@ def counted(row: str, side: str, layers: int, seeing: int) -> tuple[Totals, floa
     shapes.SHAPES[name := f"{row} of {layers} and {seeing}"] = small
     work = replace(work, shape=name, batch=size, accumulate=1, count=size, layers=None)
     before, Record.kernels, Record.on = gpu_sides._start_counting, [], False
-    with pretended(Record) as device:
+    with no_init_weights(), pretended(Record) as device:  # draws would wait for numbers that are not there
 
         def start(_: str) -> None:
             device.reset_peak()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from opticnerve.distributed.fsdp import as_shard, whole
 from opticnerve.language.quantization import bitsandbytes
@@ -116,9 +117,12 @@ class MasterAdamW:
     @torch.no_grad()
     def _show(self, values: Mapping[str, torch.Tensor]) -> None:
         """Let the weights be these values; the masters where there are none."""
-        for name, weight, master in self.weights:
-            if (value := values.get(name, master)) is not weight:
+        shown = [(w, v) for name, w, master in self.weights if (v := values.get(name, master)) is not w]
+        if any(isinstance(weight, DTensor) for weight, _ in shown):  # shards know no such copy
+            for weight, value in shown:
                 weight.copy_(value)
+        elif shown:  # some kernels for all of them, not one for each
+            torch._foreach_copy_([weight for weight, _ in shown], [value for _, value in shown])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
