@@ -284,7 +284,6 @@ class TestRefusals:
                 {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2},
                 ("unsupported", "swin", "type: timm"),
             ),
-            ("pixtral", {}, ("wrong-shape", "pixtral", "type: timm")),  # it packs a batch into one row
             ("videomae", {}, ("wrong-shape", "videomae", 32)),
         ],
     )

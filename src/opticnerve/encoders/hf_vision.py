@@ -293,8 +293,8 @@ def _vision_config(name: str) -> PreTrainedConfig:
     config: PreTrainedConfig = getattr(whole, "vision_config", whole)
     if not hasattr(config, "patch_size") or not (hasattr(config, "image_size") or config.model_type == _FLEXIBLE):
         raise OpticNerveError(
-            f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm, for the towers of Qwen-VL type: "
-            "qwen_vl",
+            f"{name!r} ({config.model_type}) is no vision transformer; for CNNs use type: timm, for the towers "
+            "of Qwen-VL type: qwen_vl",
             kind="unsupported",
         )
     return config
