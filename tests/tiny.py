@@ -130,6 +130,8 @@ def language_config(family: str, vocabulary: int) -> Any:
             names = ("n_layer", "n_head") if family == "bloom" else ("n_layers", "n_heads")
             width = {"hidden_size": 32} if family == "bloom" else {"d_model": 32, "max_seq_len": 512}
             return tf.AutoConfig.for_model(family, **tokens, **width, **dict(zip(names, (2, 4), strict=True)))
+        case "mamba":
+            return tf.MambaConfig(**tokens, hidden_size=32, state_size=8, num_hidden_layers=2)
         case "gemma" | "gemma3_text" | "qwen3":
             return tf.AutoConfig.for_model(family, **common, head_dim=8)
         case _ if family in MORE_FAMILIES:

@@ -242,3 +242,18 @@ class TestCompiled:
         monkeypatch.setattr(torch, "compile", lambda module, **_: module)
         plain = Answerer(made.model, made.processor).answer(ASKED, max_new_tokens=8)
         assert Answerer(made.model, made.processor, compile=True).answer(ASKED, max_new_tokens=8) == plain
+
+
+def test_a_recurrent_model_answers_from_its_state(docked: Callable[..., Dock]) -> None:
+    """Mamba, whose cache has a name of its own and no positions: each token as from the whole sequence, padded or not."""
+    made = lively(docked("mamba"))
+    inputs = Answerer(made.model, made.processor).inputs(ASKED)
+    assert int((inputs["attention_mask"] == 0).sum()) > 0
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    said_BT = decoded(made.model, inputs, 6, **options)
+    for row, one in enumerate(ASKED):
+        alone = Answerer(made.model, made.processor).inputs([one])
+        for count in range(6):
+            ids = torch.cat([alone["input_ids"], said_BT[row : row + 1, :count]], 1)
+            whole = {**alone, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            assert made.model(**whole).logits[0, -1].argmax() == said_BT[row, count]

@@ -7,6 +7,7 @@ that it is still called.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
@@ -21,6 +22,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 # The keyword, and the field of outputs, of keys and values. Not private, but renamed: `cache` from 5.24 on,
 # `past_key_values` before.
 CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def cache_name(model: nn.Module) -> str:
+    """The keyword by which a model's `forward` takes its cache: Mamba's kind calls it `cache_params`."""
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else CACHE
+
 
 # What `preprocess` of an image processor calls around `_preprocess`.
 PREPROCESS_STEPS = (

@@ -23,6 +23,7 @@ from opticnerve.common.on_host import known, on_host
 from opticnerve.common.private_names import (
     CACHE,
     attention_of,
+    cache_name,
     layers_not_to_split,
     set_attention,
     set_layers_not_to_split,
@@ -341,10 +342,13 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
             if there:  # a guess that will be refused; the language model's own table may not know it
                 input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
         prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
+        name = cache_name(module)
+        if name != CACHE and cache is not None:
+            options = {**options, "attention_mask": None}  # padding is left behind: its state holds no positions
         with self.multimodal_context(prompt):
-            out = module(
-                input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=True, **{CACHE: cache}, **options
-            )
+            out = module(input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=True, **{name: cache}, **options)
+        if name != CACHE:
+            out[CACHE] = out.get(name)
         keep(out.get(CACHE), prompt.seen)
         return out, prompt
 
