@@ -302,6 +302,18 @@ def test_weights_as_onednn_wants_them() -> None:
     torch.testing.assert_close(out, F.linear(x, weight, bias), atol=0.5, rtol=0.02)
 
 
+def test_all_are_copied_and_converted() -> None:
+    into = [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(3)]
+    private_names.copy_all(into, [torch.ones(2), torch.ones(3)])
+    assert all((tensor == 1).all() for tensor in into) and into[0].dtype == torch.bfloat16
+
+
+def test_what_must_be_true() -> None:
+    private_names.assert_on_device(torch.tensor(True), "so it is")
+    with pytest.raises(RuntimeError, match="so it is"):
+        private_names.assert_on_device(torch.tensor(False), "so it is")
+
+
 def test_tensors_without_numbers() -> None:
     mode, outside = private_names.fake_tensors()
     with mode:

@@ -8,7 +8,7 @@ that it is still called.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -223,6 +223,16 @@ def reordered_linear(x_BD: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     """`F.linear` with a weight of `reorder_weight`'s."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x_BD, weight, bias, "none", [], "")
     return out
+
+
+def copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """`copy_` of each value, in some kernels for all of them."""
+    torch._foreach_copy_(list(into), list(values))
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """See that a boolean is true, without a wait for its device: a later step raises where it was not."""
+    torch._assert_async(condition, message)
 
 
 def fake_tensors() -> tuple[Any, Callable[[], Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import torch_compilable_check
 
 from opticnerve.common.on_host import on_host
+from opticnerve.common.private_names import assert_on_device
 from opticnerve.types import Features
 
 
@@ -161,7 +162,7 @@ class Splice(Fusion):
         real_K, shown_BL = features.mask_BN.flatten(), on_host(placeholder_BL)
         if real_K.is_cuda and not shown_BL.is_cuda and int(shown_BL.sum()) == len(real_K):
             # Known on the host, and as many as there can be: that all are real is left to the device, unwaited for.
-            torch._assert_async(real_K.all(), "an encoder calls tokens not real that have placeholders")
+            assert_on_device(real_K.all(), "an encoder calls tokens not real that have placeholders")
         else:
             check_count(shown_BL.sum(), real_K.sum())
         # Those that are real first, in their order: `tokens[mask]` would wait for the device and break a graph.

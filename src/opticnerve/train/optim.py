@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from opticnerve.common.private_names import copy_all
 from opticnerve.distributed.fsdp import as_shard, whole
 from opticnerve.language.quantization import bitsandbytes
 from opticnerve.models.freeze import Frozen, decay_groups
@@ -122,7 +123,7 @@ class MasterAdamW:
             for weight, value in shown:
                 weight.copy_(value)
         elif shown:  # some kernels for all of them, not one for each
-            torch._foreach_copy_([weight for weight, _ in shown], [value for _, value in shown])
+            copy_all([weight for weight, _ in shown], [value for _, value in shown])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
