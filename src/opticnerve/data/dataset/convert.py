@@ -163,7 +163,7 @@ class _RecordWriter:
         self.file.close()
 
 
-class _Lines(_RecordWriter):
+class _LineWriter(_RecordWriter):
     """Chat JSON lines, and a folder of those media that do not lie below the file's own."""
 
     def add(self, conversation: Conversation) -> None:
@@ -271,7 +271,7 @@ class _TarShard(_RecordWriter):
         super().close()
 
 
-_WRITERS: dict[str, type[_RecordWriter]] = {".jsonl": _Lines, ".parquet": _Table, ".tar": _TarShard}
+_WRITERS: dict[str, type[_RecordWriter]] = {".jsonl": _LineWriter, ".parquet": _Table, ".tar": _TarShard}
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

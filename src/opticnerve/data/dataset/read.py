@@ -218,11 +218,11 @@ def _condition(
         return None
     where = Where(source.where)
 
-    def seen() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def mapped() -> list[tuple[dict[str, Any], dict[str, Any]]]:
         return [(item.fields, _mapped(item, columns, ())) for item in head if isinstance(item, Record)]
 
-    _while(lambda: where.missing(seen()), head, rest)
-    if (first := seen()) and (lost := where.missing(first)):
+    _while(lambda: where.missing(mapped()), head, rest)
+    if (first := mapped()) and (lost := where.missing(first)):
         there = list(dict.fromkeys(str(k) for pair in first for fields in pair for k in fields))
         problem = f"where: no record has {lost}; the fields of the first {len(first)} are {', '.join(there[:24])}"
         remedy = "correct the condition" + hint_at(lost, there)
@@ -281,13 +281,13 @@ def _recognise(
     for item in head:
         if isinstance(item, DataError):
             on_error(item)
-    seen = ", ".join(str(k) for k in list(record)[:12]) if known else "no readable record"
+    names = ", ".join(str(k) for k in list(record)[:12]) if known else "no readable record"
     wants = "; ".join(f"{name}: {format_of(name).wants}" for name in data_formats)
     columns = guessed(record, media)
     remedy = f"this would probably fit: {as_option(columns)}" if columns else "say with columns what is what"
     if "question" in record and source.annotations is None:
         remedy = f"where another file has the answers, name it with annotations; or {remedy}"
-    raise refused(path, f"cannot tell the format from {seen}. A record wants, for {wants}", remedy)
+    raise refused(path, f"cannot tell the format from {names}. A record wants, for {wants}", remedy)
 
 
 def _empty(path: Path) -> DataError:
