@@ -205,8 +205,8 @@ class TestRefusals:
             self.load(run)
 
     def test_a_newer_format(self, run: Path) -> None:
-        self.change(run, format=delta.FORMAT + 1)
-        with refused("mismatch", 2, "dock.json"):
+        self.change(run, format=delta.QUANTIZED_FORMAT + 1)
+        with refused("mismatch", 2, 3, "dock.json"):
             self.load(run)
 
     def test_files_that_do_not_belong_together(self, run: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+import worlds
 from torch import nn
 
 import tiny
@@ -132,8 +133,10 @@ def test_resumed_bit_for_bit_and_loaded_as_it_was_trained(
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor), name
     folder = tmp_path / "whole" / "stages" / "0-align"
-    bases = json.loads((folder / "dock.json").read_text())["bases"]
+    reference = json.loads((folder / "dock.json").read_text())
+    bases = reference["bases"]
     assert (bases["language"]["quantize"], bases["image"]["quantize"]) == (kind, "int8")
+    assert reference["format"] == 2  # who reads formats up to 1 alone would put the adapter beside the plain weights
     loaded = load(folder)
     asked = Answerer(loaded, whole.processor).inputs([QUESTION])
     with torch.no_grad():
@@ -180,9 +183,54 @@ def test_a_plain_run_loaded_in_fewer_bits(
     over: Callable[..., Recipe], train: Callable[..., Any], tmp_path: Path
 ) -> None:
     train(over(None), "run")
-    model = load(tmp_path / "run" / "stages" / "0-align", quantization_config=CONFIGS["nf4"]())
+    folder = tmp_path / "run" / "stages" / "0-align"
+    assert json.loads((folder / "dock.json").read_text())["format"] == 1  # as ever
+    model = load(folder, quantization_config=CONFIGS["nf4"]())
     assert {layer.kind for layer in quantized_layers(model).values()} == {"nf4"}
     assert not quantized_layers(model.image)
+
+
+def test_a_recipe_goes_on_from_a_quantised_run(
+    over: Callable[..., Recipe], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = over("nf4", "int8")
+    begun, _ = train(recipe, "run")
+    folder = tmp_path / "run" / "stages" / "0-align"
+    begun.processor.save_pretrained(folder)
+    stage = recipe.stages[0].model_dump(mode="json", exclude_none=True)
+
+    def on(**changes: Any) -> Recipe:
+        return recipes.load({"precision": "fp32", "model": {"from": str(folder)}, "stages": [{**stage, **changes}]})
+
+    assert plan.make(on()).stages[0].memory.weights == plan.make(recipe).stages[0].memory.weights
+    made, _ = train(on(), "on")
+    assert {layer.kind for layer in quantized_layers(made.model.image).values()} == {"int8"}
+    assert {layer.kind for layer in quantized_layers(made.model.language_model).values()} == {"nf4"}
+    reference = json.loads((tmp_path / "on/stages/0-align/dock.json").read_text())
+    assert (reference["format"], reference["bases"]["language"]["quantize"]) == (2, "nf4")
+    asked = Answerer(made.model, made.processor).inputs([QUESTION])
+    with torch.no_grad():
+        loaded = load(tmp_path / "on/stages/0-align")
+        assert torch.equal(loaded(**asked).logits, made.model(**asked).logits)
+    with refused("unsupported", "compile", "quantised"):
+        train(on(compile=True), "compiled")
+    with refused("conflict", "language.last"):
+        train(on(train={"language.last(1)": 1e-3}, lora=None), "opened")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(over: Callable[..., Recipe], tmp_path: Path) -> None:
+    """DDP over codes and scales, which are no floating-point numbers."""
+    raw = over("nf4", "int8").model_dump(mode="json")
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        for ended in worlds.world(processes, worlds.train, raw, folder / "run", folder=folder):
+            assert ended.code == 0, ended.printed[-3000:]
+    one, two = (worlds.curve(tmp_path / f"{n}/run") for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
+from opticnerve.language.lora import is_lora
 from opticnerve.language.quantization import planned_bytes, quantizable
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.source import ModelSource
@@ -80,7 +81,10 @@ def packed_bytes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> d
         module, within = (language, f"{decoder_layers(language)[0]}.") if part == "language" else (
             model.towers[part].encoder, ""
         )  # fmt: skip
-        found |= {id(layer.weight): planned_bytes(kind, layer) for _, layer in quantizable(module, within)}
+        found |= {
+            id(layer.weight): planned_bytes(kind, layer)
+            for name, layer in quantizable(module, within) if not is_lora(f"{name}.weight")
+        }  # fmt: skip
     return found
 
 

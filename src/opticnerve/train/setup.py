@@ -30,6 +30,7 @@ from opticnerve.features.store import see_all
 from opticnerve.language.chat_template import stage_template
 from opticnerve.language.layers import context_length, decoder_layers
 from opticnerve.language.lora import has_lora
+from opticnerve.language.quantization import quantized_layers
 from opticnerve.models.family import Family, FamilyModel
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.tower import check_options
@@ -271,6 +272,8 @@ def compiled_layers(model: FamilyModel) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
     if model.language_model is None:
         raise OpticNerveError("compile is for docked language models; leave it out", kind="unsupported")
+    if quantized_layers(model.language_model):
+        raise OpticNerveError("compile was not tried over quantised weights; leave it out", kind="unsupported")
     _, layers = decoder_layers(model.language_model)
     for layer in layers:
         layer.compile(dynamic=True, backend=BACKEND)

@@ -43,7 +43,7 @@ from opticnerve.models.checkpoint.options import LoadOptions, floating
 from opticnerve.models.checkpoint.readme import introduce
 from opticnerve.models.checkpoint.source import ModelSource
 from opticnerve.models.checkpoint.strict import no_larger_than, shapes, wrap_errors
-from opticnerve.models.vlm.configuration import FORMAT, OpticNerveConfig, check_format
+from opticnerve.models.vlm.configuration import FORMAT, QUANTIZED_FORMAT, OpticNerveConfig, check_format
 from opticnerve.models.vlm.parts import is_docked, moving_buffers
 from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.recipe import Quantize
@@ -171,7 +171,7 @@ def save(
     model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     save_file(chosen, folder / TENSORS, metadata={"format": "pt"})
     reference = {
-        "format": FORMAT,
+        "format": QUANTIZED_FORMAT if any(base.get("quantize") for base in bases.values()) else FORMAT,
         **versions(),
         "bases": bases,
         **({"from": origins} if origins else {}),

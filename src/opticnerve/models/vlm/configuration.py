@@ -14,7 +14,9 @@ from opticnerve.recipe import MODALITIES
 from opticnerve.types import OpticNerveError
 
 MAX_LAYERS = 10_000
-FORMAT = 1  # of what opticnerve writes; it rises when an older opticnerve would load it wrong
+# Of what opticnerve writes. It rises when an older opticnerve would load it wrong: one that knows no quantised bases
+# would put what was trained beside the plain ones.
+FORMAT, QUANTIZED_FORMAT = 1, 2
 
 
 _wide: ContextVar[bool] = ContextVar("wide_vocabulary", default=False)
@@ -143,10 +145,10 @@ def check_format(found: object, where: str) -> None:
         raise OpticNerveError(
             f"{where}: the format is a whole number from 1, not {str(found)[:80]!r}", kind="wrong-type"
         )
-    if found > FORMAT:
+    if found > QUANTIZED_FORMAT:
         raise OpticNerveError(
-            f"{where} is of format {found}, written by a newer opticnerve; this one reads formats up to {FORMAT}: "
-            "pip install -U opticnerve",
+            f"{where} is of format {found}, written by a newer opticnerve; this one reads formats up to "
+            f"{QUANTIZED_FORMAT}: pip install -U opticnerve",
             kind="mismatch",
         )
 
