@@ -71,6 +71,20 @@ def test_a_stopped_sweep_keeps_what_is_finished(recipe: Path, tmp_path: Path, mo
     assert table.count(" % (") == 2  # an accuracy with its interval each
 
 
+def test_a_stage_that_goes_by_a_score(recipe: Path, tmp_path: Path) -> None:
+    """Entries that a stage's `validate` names are asked, whichever of them the sweep counts the answers of."""
+    raw = recipes.load(recipe).model_dump(mode="json")
+    raw["evaluate"] += [{**raw["evaluate"][0], "name": "more"}, {**raw["evaluate"][0], "name": "unasked"}]
+    for metric in ("more", raw["evaluate"][0]["name"]):
+        raw["stages"][0]["validate"]["metric"] = metric
+        atomic.write(recipe, recipes.dump(recipes.load(raw)))
+        out = tmp_path / metric.replace(" ", "-")
+        _, [result, _] = sweep.run_sweep(lambda o: recipes.load(recipe, o), ["stages.0.train.connector=1e-3,3e-3"], out)
+        assert result.record is not None, result.error
+        assert result.record["facts"]["validation"]["best_step"]
+        assert (out / "sweep.md").read_text().count(" % (") == 2
+
+
 def test_a_setting_that_does_not_exist_runs_nothing(recipe: Path, tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, ["sweep", str(recipe), "stages.0.stepz=1,2", "--out", str(tmp_path / "out")])
     assert ended.exit_code != 0

@@ -50,7 +50,7 @@ def perform(spec: dict[str, Any]) -> dict[str, Any]:
             recipe = recipes.load(spec["recipe"])
             results = run_recipe(recipe, folder, resume=(folder / "recipe.yaml").is_file())
             facts |= _facts(folder, results)
-            if recipe.evaluate:
+            if recipe.evaluate and recipe.evaluate[0].name == TASK:
                 [name] = spec["systems"]
                 systems[name] = f"answers/{TASK}.jsonl"
                 facts["accuracy"][name] = results["tasks"][0]["accuracy"]

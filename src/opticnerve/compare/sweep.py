@@ -54,9 +54,13 @@ def sweep_rows(read: Callable[[list[str]], Recipe], overrides: Sequence[str]) ->
         title = ", ".join(combination[k] for k in varied)
         raw = read(combination).model_dump(mode="json") | {"forgetting": False}
         entry = next((e for e in raw["evaluate"] if e["metric"] in _ASKED), None)
-        raw["evaluate"] = [] if entry is None else [entry | {"name": TASK, "image_dependence": 0}]
-        for watched in filter(None, (stage["validate"] for stage in raw["stages"])):
-            if watched["metric"] != "loss" and entry is not None and watched["metric"] == entry["name"]:
+        watches = [watched for stage in raw["stages"] if (watched := stage["validate"]) is not None]
+        # What a stage goes by is asked as it is told to; answers are counted of the first entry.
+        others = [e for e in raw["evaluate"] if e is not entry and e["name"] in {w["metric"] for w in watches}]
+        asked = [] if entry is None else [entry | {"name": TASK, "image_dependence": 0}]
+        raw["evaluate"] = asked + others
+        for watched in watches:
+            if entry is not None and watched["metric"] == entry["name"]:
                 watched["metric"] = TASK
         rows.append(ExperimentRow(slug(title), {} if entry is None else {TASK: title}, raw))
     if len({row.name for row in rows}) < len(rows):
