@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.models.family import build
+from opticnerve.models.freeze import freeze
 from opticnerve.models.vlm.build import Dock
 from opticnerve.recipe import Recipe
 from opticnerve.runs.card.card import write_card
@@ -40,6 +41,11 @@ def test_counted_arithmetic_is_torchs(docked: Callable[..., Dock]) -> None:
     assert throughput.encoder_flops(encoder) == 3 * counter.get_total_flops()
     encoder.requires_grad_(False)
     assert throughput.encoder_flops(encoder) == counter.get_total_flops()
+    freeze(model, {"encoder.last(1)": 1e-3})
+    training = [m.training for m in encoder.modules()]
+    throughput.encoder_flops(encoder)
+    assert [m.training for m in encoder.modules()] == training
+    assert len(set(training)) == 2
 
 
 def test_measuring_draws_no_random_number() -> None:

@@ -24,6 +24,7 @@ from opticnerve.runs.card.card import write_card
 from opticnerve.runs.card.warnings import warnings_of
 from opticnerve.runs.folder import read_metrics
 from opticnerve.runs.pipeline import run_recipe
+from opticnerve.train.optim import MasterAdamW
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 Make, Train = Callable[..., Recipe], Callable[..., Any]
@@ -97,6 +98,36 @@ def test_a_resumed_stage_knows_best_and_patience(make_recipe: Make, train: Train
     dock.load_stage(tmp_path / "whole/stages/0-align")
     train(still, "still", dock=dock)
     assert looks(tmp_path, "still")[1]["loss"] == pytest.approx(best["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_average_of_the_weights_is_looked_at_and_kept(
+    make_recipe: Make, train: Train, held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """`keep: best` with `ema`: what is left is the average of the best step; no other step puts averages in place."""
+    shown, own = [0], MasterAdamW.averaged
+
+    def averaged(self: MasterAdamW) -> Any:
+        shown[0] += 1
+        return own(self)
+
+    monkeypatch.setattr(MasterAdamW, "averaged", averaged)
+    watch = {"data": {"path": held}, "every": 5, "keep": "best"}
+    options = {"train": {"connector": 3.0}, "steps": 26, "schedule": "constant", "precision": dtype, "ema": 0.5}
+    recipe = make_recipe(**options, validate=watch)
+    _, whole = train(recipe, "whole")
+    assert sorted(looks(tmp_path, "whole")) == [5, 10, 15, 20, 25, 26]
+    assert shown == [6]
+    train(recipe, "again", stop_at=20)
+    _, again = train(recipe, "again", resume=True)
+    assert again.validation == whole.validation
+    one, other = weights(tmp_path, "whole"), weights(tmp_path, "again")
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    best = whole.validation["best_step"]
+    assert best < 26
+    train(make_recipe(**options | {"steps": best}), "best")
+    ended = weights(tmp_path, "best")
+    assert all(torch.equal(one[n], ended[n]) for n in one)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from opticnerve.evaluation.tasks import Generate
 from opticnerve.language.layers import context_length
+from opticnerve.models.freeze import undisturbed
 from opticnerve.types import OpticNerveError, ask
 
 if TYPE_CHECKING:
@@ -144,20 +144,6 @@ def questions() -> list[dict[str, Any]]:
     """The fixed text-only questions, each with the words of which a right answer holds one."""
     text = (files("opticnerve.evaluation") / "texts" / "questions.json").read_text(encoding="utf-8")
     return list(json.loads(text))
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inference without a trace: eval mode and no gradients inside, every module's own mode put back afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        # Not inference_mode: tables that a model caches meanwhile (rotary angles) could not be trained through later.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from opticnerve.language.quantization import QuantizedLinear
@@ -119,6 +121,20 @@ def _rows(model: FamilyModel, groups: dict[str, dict[str, nn.Parameter]], rates:
             )
             rows.append(row(label, rest, None))
     return rows
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inference without a trace: eval mode and no gradients inside, every module's own mode put back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        # Not inference_mode: tables that a model caches meanwhile (rotary angles) could not be trained through later.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def decay_groups(parts: list[str], tensors: list[list[Any]], weight_decay: float) -> list[dict[str, Any]]:

@@ -192,7 +192,7 @@ def publish(run_dir: Path, last: Path) -> None:
     atomic.clear_left_overs(run_dir)
     for file in _model_files(last):
         atomic.copy(file, run_dir / file.name)
-    if not (run_dir / README).exists():
+    if (last / README).is_file() and not (run_dir / README).exists():  # an older stage has none
         atomic.copy(last / README, run_dir / README)
 
 

@@ -145,6 +145,7 @@ class Trainer:
         alone = self.accelerator.num_processes == 1
         batches = TimedBatches(loader(self.sampler, state.step * stage.accumulate, stage.workers, device), device)
         barrier(self.accelerator)  # all have read what is in the folder
+        before = self.ready.steps_before if self.track else 0
         with _signals(self._ask_to_stop), self._metrics() as self.log, self._progress() as bar:
             started = time.perf_counter() - state.elapsed
             try:
@@ -157,17 +158,17 @@ class Trainer:
                         tokens=line["tokens"], supervised=line["supervised_tokens"], pieces=self.pieces,
                         waited=batches.seconds,
                     )  # fmt: skip
-                    if self.validation is not None:
+                    if self.validation is not None and self.validation.due(state.step, steps):
                         looked = time.perf_counter()
                         with self.optimizer.averaged():
-                            line |= self.validation.validate(state.step, steps)
+                            line |= self.validation.validate(state.step)
                         started += time.perf_counter() - looked  # the clock of training stands still
                     if self.log is not None:
                         self.log.write(line)
                         bar.update(line)
                     if self.track:
                         values = {f"{stage.name}/{k}": v for k, v in tracked(line).items()}
-                        self.accelerator.log(values, step=self.ready.steps_before + state.step)
+                        self.accelerator.log(values, step=before + state.step)
                     if self.all_stop or (self.stop and alone):
                         raise Interrupted(self.save())
                     if stage.save_every and state.step % stage.save_every == 0 and state.step < steps:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from opticnerve.models.family import FamilyModel
+from opticnerve.models.freeze import undisturbed
 from opticnerve.models.vlm.tower import MEDIA_INPUT
 from opticnerve.ops import tell
 from opticnerve.recipe import Stage
@@ -91,14 +92,10 @@ def encoder_flops(encoder: nn.Module) -> int:
     kind = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     native = getattr(encoder, "native", None)
     pieces, grids = (1, ()) if native is None else (math.prod(native.largest), ([native.largest],))
-    training = encoder.training
-    encoder.eval()
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            media = torch.empty(pieces, *shape, dtype=kind, device="meta")
-            functional_call(encoder, imagined, (media, *grids))
-    finally:
-        encoder.train(training)
+    # Of an encoder whose last blocks train, some modules are in `train()`, and others are not.
+    with undisturbed(encoder), FlopCounterMode(display=False) as counter:
+        media = torch.empty(pieces, *shape, dtype=kind, device="meta")
+        functional_call(encoder, imagined, (media, *grids))
     trained = any(p.requires_grad for p in encoder.parameters())
     return int(counter.get_total_flops()) * (3 if trained else 1) // pieces
 

@@ -19,6 +19,7 @@ from torch import nn
 from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.distributed.collectives import engine, gather_objects, on_main
 from opticnerve.distributed.fsdp import whole
+from opticnerve.models.freeze import undisturbed
 from opticnerve.objectives.base import Objective
 from opticnerve.recipe import Stage, ValidateSpec
 from opticnerve.recipe.stage import PackSpec
@@ -100,10 +101,12 @@ class Validation:
         """Whether patience has ended."""
         return self.spec.patience is not None and self.worse >= self.spec.patience
 
-    def validate(self, step: int, steps: int) -> dict[str, Any]:
-        """What is told of a step in metrics.jsonl: nothing, or what its look found. Every process takes part."""
-        if step % self.spec.every and step != steps:
-            return {}
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a step is looked at."""
+        return step % self.spec.every == 0 or step == steps
+
+    def validate(self, step: int) -> dict[str, Any]:
+        """A look: what is told of it in metrics.jsonl. Every process takes part."""
         accelerator, found = self.strategy.accelerator, dict[str, float]()
         with _unchanged(self.strategy.objective, accelerator.device, self.seed):
             if self.held_out is not None:
@@ -192,17 +195,12 @@ def held_out_stage(stage: Stage, objective: Objective) -> Stage:
 @contextmanager
 def _unchanged(objective: Objective, device: torch.device, seed: int) -> Iterator[None]:
     """Within it all modules are in `eval()`, and random numbers are the same each time; afterwards all is as before."""
-    training, before = [m for m in objective.modules() if m.training], checkpoint.rng_state(device)
-    metrics = objective.metrics
-    objective.eval()
-    torch.manual_seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        checkpoint.set_rng_state(before, device)
-        objective.metrics = metrics
-        for module in objective.modules():
-            module.training = False
-        for module in training:
-            module.training = True
+    before, metrics = checkpoint.rng_state(device), objective.metrics
+    with undisturbed(objective):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            checkpoint.set_rng_state(before, device)
+            objective.metrics = metrics
