@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from opticnerve.data.dataset.load import load_data
 from opticnerve.data.formats.boxes import BoxOptions, Located, boxes_in
 from opticnerve.data.media.marks import marked
 from opticnerve.evaluation.scorers import SCORERS, iou
-from opticnerve.recipe import DataSpec
+from opticnerve.recipe import DataSpec, Stage
+from opticnerve.recipe.data import BoxSpec
+from opticnerve.train.setup import check_boxes
 from opticnerve.types import DataError
 from opticnerve.ui.chat import ChatState
 
@@ -186,3 +190,12 @@ def test_the_page_shows_the_boxes_of_an_answer(folder: Path) -> None:
     state = ChatState().asked("where?", str(folder / "wide.png"))
     for said, shown in (("over there", 0), ("[100, 100, 600, 600]", 1), ("1, 2", 0)):
         assert len(state.answered(said).bubbles("a picture")) == 3 + shown
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash", "native"])
+def test_a_stage_whose_encoder_is_shown_the_middle_alone_is_refused(fit: str) -> None:
+    stage = Stage(name="find", train={"connector": 1e-3}, data=[DataSpec(path="scenes.jsonl", boxes=BoxSpec())])
+    model: Any = SimpleNamespace(image=SimpleNamespace(encoder=SimpleNamespace(fit=fit)))
+    with refused("conflict", "scenes.jsonl", "crop") if fit == "crop" else nullcontext():
+        check_boxes(stage, model)
+    check_boxes(stage.model_copy(update={"data": [DataSpec(path="scenes.jsonl")]}), model)

@@ -117,6 +117,8 @@ def set_up(
     torch.manual_seed(recipe.seed)
     model, processor, stage = dock.model, dock.processor, within_context(stage, dock.model)
 
+    check_boxes(stage, model)
+
     # What trains, and what is frozen.
     if "language.lora" in stage.train:
         give_lora(dock, stage)
@@ -238,6 +240,17 @@ def within_context(stage: Stage, model: PreTrainedModel) -> Stage:
     if not context:
         return stage
     return stage.model_copy(update={"max_length": min(stage.max_length or context, context)})
+
+
+def check_boxes(stage: Stage, model: PreTrainedModel) -> None:
+    """Boxes are of the whole picture: who is shown its middle alone cannot learn them."""
+    fit = getattr(getattr(getattr(model, "image", None), "encoder", None), "fit", None)
+    if fit == "crop" and (found := [spec.path for spec in stage.data if spec.boxes]):
+        raise OpticNerveError(
+            f"stage {stage.name}: {found[0]} has boxes of whole pictures, of which the encoder is shown the middle "
+            "(fit: crop); set model.image.encoder.fit to pad, squash or native",
+            kind="conflict",
+        )
 
 
 def give_lora(dock: Family, stage: Stage) -> None:
