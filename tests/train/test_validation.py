@@ -130,6 +130,23 @@ def test_the_average_of_the_weights_is_looked_at_and_kept(
     assert all(torch.equal(one[n], ended[n]) for n in one)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_held_out_sample_that_goes_bad_is_told(
+    make_recipe: Make, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    path = tiny.save_captions(tmp_path / "own", 4)
+
+    def update(self: Progress, line: dict[str, Any]) -> None:
+        next(path.parent.glob("*.png")).write_bytes(b"no picture")
+
+    monkeypatch.setattr(Progress, "update", update)
+    watch = {"data": {"path": str(path)}, "every": 3}
+    options = {"steps": 6, "bad_samples": "skip", "workers": workers, "validate": watch}
+    _, result = train(make_recipe(**options))
+    assert len(result.skipped) == 1
+    assert str(path.parent) in str(result.skipped[0])
+
+
 @pytest.mark.parametrize(
     "way", [{"accumulate": 2}, {"pack": {"tokens": 120, "window": 8}}, {"pack": 90}, {"cache_features": True}],
     ids=["batches", "planned", "packed", "cached"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from opticnerve.recipe.stage import PackSpec
 from opticnerve.train import checkpoint
 from opticnerve.train.sampler import StageSampler
 from opticnerve.train.strategy import Strategy
-from opticnerve.types import OpticNerveError
+from opticnerve.types import DataError, OpticNerveError
 
 Score = Callable[[str], float]
 """The name of an entry of `evaluate` → what the model as it stands scores there; more is better."""
@@ -64,6 +64,14 @@ class HeldOut:
     def __getitem__(self, index: int) -> Any:
         """The batch of this process; where it has no samples a stand-in, for every process computes all batches."""
         return self.sampler.batch(self.mine(index) or range(index * self.rows, index * self.rows + 1))
+
+    def take_left_out(self) -> list[DataError]:
+        """The loader asks for bad samples that others stand in for; see `StageSampler`."""
+        return self.sampler.take_left_out()
+
+    def leave_out(self, errors: Iterable[DataError]) -> None:
+        """They are told of, and count, as those of the stage's own data."""
+        self.sampler.leave_out(errors)
 
 
 class Validation:
