@@ -26,10 +26,10 @@ class Pages(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.startswith("/redirect"):
             self.send_response(302)
-            self.send_header("Location", "http://169.254.169.254/latest/meta-data")
+            self.send_header("Location", "http://[" if "broken" in self.path else "http://169.254.169.254/latest/")
             self.end_headers()
             return
-        if self.path == "/missing":
+        if self.path == "/missing" or "X-Evil" in self.headers:
             self.send_error(404)
             return
         self.send_response(200)
@@ -80,7 +80,7 @@ def as_if_public(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
         "224.0.0.1", "255.255.255.255", "192.0.2.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1",
-        "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:1::",
+        "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:1::", "::7f00:1", "fec0::1",
     ],
 )  # fmt: skip
 def test_addresses_within(address: str) -> None:
@@ -117,6 +117,7 @@ class TestOfAPublicHost:
 
     def test_redirects(self, host: str) -> None:
         assert "redirects" in refusal(f"http://{host}/redirect", host)
+        assert "redirects" in refusal(f"http://{host}/redirect/broken", host)
 
     def test_errors_sizes_and_times(self, host: str) -> None:
         assert "answered 404" in refusal(f"http://{host}/missing", host)
@@ -125,8 +126,23 @@ class TestOfAPublicHost:
         assert CUT.wait(30)
 
     def test_header_injection(self, host: str) -> None:
-        assert refusal(f"http://{host}/picture\r\nX-Evil: 1", host)
-        assert refusal(f"http://{host}/a b", host)
+        assert get(f"http://{host}/picture\r\nX-Evil: 1", host) == PICTURE  # all of it the path
+        assert get(f"http://{host}/picture a", host) == PICTURE  # asked for as /picture%20a
+
+    def test_signs_beyond_ascii(self, host: str) -> None:
+        assert get(f"http://{host}/picture/猫.png?q=é", host) == PICTURE
+
+    def test_a_connection_that_stands_at_the_last_moment(self, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        connect = socket.create_connection
+
+        def late(*where: Any, **options: Any) -> socket.socket:
+            time.sleep(0.3)
+            return connect(*where, **options)
+
+        monkeypatch.setattr(socket, "create_connection", late)
+        CUT.clear()
+        assert "within 0.2 s" in refusal(f"http://{host}/slow", host, seconds=0.2)
+        assert not CUT.is_set()  # not even asked
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import string
 import threading
 import time
 from collections.abc import Callable
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-# is_global calls these global; behind them are addresses of another kind that may be private (RFC 6052, 3056, 4380).
+# is_global calls these global, and fec0::/10, once private; behind these are addresses of another
+# kind that may be private (RFC 6052, 3056, 4380).
 _WRAPPED = [ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
 
 
@@ -35,9 +37,9 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        elif any(ip in network for network in _WRAPPED):
+        elif ip.is_site_local or any(ip in network for network in _WRAPPED):
             return False
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
 def fetch(
@@ -69,7 +71,11 @@ def fetch(
         found = _once(parts, host, port, max_bytes, seconds, deadline, idle or seconds, private, agent)
         if isinstance(found, bytes):
             return found
-        url = urljoin(url, found)
+        try:
+            # Headers are read as ISO 8859-1, whatever bytes came.
+            url = urljoin(url, quote(found, safe=string.punctuation, encoding="iso-8859-1"))
+        except ValueError as e:
+            raise Unfetched(f"{host} redirects to what is no address: {e}") from None
     raise Unfetched(f"{host} redirects elsewhere, which is not followed")
 
 
@@ -98,10 +104,11 @@ def _once(
         raise Unfetched(f"{host} is not found: {e.strerror or e}", passing=True) from None
     if address is None:
         raise Unfetched(f"{host} leads to an address that is not public")
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connection = _Checked(host, port, address, secure=parts.scheme == "https", timeout=idle)
+    path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=string.punctuation)
+    left = max(0.001, deadline - time.monotonic())
+    connection = _Checked(host, port, address, secure=parts.scheme == "https", timeout=min(idle, left))
     # Socket timeouts are for each read; this one is for all of them.
-    watch = threading.Timer(max(0.0, deadline - time.monotonic()), connection.break_off)
+    watch = threading.Timer(left, connection.break_off)
     watch.daemon = True
     watch.start()
     try:
@@ -146,14 +153,18 @@ class _Checked(http.client.HTTPConnection):
         super().__init__(host, port, timeout=timeout)
         self.address, self.secure = address, secure
         self.raw: socket.socket | None = None
+        self.broken_off = False
 
     def connect(self) -> None:
         # Of one's own: the connection forgets its socket as soon as an answer without a length begins.
         self.raw = self.sock = socket.create_connection((self.address, self.port), self.timeout)
         if self.secure:
             self.raw = self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        if self.broken_off:  # before there was this socket to shut
+            raise TimeoutError
 
     def break_off(self) -> None:
+        self.broken_off = True
         if self.raw is not None:
             with contextlib.suppress(OSError):  # it may have ended by itself
                 self.raw.shutdown(socket.SHUT_RDWR)
