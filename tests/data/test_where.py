@@ -22,7 +22,8 @@ from opticnerve.types import DataError
 
 ROW: dict[str, Any] = {
     "relevance": 4, "lang": "en", "score": "3.5", "meta": {"votes": 2}, "ratings": [5, 3, None], "none": None,
-    "good": True, "tags": ["cat", "dog"], "image quality": 0.5, "nan": float("nan"), "url": "https://x.org/a",
+    "good": True, "tags": ["cat", "dog"], "image quality": 0.5, "nan": float("nan"), "holes": [float("nan"), 4],
+    "url": "https://x.org/a",
 }  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def keeps(text: str, row: dict[str, Any] = ROW) -> bool:
         ("not (relevance > 3)", False), ("not relevance > 3 and lang == 'ja'", False), ("2 < relevance <= 4", True),
         ("lang in ['en', 'ja']", True), ('lang not in ("de", "fr")', True), ("'x.org' in url", True),
         ("'cat' in tags", True), ("'cow' in tags", False), ("score > 3", True), ("score == 3.5", True),
-        ("meta.votes == 2", True), ("ratings[0] == 5", True), ("min(ratings) >= 3", True), ("len(tags) > 2", False),
+        ("meta.votes == 2", True), ("ratings[0] == 5", True), ("min(ratings) >= 3", True), ("len(tags) > 2", False), ("max(holes) == 4", True),
         ("max(none) > 1", False), ("good", True), ("not good", False), ("good == true", True), ("-1 < relevance", True),
         ("`image quality` >= 0.5", True), ("`image quality` == '`'", False), ("meta['votes'] > 1", True),
         # what is not there, null and NaN are one: neither less nor more than anything
@@ -55,7 +56,7 @@ def test_what_is_kept(text: str, kept: bool) -> None:
         "", "relevance >", "relevance = 3", "relevance > 3 &", "__import__('os').system('true')", "relevance + 1 > 3",
         "open('x')", "[x for x in tags]", "lambda: 1", "relevance if good else 1", "tags[1:]", "len(tags, tags) > 1",
         "f'{relevance}'", "relevance > 3; good", "(relevance := 3)", "*tags", "relevance > 3 " + "and good " * 999,
-        "(" * 300 + "good" + ")" * 300, "x.__class__.__mro__ == 1 + 1", "tags[relevance] == 1", "b'x' == url",
+        "(" * 300 + "good" + ")" * 300, "not " * 1000 + "good", "meta" + ".x" * 900, "x.__class__.__mro__ == 1 + 1", "tags[relevance] == 1", "b'x' == url",
     ],
 )  # fmt: skip
 def test_what_is_no_condition(text: str) -> None:
@@ -64,7 +65,8 @@ def test_what_is_no_condition(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["lang > 3", "relevance", "lang", "min(lang) > 3 and len(relevance) > 1", "3 in relevance"]
+    "text",
+    ["lang > 3", "relevance", "lang", "min(lang) > 3 and len(relevance) > 1", "3 in relevance", "max(score) > 3"],
 )
 def test_what_cannot_be_compared_is_a_bad_sample(text: str) -> None:
     with refused("where", error=DataError):

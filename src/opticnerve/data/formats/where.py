@@ -37,7 +37,7 @@ _ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[[Any], object]] = {"min": min, "max": max, "len": len}
 _MISSING = object()
-_LONGEST = 4_096
+_LONGEST, _DEEPEST = 4_096, 50
 
 
 @dataclass
@@ -103,6 +103,11 @@ class _Parser:
             self.tree: ast.AST = ast.parse(_QUOTED.sub(self._name_of, text).strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             raise self._wrong(str(getattr(e, "msg", "") or e)) from None
+        level: list[ast.AST] = [self.tree]
+        for _ in range(_DEEPEST):
+            level = [inner for node in level for inner in ast.iter_child_nodes(node)]
+        if level:
+            raise self._wrong(f"it is nested more than {_DEEPEST} deep")
 
     def _name_of(self, match: re.Match[str]) -> str:
         """A name in backquotes as one that Python takes."""
@@ -233,11 +238,13 @@ def _truth(value: object, shown: str) -> bool:
 
 
 def _of_list(name: str, value: object) -> object:
-    """`len` of null is 0, `min` and `max` of nothing are null."""
-    listed = [v for v in value if v is not None] if isinstance(value, list) else value
+    """`len` of null is 0, `min` and `max` of nothing are null; what is null or NaN in a list is not there."""
+    listed = [v for v in map(_value, value) if v is not None] if isinstance(value, list) else value
     if listed is None or listed == []:
         return 0 if name == "len" else None
     try:
+        if isinstance(listed, str | bytes | dict) and name != "len":  # whose least letter nobody means
+            raise TypeError
         return _FUNCTIONS[name](listed)
     except TypeError:
         raise DataError(f"where: {name} of {brief(value)}", remedy="wanted a list of numbers", kind="where") from None
