@@ -84,6 +84,20 @@ def test_ms_swifts_lists(folder: Path) -> None:
     assert words(folder, record)[1] == "[100, 100, 600, 600] [500, 500]"
 
 
+def test_a_picture_is_looked_at_once_for_all_its_boxes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+
+    def size(source: Any) -> tuple[int, int]:
+        looked.append(source)
+        return 100, 200
+
+    monkeypatch.setattr("opticnerve.data.formats.boxes.image_size", size)
+    words(folder, asked("<objects>", [CUP] * 5))
+    looked_once = len(looked)
+    words(folder, asked("<objects>", [CUP] * 50))
+    assert len(looked) == 2 * looked_once
+
+
 def test_a_column_writes_all_objects(folder: Path) -> None:
     record = {"image": "wide.png", "objects": [CUP]}
     columns = {"question": "=find all things", "answer": "=<objects>"}
@@ -105,6 +119,10 @@ def test_a_column_writes_all_objects(folder: Path) -> None:
         (asked("<bbox>", "20 10 120 60"), "box"),
         (asked("<bbox>", {"bbox": [[1, 2, 3, 4]], "bbox_type": "norm1"}), "box"),
         (asked("<bbox>", {"bbox": [[1, 2, 3, 4]], "ref": ["a", "b"]}), "box"),
+        (asked("<bbox>", {"bbox": [[1, 2, 3, 4]] * 2, "image_id": [0]}), "box"),
+        (asked("<bbox>", {"bbox": [[1, 2, 3, 4]], "image_id": 1}), "box"),
+        (asked("<bbox>", {"bbox": [1, 2, 3, 4]}), "box"),
+        (asked("<bbox>", [{"point": [10**400, 1]}]), "box"),
     ],
 )
 def test_what_is_refused(folder: Path, record: dict[str, Any], kind: str) -> None:

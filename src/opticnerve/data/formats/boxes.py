@@ -36,12 +36,13 @@ STYLES: dict[str, tuple[str, str, str]] = {
 FRAMES: dict[str, int | None] = {"thousandths": 1000, "pixels": None}
 """Into how many parts a side of the picture is divided; None: the file's pixels."""
 TAGS = ("<ref-object>", "<bbox>", "<objects>")
+_FARTHEST = 1 << 31  # NaN and what no float holds are no places either
 _KEYS = {"box", "point", "label", "image"}
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_NUMBER = r"(-?\d++(?:\.\d++)?)"  # what has matched is not taken back: an answer of digits alone costs no square
 _BETWEEN = r"[\s,;()\[\]]{1,4}"
-_BOX = re.compile(_BETWEEN.join([_NUMBER] * 4))
-_POINT = re.compile(_BETWEEN.join([_NUMBER] * 2))
+_BOX = re.compile(r"(?<!\d)" + _BETWEEN.join([_NUMBER] * 4))
+_POINT = re.compile(r"(?<!\d)" + _BETWEEN.join([_NUMBER] * 2))
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Placer:
 
     def __init__(self, objects: Sequence[Located], sources: Sequence[Source], options: BoxOptions) -> None:
         self.labels, self.boxes, self.sources, self.options = list(objects), list(objects), sources, options
+        self._sizes: dict[int, tuple[int, int]] = {}  # a record may have many boxes in one picture
 
     def placed(self, words: str) -> str:
         """Words with their tags replaced.
@@ -152,7 +154,9 @@ class Placer:
                 f"an object lies in picture {located.image}, counted from 0, and there are {len(self.sources)}",
                 kind="box",
             )
-        return self.options.written(located, *image_size(self.sources[located.image]))
+        if located.image not in self._sizes:
+            self._sizes[located.image] = image_size(self.sources[located.image])
+        return self.options.written(located, *self._sizes[located.image])
 
 
 def _swift(raw: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -166,6 +170,8 @@ def _swift(raw: dict[str, Any]) -> Iterator[dict[str, Any]]:
             remedy="write them in pixels, or as words in the turns", kind="box",
         )  # fmt: skip
     numbers = raw.get("image_id") or [0] * len(boxes)
+    if not isinstance(numbers, list) or len(numbers) != len(boxes) or not all(isinstance(b, list) for b in boxes):
+        raise _wrong(raw)
     for n in range(max(len(boxes), len(labels))):
         label = labels[n] if n < len(labels) else ""
         if n >= len(boxes):
@@ -179,7 +185,7 @@ def _located(row: object) -> Located:
     numbers, label, image = row.get("box", row.get("point")), row.get("label") or "", row.get("image") or 0
     if not isinstance(numbers, list) or len(numbers) != (4 if "box" in row else 2):
         raise _wrong(row)
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) <= _FARTHEST for n in numbers):
         raise _wrong(row)
     if not isinstance(label, str) or not isinstance(image, int) or image < 0:
         raise _wrong(row)
