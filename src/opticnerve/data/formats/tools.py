@@ -27,6 +27,8 @@ def tools_of(fields: Fields) -> tuple[dict[str, Any], ...]:
     Raises:
         DataError: it is no list of tools with names (kind `tools`).
     """
+    if "tools" not in fields:
+        return ()
     found = _raw(fields, "tools")
     if empty(found) or found == []:
         return ()
@@ -49,6 +51,8 @@ def calls_of(message: Fields) -> tuple[CalledTool, ...]:
     Raises:
         DataError: something else than calls (kind `tools`).
     """
+    if "tool_calls" not in message and "function_call" not in message:
+        return ()
     listed, older = _raw(message, "tool_calls"), _raw(message, "function_call")
     return (*called(listed, "tool_calls"), *called(older, "function_call"))
 

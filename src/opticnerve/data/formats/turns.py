@@ -67,7 +67,7 @@ def turns_of(value: object, what: str, context: Context) -> list[Turn]:
     turns: list[Turn] = []
     for message in objects(value, what):
         turn = _turn(message, context)
-        if find(message, ROLE) in CALLS and turns and turns[-1].role == "assistant":
+        if turn.calls and turns and turns[-1].role == "assistant" and find(message, ROLE) in CALLS:
             turns[-1].calls += turn.calls  # several calls of one turn, or behind its words
         else:
             turns.append(turn)
@@ -155,9 +155,11 @@ def _in_order(examples: list[Example], tags: list[Tag], kind: str) -> list[Examp
 
 
 def _turn(message: Fields, context: Context) -> Turn:
-    raw = next((value for n in CONTENT if (value := dict.get(message, n)) is not None), None)
-    name, calls = find(message, ROLE), calls_of(message)
-    if name in CALLS or (name in ROLES and ROLES[name] == "tool" and isinstance(raw, dict)):
+    name, calls, raw = find(message, ROLE), calls_of(message), None
+    tools = isinstance(name, str) and (name in CALLS or ROLES.get(name) == "tool")
+    if tools:
+        raw = next((value for n in CONTENT if (value := dict.get(message, n)) is not None), None)
+    if tools and (name in CALLS or isinstance(raw, dict)):
         message.read.update(CONTENT)  # an object of the tool's own
         if name in CALLS:
             return Turn("assistant", [], _learned(message, "assistant"), (*calls, *called(raw, name)))
