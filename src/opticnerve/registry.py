@@ -152,3 +152,8 @@ data_formats: Registry[Any] = Registry(
         "preference": "opticnerve.data.formats.preferences:Preference",
     },
 )
+
+
+def known_formats() -> tuple[str, ...]:
+    """What `format` of a data entry may say."""
+    return ("auto", *data_formats, "hf", "webdataset")

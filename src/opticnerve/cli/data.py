@@ -308,11 +308,11 @@ def _samples(spec: DataSpec, left_out: Counter[str]) -> Iterator[Conversation | 
 
 
 def _spec(path: str, data_format: str, media: Path | None, overrides: list[str] | None = None) -> Any:
-    from opticnerve.data.dataset.read import FORMATS
     from opticnerve.recipe.loading import data_entry
+    from opticnerve.registry import known_formats
 
-    if data_format not in FORMATS:
-        raise OpticNerveError(f"--format {data_format!r} is unknown; it is {', '.join(FORMATS)}", kind="unknown-name")
+    if data_format not in (known := known_formats()):
+        raise OpticNerveError(f"--format {data_format!r} is unknown; it is {', '.join(known)}", kind="unknown-name")
     return data_entry({"path": path, "format": data_format, "media": str(media) if media else None}, overrides or [])
 
 

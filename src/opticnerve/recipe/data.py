@@ -71,7 +71,7 @@ class DataSpec(Strict):
     @field_validator("format")
     @classmethod
     def _known_format(cls, format: str) -> str:
-        if format not in (known := ("auto", *registry.data_formats, "hf", "webdataset")):
+        if format not in (known := registry.known_formats()):
             raise ValueError(f"unknown format{registry.hint_at(format, known)} Known: {', '.join(known)}")
         return format
 

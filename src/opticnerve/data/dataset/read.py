@@ -25,11 +25,11 @@ from opticnerve.data.sources.base import Record, Records, Streaming, refused
 from opticnerve.data.sources.joined import Annotated
 from opticnerve.data.sources.open import open_records
 from opticnerve.data.sources.streaming import Streamed, is_hub_name
-from opticnerve.registry import data_formats, hint_at
+from opticnerve.registry import data_formats, hint_at, known_formats
 from opticnerve.types import Conversation, DataError
 
 _BY_FIELDS = ("auto", "hf", "webdataset")  # the fields of the records tell which of the formats is meant
-FORMATS = ("auto", *data_formats.names(), "hf", "webdataset")
+FORMATS = known_formats()
 _HEAD = 32  # records in which a recognisable one is looked for
 
 
@@ -104,7 +104,7 @@ class DataSource:
     def check(self) -> None:
         """Refuse what no file could make right."""
         path = Path(self.path)
-        if self.format not in (known := ("auto", *data_formats, "hf", "webdataset")):
+        if self.format not in (known := known_formats()):
             raise refused(path, f"unknown format {self.format!r}", f"choose one of {', '.join(known)}")
         if self.limit is not None and self.limit < 0:
             raise refused(path, f"limit is {self.limit}", "give 0 or more")

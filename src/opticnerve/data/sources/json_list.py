@@ -21,7 +21,7 @@ from opticnerve.data.sources.base import (
     record_of,
 )
 from opticnerve.data.sources.json_object import WHOLE, open_object, refused_as, text_of
-from opticnerve.data.sources.json_text import BOM, JsonText
+from opticnerve.data.sources.json_text import JsonText, lines_of
 from opticnerve.types import DataError
 
 _OF_RECORDS = {"messages", "conversations", "question", "caption", "captions", "chosen", "completion"}
@@ -30,8 +30,8 @@ _OF_RECORDS = {"messages", "conversations", "question", "caption", "captions", "
 def open_json(path: Path) -> Records:
     """The records of a .json file (or of one that is called .jsonl), by how it begins."""
     with path.open("rb") as file:
-        lines = (line.removeprefix(BOM).strip() for line in iter(lambda: file.readline(WHOLE), b""))
-        first = next(filter(None, lines), b"")
+        lines = lines_of(file, WHOLE)
+        first = next(lines, b"")
         if not first.startswith(b"{"):
             return JsonList(path)
         several = any(lines)

@@ -19,6 +19,12 @@ _NEAR = 64
 """An error so near the end of what has been read may be for want of the rest: longer than any literal."""
 
 
+def lines_of(file: BinaryIO, most: int) -> Iterator[bytes]:
+    """A file's lines that are not blank, without the spaces around them; of one longer than `most` bytes, pieces."""
+    lines = (line.removeprefix(BOM).strip() for line in iter(lambda: file.readline(most), b""))
+    return filter(None, lines)
+
+
 class JsonText:
     """A window on a file's text, which moves on with what is read.
 

@@ -16,6 +16,7 @@ from typing import Any
 from opticnerve.data.sources.base import CSV_SUFFIXES, JSONL_SUFFIXES, JsonLines, Location, Record, Records, refused
 from opticnerve.data.sources.csv_rows import Csv
 from opticnerve.data.sources.json_list import open_json
+from opticnerve.data.sources.json_text import lines_of
 from opticnerve.data.sources.paths import matching, one_split
 from opticnerve.data.sources.pictures import PictureFolders
 from opticnerve.data.sources.tables import ParquetTables, SavedTable, saved_by_datasets
@@ -69,8 +70,7 @@ def open_records(path: Path, format: str = "auto", split: str | None = None, *, 
 def _is_list(path: Path) -> bool:
     """Whether a file that is called .jsonl holds one JSON list: its first line is a bracket, or no line of its own."""
     with path.open("rb") as file:
-        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in iter(lambda: file.readline(1 << 20), b""))
-        first = next(filter(None, lines), b"")
+        first = next(lines_of(file, 1 << 20), b"")
     return first[:1] == b"[" and first[1:].strip()[:1] in (b"", b"{")
 
 
