@@ -93,6 +93,7 @@ def pictures(folder: Path) -> None:
     written = {
         "yes-no.jsonl": [line for line in asked if line["answer"] in ("yes", "no")],
         "train.jsonl": asked[:6], "test.jsonl": asked[6:],
+        "pairs.jsonl": [line | {"score": number / len(asked)} for number, line in enumerate(asked)],
     }  # fmt: skip
     for name, lines in written.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
