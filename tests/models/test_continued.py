@@ -311,6 +311,17 @@ class TestConnectors:
             torch.save(value, tmp_path / name)
             with refused(kind, name):
                 dock_recipe(with_connector({"from": str(tmp_path / name)}))
+        named: list[dict[Any, torch.Tensor]] = [
+            {"mm_projector.bias": torch.zeros(3)}, {"mm_projector.0.bias": torch.zeros(3)},
+            {"mm_projector.weight": torch.zeros(3)}, {0: torch.zeros(3)},
+        ]  # fmt: skip
+        for value in named:
+            torch.save(value, tmp_path / "c.bin")
+            with refused("unsupported", "c.bin"):
+                dock_recipe(with_connector({"from": str(tmp_path / "c.bin")}))
+        (tmp_path / "d.bin").write_text("hello world")
+        with refused("damaged", "d.bin"):
+            dock_recipe(with_connector({"from": str(tmp_path / "d.bin")}))
 
 
 def test_a_kept_recipe_pins_what_it_goes_on_from(docked: Make, recipe_of: Any, tmp_path: Path) -> None:

@@ -208,13 +208,18 @@ def _of_file(name: str, modality: str, pinned: str | None, weights: bool) -> Tra
         found[int(match[1]) if match[1] else None, match[2]] = tensor.float()
     numbers = sorted({n for n, _ in found if n is not None})
     bias = any(kind == "bias" for _, kind in found)
-    if not found or numbers != list(range(0, 2 * len(numbers), 2)) or (numbers and (None, "weight") in found):
-        raise OpticNerveError(f"{name} is no mm_projector of LLaVA's: it has the layers {numbers}", kind="unsupported")
+    layers: list[int | None] = [*numbers] or [None]
+    shapes = [tuple(found[n, "weight"].shape) for n in layers if (n, "weight") in found]
+    whole = len(shapes) == len(layers) and all(len(shape) == 2 for shape in shapes)
+    if not whole or numbers != list(range(0, 2 * len(numbers), 2)) or (numbers and (None, "weight") in found):
+        raise OpticNerveError(
+            f"{name} is no mm_projector of LLaVA's: it has the layers {numbers} and matrices of {shapes}",
+            kind="unsupported",
+        )
     options: dict[str, Any] = {"bias": bias, "calibrate": False}
     spec = {"type": "mlp", "depth": len(numbers), "activation": "gelu"} if numbers else {"type": "linear"}
     made = {f"layers.{n}.{kind}" if numbers else f"linear.{kind}": t for (n, kind), t in found.items()}
-    first, last = found[numbers[0] if numbers else None, "weight"], found[numbers[-1] if numbers else None, "weight"]
-    made |= dict(LinearConnector(in_size=first.shape[1], out_size=last.shape[0], in_tokens=1).named_buffers())
+    made |= dict(LinearConnector(in_size=shapes[0][1], out_size=shapes[-1][0], in_tokens=1).named_buffers())
     return TrainedConnector(
         {**spec, **options}, made, {"name": name, "sha256": check_pinned(name, fingerprint([name]), pinned)}
     )
@@ -225,9 +230,11 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except (
+        OSError, SafetensorError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError
+    ) as e:  # fmt: skip
         raise OpticNerveError(f"{file} cannot be read: {str(e)[:200]}", kind="damaged") from e
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items()):
         raise OpticNerveError(f"{file} holds something else than tensors by name", kind="unsupported")
     return loaded
 
