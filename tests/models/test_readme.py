@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers.utils.hub import PushToHubMixin
 
 from hub import TOKEN, serving
+from opticnerve.models.checkpoint import strict
 from opticnerve.models.dual_encoder.build import dual
 from opticnerve.models.vlm.build import Dock, merge
 
@@ -76,6 +78,15 @@ def test_pushed(docked: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert ("mine" in page.read_text()) == (own is not None)
             assert ("library_name: opticnerve" in page.read_text()) == (own is None)
             assert (page.parent / "model.safetensors").is_file()
+
+
+def test_a_branch_or_a_pull_request_leaves_main_alone(docked: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = docked(), []
+    monkeypatch.setattr(PushToHubMixin, "push_to_hub", lambda self, name, **given: asked.append(given))
+    monkeypatch.setattr(strict, "introduce_on_hub", lambda *_, **__: pytest.fail("a page for the main branch"))
+    for given in ({"create_pr": True}, {"revision": "mine"}):
+        made.model.push_to_hub("me/dock", **given)
+        assert asked[-1] == given
 
 
 def test_transformers_alone_names_the_package(docked: Make, tmp_path: Path) -> None:

@@ -88,8 +88,10 @@ class StrictLoading:
     if not TYPE_CHECKING:  # what transformers says of it does not fit a method of another class
 
         def push_to_hub(self, repo_id, **kwargs):
-            """As for any model of transformers; a repository without a README.md gets the one of `save_pretrained`."""
-            introduce_on_hub(repo_id, self.config, private=kwargs.get("private"), token=kwargs.get("token"))
+            """As for any model of transformers; a repository without a README.md gets the one of `save_pretrained`,
+            but not where a branch or a pull request is asked for: that page goes to the main branch."""
+            if kwargs.get("revision") is None and not kwargs.get("create_pr"):
+                introduce_on_hub(repo_id, self.config, private=kwargs.get("private"), token=kwargs.get("token"))
             return super().push_to_hub(repo_id, **kwargs)
 
     def restore_tables(self) -> None:
