@@ -249,6 +249,8 @@ def test_a_recurrent_model_answers_from_its_state(docked: Callable[..., Dock]) -
     made = lively(docked("mamba"))
     inputs = Answerer(made.model, made.processor).inputs(ASKED)
     assert int((inputs["attention_mask"] == 0).sum()) > 0
+    empty = {CACHE: DynamicCache(config=made.model.language_model.config)}
+    assert torch.allclose(made.model(**inputs, **empty).logits[:, -1], made.model(**inputs).logits[:, -1], atol=1e-5)
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     said_BT = decoded(made.model, inputs, 6, **options)
     for row, one in enumerate(ASKED):

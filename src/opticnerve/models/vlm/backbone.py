@@ -343,8 +343,11 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
                 input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
         prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
         name = cache_name(module)
-        if name != CACHE and cache is not None:
-            options = {**options, "attention_mask": None}  # padding is left behind: its state holds no positions
+        mask = options.get("attention_mask")
+        if name != CACHE and mask is not None:
+            # Of what comes now alone: a state holds no positions.
+            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+            options = {**options, "attention_mask": mask[:, -length:]}
         with self.multimodal_context(prompt):
             out = module(input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=True, **{name: cache}, **options)
         if name != CACHE:
