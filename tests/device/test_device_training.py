@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import soundfile
 from accelerate.state import AcceleratorState
@@ -40,6 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "DPO": ({}, "pairs", {**LORA, "objective": "dpo"}),
     "cross-attention": ({"fusion": CROSS}, "questions", {"train": {"connector": 1e-2, "fusion": 1e-2}, "pack": 2}),
     "tiling": ({"tiling": {"type": "anyres"}}, "captions", {}),
+    "own shapes": ({"fit": "native"}, "shapes", {}),
+    "own shapes, pooled": ({"fit": "native", "connector": {"type": "pixel_shuffle"}}, "shapes", {"cache_features": True}),
     "audio": ({}, "sounds", {"train": {"audio.connector": 1e-2}}),
     "words alone": ({}, "chats", {"train": {"connector": 1e-2, "language": 1e-3}}),
     "contrastive": (
@@ -55,12 +58,14 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`captions.jsonl`, `questions.jsonl`, `pairs.jsonl`, `sounds.jsonl` and `chats.jsonl`."""
+    """`captions.jsonl`, `questions.jsonl`, `pairs.jsonl`, `sounds.jsonl`, `chats.jsonl` and `shapes.jsonl`."""
     folder = tmp_path_factory.mktemp("data")
     tiny.save_captions(folder)
     tiny.save_questions(folder)
-    lines: dict[str, list[Any]] = {"pairs": [], "sounds": [], "chats": []}
+    lines: dict[str, list[Any]] = {"pairs": [], "sounds": [], "chats": [], "shapes": []}
     for i in range(6):
+        PIL.Image.new("RGB", (20 + 30 * i, 60), (40 * i, 9, 9)).save(folder / f"shape{i}.png")
+        lines["shapes"].append({"image": f"shape{i}.png", "text": "a dog"})
         lines["pairs"].append(
             {"image": f"{i}.png", "question": "what?", "chosen": "a dog " * i + "a", "rejected": "no"}
         )
@@ -82,7 +87,8 @@ def make(
     def made(case: str, precision: str) -> Recipe:
         model, file, stage = CASES[case]
         image = {"encoder": {"type": "hf_vision", "name": vision_folder("siglip_vision_model")}}
-        parts: dict[str, Any] = {"image": image | {k: v for k, v in model.items() if k != "timing"}}
+        image["encoder"] |= {k: v for k, v in model.items() if k == "fit"}
+        parts: dict[str, Any] = {"image": image | {k: v for k, v in model.items() if k not in ("timing", "fit")}}
         if stage.get("objective") == "classification":
             small = {"width": 16, "depth": 1, "dropout": 0.1}
             parts |= {"text": {"encoder": {"name": bert_folder}}, "timing": model["timing"], "options": small}

@@ -358,3 +358,10 @@ def test_the_same_through_dock(language_folder: Callable[..., str], private_cach
     count = partial(made.processor.image_placeholders)
     out = made.processor._get_num_multimodal_tokens(image_sizes=SIDES)
     assert out.num_image_tokens == [count(*s) for s in SIDES]
+
+
+def test_no_side_is_longer_than_the_longest() -> None:
+    """Not even of a thin picture that is made larger to fill a budget."""
+    layout = NativeLayout(8, min_patches=100, max_patches=200, max_side=20)
+    for size in ((8, 160), (1, 3000), (160, 8), (8, 8)):
+        assert max(layout.grid(*size)) <= 20

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from opticnerve.common.on_host import known, sent
 from opticnerve.connectors.base import Connector, blanked, check_activation, check_counts, grid_side
 from opticnerve.types import Features, OpticNerveError
 
@@ -146,10 +147,11 @@ class PixelShuffleConnector(Connector):
         index_BMS = np.full((len(tables), longest, self.scale**2), nothing)
         for row_MS, table_MS in zip(index_BMS, tables, strict=True):
             row_MS[: len(table_MS)] = np.where(table_MS < 0, nothing, table_MS)
-        index = torch.from_numpy(index_BMS).to(features.tokens_BND.device)
+        host_BMS = torch.from_numpy(index_BMS)
+        index = sent(host_BMS, features.tokens_BND.device)
         rows_B11 = torch.arange(len(tables), device=index.device)[:, None, None]
         squares_BMSD = F.pad(blanked(features), (0, 0, 0, 1))[rows_B11, index]
-        mask_BM = (index < nothing).any(-1)
+        mask_BM = known((index < nothing).any(-1), (host_BMS < nothing).any(-1))
         shapes = tuple((-(-rows // self.scale), -(-columns // self.scale)) for rows, columns in grids)
         return Features(self.layers(squares_BMSD.flatten(2)), mask_BM, shapes)
 

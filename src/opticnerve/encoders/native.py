@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
 from transformers.processing_utils import ImagesKwargs
 
+from opticnerve.common.on_host import known, sent
 from opticnerve.types import Features, OpticNerveError
 
 Grid = tuple[int, int]
@@ -82,7 +83,9 @@ class NativeLayout:
         if not least <= squares <= most:
             bound = most if squares > most else max(least, 1)
             size = get_image_size_for_max_num_patches(height, width, side, bound)
-        return size[0] // self.patch_size, size[1] // self.patch_size
+        # (A thin picture that is made larger may grow beyond the longest side.)
+        most = self.max_side or self.max_patches
+        return min(size[0] // self.patch_size, most), min(size[1] // self.patch_size, most)
 
     def num_pieces(self, height: int, width: int) -> int:
         """Patches of a picture: rows of `pixel_values`."""
@@ -210,8 +213,9 @@ def first(features: Features, count: int) -> Features:
 
 def real(lengths: Sequence[int], like: Tensor) -> Tensor:
     """(B, longest) bool: the first so many of each row."""
-    lengths_B = torch.tensor(lengths, device=like.device)
-    return torch.arange(max(lengths), device=like.device)[None] < lengths_B[:, None]
+    lengths_B1 = torch.tensor(lengths, device="cpu")[:, None]
+    real_BN = torch.arange(max(lengths), device="cpu") < lengths_B1
+    return known(sent(real_BN, like.device), real_BN)
 
 
 def by_shape(

@@ -119,8 +119,11 @@ def check_count(
 ) -> None:  # fmt: skip
     """The processor wrote as many placeholders as there are soft tokens, or it is an error with both numbers.
 
-    Numbers on a device are waited for once; a graph (`torch.compile`, `torch.export`) carries the check along.
+    Numbers on a device are waited for once; a graph (`torch.compile`, `torch.export`) carries the check along. They may
+    lie on several devices, as the parts of a model do that is split over them.
     """
+    if isinstance(wanted, Tensor) and isinstance(found, Tensor):
+        found = found.to(wanted.device)
     torch_compilable_check(
         torch.as_tensor(wanted == found), lambda: message.format(wanted=int(wanted), found=int(found))
     )
@@ -164,7 +167,7 @@ class Splice(Fusion):
             # Known on the host, and as many as there can be: that all are real is left to the device, unwaited for.
             assert_on_device(real_K.all(), "an encoder calls tokens not real that have placeholders")
         else:
-            check_count(shown_BL.sum(), real_K.sum())
+            check_count(shown_BL.sum(), on_host(features.mask_BN).sum())
         # Those that are real first, in their order: `tokens[mask]` would wait for the device and break a graph.
         first_K = torch.argsort((~real_K).byte(), stable=True)
         soft_KD = features.tokens_BND.flatten(0, 1)[first_K].to(embeds_BLD)

@@ -95,7 +95,7 @@ class Tower(nn.Module):
     def grids(self, sizes: Tensor | None) -> tuple[list[tuple[int, int]], ...]:
         """What an encoder of pictures that keep their shape takes beside their patches; nothing for others."""
         native = self.encoder.native
-        return () if native is None or sizes is None else ([native.grid(*size) for size in sizes.tolist()],)
+        return () if native is None or sizes is None else ([native.grid(*size) for size in on_host(sizes).tolist()],)
 
     def placed(self, media: Tensor) -> Tensor:
         """Media on the device and in the floating dtype of the encoder."""
