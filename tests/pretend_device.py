@@ -226,7 +226,7 @@ def _moving(device: PretendedDevice) -> Callable[..., Tensor]:
         asked, dtype, at_once, layout = torch._C._nn._parse_to(*rest, **options)  # type: ignore[attr-defined]
         have = place(self)
         want = have if asked is None else asked.type
-        kept = {} if layout is None else {"memory_format": layout}
+        kept: dict[str, Any] = {} if layout is None else {"memory_format": layout}
         if not {have, want} <= {CPU, CUDA}:
             return _TO(self, asked, dtype or self.dtype, copy=copy, **kept)
         out: Tensor = _TO(self, dtype=dtype or self.dtype, copy=copy, **kept)
@@ -347,6 +347,16 @@ def _cuda(device: PretendedDevice) -> dict[str, Any]:
         "manual_seed_all": None, "is_current_stream_capturing": False, "current_stream": _STREAM, "ipc_collect": None,
         "_is_in_bad_fork": False, "device": nullcontext(),
     }  # fmt: skip
+
+    def restore(state: Tensor, *_: Any) -> None:
+        random.set_state(state)
+
+    def states() -> list[Tensor]:
+        return [random.get_state()]
+
+    def restore_all(states: list[Tensor]) -> None:
+        random.set_state(states[0])
+
     answers: dict[str, Any] = {k: lambda *_, v=v, **__: v for k, v in constants.items()}
     return answers | {
         "mem_get_info": lambda *_: (MEMORY - device.live, MEMORY),
@@ -355,9 +365,9 @@ def _cuda(device: PretendedDevice) -> dict[str, Any]:
         "reset_peak_memory_stats": lambda *_: device.reset_peak(),
         "synchronize": lambda *_: device.wait("synchronize"),
         "get_rng_state": lambda *_: random.get_state(),
-        "set_rng_state": lambda state, *_: random.set_state(state),
-        "get_rng_state_all": lambda: [random.get_state()],
-        "set_rng_state_all": lambda states: random.set_state(states[0]),
+        "set_rng_state": restore,
+        "get_rng_state_all": states,
+        "set_rng_state_all": restore_all,
         "initial_seed": random.initial_seed,
     }
 
