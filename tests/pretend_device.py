@@ -27,6 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -452,4 +453,6 @@ def pretended(watch: type[Watch] = Watch) -> Iterator[PretendedDevice]:
             for name, value in replaced.items():
                 stack.enter_context(patch.object(owner, name, value, create=True))
         stack.enter_context(watch(device))
+        # accelerate keeps the device that it found for the rest of the process.
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
         yield device

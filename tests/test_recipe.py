@@ -90,7 +90,7 @@ REFUSED = {
     "two stages of one name": ({**GOOD, "stages": [GOOD["stages"][0]] * 2}, ("recipe", "align, align")),
     "an unknown encoder": (
         {**GOOD, "model": {**GOOD["model"], "image": {"encoder": {"type": "hf_visoin", "name": "x"}}}},
-        ("recipe", "model.image", "'hf_visoin'", "'hf_vision'", "dual_encoder, hf_vision, pair, patches, timm, whisper"),
+        ("recipe", "model.image", "'hf_visoin'", "'hf_vision'", "dual_encoder, hf_vision, pair, patches, qwen_vl, timm, whisper"),
     ),
     "an unknown connector": (
         {**GOOD, "model": {**GOOD["model"], "image": {**GOOD["model"]["image"], "connector": {"type": "mpl"}}}},

@@ -296,10 +296,12 @@ class TestOldNames:
         state: Any = TrainState.__new__(TrainState)
         state._strategy = SimpleNamespace(optimizer=SimpleNamespace(load_state_dict=kept.update))
         state._data = state._folder = None
-        monkeypatch.setattr("opticnerve.train.precheck.check_same", lambda *args: None)
+        state._sampler = SimpleNamespace(plan=None, steps=2, stage=None)
+        for name in ("check_same", "of_length"):
+            monkeypatch.setattr(f"opticnerve.train.precheck.{name}", lambda *args: None)
         old = "language_model.model.layers.0.q_proj.lora_A.default.weight"
         with pytest.raises(KeyError, match="buffers"):
-            state.load_state_dict({"data": None, "optimizer": {"masters": {old: torch.ones(1)}, "adam": {}}})
+            state.load_state_dict({"data": {"steps": 2}, "optimizer": {"masters": {old: torch.ones(1)}, "adam": {}}})
         assert list(kept["masters"]) == [old.replace("default", ADAPTER)]
 
 

@@ -398,7 +398,7 @@ def test_refusals() -> None:
     with refused("unsupported", "text: true"):
         QFormerPretraining(model)
     model.image = Tower()
-    model.image.tiling = "anyres"
+    model.image.layout = "anyres"
     with refused("conflict", "tiling"):
         QFormerPretraining(model)
 

@@ -44,7 +44,7 @@ from opticnerve.features import store as feature_cache  # noqa: E402
 from opticnerve.language.chat_template import CHATML  # noqa: E402
 from opticnerve.runs import pipeline  # noqa: E402, F401
 
-CLOCKS = ("elapsed_s", "waited_s", "tokens_per_second")
+CLOCKS = ("elapsed_s", "waited_s", "tokens_per_second", "samples_per_second", "waiting", "peak_memory_bytes", "mfu")
 SAVE_EVERY, STEPS = 3, (10, 14)
 FIRST = ("in mid-cache-write", "in mid-checkpoint")
 """Where the first kills happen, so that a short form has them."""

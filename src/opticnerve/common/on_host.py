@@ -34,6 +34,6 @@ def on_host(tensor: Tensor) -> Tensor:
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A small tensor of the CPU on that device: to CUDA through page-locked memory, so that nobody waits."""
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and type(tensor) is Tensor:  # a tensor without numbers has none to lock
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -48,6 +48,7 @@ class QwenVLEncoder(Encoder):
             connector (`pixel_shuffle`).
         deepstack: Qwen3-VL's merged features of earlier layers behind those of the last, joined along the width. (Its
             own language model adds them to the hidden states of its first layers; here they go through the connector.)
+        fit: native, as pictures are; there is no other way.
         min_patches, max_patches: the budget; see `NativeLayout`. The checkpoint's own by default.
         mean, std, resample: picture preparation, the checkpoint's own by default.
     """

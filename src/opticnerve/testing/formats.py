@@ -124,6 +124,8 @@ def _can_be_converted(format: DataFormat, context: Context) -> Iterator[str]:
             before = _read(format, record, context)
         except DataError:
             continue  # told already
+        if not before:
+            continue  # this, too
         out = context.media / f"{format.name}-{number}.jsonl"
         convert(before, out)
         rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

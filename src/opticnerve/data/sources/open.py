@@ -40,7 +40,8 @@ def open_records(path: Path, format: str = "auto", split: str | None = None, *, 
     """
     if format == "webdataset" or is_shards(path):
         return Shards(path, split)
-    if not path.exists() and any(sign in str(path) for sign in "*?[{") and (files := matching(str(path), split)):
+    files = [] if path.exists() or not any(sign in str(path) for sign in "*?[{") else matching(str(path), split)
+    if files and files != [path]:  # a name with a brace may stand for itself alone
         return _of_files(Path(os.path.commonpath([f.parent for f in files])), files, close_quotes)
     if not path.exists():
         remedy = "check the path"
