@@ -29,6 +29,11 @@ def cache_name(model: nn.Module) -> str:
     return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else CACHE
 
 
+def is_without_positions(model: nn.Module) -> bool:
+    """Whether a model is Mamba's kind: a recurrent state alone, whose `forward` takes the mask of new tokens only."""
+    return is_stateful(model) and "position_ids" not in inspect.signature(model.forward).parameters
+
+
 # What `preprocess` of an image processor calls around `_preprocess`.
 PREPROCESS_STEPS = (
     "_fuse_mean_std_and_rescale_factor",

@@ -24,6 +24,7 @@ from opticnerve.common.private_names import (
     CACHE,
     attention_of,
     cache_name,
+    is_without_positions,
     layers_not_to_split,
     set_attention,
     set_layers_not_to_split,
@@ -344,7 +345,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         prompt.rows_B = self._adapter_rows(prompt.rows_B, inputs_embeds if input_ids is None else input_ids)
         name = cache_name(module)
         mask = options.get("attention_mask")
-        if name != CACHE and mask is not None:
+        if mask is not None and is_without_positions(module):
             # Of what comes now alone: a state holds no positions.
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
             options = {**options, "attention_mask": mask[:, -length:]}
