@@ -7,7 +7,7 @@ testing; of the fonts, too, some families are never trained on. Fonts come from 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -132,6 +132,11 @@ class Paper:
     font: str
     rows: list[tuple[str, Box]] = field(default_factory=list)
     """Each printed line: its text, cells joined by a space, and its box."""
+
+
+def enclosing(boxes: Sequence[Box]) -> Box:
+    """The smallest box around all of them."""
+    return min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)
 
 
 @cache
@@ -292,7 +297,7 @@ def _draw(
             pen.text((ends[0][2] + face.getlength("."), y), "." * max(0, dots), font=face, fill=0)
         if row.frame:
             pen.rectangle((margin - 5, y - 3, right + 5, y + height), outline=0, width=2)
-        line = (min(e[0] for e in ends), min(e[1] for e in ends), max(e[2] for e in ends), max(e[3] for e in ends))
+        line = enclosing(ends)
         paper.rows.append((" ".join(c.text for c in row.cells), line))
         y += height
     paper.image = image.crop((0, 0, width, int(y) + rng.randint(10, 30)))
@@ -320,9 +325,7 @@ def _cell(
         start += len(word)
     if cell.fact:
         paper.facts[cell.fact] = cell.text
-    return (
-        min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)
-    )  # fmt: skip
+    return enclosing(boxes)
 
 
 def _rule(pen: ImageDraw.ImageDraw, rule: str, face: ImageFont.FreeTypeFont, box: Box) -> None:

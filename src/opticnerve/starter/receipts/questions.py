@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from opticnerve.starter.receipts.goods import Locale, Purchase, goods
-from opticnerve.starter.receipts.paper import Box, Paper
+from opticnerve.starter.receipts.paper import Box, Paper, enclosing
 
 _ASK: dict[str, dict[Locale, list[str]]] = {
     "total": {
@@ -112,4 +112,4 @@ def _box(paper: Paper, fact: str, answer: str) -> Box:
     """Around a fact's words, those that are part of the answer where it is some of them only."""
     mine = [w for w in paper.words if w.fact == fact]
     boxes = [w.box for w in mine if w.text in answer] or [w.box for w in mine]
-    return min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)
+    return enclosing(boxes)

@@ -17,7 +17,7 @@ from opticnerve.common import atomic
 from opticnerve.common.cache import cache_dir, new_folder
 from opticnerve.common.progress import Waiting
 from opticnerve.starter.receipts.goods import LOCALES, Side, purchase
-from opticnerve.starter.receipts.paper import Box, Paper, families, font_file, print_out
+from opticnerve.starter.receipts.paper import Box, Paper, enclosing, families, font_file, print_out
 from opticnerve.starter.receipts.photo import STYLES, Photo, photograph
 from opticnerve.starter.receipts.questions import ReceiptQuestion, questions, to_read
 
@@ -130,7 +130,6 @@ def _crops(
 
 
 def _around(rng: random.Random, boxes: list[Box]) -> tuple[int, int, int, int]:
-    left, top = min(b[0] for b in boxes), min(b[1] for b in boxes)
-    right, bottom = max(b[2] for b in boxes), max(b[3] for b in boxes)
+    left, top, right, bottom = enclosing(boxes)
     wide, high = rng.uniform(2, 12), rng.uniform(1, 4)
     return max(0, int(left - wide)), max(0, int(top - high)), int(right + wide), int(bottom + high)
