@@ -136,6 +136,7 @@ objectives: Registry[Any] = Registry(
         "contrastive": "opticnerve.objectives.contrastive:Contrastive",
         "classification": "opticnerve.objectives.next_token:Classification",
         "qformer_pretraining": "opticnerve.objectives.qformer_pretraining:QFormerPretraining",
+        "ctc": "opticnerve.objectives.ctc:CTC",
     },
 )
 data_formats: Registry[Any] = Registry(

@@ -297,6 +297,33 @@ class TestConnectors:
                 mine = out.tokens_BND[i][out.mask_BN[i]].view(*out.grids[i], 5)[:, x // 2 : x // 2 + 2]
                 torch.testing.assert_close(mine, wanted[: mine.shape[0], : mine.shape[1]])
 
+    def test_rectangles_lie_where_they_lie_in_the_map(self) -> None:
+        shuffle = PixelShuffleConnector(in_size=1, out_size=2, in_tokens=30, scale=[1, 2], maps=True)
+        shuffle.layers = torch.nn.Sequential(torch.nn.Identity())
+        numbers = torch.arange(1.0, 16.0).view(1, 15, 1)
+        out = shuffle(Features(numbers, torch.ones(1, 15, dtype=torch.bool), ((3, 5),)))
+        assert out.grids == ((3, 3),) and shuffle.pool == (1, 2)
+        rows = out.tokens_BND[0].view(3, 3, 2)
+        assert rows[0].tolist() == [[1, 2], [3, 4], [5, 0]] and rows[2].tolist() == [[11, 12], [13, 14], [15, 0]]
+        for scale in ([1, 1], [2], [1, 2, 3], "wide"):
+            with refused("wrong-type" if scale != [1, 1] else "out-of-range"):
+                PixelShuffleConnector(in_size=1, out_size=2, in_tokens=30, scale=scale, maps=True)  # type: ignore[arg-type]
+        with refused("wrong-shape", "native"):
+            PixelShuffleConnector(in_size=1, out_size=2, in_tokens=16, scale=[1, 2])
+
+    def test_positions_tell_rows_from_columns_and_pictures_by_themselves(self) -> None:
+        torch.manual_seed(0)
+        shuffle = PixelShuffleConnector(in_size=2, out_size=6, in_tokens=30, scale=2, maps=True, positions=True)
+        grids, tokens = ((4, 6), (6, 2)), torch.ones(2, 24, 2)
+        mask = torch.arange(24)[None] < torch.tensor([[24], [12]])
+        out = shuffle(Features(tokens, mask, grids))
+        first_ND = out.tokens_BND[0][out.mask_BN[0]]
+        assert len({tuple(row) for row in first_ND.round(decimals=4).tolist()}) == 6  # one kind of patch, six places
+        alone = shuffle(Features(tokens[1:], mask[1:], grids[1:]))
+        torch.testing.assert_close(out.tokens_BND[1][out.mask_BN[1]], alone.tokens_BND[0][alone.mask_BN[0]])
+        with refused("conflict", "native"):
+            PixelShuffleConnector(in_size=2, out_size=6, in_tokens=16, positions=True)
+
     def test_one_that_takes_maps_of_one_shape_is_refused_by_name(self, docked: Callable[..., Dock]) -> None:
         with refused("unsupported", "AbstractorConnector", "fit: native", "pixel_shuffle"):
             docked("llama", tiny.native_vision(), connector="abstractor")

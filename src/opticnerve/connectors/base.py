@@ -31,12 +31,12 @@ class Connector(nn.Module, ABC):
     keywords that build the same module again (without the sizes, which come from the neighbours).
     `keeps_grid`: the tokens that come out are a map in raster order if those that go in are (queries that gather from
     everywhere are none). `any_shape`: it takes pictures that keep their shape, too: where it asks what stands beside
-    what, `features.grids` tells. `pool`: side of the square of tokens that becomes one. `wants_text`: `project` also
+    what, `features.grids` tells. `pool`: rows and columns of tokens that become one. `wants_text`: `project` also
     takes the question's token ids and their mask.
     """
 
     any_shape: bool = False
-    pool: int = 1
+    pool: tuple[int, int] = (1, 1)
     keeps_grid: bool = True
     wants_text: bool = False
 

@@ -45,7 +45,7 @@ class NativeLayout:
         rounding: of a side to whole patches: "up" (SigLIP 2's own processor, Pixtral's) or "nearest" (Qwen2-VL's; where
             a picture is so thin that this would break the budget, "up").
         max_side: rows or columns of patches at most; a longer picture is made smaller first (Pixtral's longest edge).
-        pool: side of the square of patches that becomes one soft token, in the encoder and in the connector together.
+        pool: rows and columns of patches that become one soft token, in the encoder and in the connector together.
         tokens: soft tokens of every picture, where the connector gives a fixed number.
     """
 
@@ -55,7 +55,7 @@ class NativeLayout:
     multiple: int = 1
     rounding: Rounding = "up"
     max_side: int | None = None
-    pool: int = 1
+    pool: tuple[int, int] = (1, 1)
     tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class NativeLayout:
 
     def tokens_of(self, rows: int, columns: int) -> int:
         """Soft tokens of so many patches."""
-        return self.tokens if self.tokens is not None else -(-rows // self.pool) * -(-columns // self.pool)
+        return self.tokens if self.tokens is not None else -(-rows // self.pool[0]) * -(-columns // self.pool[1])
 
     @property
     def max_tokens(self) -> int:

@@ -72,7 +72,12 @@ class QwenVLEncoder(Encoder):
         self.merge, self.deepstack = merge, deepstack
         self.patch_size, self.side = int(config.patch_size), int(config.spatial_merge_size)
         usual = NativeLayout(
-            self.patch_size, 16, 1024, multiple=self.side, rounding="nearest", pool=self.side if merge else 1
+            self.patch_size,
+            16,
+            1024,
+            multiple=self.side,
+            rounding="nearest",
+            pool=(self.side, self.side) if merge else (1, 1),
         )
         self.take_pictures(32 * self.patch_size, fit, mean, std, resample)
         budget = self.take_budget(fit, min_patches, max_patches, usual)

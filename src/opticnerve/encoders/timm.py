@@ -7,6 +7,7 @@ Source: timm's feature API, `forward_features` and `forward_intermediates`
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
@@ -179,6 +180,14 @@ class TimmEncoder(Encoder):
         tokens_BND: Tensor = found.flatten(2).transpose(1, 2)
         return tokens_BND
 
+    def _ran(self, attribute: str) -> int | None:
+        """How many of a convolutional network's blocks run for the map of a `layer`; None: all."""
+        stages = getattr(self.model, "feature_info", None)
+        if not isinstance(self.layer, int) or not isinstance(stages, list):
+            return None
+        found = re.fullmatch(attribute + r"\.(\d+)", str(stages[self.layer].get("module")))
+        return int(found[1]) + 1 if found else None
+
     def _probe(self, name: str, image_size: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
         """Tokens and width, from a forward pass on the meta device: shapes without arithmetic."""
         with torch.device("meta"):
@@ -201,7 +210,7 @@ class TimmEncoder(Encoder):
         for attribute in ("blocks", "stages", "layers"):
             found = getattr(self.model, attribute, None)
             if isinstance(found, (nn.Sequential, nn.ModuleList)):
-                return list(found)
+                return list(found)[: self._ran(attribute)]
         for word in ("layer", "s", "level"):  # ResNets, RegNets, DLA: layer1, layer2, …
             named = [getattr(self.model, f"{word}{i}") for i in range(6) if hasattr(self.model, f"{word}{i}")]
             if len(named) > 2:

@@ -105,9 +105,9 @@ class TeacherForced:
         native, layout = self.tower.encoder.native, self.tower.layout
         if native is None or not isinstance(layout, NativeLayout):
             return isqrt(count), isqrt(count)
-        pool = native.pool if encoder else layout.pool
+        rows, columns = native.pool if encoder else layout.pool
         height, width = (n // native.patch_size for n in self.pixels_CHW.shape[1:])
-        return -(-height // pool), -(-width // pool)
+        return -(-height // rows), -(-width // columns)
 
     def media(self, pixels_NCHW: Tensor) -> dict[str, Tensor]:
         """Pictures of this one's shape as the model's inputs."""

@@ -42,6 +42,14 @@ class Frozen:
     def total(self) -> int:
         return sum(r.parameters for r in self.rows)
 
+    def beside(self, own: dict[str, nn.Parameter], rate: float) -> Frozen:
+        """With what an objective has of its own, which trains beside the model and is no part of it."""
+        if not own:
+            return self
+        row = FreezeRow("objective", sum(p.numel() for p in own.values()), True, rate, "float32")
+        named = {f"objective.{n}": p for n, p in own.items()}
+        return Frozen([*self.rows, row], {**self.groups, "objective": named}, {**self.rates, "objective": rate})
+
     def to_dict(self) -> dict[str, Any]:
         return {"rows": [asdict(r) for r in self.rows], "trained": self.trained, "total": self.total}
 
@@ -65,7 +73,8 @@ def freeze(model: FamilyModel, train: Mapping[str, float]) -> Frozen:
     """Open the named parts at their learning rates, freeze all others, set train and eval modes.
 
     A module is in `train()` only if it holds a trained parameter itself or is one of the trained part's modules
-    (dropout included); frozen batch norms stay in `eval()`, so that their statistics do not move.
+    (dropout included); frozen batch norms stay in `eval()`, so that their statistics do not move, and so do all of an
+    encoder with `fit: native`.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {}
     rates: dict[str, float] = {}
@@ -95,6 +104,11 @@ def freeze(model: FamilyModel, train: Mapping[str, float]) -> Frozen:
         if any(p.requires_grad for child in lora for p in child.parameters()):
             for child in lora:
                 child.train()
+    # Pictures that keep their shape go through one shape after the other: no batch has statistics to learn.
+    for encoder in (m for m in model.modules() if getattr(m, "native", None) is not None):
+        for module in encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
     return Frozen(_rows(model, groups, rates), groups, rates)
 
 

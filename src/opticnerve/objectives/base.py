@@ -32,6 +32,7 @@ class Objective(nn.Module, ABC):
     objective does its own backward pass over the micro-batches and processes of a step (`backward`).
     """
 
+    rate: float = 0.0
     whole_step: ClassVar[bool] = False
     in_batch: ClassVar[bool] = False
     """Whether the samples of a batch are compared with each other, on all processes."""
@@ -53,6 +54,11 @@ class Objective(nn.Module, ABC):
         Only where `whole_step`. `after_each` is called whenever gradients have been added.
         """
         raise NotImplementedError(f"{type(self).__name__} is computed micro-batch by micro-batch")
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What the objective has beside the model: it trains at `rate`, is kept in checkpoints, and thrown away when
+        the stage ends."""
+        return {n: p for n, p in self.named_parameters() if not n.startswith("model.")}
 
     @classmethod
     def collator(

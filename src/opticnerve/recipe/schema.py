@@ -140,7 +140,7 @@ class Recipe(Strict):
 
 
 OBJECTIVES = {
-    "docked": ("next_token", "dpo", "qformer_pretraining"),
+    "docked": ("next_token", "dpo", "qformer_pretraining", "ctc"),
     "dual": ("contrastive",),
     "classifier": ("classification",),
 }

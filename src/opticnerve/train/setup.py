@@ -126,6 +126,8 @@ def set_up(
     if stage.gradient_checkpointing:
         checkpoint_layers(model)
     trained |= {n for group in frozen.groups.values() for n in group}
+    objective = make_objective(stage, model)
+    frozen = frozen.beside(objective.own_parameters(), objective.rate)
     if accelerator.is_main_process:
         atomic.clear_left_overs(folder)
         atomic.write_json(folder / "freeze.json", frozen.to_dict())
@@ -134,7 +136,6 @@ def set_up(
 
     # The data, of which the first samples are looked at.
     skipped = BadSampleCounter(stage.bad_samples, stage.name)
-    objective = make_objective(stage, model)
     sampler, data = make_sampler(
         stage, processor, seed=recipe.seed, accelerator=accelerator, skipped=skipped, console=console,
         collate=objective.collator(processor, stage, recipe.seed),
@@ -143,7 +144,7 @@ def set_up(
     if (spec := stage.validate) is not None and (spec.data or spec.split):
         held_out = make_held_out(stage, processor, objective, sampler)
         data |= {"held_out": held_out.fingerprint}
-    model.to(accelerator.device)
+    objective.to(accelerator.device)
     if stage.cache_features:
         seeing = [sampler] if held_out is None else [sampler, held_out.sampler]
         cache_features(model, processor, stage, seeing, accelerator, console)

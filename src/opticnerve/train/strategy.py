@@ -152,4 +152,9 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
             f"stage {stage.name}: the objective {stage.objective.type} was not tried with DeepSpeed; train by DDP",
             kind="unsupported",
         )
+    if objective.own_parameters():
+        raise OpticNerveError(
+            f"stage {stage.name}: the objective {stage.objective.type} was not tried with {name}; train by DDP",
+            kind="unsupported",
+        )
     return (_FSDP2 if kind == "fsdp2" else _Zero)(accelerator, objective, frozen, stage)

@@ -59,7 +59,7 @@ class HFIdefics3(common.HFFormat):
         text, theirs = common.text_config(model, processor), model.image.encoder.model.config
         options: dict[str, Any] = {
             "vision_config": {name: getattr(theirs, name) for name in _SIZES}, "text_config": text,
-            "scale_factor": model.image.connector.scale, "image_token_id": model.config.image_token_id,
+            "scale_factor": model.image.connector.pool[0], "image_token_id": model.config.image_token_id,
             "tie_word_embeddings": bool(text.tie_word_embeddings), "pad_token_id": processor.tokenizer.pad_token_id,
         }  # fmt: skip
         return tf.Idefics3Config(**options)
@@ -81,7 +81,7 @@ class HFIdefics3(common.HFFormat):
             vision_input_type="vanilla", tile_size=encoder.image_size, max_num_tiles=1, image_mean=encoder.mean,
             image_std=encoder.std, resample=encoder.resample,
         )  # fmt: skip
-        return common.placeholders(processor, images, encoder.patch_size * model.image.connector.scale)
+        return common.placeholders(processor, images, encoder.patch_size * model.image.connector.pool[0])
 
     def notes(self, config: PreTrainedConfig) -> list[str]:
         return [

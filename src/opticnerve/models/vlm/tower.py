@@ -229,7 +229,8 @@ def _layout(encoder: Encoder, connector: Connector, tiling: Tiling | None) -> Ti
             kind="unsupported",
         )
     tokens = None if connector.keeps_grid else int(connector.num_tokens)
-    return replace(native, pool=native.pool * connector.pool, tokens=tokens)
+    (rows, columns), (more_rows, more_columns) = native.pool, connector.pool
+    return replace(native, pool=(rows * more_rows, columns * more_columns), tokens=tokens)
 
 
 def make(parts: registry.Registry[Any], spec: dict[str, Any], trusted: bool = True) -> Any:

@@ -42,7 +42,8 @@ class Photo:
         found = self.to_picture(np.array(list(zip(xs, [top, top, middle, middle, bottom, bottom], strict=True))))
         (x0, y0), (x1, y1) = found.min(0), found.max(0)
         width, height = self.image.size
-        return max(0.0, x0), max(0.0, y0), min(float(width), x1), min(float(height), y1)
+        left, top, right, bottom = max(0.0, x0), max(0.0, y0), min(float(width), x1), min(float(height), y1)
+        return round(left, 1), round(top, 1), round(right, 1), round(bottom, 1)
 
 
 def photograph(rng: random.Random, paper: Image.Image, style: str) -> Photo:

@@ -22,7 +22,8 @@ from opticnerve.starter.receipts.photo import STYLES, Photo, photograph
 from opticnerve.starter.receipts.questions import ReceiptQuestion, questions, to_read
 
 COUNTS: dict[Side, int] = {"train": 6000, "test": 400}
-_LAYOUT = 1  # raise when what is written below changes
+_LAYOUT = 2  # raise when what is written below changes
+READING = ("words", "lines", "regions", "whole")
 _LINES, _REGIONS = 3, 1  # crops of each training receipt
 _MOST_PIXELS = 1200  # of a picture's length
 
@@ -38,7 +39,7 @@ def prepare(folder: Path | None = None, *, counts: dict[Side, int] | None = None
     Returns:
         `train` and `test`: questions and answers (`type`, `locale`, `style`, and `box`, in pixels of the picture, of
         what answers it); `lines`, `regions` and `whole`: transcriptions of crops and of whole training receipts;
-        and `media`, from which the pictures' paths start.
+        `words`: each printed word of them with its box; and `media`, from which the pictures' paths start.
 
     Raises:
         OpticNerveError: a package with fonts cannot be fetched.
@@ -54,7 +55,7 @@ def prepare(folder: Path | None = None, *, counts: dict[Side, int] | None = None
         with new_folder(folder) as new:
             for side, count in counts.items():
                 _draw(new, side, count)
-    files = {kind: folder / f"{kind}.jsonl" for kind in ("train", "test", "lines", "regions", "whole")}
+    files = {kind: folder / f"{kind}.jsonl" for kind in ("train", "test", *READING)}
     return {**files, "media": folder}
 
 
@@ -97,12 +98,15 @@ def _one(folder: Path, side: Side, number: int) -> list[tuple[str, Row]]:
     base = {"image": f"{name}.jpg", "locale": about["locale"], "style": about["style"]}
     rows: list[tuple[str, Row]] = []
     for n, one in enumerate(asked):
-        box = None if one.box is None else [round(v, 1) for v in photo.box(one.box)]
+        box = None if one.box is None else list(photo.box(one.box))
         words = {"type": one.type, "question": one.question, "answer": one.answer, "box": box}
         rows.append((side, {"id": f"receipts-{side}-{number}-{n}", **base, **words}))
     if side == "test":
         return rows
     rng = random.Random(number)
+    objects = [{"label": word.text, "box": list(photo.box(word.box))} for word in paper.words]
+    listed = {"type": "words", "question": to_read(rng, about["locale"]), "answer": "<objects>", "objects": objects}
+    rows.append(("words", {"id": f"receipts-words-{number}", **base, **listed}))
     for kind, text, crop in _crops(rng, paper, photo):
         row = {"id": f"receipts-{kind}-{number}-{len(rows)}", **base}
         if crop is not None:

@@ -1,0 +1,64 @@
+"""A stage that reads boxed words: its reader trains beside the model, is in the checkpoints, and goes when it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import PIL.ImageDraw
+import pytest
+import torch
+
+import tiny
+from opticnerve import recipe as recipes
+from opticnerve.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, language_folder: Callable[..., str]) -> Recipe:
+    rows = []
+    for i in range(4):
+        picture = PIL.Image.new("RGB", (64 - 8 * i, 32), "white")
+        PIL.ImageDraw.Draw(picture).text((4, 4), "TOTAL", fill="black")
+        picture.save(tmp_path / f"{i}.png")
+        objects = [{"label": "TOTAL", "box": [4, 4, 34, 16]}]
+        rows.append({"image": f"{i}.png", "question": "Read.", "answer": "<objects>", "objects": objects})
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {
+        "name": "letters", "objective": {"type": "ctc", "width": 8}, "train": {"image.encoder": 1e-3},
+        "data": [{"path": str(tmp_path / "words.jsonl"), "boxes": {}}], "batch_size": 2, "steps": 6, "save_every": 2,
+    }  # fmt: skip
+    image = {"encoder": tiny.native_vision(min_patches=4, max_patches=24)}
+    model = {"language": {"name": language_folder()}, "image": image}
+    return recipes.load({"precision": "fp32", "model": model, "stages": [stage]})
+
+
+def test_resumed_is_uninterrupted_the_reader_included(
+    recipe: Recipe, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, _ = train(recipe, "whole")
+    train(recipe, "stopped", stop_at=3)
+    resumed, _ = train(recipe, "stopped", resume=True)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(t, weights[n]) for n, t in resumed.model.state_dict().items())
+    curves = []
+    for run in ("whole", "stopped"):
+        folder = tmp_path / run / "stages" / "0-align"
+        curves.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert curves[0] == curves[1] and curves[0][-1] < curves[0][0]
+
+
+def test_what_is_kept_is_the_model_alone(recipe: Recipe, train: Callable[..., Any], tmp_path: Path) -> None:
+    train(recipe, "run")
+    folder = tmp_path / "run" / "stages" / "0-align"
+    rows = {row["part"]: row for row in json.loads((folder / "freeze.json").read_text())["rows"]}
+    assert rows["objective"]["trained"] and rows["image.encoder"]["trained"]
+    from opticnerve.inference.load import load_model
+
+    model, _ = load_model(folder)
+    assert not any(n.startswith("objective") for n in model.state_dict())
