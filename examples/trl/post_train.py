@@ -52,7 +52,7 @@ def main() -> None:
     random.Random(0).shuffle(questions)
     options: dict[str, Any] = {
         "output_dir": str(given.out / "trainer"), "max_steps": given.steps or STEPS[given.method],
-        "learning_rate": given.learning_rate or RATES[given.method], "lr_scheduler_type": "constant",
+        "learning_rate": given.learning_rate or RATES[given.method], "lr_scheduler_type": "linear",
         "gradient_checkpointing": False, "report_to": "none", "logging_steps": 10, "use_cpu": True, "bf16": False,
         "save_strategy": "no",
     }  # fmt: skip
@@ -120,7 +120,7 @@ def dpo(model: Any, processor: Any, questions: list[Conversation], options: dict
         {**{k: r[k] for k in ("images", "prompt")}, "chosen": said(r["answer"]), "rejected": said(other(r["answer"]))}
         for r in rows
     )
-    config = trl.DPOConfig(**options, per_device_train_batch_size=batch, max_length=None, precompute_ref_log_probs=True)
+    config = trl.DPOConfig(**options, per_device_train_batch_size=batch, max_length=None)
     return trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=processor)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from opticnerve.data.dataset.load import STARTER, load_data
 from opticnerve.recipe import DataSpec
+from opticnerve.recipe.data import BoxSpec
 from opticnerve.starter.receipts import prepare, write
 from opticnerve.starter.receipts.goods import LOCALES, Locale, Side, for_testing, purchase
 from opticnerve.starter.receipts.paper import LAYOUTS, families
@@ -141,7 +142,8 @@ def test_it_reads_as_training_data(prepared: dict[str, Path]) -> None:
     keys = {key for name, (module, key) in STARTER.items() if module == "receipts"}
     assert keys == set(prepared) - {"media"}
     for key in keys:
-        spec = DataSpec(path=str(prepared[key]), media=str(prepared["media"]))
+        boxes = BoxSpec() if key == "words" else None
+        spec = DataSpec(path=str(prepared[key]), media=str(prepared["media"]), boxes=boxes)
         samples = load_data(spec)
         assert len(samples) == len(rows_of(prepared[key]))
         assert samples[0].messages[-1].role == "assistant"

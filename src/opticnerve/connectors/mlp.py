@@ -78,7 +78,7 @@ class MLPConnector(Connector):
 
 class PixelShuffleConnector(Connector):
     """Each square of `scale` × `scale` tokens, laid side by side as one, times one matrix or through a perceptron:
-    fewer tokens, nothing thrown away. (Or each rectangle: lines of print are wide and low.)
+    fewer tokens, nothing thrown away. Or each rectangle: lines of print are wide and low.
 
     Sources: InternVL 1.5 (Chen et al. 2024, How Far Are We to GPT-4V?, section 3.1), Idefics3 (Laurençon et al. 2024,
     Building and better understanding vision-language models) and SmolVLM (Marafioti et al. 2025, section 2.2).

@@ -107,7 +107,7 @@ def freeze(model: FamilyModel, train: Mapping[str, float]) -> Frozen:
     # Pictures that keep their shape go through one shape after the other: no batch has statistics to learn.
     for encoder in (m for m in model.modules() if getattr(m, "native", None) is not None):
         for module in encoder.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
                 module.eval()
     return Frozen(_rows(model, groups, rates), groups, rates)
 

@@ -115,13 +115,14 @@ class CTC(Objective):
     Args:
         model: a docked model whose image encoder gives a map: `fit: native` or `squash`.
         width: of the reader that stands on the map while this objective trains, and is thrown away afterwards.
-        steps: how many times a cell of the map is looked at from left to right; a character takes at least one.
+        steps: how many times a cell of the map is looked at from left to right: a character takes at least one, and the
+            same one twice takes three. For cells of 16 pixels 8 are 2 pixels each.
         rate: the reader's learning rate.
 
     Sources: see the module. The map is magnified by sub-pixel convolution (Shi et al. 2016, section 3.1).
     """
 
-    def __init__(self, model: Any, *, width: int = 96, steps: int = 4, rate: float = 2e-3) -> None:
+    def __init__(self, model: Any, *, width: int = 96, steps: int = 8, rate: float = 2e-3) -> None:
         super().__init__(model)
         tower: Any = getattr(model, "image", None)
         encoder = getattr(tower, "encoder", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -23,11 +23,14 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 Align = Literal["left", "centre", "right"] | float
 
-# Family: package, version, path of the regular cut, path of the bold one. None: in matplotlib.
-_FONTS: dict[Side, dict[Locale, dict[str, tuple[str, str, str, str] | None]]] = {
+# Family: package, version, path of the regular cut, path of the bold one.
+_FONTS: dict[Side, dict[Locale, dict[str, tuple[str, str, str, str]]]] = {
     "train": {
         "en": {
-            "DejaVuSansMono": None,
+            "DejaVuSansMono": ("matplotlib", "", "DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf"),
+            "DejaVuSans": ("matplotlib", "", "DejaVuSans.ttf", "DejaVuSans-Bold.ttf"),
+            "DejaVuSerif": ("matplotlib", "", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf"),
+            "STIXGeneral": ("matplotlib", "", "STIXGeneral.ttf", "STIXGeneralBol.ttf"),
             "Lato": ("font-lato", "0.1.0", "Lato-Regular.ttf", "Lato-Bold.ttf"),
             "SourceSansPro": ("font-source-sans-pro", "0.0.1", "SourceSansPro-Regular.ttf", "SourceSansPro-Bold.ttf"),
             "Manrope": ("font-manrope", "0.0.2", "Manrope-Medium.ttf", "Manrope-Bold.ttf"),
@@ -142,11 +145,11 @@ def enclosing(boxes: Sequence[Box]) -> Box:
 @cache
 def font_file(side: Side, locale: Locale, family: str, bold: bool) -> Path:
     """Where a font lies; its package is fetched once if it is not installed."""
-    found = _FONTS[side][locale][family]
-    if found is None:
-        return Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{family}{'-Bold' if bold else ''}.ttf"
-    package, version, regular, heavy = found
-    return PackagedFile(package, version, heavy if bold else regular).locate()
+    package, version, regular, heavy = _FONTS[side][locale][family]
+    name = heavy if bold else regular
+    if package == "matplotlib":
+        return Path(mpl.get_data_path()) / "fonts" / "ttf" / name
+    return PackagedFile(package, version, name).locate()
 
 
 def families(side: Side, locale: Locale) -> list[str]:
@@ -158,18 +161,40 @@ def layout(rng: random.Random, side: Side) -> dict[str, str]:
 
 
 def print_out(rng: random.Random, bought: Purchase, side: Side) -> Paper:
-    """Print a purchase: 300 to 480 pixels wide, as long as it needs."""
+    """Print a purchase: 300 to 480 pixels wide, as long as it needs. To train on, letters are also stretched and
+    squeezed, and in Japanese now and then of another family than kanji and kana."""
     how, family = layout(rng, side), rng.choice(families(side, bought.locale))
     rows = list(_rows(rng, bought, how))
     width, size = rng.randint(300, 480), rng.uniform(13, 18)
+    stretch, latin = 1.0, (bought.locale, family)
+    if side == "train":
+        stretch = rng.uniform(0.85, 1.2)
+        width = round(width / stretch)
+        if bought.locale == "ja" and rng.random() < 0.5:
+            latin = ("en", rng.choice(families(side, "en")))
     widest = max(sum(len(c.text) * (2 if bought.locale == "ja" else 1) for c in r.cells) * r.size for r in rows)
     size = max(11.0, min(size, 1.75 * width / max(widest, 1)))  # nothing runs over its neighbour
 
     @cache
-    def font(scale: float, bold: bool) -> ImageFont.FreeTypeFont:
-        return ImageFont.truetype(font_file(side, bought.locale, family, bold), round(size * scale))
+    def font(scale: float, bold: bool, ascii: bool) -> ImageFont.FreeTypeFont:
+        locale, chosen = latin if ascii else (bought.locale, family)
+        return ImageFont.truetype(font_file(side, locale, chosen, bold), round(size * scale))
 
-    return _draw(rng, rows, width, font, how, family)
+    return _stretched(_draw(rng, rows, width, font, how, family), stretch)
+
+
+def _stretched(paper: Paper, by: float) -> Paper:
+    """All of it `by` times as wide."""
+    if by == 1:
+        return paper
+
+    def wide(box: Box) -> Box:
+        return box[0] * by, box[1], box[2] * by, box[3]
+
+    width, height = paper.image.size
+    image = paper.image.resize((round(width * by), height), Image.Resampling.BICUBIC)
+    words = [replace(word, box=wide(word.box)) for word in paper.words]
+    return replace(paper, image=image, words=words, rows=[(text, wide(box)) for text, box in paper.rows])
 
 
 def _rows(rng: random.Random, bought: Purchase, how: dict[str, str]) -> Iterator[PrintedRow]:
@@ -277,7 +302,7 @@ def _total(label: Cell, amount: Cell, how: dict[str, str]) -> Iterator[PrintedRo
 
 
 def _draw(
-    rng: random.Random, rows: list[PrintedRow], width: int, font: Callable[[float, bool], ImageFont.FreeTypeFont],
+    rng: random.Random, rows: list[PrintedRow], width: int, font: Callable[[float, bool, bool], ImageFont.FreeTypeFont],
     how: dict[str, str], family: str,
 ) -> Paper:  # fmt: skip
     margin, leading, y = rng.randint(10, 28), rng.uniform(1.25, 1.6), float(rng.randint(10, 30))
@@ -285,13 +310,13 @@ def _draw(
     paper, pen = Paper(image, [], {}, how, family), ImageDraw.Draw(image)
     right = width - margin
     for row in rows:
-        face = font(row.size, row.bold)
+        face, latin = font(row.size, row.bold, False), font(row.size, row.bold, True)
         height = leading * face.size
         if not row.cells:
             _rule(pen, row.rule, face, (margin, y, right, y + height))
             y += height if row.rule else height / 2
             continue
-        ends = [_cell(pen, paper, cell, face, margin, right, y) for cell in row.cells]
+        ends = [_cell(pen, paper, cell, latin if cell.text.isascii() else face, margin, right, y) for cell in row.cells]
         if row.rule and len(ends) == 2:
             dots = int((ends[1][0] - ends[0][2]) / face.getlength(".") - 2)
             pen.text((ends[0][2] + face.getlength("."), y), "." * max(0, dots), font=face, fill=0)

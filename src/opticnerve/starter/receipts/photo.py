@@ -78,6 +78,7 @@ def _printed(
     rng: random.Random, noise: np.random.Generator, ink: NDArray[np.float32], *, faded: bool
 ) -> NDArray[np.float32]:
     height, width = ink.shape
+    ink = ink ** noise.uniform(0.6, 1.6)  # ink that runs, and ink that dries up
     colour = np.array([1, 1, 1]) - noise.uniform([0, 0, 0], [0.06, 0.08, 0.16])
     tone = np.array(rng.choice([(0.08, 0.08, 0.08), (0.15, 0.15, 0.2), (0.2, 0.15, 0.35), (0.25, 0.25, 0.25)]))
     strength = np.full((height, width), rng.uniform(0.85, 1.0))
