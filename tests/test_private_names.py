@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoProcessor, CompileConfig, LlamaConfig, MambaConfig, MambaForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AttentionInterface,
+    AutoProcessor,
+    CompileConfig,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -123,6 +133,21 @@ def test_attention_is_chosen_by_the_configuration(llama: Any) -> None:
     private_names.set_attention(llama.config, "sdpa")
     llama(IDS)
     assert len(calls) == llama.config.num_hidden_layers
+
+
+def test_experts_compute_as_is_said() -> None:
+    small = Qwen3MoeConfig(
+        hidden_size=16, num_hidden_layers=1, vocab_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+    )  # fmt: skip
+    mixture = Qwen3MoeForCausalLM(small)
+    counted = {private_names.grouped_product(): lambda *shapes, **_: 1}
+    for name, products in (("eager", 0), ("grouped_mm", 2)):
+        private_names.set_experts(mixture.config, name)
+        assert private_names.experts_of(mixture.config) == name
+        with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+            mixture(IDS)
+        assert counter.get_flop_counts()["Global"].get(private_names.grouped_product(), 0) == products
 
 
 def test_recurrent_models_say_so(llama: Any) -> None:

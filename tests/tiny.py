@@ -132,6 +132,11 @@ def language_config(family: str, vocabulary: int) -> Any:
             return tf.AutoConfig.for_model(family, **tokens, **width, **dict(zip(names, (2, 4), strict=True)))
         case "mamba":
             return tf.MambaConfig(**tokens, hidden_size=32, state_size=8, num_hidden_layers=2)
+        case _ if family in MIXTURES:
+            own = {"num_experts_per_tok": 2, "num_local_experts" if family == "mixtral" else "num_experts": 4}
+            if family == "qwen3_moe":
+                own |= {"moe_intermediate_size": 24, "head_dim": 8}
+            return tf.AutoConfig.for_model(family, **common, **own)
         case "gemma" | "gemma3_text" | "qwen3":
             return tf.AutoConfig.for_model(family, **common, head_dim=8)
         case _ if family in MORE_FAMILIES:
@@ -142,8 +147,9 @@ def language_config(family: str, vocabulary: int) -> Any:
 # Beside FAMILIES: tried where every family matters and one try is enough.
 MORE_FAMILIES = (
     "llama 3", "qwen3", "gemma", "gemma3_text", "phi3", "smollm3", "gpt_neox", "falcon", "bloom", "mpt", "olmo2",
-    "stablelm", "granite", "starcoder2", "cohere",
+    "stablelm", "granite", "starcoder2", "cohere", "qwen3_moe", "mixtral", "olmoe",
 )  # fmt: skip
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe")  # of experts
 FAMILIES = ("llama", "llama tied", "qwen2", "mistral", "phi", "gemma2", "gpt2", "opt")
 
 

@@ -67,7 +67,9 @@ def _render(made: Plan, console: Console) -> None:
     title = f"{made.name} ({made.precision})"
     table = table_of(title, "part", "what", "gives", ">parameters")
     for row in made.shapes:
-        table.add_row(row.part, row.kind, row.output, f"{row.parameters:,}" if row.parameters else "")
+        count = f"{row.parameters:,}" if row.parameters else ""
+        active = f", {row.active:,} active" if row.active < row.parameters else ""
+        table.add_row(row.part, row.kind, row.output, count + active)
     console.print(table)
     if made.visual_tokens:
         of = f" of the {made.context:,} that the language model takes" if made.context else ""

@@ -53,6 +53,17 @@ def set_attention(config: PreTrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
+def experts_of(config: PreTrainedConfig) -> str | None:
+    """How a mixture's experts are computed, such as `grouped_mm`."""
+    name: str | None = config._experts_implementation
+    return name
+
+
+def set_experts(config: PreTrainedConfig, name: str | None) -> None:
+    """As a model's `set_experts_implementation`, for one configuration and without its checks."""
+    config._experts_implementation = name
+
+
 def offers_attention(model: nn.Module) -> bool:
     """Whether a model takes its attention from `AttentionInterface`."""
     return bool(getattr(model, "_supports_attention_backend", False))
@@ -207,6 +218,11 @@ def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
     """The gradient of softmax's input over the last dimension, from those of its output `weights`, in one pass."""
     out: Tensor = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
     return out
+
+
+def grouped_product() -> Any:
+    """The operation that multiplies each expert's rows by its matrix."""
+    return torch.ops.aten._grouped_mm
 
 
 def can_reorder(dtype: torch.dtype) -> bool:

@@ -47,7 +47,9 @@ def check_plain(layer: nn.Module, what: str) -> None:
     Raises:
         OpticNerveError: they are.
     """
-    weight = layer.weight
+    weight = getattr(layer, "weight", None)
+    if weight is None:  # a mixture's experts
+        weight = next(layer.parameters())
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point() or type(weight.data) is not Tensor:
         raise OpticNerveError(

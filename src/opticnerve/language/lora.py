@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from opticnerve.language.adapters import ADAPTER, adopt, check_plain, our_layers, release
+from opticnerve.language.adapters import ADAPTER, adopt, check_plain, is_adapter, our_layers, release
+from opticnerve.language.experts import expert_tensors, is_expert
 from opticnerve.language.layers import decoder_layers
 from opticnerve.types import OpticNerveError
 
@@ -31,7 +32,8 @@ def add_lora(
 
     Args:
         options: `rank`; `alpha` (2 × rank by default); `dropout`; `targets`: "all-linear" (every linear layer of the
-            decoder), or a list of module-name endings such as [q_proj, v_proj]; `when`: see `AdapterMask`.
+            decoder, no expert of a mixture), or a list of name endings such as [q_proj, v_proj], which may name
+            experts: [experts.down_proj]; `when`: see `AdapterMask`.
             `dora` (Liu et al. 2024, section 4), `rank_stabilised` (Kalajdzievski 2023): peft's. `init`: of the weights,
             peft's; `pissa` (Meng et al. 2024, section 3) begins with the weight's first singular vectors and takes
             what they make out of the weight, which is frozen then.
@@ -59,19 +61,29 @@ def add_lora(
             f"{packed[0]} is quantised; leave one of the two out",
             kind="conflict",
         )
+    tensors: list[str] = []
     if targets == "all-linear":
-        targets = names
+        targets = [n for n in names if not is_expert(n)]
     else:
-        hit = [n for n in names if any(n == t or n.endswith("." + t) for t in targets)]
-        if not hit:
+        tensors = [n for n in expert_tensors(language_model) if _ends(n, targets)]
+        hit = [n for n in names if _ends(n, targets)]
+        if not hit and not tensors:
             raise OpticNerveError(
                 f"lora targets {targets} name no linear layer of the language model; "
                 f"its layers end in {', '.join(sorted({n.rsplit('.', 1)[-1] for n in names}))}",
                 kind="unknown-name",
             )
+        if tensors and (also := _not_on_experts(chosen)):
+            raise OpticNerveError(
+                f"lora: {also} does not go with experts ({tensors[0]}), whose adapter is a change of their weights; "
+                "leave one of the two out",
+                kind="conflict",
+            )
+        targets = hit
     rank, alpha = chosen["rank"], chosen["alpha"]
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=chosen["dropout"], target_modules=targets,
+        target_parameters=tensors or None,
         use_dora=chosen["dora"], use_rslora=chosen["rank_stabilised"],
         init_lora_weights=True if pissa else chosen["init"] or True,
         fan_in_fan_out=any(isinstance(_plain(language_model.get_submodule(n)), Conv1D) for n in names),  # GPT-2's
@@ -85,6 +97,17 @@ def add_lora(
             parameter.data = parameter.data.to(dtype)
     if pissa:
         _start_with_singular_vectors(language_model, dtype, fresh=fresh)
+
+
+def _ends(name: str, targets: list[str]) -> bool:
+    return any(name == t or name.endswith("." + t) for t in targets)
+
+
+def _not_on_experts(chosen: dict[str, Any]) -> str | None:
+    """The first of the options that a change of weights, which all tokens of a batch share, cannot follow."""
+    wanted = {"dora": chosen["dora"], "init": chosen["init"], "dropout": chosen["dropout"] > 0,
+              "when: media": chosen["when"] == "media"}  # fmt: skip
+    return next((name for name, given in wanted.items() if given), None)
 
 
 @torch.no_grad()
@@ -199,7 +222,7 @@ def linear_layers(language_model: nn.Module) -> list[str]:
     is one."""
     found: list[str] = []
     for name, module in language_model.named_modules():
-        inside = found and name.startswith(f"{found[-1]}.")  # of an adapter's layer
+        inside = (found and name.startswith(f"{found[-1]}.")) or is_adapter(name)  # of an adapter's layer
         if not inside and isinstance(_plain(module), nn.Linear | Conv1D):
             found.append(name)
     start = decoder_layers(language_model)[0]
@@ -234,9 +257,9 @@ def merge_lora(language_model: nn.Module) -> None:
     layers = list(our_layers(language_model))
     for _, layer in layers:
         check_plain(layer.get_base_layer(), "the adapter")
-    for name, layer in layers:
+    for name, layer in reversed(layers):  # of the tensors of a layer's experts one's adapter stands within another's
         base = layer.get_base_layer()
-        dtype = base.weight.dtype
+        dtype = next(base.parameters()).dtype
         for part in (base, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], *_magnitude(layer)):
             part.float()
         if layer.merged:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from opticnerve.data.collators.classification import AnswerBatch, AnswerCollator
+from opticnerve.language import experts
 from opticnerve.objectives.base import Objective
 from opticnerve.ops.head import supervised_logits, supervised_loss
 from opticnerve.ops.varlen import supported, within
@@ -25,13 +27,23 @@ class NextToken(Objective):
     """The assistant's next token: the sum over supervised tokens, so that any split of a batch adds up exactly."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars."""
+        """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars.
+
+        Where a mixture of experts trains, the sum has its routers' loss in it, whose mean `metrics` tells.
+        """
         targets_M = batch.targets.flatten()[batch.learned_M]
+        count = targets_M.new_full((), len(targets_M))
         with reading(self.model, batch) as (language_model, inputs):
-            loss_M = supervised_loss(language_model, batch.learned_M, targets_M, **inputs)
+            weight = experts.balanced(language_model) if torch.is_grad_enabled() else 0.0
+            with experts.watched(language_model) if weight else nullcontext() as routers:
+                loss_M = supervised_loss(language_model, batch.learned_M, targets_M, **inputs)
         if self.by_source is not None and batch.sources is not None:
             self.by_source.index_add_(0, batch.sources.flatten()[batch.learned_M], loss_M.detach())
-        return loss_M.sum(), targets_M.new_full((), len(targets_M))
+        if routers is None:
+            return loss_M.sum(), count
+        balance = experts.balance_loss(language_model, routers, batch.group >= 0, count)
+        self.metrics = {"router_loss": balance.detach() / count}
+        return loss_M.sum() + weight * balance, count
 
 
 class Classification(Objective):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from opticnerve.common.private_names import grouped_product
 from opticnerve.inference.load import default_device
 from opticnerve.models.vlm.prompt import Prompt
 from opticnerve.train.optim import state_bytes
@@ -108,8 +109,8 @@ def trace_step(
     language = model.language_model
     embedding: Any = model.get_input_embeddings()
     width, dtype = embedding.embedding_dim, embedding.weight.dtype
-    saved = _Saved(model, length)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    saved, counted = _Saved(model, length), {grouped_product(): _grouped_flops}
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=counted) as counter:
         with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda t: t):
             prompt = Prompt()
             for modality, tower in model.towers.items():
@@ -141,6 +142,12 @@ def trace_step(
     layers = max((len(m) for m in language.modules() if isinstance(m, nn.ModuleList)), default=1)
     inputs = layers * rows * length * width * dtype.itemsize
     return Trace(saved.bytes + logits, inputs + saved.bytes // layers + logits, flops)
+
+
+def _grouped_flops(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Of products with the experts' matrices, each with its own rows: torch's counter passes over them. Rows × in times
+    (experts, in, out), or, for a gradient of these, in × rows times rows × out."""
+    return 2 * int(a_shape[0]) * int(a_shape[1]) * int(b_shape[-1])
 
 
 def _soft_tokens(tower: Tower, pieces: int, dtype: torch.dtype) -> Any:

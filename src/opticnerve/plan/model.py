@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opticnerve.language.chat_template import set_template
+from opticnerve.language.experts import active_parameters
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language_config, load_tokenizer
 from opticnerve.language.lora import is_lora
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """One stop on the way of a picture to the language model."""
+    """One stop on the way of a picture to the language model. `active`: the parameters that one token meets, fewer
+    than all in a mixture of experts."""
 
     part: str
     kind: str
     output: str
     parameters: int
+    active: int
 
 
 def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
@@ -121,12 +124,15 @@ def shapes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> list[Sh
             ("connector", parts[name]["connector"]["type"], f"{most}{tower.num_tokens} × {width}{tiles}"),
             ("fusion", parts[name]["fusion"]["type"], f"{most}{count} placeholder{'s' if count > 1 else ''}"),
         )
-        found.append(Shape(*seen, " × ".join(map(str, encoder.media_shape)), 0))
-        found += [Shape(f"{name}.{part}", what, out, _count(getattr(tower, part))) for part, what, out in stops]
+        found.append(Shape(*seen, " × ".join(map(str, encoder.media_shape)), 0, 0))
+        for part, what, out in stops:
+            count = sum(p.numel() for p in getattr(tower, part).parameters())
+            found.append(Shape(f"{name}.{part}", what, out, count, count))
     language = model.language_model
     called = f"of {whole}" if whole else recipe.docked.language.name
     kind = f"{language.config.model_type} {called}, {len(decoder_layers(language)[1])} layers"
-    return [*found, Shape("language", kind, f"tokens × {width}", _count(language))]
+    counts = sum(p.numel() for p in language.parameters()), active_parameters(language)
+    return [*found, Shape("language", kind, f"tokens × {width}", *counts)]
 
 
 def _pixels(encoder: Encoder) -> str:
@@ -144,7 +150,3 @@ def native_size(vision_encoder: Encoder) -> int | None:
         return size
     settings = getattr(getattr(vision_encoder, "model", None), "pretrained_cfg", None) or {}
     return int(settings["input_size"][-1]) if settings.get("input_size") else None
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

@@ -16,6 +16,8 @@ from torch import Tensor
 from opticnerve.distributed.collectives import engine
 from opticnerve.distributed.deepspeed import Zero
 from opticnerve.distributed.fsdp import Sharded
+from opticnerve.language.adapters import our_layers
+from opticnerve.language.experts import is_expert
 from opticnerve.language.quantization import quantized_layers
 from opticnerve.models.freeze import Frozen
 from opticnerve.objectives.base import Objective
@@ -134,6 +136,12 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
     if quantized_layers(objective.model):
         raise OpticNerveError(
             f"stage {stage.name}: quantised weights were not tried with {name}; leave quantize out, or train by DDP",
+            kind="unsupported",
+        )
+    if any(is_expert(name) for name, _ in our_layers(objective.model)):
+        raise OpticNerveError(
+            f"stage {stage.name}: an adapter on experts was not tried with {name}; leave them out of lora.targets, or "
+            "train by DDP",
             kind="unsupported",
         )
     if any(p.dtype == torch.float16 for p in objective.model.parameters()):

@@ -24,9 +24,11 @@ from opticnerve.common.private_names import (
     CACHE,
     attention_of,
     cache_name,
+    experts_of,
     is_without_positions,
     layers_not_to_split,
     set_attention,
+    set_experts,
     set_layers_not_to_split,
 )
 from opticnerve.connectors.base import Connector
@@ -102,8 +104,8 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         audio_token_id: int | None = None,
     ) -> Any:  # fmt: skip
         """Dock modules that already hold their weights; nothing is copied. `towers`: by modality."""
-        # The configuration's constructor resets its sub-configurations: remember which attention was loaded.
-        attention = attention_of(language_model.config)
+        # The configuration's constructor resets its sub-configurations: remember how attention and experts compute.
+        attention, experts = attention_of(language_model.config), experts_of(language_model.config)
         config = OpticNerveConfig(
             text_config=language_model.config, towers={m: t.describe() for m, t in towers.items()},
             image_token_id=image_token_id, audio_token_id=audio_token_id,
@@ -112,6 +114,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         model = cls.__new__(cls)
         PreTrainedModel.__init__(model, config)
         set_attention(language_model.config, attention)
+        set_experts(language_model.config, experts)
         model.language_model = language_model
         for modality, tower in towers.items():
             setattr(model, modality, tower)
