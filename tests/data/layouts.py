@@ -9,6 +9,7 @@ Names, fields and nesting are those of the downloads; words and pictures are our
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import wave
@@ -45,7 +46,9 @@ class Case:
     def entry(self, folder: Path) -> dict[str, Any]:
         """A data entry for the written files."""
         path = self.write(folder)
-        named = {k: str(folder / v) if k in ("annotations", "media") else v for k, v in self.options.items()}
+        named = {
+            k: str(folder / v) if k in ("annotations", "media", "media_cache") else v for k, v in self.options.items()
+        }
         return {"path": str(path), "media": str(folder), **named}
 
 
@@ -129,6 +132,13 @@ Q, A = "what colour?", "red"
 PICTURES = {"1.png": png(), "2.png": png("blue")}
 TAGGED = ("<image>\n" + Q, A)
 COCO = "COCO_train2014_000000000009.jpg"
+WEB = "https://x.org/1.png"
+"""An address whose picture a media cache has: nothing is fetched."""
+KEPT = hashlib.sha256(WEB.encode()).hexdigest()
+CACHE: dict[str, Any] = {
+    f"cache/{KEPT[:2]}/{KEPT}.png": png(),
+    f"cache/{KEPT[:2]}/{KEPT}.json": {"url": WEB, "sha256": hashlib.sha256(png()).hexdigest(), "bytes": len(png())},
+}
 MCQ: Shown = [("user", ["[bytes]", "which?\nA. cat\nB. dog"]), ("assistant", ["dog"])]
 
 LLAVA = [
@@ -194,6 +204,10 @@ TOOLS = [
          [*qa(), ("user", ["Sure?"]), ("assistant", ["Yes."])], map={"instruction": "query", "output": "response"}),
     Case("ms-swift, preferences", "swift2.jsonl",
          [{"messages": chat("<image>" + Q, A), "rejected_response": "blue", "images": ["1.png"]}], qa()),
+    Case("ms-swift, objects", "swift3.jsonl",
+         [{"messages": chat("<image>Where is the <ref-object>?", "<bbox>"), "images": ["1.png"],
+           "objects": {"ref": ["cup"], "bbox": [[1, 2, 3, 4]]}}],
+         qa(question="Where is the cup?", answer="[125, 250, 375, 500]"), options={"boxes": {"style": "plain"}}),
     Case("TRL, messages", "trl.jsonl", [{"images": ["1.png"], "messages": chat(Q, A)}], qa()),
     Case("TRL, prompt and completion", "trl1.jsonl", [{"images": ["1.png"], "prompt": Q, "completion": A}], qa()),
     Case("TRL, both as messages", "trl2.jsonl",
@@ -204,6 +218,13 @@ TOOLS = [
            "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]}], qa("[bytes]")),
     Case("TRL, DPO without a prompt", "dpo.jsonl",
          [{"image": "1.png", "chosen": chat(Q, A), "rejected": chat(Q, "blue")}], qa()),
+    Case("TRL, DPO with a prompt", "dpo1.jsonl", [{"image": "1.png", "prompt": chat(Q), "chosen": A, "rejected": "blue"}], qa()),
+    Case("TRL, DPO of several pictures", "dpo2.jsonl",
+         [{"images": ["1.png", "2.png"], "chosen": chat(Q, A), "rejected": chat(Q, "blue")}],
+         [("user", ["1.png", "2.png", Q]), ("assistant", [A])]),
+    Case("OpenAI fine-tuning, what a server was asked", "asked.jsonl",
+         [{"model": "demo", "temperature": 0, "max_tokens": 9, "stream": False, "stop": ["\n"],
+           "messages": chat([{"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": Q}], A)}], qa("[bytes]")),
     Case("OpenAI fine-tuning", "openai.jsonl",
          [{"messages": [{"role": "developer", "content": "S"},
                         *chat([{"type": "text", "text": Q}, {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}], A)]}],
@@ -293,6 +314,10 @@ QUESTIONS = [
            "grade": "grade2", "subject": "x", "topic": "y", "lecture": "", "solution": ""}],
          [("user", ["[bytes]", "Look.\nwhich?\nA. cat\nB. dog"]), ("assistant", ["dog"])], 2,
          options={"columns": {"question": "{hint}\n{question}\n{choices}"}}),
+    Case("ScienceQA, with its lecture", "train-00000-of-00001.parquet",
+         [{"image": BYTES, "question": "which?", "choices": ["cat", "dog"], "answer": 1, "hint": "", "lecture": "So it is.", "solution": "It barks."}],
+         [("user", ["[bytes]", "So it is.\nwhich?\nA. cat\nB. dog"]), ("assistant", ["dog\nIt barks."])],
+         options={"columns": {"question": "{lecture}\n{hint}\n{question}\n{choices}", "answer": "{answer}\n{solution}"}}),
     Case("ScienceQA, problems.json", "problems.json",
          {"1": {"question": "which?", "choices": ["cat", "dog"], "answer": 1, "hint": "", "image": "image.png", "split": "train"},
           "2": {"question": "which?", "choices": ["cat", "dog"], "answer": 0, "hint": "", "image": None, "split": "train"}},
@@ -367,6 +392,15 @@ CAPTIONS = [
     Case("MiniGPT-4", "filter_cap.json", {"annotations": [{"image_id": "2", "caption": "a blue square"}]}, cap("2.png", "a blue square"),
          options={"columns": {"image": "{image_id}.png"}}),
     Case("open_clip", "cc12m.csv", "filepath\ttitle\n1.png\ta red square\n", cap(), map={"caption": "title"}),
+    Case("CC3M", "Train_GCC-training.tsv", f"a red square\t{WEB}\n", cap(f"{KEPT}.png"), options={"media_cache": "cache"}, also=CACHE),
+    Case("CC3M, with a header", "cc3m.tsv", f"caption\turl\na red square\t{WEB}\n", cap(f"{KEPT}.png"),
+         options={"media_cache": "cache"}, also=CACHE, map={"image": "url"}),
+    Case("CC12M", "cc12m.parquet", [{"url": WEB, "caption": "a red square"}], cap(f"{KEPT}.png"),
+         options={"media_cache": "cache"}, also=CACHE, map={"image": "url"}),
+    Case("LAION", "part-00000.parquet", [{"URL": WEB, "TEXT": "a red square", "WIDTH": 8, "HEIGHT": 8, "similarity": 0.3}], cap(f"{KEPT}.png"),
+         options={"media_cache": "cache"}, also=CACHE, map={"image": "URL", "caption": "TEXT"}),
+    Case("DataComp", "shard_000.parquet", [{"uid": "0", "url": WEB, "text": "a red square", "original_width": 8, "clip_b32_similarity_score": 0.3}],
+         cap(f"{KEPT}.png"), options={"media_cache": "cache"}, also=CACHE, map={"image": "url", "caption": "text"}),
     Case("Clotho", "clotho_captions_development.csv",
          "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\na.wav,one,two,three,four,five\n", cap("a.wav", "one"), 5,
          also={"a.wav": wav()}, map={"captions": [f"caption_{n}" for n in range(1, 6)]}),

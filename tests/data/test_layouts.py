@@ -79,6 +79,8 @@ def renamed(case: Case) -> tuple[Case, dict[str, Any]] | None:
     """The same rows under names that nobody knows, and the map that says which is which; None where there are no
     columns to be named (an object that holds records, pictures in folders, a table without a header)."""
     table = case.rows.split("\n") if isinstance(case.rows, str) and Path(case.file).suffix in (".csv", ".tsv") else None
+    if table is not None and "://" in table[0]:
+        return None
     if table is not None:
         mark = max("\t,|", key=table[0].count)
         names = [n.strip() for n in table[0].split(mark)]

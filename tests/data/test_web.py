@@ -1,10 +1,9 @@
 """Pictures on the web: once, where a `media_cache` asks for them, a few side by side, and never from within this network
-unless that is allowed; data files in a cloud."""
+unless that is allowed."""
 
 from __future__ import annotations
 
 import http.server
-import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,16 +13,14 @@ from typing import Any
 
 import pytest
 from layouts import png, put
-from typer.testing import CliRunner
 
 from errors import refused
-from hub import serving
-from opticnerve.cli.main import app
 from opticnerve.common import fetch
-from opticnerve.data.dataset.load import load_data, stream_data
+from opticnerve.common.cache import alone
+from opticnerve.data.dataset.load import stream_data
 from opticnerve.data.media import web
 from opticnerve.recipe.loading import data_entry
-from opticnerve.types import Conversation, DataError, OpticNerveError, TextPart
+from opticnerve.types import Conversation, DataError, TextPart
 
 
 @dataclass
@@ -37,11 +34,13 @@ class Site:
     busy: list[int] = field(default_factory=list)  # how often it says that it is busy
     together: int = 1  # requests that wait for each other
     changed: threading.Condition = field(default_factory=threading.Condition)
+    hold: threading.Event = field(default_factory=threading.Event)  # clear: nothing is answered
 
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     found = Site()
+    found.hold.set()
     monkeypatch.setattr(web, "PAUSE", 0.0)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -52,6 +51,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
                 found.most = max(found.most, found.now)
                 found.changed.notify_all()
                 found.changed.wait_for(lambda: found.most >= found.together, timeout=20)
+            found.hold.wait(60)
             where, _, to = self.path.partition("?to=")
             status = 503 if found.busy and found.busy.pop() else 302 if to else 200 if where.endswith(".png") else 404
             self.send_response(status)
@@ -120,6 +120,27 @@ def test_one_picture_of_many_records_is_fetched_once(tmp_path: Path, site: Site,
     assert (len(found), site.asked) == (9, ["/1.png"])
 
 
+def test_whoever_waited_finds_what_another_fetched(tmp_path: Path, site: Site) -> None:
+    """The lock is a file's, and so holds among processes as among threads."""
+    address, folder = f"{site.url}/1.png", tmp_path / "cache"
+    site.hold.clear()
+    both = [
+        threading.Thread(target=web.fetched, args=(address, folder, "image"), kwargs={"private": True})
+        for _ in range(2)
+    ]
+    for thread in both:
+        thread.start()
+    both[0].join(0.1)
+    site.hold.set()
+    for thread in both:
+        thread.join()
+    assert site.asked == ["/1.png"]
+    (file,) = folder.glob("*/*.png")
+    web._SEEN.clear()  # another process, while a third fetches
+    with alone(file.parent, "", ""):
+        assert web.fetched(address, folder, "image", private=True) == file
+
+
 def test_no_more_is_fetched_than_a_limit_nearly_wants(tmp_path: Path, site: Site, local: dict[str, Any]) -> None:
     found, _ = tried(written(tmp_path, *(f"{site.url}/{n}.png" for n in range(99))), limit=2, **local)
     assert len(found) == 2 and len(site.asked) <= 2 + 2 * web.AT_ONCE
@@ -146,7 +167,7 @@ def test_more_or_less_than_should_be(
     monkeypatch.setitem(web.MAX_MEDIUM, "image", most)
     with refused("url", error=DataError):
         web.fetched(f"{site.url}/{name}", tmp_path / "cache", "image", private=True)
-    assert not (tmp_path / "cache").exists()
+    assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.name != "lock"]
 
 
 class TestWithin:
@@ -176,42 +197,3 @@ class TestWithin:
         assert found.read_bytes() == png() and site.asked[-1] == "/1.png"
         with refused("url", "redirects", error=DataError):
             web.fetched(f"{site.url}/b.png?to={'/b.png?to=' * 9}/1.png", tmp_path / "cache", "image")
-
-
-# -- clouds -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_data_file_in_a_cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fsspec
-
-    monkeypatch.setenv("OPTICNERVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(web, "CLOUD", ("memory://",))
-    monkeypatch.setattr("opticnerve.data.dataset.load.CLOUD", ("memory://",))
-    (tmp_path / "1.png").write_bytes(png())
-    with fsspec.open("memory://bucket/d.jsonl", "w") as file:
-        file.write(json.dumps({"image": "1.png", "caption": "red"}))
-    (sample,) = load_data(data_entry({"path": "memory://bucket/d.jsonl", "media": str(tmp_path)}))
-    assert sample.answer == "red"
-    checked = CliRunner().invoke(app, ["data", "check", "memory://bucket/d.jsonl", "--media", str(tmp_path), "--json"])
-    assert json.loads(checked.stdout)["good"] == 1, checked.output
-    with refused("missing-file", error=DataError):
-        load_data(data_entry({"path": "memory://bucket/none.jsonl"}))
-
-
-def test_a_data_set_of_the_hub_by_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`hf://`: the data file, and a picture that it names, from a hub on this machine."""
-    monkeypatch.setenv("OPTICNERVE_CACHE", str(tmp_path / "cache"))
-    kept = tmp_path / "kept"
-    put(kept / "1.png", png())
-    address = "hf://datasets/me/set"
-    put(kept / "d.jsonl", [{"image": f"{address}/1.png", "caption": "red"}])
-    with serving() as hub:
-        hub.add("me/set", kept, kind="datasets")
-        hub.point_here(monkeypatch, tmp_path / "home")
-        monkeypatch.setattr("huggingface_hub.hf_file_system.constants.ENDPOINT", hub.address, raising=False)
-        options = {"path": f"{address}/d.jsonl", "media_cache": str(tmp_path / "media")}
-        (sample,) = load_data(data_entry(options))
-        assert sample.answer == "red"
-        assert Path(str(sample.images[0].source)).read_bytes() == png()
-        with pytest.raises(OpticNerveError):
-            load_data(data_entry({"path": f"{address}/none.jsonl"}))

@@ -23,7 +23,7 @@ from opticnerve.types import DataError
 ROW: dict[str, Any] = {
     "relevance": 4, "lang": "en", "score": "3.5", "meta": {"votes": 2}, "ratings": [5, 3, None], "none": None,
     "good": True, "tags": ["cat", "dog"], "image quality": 0.5, "nan": float("nan"), "holes": [float("nan"), 4],
-    "url": "https://x.org/a",
+    "url": "https://x.org/a", "cell": "10", "cells": ["9", "10"], "mixed": ["9", "ten"],
 }  # fmt: skip
 
 
@@ -41,6 +41,9 @@ def keeps(text: str, row: dict[str, Any] = ROW) -> bool:
         ("meta.votes == 2", True), ("ratings[0] == 5", True), ("min(ratings) >= 3", True), ("len(tags) > 2", False), ("max(holes) == 4", True),
         ("max(none) > 1", False), ("good", True), ("not good", False), ("good == true", True), ("-1 < relevance", True),
         ("`image quality` >= 0.5", True), ("`image quality` == '`'", False), ("meta['votes'] > 1", True),
+        # texts of numbers, as tables have them, are more and less as numbers, and the same as texts
+        ("max(cells) == 10", True), ("max(cells) > 9.5", True), ("min(cells) < cell", True), ("cells[0] < cell", True),
+        ("cells[0] < '10'", True), ("cell == '10.0'", False), ("max(tags) == 'dog'", True), ("len(mixed) == 2", True),
         # what is not there, null and NaN are one: neither less nor more than anything
         ("none > 3", False), ("none <= 3", False), ("none == null", True), ("none is not null", False),
         ("absent == null", True), ("nan == null", True), ("nan < 1", False), ("none != 3", True), ("none in [3]", False),
@@ -66,7 +69,15 @@ def test_what_is_no_condition(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["lang > 3", "relevance", "lang", "min(lang) > 3 and len(relevance) > 1", "3 in relevance", "max(score) > 3"],
+    [
+        "lang > 3",
+        "relevance",
+        "lang",
+        "min(lang) > 3 and len(relevance) > 1",
+        "3 in relevance",
+        "max(score) > 3",
+        "max(mixed) > 3",
+    ],
 )
 def test_what_cannot_be_compared_is_a_bad_sample(text: str) -> None:
     with refused("where", error=DataError):

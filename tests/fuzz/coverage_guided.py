@@ -24,7 +24,19 @@ with atheris.instrument_imports(include=["opticnerve"]):
     import opticnerve.models.checkpoint.delta
     import opticnerve.recipe  # noqa: F401
 
-PARSERS = ("recipes", "data-files", "records", "paths", "images", "sounds", "checkpoint-json", "safetensors")
+PARSERS = (
+    "recipes",
+    "data-files",
+    "records",
+    "folders",
+    "where",
+    "tools",
+    "paths",
+    "images",
+    "sounds",
+    "checkpoint-json",
+    "safetensors",
+)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import psutil
 from opticnerve.common.units import format_bytes
 from opticnerve.types import OpticNerveError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABANDONED = 24 * 3600
 """Seconds after which what another machine began to write is taken for left over."""
 
@@ -127,7 +127,7 @@ def room_for(what: str, needed: int, folder: Path, *, remedy: str = "free some s
     try:
         yield
     except OSError as e:
-        if e.errno in _FULL:
+        if e.errno in FULL:
             raise _full(what, needed, shutil.disk_usage(folder).free, folder, remedy, e.strerror) from e
         raise
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from opticnerve.common import atomic
+from opticnerve.types import OpticNerveError
 
 
 def cache_dir() -> Path:
@@ -34,6 +35,26 @@ def new_folder(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():  # another process may have finished first; its folder is as good
                 raise
+
+
+@contextlib.contextmanager
+def alone(folder: Path, problem: str, remedy: str) -> Iterator[None]:
+    """One at a time, among all threads and processes that want this folder, which is made if missing; the system lets
+    go of it when a process dies.
+
+    Raises:
+        OpticNerveError: it cannot be written; `problem` and `remedy` say what that means.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as e:
+        raise OpticNerveError(f"{problem}: {e.strerror or e}; {remedy}", kind="no-permission") from e
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from opticnerve.data.formats.media import Context
 from opticnerve.data.formats.rules import check_conversation, check_unread
 from opticnerve.data.sources.base import Location, Record
 from opticnerve.registry import data_formats
-from opticnerve.testing.contract import ContractError
+from opticnerve.testing.contract import Broken, apply, expect
 from opticnerve.types import Conversation, DataError
 
 _HURT: tuple[object, ...] = (None, "", 0, 1.5, True, [], {}, [None], [[]], {"a": 1}, "x", ["x"])
@@ -46,10 +48,22 @@ def check_format(make: Callable[[], DataFormat]) -> None:
         folder = Path(name)
         for picture, colour in (("1.png", "red"), ("2.png", "blue")):
             PIL.Image.new("RGB", (8, 8), colour).save(folder / picture)
-        context = Context("example", folder)
-        broken = [problem for rule in _RULES for problem in rule(format, context)]
-    if broken:
-        raise ContractError(f"{getattr(format, 'name', type(format).__name__)}:\n- " + "\n- ".join(broken))
+        apply(_RULES, _Given(format, Context("example", folder)), getattr(format, "name", type(format).__name__))
+
+
+@dataclass
+class _Given:
+    """A format, and where its examples' pictures lie."""
+
+    format: DataFormat
+    context: Context
+
+    def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, record in enumerate(getattr(self.format, "example", ())):
+            yield f"example {number}", copy.deepcopy(dict(record))
+
+    def read(self, record: Mapping[str, Any]) -> list[Conversation]:
+        return _read(self.format, record, self.context)
 
 
 def _read(format: DataFormat, record: Mapping[str, Any], context: Context) -> list[Conversation]:
@@ -62,83 +76,70 @@ def _read(format: DataFormat, record: Mapping[str, Any], context: Context) -> li
     return found
 
 
-def _says_what_it_is(format: DataFormat, context: Context) -> Iterator[str]:
+def says_what_it_is(given: _Given) -> None:
+    """A format says how it is called (`name`), which fields it wants (`wants`), and gives records (`example`)."""
     for name in ("name", "wants", "example"):
-        if not getattr(format, name, None):
-            yield f"it has no {name}: a format says how it is called, which fields it wants, and gives examples"
+        expect(bool(getattr(given.format, name, None)), f"it has no {name}")
 
 
-def _knows_its_own(format: DataFormat, context: Context) -> Iterator[str]:
-    for number, record in enumerate(getattr(format, "example", ())):
-        if not format.fits(dict(record)):
-            yield f"example {number} does not fit: `fits` knows a record of the format by its fields"
-        others = [n for n in data_formats if n != format.name and format_of(n).fits(dict(record))]
-        if others:
-            yield f"example {number} fits {', '.join(others)}, too: then `format` would have to be named each time"
-    if format.fits({}):
-        yield "it fits a record without a field: it would take every file for its own"
+def knows_its_own(given: _Given) -> None:
+    """`fits` knows a record of the format by its fields, and no other's: else `format` would have to be named each
+    time, or every file be taken for its own."""
+    for name, record in given.examples():
+        expect(given.format.fits(record), f"{name} does not fit")
+        others = [n for n in data_formats if n != given.format.name and format_of(n).fits(record)]
+        expect(not others, f"{name} fits {', '.join(others)}, too")
+    expect(not given.format.fits({}), "it fits a record without a field, and so every file")
 
 
-def _reads_its_examples(format: DataFormat, context: Context) -> Iterator[str]:
-    for number, record in enumerate(getattr(format, "example", ())):
-        before = copy.deepcopy(dict(record))
+def reads_its_examples(given: _Given) -> None:
+    """A sample is a function of its record, which is left as it was; each example gives one to learn from."""
+    for name, record in given.examples():
+        before = copy.deepcopy(record)
+        first, again = given.read(record), given.read(record)
+        expect(bool(first), f"{name} gives no sample")
+        expect(first == again, f"{name} reads otherwise the second time")
+        expect(record == before, f"{name} was changed by reading it")
+
+
+def refuses_in_words(given: _Given) -> None:
+    """Whatever stands in a field, the record is read or refused with a `DataError`, or users would get a traceback."""
+    for name, record in given.examples():
+        for key, value in itertools.product(record, _HURT):
+            try:
+                given.read({**record, key: value})
+            except DataError:
+                continue
+            except Exception as e:
+                raise Broken(f"{name} with {key}: {value!r} raises {type(e).__name__} ({e})") from e
+
+
+def passes_no_picture_over(given: _Given) -> None:
+    """A picture that nobody uses is an error."""
+    for name, record in given.examples():
         try:
-            first, again = (_read(format, record, context) for _ in range(2))
-        except DataError as e:
-            yield f"example {number} is refused: {e}"
-            continue
-        if not first:
-            yield f"example {number} gives no sample"
-        if first != again:
-            yield f"example {number} reads otherwise the second time: a sample is a function of its record"
-        if dict(record) != before:
-            yield f"example {number} was changed by reading it"
-
-
-def _refuses_in_words(format: DataFormat, context: Context) -> Iterator[str]:
-    for number, record in enumerate(getattr(format, "example", ())):
-        for key in record:
-            for value in _HURT:
-                try:
-                    _read(format, {**copy.deepcopy(dict(record)), key: value}, context)
-                except DataError:
-                    continue
-                except Exception as e:  # whatever it is, users would get a traceback
-                    yield f"example {number} with {key}: {value!r} raises {type(e).__name__} ({e}), not a DataError"
-                    break
-
-
-def _passes_no_picture_over(format: DataFormat, context: Context) -> Iterator[str]:
-    for number, record in enumerate(getattr(format, "example", ())):
-        try:
-            _read(format, {**copy.deepcopy(dict(record)), _UNKNOWN: "3.png"}, context)
+            given.read({**record, _UNKNOWN: "3.png"})
         except DataError:
             continue
-        yield f"example {number} with {_UNKNOWN}: 3.png is read: a picture that nobody uses is an error"
+        raise Broken(f"{name} with {_UNKNOWN}: 3.png is read")
 
 
-def _can_be_converted(format: DataFormat, context: Context) -> Iterator[str]:
+def can_be_converted(given: _Given) -> None:
+    """What was read and written as chat records reads the same."""
     chat, preference = format_of("chat"), format_of("preference")
-    for number, record in enumerate(getattr(format, "example", ())):
-        try:
-            before = _read(format, record, context)
-        except DataError:
-            continue  # told already
-        if not before:
-            continue  # this, too
-        out = context.media / f"{format.name}-{number}.jsonl"
+    for number, (name, record) in enumerate(given.examples()):
+        before, out = given.read(record), given.context.media / f"{number}.jsonl"
         convert(before, out)
         rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-        after = [c for row in rows for c in _read(preference if "chosen" in row else chat, row, context)]
-        if [c.messages for c in after] != [c.messages for c in before]:
-            yield f"example {number} is another conversation once it has been converted to chat records"
+        after = [c for row in rows for c in _read(preference if "chosen" in row else chat, row, given.context)]
+        expect([c.messages for c in after] == [c.messages for c in before], f"{name} is another conversation then")
 
 
 _RULES = (
-    _says_what_it_is,
-    _knows_its_own,
-    _reads_its_examples,
-    _refuses_in_words,
-    _passes_no_picture_over,
-    _can_be_converted,
+    says_what_it_is,
+    knows_its_own,
+    reads_its_examples,
+    refuses_in_words,
+    passes_no_picture_over,
+    can_be_converted,
 )

@@ -52,6 +52,9 @@ def convert(
         DataError: a sample that cannot be written so. Then nothing is.
     """
     make, several = _WRITERS.get(out.suffix), _PATTERN.search(out.name) is not None
+    if re.match(r"[a-z0-9]+:/", str(out)):
+        problem = f"{out} is no place on this machine; write a file here, and copy it there"
+        raise OpticNerveError(problem, kind="unsupported")
     if make is None:
         problem = f"{out} does not say what to write: end it with {', '.join(_WRITERS)}"
         raise OpticNerveError(problem, kind="unsupported")

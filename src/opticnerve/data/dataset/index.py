@@ -8,8 +8,6 @@ folders in which media were looked for (their times of change), the options, and
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -17,7 +15,7 @@ import shutil
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
@@ -28,12 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.common import atomic
-from opticnerve.common.cache import cache_dir, new_folder
+from opticnerve.common.cache import alone, cache_dir, new_folder
 from opticnerve.data.dataset.opened import OnError, OpenSource
 from opticnerve.data.dataset.read import DataSource, open_source, raise_error
 from opticnerve.data.formats.media import MOST_FOLDERS, folder_age
 from opticnerve.data.sources.base import Location, Records
-from opticnerve.types import Conversation, DataError, Frame, OpticNerveError
+from opticnerve.types import Conversation, DataError, Frame
 
 KEPT = 16 << 20
 """Bytes of data from which on an index is kept on disk: reading less takes no time."""
@@ -98,7 +96,11 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
                str(source.media_cache), source.where, source.allow_private_hosts, str(source.boxes),
                _readers()]  # fmt: skip
     folder = cache_dir() / "indexes" / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
-    with _alone(folder):  # several processes start at once: one makes it, the others find it
+    problem, remedy = (
+        f"the index of data in {folder} cannot be written",
+        "let OPTICNERVE_CACHE name a folder that can be",
+    )
+    with alone(folder, problem, remedy):  # several processes start at once: one makes it, the others find it
         started = time.time_ns()
         before = _stats(files)
         found = folder / _contents(files, started)
@@ -251,21 +253,6 @@ def _readers() -> str:
     folders = (files("opticnerve.data") / part for part in ("formats", "sources", "dataset", "media"))
     code = sorted(f for folder in folders for f in folder.iterdir() if f.name.endswith(".py"))  # type: ignore[type-var]
     return hashlib.sha256(b"".join(f.read_bytes() for f in code)).hexdigest()
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as e:
-        raise OpticNerveError(
-            f"the index of data in {folder} cannot be written: {e}; let OPTICNERVE_CACHE name a folder that can be",
-            kind="no-permission",
-        ) from e
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _pass_over(error: DataError) -> None:

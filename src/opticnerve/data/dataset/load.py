@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from opticnerve.data.dataset.opened import OnError
 from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.dataset.streaming import Stream, Streams
 from opticnerve.data.formats.boxes import BoxOptions
-from opticnerve.data.media.web import CLOUD, local_copy
+from opticnerve.data.media.cloud import in_cloud
 from opticnerve.data.sources.base import Streaming
+from opticnerve.data.sources.cloud import local_copy
 from opticnerve.recipe import DataSpec, Stage
 from opticnerve.types import Conversation, Frame, OpticNerveError
 
@@ -102,12 +104,15 @@ def source_of(spec: DataSpec) -> DataSource:
     media = os.path.expandvars(spec.media) if spec.media else None
     trusted = spec.allow_outside_media
     annotations, cache = (os.path.expandvars(p) if p else None for p in (spec.annotations, spec.media_cache))
+    above = re.split(r"[*?\[{]", path)[0].rpartition("/")[0] if in_cloud(path) else None
     if not spec.streaming:
         path = _here(path)
         annotations = _here(annotations) if annotations else None
     if path.startswith("starter/"):
         path, media = _starter(path)
         trusted = True
+    if media is None and not Path(path).is_dir():  # of a folder, all is here
+        media = above
     stream = Streaming(spec.subset, spec.hub_split or "train", spec.revision) if spec.streaming else None
     return DataSource(
         path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
@@ -119,7 +124,7 @@ def source_of(spec: DataSpec) -> DataSource:
 
 def _here(path: str) -> str:
     """A path on this machine, where it may be one in a cloud."""
-    return str(local_copy(path)) if path.startswith(CLOUD) else path
+    return str(local_copy(path)) if in_cloud(path) else path
 
 
 def load_streams(stage: Stage, *, seed: int) -> Streams:

@@ -20,6 +20,7 @@ from opticnerve.data.formats.media import Context
 from opticnerve.data.formats.rules import REPAIRS
 from opticnerve.data.formats.turns import ROLES
 from opticnerve.data.formats.where import Where
+from opticnerve.data.media.cloud import in_cloud
 from opticnerve.data.media.video import MAX_COUNT
 from opticnerve.data.sources.base import Record, Records, Streaming, refused
 from opticnerve.data.sources.joined import Annotated
@@ -157,7 +158,7 @@ def open_source(
     cache = Path(source.media_cache) if source.media_cache is not None else None
     context = Context(
         path.stem, media, source.allow_outside_media, prompts, source.frames, strict, folders, cache,
-        source.allow_private_hosts, source.boxes,
+        source.allow_private_hosts, source.boxes, str(source.media) if in_cloud(source.media) else "",
     )  # fmt: skip
     counts = "split" not in source.ignore and source.stream is None
     split = RecordSplit(path, counts, source.split if path.is_file() else None)
@@ -165,6 +166,8 @@ def open_source(
 
 
 def _media_of(source: DataSource, path: Path) -> Path:
+    if in_cloud(source.media):
+        return path  # nothing is looked for on this machine
     media = Path(source.media) if source.media is not None else path if path.is_dir() else path.parent
     on_hub = source.stream is not None and source.media is None and not path.exists() and is_hub_name(str(source.path))
     if on_hub:

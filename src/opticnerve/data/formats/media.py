@@ -13,9 +13,10 @@ from zlib import crc32
 from opticnerve.data.formats.boxes import BoxOptions
 from opticnerve.data.formats.fields import Fields, brief, empty
 from opticnerve.data.formats.names import file_names, kind_by_name, kind_of, split, words_of
+from opticnerve.data.media.cloud import in_cloud
 from opticnerve.data.media.files import KINDS, Kind, base64_bytes, decode_data_url, is_url
 from opticnerve.data.media.video import spaced
-from opticnerve.data.media.web import CLOUD, fetched
+from opticnerve.data.media.web import fetched
 from opticnerve.types import AudioPart, DataError, Frame, ImagePart, Part
 
 MOST_FOLDERS = 20_000
@@ -42,7 +43,8 @@ class Context:
     error. `folders`, if given, takes each folder in which a file was looked for, and when it had last changed
     (`folder_age`): as long as these stay, what was found is there and what was missing is not. `cache`: the folder into
     which what is named by a web address is fetched; without one nothing is; `private_hosts`: from within this network,
-    too. `boxes`: how a record's `objects` are written where its words have tags for them.
+    too. `boxes`: how a record's `objects` are written where its words have tags for them. `address`: a folder in a
+    cloud (`s3://…`), from which paths start instead of from `media`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Context:
     cache: Path | None = None
     private_hosts: bool = False
     boxes: BoxOptions | None = None
+    address: str = ""
     _root: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,19 +119,27 @@ class Context:
             return value
         if not isinstance(value, str) or not value:
             raise DataError(f"the {kind} is given as {brief(value)}", remedy="give a file's path", kind="wrong-type")
-        if is_url(value) or value.startswith(CLOUD):
-            if self.cache is None:
-                raise DataError(
-                    f"the {kind} {value[:200]} is a web address, and opticnerve fetches nothing unasked",
-                    remedy="name a folder to fetch it into with media_cache, or download it and give the file's path",
-                    kind="url",
-                )  # fmt: skip
-            return fetched(value, self.cache, kind, private=self.private_hosts)
+        if is_url(value) or in_cloud(value):
+            return self._fetched(value, kind)
         if value[:5].lower() == "data:":
             return decode_data_url(value, kind)
         if len(value) >= _LONG and value.lstrip().startswith(_BEGINNINGS) and _BASE64.fullmatch(value):
             return base64_bytes(value, kind, f"the {kind} of {len(value):,} characters that look like base64")
-        return self._file(value.removeprefix("file://"), kind)
+        value = value.removeprefix("file://")
+        if not self.address:
+            return self._file(value, kind)
+        if value.startswith("/") or ".." in value.split("/"):
+            raise self._outside(value, self.address, kind)
+        return self._fetched(f"{self.address.rstrip('/')}/{value.removeprefix('./')}", kind)
+
+    def _fetched(self, address: str, kind: Kind) -> Path:
+        if self.cache is None:
+            raise DataError(
+                f"the {kind} {address[:200]} is a web address, and opticnerve fetches nothing unasked",
+                remedy="name a folder to fetch it into with media_cache, or download it and give the file's path",
+                kind="url",
+            )  # fmt: skip
+        return fetched(address, self.cache, kind, private=self.private_hosts)
 
     def _file(self, value: str, kind: Kind) -> Path:
         path = self.media / value
@@ -142,17 +153,18 @@ class Context:
         except (OSError, ValueError, RuntimeError) as e:  # a name too long, a zero byte, a loop of links
             raise DataError(f"the {kind} {value[:200]!r} is no usable path: {e}", kind=f"missing-{kind}") from e
         if outside:
-            raise DataError(
-                f"the {kind} {value} lies outside the media folder {self.media}",
-                remedy="set media to the folder that holds it, or allow_outside_media: true if you trust this data",
-                kind="outside-media",
-            )
+            raise self._outside(value, self.media, kind)
         if not exists:
             remedy = "set media to the folder that the paths start from"
             if not path.suffix and (end := next((s for s in _SUFFIXES if path.with_suffix(s).exists()), None)):
                 remedy = f'there is {value[:60]}{end}: columns.{kind}="{{{kind}}}{end}"'
             raise DataError(f"the {kind} {path} does not exist", remedy=remedy, kind=f"missing-{kind}")
         return path
+
+    def _outside(self, value: str, folder: Path | str, kind: str) -> DataError:
+        problem = f"the {kind} {value} lies outside the media folder {folder}"
+        remedy = "set media to the folder that holds it, or allow_outside_media: true if you trust this data"
+        return DataError(problem, remedy=remedy, kind="outside-media")
 
     def _leads_out(self, path: Path, kind: str) -> bool:
         """A folder is a video of the pictures in it, and each of them may be a link of its own."""

@@ -7,8 +7,8 @@ A closed language, parsed by Python's `ast` and walked here; nothing is evaluate
 - numbers, texts, true, false, null, lists of these;
 - `==`, `!=`, `<`, `<=`, `>`, `>=`, `in`, `not in`, `is null`, `is not null`, `and`, `or`, `not`, parentheses.
 
-A number in a text (a table's cell) compares with numbers as one. A field that is not there, NaN and null are one:
-equal to null, and neither less nor more than anything.
+A number in a text (a table's cell) compares with numbers as one, and is more or less than another as a number. A field
+that is not there, NaN and null are one: equal to null, and neither less nor more than anything.
 """
 
 from __future__ import annotations
@@ -193,6 +193,8 @@ def _ordered(less: Callable[[Any, Any], bool], a: object, b: object) -> bool:
     if a is None or b is None:
         return False
     a, b = _alike(a, b)
+    if isinstance(a, str) and isinstance(b, str) and _is_number(x := _number(a)) and _is_number(y := _number(b)):
+        a, b = x, y  # two cells of a table
     try:
         return less(a, b)
     except TypeError:
@@ -238,13 +240,16 @@ def _truth(value: object, shown: str) -> bool:
 
 
 def _of_list(name: str, value: object) -> object:
-    """`len` of null is 0, `min` and `max` of nothing are null; what is null or NaN in a list is not there."""
+    """`len` of null is 0, `min` and `max` of nothing are null; what is null or NaN in a list is not there. Texts of
+    numbers are numbers; beside these a word has no place."""
     listed = [v for v in map(_value, value) if v is not None] if isinstance(value, list) else value
     if listed is None or listed == []:
         return 0 if name == "len" else None
     try:
         if isinstance(listed, str | bytes | dict) and name != "len":  # whose least letter nobody means
             raise TypeError
+        if isinstance(listed, list):
+            listed = [_number(v) if isinstance(v, str) else v for v in listed]
         return _FUNCTIONS[name](listed)
     except TypeError:
         raise DataError(f"where: {name} of {brief(value)}", remedy="wanted a list of numbers", kind="where") from None

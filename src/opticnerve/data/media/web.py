@@ -5,7 +5,7 @@ kept under the hash of its text; beside it stands the hash of what came, which i
 What is there is not fetched again, so a pass that was stopped goes on where it was; what failed is tried again. A few
 are fetched side by side, fewer of one host. Hosts within this network are not asked, whatever a name leads to
 (`common.fetch`), unless the data entry allows it.
-`s3://`, `gs://`, `hf://` and the like go through fsspec, with the packages that it wants.
+`s3://`, `gs://`, `hf://` and the like go through fsspec (`media.cloud`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from opticnerve.common import atomic
-from opticnerve.common.cache import cache_dir
+from opticnerve.common.cache import alone
 from opticnerve.common.fetch import Unfetched, fetch
+from opticnerve.data.media.cloud import explained, filesystem, in_cloud
 from opticnerve.data.media.files import Kind
-from opticnerve.types import DataError, OpticNerveError, to_install
+from opticnerve.types import DataError, OpticNerveError
 
-CLOUD = ("s3://", "gs://", "gcs://", "hf://", "az://", "abfs://")
 MAX_MEDIUM: dict[Kind, int] = {"image": 64 << 20, "audio": 512 << 20, "video": 1 << 30}
 """Bytes that are fetched of one."""
 SECONDS, TRIES, PAUSE = 30.0, 3, 1.0
@@ -37,7 +36,6 @@ AT_ONCE, OF_A_HOST = 8, 4
 _AGENT = "opticnerve (https://pypi.org/project/opticnerve)"
 _SEEN: set[Path] = set()  # files whose hash this process has compared
 _HOSTS = [threading.BoundedSemaphore(OF_A_HOST) for _ in range(256)]
-_FILES = [threading.Lock() for _ in range(256)]
 
 
 def fetched(url: str, folder: Path, kind: Kind, *, private: bool = False) -> Path:
@@ -50,20 +48,30 @@ def fetched(url: str, folder: Path, kind: Kind, *, private: bool = False) -> Pat
     ending = Path(urlsplit(url).path).suffix.lower()
     file = folder / key[:2] / f"{key}{ending if ending[1:].isalnum() and len(ending) < 6 else ''}"
     notes = file.with_suffix(".json")
-    with _FILES[int(key[:4], 16) % len(_FILES)]:  # two records may name one picture
-        if file in _SEEN or (file.is_file() and _is_whole(file, notes)):
-            _SEEN.add(file)
+    if _is_there(file, notes):
+        return file
+    problem = f"the media cache {folder} cannot be written"
+    with alone(file.parent, problem, "name another folder with media_cache"):  # two records may name one picture
+        if _is_there(file, notes):
             return file
         content = _download(url, MAX_MEDIUM[kind], folder, private)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write(file, content)
             about = {"url": url, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
             atomic.write_json(notes, about)
         except OSError as e:
-            problem = f"the media cache {folder} cannot be written: {e.strerror or e}"
-            raise OpticNerveError(f"{problem}; name another folder with media_cache", kind="no-permission") from e
+            raise OpticNerveError(
+                f"{problem}: {e.strerror or e}; name another folder with media_cache", kind="no-permission"
+            ) from e
     return file
+
+
+def _is_there(file: Path, notes: Path) -> bool:
+    """Whether it has been fetched, and is what it was then; a process compares each once."""
+    if file not in _SEEN and not (file.is_file() and _is_whole(file, notes)):
+        return False
+    _SEEN.add(file)
+    return True
 
 
 def _is_whole(file: Path, notes: Path) -> bool:
@@ -82,7 +90,7 @@ def _download(url: str, most: int, folder: Path, private: bool) -> bytes:
             if number:
                 time.sleep(max(PAUSE * 2 ** (number - 1), min(wait, MOST_WAIT)))
             try:
-                return _of_cloud(url, most) if url.startswith(CLOUD) else fetch(
+                return _of_cloud(url, most) if in_cloud(url) else fetch(
                     url, max_bytes=most, seconds=ALL_SECONDS, idle=SECONDS, redirects=REDIRECTS, private=private,
                     agent=_AGENT,
                 )  # fmt: skip
@@ -101,55 +109,13 @@ def _of_cloud(url: str, most: int) -> bytes:
     try:
         with filesystem(url)[0].open(url, "rb") as file:
             content: bytes = file.read(most + 1)
-    except (ValueError, FileNotFoundError, PermissionError) as e:
-        raise Unfetched(str(e) or type(e).__name__) from None
-    except (OSError, EOFError) as e:
-        raise Unfetched(str(e) or type(e).__name__, passing=True) from None
+    except Exception as e:  # each of fsspec's packages has its own, few of them an OSError
+        error = explained(e, url)
+        if error.kind == "missing-file":
+            raise Unfetched("there is no such file") from None
+        if error.kind != "network":  # what holds for all files alike
+            raise error from e
+        raise Unfetched(str(e) or type(e).__name__, passing=not isinstance(e, ValueError)) from None
     if len(content) > most:
         raise Unfetched(f"it has more than the {most:,} bytes allowed")
     return content
-
-
-# -- data files in a cloud --------------------------------------------------------------------------------------------
-
-
-def filesystem(path: str) -> tuple[Any, str]:
-    """fsspec's file system of a path, and the path within it.
-
-    Raises:
-        OpticNerveError: the package for it is missing (kind `not-installed`).
-    """
-    import fsspec  # type: ignore[import-untyped]
-
-    scheme = path.partition("://")[0]
-    try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(path)
-    except ImportError as e:
-        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(scheme, scheme)
-        raise OpticNerveError(
-            f"{path[:200]}: {scheme}:// wants the package {package}; {to_install(package)}", kind="not-installed"
-        ) from e
-    return found
-
-
-def local_copy(path: str) -> Path:
-    """A data file (or all files of a pattern's folder) of a cloud, brought into the cache folder once for each state of
-    it, and where it lies there. Not for pictures: those are fetched by `fetched`.
-
-    Raises:
-        OpticNerveError: it cannot be had.
-    """
-    system, inner = filesystem(path)
-    try:
-        state = str(system.ukey(inner))
-        target = cache_dir() / "remote" / hashlib.sha256(f"{path}|{state}".encode()).hexdigest()[:24] / Path(inner).name
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = atomic.partial_of(target)
-            system.get(inner, str(partial), recursive=system.isdir(inner))
-            partial.rename(target)
-    except FileNotFoundError as e:
-        raise DataError(f"there is no {path[:200]}", remedy="check the path", kind="missing-file") from e
-    except OSError as e:
-        raise OpticNerveError(f"{path[:200]} cannot be fetched: {e}", kind="network") from e
-    return target

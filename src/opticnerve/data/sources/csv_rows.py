@@ -38,14 +38,13 @@ class Csv:
         self._handles = Handles(self.files)
         self._header: list[str] = []
         self._delimiter = ""
-        self._mended = False
 
     def __iter__(self) -> Iterator[Record | DataError]:
         with self.path.open("rb") as file:
             lines = _Lines(file)
             self._delimiter = _delimiter(lines.peek(), self.path.suffix.lower())
             header: list[str] = []
-            for line, start, found in self._rows(lines, header):
+            for line, start, found, mended in self._rows(lines, header):
                 where = f"{self.path}:{line}"
                 checked = self._checked(found, where, header) if isinstance(found, list) else found
                 if checked is None:
@@ -63,7 +62,6 @@ class Csv:
                 if isinstance(checked, DataError):
                     yield checked
                 elif checked is not None:
-                    mended = (CLOSE_QUOTES,) if self._mended else ()
                     yield Record(checked, where, line, Location(0, start, lines.read - start), mended)
 
     def at(self, place: Location, index: int) -> Record:
@@ -94,11 +92,12 @@ class Csv:
         csv.field_size_limit(_LONGEST)  # of the process: a worker that reads a single row sets it, too
         return csv.reader(lines, delimiter=self._delimiter, skipinitialspace=self._delimiter == "|", strict=True)
 
-    def _rows(self, lines: _Lines, header: list[str]) -> Iterator[tuple[int, int, list[str] | DataError]]:
-        """(line, first byte, row or what is wrong with it); `header` is filled by the caller."""
+    def _rows(
+        self, lines: _Lines, header: list[str]
+    ) -> Iterator[tuple[int, int, list[str] | DataError, tuple[str, ...]]]:
+        """(line, first byte, row or what is wrong with it, its repairs); `header` is filled by the caller."""
         reader = self._reader(lines)
         while True:
-            self._mended = False
             line, start = lines.number + 1, lines.read
             lines.taken.clear()
             lines.spanned = 0
@@ -116,15 +115,14 @@ class Csv:
                 lines.give_back()
                 reader = self._reader(lines)
                 if self.close_quotes and header and len(row := self._unquoted(lines.taken[0])) == len(header):
-                    self._mended = True
-                    yield line, start, row
+                    yield line, start, row, (CLOSE_QUOTES,)
                     continue
                 bad = DataError(
                     f"not a CSV row: {problem}", where=f"{self.path}:{line}",
                     kind="csv", remedy="close the quotes; a quote within a quoted cell is written twice; or repair: "
                     f"[{CLOSE_QUOTES}], which takes the quotes of such a line as they stand",
                 )  # fmt: skip
-            yield line, start, bad if problem else row
+            yield line, start, bad if problem else row, ()
 
     def _swallows(self, taken: list[str], row: list[str], header: list[str]) -> bool:
         """Whether a cell that spans lines spans rows: lines of it are rows, media and all, or every one might be."""

@@ -94,18 +94,14 @@ class JsonObject:
             text.next_sign()
             index = 0
             for key, start in text.members():
-                if key == self.key and text.next_sign() == "[":
-                    self._head = head
-                    for number, (entry, begin, size) in enumerate(text.items(whole=False)):
-                        yield self._tried(entry, None, number, Location(0, begin, size))
-                    continue
                 if self.key is not None and text.next_sign() == "[":
-                    for entry, _, _ in text.items(whole=False):
-                        if isinstance(entry, dict) and self.key != "images":
-                            raise refused(
-                                self.path, f"{self.key} and {key} both list records",
-                                "write each into a file of its own", "format",
-                            )  # fmt: skip
+                    for number, (entry, begin, size) in enumerate(text.items(whole=False)):
+                        if key == self.key:
+                            self._head = head
+                            yield self._tried(entry, None, number, Location(0, begin, size))
+                        elif isinstance(entry, dict) and self.key != "images":
+                            problem = f"{self.key} and {key} both list records"
+                            raise refused(self.path, problem, "write each into a file of its own")
                     continue
                 value = text.value()
                 if self.key is None and isinstance(value, dict | Twice) and key not in _ABOUT:

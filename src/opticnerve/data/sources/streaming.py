@@ -3,7 +3,8 @@
 `streaming: true` in a recipe. Local files go through the readers that they always have; a data set of the hub, or a
 folder that is laid out as one, through `datasets` (`streaming=True`): nothing is downloaded whole, and no code is run.
 A place in a stream is (shard, row). Parquet says where row 1,000 lies, to a group of rows; of other formats going on
-there means reading the shard up to it.
+there means reading the shard up to it. Of a cloud's files (`s3://…`), Parquet is read where it lies, and of other
+formats a shard is here for as long as it is read.
 
 Rows come raw from Arrow, as in `sources.tables`: pictures stay encoded. Of formats other than Parquet each shard is a
 stream of `datasets` of its own, so that a damaged one costs what is in it alone, and every error names its file and
@@ -19,10 +20,12 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opticnerve.common import hub
+from opticnerve.data.media.cloud import in_cloud
 from opticnerve.data.sources.base import (
     CSV_SUFFIXES,
     JSONL_SUFFIXES,
@@ -33,6 +36,7 @@ from opticnerve.data.sources.base import (
     Streaming,
     refused,
 )
+from opticnerve.data.sources.cloud import CloudFiles, for_a_while
 from opticnerve.data.sources.open import open_records
 from opticnerve.data.sources.paths import matching
 from opticnerve.data.sources.tables import BATCH, batches, rows_of, saved_by_datasets
@@ -41,7 +45,7 @@ from opticnerve.types import DataError, OpticNerveError
 
 TRIES, PAUSE = 3, 5.0
 """How often a shard is opened again at one place when the network fails, and the first pause (seconds); it doubles."""
-_NETWORK = {*hub.NETWORK, "huggingface_hub"}
+_NETWORK = {*hub.NETWORK, "huggingface_hub", "aiobotocore", "botocore", "gcsfs", "google", "azure"}
 _SUFFIXES = (*JSONL_SUFFIXES, *CSV_SUFFIXES, ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -73,6 +77,29 @@ class Streamed:
         raise refused(self.path, "a stream has no index to read single rows by", "")
 
 
+class CloudShards:
+    """Files in a cloud."""
+
+    def __init__(self, path: str) -> None:
+        found = CloudFiles(path)
+        scheme = path.partition("://")[0]
+        self.names = [f"{scheme}://{name.lstrip('/')}" for name in found.states]
+        self.tells = [f"{name} {state}" for name, state in found.states.items()]
+
+    def rows(self, shard: int, start: int) -> Iterator[Record | DataError]:
+        name = self.names[shard]
+        if name.endswith(".parquet"):
+            yield from read_rows(name, shard, start, _of_parquet, None)
+            return
+        with for_a_while(name) as file:
+            for item in LocalShards([file]).rows(0, start):
+                where = item.where.replace(str(file), name)
+                if isinstance(item, Record):
+                    yield replace(item, where=where, place=item.place._replace(file=shard))
+                else:
+                    yield type(item)(item.problem, where=where, remedy=item.remedy, kind=item.kind)
+
+
 class LocalShards:
     """Files on this machine."""
 
@@ -84,7 +111,7 @@ class LocalShards:
     def rows(self, shard: int, start: int) -> Iterator[Record | DataError]:
         at, file = 0, self.files[shard]
         if file.suffix.lower() == ".parquet":
-            yield from read_rows(str(file), shard, start, lambda name, _, first, __: batches(name, first), None)
+            yield from read_rows(str(file), shard, start, _of_parquet, None)
             return
         found: Iterator[Any] | None = None
         while True:
@@ -120,15 +147,19 @@ def _shard_source(path: str, given: Streaming) -> ShardSource:
     if given.chooses():
         problem = "subset, hub_split and revision choose within a data set of the hub, and this is a file"
         raise refused(path, problem, "leave them out")
-    files = matching(path)
-    if not any(file.exists() for file in files):
-        problem = "no such data file, and no name of a data set on the hub (owner/name)"
-        raise refused(path, problem, "check the path", "missing-file")
-    strange = [f for f in files if not (is_shards(f) or f.suffix.lower() in _SUFFIXES)]
+    found: CloudShards | LocalShards
+    if in_cloud(path):
+        found = CloudShards(path)
+    else:
+        found = LocalShards(files := matching(path))
+        if not any(file.exists() for file in files):
+            problem = "no such data file, and no name of a data set on the hub (owner/name)"
+            raise refused(path, problem, "check the path", "missing-file")
+    strange = [f for f in map(Path, found.names) if not (is_shards(f) or f.suffix.lower() in _SUFFIXES)]
     if strange:
         problem = f"cannot tell what kind of data file {strange[0].name} is"
         raise refused(path, problem, f"stream {', '.join(_SUFFIXES)} or .tar")
-    return LocalShards(files)
+    return found
 
 
 class HubShards:
@@ -171,6 +202,10 @@ class HubShards:
             if at + table.num_rows > start:
                 yield max(at, start), table.slice(max(0, start - at))
             at += table.num_rows
+
+
+def _of_parquet(name: str, shard: int, start: int, size: int) -> Iterator[tuple[int, Any]]:
+    return batches(name, start)
 
 
 Tables = Callable[[str, int, int, int], Iterator[tuple[int, Any]]]
