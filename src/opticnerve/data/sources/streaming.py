@@ -95,7 +95,7 @@ class CloudShards:
             for item in LocalShards([file]).rows(0, start):
                 where = item.where.replace(str(file), name)
                 if isinstance(item, Record):
-                    yield replace(item, where=where, place=item.place._replace(file=shard))
+                    yield replace(item, where=where, place=Location(shard, *item.place[1:]))
                 else:
                     yield type(item)(item.problem, where=where, remedy=item.remedy, kind=item.kind)
 
