@@ -28,7 +28,6 @@ PARSERS = (
     "recipes",
     "data-files",
     "records",
-    "folders",
     "where",
     "tools",
     "paths",
