@@ -31,16 +31,20 @@ SPECIALS = [
 ]  # fmt: skip
 
 
-def byte_level(*, trim_offsets: bool = False) -> Tokenizer:
-    """GPT-2's kind: bytes, a space belongs to the word behind it. `trim_offsets` leaves it out of the offsets."""
+def byte_level(*, trim_offsets: bool = False, corpus: list[str] = CORPUS, digits: bool = False) -> Tokenizer:
+    """GPT-2's kind: bytes, a space belongs to the word behind it. `trim_offsets` leaves it out of the offsets.
+    `digits`: each is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits:
+        alone = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([alone, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     trainer = trainers.BpeTrainer(
         vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
 
@@ -169,6 +173,21 @@ def save_language(folder: Path, family: str = "llama", *, seed: int = 0, **token
     """A folder that `load_language` reads: model and tokenizer; returns its path as text."""
     words = tokenizer(**tokenizer_args)
     language_model(family, len(words), seed=seed).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def save_plain_language(folder: Path, *, width: int = 64, seed: int = 0, **tokenizer_args: Any) -> str:
+    """A random Llama of two layers as it is drawn, to be trained from scratch, and its tokenizer."""
+    words = tokenizer(**tokenizer_args)
+    torch.manual_seed(seed)
+    config = tf.LlamaConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, initializer_range=0.08,
+    )  # fmt: skip
+    model = tf.LlamaForCausalLM(config)
+    model.generation_config.pad_token_id = None
+    model.save_pretrained(folder)
     words.save_pretrained(folder)
     return str(folder)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -144,19 +144,30 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame of a video, not yet decoded: number `index` of the `of` that are taken (see `data.media.video`)."""
+    """One frame of a video, not yet decoded: number `index` of the `of` that are taken, at equal distances as frames
+    are counted, or, if `timed`, in time (see `data.media.video`)."""
 
     source: Path | bytes
     index: int
     of: int
+    timed: bool = False
+
+    @property
+    def key(self) -> str:
+        """Which of its video's frames it is, in letters."""
+        return f"{self.index}/{self.of}" + (" in time" if self.timed else "")
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
     """A picture within a message: a file, encoded bytes, an opened picture, or a frame of a video.
-    Opened late, by `data.media.open.open_image`."""
+    Opened late, by `data.media.open.open_image`. `timestamp`: what is written right before it, as a part of its own:
+    when a frame is shown. `pool`: side of the squares of soft tokens of which the language model gets the mean alone.
+    """
 
     source: Path | bytes | PIL.Image.Image | Frame
+    timestamp: str = ""
+    pool: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +216,18 @@ class Message:
         """The message's words, its media left out."""
         return "".join(p.text for p in self.parts if isinstance(p, TextPart))
 
+    def written_out(self) -> Message:
+        """The same, what is written before its pictures as parts of their own: as a chat template is given it."""
+        if not any(isinstance(p, ImagePart) and p.timestamp for p in self.parts):
+            return self
+        parts: list[Part] = []
+        for part in self.parts:
+            if isinstance(part, ImagePart) and part.timestamp:
+                parts.append(TextPart(part.timestamp))
+                part = replace(part, timestamp="")
+            parts.append(part)
+        return replace(self, parts=tuple(parts))
+
     def tool_fields(self) -> dict[str, Any]:
         """What a chat message says of tools beside its role and content."""
         return ({"tool_calls": [c.to_chat() for c in self.calls]} if self.calls else {}) | dict(self.about)
@@ -241,6 +264,11 @@ class Conversation:
         """All pictures, then all sounds."""
         return [*self.images, *self.audios]
 
+    def shown(self, parts: Sequence[Part]) -> Conversation:
+        """The same conversation with these parts before the first words."""
+        first, *rest = self.messages
+        return replace(self, messages=(replace(first, parts=(*parts, *first.parts)), *rest))
+
     def prompt(self) -> Conversation:
         """The same conversation without its last assistant turn: what the model is asked to continue."""
         kept = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
@@ -254,7 +282,8 @@ class Conversation:
     def to_chat(self) -> list[dict[str, Any]]:
         """transformers' chat format; media are given as `{"type": "image", "image": source}`."""
         return [
-            {"role": m.role, "content": [_part_to_chat(p) for p in m.parts], **m.tool_fields()} for m in self.messages
+            {"role": m.role, "content": [_part_to_chat(p) for p in m.parts], **m.tool_fields()}
+            for m in (message.written_out() for message in self.messages)
         ]
 
 
@@ -283,7 +312,7 @@ class ChatProcessor(MediaProcessor, Protocol):
     def reads_questions(self) -> bool: ...
     @property
     def counts_by_size(self) -> bool: ...
-    def image_placeholders(self, height: int = 0, width: int = 0) -> int: ...
+    def image_placeholders(self, height: int = 0, width: int = 0, pool: int = 1) -> int: ...
     def audio_placeholders(self, samples: int) -> int: ...
     def extract(self, sounds: Sequence[Any]) -> tuple[Any, list[int]]: ...
     def read_questions(self, questions: Sequence[str]) -> dict[str, Any]: ...
@@ -305,7 +334,7 @@ def _part_to_chat(part: Part) -> dict[str, Any]:
     match part:
         case TextPart(text):
             return {"type": "text", "text": text}
-        case ImagePart(source):
+        case ImagePart(source=source):
             return {"type": "image", "image": str(source) if isinstance(source, Path) else source}
         case AudioPart(source):
             return {"type": "audio", "audio": str(source) if isinstance(source, Path) else source}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
 import pytest
+from typer.testing import CliRunner
 
 from opticnerve.cli.ask import Session
+from opticnerve.cli.main import app
 from opticnerve.data.dataset.read import read
 from opticnerve.types import Conversation, ImagePart
 
@@ -127,3 +130,22 @@ def test_a_saved_chat_is_data(monkeypatch: pytest.MonkeyPatch, picture: Path, tm
     first, second = read(file, allow_outside_media=True)
     assert first.answer == "answer 1"
     assert [i.source for i in second.images] == [picture]
+
+
+def test_ask_shows_a_video_by_the_frames_that_training_took(
+    monkeypatch: pytest.MonkeyPatch, picture: Path, tmp_path: Path
+) -> None:
+    first, *rest = [PIL.Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(4)]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=500)
+    asked: list[Conversation] = []
+
+    def answer(conversations: list[Conversation], **_: Any) -> list[str]:
+        asked.extend(conversations)
+        return ["now"]
+
+    answerer = SimpleNamespace(processor=SimpleNamespace(frames={"fps": 1, "max": 8}), answer=answer)
+    monkeypatch.setattr("opticnerve.cli.ask.load_answerer", lambda *_: answerer)
+    given = ["ask", "run", "when?", "--video", str(tmp_path / "a.gif"), "--image", str(picture)]
+    assert CliRunner().invoke(app, given).stdout.strip() == "now"
+    assert [i.timestamp for i in asked[0].images] == ["<0.0 seconds>", "<1.0 seconds>", ""]
+    assert CliRunner().invoke(app, ["ask", "run", "when?", "--video", str(picture)]).exit_code != 0

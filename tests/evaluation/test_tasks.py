@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import refused
+from opticnerve.evaluation import image_dependence as module
 from opticnerve.evaluation.image_dependence import deranged_pictures, image_dependence
 from opticnerve.evaluation.tasks import most_frequent_answer, run_captions, run_vqa
-from opticnerve.types import Conversation, DataError, ImagePart, ask
+from opticnerve.types import Conversation, DataError, Frame, ImagePart, ask
 
 RED, BLUE = (200, 20, 20), (20, 20, 200)
 
@@ -130,6 +131,45 @@ def test_the_three_passes_see_what_they_should(tmp_path: Path) -> None:
         )
     assert all(a.images[0].source != b.images[0].source for a, b in zip(asked, shuffled, strict=True))
     assert ticks == [(40, 120), (80, 120), (120, 120)]
+
+
+def frame_of(part: ImagePart) -> Frame:
+    assert isinstance(part.source, Frame)
+    return part.source
+
+
+def test_of_videos_the_frames_are_exchanged_in_two_ways(tmp_path: Path) -> None:
+    """With another video's, one by one in their order; and with their own in another order. What stands before each
+    stays."""
+    films = [tmp_path / name for name in "abc"]
+    asked = [
+        ask("when?", answer="now").shown([ImagePart(Frame(film, k, 4), f"<{k}.0 seconds>") for k in range(4)])
+        for film in films for _ in range(2)
+    ]  # fmt: skip
+    passes: list[list[Conversation]] = []
+
+    def spy(prompts: list[Conversation]) -> list[str]:
+        passes.append(prompts)
+        return ["now"] * len(prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "open_image", lambda *_, **__: PIL.Image.new("RGB", (8, 6)))
+        got = image_dependence(spy, asked)
+    assert got["shuffled_frames"] == 1 and got["ci95"].keys() == {"real", "blank", "shuffled", "shuffled_frames"}
+    real, blank, others, own = passes
+    for seen in passes:
+        assert all(
+            [p.timestamp for p in a.images] == [p.timestamp for p in b.images] for a, b in zip(asked, seen, strict=True)
+        )
+    for a, b, c in zip(real, others, own, strict=True):
+        shown, exchanged, reordered = ([frame_of(p) for p in x.images] for x in (a, b, c))
+        assert [f.index for f in exchanged] == [0, 1, 2, 3]
+        assert len({f.source for f in exchanged}) == 1 and exchanged[0].source != shown[0].source
+        assert {f.source for f in reordered} == {shown[0].source}
+        assert sorted(f.index for f in reordered) == [0, 1, 2, 3]
+        assert all(f.index != k for k, f in enumerate(reordered))
+    assert own[0].images == own[1].images
+    assert not any(isinstance(p.source, Frame) for c in blank for p in c.images)
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=30).filter(lambda x: len(set(x)) > 1), st.integers(0, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from rich.console import Console
@@ -98,3 +99,19 @@ def test_a_second_stage_freezes_what_the_first_opened(docked: Callable[..., Dock
     assert not model.image.connector.training
     assert not any(is_lora(n) for n, _ in model.named_parameters())
     assert isinstance(model, torch.nn.Module)
+
+
+def test_a_lone_small_picture_goes_through_the_batch_norms_of_a_trained_encoder(
+    docked: Callable[..., Dock], timm_folder: Callable[..., str]
+) -> None:
+    """Its map is one place: there is nothing to take a deviation of, which torch's batch norms refuse in `train()`."""
+    made = docked("llama", {"type": "timm", "name": timm_folder(), "fit": "native", "layer": "last", "image_size": 64})
+    freeze(made.model, {"encoder": 1e-3, "connector": 1e-3})
+    norms = [m for m in made.model.image.encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    kept = [m.running_mean.clone() for m in norms if m.running_mean is not None]
+    inputs = made.processor.image_processor([PIL.Image.new("RGB", (20, 20), "red")], return_tensors="pt")
+    soft = made.model.image(inputs["pixel_values"], inputs["image_sizes"])
+    assert soft.tokens_BND.shape[1] == 1
+    soft.tokens_BND.sum().backward()
+    assert norms and all(m.weight.grad is not None for m in norms)
+    assert all(torch.equal(a, m.running_mean) for a, m in zip(kept, norms, strict=True) if m.running_mean is not None)

@@ -44,6 +44,10 @@ def ask(
     question: Annotated[str, Argument(help="What you want to know.")],
     image: Annotated[list[Path] | None, Option("--image", "-i", help="A picture; may be given several times.")] = None,
     audio: Annotated[list[Path] | None, Option("--audio", "-a", help="A sound; may be given several times.")] = None,
+    video: Annotated[
+        list[Path] | None,
+        Option("--video", "-v", help="A video, of which the frames are shown that training took; several times."),
+    ] = None,
     max_new_tokens: AnswerTokens = 64,
     draw: Annotated[
         Path | None,
@@ -55,14 +59,16 @@ def ask(
     trust_remote_code: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Ask a model one question, about a picture, a sound, or none. The answer is what is printed on stdout."""
+    """Ask a model one question, about a picture, a video, a sound, or none. The answer is what is printed on stdout."""
     from opticnerve.data.formats.boxes import FRAMES, boxes_in
     from opticnerve.data.media.audio import open_audio
     from opticnerve.data.media.marks import marked
     from opticnerve.data.media.open import open_image
+    from opticnerve.data.media.timeline import sampling_of
+    from opticnerve.data.media.video import frames, in_order
     from opticnerve.types import ask as conversation
 
-    images, audios = image or [], audio or []
+    images, audios, videos = image or [], audio or [], video or []
     if draw is not None and not images:
         raise OpticNerveError("--draw draws on the picture asked about; give one with --image", kind="missing-field")
     # Before the model is loaded: a wrong path should not take seconds to be found.
@@ -70,9 +76,14 @@ def ask(
         open_image(path)
     for path in audios:
         open_audio(path)
+    for path in videos:
+        frames(path, 1)
     answerer = load_answerer(model, trust_remote_code)
     started = time.perf_counter()
-    [answer] = answerer.answer([conversation(question, *images, audios=audios)], max_new_tokens=max_new_tokens)
+    asked = conversation(question, *images, audios=audios)
+    for path in videos[::-1]:
+        asked = asked.shown(in_order(path, sampling_of(answerer.processor.frames)))
+    [answer] = answerer.answer([asked], max_new_tokens=max_new_tokens)
     if draw is not None:
         marked(open_image(images[-1]), boxes_in(answer), frame=FRAMES[frame]).save(draw)
     if not as_json:
@@ -80,6 +91,7 @@ def ask(
         return
     seconds = round(time.perf_counter() - started, 3)
     found = {"images": [str(path) for path in images], "audios": [str(path) for path in audios]}
+    found |= {"videos": [str(path) for path in videos]} if videos else {}
     print_json({"model": model, "question": question, **found, "answer": answer, "seconds": seconds})
 
 

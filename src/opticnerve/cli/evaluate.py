@@ -148,7 +148,9 @@ def show_results(results: dict[str, Any], console: Console) -> None:
             title, "questions", ">real picture", ">blank picture", ">another's picture", ">real minus blank"
         )
         for sampling, one in {found.get("sampling", ""): found, **(found.get("other_samples") or {})}.items():
-            shares = (f"{one[k]:.1%}" for k in ("real", "blank", "shuffled"))
+            shares = [f"{one[k]:.1%}" for k in ("real", "blank", "shuffled")]
+            if "shuffled_frames" in one:
+                shares[-1] += f"; its own frames in another order {one['shuffled_frames']:.1%}"
             table.add_row(sampling, *shares, f"{100 * (one['real'] - one['blank']):+.1f} points")
         console.print(table)
     if forgetting := results.get("forgetting"):

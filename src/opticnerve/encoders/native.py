@@ -11,7 +11,7 @@ al. 2024, Qwen2-VL, section 2.1 (naive dynamic resolution).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -119,6 +119,12 @@ class NativeLayout:
         """The grid of a large square picture, which is what a cost is counted for."""
         side = 1000 * self.patch_size
         return self.grid(side, side)
+
+
+def pooled_layout(layout: NativeLayout, pool: int) -> NativeLayout:
+    """The same where squares of `pool` by `pool` soft tokens become one."""
+    rows, columns = layout.pool
+    return replace(layout, pool=(rows * pool, columns * pool))
 
 
 class NativeImageProcessorKwargs(ImagesKwargs, total=False):

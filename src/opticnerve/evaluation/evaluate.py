@@ -26,7 +26,7 @@ from opticnerve.inference.load import load_any
 from opticnerve.inference.predictors import answers_of
 from opticnerve.recipe import EvaluateSpec
 from opticnerve.recipe.model import Strict
-from opticnerve.types import Conversation, MediaProcessor, OpticNerveError
+from opticnerve.types import Conversation, Frame, MediaProcessor, OpticNerveError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +89,9 @@ def _dependence(
         ("balanced", balanced(conversations, count, seed=1)),
         ("as they come", fixed_sample(conversations, count, seed=1)),
     ):
-        if len({c.images[0].source for c in some if isinstance(c.images[0].source, Path | bytes)}) > 1:
+        shown = (c.images[0].source for c in some)
+        pictures = {s.source if isinstance(s, Frame) else s for s in shown if isinstance(s, Path | bytes | Frame)}
+        if len(pictures) > 1:
             with Waiting(console, f"image dependence, questions {sampling}: real, blank, shuffled pictures") as bar:
                 measured[sampling] = image_dependence(generate, some, progress=bar.update)
     if not measured:

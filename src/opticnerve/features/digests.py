@@ -89,5 +89,5 @@ def _key(source: _File) -> tuple[str, int, int] | None:
     if not isinstance(path, Path) or not path.is_file():
         return None
     stat = path.stat()
-    frame = f"#{source.index}/{source.of}" if isinstance(source, Frame) else ""
+    frame = f"#{source.key}" if isinstance(source, Frame) else ""
     return os.path.abspath(path) + frame, stat.st_size, stat.st_mtime_ns

@@ -21,6 +21,15 @@ class BoxSpec(Strict):
     )
 
 
+class FrameSpec(Strict):
+    """Frames of a video in time; see `opticnerve.data.media.video`."""
+
+    fps: Annotated[float, Field(gt=0, le=1000)] = Field(description="frames a second, at equal distances in time")
+    max: Annotated[int, Field(gt=0, le=1024)] = Field(32, description="at most so many of a video")
+    timestamps: bool = Field(True, description="write before each frame when it is shown: <2.5 seconds>")
+    pool: Positive = Field(1, description="side of the squares of a frame's soft tokens that become their mean")
+
+
 class DataSpec(Strict):
     """One source of conversations.
 
@@ -56,7 +65,7 @@ class DataSpec(Strict):
         "words; drop-leading-assistant; close-quotes: quotes that do not close are taken as they stand",
     )
     ignore: list[str] = Field([], description="fields of the records to pass over, which would else be an error")
-    frames: Positive = Field(8, description="pictures taken of a video, at equal distances")
+    frames: Positive | FrameSpec = Field(8, description="pictures taken of a video, at equal distances; or in time")
     split: Literal["all", "train", "held_out"] = Field(
         "all", description="one picture in twenty, chosen by the hash of its file name, is held out"
     )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from opticnerve.recipe.data import DataSpec
+from opticnerve.recipe.data import DataSpec, FrameSpec
 from opticnerve.recipe.model import FROM, ClassifierSpec, ContinuedSpec, DualSpec, ModelSpec
 from opticnerve.recipe.schema import Recipe
 from opticnerve.recipe.stage import CacheSpec, PackSpec
@@ -138,7 +138,7 @@ def _set(raw: dict[str, Any], key: str, text: str) -> None:
 # pydantic names the kind of model that it took `model:` for; of keys that take a word or a mapping it tries both, and
 # reports on both, under names of its own.
 _KINDS: dict[Any, type[BaseModel]] = {c.KIND: c for c in (ModelSpec, DualSpec, ClassifierSpec)} | {FROM: ContinuedSpec}
-_MAPPINGS: dict[Any, type[BaseModel]] = {c.__name__: c for c in (PackSpec, CacheSpec)}
+_MAPPINGS: dict[Any, type[BaseModel]] = {c.__name__: c for c in (PackSpec, CacheSpec, FrameSpec)}
 _SCALARS = ("constrained-int", "bool")
 
 

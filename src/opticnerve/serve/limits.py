@@ -21,7 +21,8 @@ class ServerLimits:
     Attributes:
         slots: answers written at a time. queue: requests that wait beside them.
         body_bytes: of a request, and of each picture or sound that is fetched or read from a folder.
-        media: pictures and sounds of a request. pixels: of all its pictures together. audio_seconds: of each sound.
+        media: pictures, videos and sounds of a request. pixels: of all its pictures together. video_pixels: in all
+            frames of a video, which may have to be decoded. audio_seconds: of each sound.
         context: tokens of prompt and answer together; None: as many as the model knows positions.
         answer_tokens: the longest answer where a request does not say.
         request_seconds: from a request's head to its last token. head_seconds: for a request's head to arrive.
@@ -34,6 +35,7 @@ class ServerLimits:
     body_bytes: int = 20_000_000
     media: int = 8
     pixels: int = MAX_PIXELS
+    video_pixels: int = 10_000_000_000  # five minutes of 1280 × 720 at 30 frames a second are 8.3
     audio_seconds: float = MAX_SECONDS
     context: int | None = None
     answer_tokens: int = 512

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,10 +20,12 @@ from opticnerve.common.fetch import fetch as fetch_bounded
 from opticnerve.data.media.audio import open_audio
 from opticnerve.data.media.files import base64_bytes, decode_data_url, is_url
 from opticnerve.data.media.open import image_size
+from opticnerve.data.media.timeline import sampling_of
 from opticnerve.data.media.transform import open_for
+from opticnerve.data.media.video import in_order, pixels_in
 from opticnerve.serve.errors import ApiError
 from opticnerve.serve.limits import ServerLimits
-from opticnerve.types import DataError, MediaProcessor, OpticNerveError
+from opticnerve.types import DataError, ImagePart, MediaProcessor, OpticNerveError
 
 
 def _refuse(param: str, why: str, code: str | None = "invalid_image_url") -> ApiError:
@@ -132,6 +134,26 @@ class MediaOpener:
         except DataError as e:
             raise _refuse(param, str(e), "invalid_image") from None
 
+    def video(self, url: str, param: str) -> list[ImagePart]:
+        """The frames that training would show, opened, with what is written before each."""
+        if self.processor.image_processor is None:
+            raise _refuse(param, "this model takes no pictures", None)
+        self._count(param)
+        data = self.sources.read(url, self.limits, param)
+        try:
+            if (cost := pixels_in(data)) > self.limits.video_pixels:
+                raise _refuse(
+                    param, f"the video has {cost:,} pixels in all its frames, more than the "
+                    f"{self.limits.video_pixels:,} allowed; send a shorter or smaller one", None,
+                )  # fmt: skip
+            parts = in_order(data, sampling_of(getattr(self.processor, "frames", 8)))
+            opened = [replace(p, source=open_for(self.processor.image_processor, p.source)) for p in parts]
+        except ApiError:
+            raise
+        except OpticNerveError as e:  # also where PyAV is missing
+            raise _refuse(param, str(e), "invalid_video") from None
+        return opened
+
     def audio(self, data: str, param: str) -> Any:
         extractor = getattr(self.processor, "feature_extractor", None)
         if extractor is None:
@@ -146,4 +168,6 @@ class MediaOpener:
     def _count(self, param: str) -> None:
         self.media += 1
         if self.media > self.limits.media:
-            raise _refuse(param, f"more than the {self.limits.media} pictures and sounds allowed in a request", None)
+            raise _refuse(
+                param, f"more than the {self.limits.media} pictures, videos and sounds allowed in a request", None
+            )

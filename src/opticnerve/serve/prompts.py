@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,8 @@ class PromptReader:
             if isinstance(content, str):
                 parts: list[Part] = [TextPart(content)]
             else:
-                parts = [_part(p, opener, f"messages.{i}.content.{k}") for k, p in enumerate(content)]
+                made = [_parts(p, opener, f"messages.{i}.content.{k}") for k, p in enumerate(content)]
+                parts = [part for some in made for part in some]
             messages.append(Message(role, tuple(parts), learn=i + 1 == len(asked.messages)))
         return Conversation(tuple(messages))
 
@@ -237,7 +238,7 @@ def _chat(asked: schema.ChatRequest, conversation: Conversation) -> list[dict[st
         said: dict[str, Any] = {
             "role": "system" if message.role == "developer" else message.role,
             # Some templates look into the words: what is only text goes as text.
-            "content": plain(opened)["content"] if media else opened.text,
+            "content": plain(opened.written_out())["content"] if media else opened.text,
         }
         if isinstance(message, schema.AssistantMessage) and message.tool_calls:
             said["tool_calls"] = [
@@ -263,13 +264,14 @@ def _arguments(text: str, param: str) -> dict[str, Any]:
     return found
 
 
-def _part(
-    part: schema.TextContent | schema.ImageContent | schema.AudioContent, opener: MediaOpener, where: str
-) -> Part:
+def _parts(part: schema.AnyContent, opener: MediaOpener, where: str) -> Sequence[Part]:
+    """One part, or as many as a video has frames."""
     match part:
         case schema.TextContent():
-            return TextPart(part.text)
+            return [TextPart(part.text)]
         case schema.ImageContent():
-            return ImagePart(opener.image(part.image_url.url, f"{where}.image_url.url"))
+            return [ImagePart(opener.image(part.image_url.url, f"{where}.image_url.url"))]
+        case schema.VideoContent():
+            return opener.video(part.video_url.url, f"{where}.video_url.url")
         case schema.AudioContent():
-            return AudioPart(opener.audio(part.input_audio.data, f"{where}.input_audio.data"))
+            return [AudioPart(opener.audio(part.input_audio.data, f"{where}.input_audio.data"))]

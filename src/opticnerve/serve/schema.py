@@ -50,6 +50,15 @@ class ImageContent(Asked):
     image_url: ImageUrl
 
 
+class VideoUrl(Asked):
+    url: Text = Field(min_length=1, description="`data:video/…;base64,…`; https and file: only where they are allowed")
+
+
+class VideoContent(Asked):
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
 class InputAudio(Asked):
     data: Text = Field(min_length=1, description="base64")
     format: Literal["wav", "mp3", "flac", "ogg"]
@@ -60,7 +69,7 @@ class AudioContent(Asked):
     input_audio: InputAudio
 
 
-AnyContent = TextContent | ImageContent | AudioContent
+AnyContent = TextContent | ImageContent | VideoContent | AudioContent
 
 
 class SystemMessage(Asked):

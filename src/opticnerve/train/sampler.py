@@ -9,6 +9,7 @@ from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.data.media.audio import RATE, open_audio
 from opticnerve.data.media.transform import open_for
 from opticnerve.recipe import Stage
-from opticnerve.types import AudioPart, Conversation, DataError, Frame, ImagePart, OpticNerveError
+from opticnerve.types import AudioPart, Conversation, DataError, Frame, OpticNerveError
 
 # What an objective makes of the conversations of each row of a micro-batch.
 Collate = Callable[[Sequence[Sequence[Conversation]]], Any]
@@ -157,7 +158,7 @@ class StageSampler(Dataset[Batch]):
         where = row.ids[0]
         if self.collate.features is None:
             row.images = [
-                ImagePart(open_for(self.processor.image_processor, i.source, where=where)) for i in row.images
+                replace(i, source=open_for(self.processor.image_processor, i.source, where=where)) for i in row.images
             ]
         else:
             for i in row.images:

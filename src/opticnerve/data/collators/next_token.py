@@ -26,6 +26,7 @@ class Batch(Moving):
     `input_ids`, `positions`, `targets`, `group`, `branch`: (B, L) int64, padded on the right (group -1).
     `learned_M`: (M,) int64, which of the B·L positions have a target.
     `media`: tensors by the names of the model's inputs: `pixel_values` (images or tiles, 3, H, W), `image_sizes`,
+    `image_pools` (images,), where frames of videos are pooled,
     `qformer_input_ids`, `input_features` (windows, mels, frames), …, or `image_features` (`Features`, what the frozen
     vision encoder saw); empty where there are none.
     `sources`: (B, L) int64, which data entry of the stage a position is of (-1 where it is padding), where it is known.
@@ -123,6 +124,9 @@ class Collator:
             prepare = self.processor.image_processor
             pictures = [open_for(prepare, source, where=where) for source, where in shown]
             found |= pixels(prepare, pictures, compact=self.compact)
+        pools = [i.pool for r in rows for i in r.images]
+        if any(pool > 1 for pool in pools):
+            found["image_pools"] = torch.tensor(pools)
         if shown and self.processor.reads_questions:
             found |= self.processor.read_questions([q for r in rows for q in r.questions])
         sounds = [(a, r.ids[0]) for r in rows for a in r.audios]

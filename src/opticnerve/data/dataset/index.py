@@ -91,7 +91,7 @@ def index_of(source: DataSource, on_error: OnError | None = None) -> Index:
         left_out = _collect(opened, file, _limit(source), tell)
         return Index(np.frombuffer(file.getvalue(), ROW), opened.read(), left_out)
     options = [str(source.path), str(Path(source.path).absolute()), source.format, str(source.media), source.prompt,
-               source.allow_outside_media, source.frames, _limit(source), list(source.ignore), source.split,
+               source.allow_outside_media, str(source.frames), _limit(source), list(source.ignore), source.split,
                list(source.repair), dict(source.columns), dict(source.roles), str(source.annotations),
                str(source.media_cache), source.where, source.allow_private_hosts, str(source.boxes),
                _readers()]  # fmt: skip
@@ -166,7 +166,7 @@ def _side(key: bytes) -> int:
 
 def _named(source: object) -> str:
     if isinstance(source, Frame):
-        return f"{_named(source.source)} {source.index}/{source.of}"
+        return f"{_named(source.source)} {source.key}"
     return f"{type(source).__name__} {hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else source}"
 
 

@@ -21,6 +21,7 @@ from opticnerve.data.dataset.read import DataSource
 from opticnerve.data.dataset.streaming import Stream, Streams
 from opticnerve.data.formats.boxes import BoxOptions
 from opticnerve.data.media.cloud import in_cloud
+from opticnerve.data.media.timeline import sampling_of
 from opticnerve.data.sources.base import Streaming
 from opticnerve.data.sources.cloud import local_copy
 from opticnerve.recipe import DataSpec, Stage
@@ -114,8 +115,9 @@ def source_of(spec: DataSpec) -> DataSource:
     if media is None and not Path(path).is_dir():  # of a folder, all is here
         media = above
     stream = Streaming(spec.subset, spec.hub_split or "train", spec.revision) if spec.streaming else None
+    frames = sampling_of(spec.frames if isinstance(spec.frames, int) else spec.frames.model_dump())
     return DataSource(
-        path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, spec.frames, stream,
+        path, spec.format, media, spec.prompt, spec.limit, trusted, spec.group_by_image, frames, stream,
         tuple(spec.ignore), None if spec.streaming else spec.hub_split, tuple(spec.repair), spec.columns, spec.roles,
         annotations, cache, spec.where, spec.allow_private_hosts,
         None if spec.boxes is None else BoxOptions(spec.boxes.style, spec.boxes.frame),

@@ -21,7 +21,7 @@ from opticnerve.data.formats.rules import REPAIRS
 from opticnerve.data.formats.turns import ROLES
 from opticnerve.data.formats.where import Where
 from opticnerve.data.media.cloud import in_cloud
-from opticnerve.data.media.video import MAX_COUNT
+from opticnerve.data.media.timeline import MAX_COUNT, FrameSampling
 from opticnerve.data.sources.base import Record, Records, Streaming, refused
 from opticnerve.data.sources.joined import Annotated
 from opticnerve.data.sources.open import open_records
@@ -45,12 +45,13 @@ class DataSource:
     says beside the picture; of a list, one for each sample, fixed by its id. `limit`: stop after so many conversations.
     `allow_outside_media`: read files outside `media`, too, for data you trust. `group_by_image`: vqa only: all
     questions on a picture become one conversation. `frames`: how many pictures are taken of a video, at equal
-    distances. `ignore`: fields of the records that are passed over, although they name media or say what is learned.
-    `split`: which of several splits is meant. `repair`: repairs to make, by name (`formats.rules`). `columns`, `roles`:
-    names of the format's to those of the file (`formats.columns`). `annotations`: a second file, whose records belong
-    to those of the first (`sources.joined`). `media_cache`: the folder into which pictures on the web are fetched.
-    `allow_private_hosts`: from hosts within this network, too. `where`: a condition that wanted records meet
-    (`formats.where`). `boxes`: how the `objects` of a record are written (`formats.boxes`).
+    distances, or how many a second. `ignore`: fields of the records that are passed over, although they name media or
+    say what is learned. `split`: which of several splits is meant. `repair`: repairs to make, by name
+    (`formats.rules`). `columns`, `roles`: names of the format's to those of the file (`formats.columns`).
+    `annotations`: a second file, whose records belong to those of the first (`sources.joined`). `media_cache`: the
+    folder into which pictures on the web are fetched. `allow_private_hosts`: from hosts within this network, too.
+    `where`: a condition that wanted records meet (`formats.where`). `boxes`: how the `objects` of a record are written
+    (`formats.boxes`).
     """
 
     path: str | Path
@@ -60,7 +61,7 @@ class DataSource:
     limit: int | None = None
     allow_outside_media: bool = False
     group_by_image: bool = False
-    frames: int = 8
+    frames: int | FrameSampling = 8
     stream: Streaming | None = None
     ignore: Sequence[str] = ()
     split: str | None = None
@@ -115,7 +116,7 @@ class DataSource:
             raise refused(
                 path, f"roles: {strange!r} is no role", "map to user, assistant, system or tool", "unknown-role"
             )
-        if not 0 < self.frames <= MAX_COUNT:
+        if isinstance(self.frames, int) and not 0 < self.frames <= MAX_COUNT:
             raise refused(path, f"frames is {self.frames}", f"give 1 to {MAX_COUNT}")
         if self.where is not None:
             Where(self.where)

@@ -97,7 +97,7 @@ class ChatForm:
                 asks for an answer by another prompt than the one that stands before it in training.
         """
         where = conversation.where or conversation.id
-        messages = conversation.messages
+        messages = tuple(m.written_out() for m in conversation.messages)
         if self.thinking == "strip":
             messages = tuple(_without_thinking(m) for m in messages)
         tools = json.dumps(conversation.tools, ensure_ascii=False) if conversation.tools else ""

@@ -121,7 +121,9 @@ def media_blocks(conversation: Conversation, processor: ChatProcessor) -> dict[s
             )
         sized = processor.counts_by_size
         sizes = [image_size(i.source, where=where) if sized else (0, 0) for i in images]
-        blocks[processor.image_token] = [processor.image_placeholders(*s) for s in sizes]
+        blocks[processor.image_token] = [
+            processor.image_placeholders(*size, image.pool) for image, size in zip(images, sizes, strict=True)
+        ]
     if audios := conversation.audios:
         if processor.audio_token is None:
             raise DataError("a sample with sound, but the model has no audio encoder", where=where, kind="modality")

@@ -15,9 +15,10 @@ from opticnerve.data.formats.fields import Fields, brief, empty
 from opticnerve.data.formats.names import file_names, kind_by_name, kind_of, split, words_of
 from opticnerve.data.media.cloud import in_cloud
 from opticnerve.data.media.files import KINDS, Kind, base64_bytes, decode_data_url, is_url
-from opticnerve.data.media.video import spaced
+from opticnerve.data.media.timeline import FrameSampling
+from opticnerve.data.media.video import in_order, spaced
 from opticnerve.data.media.web import fetched
-from opticnerve.types import AudioPart, DataError, Frame, ImagePart, Part
+from opticnerve.types import AudioPart, DataError, ImagePart, Part
 
 MOST_FOLDERS = 20_000
 """Folders of media that are remembered; where there are more, one more is."""
@@ -39,19 +40,19 @@ class Context:
     `name` begins the ids of records that have none. `media` is the folder in which pictures and sounds are looked for;
     a path that leads out of it is refused unless `allow_outside_media`, so that a data file from elsewhere cannot make
     us read whatever it names. `prompts`: what the user says to have a picture captioned. `frames`: pictures taken of a
-    video. `strict`: the format was not named but told by the fields, so that words which it has no use for are an
-    error. `folders`, if given, takes each folder in which a file was looked for, and when it had last changed
-    (`folder_age`): as long as these stay, what was found is there and what was missing is not. `cache`: the folder into
-    which what is named by a web address is fetched; without one nothing is; `private_hosts`: from within this network,
-    too. `boxes`: how a record's `objects` are written where its words have tags for them. `address`: a folder in a
-    cloud (`s3://…`), from which paths start instead of from `media`.
+    video, so many or in time. `strict`: the format was not named but told by the fields, so that words which it has no
+    use for are an error. `folders`, if given, takes each folder in which a file was looked for, and when it had last
+    changed (`folder_age`): as long as these stay, what was found is there and what was missing is not. `cache`: the
+    folder into which what is named by a web address is fetched; without one nothing is; `private_hosts`: from within
+    this network, too. `boxes`: how a record's `objects` are written where its words have tags for them. `address`: a
+    folder in a cloud (`s3://…`), from which paths start instead of from `media`.
     """
 
     name: str
     media: Path
     allow_outside_media: bool = False
     prompts: Sequence[str] = ()
-    frames: int = 8
+    frames: int | FrameSampling = 8
     strict: bool = False
     folders: dict[str, int] | None = None
     cache: Path | None = None
@@ -107,10 +108,12 @@ class Context:
         if isinstance(value, list):
             if not value:
                 raise DataError("the video is an empty list of pictures", kind="wrong-type")
+            if not isinstance(self.frames, int):
+                problem = f"the video is a list of {len(value)} pictures, which have no times"
+                raise DataError(problem, remedy="give frames as a number", kind="unreadable-video")
             pictures = [ImagePart(self._medium(v, "image")) for v in value]
             return [pictures[index] for index in spaced(len(pictures), self.frames)]
-        source = self._medium(value, kind)
-        return [ImagePart(Frame(source, index, self.frames)) for index in range(self.frames)]
+        return [*in_order(self._medium(value, kind), self.frames)]
 
     def _medium(self, value: object, kind: Kind) -> Path | bytes:
         if isinstance(value, dict):

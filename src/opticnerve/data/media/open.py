@@ -43,7 +43,7 @@ def image_digest(source: Source, *, where: str = "") -> str:
         if (picture := picture_of_folder(source, where=where)) is not None:
             return image_digest(picture, where=where)
         video = image_digest(source.source, where=where)
-        return hashlib.sha256(f"{video} {source.index} {source.of}".encode()).hexdigest()
+        return hashlib.sha256(f"{video} {source.key.replace('/', ' ')}".encode()).hexdigest()
     return digest(source, "image", where=where)
 
 

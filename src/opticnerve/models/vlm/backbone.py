@@ -63,9 +63,8 @@ class OpticNerveModelOutput(BaseModelOutputWithPast):
 class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel):
     """A language model with a vision encoder, an audio encoder, or both; its `forward` gives hidden states.
 
-    `language_model` is any `AutoModelForCausalLM`, untouched; `image` and `audio` are `Tower`s (encoder, connector,
-    fusion). A prompt without media goes to the language model as it came, so its logits are the bare model's, bit for
-    bit.
+    `language_model` is any `AutoModelForCausalLM`, untouched; `image` and `audio` are `Tower`s. A prompt without media
+    goes to the language model as it came, so its logits are the bare model's, bit for bit.
     """
 
     config_class = OpticNerveConfig
@@ -235,9 +234,9 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         Args:
             input_ids: (B, L) with placeholders; or inputs_embeds (B, L, D), in which these are looked for.
             group: (B, L), which sample of a packed row each position belongs to.
-            media: `pixel_values`, `image_sizes`, `qformer_input_ids`, `qformer_attention_mask`, `input_features`,
-                `mm_encoder_outputs`, as `forward` takes them, or `image_features`, `audio_features`: what a tower's
-                `encode` gave (a cache of frozen features).
+            media: `pixel_values`, `image_sizes`, `image_pools`, `qformer_input_ids`, `qformer_attention_mask`,
+                `input_features`, `mm_encoder_outputs`, as `forward` takes them, or `image_features`, `audio_features`:
+                what a tower's `encode` gave (a cache of frozen features).
 
         Raises:
             ValueError: the number of placeholders is not that of the soft tokens; the message has both.
@@ -289,6 +288,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        image_pools: Tensor | None = None,
         input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -310,7 +310,7 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         out, prompt = self.run(
             self.language_model.get_decoder(), input_ids, inputs_embeds, one_cache(cache, past_key_values),
             {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **kwargs},
-            pixel_values=pixel_values, image_sizes=image_sizes, input_features=input_features,
+            pixel_values=pixel_values, image_sizes=image_sizes, image_pools=image_pools, input_features=input_features,
             qformer_input_ids=qformer_input_ids, qformer_attention_mask=qformer_attention_mask,
             image_features=image_features, audio_features=audio_features, mm_encoder_outputs=mm_encoder_outputs,
         )  # fmt: skip

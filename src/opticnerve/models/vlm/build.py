@@ -54,8 +54,12 @@ class Dock:
     def build(cls, recipe: Recipe) -> Dock:
         """The model that a recipe describes, or goes on from, in the recipe's precision."""
         if isinstance(recipe.model, ContinuedSpec):
-            return cls(**vars(continue_from(recipe.model, recipe.stages, dtype=dtype_of(recipe))))
-        return dock_spec(recipe.docked, dtype=dtype_of(recipe), seed=recipe.seed)
+            made = cls(**vars(continue_from(recipe.model, recipe.stages, dtype=dtype_of(recipe))))
+        else:
+            made = dock_spec(recipe.docked, dtype=dtype_of(recipe), seed=recipe.seed)
+        shown = (data.model_dump()["frames"] for stage in recipe.stages[::-1] for data in stage.data)
+        made.processor.frames = next((frames for frames in shown if frames != 8), made.processor.frames)
+        return made
 
     def save(self, folder: Path, trained: Iterable[str]) -> None:
         """What was trained, with references to what was not, and the processor."""

@@ -46,7 +46,7 @@ class MediaFeatures:
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, qformer_input_ids: Tensor | None = None,
-        qformer_attention_mask: Tensor | None = None, **kwargs: Any,
+        qformer_attention_mask: Tensor | None = None, image_pools: Tensor | None = None, **kwargs: Any,
     ) -> SoftTokens:  # fmt: skip
         """(images, 3, H, W) → `pooler_output`, the soft tokens of each picture: (images, N, language width), where
         sizes count a list of (N, language width); `last_hidden_state`: what the encoder saw. The arguments: as for
@@ -57,6 +57,7 @@ class MediaFeatures:
                 takes.
         """
         given = {"pixel_values": pixel_values, "image_sizes": image_sizes, "qformer_input_ids": qformer_input_ids}
+        given["image_pools"] = image_pools
         return self._features("image", {**given, "qformer_attention_mask": qformer_attention_mask}, kwargs)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -77,12 +78,14 @@ class MediaFeatures:
         soft = self._soft(modality, tower, {**media, f"{modality}_features": encoded})
         assert soft is not None
         states = tower.encoder.states(tower.placed(given), **asked) if any(asked.values()) else {}
-        pooled: Any = pooled_of(tower, soft)  # a list where sizes differ, as transformers' own models give it
+        # A list where sizes differ, as transformers' own models give it.
+        pooled: Any = pooled_of(tower, soft, media.get("image_pools"))
         return SoftTokens(last_hidden_state=encoded.tokens_BND, pooler_output=pooled, **states)
 
     def _soft(self, modality: str, tower: Tower, media: dict[str, Any]) -> Features | None:
         features, given = media.get(f"{modality}_features"), media.get(MEDIA_INPUT[modality])
         known = (media.get("mm_encoder_outputs") or {}).get(modality)
+        pools = media.get("image_pools") if modality == "image" else None
         if known is not None:
             return pooled_features(tower, known.pooler_output)
         sizes = media.get("image_sizes") if modality == "image" else None
@@ -92,12 +95,13 @@ class MediaFeatures:
             features = tower.encode(given, sizes)
         ids, mask = media.get("qformer_input_ids"), media.get("qformer_attention_mask")
         text = None if ids is None else (ids, torch.ones_like(ids) if mask is None else mask)
-        return tower.connect(features, sizes, text)
+        return tower.connect(features, sizes, text, pools)
 
 
-def pooled_of(tower: Tower, soft: Features) -> Tensor | list[Tensor]:
-    """Soft tokens as `pooler_output` holds them: (pieces, N, D), or a list of (N, D) where a piece's size counts."""
-    if tower.layout is None:
+def pooled_of(tower: Tower, soft: Features, pools: Tensor | None = None) -> Tensor | list[Tensor]:
+    """Soft tokens as `pooler_output` holds them: (pieces, N, D), or a list of (N, D) where a piece's size counts, or
+    some are pooled."""
+    if tower.layout is None and pools is None:
         return soft.tokens_BND
     return [tokens_ND[mask_N] for tokens_ND, mask_N in zip(soft.tokens_BND, soft.mask_BN, strict=True)]
 

@@ -70,6 +70,7 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        image_pools: Tensor | None = None,
         input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -93,6 +94,7 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
                 `get_input_embeddings` makes of them.
             pixel_values: (images, 3, H, W), the pictures of the whole batch in the order of their placeholders; with
                 tiling the tiles of all of them, and image_sizes (images, 2) their heights and widths.
+            image_pools: (images,), for frames of videos: side of the squares of soft tokens that become their mean.
             input_features: (windows, mels, frames), the sound of the whole batch in the order of its placeholders.
             mm_encoder_outputs: what `get_image_features` gave, as `{"image": …}`, in place of pixel_values.
             labels: (B, L), -100 where there is nothing to learn; a placeholder is never learned.
@@ -108,7 +110,7 @@ class OpticNerveForConditionalGeneration(OpticNerveModel, GenerationMixin):
         out, prompt = self.run(
             self.language_model, input_ids, inputs_embeds, one_cache(cache, past_key_values),
             {"attention_mask": attention_mask, **own, **kwargs},
-            pixel_values=pixel_values, image_sizes=image_sizes, input_features=input_features,
+            pixel_values=pixel_values, image_sizes=image_sizes, image_pools=image_pools, input_features=input_features,
             qformer_input_ids=qformer_input_ids, qformer_attention_mask=qformer_attention_mask,
             image_features=image_features, audio_features=audio_features, mm_encoder_outputs=mm_encoder_outputs,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from transformers.processing_utils import MultiModalData
 
 from opticnerve.common.private_names import saved_parts
 from opticnerve.data.encode.chat_layout import form_of
-from opticnerve.encoders.native import NativeLayout
+from opticnerve.encoders.native import NativeLayout, pooled_layout
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
 from opticnerve.language.load import check_saved, keep_arguments
 from opticnerve.models.vlm.tiling import TileLayout
@@ -51,6 +51,8 @@ class OpticNerveProcessor(ProcessorMixin):
         qformer_tokenizer: of the Q-Former that reads the question, too (InstructBLIP).
         num_image_tokens: placeholders written for one picture; None where there is no vision encoder.
         image_token: the word that stands for a picture in a prompt.
+        image_grid: side of the square map that a picture's placeholders form; None where they form none, or where
+            sizes count.
         num_audio_tokens: placeholders written for one window of sound; None where there is no audio encoder.
         audio_token: the word that stands for a sound in a prompt.
         tiling, native: a `TileLayout` or a `NativeLayout` as a dict, where the number of placeholders depends on a
@@ -61,6 +63,7 @@ class OpticNerveProcessor(ProcessorMixin):
         sanitize_control_tokens: whether words that spell a special token (`<|im_end|>`) stay words when conversations
             are encoded, as `apply_chat_template(sanitize_control_tokens=True)` of transformers has it.
         date: the day that a template with today's date writes (ISO 8601); today by default.
+        frames: which frames of a video training showed, as a data entry's `frames` says it: those that are asked about.
         chat_template: Jinja; the tokenizer's own, made to take pictures and sound, by default.
     """
 
@@ -76,6 +79,7 @@ class OpticNerveProcessor(ProcessorMixin):
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         num_image_tokens: int | None = 1,
         image_token: str = IMAGE_TOKEN,
+        image_grid: int | None = None,
         num_audio_tokens: int | None = None,
         audio_token: str = AUDIO_TOKEN,
         tiling: dict[str, Any] | None = None,
@@ -84,6 +88,7 @@ class OpticNerveProcessor(ProcessorMixin):
         thinking: Thinking | None = None,
         sanitize_control_tokens: bool = False,
         date: str | None = None,
+        frames: int | dict[str, Any] = 8,
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -92,13 +97,14 @@ class OpticNerveProcessor(ProcessorMixin):
         self.thinking = thinking
         self.sanitize_control_tokens = sanitize_control_tokens
         self.date = date or datetime.date.today().isoformat()
+        self.frames = frames
         self.num_image_tokens = num_image_tokens if image_processor is not None else None
         self.num_audio_tokens = num_audio_tokens if feature_extractor is not None else None
         self.image_token = image_token if self.num_image_tokens else None
         self.audio_token = audio_token if self.num_audio_tokens else None
         self.image_token_id = _token_id(tokenizer, self.image_token)
         self.audio_token_id = _token_id(tokenizer, self.audio_token)
-        self.tiling, self.native = tiling, native
+        self.tiling, self.native, self.image_grid = tiling, native, image_grid
         self.qformer_words = qformer_words if qformer_tokenizer is not None else None
         self._spec = _tiling_spec(tiling) if native is None else NativeLayout(**native)
         parts = {
@@ -128,6 +134,7 @@ class OpticNerveProcessor(ProcessorMixin):
                 "num_image_tokens": image.num_placeholders,
                 "tiling": {**asdict(image.tiling.spec), **image.tiling.options} if tiled else None,
                 "native": None if layout is None else asdict(layout),
+                "image_grid": image.grid if image.num_placeholders == image.num_tokens else None,
             }
             if image.reads_words:
                 options["qformer_tokenizer"] = image.connector.text_tokenizer()
@@ -161,8 +168,23 @@ class OpticNerveProcessor(ProcessorMixin):
         """Whether a picture's placeholders depend on its height and width."""
         return self._spec is not None
 
-    def image_placeholders(self, height: int = 0, width: int = 0) -> int:
-        """Placeholders of a picture of that size in pixels."""
+    def image_placeholders(self, height: int = 0, width: int = 0, pool: int = 1) -> int:
+        """Placeholders of a picture of that size in pixels, of whose soft tokens squares of side `pool` become one.
+
+        Raises:
+            OpticNerveError: the soft tokens form no map that could be pooled.
+        """
+        if pool > 1:
+            if isinstance(self._spec, NativeLayout) and self._spec.tokens is None:
+                return pooled_layout(self._spec, pool).num_tokens(height, width)
+            if self._spec is not None or self.image_grid is None:
+                raise OpticNerveError(
+                    f"frames.pool: {pool} takes the mean of squares of a frame's soft tokens, and this model's form no "
+                    "map among the words; leave it out, or take a connector that keeps the map (mlp, linear, "
+                    "pixel_shuffle, abstractor), fusion: splice and no tiling",
+                    kind="unsupported",
+                )
+            return int((-(-self.image_grid // pool)) ** 2)
         return self._spec.num_tokens(height, width) if self._spec is not None else int(self.num_image_tokens or 0)
 
     def image_pieces(self, height: int, width: int) -> int:

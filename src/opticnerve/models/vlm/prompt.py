@@ -16,7 +16,9 @@ from opticnerve.common.private_names import CACHE
 from opticnerve.language.lora import adapter_on
 from opticnerve.models.vlm.tower import Tower
 
-MEDIA_KEYS = ("pixel_values", "image_sizes", "input_features", "qformer_input_ids", "qformer_attention_mask")
+MEDIA_KEYS = (
+    "pixel_values", "image_sizes", "image_pools", "input_features", "qformer_input_ids", "qformer_attention_mask"
+)  # fmt: skip
 
 
 @dataclass
@@ -82,23 +84,25 @@ def repeat_media(
     for key, value in media.items():
         modality = "audio" if key == "input_features" else "image"
         tower = towers[modality]
-        if tower.layout is None:
+        if tower.layout is None and "image_pools" not in media:
             counts = [n // tower.num_placeholders for n in places[modality]]
         else:
-            sizes = media["image_sizes"].tolist()
-            counts = _images_of_rows(tower, sizes, places[modality])
-            if key == "pixel_values":
+            counts = _images_of_rows(tower, media, places[modality])
+            if key == "pixel_values" and tower.layout is not None:
+                sizes = media["image_sizes"].tolist()
                 pieces = [tower.layout.num_pieces(*size) for size in sizes]
                 counts = [sum(pieces[a:b]) for a, b in pairwise(accumulate(counts, initial=0))]
         done[key] = torch.cat([row for row in torch.split(value, counts) for _ in range(times)])
     return done
 
 
-def _images_of_rows(tower: Tower, sizes: list[list[int]], places: list[int]) -> list[int]:
-    """How many pictures each row shows, from their sizes and the rows' placeholders."""
-    assert tower.layout is not None
+def _images_of_rows(tower: Tower, media: dict[str, Tensor], places: list[int]) -> list[int]:
+    """How many pictures each row shows, from their sizes, how they are pooled, and the rows' placeholders."""
+    pools = media["image_pools"].tolist() if "image_pools" in media else None
+    sizes = media["image_sizes"].tolist() if tower.layout is not None else [(0, 0)] * len(pools or ())
     one_each = tower.num_placeholders == 1
-    return _pieces_of_rows([1 if one_each else tower.layout.num_tokens(*size) for size in sizes], places)
+    of_each = zip(sizes, pools or [1] * len(sizes), strict=True)
+    return _pieces_of_rows([1 if one_each else tower.tokens_of(size, pool) for size, pool in of_each], places)
 
 
 def _pieces_of_rows(tokens: list[int], places: list[int]) -> list[int]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from opticnerve import registry
 from opticnerve.common.on_host import on_host, sent
 from opticnerve.connectors.base import Connector
 from opticnerve.encoders.base import Encoder
-from opticnerve.encoders.native import NativeLayout
+from opticnerve.encoders.native import NativeLayout, pooled_layout, real
 from opticnerve.fusion.base import Fusion, onloaded
 from opticnerve.language.layers import decoder_layers
 from opticnerve.models.vlm.tiling import TileLayout, Tiling
@@ -56,6 +59,20 @@ class Tower(nn.Module):
         the most."""
         layout = self.layout
         return layout.max_tokens if isinstance(layout, NativeLayout) else int(self.connector.num_tokens)
+
+    @property
+    def grid(self) -> int | None:
+        """Side of the map that a picture's soft tokens form; None where they form none, or each picture has its own."""
+        side = isqrt(self.num_tokens)
+        square = self.connector.keeps_grid and side * side == self.num_tokens
+        return side if square and self.layout is None and self.encoder.modality == "image" else None
+
+    def tokens_of(self, size: Sequence[int], pool: int) -> int:
+        """Soft tokens of one picture of (height, width) pixels, squares of side `pool` pooled."""
+        if self.layout is None:
+            return self.num_tokens if pool == 1 else (-(-(self.grid or 0) // pool)) ** 2
+        layout = self.layout
+        return (pooled_layout(layout, pool) if isinstance(layout, NativeLayout) else layout).num_tokens(*size)
 
     @property
     def num_placeholders(self) -> int:
@@ -102,9 +119,13 @@ class Tower(nn.Module):
         return media.to(placed_like(self.encoder, self.connector, otherwise=media))
 
     def connect(
-        self, features: Features, sizes: Tensor | None = None, text: Sequence[Tensor] | None = None
-    ) -> Features:
-        """The connector's part, and the arranging of tiles, on features from `encode` or from a cache."""
+        self, features: Features, sizes: Tensor | None = None, text: Sequence[Tensor] | None = None,
+        pools: Tensor | None = None,
+    ) -> Features:  # fmt: skip
+        """The connector's part, and the arranging of tiles, on features from `encode` or from a cache.
+
+        `pools` (images,): side of the squares of soft tokens that become one, where any is more than 1.
+        """
         if self.tiling is not None and sizes is None:
             raise ValueError("the images come in tiles: give image_sizes beside pixel_values")
         weight = placed_like(self.connector, otherwise=features.tokens_BND)
@@ -114,7 +135,7 @@ class Tower(nn.Module):
         words: list[Tensor] = [t.to(weight.device) for t in text or ()] if self.wants_text else []
         if self.tiling is None:
             soft: Features = self.connector(features, *words)
-            return soft
+            return soft if pools is None else self._pooled(soft, on_host(pools).tolist())
         assert sizes is not None
         if words:
             tiles = sent(torch.tensor([self.tiling.tiles(*size) for size in on_host(sizes).tolist()]), weight.device)
@@ -122,6 +143,18 @@ class Tower(nn.Module):
         soft = self.connector(features, *words)
         with onloaded(self.tiling):
             return self.tiling.arrange(soft, sizes)
+
+    def _pooled(self, soft: Features, pools: list[int]) -> Features:
+        """Each picture's map as the means of squares of tokens; those at its right and lower edge may be cut."""
+        if soft.grids is None and self.grid is None:
+            raise ValueError("image_pools: the soft tokens of this model form no map")
+        grids = soft.grids or [(self.grid or 0, self.grid or 0)] * len(pools)
+        rows = []
+        for tokens_ND, grid, pool in zip(soft.tokens_BND, grids, pools, strict=True):
+            map_DYX = tokens_ND[: grid[0] * grid[1]].T.unflatten(1, grid)
+            pooled_DYX = F.avg_pool2d(map_DYX[None], pool, ceil_mode=True, count_include_pad=False)[0]
+            rows.append(pooled_DYX.flatten(1).T)
+        return Features(pad_sequence(rows, batch_first=True), real([len(r) for r in rows], rows[0]))
 
     def dummy_features(self) -> Features:
         """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""

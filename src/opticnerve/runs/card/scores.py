@@ -136,6 +136,11 @@ def image_dependence(run: RunFolder) -> str:
         f"a blank one, {percent(d['shuffled'])} with another sample's. "
         f"**Real minus blank: {points(d['real'] - d['blank'])}.**"
     )
+    if "shuffled_frames" in d:
+        text += (
+            f" With the frames of its own video in another order: {percent(d['shuffled_frames'])} "
+            f"({points(d['real'] - d['shuffled_frames'])} less than in their own)."
+        )
     if d.get("sampling") == "balanced":
         text += (
             "\n\nThe questions are balanced: each comes with each of its answers equally often, about different "
