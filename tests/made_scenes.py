@@ -1,4 +1,4 @@
-"""Made clips and scenes whose truth is known: when a square turns red; where a coloured shape lies."""
+"""Made clips whose truth is known: when a square turns red."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 BLUE, RED = (30, 60, 220), (230, 20, 20)
 FRAMES, RATE = 6, 2  # of a clip, and how many a second it is shown by at most
@@ -38,38 +38,6 @@ def film(count: int, length: int, turn: int = 0) -> bytes:
         frames.append(frame)
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=length)
     return file.getvalue()
-
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220)}
-PARTS = 8  # of each side: edges lie on multiples of it, so that a tiny model has few numbers to learn
-SAID = [f"[{a}, {b}, {a}, {b}]" for a in range(0, 1001, 125) for b in range(0, 1001, 125)]
-
-
-def save_scenes(folder: Path, count: int, *, seed: int, size: tuple[int, int] = (96, 64)) -> Path:
-    """Questions on pictures (width × height) of two shapes of different colours, side by side: where is the one of a
-    colour?"""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng, lines = random.Random(seed), []
-    step = size[0] // PARTS, size[1] // PARTS
-    for number in range(count):
-        picture = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(picture)
-        names = rng.sample(sorted(COLOURS), 2)
-        boxes = []
-        for half, name in enumerate(names):
-            width, height = rng.randint(2, 3), rng.randint(3, 5)
-            left = half * PARTS // 2 + rng.randint(0, PARTS // 2 - width)
-            top = rng.randint(0, PARTS - height)
-            box = [left * step[0], top * step[1], (left + width) * step[0], (top + height) * step[1]]
-            (draw.rectangle if rng.random() < 0.5 else draw.ellipse)((*box[:2], box[2] - 1, box[3] - 1), COLOURS[name])
-            boxes.append(box)
-        picture.save(folder / f"{number}.png")
-        for name, box in zip(names, boxes, strict=True):
-            lines.append(
-                {"image": f"{number}.png", "question": "where is the <ref-object> shape?", "answer": "<bbox>",
-                 "objects": [{"box": box, "label": name}]}
-            )  # fmt: skip
-    return _written(folder / "scenes.jsonl", lines)
 
 
 def _written(path: Path, lines: list[dict[str, Any]]) -> Path:

@@ -50,6 +50,14 @@ def asked(answer: str, objects: Any, image: str = "wide.png", question: str = "w
     return {"image": image, "question": question, "answer": answer, "objects": objects}
 
 
+def test_a_question_is_scored_by_its_boxes(folder: Path) -> None:
+    """The reference that an evaluation reads is the answer that training learns, not its tag."""
+    (folder / "data.jsonl").write_text(json.dumps(asked("<bbox>", [CUP])) + "\n")
+    [sample] = load_data(DataSpec(path=str(folder / "data.jsonl"), boxes=BoxSpec()))
+    assert sample.meta["answers"] == [sample.answer] == ["[100, 100, 600, 600]"]
+    assert SCORERS["boxes"].score("[100, 100, 600, 600]", sample.meta["answers"]) == 1
+
+
 @pytest.mark.parametrize("image", ["wide.png", "turned.jpg"])
 @pytest.mark.parametrize(
     ("options", "wanted"),

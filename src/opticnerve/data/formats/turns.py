@@ -116,7 +116,11 @@ def conversation(
                 parts += queues[shown_as.get(piece.kind, piece.kind)].pop(0)
         messages.append(Message(turn.role, tuple(parts), turn.learn, turn.calls, turn.about))
     if context.boxes is not None:
+        before = [m.text for m in messages]
         messages = _with_boxes(messages, objects_of(fields), context.boxes)
+        if meta.get("answers"):  # what an evaluation holds an answer against is what training would learn
+            placed = dict(zip(before, (m.text for m in messages), strict=True))
+            meta = {**meta, "answers": [placed.get(answer, answer) for answer in meta["answers"]]}
     return Conversation(tuple(messages), id, where, meta, tools_of(fields))
 
 
