@@ -12,11 +12,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from errors import refused
-from opticnerve.distributed.collectives import engine, timeout
+from opticnerve.distributed.collectives import engine, sequence_parallel, timeout
 
 LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 ENGINES = {
-    "ddp": "ddp", "fsdp2": "fsdp2", "fsdp2-zero2": "fsdp2", "multi-node": "fsdp2", "deepspeed-zero2": "zero2",
+    "ddp": "ddp", "fsdp2": "fsdp2", "fsdp2-zero2": "fsdp2", "fsdp2-sequence": "fsdp2", "multi-node": "fsdp2", "deepspeed-zero2": "zero2",
     "deepspeed-zero3": "zero3",
 }  # fmt: skip
 
@@ -33,7 +33,8 @@ def test_launch_files_choose_the_engine_they_claim(name: str, monkeypatch: pytes
         _, given = prepare_deepspeed_cmd_env(args)
     else:
         given = prepare_multi_gpu_env(args)
-    assert engine(given) == ENGINES[name]
+    assert engine({**given, "WORLD_SIZE": "8"}) == ENGINES[name]
+    assert sequence_parallel({**given, "WORLD_SIZE": "8"}) == (2 if name == "fsdp2-sequence" else 1)
     if ENGINES[name] == "fsdp2":
         assert given["FSDP_RESHARD_AFTER_FORWARD"] == ("false" if name == "fsdp2-zero2" else "true")
 

@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
 
 from opticnerve.distributed.heartbeat import Heartbeat, LostProcess
+from opticnerve.ops.sequence import SequenceGroup
 from opticnerve.types import OpticNerveError
 
 Value = TypeVar("Value")
@@ -30,12 +32,15 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
     def on(name: str) -> bool:
         return environment.get(name, "false").lower() == "true"
 
-    parallelism = "parallelism_config (tensor, context and pipeline parallelism)"
-    for name, words in (("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", parallelism)):
-        if on(f"ACCELERATE_USE_{name}"):
-            raise OpticNerveError(
-                f"{words} is not driven here; launch with recipes/launch/ddp.yaml or fsdp2.yaml", kind="unsupported"
-            )
+    if on("ACCELERATE_USE_MEGATRON_LM"):
+        raise OpticNerveError(
+            "Megatron-LM is not driven here; launch with recipes/launch/ddp.yaml or fsdp2.yaml", kind="unsupported"
+        )
+    if sequence_parallel(environment) > 1 and on("ACCELERATE_USE_DEEPSPEED"):
+        raise OpticNerveError(
+            "parallelism_config_sp_size was not tried with DeepSpeed; launch with recipes/launch/fsdp2-sequence.yaml",
+            kind="unsupported",
+        )
     if on("ACCELERATE_USE_DEEPSPEED"):
         return _zero({k.removeprefix(_ZERO): v for k, v in environment.items() if k.startswith(_ZERO)})
     if not on("ACCELERATE_USE_FSDP"):
@@ -55,7 +60,50 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
     return "fsdp2"
 
 
-_ZERO = "ACCELERATE_DEEPSPEED_"
+def sequence_parallel(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes share a sequence, by accelerate's `parallelism_config`; 1 where none was asked for.
+
+    Raises:
+        OpticNerveError: another kind of parallelism; or numbers that do not fit the number of processes.
+    """
+    if environment.get(f"ACCELERATE_USE_{_PARALLELISM}", "false").lower() != "true":
+        return 1
+    names = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
+    replicas, shards, tensor, context, size = (
+        int(environment.get(f"{_PARALLELISM}_{name.upper()}", "1")) for name in names
+    )
+    if context > 1:
+        raise OpticNerveError(
+            "parallelism_config_cp_size: torch's ring attention has no kernel for CPUs, and knows neither packed rows "
+            "nor padding; write parallelism_config_sp_size, which shares sequences out by heads",
+            kind="unsupported",
+        )
+    if tensor > 1 or (replicas > 1 and shards > 1):
+        what = "tp_size" if tensor > 1 else "dp_replicate_size beside dp_shard_size"
+        raise OpticNerveError(
+            f"parallelism_config: {what} is not driven here; leave it at 1, and set sp_size alone", kind="unsupported"
+        )
+    world = int(environment.get("WORLD_SIZE", "1"))
+    if world % size or replicas * shards not in (1, world // size):
+        raise OpticNerveError(
+            f"parallelism_config: {replicas * shards} × sp_size {size} do not make {world} processes; leave "
+            "dp_replicate_size and dp_shard_size at 1, and let sp_size divide the number of processes",
+            kind="mismatch",
+        )
+    return size
+
+
+def sequence_group(accelerator: Accelerator) -> SequenceGroup | None:
+    """The processes that share each sequence with this one: neighbours; None where each has its own."""
+    size = sequence_parallel()
+    if size == 1:
+        return None
+    shape = (accelerator.num_processes // size, size)
+    mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("data", "sequence"))
+    return SequenceGroup(mesh.get_group("sequence"), size, mesh.get_local_rank("sequence"))
+
+
+_PARALLELISM, _ZERO = "PARALLELISM_CONFIG", "ACCELERATE_DEEPSPEED_"
 
 
 def _zero(options: Mapping[str, str]) -> Literal["zero2", "zero3"]:
@@ -79,14 +127,15 @@ def _zero(options: Mapping[str, str]) -> Literal["zero2", "zero3"]:
 
 
 @contextmanager
-def without_deepspeed() -> Iterator[None]:
-    """Within it, accelerate does not see that DeepSpeed was asked for: it would want to drive the engine itself."""
-    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+def without_engines() -> Iterator[None]:
+    """Within it, accelerate does not see that DeepSpeed or a share of sequences was asked for: it would want to drive
+    them itself, and knows the latter on accelerators alone."""
+    names = ("ACCELERATE_USE_DEEPSPEED", f"ACCELERATE_USE_{_PARALLELISM}")
+    asked = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
+        os.environ.update(asked)
 
 
 def timeout(environment: Mapping[str, str] = os.environ) -> timedelta:

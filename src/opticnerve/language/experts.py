@@ -114,9 +114,11 @@ def watched(language_model: PreTrainedModel) -> Iterator[RouterLogits]:
             handle.remove()
 
 
-def balance_loss(language_model: PreTrainedModel, logits: RouterLogits, real_BL: Tensor, supervised: Tensor) -> Tensor:
+def balance_loss(
+    language_model: PreTrainedModel, logits: RouterLogits, real_BL: Tensor, supervised: Tensor
+) -> tuple[Tensor, Tensor]:
     """This process's share of the routers' loss × the supervised tokens of all processes, so that, summed over
-    processes and divided by these, it is the loss of the micro-batch.
+    processes and divided by these, it is the loss of the micro-batch; and that loss, for the log.
 
     A share of each expert's tokens times its mean probability is no sum over tokens: that of all processes together is
     one over their sums.
@@ -145,4 +147,8 @@ def balance_loss(language_model: PreTrainedModel, logits: RouterLogits, real_BL:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(shared)
     counts_E, rows, everywhere = shared[:-2], shared[-2], shared[-1]
-    return everywhere * len(counts_E) * (counts_E / rows * (sums_E / rows)).sum()
+    share = len(counts_E) * (counts_E / rows * (sums_E / rows)).sum()
+    mean = share.detach().clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(mean)
+    return everywhere * share, mean

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from opticnerve.types import AutogradContext, MediaProcessor, OpticNerveError
 
 if TYPE_CHECKING:
+    from opticnerve.ops.sequence import SequenceGroup
     from opticnerve.recipe import Stage
 
 
@@ -27,6 +28,8 @@ class Objective(nn.Module, ABC):
 
     `by_source`: where the loop gives one, a running float32 sum of losses for each data entry (S,), to which an
     objective over tokens adds those of `batch.sources`.
+
+    `processes`: those that share each sequence with this one, where there are such.
 
     `whole_step`: the batch of a step cannot be split, for each of its samples is compared with all others. Such an
     objective does its own backward pass over the micro-batches and processes of a step (`backward`).
@@ -42,6 +45,7 @@ class Objective(nn.Module, ABC):
         self.model = model
         self.metrics: dict[str, Tensor | float] = {}
         self.by_source: Tensor | None = None
+        self.processes: SequenceGroup | None = None
 
     @abstractmethod
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:

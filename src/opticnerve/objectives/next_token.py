@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from opticnerve.data.collators.classification import AnswerBatch, AnswerCollator
+from opticnerve.data.encode.tokenize import IGNORE
 from opticnerve.language import experts
 from opticnerve.objectives.base import Objective
 from opticnerve.ops.head import supervised_logits, supervised_loss
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from opticnerve.data.collators.next_token import Batch
+    from opticnerve.ops.sequence import SequenceGroup
     from opticnerve.recipe import Stage
 
 
@@ -31,18 +34,20 @@ class NextToken(Objective):
 
         Where a mixture of experts trains, the sum has its routers' loss in it, whose mean `metrics` tells.
         """
-        targets_M = batch.targets.flatten()[batch.learned_M]
+        processes = self.processes
+        own = batch if processes is None else _share(batch, processes)
+        targets_M = own.targets.flatten()[own.learned_M]
         count = targets_M.new_full((), len(targets_M))
-        with reading(self.model, batch) as (language_model, inputs):
+        with reading(self.model, batch, processes) as (language_model, inputs):
             weight = experts.balanced(language_model) if torch.is_grad_enabled() else 0.0
             with experts.watched(language_model) if weight else nullcontext() as routers:
-                loss_M = supervised_loss(language_model, batch.learned_M, targets_M, **inputs)
-        if self.by_source is not None and batch.sources is not None:
-            self.by_source.index_add_(0, batch.sources.flatten()[batch.learned_M], loss_M.detach())
+                loss_M = supervised_loss(language_model, own.learned_M, targets_M, **inputs)
+        if self.by_source is not None and own.sources is not None:
+            self.by_source.index_add_(0, own.sources.flatten()[own.learned_M], loss_M.detach())
         if routers is None:
             return loss_M.sum(), count
-        balance = experts.balance_loss(language_model, routers, batch.group >= 0, count)
-        self.metrics = {"router_loss": balance.detach() / count}
+        balance, everywhere = experts.balance_loss(language_model, routers, own.group >= 0, count)
+        self.metrics = {"router_loss": everywhere}
         return loss_M.sum() + weight * balance, count
 
 
@@ -71,20 +76,47 @@ def batch_logits(model: Any, batch: Batch) -> Tensor:
         return supervised_logits(language_model, batch.learned_M, **inputs)
 
 
+def _share(batch: Batch, processes: SequenceGroup) -> Batch:
+    """A batch whose positions are this process's; it says of media, samples and segments what the whole says."""
+    targets = processes.share(batch.targets, IGNORE)
+    return replace(
+        batch,
+        input_ids=processes.share(batch.input_ids),
+        positions=processes.share(batch.positions),
+        targets=targets,
+        learned_M=(targets != IGNORE).flatten().nonzero().squeeze(1),
+        group=processes.share(batch.group, -1),
+        branch=processes.share(batch.branch),
+        sources=None if batch.sources is None else processes.share(batch.sources, -1),
+    )
+
+
 @contextmanager
-def reading(model: Any, batch: Batch) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The language model of `model`, and what it takes for a batch; it must run within."""
+def reading(
+    model: Any, batch: Batch, processes: SequenceGroup | None = None
+) -> Iterator[tuple[Any, dict[str, Any]]]:  # fmt: skip
+    """The language model of `model`, and what it takes for a batch; it must run within.
+
+    Args:
+        processes: those that share the sequences: it takes this one's positions.
+    """
     language_model = model.language_model
     prompt = model.read(batch.input_ids, group=None if batch.plain else batch.group, **batch.media)
     by_segment = supported(language_model)
     if not batch.plain and not by_segment:
         _check_window(language_model.config, batch.input_ids.shape[1])
+    segments = batch.segments if by_segment else None
+    if processes is not None:
+        assert segments is not None
+        assert prompt.embeds_BLD is not None
+        segments = replace(segments, spread=(processes, batch.input_ids.shape[1]))
+        batch, prompt.embeds_BLD = _share(batch, processes), processes.share(prompt.embeds_BLD)
     inputs = {
         "inputs_embeds": prompt.embeds_BLD,
         "position_ids": batch.positions,
         "attention_mask": None if by_segment else batch.attention_mask(prompt.embeds_BLD.dtype),
     }
-    with model.multimodal_context(prompt), within(language_model, batch.segments if by_segment else None):
+    with model.multimodal_context(prompt), within(language_model, segments):
         yield language_model, inputs
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from opticnerve.common.private_names import attention_of, offers_attention, set_attention
 from opticnerve.ops import enabled, tell
 from opticnerve.ops.attention import attend
+from opticnerve.ops.sequence import SequenceGroup
 from opticnerve.types import AutogradContext
 
 NAME = "opticnerve_segments"
@@ -62,16 +64,18 @@ class Segments:
     `back_T`: for each of the B·L positions its place among those of all buckets, one after the other. `pads_P`: the
     positions that belong to no segment.
     `rows`: each row of the batch is one causal segment already, padded on the right: nothing is laid elsewhere.
+    `spread`: the processes that share the L positions, and L; of what attention is given each holds its part.
     """
 
     buckets: tuple[Bucket, ...]
     back_T: Tensor | None = None
     pads_P: Tensor | None = None
     rows: bool = False
+    spread: tuple[SequenceGroup, int] | None = None
 
     def to(self, device: torch.device | str) -> Segments:
         back_T, pads_P = (t if t is None else t.to(device, non_blocking=True) for t in (self.back_T, self.pads_P))
-        return Segments(tuple(b.to(device) for b in self.buckets), back_T, pads_P, self.rows)
+        return Segments(tuple(b.to(device) for b in self.buckets), back_T, pads_P, self.rows, self.spread)
 
 
 def segments_of(group_BL: Tensor, branch_BL: Tensor, positions_BL: Tensor) -> Segments:
@@ -187,21 +191,33 @@ def segmented_attention(
         raise NotImplementedError(f"{type(module).__name__} adds a bias by position, which segments do not know")
     if scaling is None:
         scaling = query_BHLD.shape[-1] ** -0.5
+    attention = partial(_within, segments, scaling, dropout, sliding_window)
+    if segments.spread is None:
+        return attention(query_BHLD, key_BKLD, value_BKLD), None
+    processes, length = segments.spread
+    return processes.attend(attention, length, query_BHLD, key_BKLD, value_BKLD), None
+
+
+def _within(
+    segments: Segments, scaling: float, dropout: float, window: int | None, query_BHLD: Tensor, key_BKLD: Tensor,
+    value_BKLD: Tensor,
+) -> Tensor:  # fmt: skip
+    """(B, L, H, D) of all positions."""
     if segments.rows:
-        out_BHLD = attend(query_BHLD, key_BKLD, value_BKLD, scaling, dropout=dropout, window=sliding_window)
-        return out_BHLD.transpose(1, 2).contiguous(), None
+        out_BHLD = attend(query_BHLD, key_BKLD, value_BKLD, scaling, dropout=dropout, window=window)
+        return out_BHLD.transpose(1, 2).contiguous()
     rows, _, length, _ = query_BHLD.shape
     flat = (t.transpose(1, 2).flatten(0, 1) for t in (query_BHLD, key_BKLD, value_BKLD))  # each (B·L, heads, D)
     laid = zip(*(_Lay.apply(t, segments) for t in flat), strict=True)
     done = []
     for bucket, (q, k, v) in zip(segments.buckets, laid, strict=True):  # each (N, L', heads, D)
         out_NHLD = attend(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scaling, mask_NLL=bucket.sees(sliding_window),
-            dropout=dropout, window=sliding_window if bucket.mask_NLL is None else None,
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scaling, mask_NLL=bucket.sees(window),
+            dropout=dropout, window=window if bucket.mask_NLL is None else None,
         )  # fmt: skip
         done.append(out_NHLD.transpose(1, 2))
-    gathered: Tensor = _GatherRows.apply(segments, *done)
-    return gathered.unflatten(0, (rows, length)), None
+    out_BLHD: Tensor = _GatherRows.apply(segments, *done).unflatten(0, (rows, length))
+    return out_BLHD
 
 
 class _Lay(torch.autograd.Function):

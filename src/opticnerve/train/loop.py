@@ -22,7 +22,7 @@ from opticnerve.common import atomic
 from opticnerve.common.progress import Progress
 from opticnerve.common.units import format_bytes
 from opticnerve.data.encode.loader import TimedBatches, loader
-from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main
+from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main, sequence_parallel
 from opticnerve.distributed.heartbeat import LostProcess
 from opticnerve.models.family import Family
 from opticnerve.models.vlm.tower import MEDIA_INPUT
@@ -187,7 +187,10 @@ class Trainer:
         self.divergence.before_step()
         counts = [sum(b.supervised for b in batches), sum(b.tokens for b in batches), sum(b.samples for b in batches),
                   int(self.stop), *source_counts(batches, len(self.sources)), *media_counts(batches)]  # fmt: skip
-        supervised, tokens, samples, asked, *more = map(int, add_up(accelerator, counts, error))
+        totals = add_up(accelerator, counts, error)
+        asked = totals.pop(3)
+        # Processes that share a sequence counted it each.
+        supervised, tokens, samples, *more = (n // sequence_parallel() for n in totals)
         of_source, self.pieces = more[: len(self.sources)], more[len(self.sources) :]
         self.all_stop = bool(asked)  # a signal reaches the processes at different moments; they leave together
         filled = fill(batches)

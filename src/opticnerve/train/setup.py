@@ -25,7 +25,7 @@ from opticnerve.common import atomic, private_names
 from opticnerve.data.dataset.bad_samples import BadSampleCounter
 from opticnerve.data.dataset.dataset import NO_MEDIA, Example
 from opticnerve.data.dataset.load import load_examples, load_streams
-from opticnerve.distributed.collectives import barrier, engine, timeout, without_deepspeed
+from opticnerve.distributed.collectives import barrier, engine, sequence_parallel, timeout, without_engines
 from opticnerve.features.store import see_all
 from opticnerve.language.chat_template import stage_template
 from opticnerve.language.layers import context_length, decoder_layers
@@ -187,7 +187,7 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     """
     engine()
     _check_trackers(recipe.trackers)
-    with without_deepspeed():
+    with without_engines():
         # A connector may carry weights that only its pretraining, or only its use, needs.
         handlers = [
             DistributedDataParallelKwargs(find_unused_parameters=True),
@@ -325,8 +325,10 @@ def make_sampler(
     """
     on_error = skipped.__call__ if stage.bad_samples != "refuse" else None  # the counter itself is false while empty
     template, notes, check = stage_template(stage.template, processor.tokenizer), Notes(), samples_to_check(stage)
+    sharing = sequence_parallel()  # those that share a sequence read the same rows
     options: dict[str, Any] = {
-        "seed": seed, "rank": accelerator.process_index, "world": accelerator.num_processes, "template": template,
+        "seed": seed, "rank": accelerator.process_index // sharing, "world": accelerator.num_processes // sharing,
+        "template": template,
         "collate": collate, "on_error": on_error,
     }  # fmt: skip
     if stage.data[0].streaming:

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from opticnerve.distributed.collectives import engine
+from opticnerve.common.private_names import is_stateful
+from opticnerve.distributed.collectives import engine, sequence_group, sequence_parallel
 from opticnerve.distributed.deepspeed import Zero
 from opticnerve.distributed.fsdp import Sharded
 from opticnerve.language.adapters import our_layers
@@ -21,6 +22,8 @@ from opticnerve.language.experts import is_expert
 from opticnerve.language.quantization import quantized_layers
 from opticnerve.models.freeze import Frozen
 from opticnerve.objectives.base import Objective
+from opticnerve.objectives.next_token import NextToken
+from opticnerve.ops.varlen import supported
 from opticnerve.recipe import Stage
 from opticnerve.train.optim import MasterAdamW
 from opticnerve.types import OpticNerveError
@@ -59,6 +62,7 @@ class Strategy:
 
     def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
         self.accelerator, self.objective, self.model = accelerator, objective, objective.model
+        objective.processes = sequence_group(accelerator)
         self.optimizer = self._adam = MasterAdamW(
             frozen, betas=stage.betas, weight_decay=stage.weight_decay, name=stage.optimizer,
             layer_decay=stage.layer_decay, ema=stage.ema,
@@ -88,6 +92,7 @@ class Strategy:
     def finish(self) -> None:
         """Have `model` and `objective` be the whole ones, with what was learned, on every process."""
         self.optimizer.finish()
+        self.objective.processes = None
         if self._twin is not None:
             self.model, self.objective = self._twin.bring_together()
 
@@ -126,6 +131,8 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
         OpticNerveError: it was not tried with this model or stage.
     """
     kind = engine()
+    if sequence_parallel() > 1:
+        _check_shareable(objective, stage)
     if accelerator.num_processes == 1 or kind == "ddp":
         return Strategy(accelerator, objective, frozen, stage)
     name = "FSDP2" if kind == "fsdp2" else "DeepSpeed"
@@ -166,3 +173,26 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
             kind="unsupported",
         )
     return (_FSDP2 if kind == "fsdp2" else _Zero)(accelerator, objective, frozen, stage)
+
+
+def _check_shareable(objective: Objective, stage: Stage) -> None:
+    """See that several processes can share a sequence of this model.
+
+    Raises:
+        OpticNerveError: something in it looks at other positions by another way than attention.
+    """
+    size, language = sequence_parallel(), objective.model.language_model
+    heads = 0 if language is None else int(language.config.get_text_config(decoder=True).num_attention_heads)
+    towers = () if language is None else objective.model.towers.values()
+    problems = {
+        f"the objective {stage.objective.type} reads whole sequences": not isinstance(objective, NextToken),
+        "the model has no language model of transformers' attention": language is None or not supported(language),
+        "the language model carries a state from position to position": language is not None and is_stateful(language),
+        "a fusion other than splice looks at positions": any(t.fusion.placeholders(2) != 2 for t in towers),
+        f"its {heads} heads do not divide by {size}": bool(heads % size),
+    }
+    if problem := next((words for words, there in problems.items() if there), None):
+        raise OpticNerveError(
+            f"stage {stage.name}: parallelism_config_sp_size {size}: {problem}; leave parallelism_config out",
+            kind="unsupported",
+        )

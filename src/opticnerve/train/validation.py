@@ -151,9 +151,9 @@ class Validation:
             try:
                 for index in range(len(held_out)):
                     batch = next(batches)
-                    loss, _ = objective(batch.to(device))
+                    loss, mine = objective(batch.to(device))
                     if held_out.mine(index):
-                        total, count = total + float(loss), count + batch.supervised
+                        total, count = total + float(loss), count + int(mine)
             except OpticNerveError as e:
                 said = e
         found = gather_objects(self.strategy.accelerator, (total, count, None if said is None else str(said)))
