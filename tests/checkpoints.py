@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from safetensors.torch import save_file
 
 import tiny
 
@@ -93,6 +94,159 @@ def save_llava_next(folder: Path, *, vision: str = "clip_vision_model", pinpoint
     shake(tf.LlavaNextForConditionalGeneration(made)).save_pretrained(folder)
     images = _images(tf.LlavaNextImageProcessor, image_grid_pinpoints=pinpoints)
     tf.LlavaNextProcessor(images, **parts).save_pretrained(folder)
+    return folder
+
+
+def save_llava_onevision(folder: Path, *, pinpoints: Any = None, **options: Any) -> Path:
+    """LLaVA-OneVision: SigLIP, Qwen2, tiles within a budget of three."""
+    options = {"vision_feature_layer": -1, "vision_aspect_ratio": "anyres_max_3", **options}
+    config, parts = _llava_parts("siglip_vision_model", "qwen2", **options)
+    tokenizer, strategy = parts["tokenizer"], parts["vision_feature_select_strategy"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]}, replace_extra_special_tokens=False)
+    config["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
+    pinpoints = pinpoints or [[32 * rows, 32 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    made = tf.LlavaOnevisionConfig(**config, image_grid_pinpoints=pinpoints)
+    shake(tf.LlavaOnevisionForConditionalGeneration(made)).save_pretrained(folder)
+    images = tf.LlavaOnevisionImageProcessor(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=pinpoints)
+    tf.LlavaOnevisionProcessor(
+        images, tokenizer, tf.LlavaOnevisionVideoProcessor(), num_image_tokens=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy=strategy, chat_template=parts["chat_template"],
+        vision_aspect_ratio=made.vision_aspect_ratio,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_renamed(stock: Path, folder: Path, names: dict[str, str], config: dict[str, Any]) -> Path:
+    """A LLaVA of transformers as other code saves it: another config.json, tensors under other names (each begins with
+    the first of `names` that it begins with), and the vision tower a folder of its own beside it."""
+    made = tf.AutoModelForImageTextToText.from_pretrained(stock)
+    made.model.vision_tower.save_pretrained(tower := folder.parent / f"{folder.name}-tower")
+    processor = tf.AutoProcessor.from_pretrained(stock)
+    sizes = {k: dict(getattr(processor.image_processor, k)) for k in ("size", "crop_size")}
+    tf.CLIPImageProcessor(**sizes).save_pretrained(tower)
+    processor.tokenizer.chat_template = None
+    processor.tokenizer.save_pretrained(folder)
+    config |= {"mm_vision_tower": str(tower), "vision_model_name_or_path": f"clip:{tower}", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {}
+    for name, tensor in made.state_dict().items():
+        old, new = next(pair for pair in names.items() if name.startswith(pair[0]))
+        state[new + name.removeprefix(old)] = tensor.clone()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def save_llava_original(folder: Path, *, anyres: bool = False, **changes: Any) -> Path:
+    """LLaVA as its own code saves it; as transformers has it, it stands in `stock` beside it."""
+    stock = (save_llava_next if anyres else save_llava)(folder.with_name("stock"))
+    config = tf.AutoConfig.from_pretrained(stock)
+    kind = "LlavaMistralForCausalLM" if anyres else "LlavaLlamaForCausalLM"
+    options: dict[str, Any] = {"image_aspect_ratio": None}
+    if anyres:
+        pinpoints = [[w, h] for h, w in config.image_grid_pinpoints]  # turned, there
+        options = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+        options["image_grid_pinpoints"] = pinpoints
+    written = {
+        **config.text_config.to_dict(), "architectures": [kind], "model_type": "llava_llama",
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        "mm_hidden_size": 24, "use_mm_proj": True, **options, **changes,
+    }  # fmt: skip
+    projector = "model.multi_modal_projector.linear_"
+    names = {
+        f"{projector}1": "model.mm_projector.0", f"{projector}2": "model.mm_projector.2",
+        "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.", "model.language_model.": "model.",
+        "": "",
+    }  # fmt: skip
+    return save_renamed(stock, folder, names, written)
+
+
+def save_tinyllava(folder: Path) -> Path:
+    """TinyLLaVA behind a SigLIP without its first token; as transformers has it, it stands in `stock` beside it."""
+    options: dict[str, Any] = {"vision": "siglip_vision_model", "vision_feature_select_strategy": "default"}
+    stock = save_llava(folder.with_name("stock"), **options)
+    config = tf.AutoConfig.from_pretrained(stock)
+    written = {
+        "architectures": ["TinyLlavaForConditionalGeneration"], "model_type": "tinyllava",
+        "connector_type": "mlp2x_gelu", "text_config": config.text_config.to_dict(),
+        "vision_config": config.vision_config.to_dict(), "image_aspect_ratio": "square", "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "patch",
+    }  # fmt: skip
+    projector = "model.multi_modal_projector.linear_"
+    names = {
+        f"{projector}1": "connector._connector.0", f"{projector}2": "connector._connector.2",
+        "model.vision_tower.": "vision_tower._vision_tower.vision_model.",
+        "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+    }  # fmt: skip
+    return save_renamed(stock, folder, names, written)
+
+
+IDEFICS_CHAT = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)  # as SmolVLM-256M-Instruct writes it
+
+
+def save_idefics3(folder: Path, *, kind: str = "Idefics3", longest: int = 96, split: bool = True) -> Path:
+    """Idefics3 or SmolVLM: tiles of 32 px, 2 × 2 patches as a token."""
+    tokenizer = tiny.tokenizer("byte-level")
+    names = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *names]
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "pad_token": "<unk>"})
+    vision = {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": SIDE, "patch_size": PATCH,
+    }  # fmt: skip
+    language = tiny.language_config("llama", len(tokenizer) + 3)
+    config = getattr(tf, f"{kind}Config")(
+        vision_config=vision,
+        text_config=language.to_dict(),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    shake(getattr(tf, f"{kind}ForConditionalGeneration")(config)).save_pretrained(folder)
+    images = getattr(tf, f"{kind}ImageProcessor")(
+        size={"longest_edge": longest}, max_image_size={"longest_edge": SIDE}, do_image_splitting=split
+    )
+    tf.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=IDEFICS_CHAT).save_pretrained(folder)
+    return folder
+
+
+INTERNVL_CHAT = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{{'<|im_end|>\n'}}{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)  # as InternVL3-1B-hf writes it
+
+
+def save_internvl(folder: Path, *, layer: int = -1, most: int = 6, **vision: Any) -> Path:
+    """InternVL: InternViT, tiles of 32 px, 2 × 2 patches as a token, Qwen2."""
+    tokenizer = tiny.tokenizer("byte-level")
+    names = {
+        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }  # fmt: skip
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names.values()), "pad_token": "<unk>"})
+    folder.mkdir()
+    tokenizer.save_pretrained(folder)
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder, extra_special_tokens=names)
+    config = tf.InternVLConfig(
+        vision_config={
+            "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], **vision,
+        },
+        text_config=tiny.language_config("qwen2", len(tokenizer) + 3).to_dict(), vision_feature_layer=layer,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+    )  # fmt: skip
+    shake(tf.InternVLForConditionalGeneration(config)).save_pretrained(folder)
+    images = tf.GotOcr2ImageProcessor(size={"height": SIDE, "width": SIDE}, max_patches=most)
+    tf.InternVLProcessor(
+        images, tokenizer, tf.InternVLVideoProcessor(), image_seq_length=4, chat_template=INTERNVL_CHAT
+    ).save_pretrained(folder)
     return folder
 
 

@@ -387,6 +387,22 @@ def test_the_same_through_dock(language_folder: Callable[..., str], private_cach
     assert out.num_image_tokens == [count(*s) for s in SIDES]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "1"])
+def test_turned_and_grey_pictures_are_seen_upright_and_in_three_channels(mode: str, tmp_path: Path) -> None:
+    """A camera's note that a picture lies on its side counts in its size, its patches and its tokens alike."""
+    encoder = PatchesEncoder(patch_size=8, fit="native", max_patches=200)
+    upright = picture(24, 56).convert(mode)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    upright.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert image_size(tmp_path / "turned.png") == (24, 56)
+    seen, expected = (
+        prepared(encoder, [opened]) for opened in (open_image(tmp_path / "turned.png"), upright.convert("RGB"))
+    )
+    assert seen[1] == expected[1] == [(3, 7)]
+    torch.testing.assert_close(encoder(*seen).tokens_BND, encoder(*expected).tokens_BND, rtol=0, atol=0)
+
+
 def test_no_side_is_longer_than_the_longest() -> None:
     """Not even of a thin picture that is made larger to fill a budget."""
     layout = NativeLayout(8, min_patches=100, max_patches=200, max_side=20)

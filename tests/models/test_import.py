@@ -108,9 +108,15 @@ def test_parts_with_more_digits_than_the_rest_are_noticed(llava: Path, tmp_path:
 
 def test_their_chat_template_is_kept(llava: Path, tmp_path: Path) -> None:
     made = import_checkpoint(llava, tmp_path / "out")
-    _, processor = load_model(made.folder, device="cpu")
-    assert processor.chat_template == checkpoints.LLAVA_CHAT
-    assert not made.notes
+    model, processor = load_model(made.folder, device="cpu")
+    asked = ask("what is this?", tiny.picture())
+    assert Answerer(model, processor).render(asked) == "USER: <image>\nwhat is this? ASSISTANT:"
+    assert processor.chat_template.endswith(checkpoints.LLAVA_CHAT)
+    # It ends no answer, with which nobody could train it on.
+    assert len(made.notes) == 1
+    assert "</s> is written behind each" in made.notes[0]
+    learned = encode(ask("what is this?", tiny.picture(), answer="a dog"), processor)
+    assert processor.tokenizer.decode([i for i in learned.labels if i >= 0]).strip() == "a dog</s>"
 
 
 def test_without_a_chat_template_a_plain_one_is_put_in_and_said(tmp_path: Path) -> None:
@@ -184,8 +190,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "vision tower": (lambda: tf.LlavaConfig(vision_config={"model_type": "pixtral"}), ("unsupported", "pixtral")),
     "other weights": (
-        lambda: clip_llava(architectures=["LlavaLlamaForCausalLM"]),
-        ("unsupported", "LlavaLlamaForCausalLM", "LlavaForConditionalGeneration"),
+        lambda: clip_llava(architectures=["BunnyPhiForCausalLM"]),
+        ("unsupported", "BunnyPhiForCausalLM", "LlavaForConditionalGeneration"),
     ),
     "retrieval": (
         lambda: tf.Blip2Config(architectures=["Blip2ForImageTextRetrieval"], image_token_index=3),
@@ -204,7 +210,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tf.Blip2Config(qformer_config={"hidden_act": "relu"}, image_token_index=3),
         ("unsupported", "hidden_act relu", "gelu"),
     ),
-    "other kind": (lambda: tf.LlavaOnevisionConfig(), ("unsupported", "llava_onevision", "llava_next")),
+    "other kind": (lambda: tf.VipLlavaConfig(), ("unsupported", "vipllava", "llava_next")),
+    "both directions": (lambda: tf.PaliGemmaConfig(), ("unsupported", "paligemma", "both directions", "`language`")),
+    "both directions, Gemma 3": (lambda: tf.Gemma3Config(), ("unsupported", "gemma3", "both directions")),
+    "three dimensions": (lambda: tf.Qwen2VLConfig(), ("unsupported", "qwen2_vl", "M-RoPE", "qwen_vl")),
+    "three dimensions, 2.5": (lambda: tf.Qwen2_5_VLConfig(), ("unsupported", "qwen2_5_vl", "M-RoPE")),
+    "a perceiver": (lambda: tf.Idefics2Config(), ("unsupported", "idefics2", "perceiver")),
+    "a budget of another kind": (
+        lambda: tf.LlavaOnevisionConfig(vision_aspect_ratio="square"),
+        ("unsupported", "vision_aspect_ratio", "square", "anyres_max_N"),
+    ),
 }
 
 
@@ -236,8 +251,8 @@ def import_refused(source: Path, out: Path, *refusal: Any) -> None:
     assert not list(out.parent.glob(".out*"))
 
 
-def test_default_selection_needs_a_class_token(tmp_path: Path) -> None:
-    source = checkpoints.save_llava(
+def test_default_selection_of_tiles_needs_a_class_token(tmp_path: Path) -> None:
+    source = checkpoints.save_llava_next(
         tmp_path / "llava", vision="siglip_vision_model", vision_feature_select_strategy="default"
     )
     import_refused(source, tmp_path / "out", "unsupported", 0, 1)
@@ -252,6 +267,12 @@ def test_pinpoints_must_agree(tmp_path: Path) -> None:
     source = checkpoints.save_llava_next(tmp_path / "next")
     edit(source, lambda c: c.update(image_grid_pinpoints=[[32, 64]]))
     import_refused(source, tmp_path / "out", "mismatch", "image_grid_pinpoints")
+
+
+def test_budgets_must_agree(tmp_path: Path) -> None:
+    source = checkpoints.save_llava_onevision(tmp_path / "onevision")
+    edit(source, lambda c: c.update(vision_aspect_ratio="anyres_max_4"))
+    import_refused(source, tmp_path / "out", "mismatch", "vision_aspect_ratio", "anyres_max_4", "anyres_max_3")
 
 
 def test_the_image_token_must_agree(llava: Path, tmp_path: Path) -> None:
@@ -362,7 +383,7 @@ def test_the_command_as_json(llava: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_with_a_message_and_exit_code_1(tmp_path: Path) -> None:
-    source = save_config(tmp_path / "source", tf.LlavaOnevisionConfig())
+    source = save_config(tmp_path / "source", tf.VipLlavaConfig())
     result = run(source, tmp_path / "out")
     assert result.exit_code == 1
     assert "what can be imported" in result.stderr

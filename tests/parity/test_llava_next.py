@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
 import tiny
+from errors import refused
 from opticnerve.models.vlm.tiling import Tiling
 from opticnerve.types import Features
 
@@ -23,8 +24,8 @@ PINPOINTS = {"llava-next": None, "one": [[32, 32]], "many": [[32, 32], [64, 96],
 SIZES = [(40, 40), (33, 71), (17, 640), (500, 13), (3, 5), (1, 1), (64, 64), (200, 301)]
 
 
-def tiling(pinpoints: Any = None) -> Tiling:
-    return Tiling.from_options({"pinpoints": pinpoints}, tile_size=32, grid=4, language_width=WIDTH)
+def tiling(pinpoints: Any = None, **options: Any) -> Tiling:
+    return Tiling.from_options({"pinpoints": pinpoints, **options}, tile_size=32, grid=4, language_width=WIDTH)
 
 
 def config(made: Tiling) -> tf.LlavaNextConfig:
@@ -47,6 +48,16 @@ def theirs(made: Tiling) -> tf.LlavaNextProcessor:
     )
 
 
+def onevision(made: Tiling) -> tf.LlavaOnevisionProcessor:
+    images = tf.LlavaOnevisionImageProcessor(
+        size={"height": 32, "width": 32}, image_grid_pinpoints=made.options["pinpoints"]
+    )
+    return tf.LlavaOnevisionProcessor(
+        images, tiny.tokenizer(), tf.LlavaOnevisionVideoProcessor(), num_image_tokens=16,
+        vision_feature_select_strategy="full",
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=list(PINPOINTS))
 def made(request: Any) -> Tiling:
     torch.manual_seed(0)
@@ -60,6 +71,22 @@ def test_counts_are_llava_nexts(height: int, width: int, kind: str) -> None:
     with_class_token = processor._get_number_of_features(height, width, 32, 32)
     assert made.count(height, width) == with_class_token - 1
     assert made.tiles(height, width) == image_size_to_num_patches((height, width), made.options["pinpoints"], 32)
+
+
+@given(height=st.integers(1, 4000), width=st.integers(1, 4000), budget=st.integers(1, 9))
+def test_counts_within_a_budget_are_llava_onevisions(height: int, width: int, budget: int) -> None:
+    made = tiling([[32 * rows, 32 * columns] for rows in range(1, 7) for columns in range(1, 7)], max_tiles=budget)
+    processor = _processors.setdefault("onevision", onevision(made))
+    processor.vision_aspect_ratio = f"anyres_max_{budget}"
+    counted = made.count(height, width)
+    assert counted == processor._get_number_of_features(height, width, 32, 32)
+    assert counted <= made.spec.max_tokens
+
+
+@pytest.mark.parametrize(("budget", "grid"), [(0, 4), (1.5, 4), (True, 4), (2, None)])
+def test_budgets_that_mean_nothing_are_refused(budget: Any, grid: int | None) -> None:
+    with refused("out-of-range" if grid else "unsupported", "max_tiles"):
+        Tiling.from_options({"max_tiles": budget}, tile_size=32, grid=grid, tile_tokens=16, language_width=WIDTH)
 
 
 _processors: dict[str, Any] = {}

@@ -135,7 +135,7 @@ def import_(
     device: Annotated[str, Option(help="Where both models run, in float32, to be compared.")] = "cpu",
     as_json: JsonFlag = False,
 ) -> None:
-    """Turn a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP checkpoint into a folder of opticnerve.
+    """Turn a LLaVA, LLaVA-NeXT or -OneVision, InternVL, Idefics3, SmolVLM or BLIP-2 into a folder of opticnerve.
 
     Every tensor is accounted for, and both models must give the same logits on fixed samples; otherwise the message
     says what cannot be imported, and nothing is written.

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from opticnerve.encoders.preparation import preparation
 from opticnerve.types import Features, OpticNerveError
 
 Layer = int | list[int] | Literal["last"]
+ClassToken = Literal["drop", "keep", "drop_first"]
 
 # Vision models that transformers has, but not in its table of AutoModel.
 _UNLISTED = {"blip_2_vision_model": "Blip2VisionModel", "instructblip_vision_model": "InstructBlipVisionModel"}
@@ -68,7 +69,9 @@ class HFVisionEncoder(Encoder):
             `post_layernorm` is for the pooled vector alone; a whole number for an entry of `hidden_states` (-2 in
             LLaVA-1.5), of which -1 is what the last block gives, before any final norm; or a list of such numbers,
             joined along the width.
-        class_token: "drop" leaves out class and register tokens, "keep" keeps them first.
+        class_token: "drop" leaves out class and register tokens, "keep" keeps them first; "drop_first" leaves out the
+            first token, whatever it is (a SigLIP behind LLaVA's "patch" selection, as TinyLLaVA trains it: what is left
+            is no map of the picture).
         image_size: side of the square input; other than the model's own interpolates its position embeddings.
         fit: "native" shows pictures in their own shape, within a budget of patches (`NativeLayout`); class and register
             tokens are left out. SigLIP 2 NaFlex gets rows of patches with a mask; others get the pictures of one shape
@@ -81,23 +84,23 @@ class HFVisionEncoder(Encoder):
     """
 
     def __init__(
-        self, *, architecture: dict[str, Any], layer: Layer = "last", class_token: Literal["drop", "keep"] = "drop",
+        self, *, architecture: dict[str, Any], layer: Layer = "last", class_token: ClassToken = "drop",
         image_size: int | None = None, fit: str = "squash", mean: list[float] | None = None,
         std: list[float] | None = None, resample: int = 3, crop_pct: float = 1.0, min_patches: int | None = None,
         max_patches: int | None = None, _model: PreTrainedModel | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if class_token not in ("drop", "keep"):
-            raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}", kind="unknown-name")
+        if class_token not in get_args(ClassToken):
+            known = ", ".join(get_args(ClassToken))
+            raise OpticNerveError(f"class_token is one of {known}, not {class_token!r}", kind="unknown-name")
         config = config_from_dict(architecture, "hf_vision", "clip_vision_model or dinov2")
         self.layer, self.class_token = layer, class_token
         self.native_size, self.patch_size = _sizes(config)
         self.take_pictures(image_size or self.native_size, fit, mean, std, resample, crop_pct)
         budget = self.take_budget(fit, min_patches, max_patches, _usual_budget(config))
-        if self.native is not None and (class_token == "keep" or self.image_size != self.native_size):
+        if self.native is not None and (class_token != "drop" or self.image_size != self.native_size):
             raise OpticNerveError(
-                "fit: native gives each picture's map of tokens and no other; leave out class_token: keep and "
-                "image_size",
+                "fit: native gives each picture's map of tokens and no other; leave out class_token and image_size",
                 kind="conflict",
             )
         self.model = _model if _model is not None else _build(config)
@@ -120,7 +123,8 @@ class HFVisionEncoder(Encoder):
                 f"{self.patch_size}): it is no plain vision transformer; try type: timm",
                 kind="unsupported",
             )
-        self.num_tokens = grid if class_token == "drop" else tokens
+        self._left_out = {"drop": self.prefix_tokens, "keep": 0, "drop_first": 1}[class_token]
+        self.num_tokens = tokens - self._left_out
 
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> HFVisionEncoder:
@@ -156,10 +160,7 @@ class HFVisionEncoder(Encoder):
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Features:
         if self.native is not None:
             return self._of_shapes(self.model, pixel_values, grids)
-        tokens_BND = self._tokens(self.model, pixel_values)
-        if self.class_token == "drop":
-            tokens_BND = tokens_BND[:, self.prefix_tokens :]
-        return all_real(tokens_BND)
+        return all_real(self._tokens(self.model, pixel_values)[:, self._left_out :])
 
     def states(self, media: Tensor, **asked: bool) -> dict[str, Any]:
         if self.native is not None:

@@ -95,6 +95,30 @@ def with_parts(template: str | None) -> str:
     return _PRELUDE + (f"{{{{ {space!r} }}}}" if space else "") + body
 
 
+_ENDED = "".join(
+    line.strip()
+    for line in """
+    {%- set opticnerve_ended = namespace(messages=[]) -%}
+    {%- for message in messages -%}
+      {%- set content = message['content'] -%}
+      {%- if message['role'] == 'assistant' and content is string -%}
+        {%- set content = content + eos_token -%}
+      {%- elif message['role'] == 'assistant' and content and content[-1]['type'] == 'text' -%}
+        {%- set content = content[:-1] + [dict(content[-1], text=content[-1]['text'] + eos_token)] -%}
+      {%- endif -%}
+      {%- set opticnerve_ended.messages = opticnerve_ended.messages + [dict(message, content=content)] -%}
+    {%- endfor -%}
+    {%- set messages = opticnerve_ended.messages -%}
+    """.splitlines()
+)
+
+
+def ended(template: str) -> str:
+    """A template that takes parts, with the end of text behind each of an assistant's turns. (That of LLaVA's
+    checkpoints on the hub writes a space there, where LLaVA's own code trains with the end of text.)"""
+    return _ENDED + template
+
+
 def read_template(text: str) -> str:
     """A template by name, as it stands, or from a file."""
     if text in NAMED:

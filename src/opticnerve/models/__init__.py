@@ -21,6 +21,7 @@ from opticnerve.models.vlm.backbone import OpticNerveModel
 from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
+from opticnerve.models.vlm.splitting import SplitImageProcessor, SplitLayout
 from opticnerve.models.vlm.tiling import TilingImageProcessor
 
 for config in (OpticNerveConfig, DualEncoderConfig, FusionClassifierConfig):
@@ -36,6 +37,7 @@ AutoImageProcessor.register(
 )
 # Found by its name; beside another of the same configuration it would be taken for that one on another backend.
 AutoImageProcessor.register(NativeLayout, image_processor_classes={"torchvision": NativeImageProcessor}, exist_ok=True)
+AutoImageProcessor.register(SplitLayout, image_processor_classes={"torchvision": SplitImageProcessor}, exist_ok=True)
 AutoProcessor.register(OpticNerveConfig, OpticNerveProcessor, exist_ok=True)
 AutoProcessor.register(DualEncoderConfig, DualEncoderProcessor, exist_ok=True)
 AutoProcessor.register(FusionClassifierConfig, FusionClassifierProcessor, exist_ok=True)

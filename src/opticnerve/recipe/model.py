@@ -113,6 +113,9 @@ class TilingSpec(Strict):
     unpad: bool | None = None
     newline: bool | None = None
     thumbnail: bool = True
+    max_tiles: Positive | None = Field(
+        None, description="a canvas with more tokens than so many tiles have is interpolated down to them"
+    )
 
 
 class PictureSpec(Strict):

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import list_problems, restore_buffers
 from opticnerve.models.vlm.configuration import OpticNerveConfig
+from opticnerve.models.vlm.splitting import is_split
 from opticnerve.models.vlm.tower import Tower, build_tower
 from opticnerve.types import OpticNerveError
 
@@ -40,6 +41,11 @@ def check(config: OpticNerveConfig, folder: str | Path) -> None:
             reasons.append(
                 f"its {modality} fusion is {fusion}: layers within the language model, which vLLM's own class of it "
                 "does not have; nearest: fusion splice"
+            )
+        if is_split(spec.get("tiling")):
+            reasons.append(
+                "its processor writes words among the tokens of a picture (InternVL's and Idefics3's way), which this "
+                "plugin does not; vLLM runs the model that was imported"
             )
     if reasons:
         raise OpticNerveError(f"vLLM cannot run {folder}: {'; '.join(reasons)}", kind="unsupported")

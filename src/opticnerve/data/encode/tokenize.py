@@ -106,14 +106,14 @@ def check_fast(processor: ChatProcessor) -> None:
         )
 
 
-def media_blocks(conversation: Conversation, processor: ChatProcessor) -> dict[str, list[int]]:
-    """By placeholder word, how many of it each picture (or sound) of the conversation takes, in order.
+def media_blocks(conversation: Conversation, processor: ChatProcessor) -> dict[str, list[list[int]]]:
+    """By placeholder word, the tokens that stand for each picture (or sound) of the conversation, in order.
 
     Raises:
         DataError: the model takes no pictures (or no sound).
     """
     where = conversation.where or conversation.id
-    blocks: dict[str, list[int]] = {}
+    blocks: dict[str, list[list[int]]] = {}
     if images := conversation.images:
         if processor.image_token is None:
             raise DataError(
@@ -122,15 +122,15 @@ def media_blocks(conversation: Conversation, processor: ChatProcessor) -> dict[s
         sized = processor.counts_by_size
         sizes = [image_size(i.source, where=where) if sized else (0, 0) for i in images]
         blocks[processor.image_token] = [
-            processor.image_placeholders(*size, image.pool) for image, size in zip(images, sizes, strict=True)
+            processor.image_ids(*size, image.pool) for image, size in zip(images, sizes, strict=True)
         ]
     if audios := conversation.audios:
         if processor.audio_token is None:
             raise DataError("a sample with sound, but the model has no audio encoder", where=where, kind="modality")
         rate = processor.feature_extractor.sampling_rate
-        blocks[processor.audio_token] = [
-            processor.audio_placeholders(len(open_audio(a.source, where=where, rate=rate))) for a in audios
-        ]
+        lengths = [len(open_audio(a.source, where=where, rate=rate)) for a in audios]
+        number = processor.audio_token_id or 0
+        blocks[processor.audio_token] = [[number] * processor.audio_placeholders(n) for n in lengths]
     return blocks
 
 
@@ -233,7 +233,8 @@ def tokens_of(
 def expand(
     ids: list[int], labels: list[int], conversation: Conversation, processor: ChatProcessor
 ) -> tuple[list[int], list[int], int]:
-    """Each placeholder becomes as many of it as its picture takes; and where the last one ends.
+    """Each placeholder becomes as many of it as its picture takes, with the words among them; and where the last one
+    ends.
 
     Raises:
         DataError: as `media_blocks`; or placeholders and media disagree.
@@ -250,9 +251,12 @@ def expand(
     out_labels: list[int] = []
     media_end = 0
     for number, label in zip(ids, labels, strict=True):
-        count = next(wanted[number]) if number in wanted else 1
-        out_ids += [number] * count
-        out_labels += [label if number not in wanted else IGNORE] * count
-        if number in wanted:
-            media_end = len(out_ids)
+        if number not in wanted:
+            out_ids.append(number)
+            out_labels.append(label)
+            continue
+        block = next(wanted[number])
+        out_ids += block
+        out_labels += [IGNORE] * len(block)
+        media_end = len(out_ids)
     return out_ids, out_labels, media_end

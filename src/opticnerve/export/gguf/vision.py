@@ -46,6 +46,8 @@ def refusals(model: OpticNerveForConditionalGeneration) -> list[str]:
             "the patches but reads positions and rows as if it stood before them, so that every patch gets its "
             "neighbour's position and the first is lost; nearest: a SigLIP"
         )
+    if encoder.class_token == "drop_first":
+        reasons.append("it leaves out the first token (class_token: drop_first), llama.cpp shows all; nearest: drop")
     if isinstance(encoder.layer, list) and _layers(encoder) != sorted(set(_layers(encoder))):
         reasons.append(f"it joins layers {encoder.layer}; llama.cpp joins them in rising order only")
     if (act := encoder.model.config.hidden_act) not in (*_GELU, "quick_gelu", "silu"):

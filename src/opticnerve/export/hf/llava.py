@@ -103,4 +103,5 @@ def _connector_refusals(model: OpticNerveForConditionalGeneration) -> list[str]:
 
 
 def _strategy(encoder: Encoder) -> Literal["default", "full"]:
-    return "default" if encoder.prefix_tokens and encoder.class_token == "drop" else "full"
+    first = encoder.class_token == "drop_first" or (encoder.prefix_tokens and encoder.class_token == "drop")
+    return "default" if first else "full"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import LlavaProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.encoders.hf_vision import HFVisionEncoder
@@ -72,7 +72,7 @@ def convert(source: Source) -> tuple[Any, Tower, OpticNerveProcessor]:
     sizes = language_sizes(language)
     tower = Tower(encoder, _connector(source, encoder, sizes["language_size"]), Splice(**sizes))
     tokenizer = copy.deepcopy(source.processor.tokenizer)
-    begins = _begins_itself(tokenizer)
+    begins = _begins_itself(tokenizer) and not _as_exported(source)
     if begins:
         _stop_beginning(tokenizer)
         source.notes.append(
@@ -128,14 +128,22 @@ def _template(source: Source, begins: bool) -> str:
 def prompts(source: Source, processor: OpticNerveProcessor, question: str, pictures: int) -> tuple[str, str]:
     """One question in their form and in ours: their processor puts the picture before the text by itself."""
     text = f"Question: {question} Answer:"
+    if _as_exported(source):
+        return (source.image_token * pictures + text,) * 2
     begin = processor.tokenizer.bos_token if _begins_itself(source.processor.tokenizer) else ""
     return text, source.image_token * pictures + begin + text
 
 
 def ready(source: Source) -> None:
     """Old processors do not know how many placeholders a picture takes."""
-    if source.processor.num_query_tokens is None:
+    if not _as_exported(source) and source.processor.num_query_tokens is None:
         source.processor.num_query_tokens = source.config.num_query_tokens
+
+
+def _as_exported(source: Source) -> bool:
+    """Whether the folder is one of `opticnerve export --to hf-blip2`, whose processor is LLaVA's: what it writes stands
+    in the prompt, and its tokenizer and template are a dock's already."""
+    return isinstance(source.processor, LlavaProcessor)
 
 
 def _begins_itself(tokenizer: PreTrainedTokenizerBase) -> bool:

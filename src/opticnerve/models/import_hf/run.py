@@ -4,7 +4,8 @@ place, and both models give the same logits."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from opticnerve.common.cache import new_folder
 from opticnerve.connectors.base import Connector
 from opticnerve.language.load import no_bars
-from opticnerve.models.import_hf import blip2, llava
+from opticnerve.models.import_hf import blip2, llava, original, shuffled
 from opticnerve.models.import_hf.source import Source, check_image_token, common_refusals, read, read_config
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
-from opticnerve.models.vlm.placeholders import sayable
+from opticnerve.models.vlm.placeholders import embedding_of, sayable
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.types import OpticNerveError
 
@@ -33,8 +34,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Importable:
     """How one kind of checkpoint is imported.
 
-    `module`: `llava` or `blip2`, with `refuse`, `ready`, `convert` and `prompts`. `pictures`: the most that a prompt
-    shows. `text_alone`: whether their model answers prompts without one.
+    `module`: `llava`, `shuffled` or `blip2`, with `refuse`, `ready`, `convert` and `prompts`. `pictures`: the most that
+    a prompt shows. `text_alone`: whether their model answers prompts without one.
     """
 
     model_class: str
@@ -46,6 +47,10 @@ class Importable:
 FAMILIES = {
     "llava": Importable("LlavaForConditionalGeneration", llava, 2, True),
     "llava_next": Importable("LlavaNextForConditionalGeneration", llava, 2, True),
+    "llava_onevision": Importable("LlavaOnevisionForConditionalGeneration", llava, 2, True),
+    "internvl": Importable("InternVLForConditionalGeneration", shuffled, 2, True),
+    "idefics3": Importable("Idefics3ForConditionalGeneration", shuffled, 2, True),
+    "smolvlm": Importable("SmolVLMForConditionalGeneration", shuffled, 2, True),
     "blip-2": Importable("Blip2ForConditionalGeneration", blip2, 1, False),
     "instructblip": Importable("InstructBlipForConditionalGeneration", blip2, 1, False),
 }
@@ -74,8 +79,8 @@ def import_checkpoint(
     device: str = "cpu",
     emit: Callable[[str], None] = lambda line: None,
 ) -> Imported:
-    """Turn a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP checkpoint in transformers' format into a self-contained
-    folder of opticnerve, and prove that the folder gives the same logits.
+    """Turn a checkpoint (`FAMILIES`: in transformers' format; `original`: in LLaVA's own or TinyLLaVA's) into a
+    self-contained folder of opticnerve, and prove that the folder gives the same logits.
 
     Both models run in float32, one after the other: memory for one of them in float32 is needed.
 
@@ -94,13 +99,16 @@ def import_checkpoint(
         raise OpticNerveError(f"{out} exists already; choose another folder", kind="exists-already")
     if dtype not in DTYPES:
         raise OpticNerveError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}", kind="unknown-name")
-    config = read_config(str(name), list(FAMILIES))
+    raw = original.recognised(str(name))
+    config = read_config(str(name), list(FAMILIES)) if raw is None else original.read_config(str(name), raw)
     family = FAMILIES[config.model_type]
     if reasons := common_refusals(config, family.model_class) + family.module.refuse(config):
         raise OpticNerveError(f"{name} cannot be imported: {'; '.join(reasons)}", kind="unsupported")
     emit(f"reading {name}")
     # Theirs goes before ours is read back: two models of this kind seldom fit side by side.
-    model, processor, asked, made = _convert(str(name), out, family, config.dtype, dtype, device)
+    source = read(str(name), family.model_class) if raw is None else original.read(str(name), raw, config)
+    model, processor, asked, made = _convert(source, out, family, config.dtype, dtype, device)
+    del source
     with new_folder(out) as new, no_bars():
         emit(f"writing {out}")
         model.save_pretrained(new)
@@ -114,17 +122,17 @@ def import_checkpoint(
 
 
 def _convert(
-    name: str, out: Path, family: Importable, written: torch.dtype | None, asked: str, device: str
+    source: Source, out: Path, family: Importable, written: torch.dtype | None, asked: str, device: str
 ) -> tuple[Any, OpticNerveProcessor, list[ProofPrompt], Imported]:
     """Their model, run on the samples and taken apart; our model and processor made of its parts."""
-    source = read(name, family.model_class)
     stored = _stored_dtype(source, written or torch.float32, asked)
     family.module.ready(source)
     image_token_id = check_image_token(source)
     source.model.to(device)
     language, tower, processor = family.module.convert(source)
     chosen = samples(partial(family.module.prompts, source, processor), family.pictures, family.text_alone)
-    record(source.model, source.processor, chosen)
+    with placeholders_known(source.model, image_token_id):
+        record(source.model, source.processor, chosen)
     model = OpticNerveForConditionalGeneration.from_parts(language, {"image": tower}, image_token_id=image_token_id)
     made = Imported(
         folder=out,
@@ -217,6 +225,17 @@ def account(theirs: nn.Module, ours: nn.Module) -> int:
     return len(known)
 
 
+@contextmanager
+def placeholders_known(model: PreTrainedModel, image_token_id: int) -> Iterator[None]:
+    """Within it, their model looks up a placeholder beyond its embedding table, too."""
+    table = model.get_input_embeddings()
+    model.set_input_embeddings(embedding_of(table, [image_token_id]))
+    try:
+        yield
+    finally:
+        model.set_input_embeddings(table)
+
+
 @torch.no_grad()
 def record(model: PreTrainedModel, processor: ProcessorMixin, chosen: Sequence[ProofPrompt]) -> None:
     """Run their model, in float32, on every sample."""
@@ -251,13 +270,13 @@ def compare(
                 kind="mismatch",
             )
         logits = model(**inputs.to(model.device)).logits[0].float().cpu()
-        if logits.shape != sample.logits.shape:
+        if logits.shape[:-1] != sample.logits.shape[:-1]:
             raise OpticNerveError(
                 f"the imported model gives logits {tuple(logits.shape)}, theirs {tuple(sample.logits.shape)}",
                 kind="mismatch",
             )
         words = sayable(logits)
-        worst = max(worst, float((logits - sample.logits)[:, words].abs().max()))
+        worst = max(worst, float((logits[:, words] - sample.logits[:, words]).abs().max()))
     # Written so that NaN fails, too.
     if not worst < TOLERANCE:
         raise OpticNerveError(

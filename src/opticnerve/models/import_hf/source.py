@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers as tf
@@ -13,14 +13,30 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from opticnerve.common import hub
-from opticnerve.encoders.hf_vision import HFVisionEncoder, Layer
+from opticnerve.data.encode.chat_layout import form_of
+from opticnerve.encoders.hf_vision import ClassToken, HFVisionEncoder, Layer
 from opticnerve.encoders.preparation import as_options
-from opticnerve.language.chat_template import IMAGE_TOKEN, with_parts
+from opticnerve.language.chat_template import IMAGE_TOKEN, ended, with_parts
 from opticnerve.language.load import no_bars
 from opticnerve.models.checkpoint.strict import list_problems
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import Tower
 from opticnerve.types import OpticNerveError
+
+# What transformers has, and no dock can say: why, and what to do instead.
+_PARTS = "its parts can be docked by name: its vision encoder under `image`, its text model under `language`"
+_BOTH_WAYS = f"its prompts are attended to in both directions, and a dock's language model reads forwards; {_PARTS}"
+_ROTARY = (
+    "its language model counts positions in three dimensions (M-RoPE: time, row and column of a picture's tokens), "
+    f"which its own class alone does, and a dock's positions are a text's; {_PARTS} (type: qwen_vl)"
+)
+UNLIKE = {
+    "paligemma": _BOTH_WAYS,
+    "gemma3": _BOTH_WAYS,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _ROTARY),
+    "mllama": "its language model has layers of its own that look at pictures, trained as a part of it",
+    "idefics2": "its perceiver, between encoder and language model, has no connector of its kind here",
+}
 
 
 @dataclass
@@ -57,6 +73,11 @@ def read_config(name: str, known: list[str]) -> Any:
         ) from e
     if config.model_type == "opticnerve":
         raise OpticNerveError(f"{name} is a model of opticnerve already; nothing to import", kind="unsupported")
+    if config.model_type in UNLIKE:
+        raise OpticNerveError(
+            f"{name} is a {config.model_type}, which cannot be imported: {UNLIKE[config.model_type]}",
+            kind="unsupported",
+        )
     if config.model_type not in known:
         raise OpticNerveError(
             f"{name} is a {config.model_type}; what can be imported: {', '.join(known)}", kind="unsupported"
@@ -70,8 +91,8 @@ def common_refusals(config: tf.PreTrainedConfig, model_class: str) -> list[str]:
     written = [a for a in (config.architectures or []) if a != model_class]
     if written:
         reasons.append(
-            f"its weights are for {', '.join(written)}, not for transformers' {model_class} (the original LLaVA's "
-            "format is another one; take the same model's transformers form, such as llava-hf/…)"
+            f"its weights are for {', '.join(written)}, not for transformers' {model_class}; take the same "
+            "model's transformers form, such as llava-hf/…"
         )
     for part in (config, config.vision_config, config.text_config):
         if getattr(part, "quantization_config", None):
@@ -99,7 +120,10 @@ def read(name: str, model_class: str) -> Source:
         if listing := list_problems(report):
             raise OpticNerveError(f"the weights of {name} are not those of its config.json: {listing}", kind="mismatch")
         try:
-            processor = tf.AutoProcessor.from_pretrained(folder)
+            # SmolVLM's own wants a package for numbers in words, with which it announces videos; pictures it takes as
+            # Idefics3's does.
+            reader: Any = tf.Idefics3Processor if model.config.model_type == "smolvlm" else tf.AutoProcessor
+            processor = reader.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise OpticNerveError(
                 f"{name} has no processor that transformers can read: {hub.brief(e)}", kind="damaged"
@@ -173,10 +197,11 @@ def make_language_model(base: nn.Module, head: nn.Module, config: tf.PreTrainedC
 
 
 def make_encoder(
-    source: Source, model: tf.PreTrainedModel, *, layer: Layer, class_token: Literal["drop", "keep"]
-) -> HFVisionEncoder:
-    """Their vision model as an encoder, with what their image processor says of pictures."""
-    options = as_options(source.processor.image_processor, source.name)
+    source: Source, model: tf.PreTrainedModel, *, layer: Layer, class_token: ClassToken,
+    images: tf.BaseImageProcessor | None = None,
+) -> HFVisionEncoder:  # fmt: skip
+    """Their vision model as an encoder, with what their image processor (or `images`) says of pictures."""
+    options = as_options(images or source.processor.image_processor, source.name)
     if options.get("image_size") == model.config.image_size:
         options.pop("image_size")
     return HFVisionEncoder(
@@ -206,7 +231,7 @@ def make_processor(
         source.notes.append(f"the tokenizer has no padding token; {tokenizer.eos_token} serves as one")
     if chat_template is None and source.image_token != IMAGE_TOKEN:
         chat_template = with_parts(tokenizer.chat_template).replace(IMAGE_TOKEN, source.image_token)
-    return OpticNerveProcessor(
+    made = OpticNerveProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         num_image_tokens=tower.num_placeholders,
@@ -215,3 +240,12 @@ def make_processor(
         chat_template=chat_template,
         **options,
     )
+    if tokenizer.eos_token is not None and form_of(made).end is None:
+        written = ended(made.chat_template)
+        if form_of(made, written).end is not None:
+            made.chat_template = written
+            source.notes.append(
+                f"its chat template ends no answer; {tokenizer.eos_token} is written behind each, so that it can be "
+                "trained on"
+            )
+    return made

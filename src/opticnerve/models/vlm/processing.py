@@ -25,7 +25,8 @@ from opticnerve.data.encode.chat_layout import form_of
 from opticnerve.encoders.native import NativeLayout, pooled_layout
 from opticnerve.language.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, settled
 from opticnerve.language.load import check_saved, keep_arguments
-from opticnerve.models.vlm.tiling import TileLayout
+from opticnerve.models.vlm.splitting import PictureWords, SplitLayout
+from opticnerve.models.vlm.tiling import TileLayout, layout_of
 from opticnerve.types import OpticNerveError, Thinking
 
 
@@ -55,8 +56,9 @@ class OpticNerveProcessor(ProcessorMixin):
             sizes count.
         num_audio_tokens: placeholders written for one window of sound; None where there is no audio encoder.
         audio_token: the word that stands for a sound in a prompt.
-        tiling, native: a `TileLayout` or a `NativeLayout` as a dict, where the number of placeholders depends on a
-            picture's size.
+        tiling, native: a `TileLayout` or `SplitLayout`, or a `NativeLayout`, as a dict, where the number of
+            placeholders depends on a picture's size.
+        picture_words: `PictureWords` as a dict, where words stand among a picture's placeholders.
         qformer_words: what the `qformer_tokenizer` is for: "questions" beside each picture (InstructBLIP), or
             "captions" in BLIP-2's first stage alone; None where there is none.
         thinking: what becomes of think blocks, in training and in asking; see `opticnerve.language.thinking`.
@@ -84,6 +86,7 @@ class OpticNerveProcessor(ProcessorMixin):
         audio_token: str = AUDIO_TOKEN,
         tiling: dict[str, Any] | None = None,
         native: dict[str, Any] | None = None,
+        picture_words: dict[str, str] | None = None,
         qformer_words: Literal["questions", "captions"] | None = None,
         thinking: Thinking | None = None,
         sanitize_control_tokens: bool = False,
@@ -106,7 +109,11 @@ class OpticNerveProcessor(ProcessorMixin):
         self.audio_token_id = _token_id(tokenizer, self.audio_token)
         self.tiling, self.native, self.image_grid = tiling, native, image_grid
         self.qformer_words = qformer_words if qformer_tokenizer is not None else None
-        self._spec = _tiling_spec(tiling) if native is None else NativeLayout(**native)
+        self._spec: TileLayout | SplitLayout | NativeLayout | None = None
+        if native is not None or tiling is not None:
+            self._spec = NativeLayout(**native) if native is not None else layout_of(tiling or {})
+        self.picture_words = picture_words
+        self._words = PictureWords(**picture_words) if picture_words else None
         parts = {
             "image_processor": image_processor, "tokenizer": tokenizer,
             "feature_extractor": feature_extractor, "qformer_tokenizer": qformer_tokenizer,
@@ -187,6 +194,20 @@ class OpticNerveProcessor(ProcessorMixin):
             return int((-(-self.image_grid // pool)) ** 2)
         return self._spec.num_tokens(height, width) if self._spec is not None else int(self.num_image_tokens or 0)
 
+    def write_picture(self, height: int = 0, width: int = 0, pool: int = 1) -> str:
+        """A picture of that size in a prompt: its placeholders, and the words among them."""
+        count, token = self.image_placeholders(height, width, pool), str(self.image_token)
+        return token * count if self._words is None else self._words.write(token, self._spec, height, width, count)
+
+    def image_ids(self, height: int = 0, width: int = 0, pool: int = 1) -> list[int]:
+        """`write_picture` as tokens."""
+        if self._words is None:
+            return [int(self.image_token_id or 0)] * self.image_placeholders(height, width, pool)
+        ids: list[int] = self.tokenizer(
+            self.write_picture(height, width, pool), add_special_tokens=False, verbose=False
+        )["input_ids"]  # fmt: skip
+        return ids
+
     def image_pieces(self, height: int, width: int) -> int:
         """Rows of `pixel_values` that a picture of that size in pixels becomes: its tiles, its patches, or itself."""
         return self._spec.num_pieces(height, width) if self._spec is not None else 1
@@ -215,9 +236,9 @@ class OpticNerveProcessor(ProcessorMixin):
     # -- transformers' hooks --------------------------------------------------------------------------------------
 
     def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **kwargs: Any) -> str:
-        """The placeholders of one picture."""
+        """The placeholders of one picture, and the words among them."""
         size = [int(n) for n in image_inputs["image_sizes"][image_idx]] if self.counts_by_size else (0, 0)
-        return str(self.image_token) * self.image_placeholders(*size)
+        return self.write_picture(*size)
 
     def replace_audio_token(self, audio_inputs: Any = None, audio_idx: int = 0, **kwargs: Any) -> str:
         """The placeholders of one sound."""
@@ -365,9 +386,3 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | No
     if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
     return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
-
-
-def _tiling_spec(saved: dict[str, Any] | None) -> TileLayout | None:
-    if saved is None:
-        return None
-    return TileLayout(**{**saved, "pinpoints": tuple(tuple(p) for p in saved["pinpoints"])})

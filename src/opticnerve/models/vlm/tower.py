@@ -21,6 +21,7 @@ from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.native import NativeLayout, pooled_layout, real
 from opticnerve.fusion.base import Fusion, onloaded
 from opticnerve.language.layers import decoder_layers
+from opticnerve.models.vlm.splitting import SplitLayout
 from opticnerve.models.vlm.tiling import TileLayout, Tiling
 from opticnerve.types import Features, OpticNerveError
 
@@ -39,7 +40,7 @@ class Tower(nn.Module):
     connector: Connector
     fusion: Fusion
     tiling: Tiling | None
-    layout: TileLayout | NativeLayout | None
+    layout: TileLayout | SplitLayout | NativeLayout | None
     """How a picture's size says how many rows of pixels and how many soft tokens it is; None where all are alike."""
 
     def __init__(self, encoder: Encoder, connector: Connector, fusion: Fusion, tiling: Tiling | None = None) -> None:
@@ -241,7 +242,7 @@ def join(encoder: Encoder, spec: dict[str, Any], sizes: dict[str, int], trusted:
             raise OpticNerveError("tiling cuts pictures into squares; leave out tiling or fit: native", kind="conflict")
         side = round(connector.num_tokens**0.5)
         tiling = Tiling.from_options(
-            {k: v for k, v in spec["tiling"].items() if k != "type"},
+            spec["tiling"],
             tile_size=encoder.image_size,
             tile_tokens=connector.num_tokens,
             grid=side if connector.keeps_grid and side * side == connector.num_tokens else None,
@@ -250,7 +251,9 @@ def join(encoder: Encoder, spec: dict[str, Any], sizes: dict[str, int], trusted:
     return Tower(encoder, connector, fusion, tiling)
 
 
-def _layout(encoder: Encoder, connector: Connector, tiling: Tiling | None) -> TileLayout | NativeLayout | None:
+def _layout(
+    encoder: Encoder, connector: Connector, tiling: Tiling | None
+) -> TileLayout | SplitLayout | NativeLayout | None:
     """From a picture's size to its rows of pixels and its soft tokens, through encoder and connector."""
     native = encoder.native
     if native is None:
