@@ -229,6 +229,14 @@ def test_splits_must_be_named(table: Any, tmp_path: Path) -> None:
     assert len(list(read(tmp_path / "both" / "train"))) == 2
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", ['{"', "[]"])
+def test_a_saved_dataset_whose_notes_are_damaged(table: Any, tmp_path: Path, name: str, content: str) -> None:
+    table.save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / name).write_text(content)
+    assert error(tmp_path / "saved").kind == "table"
+
+
 def test_messages_in_a_table(folder: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     user = [{"type": "image", "text": None, "image": "1.png"}, {"type": "text", "text": "What?", "image": None}]

@@ -28,6 +28,7 @@ PARSERS = (
     "recipes",
     "data-files",
     "records",
+    "folders",
     "where",
     "tools",
     "paths",

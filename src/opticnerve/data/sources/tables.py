@@ -58,7 +58,10 @@ class SavedTable:
         if self._rows is None:
             import datasets  # type: ignore[import-untyped]
 
-            loaded = datasets.load_from_disk(str(self.path))
+            try:
+                loaded = datasets.load_from_disk(str(self.path))
+            except Exception as e:  # what its files say is not checked there
+                raise _unreadable(self.path, e) from e
             if isinstance(loaded, datasets.DatasetDict):
                 if (len(loaded) != 1 and self.split is None) or self.split not in (None, *loaded):
                     raise DataError(
@@ -207,5 +210,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise DataError(f"the table cannot be read: {reason}", where=str(path), kind="table") from e
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return DataError(f"the table cannot be read: {reason}", where=str(path), kind="table")
