@@ -46,13 +46,17 @@ class SavedTable:
         """
         with _reading(self.path):
             tables = self._table().iter(batch_size=BATCH)
-            for index, fields in enumerate(row for table in tables for row in rows_of(table, self._features)):
+            for index, fields in enumerate(row for table in tables for row in self._rows_of(table)):
                 yield Record(fields, f"{self.path}[{index}]", index, Location(0, index, 1))
 
     def at(self, place: Location, index: int) -> Record:
         with _reading(self.path):
-            (fields,) = rows_of(self._table()[place.start : place.start + 1], self._features)
+            (fields,) = self._rows_of(self._table()[place.start : place.start + 1])
         return Record(fields, f"{self.path}[{index}]", index, place)
+
+    def _rows_of(self, table: Any) -> Iterator[dict[str, Any]]:
+        table.validate(full=True)  # Arrow maps the file as it is, and would read where a damaged offset leads
+        return rows_of(table, self._features)
 
     def _table(self) -> Any:
         if self._rows is None:
