@@ -8,7 +8,7 @@ leaves text alone, takes packed rows, is planned for, and each export format wri
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,17 @@ from opticnerve.data.encode.tokenize import encode
 from opticnerve.export.formats import PLAIN, formats
 from opticnerve.inference.generate import Answerer
 from opticnerve.language.load import load_language
+from opticnerve.language.lora import is_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.freeze import freeze
-from opticnerve.models.vlm.build import Dock, assemble
+from opticnerve.models.vlm.build import Dock, assemble, merge_adapter
 from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan.cost import trace_step
 from opticnerve.registry import Registry
 from opticnerve.testing import check_connector, check_encoder, check_fusion
 from opticnerve.testing.contract import stir
-from opticnerve.types import Conversation, ask
+from opticnerve.types import Conversation, OpticNerveError, ask
 
 
 @dataclass
@@ -170,7 +171,7 @@ def test_every_registered_name_has_a_case(parts: Registry[Any], table: dict[str,
 
 def cases() -> list[Any]:
     return [
-        pytest.param((parts, name, case), id=f"{parts.kind}-{name}-{title}")
+        pytest.param((parts, name, case, title), id=f"{parts.kind}-{name}-{title}")
         for parts, table in TABLES
         for name, titles in table.items()
         for title, case in titles.items()
@@ -178,8 +179,8 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize("named", cases())
-def test_contract(named: tuple[Registry[Any], str, Case]) -> None:
-    parts, name, case = named
+def test_contract(named: tuple[Registry[Any], str, Case, str]) -> None:
+    parts, name, case, _ = named
     checks: dict[str, Any] = {"encoder": check_encoder, "connector": check_connector, "fusion": check_fusion}
     checks[parts.kind](partial(parts.get(name), **case.options), **case.told)  # type: ignore[misc]
 
@@ -195,6 +196,8 @@ class Docked:
     modality: str
     dock: Dock
     asked: list[Conversation]
+    case: tuple[str, str]
+    unused: tuple[str, ...]
 
     @property
     def part(self) -> str:
@@ -221,7 +224,7 @@ class Docked:
 
 @pytest.fixture(scope="module", params=cases())
 def docked_part(request: pytest.FixtureRequest, language_folder: Callable[..., str], bert_folder: str) -> Docked:
-    parts, name, case = request.param
+    parts, name, case, title = request.param
     encoder, options = {"type": "patches", "image_size": 24, "patch_size": 6}, case.options
     if options.get("instruct"):  # its questions need a tokenizer
         options = {k: v for k, v in options.items() if k != "vocab_size"} | {"text_tokenizer": bert_folder}
@@ -247,7 +250,7 @@ def docked_part(request: pytest.FixtureRequest, language_folder: Callable[..., s
         about("what is it?", media[0], answer="a red dog"), ask("say it", answer="no"),
         about("and this one?", media[1], answer="yes"), about("compare them", *media, answer="three foxes"),
     ]  # fmt: skip
-    return Docked(parts.kind, made.modality, dock, asked)
+    return Docked(parts.kind, made.modality, dock, asked, (name, title), case.told.get("unused", ()))
 
 
 def test_it_alone_trains_when_it_is_named(docked_part: Docked) -> None:
@@ -317,6 +320,54 @@ def test_a_plan_counts_it(docked_part: Docked) -> None:
     bare = trace_step(planned, rows=2, length=40, media={}, supervised=4)
     seen = trace_step(planned, rows=2, length=40, media={docked_part.modality: 2}, supervised=4)
     assert seen.flops > bare.flops > 0
+
+
+def test_an_adapter_on_it(docked_part: Docked, tmp_path: Path) -> None:
+    """Beside an encoder's or a fusion's linear layers: it begins as nothing, trains alone, is saved, and is merged."""
+    if docked_part.kind == "connector":
+        return
+    docked_part.dock.model.save_pretrained(tmp_path / "plain")
+    model = OpticNerveForConditionalGeneration.from_pretrained(tmp_path / "plain")
+    made = replace(docked_part, dock=Dock(model, docked_part.dock.processor, bases={}))
+    batch = Answerer(model, made.dock.processor).inputs(made.asked)
+
+    def logits(model: OpticNerveForConditionalGeneration) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(**batch).logits
+        return found
+
+    before, part = logits(model), made.part
+    try:
+        model.give_lora({"rank": 2}, part)
+    except OpticNerveError as e:  # without linear layers
+        assert e.kind == "unsupported"
+        assert docked_part.case in (
+            ("timm", "cnn"),
+            ("patches", "small"),
+            ("patches", "native"),
+            ("splice", "as it comes"),
+        )
+        return
+    model.eval()
+    torch.testing.assert_close(logits(model), before)
+    freeze(model, {f"{part}.lora": 1e-3})
+    adapter = model.part_parameters(f"{part}.lora")
+    _, gradients = made.learn(made.batch(made.rows()))
+    assert gradients.keys() <= adapter.keys()
+    unused = {n for n in adapter if "lora_B" in n and n not in gradients}
+    assert all(any(f"{part}.{start}" in n for start in docked_part.unused) for n in unused), unused
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapter.items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    changed = logits(model.eval())
+    assert not torch.allclose(changed, before, atol=1e-3)
+    model.save_pretrained(tmp_path / "adapted")
+    again = OpticNerveForConditionalGeneration.from_pretrained(tmp_path / "adapted")
+    torch.testing.assert_close(logits(again), changed, rtol=1e-5, atol=1e-5)
+    merge_adapter(again)
+    assert not any(map(is_lora, again.state_dict()))
+    torch.testing.assert_close(logits(again), changed, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", formats.names())

@@ -21,7 +21,7 @@ EXPORT_EPILOG = examples(
     "opticnerve export runs/photos exported --to hf-llava",
     "opticnerve export runs/photos exported-gguf --to gguf --dtype q8_0 --check-python llama/bin/python",
     note="hf-llava: stock transformers and vLLM. hf-idefics3 (pixel_shuffle), hf-blip2 (qformer): stock transformers. "
-    "gguf: llama.cpp. merged: opticnerve's own, self-contained.",
+    "gguf: llama.cpp. merged: opticnerve's own, self-contained. peft: the adapters alone.",
 )
 MERGE_EPILOG = examples(
     "opticnerve merge runs/demo runs/demo-merged",
@@ -51,7 +51,7 @@ Unchecked = Annotated[
 def export(
     model: ModelArgument,
     out: NewFolder,
-    to: Annotated[str, Option(help="The format: hf-llava, hf-idefics3, hf-blip2, gguf or merged.")],
+    to: Annotated[str, Option(help="The format: hf-llava, hf-idefics3, hf-blip2, gguf, merged or peft.")],
     dtype: Annotated[
         str,
         Option(help="Of the weights: auto, float32, bfloat16, float16; gguf: f16 (auto), bf16, q8_0, float32."),
@@ -93,7 +93,7 @@ def merge(
 def push(
     model: ModelArgument,
     repo: Annotated[str, Argument(help="The repository: OWNER/NAME.")],
-    to: Annotated[str, Option(help="The format: merged, hf-llava, hf-idefics3, hf-blip2 or gguf.")] = "merged",
+    to: Annotated[str, Option(help="The format: merged, hf-llava, hf-idefics3, hf-blip2, gguf or peft.")] = "merged",
     to_folder: Annotated[
         Path | None, Option(help="Put all that would be uploaded into a folder NAME here; no hub is asked.")
     ] = None,

@@ -146,6 +146,7 @@ formats: Registry[Format] = Registry(
         "hf-idefics3": "opticnerve.export.hf.idefics3:HFIdefics3",
         "hf-blip2": "opticnerve.export.hf.blip2:HFBlip2",
         "merged": "opticnerve.export.formats:Merged",
+        "peft": "opticnerve.export.adapter:PeftAdapter",
         "gguf": "opticnerve.export.gguf.format:Gguf",
     },
 )

@@ -1,9 +1,9 @@
-"""LoRA on the language model, by peft (Hu et al. 2021, LoRA)."""
+"""LoRA on a language model, an encoder or a fusion, by peft (Hu et al. 2021, LoRA)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,10 @@ START = "start"  # of init: pissa, a buffer beside each half: what it began with
 
 
 def add_lora(
-    language_model: nn.Module, options: dict[str, Any], *, dtype: torch.dtype | None = None, fresh: bool = True
-) -> None:
-    """Put low-rank adapters beside the language model's linear layers, in place.
+    module: nn.Module, options: dict[str, Any], *, dtype: torch.dtype | None = None, fresh: bool = True,
+    what: str = "the language model", blocks: Sequence[nn.Module] | None = None,
+) -> None:  # fmt: skip
+    """Put low-rank adapters beside the linear layers of a language model, or of another module, in place.
 
     Args:
         options: `rank`; `alpha` (2 × rank by default); `dropout`; `targets`: "all-linear" (every linear layer of the
@@ -40,6 +41,11 @@ def add_lora(
         fresh: False where trained weights follow from a file: nothing is taken out of any weight.
         dtype: of the adapter weights; the language model's own by default. (peft's default, float32 beside bf16
             weights, casts every activation and is a third slower on a CPU.)
+        what: the module's name, for messages. blocks: see `linear_layers`.
+
+    Raises:
+        OpticNerveError: unknown options, targets that name no layer, layers that cannot take such an adapter, or
+            there is an adapter already.
     """
     unknown = set(options) - set(DEFAULTS)
     if unknown:
@@ -47,13 +53,19 @@ def add_lora(
             f"unknown lora option {sorted(unknown)}; known: {', '.join(DEFAULTS)}", kind="unknown-key"
         )
     chosen = {**DEFAULTS, **options}
-    if has_lora(language_model):
+    if has_lora(module):
         raise OpticNerveError(
-            "the language model carries a LoRA adapter already; merge it before adding another", kind="exists-already"
+            f"{what} carries a LoRA adapter already; merge it before adding another", kind="exists-already"
         )
     targets = chosen["targets"]
-    names = linear_layers(language_model)
-    packed = [n for n in names if not _plain(language_model.get_submodule(n)).weight.is_floating_point()]  # type: ignore[operator]
+    names = linear_layers(module, blocks)
+    if not names:
+        raise OpticNerveError(
+            f"{what} has no linear layers that LoRA could stand beside (convolutions, for one, are none); train it "
+            "whole, or its last blocks",
+            kind="unsupported",
+        )
+    packed = [n for n in names if not _plain(module.get_submodule(n)).weight.is_floating_point()]  # type: ignore[operator]
     pissa = chosen["init"] == "pissa"
     if packed and (chosen["dora"] or pissa):
         raise OpticNerveError(
@@ -65,11 +77,11 @@ def add_lora(
     if targets == "all-linear":
         targets = [n for n in names if not is_expert(n)]
     else:
-        tensors = [n for n in expert_tensors(language_model) if _ends(n, targets)]
+        tensors = [n for n in expert_tensors(module) if _ends(n, targets)]
         hit = [n for n in names if _ends(n, targets)]
         if not hit and not tensors:
             raise OpticNerveError(
-                f"lora targets {targets} name no linear layer of the language model; "
+                f"lora targets {targets} name no linear layer of {what}; "
                 f"its layers end in {', '.join(sorted({n.rsplit('.', 1)[-1] for n in names}))}",
                 kind="unknown-name",
             )
@@ -86,17 +98,17 @@ def add_lora(
         target_parameters=tensors or None,
         use_dora=chosen["dora"], use_rslora=chosen["rank_stabilised"],
         init_lora_weights=True if pissa else chosen["init"] or True,
-        fan_in_fan_out=any(isinstance(_plain(language_model.get_submodule(n)), Conv1D) for n in names),  # GPT-2's
+        fan_in_fan_out=any(isinstance(_plain(module.get_submodule(n)), Conv1D) for n in names),  # GPT-2's
     )  # fmt: skip
-    _inject(config, language_model)
+    _inject(config, module)
     if chosen["when"] == "media":
-        AdapterMask.install(language_model)
-    dtype = dtype or next(p.dtype for p in language_model.parameters() if p.is_floating_point())
-    for name, parameter in language_model.named_parameters():
+        AdapterMask.install(module)
+    dtype = dtype or next(p.dtype for p in module.parameters() if p.is_floating_point())
+    for name, parameter in module.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.to(dtype)
     if pissa:
-        _start_with_singular_vectors(language_model, dtype, fresh=fresh)
+        _start_with_singular_vectors(module, dtype, fresh=fresh)
 
 
 def _ends(name: str, targets: list[str]) -> bool:
@@ -111,10 +123,10 @@ def _not_on_experts(chosen: dict[str, Any]) -> str | None:
 
 
 @torch.no_grad()
-def _start_with_singular_vectors(language_model: nn.Module, dtype: torch.dtype, *, fresh: bool) -> None:
+def _start_with_singular_vectors(module: nn.Module, dtype: torch.dtype, *, fresh: bool) -> None:
     """PiSSA: W is kept as W - s B₀ A₀, and the adapter begins as B₀, A₀. Both are remembered in buffers: a run's folder
     names W by its base, and whoever loads it takes the same product out again."""
-    for _, layer in our_layers(language_model):
+    for _, layer in our_layers(module):
         base = layer.get_base_layer()
         if fresh and not base.weight.is_meta:
             whole = base.weight.data
@@ -126,14 +138,18 @@ def _start_with_singular_vectors(language_model: nn.Module, dtype: torch.dtype, 
             half.register_buffer(START, begun)
         layer.start_is_in = True
     if fresh:
-        take_start_out(language_model)
+        take_start_out(module)
 
 
 @torch.no_grad()
-def take_start_out(language_model: nn.Module) -> None:
-    """Take out of each weight what its adapter began with, once, where it began with some of it."""
-    for _, layer in our_layers(language_model):
+def take_start_out(module: nn.Module, *, without: Container[str] = ()) -> None:
+    """Take out of each weight what its adapter began with, once, where it began with some of it. `without`: names of
+    weights that came from a file without it."""
+    for name, layer in our_layers(module):
         if not getattr(layer, "start_is_in", False):
+            continue
+        if f"{name}.base_layer.weight" in without:
+            layer.start_is_in = False
             continue
         base, low, high = layer.get_base_layer(), layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         product = layer.scaling[ADAPTER] * (high.start.float() @ low.start.float())
@@ -142,29 +158,27 @@ def take_start_out(language_model: nn.Module) -> None:
         layer.start_is_in = False
 
 
-def _inject(config: LoraConfig, language_model: nn.Module) -> None:
+def _inject(config: LoraConfig, module: nn.Module) -> None:
     """Have peft put our adapter in, and leave everything else as it was: what trains, which other adapters are active,
     what the model is said to carry."""
-    trained = {id(p): p.requires_grad for p in language_model.parameters()}
+    trained = {id(p): p.requires_grad for p in module.parameters()}
     others: dict[int, tuple[list[str], bool]] = {
-        id(m): (list(m.active_adapters), not m.disable_adapters)
-        for m in language_model.modules()
-        if isinstance(m, LoraLayer)
+        id(m): (list(m.active_adapters), not m.disable_adapters) for m in module.modules() if isinstance(m, LoraLayer)
     }
-    noted = vars(language_model).pop("peft_config", None)
-    inject_adapter_in_model(config, language_model, adapter_name=ADAPTER)
+    noted = vars(module).pop("peft_config", None)
+    inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     # Noted there, ours would be one that peft may switch; to peft it is part of the base.
-    vars(language_model).pop("peft_config", None)
+    vars(module).pop("peft_config", None)
     if noted is not None:
-        language_model.peft_config = noted
-    language_model.lora_config = config  # type: ignore[assignment]
-    for layer in [m for m in language_model.modules() if isinstance(m, LoraLayer)]:
+        module.peft_config = noted
+    module.lora_config = config  # type: ignore[assignment]
+    for layer in [m for m in module.modules() if isinstance(m, LoraLayer)]:
         active, on = others.get(id(layer), ([], True))
         if ADAPTER in layer.lora_A:
             adopt(layer, active, on)
         else:
             layer.set_adapter(active)
-    for parameter in language_model.parameters():
+    for parameter in module.parameters():
         # peft freezes and opens weights as it goes; what trains is the stage's business alone.
         parameter.requires_grad_(trained.get(id(parameter), False))
 
@@ -217,16 +231,28 @@ def adapter_on(language_model: nn.Module, rows_B: Tensor | None) -> Iterator[Non
         mask.rows_B = before
 
 
-def linear_layers(language_model: nn.Module) -> list[str]:
-    """Names of the linear layers that LoRA may wrap, or has wrapped: those within the decoder's layers. GPT-2's Conv1D
-    is one."""
+def linear_layers(module: nn.Module, blocks: Sequence[nn.Module] | None = None) -> list[str]:
+    """Names of the linear layers that LoRA may wrap, or has wrapped. GPT-2's Conv1D is one.
+
+    Layers that torch reads past their `forward` (those of its own attention and transformer layers) are none: an
+    adapter beside them would do nothing.
+
+    Args:
+        blocks: where they are; by default within the layers of the decoder that the module is.
+    """
     found: list[str] = []
-    for name, module in language_model.named_modules():
-        inside = (found and name.startswith(f"{found[-1]}.")) or is_adapter(name)  # of an adapter's layer
-        if not inside and isinstance(_plain(module), nn.Linear | Conv1D):
+    inside: list[str] = []  # of an adapter's layer, or of one of torch's
+    for name, child in module.named_modules():
+        if is_adapter(name) or (inside and name.startswith(f"{inside[-1]}.")):
+            continue
+        if isinstance(child, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            inside.append(name)
+        elif isinstance(_plain(child), nn.Linear | Conv1D):
+            inside.append(name)
             found.append(name)
-    start = decoder_layers(language_model)[0]
-    return [name for name in found if name.startswith(f"{start}.")]
+    blocks = decoder_layers(module)[1] if blocks is None else blocks
+    within = {id(m) for block in blocks for m in block.modules()}
+    return [name for name in found if id(module.get_submodule(name)) in within]
 
 
 def _plain(module: nn.Module) -> nn.Module:
@@ -248,13 +274,13 @@ def has_lora(module: nn.Module) -> bool:
     return any(True for _ in our_layers(module))
 
 
-def merge_lora(language_model: nn.Module) -> None:
+def merge_lora(module: nn.Module) -> None:
     """Add our adapter into each weight and take it away, in place; the sum is made in float32. Others' stay.
 
     Raises:
         OpticNerveError: it works beside media alone, or the weights are quantised.
     """
-    layers = list(our_layers(language_model))
+    layers = list(our_layers(module))
     for _, layer in layers:
         check_plain(layer.get_base_layer(), "the adapter")
     for name, layer in reversed(layers):  # of the tensors of a layer's experts one's adapter stands within another's
@@ -266,7 +292,23 @@ def merge_lora(language_model: nn.Module) -> None:
             layer.unmerge()
         layer.merge(safe_merge=True, adapter_names=[ADAPTER])
         base.to(dtype)
-        if (plain := release(layer)) is not None:
-            parent_name, _, child = name.rpartition(".")
-            setattr(language_model.get_submodule(parent_name) if parent_name else language_model, child, plain)
-    vars(language_model).pop("lora_config", None)
+        _replace(module, name, release(layer))
+    vars(module).pop("lora_config", None)
+
+
+@torch.no_grad()
+def remove_lora(module: nn.Module) -> None:
+    """Take our adapter off again, in place: the weights as they were without it. Others' stay."""
+    for name, layer in list(our_layers(module)):
+        if (low := getattr(layer.lora_A[ADAPTER], START, None)) is not None:  # PiSSA's, put back
+            base, product = layer.get_base_layer(), layer.scaling[ADAPTER] * (layer.lora_B[ADAPTER].start @ low)
+            base.weight += product.t() if layer.fan_in_fan_out else product
+        _replace(module, name, release(layer))
+    vars(module).pop("lora_config", None)
+
+
+def _replace(module: nn.Module, name: str, plain: nn.Module | None) -> None:
+    """Put the plain layer in its adapter's place, unless others keep that."""
+    if plain is not None:
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, plain)

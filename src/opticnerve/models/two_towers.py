@@ -59,6 +59,7 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     # No language model, and nothing docked onto one: see `models.family.FamilyModel`.
     language_model: Any = None
     towers: ClassVar[dict[str, Tower]] = {}
+    adapters: ClassVar[dict[str, dict[str, Any]]] = {}
 
     image: Any
     text: Any
@@ -98,7 +99,7 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Each part draws its own first weights when it is built."""
 
-    def give_lora(self, options: dict[str, Any], *, fresh: bool = True) -> None:
+    def give_lora(self, options: dict[str, Any], part: str = "language", *, fresh: bool = True) -> None:
         raise OpticNerveError(
             "there is no language model to adapt here; train encoders' last blocks instead", kind="unsupported"
         )

@@ -176,9 +176,8 @@ def weights_at_hand(recipe: Recipe) -> bool:
 
 def _open_parts(dock: Dock, stage: Stage, device: str) -> Frozen:
     """What the stage trains, as training opens it. LoRA that it adds stays in the model for the stages after it."""
-    if "language.lora" in stage.train:
-        with torch.device(device):
-            give_lora(dock, stage)
+    with torch.device(device):
+        give_lora(dock, stage)
     return freeze(dock.model, stage.train)
 
 

@@ -16,8 +16,8 @@ from opticnerve.types import Thinking
 
 Positive = Annotated[int, Field(gt=0)]
 PARTS = (
-    "connector", "encoder", "encoder.last(N)", "fusion", "language", "language.last(N)", "language.lora",
-    "language.embeddings",
+    "connector", "encoder", "encoder.last(N)", "encoder.lora", "fusion", "fusion.lora", "language", "language.last(N)",
+    "language.lora", "language.embeddings",
 )  # fmt: skip
 MODALITIES = ("image", "audio")
 FROM = "from"  # what a model, or a connector, goes on from
@@ -189,8 +189,8 @@ class ModelSpec(Strict):
         check_tower(part, list(self.towers))
         modality, inner = split_part(part)
         where = "language" if inner.startswith("language") else modality or next(iter(self.towers))
-        if (kind := self.quantized.get(where)) and re.match(r"encoder|language(\.last|$)", inner):
-            instead = "language.lora" if where == "language" else "the connector"
+        if (kind := self.quantized.get(where)) and re.match(r"(encoder|language)(\.last|$)", inner):
+            instead = f"{'language' if where == 'language' else f'{where}.encoder'}.lora"
             raise ValueError(f"quantised weights ({kind}) do not train; leave quantize out, or train {instead}")
 
     def cannot_cache(self) -> str | None:
@@ -358,11 +358,11 @@ def split_part(part: str) -> tuple[str | None, str]:
     """
     start, dot, rest = part.partition(".")
     modality, inner = (start, rest) if dot and start in MODALITIES else (None, part)
-    tower_part = r"connector|fusion|encoder(\.last\(\d+\))?"
+    tower_part = r"connector|fusion(\.lora)?|encoder(\.lora|\.last\(\d+\))?"
     language_part = r"language(\.lora|\.embeddings|\.last\(\d+\))?"
     if not re.fullmatch(f"{tower_part}|{language_part}", inner) or (modality and inner.startswith("language")):
         raise ValueError(
             f"there is no part {part!r}{registry.hint_at(inner, PARTS)} Parts: {', '.join(PARTS)}, with image. or "
-            "audio. before the first four"
+            "audio. before those of connector, encoder and fusion"
         )
     return modality, inner

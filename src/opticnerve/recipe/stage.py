@@ -38,9 +38,12 @@ class LoraSpec(Strict):
             )
         return self
 
-    def options(self) -> dict[str, Any]:
-        """What `add_lora` takes, and folders say; what came later is left out where it is not used."""
+    def options(self, part: str = "language") -> dict[str, Any]:
+        """What `add_lora` takes, and folders say; what came later is left out where it is not used. `when` is the
+        language model's alone."""
         later = {"dora": False, "rank_stabilised": False, "init": None}
+        if part != "language":
+            later["when"] = self.when
         return {k: v for k, v in self.model_dump().items() if k not in later or v != later[k]}
 
 
@@ -197,6 +200,13 @@ class Stage(_WithValidation):
         parts, unnamed = {inner for _, inner in split}, {inner for tower, inner in split if tower is None}
         lasts = [tower for tower, inner in split if inner.startswith("encoder.last")]
         both = "both change the same weights; keep one of them"
+        adapted = {(tower, inner.removesuffix(".lora")) for tower, inner in split if inner.endswith(".lora")}
+        beside = next(
+            (f"{p} and {half}.lora" for p, (tower, inner) in zip(self.train, split, strict=True)
+             for other, half in adapted
+             if half != "language" and (inner == half or inner.startswith(f"{half}.last"))
+             and (tower == other or None in (tower, other))), None
+        )  # fmt: skip
         twice = [p for p, (tower, inner) in zip(self.train, split, strict=True) if tower and inner in unnamed]
         found = {
             f"train: language and language.lora {both}": {"language", "language.lora"} <= parts,
@@ -211,8 +221,12 @@ class Stage(_WithValidation):
                 for tower, inner in split
             ),
             f"train: {', '.join(twice)} is named twice, with and without its tower; keep one": bool(twice),
-            "lora options are given, but train names no language.lora": (
-                self.lora is not None and "language.lora" not in parts
+            f"train: {beside} {both}": beside is not None,
+            "lora options are given, but train names no language.lora (or encoder.lora, fusion.lora)": (
+                self.lora is not None and not adapted
+            ),
+            "lora: when: media is for language.lora, which train does not name; leave it out": (
+                self.lora is not None and self.lora.when == "media" and (None, "language") not in adapted
             ),
             "cooldown is for schedule: wsd; leave it out": self.cooldown is not None and self.schedule != "wsd",
             "betas are AdamW's, and adafactor has none; leave them out": (

@@ -29,7 +29,6 @@ from opticnerve.distributed.collectives import barrier, engine, sequence_paralle
 from opticnerve.features.store import see_all
 from opticnerve.language.chat_template import stage_template
 from opticnerve.language.layers import context_length, decoder_layers
-from opticnerve.language.lora import has_lora
 from opticnerve.language.quantization import quantized_layers
 from opticnerve.models.family import Family, FamilyModel
 from opticnerve.models.freeze import Frozen, freeze
@@ -120,8 +119,7 @@ def set_up(
     check_boxes(stage, model)
 
     # What trains, and what is frozen.
-    if "language.lora" in stage.train:
-        give_lora(dock, stage)
+    give_lora(dock, stage)
     frozen = freeze(model, stage.train)
     if stage.gradient_checkpointing:
         checkpoint_layers(model)
@@ -255,16 +253,20 @@ def check_boxes(stage: Stage, model: PreTrainedModel) -> None:
 
 
 def give_lora(dock: Family, stage: Stage) -> None:
-    """A fresh adapter for the first stage that trains one; a later stage goes on with it and may not reshape it."""
-    if not has_lora(dock.model.language_model):
-        dock.lora = (stage.lora or LoraSpec()).options()
-        dock.model.give_lora(dock.lora)
-    elif stage.lora is not None and stage.lora.options() != dock.lora:
-        raise OpticNerveError(
-            f"stage {stage.name}: lora is {stage.lora.options()}, but an earlier stage's adapter is {dock.lora}; "
-            f"leave lora out to go on with it, or merge it and start another recipe",
-            kind="conflict",
-        )
+    """Fresh adapters for the first stage that trains them; a later stage goes on with them and may not reshape them."""
+    model: FamilyModel = dock.model
+    for part in (model.full_name(p).removesuffix(".lora") for p in stage.train if p.endswith(".lora")):
+        options, known = (stage.lora or LoraSpec()).options(part), model.adapters.get(part)
+        if known is None:
+            model.give_lora(options, part)
+            if part == "language":
+                dock.lora = options
+        elif stage.lora is not None and options != known:
+            raise OpticNerveError(
+                f"stage {stage.name}: lora is {options}, but an earlier stage's adapter on {part} is {known}; leave "
+                "lora out to go on with it, or merge it and start another recipe",
+                kind="conflict",
+            )
 
 
 def checkpoint_layers(model: Any) -> None:

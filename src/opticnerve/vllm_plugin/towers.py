@@ -36,6 +36,10 @@ def check(config: OpticNerveConfig, folder: str | Path) -> None:
     if not config.towers:
         reasons.append("it has neither vision encoder nor audio encoder")
     for modality, spec in config.towers.items():
+        if spec.get("lora"):
+            reasons.append(
+                f"its {modality} adapter is not added into the weights: opticnerve export FOLDER OUT --to merged"
+            )
         fusion = spec["fusion"]["type"]
         if fusion != "splice":
             reasons.append(

@@ -37,7 +37,7 @@ from opticnerve.common.version import __version__
 from opticnerve.language.adapters import current_name
 from opticnerve.language.layers import decoder_layers
 from opticnerve.language.load import load_language
-from opticnerve.language.lora import has_lora, take_start_out
+from opticnerve.language.lora import take_start_out
 from opticnerve.language.quantization import quantize
 from opticnerve.models.checkpoint.options import LoadOptions, floating
 from opticnerve.models.checkpoint.readme import introduce
@@ -163,7 +163,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    trained = set(trained)
+    trained = {_now_called(name, state) for name in trained}
     names = sorted({*trained, *moving_buffers(model, trained), *filter(is_docked, state)})
     chosen = {n: state[n].detach().cpu().contiguous().clone() for n in names}
     introduce(folder, model.config)
@@ -181,6 +181,13 @@ def save(
         "tensors": {n: list(t.shape) for n, t in chosen.items()},
     }
     atomic.write_json(folder / REFERENCE, reference)
+
+
+def _now_called(name: str, state: Mapping[str, Any]) -> str:
+    """A tensor that was trained before its layer got an adapter has another name since."""
+    owner, _, leaf = name.rpartition(".")
+    wrapped = f"{owner}.base_layer.{leaf}"
+    return wrapped if name not in state and wrapped in state else name
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -236,7 +243,7 @@ def load(
     build = _whole if WHOLE in reference["bases"] else _joined
     model = build(cls, folder, reference, config, dtype, trust_remote_code, chosen)
     put(model, folder, reference["tensors"], sha256=reference.get("sha256"))
-    take_start_out(model.language_model)
+    take_start_out(model, without=reference["tensors"])
     if (folder / GENERATION_CONFIG_NAME).is_file():  # older folders have none
         with wrap_errors(GENERATION_CONFIG_NAME, folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -260,9 +267,17 @@ def _whole(
         source = ModelSource.find(named["name"])
         check_bases(folder, reference["bases"], {WHOLE: {"sha256": source.sha256()}})
         model = source.load(cls, dtype=dtype, trust_remote_code=trusted)
-    if reference["lora"] and not has_lora(model.language_model):
-        model.give_lora(reference["lora"], fresh=False)
+    give_adapters(model, config, reference["lora"])
     return model
+
+
+def give_adapters(model: Any, config: OpticNerveConfig, lora: dict[str, Any] | None) -> None:
+    """Adapters that are still empty, where a folder has some and the model none. `lora`: the language model's, as
+    dock.json has it; those of towers are in `config`."""
+    wanted = {part: options for part, options in config.adapters.items() if part != "language"}
+    for part, options in {**({"language": lora} if lora else {}), **wanted}.items():
+        if part not in model.adapted:
+            model.give_lora(options, part, fresh=False)
 
 
 def _joined(
@@ -293,8 +308,7 @@ def _joined(
         model = cls.from_parts(
             base.model, made, image_token_id=config.image_token_id, audio_token_id=config.audio_token_id
         )
-        if reference["lora"]:
-            model.give_lora(reference["lora"], fresh=False)
+        give_adapters(model, config, reference["lora"])
     return model
 
 

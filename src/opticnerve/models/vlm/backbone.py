@@ -32,7 +32,8 @@ from opticnerve.common.private_names import (
     set_layers_not_to_split,
 )
 from opticnerve.connectors.base import Connector
-from opticnerve.language.lora import add_lora, mask_of
+from opticnerve.language.adapters import our_layers
+from opticnerve.language.lora import mask_of
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
 from opticnerve.models.vlm.configuration import OpticNerveConfig
@@ -89,8 +90,8 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         trusted = trusts(trust_remote_code)
         for modality, spec in config.towers.items():
             setattr(self, modality, build_tower(spec, sizes, trust_remote_code=trusted))
-        if config.lora:
-            add_lora(self.language_model, config.lora, fresh=False)
+        for part, options in config.adapters.items():
+            self.give_lora(options, part, fresh=False)
         set_layers_not_to_split(self, layers_not_to_split(self.language_model))
         self._wire()
         self.post_init()  # type: ignore[no-untyped-call]
@@ -165,6 +166,8 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         for modality, tower in self.towers.items():
             spec = self.config.towers[modality]
             restore_buffers(tower, partial(build_tower, spec, sizes, trust_remote_code=True))
+        for _, layer in our_layers(self):
+            layer.start_is_in = False  # PiSSA's, of weights that are all from the file
 
     # -- what transformers asks for -------------------------------------------------------------------------------
 
@@ -216,12 +219,6 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
                 kind="unsupported",
             )
         super()._activation_checkpointing_enable(options, every_n_layers, offload)
-
-    def give_lora(self, options: dict[str, Any], *, fresh: bool = True) -> None:
-        """Put an adapter on the language model; the configuration remembers it. (`options`, `fresh`: as for
-        `add_lora`.)"""
-        add_lora(self.language_model, options, fresh=fresh)
-        self.config.lora = options
 
     # -- the flow -------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,12 @@ from opticnerve import registry
 from opticnerve.common.cache import new_folder
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.load import Language, load_language
-from opticnerve.language.lora import has_lora, merge_lora, take_start_out
+from opticnerve.language.lora import merge_lora, take_start_out
 from opticnerve.language.quantization import dequantize, distance
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.delta import describe_bases, encoder_name, quantize_part
+from opticnerve.models.checkpoint.strict import wrap_errors
+from opticnerve.models.vlm.configuration import OpticNerveConfig
 from opticnerve.models.vlm.continued import continue_from, take_connector
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor, stops
@@ -70,12 +72,13 @@ class Dock:
     def load_stage(self, folder: Path) -> set[str]:
         """Bring the model to where a finished stage left it; returns the names of all parameters trained so far."""
         reference = delta.read(folder)
-        if reference["lora"] and not has_lora(self.model.language_model):
-            self.lora = reference["lora"]
-            self.model.give_lora(reference["lora"], fresh=False)
+        self.lora = self.lora or reference["lora"]
+        with wrap_errors("config.json", folder):
+            config = OpticNerveConfig.from_pretrained(folder)
+        delta.give_adapters(self.model, config, reference["lora"])
         with torch.no_grad():
             delta.put(self.model, folder, reference["tensors"], sha256=reference.get("sha256"))
-        take_start_out(self.model.language_model)
+        take_start_out(self.model, without=reference["tensors"])
         return {n for n in reference["tensors"] if n in dict(self.model.named_parameters())}
 
     def describe(self) -> dict[str, Any]:
@@ -276,9 +279,10 @@ def is_gated(model: OpticNerveForConditionalGeneration) -> bool:
 
 
 def merge_adapter(model: OpticNerveForConditionalGeneration) -> None:
-    """Add the LoRA adapter, if there is one, into the language model's weights; a gated one stays as it is. Quantised
+    """Add the LoRA adapters, where there are some, into the weights beside them; a gated one stays as it is. Quantised
     weights, which take no sum, are plain ones after it."""
     dequantize(model, model.language_model.dtype)
-    if has_lora(model.language_model) and not is_gated(model):
-        merge_lora(model.language_model)
-        model.config.lora = None
+    for part, module in model.adapted.items():
+        if part != "language" or not is_gated(model):
+            merge_lora(module)
+            model.config.note_adapter(part, None)

@@ -41,7 +41,8 @@ class OpticNerveConfig(PreTrainedConfig):
         towers: one entry per modality, such as
             `{"image": {"encoder": {"type": …, …}, "connector": {"type": …, …}, "fusion": {"type": …, …}}}`,
             the modalities being `image` and `audio`, an image's perhaps with `tiling`;
-            beside `type` (a registered name or a dotted path) stand the plain keywords that build the part.
+            beside `type` (a registered name or a dotted path) stand the plain keywords that build the part. `lora`
+            beside them: options of the adapters on `encoder` and `fusion`, as for `add_lora`.
         image_token_id: the id that the processor writes where a picture stands. It may lie beyond the language model's
             vocabulary: it is replaced before the embedding table is asked.
         audio_token_id: the same for a sound.
@@ -90,6 +91,23 @@ class OpticNerveConfig(PreTrainedConfig):
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(key, getattr(text_config, key, None))
         super().__init__(**kwargs)
+
+    @property
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """Options of our adapters, by the part that they stand in: `language`, `image.encoder`, `image.fusion`, …"""
+        found = {f"{m}.{half}": o for m, spec in self.towers.items() for half, o in (spec.get("lora") or {}).items()}
+        return found if self.lora is None else {"language": self.lora, **found}
+
+    def note_adapter(self, part: str, options: dict[str, Any] | None) -> None:
+        """Remember an adapter of a part, or, with None, that there is none."""
+        modality, _, half = part.partition(".")
+        if not half:
+            self.lora = options
+            return
+        spec = dict(self.towers[modality])
+        held = {**(spec.pop("lora", None) or {}), half: options}
+        held = {k: v for k, v in held.items() if v is not None}
+        self.towers = {**self.towers, modality: {**spec, "lora": held} if held else spec}
 
     def token_id(self, modality: str) -> int | None:
         """The placeholder's id of a modality; None where the model has no such tower."""
@@ -174,6 +192,13 @@ def _check(towers: object, image_token_id: object, audio_token_id: object, lora:
                 raise OpticNerveError(
                     f"config.json: towers.{modality}.{part} is no mapping with a type", kind="wrong-type"
                 )
+        held = spec.get("lora") or {}
+        if not isinstance(held, dict) or any(
+            half not in ("encoder", "fusion") or not isinstance(o, dict) for half, o in held.items()
+        ):
+            raise OpticNerveError(
+                f"config.json: towers.{modality}.lora is a mapping of encoder and fusion to options", kind="wrong-type"
+            )
         if not isinstance(spec.get("tiling"), dict | None):
             raise OpticNerveError(f"config.json: towers.{modality}.tiling is no mapping", kind="wrong-type")
     for key, value in (("image_token_id", image_token_id), ("audio_token_id", audio_token_id)):

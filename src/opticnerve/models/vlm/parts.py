@@ -14,13 +14,14 @@ from opticnerve.common.private_names import saves_adapters_alone
 from opticnerve.encoders.base import last_blocks
 from opticnerve.language.adapters import beside, has_others, is_adapter, without_others
 from opticnerve.language.layers import decoder_layers
-from opticnerve.language.lora import has_lora, is_lora
+from opticnerve.language.lora import add_lora, has_lora, is_lora
 from opticnerve.language.quantization import dequantized_state, quantized_layers
 from opticnerve.recipe import MODALITIES, split_part
 from opticnerve.types import OpticNerveError
 
 # What each word for a part of a tower stands for, as beginnings of names within it.
 TOWER_PARTS = {"encoder": ("encoder.",), "connector": ("connector.", "tiling."), "fusion": ("fusion.",)}
+ADAPTED_HALVES = ("encoder", "fusion")  # which of them may hold an adapter
 
 
 class DockedParts:
@@ -38,6 +39,45 @@ class DockedParts:
         places = [place for place in self.hf_device_map.values() if place not in ("cpu", "disk")]
         return torch.device(places[0] if places else "cpu")
 
+    def part_module(self: Any, part: str) -> nn.Module:
+        """`language`, `image.encoder`, `image.fusion`, …: the module that an adapter of this part stands in."""
+        modality, _, half = part.partition(".")
+        found: nn.Module = getattr(self.towers[modality], half) if half else self.language_model
+        return found
+
+    @property
+    def adapted(self: Any) -> dict[str, nn.Module]:
+        """The parts that hold an adapter of ours."""
+        parts = ["language", *(f"{m}.{half}" for m in self.towers for half in ADAPTED_HALVES)]
+        return {part: module for part in parts if has_lora(module := self.part_module(part))}
+
+    @property
+    def adapters(self: Any) -> dict[str, dict[str, Any]]:
+        """Options of our adapters, by the part that they stand in."""
+        found: dict[str, dict[str, Any]] = self.config.adapters
+        return found
+
+    def give_lora(self: Any, options: dict[str, Any], part: str = "language", *, fresh: bool = True) -> None:
+        """Put an adapter on a part; the configuration remembers it. (`options`, `fresh`: as for `add_lora`.)
+
+        Raises:
+            OpticNerveError: as `add_lora`; or it is to step aside on text, which reaches the language model alone.
+        """
+        module, where = self.part_module(part), {}
+        if part != "language":
+            if options.get("when", "always") != "always":
+                raise OpticNerveError(
+                    f"{part}.lora: when: media is for language.lora; text alone reaches no {part}", kind="conflict"
+                )
+            where = {"what": part, "blocks": module.blocks() if part.endswith(".encoder") else [module]}
+        add_lora(module, options, fresh=fresh, **where)
+        self.config.note_adapter(part, options)
+
+    def _forget_adapters(self: Any) -> None:
+        """The configuration claims no adapter that is gone (peft may have merged ours)."""
+        for part in self.adapters.keys() - self.adapted.keys():
+            self.config.note_adapter(part, None)
+
     @property
     def peft_config(self) -> dict[str, Any]:
         """What peft notes on a model: the adapters that others put on it, and ours beside them."""
@@ -50,8 +90,8 @@ class DockedParts:
     @peft_config.setter
     def peft_config(self: Any, adapters: dict[str, Any]) -> None:
         """peft has put the first adapter of others on; see `beside`."""
-        if "_peft_config" not in vars(self) and has_lora(self.language_model):
-            beside(self, adapters, self.language_model.lora_config)
+        if "_peft_config" not in vars(self) and (ours := self.adapted):
+            beside(self, adapters, next(iter(ours.values())).lora_config)  # type: ignore[arg-type]
         vars(self)["_peft_config"] = adapters
 
     @peft_config.deleter
@@ -59,14 +99,12 @@ class DockedParts:
         """peft has taken its adapters off again, and perhaps merged ours, which the configuration then claims no
         more."""
         vars(self).pop("_peft_config", None)
-        if not has_lora(self.language_model):
-            self.config.lora = None
+        self._forget_adapters()
 
     def save_pretrained(self: Any, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As for any model of transformers. Adapters that others put on stay out: peft saves them, each in a folder.
         What a recipe had quantised is written dequantised."""
-        if not has_lora(self.language_model):
-            self.config.lora = None
+        self._forget_adapters()
         if kwargs.get("state_dict") is None and not saves_adapters_alone(self):
             others, packed = has_others(self), quantized_layers(self)
             if others or packed:
@@ -132,8 +170,13 @@ def _tower(model: Any, modality: str | None, inner: str, part: str) -> dict[str,
     modality = modality or _only_tower(model, part)
     if modality not in model.towers:
         raise OpticNerveError(f"{part}: the model has no {modality} tower", kind="unknown-name")
+    half = inner.removesuffix(".lora")
+    names = {n: p for n, p in model.named_parameters() if n.startswith(f"{modality}.")}
+    if half != inner:
+        return _adapter(names, prefixes(modality, half), f"{modality}.{half}")
+    names = {n: p for n, p in names.items() if not is_adapter(n)}
     if inner in TOWER_PARTS:
-        found = {n: p for n, p in model.named_parameters() if n.startswith(prefixes(modality, inner))}
+        found = {n: p for n, p in names.items() if n.startswith(prefixes(modality, inner))}
         if not found and inner == "fusion":
             raise OpticNerveError(
                 f"{part}: a fusion of this type has no weights; leave it out of `train`", kind="empty"
@@ -141,18 +184,21 @@ def _tower(model: Any, modality: str | None, inner: str, part: str) -> dict[str,
         return found
     count = int(re.findall(r"\d+", inner)[0])
     chosen = {id(p) for block in last_blocks(model.towers[modality].encoder, count) for p in block.parameters()}
-    return {n: p for n, p in model.named_parameters() if id(p) in chosen}
+    return {n: p for n, p in names.items() if id(p) in chosen}
+
+
+def _adapter(names: dict[str, nn.Parameter], starts: tuple[str, ...], part: str) -> dict[str, nn.Parameter]:
+    if not (found := {n: p for n, p in names.items() if n.startswith(starts) and is_lora(n)}):
+        raise OpticNerveError(
+            f"{part}.lora: {part} carries no adapter; `give_lora` puts one there", kind="unknown-name"
+        )
+    return found
 
 
 def _language(model: Any, inner: str) -> dict[str, nn.Parameter]:
     names = {n: p for n, p in model.named_parameters() if n.startswith("language_model.")}
     if inner == "language.lora":
-        found = {n: p for n, p in names.items() if is_lora(n)}
-        if not found:
-            raise OpticNerveError(
-                "language.lora: the language model carries no adapter; `add_lora` puts one there", kind="unknown-name"
-            )
-        return found
+        return _adapter(names, ("language_model.",), "language")
     names = {n: p for n, p in names.items() if not is_adapter(n)}
     if inner == "language":
         return names
