@@ -116,13 +116,16 @@ def test_a_stage_learns_to_prefer(docked: Callable[..., Dock], tmp_path: Path, l
         for i in range(6)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name, some in (("a.jsonl", rows[:2]), ("b.jsonl", rows[2:])):
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in some))
     train = {"connector": 1e-2} | ({"language.lora": 1e-2} if lora else {})
     recipe = load({
         "precision": "fp32",
         "model": {"language": {"name": "made"}, "image": {"encoder": {"type": "hf_vision", "name": "made"}}},
         "stages": [{
             "name": "prefer", "objective": {"type": "dpo", "beta": 0.5}, "train": train, "batch_size": 6, "steps": 25,
-            "schedule": "constant", "cache_features": lora, "data": [{"path": str(tmp_path / "pairs.jsonl")}],
+            "schedule": "constant", "cache_features": lora,
+            "data": [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")],
             "validate": {"data": {"path": str(tmp_path / "pairs.jsonl")}, "every": 10},
             **({"lora": {"rank": 4, "dropout": 0.1}} if lora else {}),
         }],
@@ -133,6 +136,10 @@ def test_a_stage_learns_to_prefer(docked: Callable[..., Dock], tmp_path: Path, l
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3 if not lora else 0.05)
     assert lines[-1]["metrics"]["accuracy"] == 1.0
     assert lines[-1]["loss"] < 0.3
+    for line in lines:
+        parts = line["by_source"]
+        assert {name: p["samples"] for name, p in parts.items()} == {"a.jsonl": 2, "b.jsonl": 4}
+        assert sum(p["loss"] * p["samples"] for p in parts.values()) == pytest.approx(6 * line["loss"])
     looks = [line["validation"]["loss"] for line in lines if "validation" in line]
     assert len(looks) == 3
     assert looks[-1] < looks[0] < 0.6931

@@ -99,6 +99,22 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not(
 
 
 @pytest.mark.parametrize("kind", ["dual", "intermediate", "late"])
+def test_losses_by_source_add_up(kind: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
+    given = Path(make(kind).stages[0].data[0].path)
+    lines = given.read_text().splitlines()
+    halves = {"a.jsonl": lines[:3], "b.jsonl": lines[3:]}
+    for name, some in halves.items():
+        (given.parent / name).write_text("\n".join(some) + "\n")
+    recipe = make(kind, data=[{"path": str(given.parent / name)} for name in halves], accumulate=2)
+    train(recipe, tmp_path / "run")
+    for line in map(json.loads, (tmp_path / "run/stages/0-learn/metrics.jsonl").read_text().splitlines()):
+        parts = line["by_source"].values()
+        assert sum(p["samples"] for p in parts) == line["samples"]
+        assert sum(p["loss"] * p["samples"] for p in parts) == pytest.approx(line["loss"] * line["samples"])
+        assert len({p["loss"] for p in parts}) == len(parts)
+
+
+@pytest.mark.parametrize("kind", ["dual", "intermediate", "late"])
 def test_cached_features_are_the_live_eye(kind: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
     _, live = train(make(kind), tmp_path / "live")
     _, first = train(make(kind, cache_features=True), tmp_path / "first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,8 @@ class Objective(nn.Module, ABC):
     over), `tokens`, `samples` and `ids`. `metrics` holds named figures of the last forward pass, for the log:
     scalars that still lie on the device, or numbers.
 
-    `by_source`: where the loop gives one, a running float32 sum of losses for each data entry (S,), to which an
-    objective over tokens adds those of `batch.sources`.
+    `by_source`: where the loop gives one, a running float32 sum of losses for each data entry (S,), to which
+    `add_sources` adds. `unit`: what the loss is a mean over.
 
     `processes`: those that share each sequence with this one, where there are such.
 
@@ -37,6 +37,7 @@ class Objective(nn.Module, ABC):
 
     rate: float = 0.0
     whole_step: ClassVar[bool] = False
+    unit: ClassVar[Literal["tokens", "samples"]] = "samples"
     in_batch: ClassVar[bool] = False
     """Whether the samples of a batch are compared with each other, on all processes."""
 
@@ -46,6 +47,11 @@ class Objective(nn.Module, ABC):
         self.metrics: dict[str, Tensor | float] = {}
         self.by_source: Tensor | None = None
         self.processes: SequenceGroup | None = None
+
+    def add_sources(self, sources_N: Tensor | None, losses_N: Tensor) -> None:
+        """Add losses to the sums of the data entries that they are of, where the loop wants to know."""
+        if self.by_source is not None and sources_N is not None:
+            self.by_source.index_add_(0, sources_N, losses_N.detach().float())
 
     @abstractmethod
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,13 @@ class Negatives:
 
 
 def clip_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, negatives: Negatives | None = None) -> Tensor:
-    """CLIP's loss, summed over this process's B pairs (divide by the number of all pairs for the mean).
+    """CLIP's loss, summed over this process's B pairs (divide by the number of all pairs for the mean); as
+    `clip_losses`."""
+    return clip_losses(image_BD, text_BD, logit_scale, negatives).sum()
+
+
+def clip_losses(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, negatives: Negatives | None = None) -> Tensor:
+    """CLIP's loss of each of this process's pairs (B,): the mean of its picture's and its text's.
 
     Args:
         image_BD, text_BD: embeddings of pairs, L2-normalised. logit_scale: what cosines are multiplied by (scalar).
@@ -62,19 +68,26 @@ def clip_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, negatives:
     negatives = negatives or Negatives(image_BD, text_BD)
     _check_pairs(image_BD, text_BD)
     own_B = torch.arange(len(image_BD), device=image_BD.device) + negatives.first
-    total = image_BD.new_zeros(())
+    losses_B = image_BD.new_zeros(len(image_BD))
     for mine_BD, others_ND in ((image_BD, negatives.text_ND), (text_BD, negatives.image_ND)):
         logits_BN = logit_scale * mine_BD @ others_ND.T
         if negatives.twin_BN is not None:
             logits_BN = logits_BN.masked_fill(negatives.twin_BN, float("-inf"))
-        total = total + F.cross_entropy(logits_BN, own_B, reduction="sum") / 2
-    return total
+        losses_B = losses_B + F.cross_entropy(logits_BN, own_B, reduction="none") / 2
+    return losses_B
 
 
 def siglip_loss(
     image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, logit_bias: Tensor, negatives: Negatives | None = None
 ) -> Tensor:
-    """SigLIP's loss, summed over this process's B pictures against all N texts.
+    """SigLIP's loss, summed over this process's B pictures against all N texts; as `siglip_losses`."""
+    return siglip_losses(image_BD, text_BD, logit_scale, logit_bias, negatives).sum()
+
+
+def siglip_losses(
+    image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, logit_bias: Tensor, negatives: Negatives | None = None
+) -> Tensor:
+    """SigLIP's loss of each of this process's pictures (B,) against all N texts.
 
     As in the paper and in transformers, the mean is taken over pictures, not over the N² pairs. Twins count neither as
     positive nor as negative.
@@ -87,7 +100,7 @@ def siglip_loss(
     loss_BN = -F.logsigmoid(sign_BN * (logit_scale * image_BD @ negatives.text_ND.T + logit_bias))
     if negatives.twin_BN is not None:
         loss_BN = loss_BN.masked_fill(negatives.twin_BN, 0.0)
-    return loss_BN.sum()
+    return loss_BN.sum(1)
 
 
 class Contrastive(Objective):
@@ -177,8 +190,12 @@ class Contrastive(Objective):
         scale = self.model.logit_scale.float().exp()
         self.metrics = {"logit_scale": scale.detach()}
         if self.model.config.loss == "clip":
-            return clip_loss(image_BD, text_BD, scale, negatives)
-        return siglip_loss(image_BD, text_BD, scale, self.model.logit_bias.float(), negatives)
+            losses_B = clip_losses(image_BD, text_BD, scale, negatives)
+        else:
+            losses_B = siglip_losses(image_BD, text_BD, scale, self.model.logit_bias.float(), negatives)
+        known = [b.sources for b in batches if b.sources is not None]
+        self.add_sources(torch.cat(known) if len(known) == len(batches) else None, losses_B)
+        return losses_B.sum()
 
     def _negatives(self, image_BD: Tensor, text_BD: Tensor, batches: Sequence[Any]) -> Negatives:
         _check_pairs(image_BD, text_BD)

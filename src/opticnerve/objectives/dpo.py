@@ -77,6 +77,7 @@ class DPO(Objective):
             loss_P = -(1 - self.label_smoothing) * F.logsigmoid(lead_P) - self.label_smoothing * F.logsigmoid(-lead_P)
         if self.sft:
             loss_P = loss_P - self.sft * policy_P2[:, 0] / tokens_P2[:, 0]
+        self.add_sources(batch.sources, loss_P)
         rewards_P2 = self.beta * gain_P2.detach()
         chosen, rejected = rewards_P2.mean(0)
         right = (rewards_P2[:, 0] > rewards_P2[:, 1]).float().mean()

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class NextToken(Objective):
     """The assistant's next token: the sum over supervised tokens, so that any split of a batch adds up exactly."""
 
+    unit = "tokens"
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`batch`: a `Batch`. Returns the float32 loss sum and the number of supervised tokens, both scalars.
 
@@ -42,8 +44,7 @@ class NextToken(Objective):
             weight = experts.balanced(language_model) if torch.is_grad_enabled() else 0.0
             with experts.watched(language_model) if weight else nullcontext() as routers:
                 loss_M = supervised_loss(language_model, own.learned_M, targets_M, **inputs)
-        if self.by_source is not None and own.sources is not None:
-            self.by_source.index_add_(0, own.sources.flatten()[own.learned_M], loss_M.detach())
+        self.add_sources(own.loss_sources, loss_M)
         if routers is None:
             return loss_M.sum(), count
         balance, everywhere = experts.balance_loss(language_model, routers, own.group >= 0, count)
@@ -62,7 +63,9 @@ class Classification(Objective):
         scores = self.model.score(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.image_features)
         right = scores.logits_BA.argmax(1) == batch.targets
         self.metrics = {"accuracy": right.float().mean()}
-        return scores.loss(batch.targets), batch.targets.new_full((), len(batch.targets))
+        losses_B = scores.losses(batch.targets)
+        self.add_sources(batch.sources, losses_B)
+        return losses_B.sum(), batch.targets.new_full((), len(batch.targets))
 
     @classmethod
     def collator(cls, processor: MediaProcessor, stage: Stage, seed: int) -> AnswerCollator:

@@ -220,7 +220,7 @@ class Trainer:
             "learning_rate": {part: rate * factor for part, rate in self.ready.frozen.rates.items()},
             **scaled,
             **filled,
-            **by_source(self.sources, losses, of_source),
+            **by_source(self.sources, losses, of_source, self.strategy.objective.unit),
             **({"metrics": figures} if figures else {}),
             # JSON has no word for what is no number.
             **({"loss": None, "grad_norm": None, "left_out": left_out} if left_out else {}),

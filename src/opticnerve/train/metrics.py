@@ -15,7 +15,6 @@ from typing import Any, Self
 import torch
 
 from opticnerve.common import atomic
-from opticnerve.data.encode.tokenize import IGNORE
 from opticnerve.models.vlm.tower import MEDIA_INPUT
 from opticnerve.recipe import DataSpec
 
@@ -95,21 +94,21 @@ def source_names(specs: Sequence[DataSpec]) -> list[str]:
 
 
 def source_counts(batches: Sequence[Any], sources: int) -> list[int]:
-    """Tokens of a step's batches that the loss is over, by the data entry that they are of; nothing where the objective
-    is none over tokens, or there is one entry."""
+    """What the loss of a step's batches is a mean over (tokens, or samples), by the data entry that it is of; nothing
+    where batches do not say, or there is one entry."""
     if sources < 2 or any(getattr(b, "sources", None) is None for b in batches):
         return [0] * sources
     found = torch.zeros(sources, dtype=torch.int64)
     for batch in batches:
-        found += torch.bincount(batch.sources[batch.targets != IGNORE], minlength=sources)
+        found += torch.bincount(batch.loss_sources, minlength=sources)
     counts: list[int] = found.tolist()
     return counts
 
 
-def by_source(names: Sequence[str], losses: Sequence[float], counts: Sequence[int]) -> dict[str, Any]:
-    """The mean loss over each source's tokens, for those that the step held."""
+def by_source(names: Sequence[str], losses: Sequence[float], counts: Sequence[int], unit: str) -> dict[str, Any]:
+    """The mean loss over each source's tokens, or samples (`unit`), for those that the step held."""
     shown = zip(names, losses, counts, strict=True)
-    found = {name: {"loss": loss / count, "tokens": count} for name, loss, count in shown if count and isfinite(loss)}
+    found = {name: {"loss": loss / count, unit: count} for name, loss, count in shown if count and isfinite(loss)}
     return {"by_source": found} if found else {}
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import Dataset
 
 from opticnerve.data.collators.next_token import Batch, Collator
@@ -102,7 +103,10 @@ class StageSampler(Dataset[Batch]):
     def batch(self, mine: Iterable[int]) -> Batch:
         """The batch of these samples."""
         if self.own_collate is not None:
-            own: Batch = self.own_collate([self._collatable(v) for v in mine])
+            good = [self._collatable(v) for v in mine]
+            own: Batch = self.own_collate([conversations for conversations, _ in good])
+            if hasattr(own, "sources"):
+                own.sources = torch.tensor([source for conversations, source in good for _ in conversations])
             return own
         apart = [self.row(v) for v in mine]
         batch: Batch = self.collate(fit(apart, self.stage.pack) if isinstance(self.stage.pack, int) else apart)
@@ -123,15 +127,15 @@ class StageSampler(Dataset[Batch]):
                 self._leave_out_or_raise(e)
         return side_by_side(good or [self.row(self.plan[number][0])])
 
-    def _collatable(self, index: int) -> list[Conversation]:
-        """The conversations of one sample that the objective's own collator takes."""
+    def _collatable(self, index: int) -> tuple[list[Conversation], int]:
+        """The conversations of one sample that the objective's own collator takes, and the sample's data entry."""
 
-        def tried(nearby: int) -> list[Conversation]:
+        def tried(nearby: int) -> tuple[list[Conversation], int]:
             conversations = self.drawn(nearby)
             if self.stage.bad_samples != "refuse":
                 assert self.own_collate is not None
                 self.own_collate([conversations])
-            return conversations
+            return conversations, self.source_of(nearby)
 
         return self._first_good(index, tried)
 

@@ -32,9 +32,18 @@ class Moving:
 
 
 class SampleBatch(Moving):
-    """A batch of samples, each by itself: the loss is a mean over them."""
+    """A batch of samples, each by itself: the loss is a mean over them.
+
+    `sources`: (B,) int64, which data entry of the stage each sample is of, where that is known.
+    """
 
     ids: list[str]
+    sources: Tensor | None
+
+    @property
+    def loss_sources(self) -> Tensor | None:
+        """The data entries of what the loss is a mean over."""
+        return self.sources
 
     @property
     def supervised(self) -> int:

@@ -29,6 +29,7 @@ class AnswerBatch(SampleBatch):
     targets: Tensor
     ids: list[str]
     image_features: Features | None = None
+    sources: Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -36,6 +36,7 @@ class PairBatch(SampleBatch):
     captions: list[str]
     ids: list[str]
     image_features: Tensor | None = None
+    sources: Tensor | None = None
 
     @property
     def tokens(self) -> int:

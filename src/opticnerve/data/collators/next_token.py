@@ -55,6 +55,11 @@ class Batch(Moving):
         return int((on_host(self.group) >= 0).sum())
 
     @property
+    def loss_sources(self) -> Tensor | None:
+        """(M,): the data entries of what the loss is a mean over."""
+        return None if self.sources is None else self.sources.flatten()[self.learned_M]
+
+    @property
     def places(self) -> int:
         """Positions that are computed, padding included."""
         return self.input_ids.numel()

@@ -26,9 +26,13 @@ CHOSEN, REJECTED = 1, 2
 @dataclass
 class PreferenceBatch(Batch):
     """P pairs. `slots_BL`: int64, 2 × pair for the positions that predict its chosen answer, one more for those that
-    predict its rejected one, -1 elsewhere."""
+    predict its rejected one, -1 elsewhere. `sources`: (P,), the pairs' data entries."""
 
     slots_BL: Tensor
+
+    @property
+    def loss_sources(self) -> Tensor | None:
+        return self.sources
 
     @property
     def supervised(self) -> int:

@@ -45,10 +45,14 @@ class Scores:
     logits_BA: Tensor
     parts: list[Tensor] = field(default_factory=list)
 
-    def loss(self, targets_B: Tensor) -> Tensor:
-        """Cross-entropy, summed over questions (and over the parts, where there are some)."""
+    def losses(self, targets_B: Tensor) -> Tensor:
+        """Cross-entropy of each question (B,), summed over the parts, where there are some."""
         trained = self.parts or [self.logits_BA]
-        return torch.stack([F.cross_entropy(x.float(), targets_B, reduction="sum") for x in trained]).sum()
+        return torch.stack([F.cross_entropy(x.float(), targets_B, reduction="none") for x in trained]).sum(0)
+
+    def loss(self, targets_B: Tensor) -> Tensor:
+        """The same, summed over questions."""
+        return self.losses(targets_B).sum()
 
 
 class EarlyHead(nn.Module):

@@ -157,28 +157,37 @@ def _curves(run: RunFolder) -> str:
     return "\n\n".join(["## Curves", *(parts or ["No stage has begun."])])
 
 
+_UNITS = ("tokens", "samples")  # what an objective's loss is a mean over
+
+
 def _by_source(metrics: list[dict[str, Any]]) -> str:
-    """What each data entry's tokens cost in the first and in the last tenth of a stage, where there are several."""
+    """What each data entry's tokens, or samples, cost in the first and in the last tenth of a stage, where there are
+    several."""
     tenth = max(1, len(metrics) // 10)
     names = dict.fromkeys(name for m in metrics for name in m.get("by_source") or {})
-    everything = sum(_tokens_of(metrics, name) for name in names)
+    unit = next((u for m in metrics for s in (m.get("by_source") or {}).values() for u in _UNITS if u in s), "tokens")
+    everything = sum(_count_of(metrics, name) for name in names)
     rows = [
-        [plain(name), percent(_tokens_of(metrics, name) / everything), _loss_of(metrics[:tenth], name),
+        [plain(name), percent(_count_of(metrics, name) / everything), _loss_of(metrics[:tenth], name),
          _loss_of(metrics[-tenth:], name)]
         for name in names
     ]  # fmt: skip
-    head = ["source", "share of the trained tokens", "loss, first tenth", "loss, last tenth"]
+    head = ["source", f"share of the trained {unit}", "loss, first tenth", "loss, last tenth"]
     return table(head, rows, right=(1, 2, 3)) if rows else ""
 
 
-def _tokens_of(metrics: list[dict[str, Any]], name: str) -> int:
-    return sum(s["tokens"] for m in metrics if (s := (m.get("by_source") or {}).get(name)))
+def _count_of(metrics: list[dict[str, Any]], name: str) -> int:
+    return sum(_count(s) for m in metrics if (s := (m.get("by_source") or {}).get(name)))
+
+
+def _count(entry: dict[str, Any]) -> int:
+    return sum(entry.get(unit, 0) for unit in _UNITS)
 
 
 def _loss_of(metrics: list[dict[str, Any]], name: str) -> str:
-    """The mean over its tokens."""
-    tokens = _tokens_of(metrics, name)
-    loss = sum(s["loss"] * s["tokens"] for m in metrics if (s := (m.get("by_source") or {}).get(name)))
+    """The mean over its tokens, or samples."""
+    tokens = _count_of(metrics, name)
+    loss = sum(s["loss"] * _count(s) for m in metrics if (s := (m.get("by_source") or {}).get(name)))
     return f"{loss / tokens:.3f}" if tokens else "–"
 
 
