@@ -23,7 +23,7 @@ from opticnerve.train.optim import MasterAdamW, schedule, state_bytes
 from opticnerve.types import RecipeError, ask
 
 EIGHT_BIT = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-NAMES = ["adamw", "muon", "adafactor", pytest.param("adamw_8bit", marks=EIGHT_BIT)]
+NAMES = ["adamw", "adamw_bf16", "muon", "adafactor", pytest.param("adamw_8bit", marks=EIGHT_BIT)]
 TRAIN = {"connector": 1e-2, "language": 1e-3}
 
 
@@ -96,6 +96,31 @@ def test_takes_what_plan_says(make_recipe: Callable[..., Any], name: str) -> Non
     assert held == pytest.approx(sum(state_bytes(name, n, s) for n, s in shapes.items()), rel=0.02)
     foreseen = plan.make(recipe).stages[0].memory.optimizer
     assert foreseen == sum(state_bytes(name, n, s) + 8 * s.numel() for n, s in shapes.items())
+
+
+@pytest.mark.parametrize("second", [0.95, 0.999])
+def test_moments_in_bf16_follow_adamw(second: float) -> None:
+    """A second moment that began large shrinks as AdamW's does, with every beta, and the global generator stays."""
+    ways, state = [], torch.get_rng_state()
+    for name in ("adamw", "adamw_bf16"):
+        weight = nn.Parameter(torch.zeros(64, 64))
+        made = MasterAdamW(
+            Frozen([], {"connector": {"w": weight}}, {"connector": 1e-2}),
+            betas=(0.9, second),
+            weight_decay=0.1,
+            name=name,
+        )
+        for step in range(200):
+            weight.grad = torch.full_like(weight, 1.0 if step else 30.0)
+            made.clip(None)
+            made.step(1.0)
+        ways.append((weight.detach(), made.state_dict()["adam"]["state"][0]))
+    assert torch.equal(torch.get_rng_state(), state)
+    (wanted, theirs), (found, ours) = ways
+    torch.testing.assert_close(found.mean(), wanted.mean(), rtol=2e-2, atol=0)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert ours[key].dtype == torch.bfloat16
+        torch.testing.assert_close(ours[key].float().mean(), theirs[key].mean(), rtol=2e-2, atol=0)
 
 
 def test_layers_below_go_slower() -> None:

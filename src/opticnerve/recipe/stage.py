@@ -135,7 +135,7 @@ class Stage(_WithValidation):
     cooldown: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="schedule wsd: the share of the steps, at the end, in which the rate falls; by default 0.1"
     )
-    optimizer: Literal["adamw", "adamw_8bit", "muon", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "muon", "adafactor"] = "adamw"
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="of encoders and language models, each layer's rate is this part of that of the layer above"
     )

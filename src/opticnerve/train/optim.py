@@ -24,6 +24,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 _TABLES = re.compile(r"embed|lm_head|\.wte\.|\.wpe\.")  # Muon's paper leaves them to AdamW
 # As torch's GradScaler: where the scale begins, and after how many good steps it doubles.
 _FIRST_SCALE, _DOUBLE_AFTER = 2.0**16, 2000
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _SMALL_8BIT, _BLOCK_8BIT = 4096, 256  # bitsandbytes' own: fewer weights keep float32 moments; a scale for so many
 
 
@@ -35,9 +36,9 @@ class MasterAdamW:
     master that takes the step, and the weight is the master, rounded. float32 weights are their own masters.
 
     Args:
-        name: `adamw`; `adamw_8bit`, whose moments are 8-bit blocks (Dettmers et al. 2021), bitsandbytes'; `muon`
-            (Jordan et al. 2024) for matrices, its steps as long as AdamW's (Liu et al. 2025, section 2.2), and AdamW
-            for the rest; `adafactor` (Shazeer & Stern 2018). The last two are torch's.
+        name: `adamw`; `adamw_bf16`, see `AdamWBF16`; `adamw_8bit`, whose moments are 8-bit blocks (Dettmers et al.
+            2021), bitsandbytes'; `muon` (Jordan et al. 2024) for matrices, its steps as long as AdamW's (Liu et al.
+            2025, section 2.2), and AdamW for the rest; `adafactor` (Shazeer & Stern 2018). The last two are torch's.
         layer_decay: each layer's rate is this part of the rate of the layer above it (ELECTRA).
         ema: keep an average of the masters, of which a step leaves this share; less in the first steps.
 
@@ -206,6 +207,8 @@ def _make(
         bitsandbytes()
         eight_bit: Any = importlib.import_module("bitsandbytes.optim")
         return {"adam": eight_bit.AdamW8bit(groups, lr=0.0, betas=betas)}
+    if name == "adamw_bf16":
+        return {"adam": AdamWBF16(groups, betas)}
     if name == "adafactor":
         return {"adafactor": torch.optim.Adafactor(groups, lr=0.0)}
     if name == "muon":
@@ -221,6 +224,52 @@ def _make(
     return {"adam": torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)}
 
 
+class AdamWBF16(torch.optim.Optimizer):
+    """AdamW on float32 weights whose two moments are kept in bf16, as DeepSeek-V3 was trained (DeepSeek-AI 2024,
+    section 3.3.3).
+
+    They are rounded up or down by chance, as often as it takes to be right on average: a second moment whose beta is
+    0.999 shrinks by less in a step than bf16 can tell, and to the nearest it would never shrink. Chance is a function
+    of the step and the weight's place, so that a resumed stage rounds alike and no other generator is moved.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step; weights without a gradient stay, with their moments."""
+        places = enumerate((group, p) for group in self.param_groups for p in group["params"])
+        for place, (group, weight) in places:
+            if weight.grad is None:
+                continue
+            held = self.state[weight]
+            if not held:
+                held |= {"step": 0, **{k: torch.zeros_like(weight, dtype=torch.bfloat16) for k in _MOMENTS}}
+            held["step"] += 1
+            (first, second), decay = group["betas"], group["lr"] * group["weight_decay"]
+            mean, square = (held[k].float() for k in _MOMENTS)
+            mean.lerp_(weight.grad, 1 - first)
+            square.mul_(second).addcmul_(weight.grad, weight.grad, value=1 - second)
+            root = (square / (1 - second ** held["step"])).sqrt_().add_(group["eps"])
+            weight.mul_(1 - decay).addcdiv_(mean, root, value=-group["lr"] / (1 - first ** held["step"]))
+            chance = torch.Generator(weight.device).manual_seed(held["step"] * 1_000_003 + place)
+            for key, moment in zip(_MOMENTS, (mean, square), strict=True):
+                held[key].copy_(_rounded_by_chance(moment, chance))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch gives what it loads the weights' dtype; the moments have their own."""
+        super().load_state_dict(state_dict)
+        for held in self.state.values():
+            held.update({k: held[k].bfloat16() for k in _MOMENTS})
+
+
+def _rounded_by_chance(x: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+    """float32 to bf16: the 16 bits that are cut off say how probable the larger of the two neighbours is."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=chance)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
 def _is_matrix(name: str, weight: torch.Tensor) -> bool:
     """Whether Muon takes a weight."""
     return weight.ndim == 2 and _TABLES.search(name) is None
@@ -231,7 +280,7 @@ def state_bytes(name: str, weight: str, shape: torch.Size) -> int:
     numel, moments = shape.numel(), 8
     if name == "adafactor" and len(shape) > 1:
         return 4 * (numel // shape[-1] + numel // shape[-2])
-    if name == "adafactor" or (name == "muon" and len(shape) == 2 and _TABLES.search(weight) is None):
+    if name in ("adafactor", "adamw_bf16") or (name == "muon" and len(shape) == 2 and _TABLES.search(weight) is None):
         moments = 4
     elif name == "adamw_8bit" and numel >= _SMALL_8BIT:
         return 2 * (numel + 4 * math.ceil(numel / _BLOCK_8BIT))
