@@ -53,9 +53,8 @@ def test_asked_and_served(
     if not trained:
         return
     loaded, _ = load_model(tmp_path / "run", device="cpu")
-    assert (
-        quantized_layers(loaded).keys() == quantized_layers(made.model).keys() > quantized_layers(loaded.image).keys()
-    )
+    assert quantized_layers(loaded).keys() == quantized_layers(made.model).keys()
+    assert quantized_layers(loaded.image)
     picture.save(tmp_path / "picture.png")
     with pytest.raises(SystemExit) as left:
         main(

@@ -186,5 +186,17 @@ def test_what_is_refused(adapted: Callable[..., Recipe], make_recipe: Callable[.
     for part in ("image.encoder", "image.fusion"):  # convolutions; soft tokens in the text
         with refused("unsupported", part, "linear"):
             made.model.give_lora({}, part)
+    made = dock_recipe(make_recipe(vision_encoder="test_vit"))
+    encoder: Any = made.model.image.encoder
+    attention: Any = type(encoder.model.blocks[0].attn)
+    own = attention.forward
+    try:  # as timm's EVA does it
+        attention.forward = lambda self, x, *rest, **named: torch.nn.functional.linear(
+            torch.nn.functional.linear(x, self.qkv.weight)[..., : x.shape[-1]], self.proj.weight
+        )
+        with refused("unsupported", "image.encoder.lora", "qkv", "[fc1, fc2]"):
+            made.model.give_lora({}, "image.encoder")
+    finally:
+        attention.forward = own
     with refused("conflict", "when: media"):
         dock_recipe(adapted()).model.give_lora({"when": "media"}, "image.encoder")

@@ -81,6 +81,7 @@ def same(one: Path, other: Path, rel: float = 2e-6) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "accumulate": {"batch_size": 8, "accumulate": 2},
     "cross_attention": {"fusion": "cross_attention", "train": {"connector": 1e-2, "fusion": 1e-2}},
+    "adapters": {"train": {"connector": 1e-2, "encoder.lora": 1e-2, "language.lora": 1e-2}},
     "pack": {"pack": {"tokens": 120, "window": 12}, "epochs": 3, "steps": None},
     "vision encoder, language model, checkpointing": {
         "train": {"encoder.last(2)": 1e-3, "connector": 1e-2, "language": 1e-3}, "language_part": "llama tied",
@@ -92,6 +93,7 @@ CASES: dict[str, dict[str, Any]] = {
 TRIED = {
     "accumulate": [("ddp", 4), ("fsdp2-zero2", 2)],
     "cross_attention": [("fsdp2", 2), ("ddp", 4)],
+    "adapters": [("ddp", 2), ("fsdp2", 2)],
     "pack": [("ddp", 2), ("fsdp2", 4)],
     "vision encoder, language model, checkpointing": [("ddp", 2), ("fsdp2", 4)],
 }

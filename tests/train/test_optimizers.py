@@ -101,7 +101,8 @@ def test_takes_what_plan_says(make_recipe: Callable[..., Any], name: str) -> Non
 @pytest.mark.parametrize("second", [0.95, 0.999])
 def test_moments_in_bf16_follow_adamw(second: float) -> None:
     """A second moment that began large shrinks as AdamW's does, with every beta, and the global generator stays."""
-    ways, state = [], torch.get_rng_state()
+    ways: list[tuple[Tensor, Any]] = []
+    state = torch.get_rng_state()
     for name in ("adamw", "adamw_bf16"):
         weight = nn.Parameter(torch.zeros(64, 64))
         made = MasterAdamW(

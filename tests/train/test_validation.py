@@ -166,14 +166,17 @@ def test_the_held_out_loss_is_over_tokens_however_they_are_laid_out(
 
 
 @pytest.mark.slow
-def test_two_processes_find_one_processs_held_out_loss(make_recipe: Make, held: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [{}, worlds.FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_find_one_processs_held_out_loss(
+    make_recipe: Make, held: str, tmp_path: Path, engine: dict[str, str]
+) -> None:
     watch = {"data": {"path": held}, "every": 2, "keep": "best"}
     recipe = make_recipe(**LORA | {"lora": {"rank": 2}}, steps=4, validate=watch)
     raw = recipe.model_dump(mode="json")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         folder = tmp_path / str(processes)
-        for ended in worlds.world(processes, worlds.train, raw, folder / "run", folder=folder):
+        for ended in worlds.world(processes, worlds.train, raw, folder / "run", folder=folder, environment=engine):
             assert ended.code == 0, ended.printed[-3000:]
     one, two = (looks(tmp_path, f"{n}/run") for n in (1, 2))
     assert sorted(one) == sorted(two) == [2, 4]

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, TaskType
+from peft import TaskType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opticnerve.export.formats import Format, Trial
 from opticnerve.export.simplify import adapter_refusals
 from opticnerve.language.adapters import ADAPTER, our_layers
+from opticnerve.language.experts import is_expert
 from opticnerve.language.lora import START
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.source import ADAPTER_WEIGHTS
@@ -39,6 +40,8 @@ class PeftAdapter(Format):
     def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         if not model.adapted:
             return ["it has no adapter; nearest: the format merged"]
+        if any(is_expert(name) for name, _ in our_layers(model)):
+            return ["its adapter stands on a mixture's experts, which was not tried; nearest: the format merged"]
         return adapter_refusals(model)
 
     def simplify(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
@@ -47,8 +50,8 @@ class PeftAdapter(Format):
     def write(
         self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor, folder: Path
     ) -> list[str]:
-        folder_of_base = delta.find(model.name_or_path)
-        base = None if folder_of_base is None else delta.read(folder_of_base)["bases"].get("language", {}).get("name")
+        run = delta.find(model.name_or_path) if model.name_or_path else None
+        base = None if run is None else delta.read(run)["bases"].get("language", {}).get("name")
         for part, module in model.adapted.items():
             place = folder if part == "language" else folder / part
             save(module, place, base if part == "language" else None, causal=part == "language")
@@ -72,7 +75,7 @@ def save(module: nn.Module, folder: Path, base: str | None, *, causal: bool) -> 
         base: what the module was made of, for `base_model_name_or_path`. causal: whether it is a language model.
     """
     layers = dict(our_layers(module))
-    config: LoraConfig = copy.deepcopy(module.lora_config)  # type: ignore[arg-type]
+    config: Any = copy.deepcopy(module.lora_config)
     twice = any(hasattr(layer.lora_A[ADAPTER], START) for layer in layers.values())
     if twice:
         config.r *= 2

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from opticnerve.common import atomic
 from opticnerve.export.samples import ExportSample
+from opticnerve.export.samples import make as make_samples
 from opticnerve.inference.generate import Answerer
 from opticnerve.models.vlm.placeholders import sayable
 from opticnerve.types import OpticNerveError
@@ -146,6 +147,23 @@ def read(scratch: Path) -> dict[str, Any]:
         with np.load(arrays) as kept:
             said["arrays"] = {name: torch.from_numpy(kept[name]) for name in kept.files}
     return said
+
+
+def tell(model: Any, processor: OpticNerveProcessor, job: dict[str, Any], answer: Path, engine: str) -> None:
+    """The other side of `read`: what a docked model says to the samples of a job (`pictures`, `picture_sizes`)."""
+    chosen = make_samples(
+        Path(job["pictures"]), picture_sizes=[tuple(s) for s in job["picture_sizes"]],
+        sees="image" in model.towers, hears="audio" in model.towers,
+    )  # fmt: skip
+    arrays: dict[str, Any] = {}
+    said: dict[str, Any] = {"engine": engine, "torch": torch.__version__, "samples": []}
+    for number, found in enumerate(record(model, processor, chosen)):
+        arrays[f"logits_{number}"] = found.logits_KV.numpy()
+        if found.pixels is not None:
+            arrays[f"pixels_{number}"] = found.pixels.numpy()
+        said["samples"].append({"text": found.text, "ids": found.ids, "greedy": found.greedy})
+    np.savez(answer.parent / "arrays.npz", **arrays)
+    atomic.write_json(answer, said)
 
 
 def samples_of(said: dict[str, Any]) -> list[dict[str, Any]]:

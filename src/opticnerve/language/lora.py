@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -255,6 +255,46 @@ def linear_layers(module: nn.Module, blocks: Sequence[nn.Module] | None = None) 
     return [name for name in found if id(module.get_submodule(name)) in within]
 
 
+def check_called(module: nn.Module, run: Callable[[], object], what: str) -> None:
+    """See that the layers with an adapter are called, for some modules read their weights instead (timm's EVA and BEiT
+    those of `qkv`), and an adapter would do nothing there.
+
+    Args:
+        run: sends something through the module, in `eval()`.
+
+    Raises:
+        OpticNerveError: a layer is not called though what it stands in is.
+    """
+    called: set[int] = set()
+
+    def note(child: nn.Module, _: object) -> None:
+        called.add(id(child))
+
+    handles = [m.register_forward_pre_hook(note) for m in module.modules()]
+    training = [m for m in module.modules() if m.training]
+    try:
+        with torch.no_grad():
+            module.eval()
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for child in training:
+            child.training = True
+    passed = [
+        name for name, layer in our_layers(module)
+        if id(layer) not in called and id(module.get_submodule(name.rpartition(".")[0])) in called
+    ]  # fmt: skip
+    if passed:
+        ends = sorted({name.rpartition(".")[2] for name in passed})
+        others = sorted({name.rpartition(".")[2] for name, _ in our_layers(module)} - set(ends))
+        raise OpticNerveError(
+            f"{what}.lora: {passed[0]} is not called, its weight is read past it, and an adapter beside it would do "
+            f"nothing; give lora.targets without {', '.join(ends)}, such as [{', '.join(others)}]",
+            kind="unsupported",
+        )
+
+
 def _plain(module: nn.Module) -> nn.Module:
     base: nn.Module = module.get_base_layer() if isinstance(module, LoraLayer) else module
     return base
@@ -299,7 +339,7 @@ def merge_lora(module: nn.Module) -> None:
 @torch.no_grad()
 def remove_lora(module: nn.Module) -> None:
     """Take our adapter off again, in place: the weights as they were without it. Others' stay."""
-    for name, layer in list(our_layers(module)):
+    for name, layer in reversed(list(our_layers(module))):
         if (low := getattr(layer.lora_A[ADAPTER], START, None)) is not None:  # PiSSA's, put back
             base, product = layer.get_base_layer(), layer.scaling[ADAPTER] * (layer.lora_B[ADAPTER].start @ low)
             base.weight += product.t() if layer.fan_in_fan_out else product

@@ -41,7 +41,7 @@ class LoraSpec(Strict):
     def options(self, part: str = "language") -> dict[str, Any]:
         """What `add_lora` takes, and folders say; what came later is left out where it is not used. `when` is the
         language model's alone."""
-        later = {"dora": False, "rank_stabilised": False, "init": None}
+        later: dict[str, Any] = {"dora": False, "rank_stabilised": False, "init": None}
         if part != "language":
             later["when"] = self.when
         return {k: v for k, v in self.model_dump().items() if k not in later or v != later[k]}

@@ -18,7 +18,7 @@ def main(job: dict[str, Any], answer: Path) -> None:
     import peft
     import torch
 
-    from opticnerve.export.checks.own_folder import tell
+    from opticnerve.export import parity
     from opticnerve.inference.load import load_model
     from opticnerve.language.lora import remove_lora
 
@@ -29,7 +29,7 @@ def main(job: dict[str, Any], answer: Path) -> None:
         module: Any = model.part_module(part)
         remove_lora(module)
         peft.PeftModel.from_pretrained(module, Path(job["folder"]) / ("" if part == "language" else part))
-    tell(model, processor, job, answer, f"peft {peft.__version__}")
+    parity.tell(model, processor, job, answer, f"peft {peft.__version__}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from opticnerve.common.private_names import saves_adapters_alone
 from opticnerve.encoders.base import last_blocks
 from opticnerve.language.adapters import beside, has_others, is_adapter, without_others
 from opticnerve.language.layers import decoder_layers
-from opticnerve.language.lora import add_lora, has_lora, is_lora
+from opticnerve.language.lora import add_lora, check_called, has_lora, is_lora
 from opticnerve.language.quantization import dequantized_state, quantized_layers
 from opticnerve.recipe import MODALITIES, split_part
 from opticnerve.types import OpticNerveError
@@ -63,7 +63,7 @@ class DockedParts:
         Raises:
             OpticNerveError: as `add_lora`; or it is to step aside on text, which reaches the language model alone.
         """
-        module, where = self.part_module(part), {}
+        module, where = self.part_module(part), dict[str, Any]()
         if part != "language":
             if options.get("when", "always") != "always":
                 raise OpticNerveError(
@@ -71,6 +71,9 @@ class DockedParts:
                 )
             where = {"what": part, "blocks": module.blocks() if part.endswith(".encoder") else [module]}
         add_lora(module, options, fresh=fresh, **where)
+        if fresh and part.endswith(".encoder") and not any(p.is_meta for p in module.parameters()):
+            tower = self.towers[part.partition(".")[0]]
+            check_called(module, lambda: tower.encode(*tower.dummy_media()), part)
         self.config.note_adapter(part, options)
 
     def _forget_adapters(self: Any) -> None:
@@ -91,7 +94,7 @@ class DockedParts:
     def peft_config(self: Any, adapters: dict[str, Any]) -> None:
         """peft has put the first adapter of others on; see `beside`."""
         if "_peft_config" not in vars(self) and (ours := self.adapted):
-            beside(self, adapters, next(iter(ours.values())).lora_config)  # type: ignore[arg-type]
+            beside(self, adapters, next(iter(ours.values())).lora_config)
         vars(self)["_peft_config"] = adapters
 
     @peft_config.deleter

@@ -157,15 +157,19 @@ class Tower(nn.Module):
             rows.append(pooled_DYX.flatten(1).T)
         return Features(pad_sequence(rows, batch_first=True), real([len(r) for r in rows], rows[0]))
 
-    def dummy_features(self) -> Features:
-        """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""
-        weight = placed_like(self.connector)
+    def dummy_media(self) -> tuple[Tensor, Tensor | None]:
+        """Media and sizes of nothing."""
         sizes, pieces = None, 1
         if self.layout is not None:
             side = self.encoder.image_size if self.encoder.native is None else self.encoder.native.patch_size
             sizes, pieces = torch.tensor([[side, side]]), self.layout.num_pieces(side, side)
-        media = torch.zeros(pieces, *self.encoder.media_shape, device=weight.device)
-        word = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+        device = placed_like(self.connector).device
+        return torch.zeros(pieces, *self.encoder.media_shape, device=device), sizes
+
+    def dummy_features(self) -> Features:
+        """The soft tokens of nothing: what a process without media puts through, so that all processes do the same."""
+        media, sizes = self.dummy_media()
+        word = torch.zeros(1, 1, dtype=torch.long, device=media.device)
         features: Features = self(media, sizes, (word, torch.ones_like(word)) if self.wants_text else None)
         return features
 
