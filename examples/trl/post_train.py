@@ -29,7 +29,7 @@ from opticnerve.types import Conversation
 
 TRAINED = ("connector", "language.lora")  # as in the recipe's second stage; peft_config= would do as well
 STEPS = {"sft": 100, "dpo": 60, "grpo": 60}
-RATES = {"sft": 5e-4, "dpo": 1e-4, "grpo": 5e-5}
+RATES = {"sft": 2e-3, "dpo": 2e-5, "grpo": 5e-5}
 
 
 def main() -> None:

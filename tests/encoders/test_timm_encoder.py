@@ -14,6 +14,7 @@ import torch
 import tiny
 from errors import refused
 from opticnerve.encoders.base import last_blocks
+from opticnerve.encoders.native import cut_patches
 from opticnerve.encoders.timm import TimmEncoder
 
 CNNS = ["test_efficientnet", "test_resnet", "test_convnext", "test_byobnet"]
@@ -270,3 +271,28 @@ class TestRefusals:
     def test_starter(self) -> None:
         with refused("unknown-name", "starter/efficientnet-lite9", "starter/efficientnet-lite0"):
             TimmEncoder.from_pretrained("starter/efficientnet-lite9")
+
+
+@pytest.mark.parametrize("fit", ["squash", "native"])
+def test_a_lone_picture_has_the_gradient_that_it_has_among_others(fit: str) -> None:
+    """torch's batch norm gets it wrong where a lone picture's gradient is a view of rows."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"image_size": 64}
+    if fit == "native":
+        options = {"fit": "native", "min_patches": 1, "max_patches": 64}
+    encoder = TimmEncoder(name="test_efficientnet", layer=-2, **options).eval()
+    several, weight_ND, found = torch.randn(2, 3, 64, 64), None, []
+    for count in (1, 2):
+        encoder.zero_grad()
+        if (layout := encoder.native) is not None:
+            grid = (64 // layout.patch_size, 64 // layout.patch_size)
+            patches_PE = cut_patches(several[:count], layout.patch_size).flatten(0, 1)
+            seen = encoder(patches_PE.contiguous(), [grid] * count)
+        else:
+            seen = encoder(several[:count])
+        weight_ND = torch.randn_like(seen.tokens_BND[0]) if weight_ND is None else weight_ND
+        (seen.tokens_BND[0] * weight_ND).sum().backward()
+        found.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    assert found[0]
+    for alone, among in zip(*found, strict=True):
+        torch.testing.assert_close(alone, among, rtol=1e-3, atol=1e-4)

@@ -41,7 +41,14 @@ def dock(request: pytest.FixtureRequest, docked: Callable[..., Dock], vision_fol
 def test_words_and_their_boxes_are_lines_of_the_answer() -> None:
     found = words_of(ask("Read.", printed(), answer=WORDS + "\nno box here\nthin [1, 1, 2, 90]"))
     assert [word for word, _ in found] == ["TOTAL", "of", "¥7,20"]
-    assert found[1][1] == (500, 60, 640, 200)
+    assert [box for _, box in found] == [(100, 50, 480, 200), (500, 60, 640, 200), (100, 500, 640, 800)]
+    assert words_of(ask("Read.", printed(), answer="(348) [10, 20, 30, 40]")) == [("(348)", (10, 20, 30, 40))]
+
+
+def test_no_two_letters_share_a_class() -> None:
+    ranges = [(0x20, 0x7F), (0xA0, 0x100), (0x3041, 0x3097), (0x30A1, 0x30FD), (0xFF01, 0xFF5F)]
+    letters = [code for first, end in ranges for code in range(first, end)]
+    assert len({code % CLASSES for code in letters}) == len(letters)
 
 
 def test_the_loss_is_a_sum_over_words_and_adds_up_over_any_split(dock: Dock) -> None:

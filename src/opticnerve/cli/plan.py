@@ -97,10 +97,13 @@ def _per_piece(made: Any) -> str:
     """What a picture (or, where there is no vision encoder, a window of sound) costs: the words behind the number."""
     vision_encoder = any(s.part == "picture" for s in made.shapes)
     tower, piece = ("image", "image") if vision_encoder else ("audio", "window of sound")
-    [soft] = [int(s.output.split(" ")[0]) for s in made.shapes if s.part == f"{tower}.connector"]
+    [given] = [s.output for s in made.shapes if s.part == f"{tower}.connector"]
+    if own_shape := given.startswith("up to "):
+        given = given.removeprefix("up to ")
+    soft = int(given.split(" ")[0])
     if made.visual_tokens < soft:
         return f"token in the text and {soft:,} beside it per {piece},"
-    most = ", at most," if made.visual_tokens > soft else ""
+    most = ", at most," if own_shape or made.visual_tokens > soft else ""
     return f"{'visual ' if vision_encoder else ''}tokens per {piece}{most}"
 
 

@@ -157,7 +157,7 @@ class TimmEncoder(Encoder):
             if out.ndim == 4:
                 # timm's Swin-like models give (B, H, W, C), all others (B, C, H, W).
                 channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-                return out.flatten(1, 2) if channels_last else out.flatten(2).transpose(1, 2)
+                return out.flatten(1, 2) if channels_last else _in_raster_order(out)
             if (
                 self.native is None
                 and not hasattr(model, "num_prefix_tokens")
@@ -176,9 +176,8 @@ class TimmEncoder(Encoder):
         )
         if keep:
             map_BCHW, prefix_BPD = found
-            return torch.cat([prefix_BPD, map_BCHW.flatten(2).transpose(1, 2)], dim=1)
-        tokens_BND: Tensor = found.flatten(2).transpose(1, 2)
-        return tokens_BND
+            return torch.cat([prefix_BPD, _in_raster_order(map_BCHW)], dim=1)
+        return _in_raster_order(found)
 
     def _ran(self, attribute: str) -> int | None:
         """How many of a convolutional network's blocks run for the map of a `layer`; None: all."""
@@ -219,6 +218,15 @@ class TimmEncoder(Encoder):
             f"{type(self.model).__name__} has no blocks that opticnerve knows; train `encoder` whole",
             kind="unsupported",
         )
+
+
+def _in_raster_order(map_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, H · W, C).
+
+    Not by `flatten(2).transpose(1, 2)`, whose gradient has strides at which torch's batch norm (2.9 to 2.15, on a CPU)
+    computes a wrong one for a single picture.
+    """
+    return map_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _look_up(name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opticnerve.data.collators.base import SampleBatch
-from opticnerve.data.formats.boxes import boxes_in
 from opticnerve.data.media.transform import open_for
 from opticnerve.objectives.base import Objective
 from opticnerve.types import Conversation, DataError, MediaProcessor, OpticNerveError
@@ -30,11 +29,13 @@ if TYPE_CHECKING:
 
     from opticnerve.recipe import Stage
 
-CLASSES = 4093
-"""A character's class is its code point modulo this prime: no list of characters is needed, and few that share a text
-share a class."""
+CLASSES = 991
+"""A character's class is its code point modulo this prime: no list of characters is needed. Letters, digits, kana and
+full-width forms have each its own; kanji share some, and what follows with a language model tells them apart."""
+_LISTED = re.compile(r"(.+?)\s*\[(\d+),\s*(\d+),\s*(\d+),\s*(\d+)\]")  # as boxes of style "plain" are written
 _LEAST = 3.0  # thousandths: a box that is thinner has nothing to read
 _HEIGHTS = (0.25, 0.5, 0.75)  # where a word is looked at, of its box's height
+_TOGETHER = 16  # words
 
 
 @dataclass
@@ -97,10 +98,12 @@ def words_of(sample: Conversation) -> list[tuple[str, tuple[float, ...]]]:
         raise DataError(f"ctc reads one picture a sample, not {len(sample.images)}", where=where, kind="no-image")
     found: list[tuple[str, tuple[float, ...]]] = []
     for line in (sample.answer or "").splitlines():
-        boxes = [box for box in boxes_in(line) if len(box) == 4]
-        word = "".join(re.sub(r"\[[\d\s.,]*\]\s*$", "", line).split())
-        if len(boxes) == 1 and word and min(boxes[0][2] - boxes[0][0], boxes[0][3] - boxes[0][1]) >= _LEAST:
-            found.append((word, boxes[0]))
+        if (listed := _LISTED.fullmatch(line.strip())) is None:
+            continue
+        left, top, right, bottom = (float(n) for n in listed.groups()[1:])
+        word = "".join(listed[1].split())
+        if word and min(right - left, bottom - top) >= _LEAST:
+            found.append((word, (left, top, right, bottom)))
     if not found:
         raise DataError(
             "no line of its answer is a word and its box", where=where, kind="box",
@@ -133,7 +136,6 @@ class CTC(Objective):
                 kind="conflict",
             )
         self.width, self.steps, self.rate = width, steps, rate
-        self.norm = nn.LayerNorm(encoder.hidden_size)
         self.magnify = nn.Linear(encoder.hidden_size, 2 * steps * width)
         self.mix = nn.Linear(len(_HEIGHTS) * width, 2 * width)
         self.classify = nn.Linear(2 * width, CLASSES + 1)
@@ -145,15 +147,24 @@ class CTC(Objective):
 
     def forward(self, batch: WordBatch) -> tuple[Tensor, Tensor]:
         """The float32 loss sum over the batch's words, and the number of their characters."""
-        losses = []
-        chars = batch.classes_C.split(batch.lengths_W)
-        for number, map_DHW in enumerate(self.maps(batch)):
-            mine = [w for w, of in enumerate(batch.of_W) if of == number]
-            logits_WTK, times = self.read(map_DHW, batch.boxes_W4[mine])
-            log_p_TWK = logits_WTK.float().log_softmax(-1).transpose(0, 1)
-            wanted, lengths = torch.cat([chars[w] for w in mine]), torch.tensor([batch.lengths_W[w] for w in mine])
-            losses.append(F.ctc_loss(log_p_TWK, wanted, times, lengths, zero_infinity=True, reduction="sum"))
+        losses, chars = [], batch.classes_C.split(batch.lengths_W)
+        for map_DHW, words in zip(self.maps(batch), self._alike(batch), strict=True):
+            for some in words:
+                logits_WTK, times = self.read(map_DHW, batch.boxes_W4[some])
+                log_p_TWK = logits_WTK.log_softmax(-1).transpose(0, 1)
+                wanted, lengths = torch.cat([chars[w] for w in some]), torch.tensor([batch.lengths_W[w] for w in some])
+                losses.append(F.ctc_loss(log_p_TWK, wanted, times, lengths, zero_infinity=True, reduction="sum"))
         return torch.stack(losses).sum(), batch.classes_C.new_full((), batch.supervised)
+
+    @staticmethod
+    def _alike(batch: WordBatch) -> list[list[list[int]]]:
+        """Each picture's words, a few of about the same width together: little of a row is filled up."""
+        widths = (batch.boxes_W4[:, 2] - batch.boxes_W4[:, 0]).tolist()
+        found: list[list[list[int]]] = []
+        for number in range(batch.samples):
+            mine = sorted((w for w, of in enumerate(batch.of_W) if of == number), key=widths.__getitem__)
+            found.append([mine[n : n + _TOGETHER] for n in range(0, len(mine), _TOGETHER)])
+        return found
 
     def maps(self, batch: WordBatch) -> list[Tensor]:
         """Each picture's map, magnified: (width, 2 · rows, steps · columns)."""
@@ -161,10 +172,13 @@ class CTC(Objective):
         count = features.tokens_BND.shape[1]
         side = round(count**0.5)
         grids = features.grids or [(side, side)] * len(features.tokens_BND)
-        fine_BNE = self.magnify(self.norm(features.tokens_BND.to(self.norm.weight.dtype)))
         out = []
-        for fine_NE, (rows, columns) in zip(fine_BNE, grids, strict=True):
-            cells = fine_NE[: rows * columns].view(rows, columns, 2, self.steps, self.width)
+        for tokens_ND, (rows, columns) in zip(features.tokens_BND, grids, strict=True):
+            cells_ND = tokens_ND[: rows * columns].to(self.magnify.weight.dtype)
+            # By channel: what differs between a picture's cells is little beside what they share.
+            spread_D, mean_D = torch.std_mean(cells_ND, dim=0, keepdim=True)
+            fine_NE = self.magnify((cells_ND - mean_D) / (spread_D + 1e-5))
+            cells = fine_NE.view(rows, columns, 2, self.steps, self.width)
             out.append(cells.permute(4, 0, 2, 1, 3).reshape(self.width, 2 * rows, self.steps * columns))
         return out
 
@@ -177,7 +191,7 @@ class CTC(Objective):
         points_WhT2 = boxes_W4.new_zeros(len(times), len(_HEIGHTS), max(times), 2)
         heights = boxes_W4.new_tensor(_HEIGHTS)
         for n, count in enumerate(times):
-            along = torch.linspace(0, 1, count, device=boxes_W4.device)
+            along = torch.linspace(0, 1, count, device=boxes_W4.device, dtype=boxes_W4.dtype)
             points_WhT2[n, :, :count, 0] = (left_W[n] - 1 / columns).lerp(right_W[n] + 1 / columns, along)
             points_WhT2[n, :, :, 1] = top_W[n].lerp(bottom_W[n], heights)[:, None]
         flat = points_WhT2.flatten(0, 1)[None] * 2 - 1
@@ -190,10 +204,9 @@ class CTC(Objective):
     def transcribe(self, batch: WordBatch) -> list[list[int]]:
         """The classes that are read in each word, by picking the likeliest at each time (no search)."""
         found: dict[int, list[int]] = {}
-        for number, map_DHW in enumerate(self.maps(batch)):
-            mine = [w for w, of in enumerate(batch.of_W) if of == number]
-            logits_WTK, times = self.read(map_DHW, batch.boxes_W4[mine])
-            for w, row, count in zip(mine, logits_WTK.argmax(-1).tolist(), times.tolist(), strict=True):
-                kept = [c for c, before in zip(row[:count], [0, *row], strict=False) if c and c != before]
-                found[w] = kept
+        for map_DHW, words in zip(self.maps(batch), self._alike(batch), strict=True):
+            for some in words:
+                logits_WTK, times = self.read(map_DHW, batch.boxes_W4[some])
+                for w, row, count in zip(some, logits_WTK.argmax(-1).tolist(), times.tolist(), strict=True):
+                    found[w] = [c for c, before in zip(row[:count], [0, *row], strict=False) if c and c != before]
         return [found[w] for w in sorted(found)]
