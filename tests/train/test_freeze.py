@@ -115,3 +115,20 @@ def test_a_lone_small_picture_goes_through_the_batch_norms_of_a_trained_encoder(
     soft.tokens_BND.sum().backward()
     assert norms and all(m.weight.grad is not None for m in norms)
     assert all(torch.equal(a, m.running_mean) for a, m in zip(kept, norms, strict=True) if m.running_mean is not None)
+
+
+@pytest.mark.parametrize("train", [{"connector": 1e-3}, {"encoder.last(1)": 1e-3}], ids=lambda t: "+".join(t))
+def test_frozen_statistics_stay_where_a_trainer_calls_train(
+    docked: Callable[..., Dock], timm_folder: Callable[..., str], train: dict[str, float]
+) -> None:
+    """transformers' Trainer, and TRL's, put the whole model into train mode before each step."""
+    vision = {"type": "timm", "name": timm_folder("test_efficientnet"), "image_size": 64}
+    model = docked("llama", vision).model
+    freeze(model, train)
+    norms = [m for m in model.image.encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms if m.running_mean is not None]
+    model.train()
+    model.image.encode(torch.randn(3, 3, 64, 64))
+    moved = [not torch.equal(a, m.running_mean) for a, m in zip(before, norms, strict=True)]
+    assert moved == [m.weight.requires_grad for m in norms]
+    assert any(moved) == ("encoder.last(1)" in train)

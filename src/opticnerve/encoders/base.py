@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,23 @@ class Encoder(nn.Module, ABC):
     if TYPE_CHECKING:
         # What a subclass has of its own is a module, a tensor or a plain value.
         def __getattr__(self, name: str) -> Any: ...
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module; see `hold_statistics`."""
+        super().train(mode)
+        self.hold_statistics()
+        return self
+
+    def hold_statistics(self) -> None:
+        """Batch norms whose weights are frozen keep their statistics, whoever calls `model.train()` (transformers'
+        Trainer does, and those of TRL); and so do all that see pictures of several shapes, one shape after the other:
+        no batch has statistics to learn."""
+        trained = any(p.requires_grad for p in self.parameters())
+        for module in self.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                learns = trained if module.weight is None else module.weight.requires_grad
+                if self.native is not None or not learns:
+                    module.eval()
 
     @classmethod
     @abstractmethod

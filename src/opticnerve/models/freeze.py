@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from opticnerve.encoders.base import Encoder
 from opticnerve.language.quantization import QuantizedLinear
 from opticnerve.models.family import FamilyModel
 from opticnerve.types import OpticNerveError
@@ -104,11 +105,9 @@ def freeze(model: FamilyModel, train: Mapping[str, float]) -> Frozen:
         if any(p.requires_grad for child in lora for p in child.parameters()):
             for child in lora:
                 child.train()
-    # Pictures that keep their shape go through one shape after the other: no batch has statistics to learn.
-    for encoder in (m for m in model.modules() if getattr(m, "native", None) is not None):
-        for module in encoder.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-                module.eval()
+    for module in model.modules():
+        if isinstance(module, Encoder):
+            module.hold_statistics()
     return Frozen(_rows(model, groups, rates), groups, rates)
 
 
