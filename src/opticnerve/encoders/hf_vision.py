@@ -91,7 +91,7 @@ class HFVisionEncoder(Encoder):
     ) -> None:  # fmt: skip
         super().__init__()
         if class_token not in get_args(ClassToken):
-            known = ", ".join(get_args(ClassToken))
+            known = ", ".join(map(repr, get_args(ClassToken)))
             raise OpticNerveError(f"class_token is one of {known}, not {class_token!r}", kind="unknown-name")
         config = config_from_dict(architecture, "hf_vision", "clip_vision_model or dinov2")
         self.layer, self.class_token = layer, class_token

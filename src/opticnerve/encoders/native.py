@@ -59,6 +59,9 @@ class NativeLayout:
     tokens: int | None = None
 
     def __post_init__(self) -> None:
+        # As a file holds it: a list, or (before rectangles) the side of a square.
+        given: object = self.pool
+        object.__setattr__(self, "pool", (given, given) if isinstance(given, int) else tuple(self.pool))
         least = self.multiple**2
         if not least <= self.max_patches or not 1 <= self.min_patches <= self.max_patches:
             raise OpticNerveError(
