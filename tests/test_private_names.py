@@ -136,7 +136,7 @@ def test_attention_is_chosen_by_the_configuration(llama: Any) -> None:
 
 
 def test_experts_compute_as_is_said() -> None:
-    small = Qwen3MoeConfig(
+    small = Qwen3MoeConfig(  # type: ignore[call-arg]
         hidden_size=16, num_hidden_layers=1, vocab_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
     )  # fmt: skip

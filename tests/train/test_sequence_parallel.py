@@ -30,7 +30,10 @@ CASES: dict[str, dict[str, Any]] = {
         "batch_size": 4, "accumulate": 2, "steps": 3,
     },
 }  # fmt: skip
-TRIED = {"packs, adapter, held out": [(2, {})], "all of a mixture, checkpointing": [(4, worlds.FSDP2)]}
+TRIED: dict[str, list[tuple[int, dict[str, str]]]] = {
+    "packs, adapter, held out": [(2, {})],
+    "all of a mixture, checkpointing": [(4, worlds.FSDP2)],
+}
 
 
 @pytest.mark.slow
@@ -41,7 +44,7 @@ def test_those_that_share_sequences_are_one(
     case: str, make: Callable[..., dict[str, Any]], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     recipe = make(**CASES[case])
-    runs = [(1, {}), *((n, {**SHARED, **means}) for n, means in TRIED[case])]
+    runs: list[tuple[int, dict[str, str]]] = [(1, {}), *((n, {**SHARED, **means}) for n, means in TRIED[case])]
     for processes, means in runs:
         out = tmp_path / str(processes)
         for ended in worlds.world(processes, worlds.train, recipe, out, folder=tmp_path, environment=means):
