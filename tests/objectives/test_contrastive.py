@@ -34,6 +34,7 @@ class Pairs:
     ids: list[str]
     captions: list[str]
     image_features: None = None
+    sources: None = None
 
     def part(self, start: int, stop: int) -> Pairs:
         return Pairs(*(v[start:stop] for v in list(vars(self).values())[:7]))

@@ -93,7 +93,7 @@ def _render(made: Plan, console: Console) -> None:
         console.print(Text.assemble((f"{remark.level}:", style), " ", remark.text), soft_wrap=True)
 
 
-def _per_piece(made: Any) -> str:
+def _per_piece(made: Plan) -> str:
     """What a picture (or, where there is no vision encoder, a window of sound) costs: the words behind the number."""
     vision_encoder = any(s.part == "picture" for s in made.shapes)
     tower, piece = ("image", "image") if vision_encoder else ("audio", "window of sound")
@@ -101,6 +101,7 @@ def _per_piece(made: Any) -> str:
     if own_shape := given.startswith("up to "):
         given = given.removeprefix("up to ")
     soft = int(given.split(" ")[0])
+    assert made.visual_tokens is not None
     if made.visual_tokens < soft:
         return f"token in the text and {soft:,} beside it per {piece},"
     most = ", at most," if own_shape or made.visual_tokens > soft else ""

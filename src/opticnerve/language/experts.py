@@ -100,7 +100,7 @@ def watched(language_model: PreTrainedModel) -> Iterator[RouterLogits]:
     def ask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "output_router_logits": True}
 
-    def take(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    def take(_: nn.Module, args: tuple[Any, ...], out: dict[str, Any]) -> None:
         found.layers = out.get("router_logits") or ()
 
     handles = [

@@ -223,7 +223,7 @@ def _as_picture(source: Path | bytes, name: str, max_pixels: int) -> PIL.Image.I
     return picture
 
 
-def _of_animation(picture: Any, name: str, numbers: list[int]) -> Iterator[PIL.Image.Image]:
+def _of_animation(picture: PIL.Image.Image, name: str, numbers: list[int]) -> Iterator[PIL.Image.Image]:
     _check_kept(name, len(numbers), len(numbers) * picture.width * picture.height)
     for index in numbers:
         try:

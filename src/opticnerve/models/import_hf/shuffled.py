@@ -5,6 +5,7 @@ of transformers: a vision transformer × pixel_shuffle × splice, with tiles tha
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -156,5 +157,5 @@ def ready(source: Source) -> None:
     """Theirs know all that they need."""
 
 
-def _pair(sides: Any) -> tuple[int, ...]:
-    return tuple(sides) if isinstance(sides, list | tuple) else (int(sides),) * 2
+def _pair(sides: int | Sequence[int]) -> tuple[int, ...]:
+    return (sides, sides) if isinstance(sides, int) else tuple(sides)
