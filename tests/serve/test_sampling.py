@@ -70,6 +70,8 @@ def test_rules_know_no_placeholders(both: Dock, live: Live, monkeypatch: pytest.
     tokens = chosen(both, ask("what?", tiny.picture(1)), 10, repetition_penalty=100)
     assert len({*tokens}) == 10
     assert live.post(**chat("what?", image(1)), max_tokens=10, repetition_penalty=100).status_code == 200
+    # So small a one makes every score infinite.
+    assert live.post(**chat("what?", image(1)), max_tokens=10, repetition_penalty=5e-324).status_code == 400
     monkeypatch.setattr(both.model.generation_config, "no_repeat_ngram_size", 2)
     placeholder = both.processor.image_token_id
     assert placeholder is not None

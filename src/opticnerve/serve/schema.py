@@ -189,7 +189,7 @@ class Sampling(Asked):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 and -1: all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="of transformers; 1 asks for nothing")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="of transformers; 1 asks for nothing")
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Biases | None = Field(None, description="by token id")
