@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tiny
 from opticnerve.encoders.base import model_class
 from opticnerve.encoders.hf_vision import _UNLISTED
 from opticnerve.export import parity
+from opticnerve.export.export import export
+from opticnerve.inference.load import load_model
 from opticnerve.language.chat_template import CHATML
+from opticnerve.models.import_hf.run import import_checkpoint
 from opticnerve.models.vlm.build import dock
 
 
@@ -83,6 +87,24 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return parity.read(scratch)
 
     monkeypatch.setattr(parity, "run", run)
+
+
+@pytest.fixture
+def comes_back(in_this_process: None, tmp_path: Path) -> Callable[..., None]:
+    """Export a saved dock and import what was written: the same ids of a prompt with a picture, the same logits."""
+
+    def check(source: Path, kind: str, picture: Image.Image, *, atol: float) -> None:
+        export(source, kind, tmp_path / "theirs")
+        made = import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+        assert made.difference < 1e-5
+        before, after = (load_model(folder, device="cpu") for folder in (source, made.folder))
+        inputs = [p(images=picture, text="<image>what is it?", return_tensors="pt") for _, p in (before, after)]
+        assert inputs[0]["input_ids"].tolist() == inputs[1]["input_ids"].tolist()
+        with torch.no_grad():
+            first, second = (m(**i).logits for (m, _), i in zip((before, after), inputs, strict=True))
+        torch.testing.assert_close(*tiny.words_of(second, first), rtol=0, atol=atol)
+
+    return check
 
 
 def save_vision_encoder(folder: Path, family: str) -> None:

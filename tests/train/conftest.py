@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from opticnerve import recipe as recipes
@@ -81,5 +82,26 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
             except Interrupted:
                 assert stop_at is not None
                 return made, None
+
+    return run
+
+
+@pytest.fixture
+def resumed_exactly(
+    train: Callable[..., tuple[Dock, StageResult | None]],
+) -> Callable[..., tuple[Dock, StageResult | None]]:
+    """Train a recipe's stage in one go (`whole`), and stopped after a step and gone on with (`broken`): the same model
+    to the bit. Gives the first, and its result; `opened` makes the docks to train."""
+
+    def run(
+        recipe: Recipe, *, stop_at: int = 2, opened: Callable[[Recipe], Dock] = dock_recipe
+    ) -> tuple[Dock, StageResult | None]:
+        whole, result = train(recipe, "whole", dock=opened(recipe))
+        train(recipe, "broken", stop_at=stop_at, dock=opened(recipe))
+        again, _ = train(recipe, "broken", resume=True, dock=opened(recipe))
+        state = again.model.state_dict()
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(state[name], tensor), name
+        return whole, result
 
     return run

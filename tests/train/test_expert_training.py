@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import worlds
 from test_many_processes import make, run, same  # noqa: F401 (a fixture)
 
@@ -29,14 +28,10 @@ from opticnerve.types import ask
     ids=["all", "adapter"],
 )
 def test_a_stage_resumes_exactly_and_comes_back_from_its_folder(
-    make_recipe: Callable[..., Any], train: Callable[..., Any], tmp_path: Path, stage: dict[str, Any]
+    make_recipe: Callable[..., Any], resumed_exactly: Callable[..., Any], tmp_path: Path, stage: dict[str, Any]
 ) -> None:
     recipe = make_recipe(language_part="qwen3_moe", **stage)
-    whole, _ = train(recipe, "whole")
-    train(recipe, "broken", stop_at=2)
-    again, _ = train(recipe, "broken", resume=True)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], tensor), name
+    whole, _ = resumed_exactly(recipe)
     folder = tmp_path / "whole" / "stages" / "0-align"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     balanced = "language" in stage["train"]

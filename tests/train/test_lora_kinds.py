@@ -76,15 +76,11 @@ def test_pissa_takes_the_first_singular_vectors_out() -> None:
 @pytest.mark.parametrize("kind", ["dora", "pissa"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_folders_and_resumed_stages_keep_it(
-    make_recipe: Callable[..., Any], train: Callable[..., Any], tmp_path: Path, kind: str, precision: str
+    make_recipe: Callable[..., Any], resumed_exactly: Callable[..., Any], tmp_path: Path, kind: str, precision: str
 ) -> None:
     stage = {"train": {"connector": 1e-2, "language.lora": 1e-2}, "lora": {"rank": 4, **KINDS[kind]}}
     recipe = make_recipe(precision=precision, **stage)
-    whole, _ = train(recipe, "whole")
-    train(recipe, "broken", stop_at=2)
-    again, _ = train(recipe, "broken", resume=True)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], tensor), name
+    whole, _ = resumed_exactly(recipe)
     folder, wanted = tmp_path / "whole" / "stages" / "0-align", logits(whole)
     assert torch.equal(logits(whole, load(folder)), wanted)
     whole.model.save_pretrained(tmp_path / "saved")
