@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -126,6 +127,29 @@ def test_once_for_each_state(bucket: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert local_copy(f"{bucket}/shards") == folder and len(got) == 4
     system.pipe("/bucket/shards/001.tar", shard(7))
     assert answers(load_data(data_entry({"path": f"{bucket}/shards"}))) == ["shard 0", "shard 7", "shard 2"]
+
+
+def test_an_earlier_state_goes_once_it_is_unused(bucket: str) -> None:
+    """And not before: a run may still open its pictures."""
+    import fsspec
+
+    first = local_copy(f"{bucket}/shards")
+    fsspec.filesystem("memory").pipe("/bucket/shards/001.tar", shard(7))
+    second = local_copy(f"{bucket}/shards")
+    assert first.exists() and second.exists() and first != second
+    os.utime(first.parents[1] / "lock", (0, 0))
+    assert local_copy(f"{bucket}/shards") == second
+    assert second.exists() and not first.exists()
+
+
+def test_errors_name_the_bucket(bucket: str) -> None:
+    """Of a file that was brought here, too."""
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/bucket/set/d.jsonl", FILES["set/d.jsonl"] + b"{")
+    bad: list[DataError] = []
+    load_data(data_entry({"path": f"{bucket}/set/d.jsonl", "media_cache": "media"}), on_error=bad.append)
+    assert "memory_bucket_set" in bad[0].where and "/d.jsonl:3" in bad[0].where
 
 
 def test_nothing_is_kept_of_a_stream(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

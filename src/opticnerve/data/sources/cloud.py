@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -23,6 +26,8 @@ _AT_ONCE = 32
 """Files that are asked for side by side."""
 _STATES = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "created")
 """What says, in one package or another, that a file is another than before."""
+_UNUSED = 30 * 86_400
+"""Seconds after which an earlier state of an address's files is removed, if nothing has read it meanwhile."""
 
 
 class CloudFiles:
@@ -98,13 +103,17 @@ def local_copy(path: str) -> Path:
         OpticNerveError: they cannot be had. DataError: there is none (kind `missing-file`).
     """
     found = CloudFiles(path)
-    state = "\n".join([path, *(f"{name} {state}" for name, state in found.states.items())])
-    folder = cache_dir() / "remote" / hashlib.sha256(state.encode()).hexdigest()[:24]
+    address = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{path.partition('://')[0]}/{found.root}")[:120]  # errors name a file with it
+    states = cache_dir() / "remote" / address / _digest(path)
+    folder = states / _digest("\n".join(f"{name} {state}" for name, state in found.states.items()))
     with alone(folder, f"{folder} cannot be written", "let OPTICNERVE_CACHE name a folder that can be"):
         files = folder / "files"
         files.mkdir(exist_ok=True)
         atomic.clear_left_overs(files)
         found.get([name for name in found.states if not found.below(files, name).exists()], files)
+    for other in states.iterdir():  # `alone` has opened its lock for writing whenever it was used
+        if other != folder and time.time() - (other / "lock").stat().st_mtime > _UNUSED:
+            shutil.rmtree(other, ignore_errors=True)
     return files / found.inside
 
 
@@ -119,6 +128,10 @@ def for_a_while(path: str) -> Iterator[Path]:
 
 def _state(about: dict[str, Any]) -> tuple[int, str]:
     return int(about.get("size") or 0), str(next((about[key] for key in _STATES if about.get(key)), ""))
+
+
+def _digest(words: str) -> str:
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _is_pattern(path: str) -> bool:
