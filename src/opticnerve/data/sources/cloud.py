@@ -60,6 +60,9 @@ class CloudFiles:
 
     def _found(self, inner: str) -> dict[str, Any]:
         if not self.is_pattern:
+            about = self.system.info(inner)
+            if about["type"] == "file":  # of which adlfs's `find` tells the name alone
+                return {about["name"]: about}
             return dict(self.system.find(inner, detail=True))
         there, kept = dict(self.system.find(self.root, detail=True)) if "{" in inner else {}, dict[str, Any]()
         for name in braces(inner):
