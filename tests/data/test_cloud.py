@@ -142,24 +142,24 @@ def test_an_earlier_state_goes_once_it_is_unused(bucket: str) -> None:
     assert second.exists() and not first.exists()
 
 
-def test_a_file_whose_package_finds_its_name_alone(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_package_finds_its_name_alone(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As adlfs does, whatever `detail` says."""
     import fsspec
 
     system = fsspec.filesystem("memory")
     find = system.find
     monkeypatch.setattr(system, "find", lambda path, **how: [path] if system.isfile(path) else find(path, **how))
-    given = {"path": f"{bucket}/set/d.jsonl", "media_cache": "media"}
+    given = {"path": f"{bucket}/set/d.jsonl", "media_cache": str(tmp_path / "media")}
     assert answers(load_data(data_entry(given))) == ["picture 1", "picture 2"]
 
 
-def test_errors_name_the_bucket(bucket: str) -> None:
+def test_errors_name_the_bucket(tmp_path: Path, bucket: str) -> None:
     """Of a file that was brought here, too."""
     import fsspec
 
     fsspec.filesystem("memory").pipe("/bucket/set/d.jsonl", FILES["set/d.jsonl"] + b"{")
     bad: list[DataError] = []
-    load_data(data_entry({"path": f"{bucket}/set/d.jsonl", "media_cache": "media"}), on_error=bad.append)
+    load_data(data_entry({"path": f"{bucket}/set/d.jsonl", "media_cache": str(tmp_path / "media")}), on_error=bad.append)
     assert "memory_bucket_set" in bad[0].where and "/d.jsonl:3" in bad[0].where
 
 

@@ -211,3 +211,22 @@ def test_a_panic_of_rust_is_told() -> None:
         raise panic("range end index 11 out of range")
     with pytest.raises(KeyboardInterrupt), wrap_errors("the processor", "here"):
         raise KeyboardInterrupt
+
+
+class TestHalfASurrogatePair:
+    """JSON can spell it, UTF-8 cannot."""
+
+    @pytest.mark.parametrize(
+        "address", ["http://127.0.0.1:9/\ud800.png", "https://\ud800.org/x.png", "s3://\ud800/x.png"]
+    )
+    def test_in_an_address(self, tmp_path: Path, address: str) -> None:
+        (tmp_path / "d.jsonl").write_text(json.dumps({"image": address, "caption": "x"}) + "\n")
+        with refused("url", "surrogate", error=DataError):
+            list(read(tmp_path / "d.jsonl", media_cache=tmp_path / "media"))
+
+    def test_in_the_key_of_an_annotation(self, tmp_path: Path) -> None:
+        questions, answers = ({"question_id": f"\ud800{n}", key: "x"} for n, key in ((1, "question"), (1, "answer")))
+        for name, row in (("questions.jsonl", questions | {"image": ""}), ("answers.jsonl", answers)):
+            (tmp_path / name).write_text(json.dumps(row) + "\n")
+        [found] = read(tmp_path / "questions.jsonl", annotations=tmp_path / "answers.jsonl")
+        assert found.answer == "x"

@@ -44,7 +44,11 @@ def fetched(url: str, folder: Path, kind: Kind, *, private: bool = False) -> Pat
     Raises:
         DataError: it cannot be had, or is larger than it may be (kind `url`).
     """
-    key = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
+    try:
+        key = hashlib.sha256(url.encode()).hexdigest()
+    except UnicodeEncodeError as e:
+        problem = f"{url[:200]!a} holds half a surrogate pair, which is no character"
+        raise DataError(problem, kind="url", remedy="correct the address, or leave the sample out") from e
     ending = Path(urlsplit(url).path).suffix.lower()
     file = folder / key[:2] / f"{key}{ending if ending[1:].isalnum() and len(ending) < 6 else ''}"
     notes = file.with_suffix(".json")
@@ -85,7 +89,7 @@ def _is_whole(file: Path, notes: Path) -> bool:
 def _download(url: str, most: int, folder: Path, private: bool) -> bytes:
     problem, wait = "", 0.0
     host = urlsplit(url).netloc.rpartition("@")[2].lower()
-    with _HOSTS[zlib.crc32(host.encode("utf-8", "surrogateescape")) % len(_HOSTS)]:
+    with _HOSTS[zlib.crc32(host.encode()) % len(_HOSTS)]:
         for number in range(TRIES):
             if number:
                 time.sleep(max(PAUSE * 2 ** (number - 1), min(wait, MOST_WAIT)))
