@@ -142,7 +142,9 @@ def test_an_earlier_state_goes_once_it_is_unused(bucket: str) -> None:
     assert second.exists() and not first.exists()
 
 
-def test_a_file_whose_package_finds_its_name_alone(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_package_finds_its_name_alone(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As adlfs does, whatever `detail` says."""
     import fsspec
 
@@ -159,7 +161,9 @@ def test_errors_name_the_bucket(tmp_path: Path, bucket: str) -> None:
 
     fsspec.filesystem("memory").pipe("/bucket/set/d.jsonl", FILES["set/d.jsonl"] + b"{")
     bad: list[DataError] = []
-    load_data(data_entry({"path": f"{bucket}/set/d.jsonl", "media_cache": str(tmp_path / "media")}), on_error=bad.append)
+    load_data(
+        data_entry({"path": f"{bucket}/set/d.jsonl", "media_cache": str(tmp_path / "media")}), on_error=bad.append
+    )
     assert "memory_bucket_set" in bad[0].where and "/d.jsonl:3" in bad[0].where
 
 

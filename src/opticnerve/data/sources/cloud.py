@@ -106,7 +106,8 @@ def local_copy(path: str) -> Path:
         OpticNerveError: they cannot be had. DataError: there is none (kind `missing-file`).
     """
     found = CloudFiles(path)
-    address = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{path.partition('://')[0]}/{found.root}")[:120]  # errors name a file with it
+    # Errors name a file by where it lies: its bucket shall be told.
+    address = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{path.partition('://')[0]}/{found.root}")[:120]
     states = cache_dir() / "remote" / address / _digest(path)
     folder = states / _digest("\n".join(f"{name} {state}" for name, state in found.states.items()))
     with alone(folder, f"{folder} cannot be written", "let OPTICNERVE_CACHE name a folder that can be"):

@@ -101,6 +101,4 @@ class Annotated:
 
 
 def _hash(key: object) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(str(key).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    return int.from_bytes(hashlib.blake2b(str(key).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
