@@ -167,6 +167,32 @@ def test_a_docked_model_and_a_llava_of_the_hub(hub: Hub, opticnerve: CommandLine
     assert answers[0].out == answers[1].out
 
 
+def test_training_goes_on_from_a_model_of_the_hub(
+    hub: Hub,
+    opticnerve: CommandLine,
+    offline: CommandLine,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pushed run, and a whole model; again without a net. A LLaVA of transformers is imported first."""
+    monkeypatch.setattr(hub, "uploads", tmp_path / "pushed")
+    checkpoints.save_llava(tmp_path / "llava")
+    hub.add("mill/stock-llava", tmp_path / "llava")
+    assert opticnerve("import", "mill/stock-llava", "whole").code == 0
+    hub.add("mill/whole", folder / "whole")
+    assert opticnerve("train", "recipe.yaml", "--out", "runs/first").code == 0
+    assert opticnerve("push", "runs/first", "me/first", "--license", "apache-2.0", HF_TOKEN=TOKEN).code == 0
+    (folder / "on.yaml").write_text(yaml.safe_dump(recipe(model={"from": "me/first"})), encoding="utf-8")
+    for number, (line, name) in enumerate(
+        [(opticnerve, "me/first"), (offline, "me/first"), (opticnerve, "mill/whole")]
+    ):
+        done = line("train", "on.yaml", f"model.from={name}", "--out", f"runs/on-{number}")
+        assert done.code == 0, (name, done.err)
+    assert opticnerve("ask", "runs/on-1", "what colour?", "--image", "0.png", "--max-new-tokens", "2").code == 0
+    refused(opticnerve("plan", "on.yaml", "model.from=mill/stock-llava"), "mill/stock-llava", "opticnerve import")
+
+
 def test_a_revision_is_pinned(hub: Hub, opticnerve: CommandLine, tmp_path: Path) -> None:
     repository = copy(hub, tmp_path, "mill/moved")
     other = shutil.copytree(main(repository), tmp_path / "older")
