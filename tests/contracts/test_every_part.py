@@ -30,7 +30,7 @@ from opticnerve.language.load import load_language
 from opticnerve.language.lora import is_lora
 from opticnerve.models import OpticNerveForConditionalGeneration
 from opticnerve.models.freeze import freeze
-from opticnerve.models.vlm.build import Dock, assemble, merge_adapter
+from opticnerve.models.vlm.build import Dock, assemble
 from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan.cost import trace_step
@@ -365,7 +365,7 @@ def test_an_adapter_on_it(docked_part: Docked, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapted")
     again = OpticNerveForConditionalGeneration.from_pretrained(tmp_path / "adapted")
     torch.testing.assert_close(logits(again), changed, rtol=1e-5, atol=1e-5)
-    merge_adapter(again)
+    again.merge_adapters()
     assert not any(map(is_lora, again.state_dict()))
     torch.testing.assert_close(logits(again), changed, rtol=1e-3, atol=1e-3)
 

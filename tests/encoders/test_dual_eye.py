@@ -57,6 +57,29 @@ def test_it_sees_what_the_dual_encoder_sees(trained: tuple[Any, Path]) -> None:
         assert DualEncoderVision.planned(str(folder)).num_tokens == vision_encoder.num_tokens
 
 
+@pytest.mark.parametrize("trained", ["hf_vision"], indirect=True)  # the other has convolutions alone
+def test_one_with_an_adapter_is_merged_before(trained: tuple[Any, Path], tmp_path: Path) -> None:
+    made, _ = trained
+    made.model.give_lora({"rank": 2}, "image.encoder")
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    inner, pixels = made.model.image.encoder.eval(), torch.randn(2, *made.model.image.encoder.media_shape)
+    with torch.no_grad():
+        wanted = inner(pixels).tokens_BND
+    made.model.save_pretrained(tmp_path / "adapted")
+    for load in (DualEncoderVision.from_pretrained, DualEncoderVision.planned):
+        with refused("unsupported", "image.encoder.lora", "merge_adapters"):
+            load(str(tmp_path / "adapted"))
+    again = DualEncoder.from_pretrained(tmp_path / "adapted")
+    again.merge_adapters()
+    again.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        found = DualEncoderVision.from_pretrained(str(tmp_path / "merged"))(pixels).tokens_BND
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_docked_by_one_line_saved_and_loaded(
     trained: tuple[Any, Path], language_folder: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -28,7 +28,9 @@ IDS = torch.arange(12)[None]
     [
         ("llama", {"targets": ["q_proj", "v_proj"], "alpha": 3}), ("llama", {"dora": True}),
         ("gpt2", {"rank_stabilised": True}), ("llama", {"init": "pissa", "rank_stabilised": True}),
-        ("gpt2", {"init": "pissa", "dora": True}),
+        ("gpt2", {"init": "pissa", "dora": True}), ("qwen3_moe", {}),
+        ("qwen3_moe", {"targets": ["q_proj", "v_proj", "gate_up_proj", "experts.down_proj"]}),
+        ("mixtral", {"targets": ["experts.down_proj"]}),
     ],
     ids=str,
 )  # fmt: skip
@@ -40,7 +42,12 @@ def test_on_the_stock_language_model(saved: Make, tmp_path: Path, family: str, o
     model, _ = load_model(run, device="cpu")
     said = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == read(run)["bases"]["language"]["name"]
-    assert {"q_proj", "v_proj"} == set(said["target_modules"]) or "targets" not in options
+    assert "targets" not in options or set(said["target_modules"]) == {
+        t for t in options["targets"] if t[1:] == "_proj"
+    }
+    assert {n.split("experts.")[1] for n in said["target_parameters"] or ()} == {
+        t.removeprefix("experts.") for t in options.get("targets", ()) if t[1:] != "_proj"
+    }
     stock = tf.AutoModelForCausalLM.from_pretrained(said["base_model_name_or_path"])
     with torch.no_grad():
         bare = stock(IDS).logits

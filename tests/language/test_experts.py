@@ -124,6 +124,38 @@ def test_what_is_an_expert_s(docked: Callable[..., Dock], family: str) -> None:
     assert active_parameters(dense) == sum(p.numel() for p in dense.parameters())
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["bare", "experts.lora"])
+@pytest.mark.parametrize("family", tiny.MIXTURES)
+def test_answers_in_a_batch_are_those_alone(docked: Callable[..., Dock], family: str, adapted: bool) -> None:
+    """A router chooses for each token by itself, and no expert is ever full: padding and company change nothing."""
+    dock = docked(family)
+    with torch.no_grad():
+        if adapted:
+            dock.model.give_lora({"rank": 2, "targets": ["q_proj", "experts.down_proj"]})
+        for name, parameter in dock.model.named_parameters():
+            if ".connector." in name:
+                parameter.mul_(5)
+            elif "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    asked = [
+        ask("a rather long question about the picture, is it not?", tiny.picture(1)), ask("q", tiny.picture(2)),
+        ask("what is it?", tiny.picture(1)), ask("text alone"), ask("is it?", tiny.picture(2), tiny.picture(4)),
+        ask("what colour is the circle in the picture?", tiny.picture(5)),
+    ]  # fmt: skip
+    answerer = Answerer(dock.model, dock.processor)
+    alone = [answerer.answer([c], max_new_tokens=8)[0] for c in asked]
+    assert len(set(alone)) > 3
+    for size in (2, 3, 6):
+        assert answerer.answer(asked, max_new_tokens=8, batch_size=size) == alone
+    with torch.no_grad():
+        together = answerer.inputs(asked)
+        last_BV = dock.model(**together).logits[:, -1]  # padded on the left
+        assert not together["attention_mask"].all()
+        for row, one in zip(last_BV, asked, strict=True):
+            last_V = dock.model(**answerer.inputs([one])).logits[0, -1]
+            torch.testing.assert_close(row, last_V, rtol=1e-5, atol=1e-4 * float(last_V.abs().max()))
+
+
 def logits(dock: Dock, model: Any) -> Tensor:
     asked = Answerer(dock.model, dock.processor).inputs([ask("what is it?", tiny.picture(1))])
     with torch.no_grad():

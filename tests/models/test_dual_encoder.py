@@ -166,6 +166,10 @@ def test_half_precision_gives_float32_embeddings() -> None:
 
 def test_parts_cover_every_parameter_once() -> None:
     model, _ = dual(loss="siglip")
+    for part in ("image.encoder", "text.encoder"):
+        with refused("unknown-name", f"{part}.lora", "no adapter"):
+            model.part_parameters(f"{part}.lora")
+        model.give_lora({"rank": 2}, part)
     whole_parts = [p for p in DualEncoder.PARTS if "last" not in p]
     names = [n for part in whole_parts for n in model.part_parameters(part)]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())

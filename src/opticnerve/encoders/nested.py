@@ -260,11 +260,18 @@ def _build(spec: dict[str, Any]) -> Encoder:
 def _spec(folder: Path, changes: dict[str, Any] | None) -> dict[str, Any]:
     """How the encoder inside is built: as it was saved, with what a recipe changes."""
     try:
-        saved: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image"]["encoder"]
+        image: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image"]
+        saved: dict[str, Any] = image["encoder"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise OpticNerveError(
             f"{folder} holds no DualEncoder (its config.json names no image encoder): {e!r}", kind="unsupported"
         ) from e
+    if image.get("lora"):
+        raise OpticNerveError(
+            f"the vision encoder in {folder} has an adapter (image.encoder.lora) beside its weights; load the model, "
+            "add it in by `merge_adapters()`, and save it again",
+            kind="unsupported",
+        )
     changes = changes or {}
     if changes.get("type", saved["type"]) != saved["type"]:
         raise OpticNerveError(

@@ -113,6 +113,12 @@ class HFTextEncoder(nn.Module):
         return encoder
 
     @classmethod
+    def planned(cls, name: str, **options: Any) -> HFTextEncoder:
+        """The same shapes from the configuration alone."""
+        config = read_config(bert_folder(name), name)
+        return cls(architecture=getattr(config, "text_config", config).to_dict(), **options)
+
+    @classmethod
     def from_loaded(cls, model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> HFTextEncoder:
         """Around a model that is in memory already; of a causal language model, all but its LM head."""
         model = model.base_model

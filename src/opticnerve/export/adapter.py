@@ -40,8 +40,6 @@ class PeftAdapter(Format):
     def refuse(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> list[str]:
         if not model.adapted:
             return ["it has no adapter; nearest: the format merged"]
-        if any(is_expert(name) for name, _ in our_layers(model)):
-            return ["its adapter stands on a mixture's experts, which was not tried; nearest: the format merged"]
         return adapter_refusals(model)
 
     def simplify(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
@@ -83,7 +81,9 @@ def save(module: nn.Module, folder: Path, base: str | None, *, causal: bool) -> 
     config.init_lora_weights, config.inference_mode = True, True
     config.base_model_name_or_path = base
     config.task_type = TaskType.CAUSAL_LM if causal else None
-    config.target_modules = _targets(module, set(layers))
+    # Those of experts are changes of tensors, which `target_parameters` names.
+    linear = {name for name in layers if not is_expert(name)}
+    config.target_modules = _targets(module, linear) if linear else []
     tensors = {
         f"base_model.model.{name}.{key}": tensor.detach().cpu().contiguous().clone()
         for name, layer in layers.items() for key, tensor in _tensors(layer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from opticnerve.export import parity
 from opticnerve.export.parity import Reference
 from opticnerve.export.samples import ExportSample
-from opticnerve.models.vlm.build import is_gated, merge_adapter
+from opticnerve.models.vlm.build import is_gated
 from opticnerve.registry import Registry
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Format(ABC):
 
     def simplify(self, model: OpticNerveForConditionalGeneration, processor: OpticNerveProcessor) -> None:
         """Fold what the format has no place for into plain weights, in place (see `export.simplify`)."""
-        merge_adapter(model)
+        model.merge_adapters()
 
     @abstractmethod
     def write(

@@ -20,11 +20,23 @@ from opticnerve.common import atomic
 from opticnerve.encoders.base import Encoder, last_blocks
 from opticnerve.encoders.native import check_one_shape
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
-from opticnerve.language.load import load_language
-from opticnerve.models.checkpoint.delta import base_of, encoder_name, versions
-from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
+from opticnerve.language.adapters import is_adapter
+from opticnerve.language.load import load_language, load_language_config
+from opticnerve.language.lora import take_start_out
+from opticnerve.language.quantization import quantized_layers
+from opticnerve.models.adapted import AdaptedParts, adapter_of
+from opticnerve.models.checkpoint.delta import (
+    base_of,
+    encoder_name,
+    give_adapters,
+    now_called,
+    quantize_part,
+    versions,
+)
+from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts, wrap_errors
 from opticnerve.models.vlm.build import Spec, license_of, load_encoder, vision_spec
 from opticnerve.models.vlm.tower import Tower, check_options, make, placed_like
+from opticnerve.recipe import ReaderSpec
 from opticnerve.starter import weights
 from opticnerve.types import Features, OpticNerveError
 
@@ -44,7 +56,7 @@ class EncoderTower(nn.Module):
         return features
 
 
-class TwoTowerModel(StrictLoading, PreTrainedModel):
+class TwoTowerModel(StrictLoading, AdaptedParts, PreTrainedModel):
     """`image` and `text`, each with its `encoder`, and whatever makes one model of them.
 
     A subclass builds all of it in `_assemble(vision encoder, text encoder)` from its configuration, and names its
@@ -59,7 +71,6 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     # No language model, and nothing docked onto one: see `models.family.FamilyModel`.
     language_model: Any = None
     towers: ClassVar[dict[str, Tower]] = {}
-    adapters: ClassVar[dict[str, dict[str, Any]]] = {}
 
     image: Any
     text: Any
@@ -73,6 +84,8 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
         trusted = trusts(trust_remote_code)
         vision_encoder = make(registry.encoders, config.image["encoder"], trusted) if config.image else None
         self._assemble(vision_encoder, make(text_encoders, config.text["encoder"], trusted))
+        for part, options in config.adapters.items():
+            self.give_lora(options, part, fresh=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _assemble(self, vision_encoder: Encoder | None, text_encoder: HFTextEncoder) -> None:
@@ -99,10 +112,25 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Each part draws its own first weights when it is built."""
 
-    def give_lora(self, options: dict[str, Any], part: str = "language", *, fresh: bool = True) -> None:
-        raise OpticNerveError(
-            "there is no language model to adapt here; train encoders' last blocks instead", kind="unsupported"
-        )
+    def adaptable(self) -> list[str]:
+        """The parts that may hold an adapter."""
+        return [f"{tower}.encoder" for tower in ("image", "text") if getattr(self, tower) is not None]
+
+    def part_module(self, part: str) -> nn.Module:
+        """`image.encoder` or `text.encoder`."""
+        if part not in self.adaptable():
+            raise OpticNerveError(
+                f"an adapter stands on {' or '.join(self.adaptable())} here, not on {part}", kind="unsupported"
+            )
+        return self.get_submodule(part)
+
+    def run_encoder(self, part: str) -> object:
+        """Send a black picture, or a text of nothing, through an encoder."""
+        encoder: Any = self.part_module(part)
+        device = placed_like(encoder).device
+        if part == "image.encoder":
+            return self.image.encode(torch.zeros(1, *encoder.media_shape, device=device))
+        return encoder(torch.zeros(1, 2, dtype=torch.long, device=device))
 
     def full_name(self, part: str) -> str:
         """The words for parts are clear as they are."""
@@ -118,7 +146,10 @@ class TwoTowerModel(StrictLoading, PreTrainedModel):
         Raises:
             OpticNerveError: no such part, or one without parameters in this model.
         """
-        named = dict(self.named_parameters())
+        named, whole = dict(self.named_parameters()), part.removesuffix(".lora")
+        if part != whole and part in self.PARTS:
+            return adapter_of(named, (f"{whole}.",), whole)
+        named = {n: p for n, p in named.items() if not is_adapter(n)}
         if match := re.fullmatch(r"(image|text)\.encoder\.last\((\d+)\)", part):
             tower = getattr(self, match[1])
             blocks = [] if tower is None else last_blocks(tower.encoder, int(match[2]))
@@ -153,23 +184,40 @@ class TwoTowerDock:
         """A folder that `from_pretrained` loads, and in bases.json what the model was made of and what trained."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        atomic.write_json(folder / BASES, {**versions(), "bases": self.bases, "trained": sorted(trained)})
+        state = self.model.state_dict()
+        names = sorted(now_called(name, state) for name in trained)
+        atomic.write_json(folder / BASES, {**versions(), "bases": self.bases, "trained": names})
 
     def load_stage(self, folder: Path) -> set[str]:
         """Bring the model to where a finished stage left it; returns the names of all parameters trained so far.
 
         Raises:
-            OpticNerveError: the folder is broken, or belongs to other parts.
+            OpticNerveError: the folder is broken, belongs to other parts, or was trained over other quantised weights.
         """
         try:
             trained = set(json.loads((folder / BASES).read_text(encoding="utf-8"))["trained"])
+            with wrap_errors("config.json", folder):
+                config = type(self.model.config).from_pretrained(folder)
+            give_adapters(self.model, config, None)
             state: dict[str, Any] = {}
             for file in sorted(folder.glob("model*.safetensors")):
                 state |= load_file(file)
-            self.model.load_state_dict(state)
+            take_start_out(self.model, without=state)
+            self.model.load_state_dict(self._packed(state))
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise OpticNerveError(f"{folder} does not hold this model: {e}", kind="mismatch") from e
         return trained
+
+    def _packed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A folder's tensors with the quantised weights, which did not train, as they were made of the bases: the file
+        has them dequantised."""
+        own, state = self.model.state_dict(), dict(state)
+        for name, layer in quantized_layers(self.model).items():
+            held = state[f"{name}.weight"]
+            if not torch.equal(layer.dequantized(held.dtype).to(held.device), held):
+                raise ValueError(f"{name} holds other weights than those that {layer.kind} makes of the base")
+            state |= {key: own[key] for leaf in ("weight", "codes", "scales") if (key := f"{name}.{leaf}")}
+        return state
 
     @property
     def what(self) -> str:
@@ -193,27 +241,47 @@ class TwoTowerDock:
         return f"[bold]{d['encoder']}[/bold] with [bold]{d['text']}[/bold]: {d['kind']}"
 
 
-def load_encoders(image: Spec | None, text: Spec, seed: int | None) -> tuple[Any, Any, dict[str, Any]]:
+def quantize_encoders(dock: TwoTowerDock) -> None:
+    """Keep linear layers of encoders in 4 or 8 bits, in place, where the references to their weights say so."""
+    for tower, base in dock.bases.items():
+        if kind := base.get("quantize"):
+            quantize_part(getattr(dock.model, tower).encoder, tower, {tower: kind})
+
+
+def load_encoders(
+    image: Spec | None, text: Spec, seed: int | None, *, planned: bool = False
+) -> tuple[Any, Any, dict[str, Any]]:
     """A vision encoder (None where none is named), a text encoder, and the references to their weights.
 
     `image`: as for `dock`'s `vision`. `text`: a hub name, local folder or starter name of a BERT, of CLIP's or
     SigLIP's text model, or of a causal language model (GGUF files, too); or a mapping such as
-    `{"name": …, "pooling": "mean", "max_length": 32}`. `seed`: for what is built next; None leaves torch's alone.
+    `{"name": …, "pooling": "mean", "max_length": 32}`. `quantize` in either mapping is noted beside the references, for
+    `quantize_encoders`. `seed`: for what is built next; None leaves torch's alone. `planned`: encoders without weights,
+    and no references to any.
     """
-    vision_name, vision_encoder = (None, None) if image is None else load_encoder("image", vision_spec(image))
+    seen = None if image is None else vision_spec(image)
+    read = ReaderSpec(**{"name": text} if isinstance(text, str) else text)
+    vision_name, vision_encoder = (None, None) if seen is None else load_encoder("image", seen, planned=planned)
     if vision_encoder is not None:
         check_one_shape(vision_encoder, "a model of two encoders")
-    text_name, text_encoder = _load_text_encoder({"name": text} if isinstance(text, str) else text)
-    bases = {} if vision_encoder is None else {"image": base_of(vision_name, vision_encoder)}
+    text_name, text_encoder = _load_text_encoder(read, planned=planned)
+    if planned:
+        return vision_encoder, text_encoder, {}
+    bases = {"text": base_of(text_name, text_encoder)}
+    if vision_encoder is not None:
+        bases = {"image": base_of(vision_name, vision_encoder), **bases}
+    for tower, spec in (("image", seen), ("text", read)):
+        if spec is not None and spec.quantize:
+            bases[tower]["quantize"] = spec.quantize
     if seed is not None:
         torch.manual_seed(seed)
-    return vision_encoder, text_encoder, bases | {"text": base_of(text_name, text_encoder)}
+    return vision_encoder, text_encoder, bases
 
 
-def _load_text_encoder(spec: dict[str, Any]) -> tuple[str, Any]:
-    """The name of the weights and the text encoder that holds them, with its tokenizer."""
-    options = dict(spec)
-    kind, name = options.pop("type", "hf_text"), options.pop("name", None)
+def _load_text_encoder(spec: ReaderSpec, *, planned: bool = False) -> tuple[str, Any]:
+    """The name of the weights and the text encoder that holds them, with its tokenizer; `planned`: one without."""
+    options, kind = spec.options, spec.type
+    name = options.pop("name", None)
     if name is None:
         raise OpticNerveError(
             "the text encoder needs a name: a hub name, a local folder, or starter/…", kind="missing-field"
@@ -222,8 +290,10 @@ def _load_text_encoder(spec: dict[str, Any]) -> tuple[str, Any]:
     check_options("text encoder", kind, cls, options)
     language = weights.is_starter(name) and name in weights.LANGUAGES
     if cls is HFTextEncoder and (language or name.endswith(".gguf")):
+        if planned:
+            return name, cls(architecture=load_language_config(name).to_dict(), **options)
         language_part = load_language(name)
         encoder = cls.from_loaded(language_part.model, language_part.tokenizer, **options)
         encoder.files = list(language_part.files)
         return name, encoder
-    return name, cls.from_pretrained(name, **options)
+    return name, (cls.planned if planned else cls.from_pretrained)(name, **options)

@@ -17,7 +17,7 @@ from opticnerve.plan.data import StageData
 from opticnerve.recipe import Stage
 
 if TYPE_CHECKING:
-    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.family import FamilyModel
 
 # Bytes a second to and from disk: that of a plain solid-state disk, and less than what its cache in memory gives.
 _DISK = 500_000_000
@@ -83,7 +83,7 @@ class CachePlan:
 
 
 def foresee(
-    stage: Stage, model: OpticNerveForConditionalGeneration, data: StageData, *, flops: int, seconds: float | None
+    stage: Stage, model: FamilyModel, data: StageData, *, flops: int, seconds: float | None
 ) -> CachePlan | None:
     """What a cache does for a stage; None where there can be none, or where the stage's data are not known.
 

@@ -16,6 +16,9 @@ from opticnerve.language.lora import is_lora
 from opticnerve.language.quantization import planned_bytes, quantizable
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.source import ModelSource
+from opticnerve.models.classifier.build import ClassifierDock
+from opticnerve.models.dual_encoder.build import DualDock
+from opticnerve.models.two_towers import TwoTowerModel
 from opticnerve.models.vlm.build import dtype_of, load_encoder
 from opticnerve.models.vlm.continued import check_stages, load_processor, planned, take_connector
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
@@ -70,7 +73,16 @@ def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
     return model
 
 
-def packed_bytes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> dict[int, int]:
+def meta_towers(recipe: Recipe) -> DualDock | ClassifierDock:
+    """The dual encoder or the classifier that a recipe describes, on the meta device, without a processor."""
+    family = DualDock if recipe.model.KIND == DualDock.SPEC.KIND else ClassifierDock
+    processor: Any = None
+    with torch.device("meta"):
+        made: Any = family.planned(recipe)
+    return family(made.to(dtype_of(recipe)), processor, {})
+
+
+def packed_bytes(recipe: Recipe, model: OpticNerveForConditionalGeneration | TwoTowerModel) -> dict[int, int]:
     """What the weights that the recipe quantises will take, by the id of those of its `meta_model`."""
     language: Any = model.language_model
     found: dict[int, int] = {}
@@ -79,10 +91,10 @@ def packed_bytes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> d
         bases = delta.read(folder)["bases"] if folder is not None else {}
         quantized = {part: base["quantize"] for part, base in bases.items() if base.get("quantize")}
     else:
-        quantized = recipe.docked.quantized
+        quantized = recipe.model.quantized
     for part, kind in quantized.items():
         module, within = (language, f"{decoder_layers(language)[0]}.") if part == "language" else (
-            model.towers[part].encoder, ""
+            getattr(model, part).encoder, ""
         )  # fmt: skip
         found |= {
             id(layer.weight): planned_bytes(kind, layer)
@@ -133,6 +145,21 @@ def shapes(recipe: Recipe, model: OpticNerveForConditionalGeneration) -> list[Sh
     kind = f"{language.config.model_type} {called}, {len(decoder_layers(language)[1])} layers"
     counts = sum(p.numel() for p in language.parameters()), active_parameters(language)
     return [*found, Shape("language", kind, f"tokens × {width}", *counts)]
+
+
+def tower_shapes(recipe: Recipe, model: TwoTowerModel) -> list[Shape]:
+    """The parts of a dual encoder or a classifier."""
+    found, named = [], dict(model.named_parameters())
+    for part, starts in model.whole_parts():
+        count, tower = sum(p.numel() for n, p in named.items() if n.startswith(starts)), part.partition(".")[0]
+        kind = gives = ""
+        if part.endswith(".encoder") and count:
+            encoder, spec = getattr(model, tower).encoder, getattr(recipe.model, tower).encoder
+            kind = f"{spec.type} {spec.options.get('name', '')}".strip()
+            gives = f"{encoder.num_tokens} × {encoder.hidden_size}" if tower == "image" else str(encoder.hidden_size)
+        if count:
+            found.append(Shape(part, kind, gives, count, count))
+    return found
 
 
 def _pixels(encoder: Encoder) -> str:

@@ -17,15 +17,24 @@ from opticnerve.language import layers
 from opticnerve.language.load import load_language_config
 from opticnerve.models.checkpoint.delta import weight_names
 from opticnerve.models.checkpoint.source import ModelSource
+from opticnerve.models.family import Family
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.build import Dock, dtype_of
 from opticnerve.models.vlm.tower import Tower, placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.plan import cost, feature_cache
 from opticnerve.plan.data import StageData, inspect_data
-from opticnerve.plan.model import Shape, meta_model, packed_bytes, processor_for, shapes
+from opticnerve.plan.model import (
+    Shape,
+    meta_model,
+    meta_towers,
+    packed_bytes,
+    processor_for,
+    shapes,
+    tower_shapes,
+)
 from opticnerve.plan.remarks import Remark, remarks
-from opticnerve.recipe import ContinuedSpec, Recipe, Stage
+from opticnerve.recipe import ContinuedSpec, Recipe, Stage, TwoTowerSpec
 from opticnerve.starter import weights
 from opticnerve.train.setup import give_lora
 from opticnerve.train.throughput import matmul_rate
@@ -129,23 +138,31 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
         OpticNerveError: the recipe's parts do not exist or do not fit each other; unreadable data is a remark.
     """
     process = cost.process_bytes()
-    model, machine = meta_model(recipe), cost.device()
-    visual = max((t.max_placeholders for t in model.towers.values()), default=None)
-    context = layers.context_length(model.language_model.config)
-    plan = Plan(recipe.name, recipe.precision, shapes(recipe, model), visual, context, machine)
-    try:
-        plan.processor = processor_for(recipe, model)
-    except OpticNerveError as e:
-        if isinstance(recipe.model, ContinuedSpec) or Path(recipe.docked.language.name).exists():
-            raise  # it will not be there when the run wants it
-        plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
+    machine = cost.device()
+    imagined: Family
+    if isinstance(recipe.model, TwoTowerSpec):
+        imagined = meta_towers(recipe)
+        plan = Plan(recipe.name, recipe.precision, tower_shapes(recipe, imagined.model), None, None, machine)
+    else:
+        whole = meta_model(recipe)
+        visual = max((t.max_placeholders for t in whole.towers.values()), default=None)
+        context = layers.context_length(whole.language_model.config)
+        plan = Plan(recipe.name, recipe.precision, shapes(recipe, whole), visual, context, machine)
+        try:
+            plan.processor = processor_for(recipe, whole)
+        except OpticNerveError as e:
+            if isinstance(recipe.model, ContinuedSpec) or Path(recipe.docked.language.name).exists():
+                raise  # it will not be there when the run wants it
+            plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
+        imagined = Dock(whole, plan.processor, bases={}, lora=whole.config.lora)
+    model = imagined.model
     packed = packed_bytes(recipe, model)
-    imagined = Dock(model, plan.processor, bases={}, lora=model.config.lora)
     docked = dock(recipe) if dock is not None and recipe.stages else None
-    rate = 0.0 if docked or not recipe.stages else matmul_rate(machine["type"], dtype_of(recipe))
+    traced = any(stage.objective.type == "next_token" for stage in recipe.stages)
+    rate = matmul_rate(machine["type"], dtype_of(recipe)) if traced and not docked else 0.0
     for stage in recipe.stages:
         data = inspect_data(stage, plan.processor, seed=recipe.seed)
-        plan.stages.append(planned := _stage(stage, imagined, data, process, visual or 0, packed))
+        plan.stages.append(planned := _stage(stage, imagined, data, process, plan.visual_tokens or 0, packed))
         _time(planned, stage, docked, rate, machine["type"])
         planned.cache = feature_cache.foresee(stage, model, data, flops=planned.flops, seconds=planned.seconds)
         if planned.cache is not None and planned.cache.on and planned.seconds is not None:
@@ -166,6 +183,8 @@ def context_length(recipe: Recipe) -> int | None:
 
 def weights_at_hand(recipe: Recipe) -> bool:
     """Whether a calibration would download nothing: every weight comes from the starter kit or a local folder."""
+    if isinstance(recipe.model, TwoTowerSpec):
+        return False  # nothing is timed
     if isinstance(recipe.model, ContinuedSpec):
         return recipe.model.source == "starter" or Path(recipe.model.source).exists()
     names = [recipe.docked.language.name]
@@ -174,14 +193,14 @@ def weights_at_hand(recipe: Recipe) -> bool:
     return all(weights.is_starter(n) or Path(n.removeprefix("local-dir:")).exists() for n in names)
 
 
-def _open_parts(dock: Dock, stage: Stage, device: str) -> Frozen:
+def _open_parts(dock: Family, stage: Stage, device: str) -> Frozen:
     """What the stage trains, as training opens it. LoRA that it adds stays in the model for the stages after it."""
     with torch.device(device):
         give_lora(dock, stage)
     return freeze(dock.model, stage.train)
 
 
-def _stage(stage: Stage, dock: Dock, data: StageData, process: int, visual: int, packed: dict[int, int]) -> StagePlan:
+def _stage(stage: Stage, dock: Family, data: StageData, process: int, visual: int, packed: dict[int, int]) -> StagePlan:
     """Parts, memory and arithmetic of one stage."""
     frozen, model = _open_parts(dock, stage, "meta"), dock.model
     rows = stage.batch_size // stage.accumulate

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from opticnerve.common.units import format_bytes
 from opticnerve.data.dataset.dataset import NO_MEDIA
 from opticnerve.plan.model import native_size
-from opticnerve.recipe import FROM, ContinuedSpec, DataSpec, Recipe, Stage
+from opticnerve.recipe import FROM, ContinuedSpec, DataSpec, ModelSpec, Recipe, Stage
 
 if TYPE_CHECKING:
-    from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
+    from opticnerve.models.family import FamilyModel
 
 _HIGH = {"language": 1e-4, "language.last": 1e-4, "language.embeddings": 1e-3, "encoder": 1e-4, "encoder.last": 2e-4}
 
@@ -26,7 +26,7 @@ class Remark:
     text: str
 
 
-def remarks(recipe: Recipe, plan: Any, model: OpticNerveForConditionalGeneration) -> list[Remark]:
+def remarks(recipe: Recipe, plan: Any, model: FamilyModel) -> list[Remark]:
     """All that is remarkable about a `Plan`; `model` is what `meta_model` made."""
     found: list[Remark] = []
 
@@ -44,6 +44,8 @@ def remarks(recipe: Recipe, plan: Any, model: OpticNerveForConditionalGeneration
     for stage, planned in zip(recipe.stages, plan.stages, strict=True):
         for text in _stage_warnings(stage, planned, plan):
             warn(f"stage {stage.name}: {text}")
+        if not planned.flops:
+            note(f"stage {stage.name}: activations, which {stage.objective.type} keeps for gradients, are not counted")
         if planned.cache is not None:
             decide, text = planned.cache.remark()
             (warn if decide else note)(f"stage {stage.name}: {text}")
@@ -76,6 +78,8 @@ def _trained_before(recipe: Recipe) -> dict[str, str]:
     """`model` or `image.connector`, …: what it goes on from."""
     if isinstance(recipe.model, ContinuedSpec):
         return {"model": recipe.model.source}
+    if not isinstance(recipe.model, ModelSpec):
+        return {}
     connectors = {f"{m}.connector": t.connector.options.get(FROM) for m, t in recipe.docked.towers.items()}
     return {part: name for part, name in connectors.items() if name is not None}
 
@@ -111,7 +115,7 @@ def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> Iterator[str]:
         remedies = []
         if any(part == "language" or part.startswith("language.last") for part in stage.train):
             remedies.append("train language.lora instead of the whole language model")
-        if not stage.gradient_checkpointing:
+        if not stage.gradient_checkpointing and plan.visual_tokens is not None:
             remedies.append("set gradient_checkpointing: true")
         if stage.batch_size > stage.accumulate:
             remedies.append(f"set accumulate: {stage.batch_size}")

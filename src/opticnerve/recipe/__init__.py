@@ -9,13 +9,16 @@ from opticnerve.recipe.model import (
     ClassifierSpec,
     ContinuedSpec,
     DualSpec,
+    EncoderSpec,
     LanguageSpec,
     ModelSpec,
     PartSpec,
     Quantize,
+    ReaderSpec,
     TextSpec,
     TilingSpec,
     TowerSpec,
+    TwoTowerSpec,
     VisionSpec,
     split_part,
 )
@@ -23,8 +26,8 @@ from opticnerve.recipe.schema import EvaluateSpec, Recipe
 from opticnerve.recipe.stage import CacheSpec, LoraSpec, PackSpec, Stage, ValidateSpec
 
 __all__ = [
-    "CacheSpec", "ClassifierSpec", "ContinuedSpec", "DataSpec", "DualSpec", "EvaluateSpec", "FROM", "VisionSpec",
-    "LanguageSpec", "LoraSpec",
-    "MODALITIES", "ModelSpec", "PARTS", "PackSpec", "PartSpec", "Quantize", "Recipe", "Stage", "TextSpec", "TilingSpec",
-    "TowerSpec", "ValidateSpec", "dump", "load", "split_part",
+    "CacheSpec", "ClassifierSpec", "ContinuedSpec", "DataSpec", "DualSpec", "EncoderSpec", "EvaluateSpec", "FROM",
+    "VisionSpec", "LanguageSpec", "LoraSpec",
+    "MODALITIES", "ModelSpec", "PARTS", "PackSpec", "PartSpec", "Quantize", "ReaderSpec", "Recipe", "Stage", "TextSpec",
+    "TilingSpec", "TowerSpec", "TwoTowerSpec", "ValidateSpec", "dump", "load", "split_part",
 ]  # fmt: skip

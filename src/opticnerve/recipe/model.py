@@ -54,7 +54,7 @@ class PartSpec(BaseModel):
 
 
 class EncoderSpec(PartSpec):
-    """An encoder that is docked onto a language model."""
+    """An encoder, as a part of a model."""
 
     quantize: Quantize | None = Field(None, description="keep its linear layers in 4 or 8 bits, where it stays frozen")
 
@@ -121,7 +121,12 @@ class TilingSpec(Strict):
 class PictureSpec(Strict):
     """An encoder of pictures (or sounds), and what stands behind it."""
 
-    encoder: PartSpec
+    encoder: EncoderSpec
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _docked(cls, encoder: object) -> Any:
+        return encoder.model_dump() if isinstance(encoder, PartSpec) else encoder
 
     @model_validator(mode="after")
     def _known_parts(self) -> Self:
@@ -134,7 +139,6 @@ class PictureSpec(Strict):
 class TowerSpec(PictureSpec):
     """A vision encoder or an audio encoder with its connector and its way into the language model."""
 
-    encoder: EncoderSpec
     connector: PartSpec = PartSpec(type="mlp")
     fusion: PartSpec = PartSpec(type="splice")
     tiling: TilingSpec | None = None
@@ -144,11 +148,6 @@ class TowerSpec(PictureSpec):
     def _connector_of_another(cls, connector: object) -> object:
         """`{from: RUN}` is a connector of the type that the run's has."""
         return {"type": FROM, **connector} if isinstance(connector, dict) and FROM in connector else connector
-
-    @field_validator("encoder", mode="before")
-    @classmethod
-    def _docked(cls, encoder: object) -> Any:
-        return encoder.model_dump() if isinstance(encoder, PartSpec) else encoder
 
     def parts(self) -> dict[str, Any]:
         """What `opticnerve.models.vlm.tower.join` takes."""
@@ -189,13 +188,17 @@ class ModelSpec(Strict):
         check_tower(part, list(self.towers))
         modality, inner = split_part(part)
         where = "language" if inner.startswith("language") else modality or next(iter(self.towers))
-        if (kind := self.quantized.get(where)) and re.match(r"(encoder|language)(\.last|$)", inner):
-            instead = f"{'language' if where == 'language' else f'{where}.encoder'}.lora"
-            raise ValueError(f"quantised weights ({kind}) do not train; leave quantize out, or train {instead}")
+        check_trains(self.quantized.get(where), "language" if where == "language" else f"{where}.encoder", inner)
 
     def cannot_cache(self) -> str | None:
         """Why pictures cannot be seen once and for all, if they cannot."""
         return no_cache(self.image is not None, self.image is not None and self.image.tiling is not None)
+
+
+def check_trains(kind: Quantize | None, whole: str, inner: str) -> None:
+    """Raise a ValueError if `inner` (`encoder`, `language.last(2)`) is weights of a part that is quantised so."""
+    if kind and re.match(r"(encoder|language)(\.last|$)", inner):
+        raise ValueError(f"quantised weights ({kind}) do not train; leave quantize out, or train {whole}.lora")
 
 
 def check_tower(part: str, towers: list[str]) -> None:
@@ -247,7 +250,7 @@ class ContinuedSpec(Strict):
         return None
 
 
-class ReaderSpec(PartSpec):
+class ReaderSpec(EncoderSpec):
     """A text encoder: `{name: starter/minilm}`, or a type of `opticnerve.encoders.text.text_encoders` beside it."""
 
     type: str = "hf_text"
@@ -282,19 +285,27 @@ class TwoTowerSpec(Strict):
         """Why pictures cannot be seen once and for all, if they cannot."""
         return no_cache(getattr(self, "image", None) is not None, False)
 
+    @property
+    def quantized(self) -> dict[str, Quantize]:
+        """How the encoders are quantised that are, by tower."""
+        towers = {tower: getattr(self, tower, None) for tower in ("image", "text")}
+        return {tower: kind for tower, spec in towers.items() if spec and (kind := spec.encoder.quantize)}
+
     def check_part(self, part: str) -> None:
-        """Raise a ValueError unless the model has this part; `last(N)` stands for any number."""
+        """Raise a ValueError unless the model has this part, and it can train; `last(N)` stands for any number."""
         if re.sub(r"\(\d+\)$", "(N)", part) not in self.PARTS or part.endswith("(N)"):
             hint = registry.hint_at(part, self.PARTS)
             raise ValueError(f"{self.WHAT} has no part {part!r}{hint} Parts: {', '.join(self.PARTS)}")
+        tower, _, inner = part.partition(".")
+        check_trains(self.quantized.get(tower), f"{tower}.encoder", inner)
 
 
 class DualSpec(TwoTowerSpec):
     """A vision encoder and a text encoder with one space for both: CLIP, SigLIP, LiT."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
-        "image.encoder", "image.encoder.last(N)", "image.projection", "text.encoder", "text.encoder.last(N)",
-        "text.projection", "temperature",
+        "image.encoder", "image.encoder.last(N)", "image.encoder.lora", "image.projection", "text.encoder",
+        "text.encoder.last(N)", "text.encoder.lora", "text.projection", "temperature",
     )  # fmt: skip
     KIND: ClassVar[str] = "dual"
     WHAT: ClassVar[str] = "a dual encoder"
@@ -309,7 +320,8 @@ class ClassifierSpec(TwoTowerSpec):
     """A vision encoder and a text encoder that choose from a closed set of answers; see `models.classifier`."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
-        "image.encoder", "image.encoder.last(N)", "text.encoder", "text.encoder.last(N)", "classifier",
+        "image.encoder", "image.encoder.last(N)", "image.encoder.lora", "text.encoder", "text.encoder.last(N)",
+        "text.encoder.lora", "classifier",
     )  # fmt: skip
     KIND: ClassVar[str] = "classifier"
     WHAT: ClassVar[str] = "a fusion classifier"

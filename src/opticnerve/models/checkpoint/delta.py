@@ -163,7 +163,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    trained = {_now_called(name, state) for name in trained}
+    trained = {now_called(name, state) for name in trained}
     names = sorted({*trained, *moving_buffers(model, trained), *filter(is_docked, state)})
     chosen = {n: state[n].detach().cpu().contiguous().clone() for n in names}
     introduce(folder, model.config)
@@ -183,7 +183,7 @@ def save(
     atomic.write_json(folder / REFERENCE, reference)
 
 
-def _now_called(name: str, state: Mapping[str, Any]) -> str:
+def now_called(name: str, state: Mapping[str, Any]) -> str:
     """A tensor that was trained before its layer got an adapter has another name since."""
     owner, _, leaf = name.rpartition(".")
     wrapped = f"{owner}.base_layer.{leaf}"

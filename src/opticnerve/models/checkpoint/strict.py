@@ -24,7 +24,7 @@ from torch.nn.modules import module as hooks
 
 from opticnerve.common import hub
 from opticnerve.common.private_names import forget_renamings, saves_adapters_alone
-from opticnerve.language.adapters import OLD_NAMES
+from opticnerve.language.adapters import OLD_NAMES, our_layers
 from opticnerve.models.checkpoint.options import spare
 from opticnerve.models.checkpoint.readme import introduce, introduce_on_hub
 from opticnerve.types import OpticNerveError
@@ -77,6 +77,8 @@ class StrictLoading:
             )
         with wrap_errors("the model", folder):
             model.restore_tables()
+        for _, layer in our_layers(model):
+            layer.start_is_in = False  # PiSSA's, of weights that are all from the file
         return (model, report) if wants_report else model
 
     def save_pretrained(self: Any, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:

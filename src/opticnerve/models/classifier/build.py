@@ -14,7 +14,7 @@ from opticnerve.data.dataset.load import load_data
 from opticnerve.models.classifier.configuration import Timing
 from opticnerve.models.classifier.modeling import FusionClassifier
 from opticnerve.models.classifier.processing import FusionClassifierProcessor
-from opticnerve.models.two_towers import TwoTowerDock, load_encoders
+from opticnerve.models.two_towers import TwoTowerDock, load_encoders, quantize_encoders
 from opticnerve.models.vlm.build import Spec, dtype_of
 from opticnerve.recipe import ClassifierSpec, Recipe
 from opticnerve.starter import minilm
@@ -36,19 +36,29 @@ class ClassifierDock(TwoTowerDock):
     @classmethod
     def build(cls, recipe: Recipe) -> ClassifierDock:
         """The classifier that a recipe describes; its answers are those of the stages' data unless it names them."""
-        spec = recipe.model
-        assert isinstance(spec, ClassifierSpec)
-        answers = spec.answers
-        if answers is None:
-            answers = answer_set(c for stage in recipe.stages for data in stage.data for c in load_data(data))
-        return classifier(
-            None if spec.image is None else spec.image.encoder.model_dump(), spec.text.encoder.model_dump(),
-            timing=spec.timing, answers=answers, seed=recipe.seed, dtype=dtype_of(recipe), **spec.options,
-        )  # fmt: skip
+        encoders, options = _described(recipe)
+        return classifier(*encoders, seed=recipe.seed, dtype=dtype_of(recipe), **options)
+
+    @classmethod
+    def planned(cls, recipe: Recipe) -> FusionClassifier:
+        """The same classifier without weights."""
+        encoders, options = _described(recipe)
+        return FusionClassifier.from_parts(*load_encoders(*encoders, None, planned=True)[:2], **options)
 
     @property
     def what(self) -> str:
         return f"fusion classifier, {self.model.config.timing} fusion"
+
+
+def _described(recipe: Recipe) -> tuple[tuple[Spec | None, Spec], dict[str, Any]]:
+    """What `classifier` takes for a recipe: the encoders, and the options of what joins them."""
+    spec = recipe.model
+    assert isinstance(spec, ClassifierSpec)
+    answers = spec.answers
+    if answers is None:
+        answers = answer_set(c for stage in recipe.stages for data in stage.data for c in load_data(data))
+    image = None if spec.image is None else spec.image.encoder.model_dump()
+    return (image, spec.text.encoder.model_dump()), {"timing": spec.timing, "answers": answers, **spec.options}
 
 
 def classifier(
@@ -79,4 +89,6 @@ def classifier(
     else:
         prepare = vision_encoder.image_processor()
     processor = FusionClassifierProcessor.of(prepare, text_encoder, answers=list(answers))
-    return ClassifierDock(model.to(dtype), processor, bases)
+    made = ClassifierDock(model.to(dtype), processor, bases)
+    quantize_encoders(made)
+    return made

@@ -7,19 +7,21 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
+from opticnerve.models.adapted import AdaptedTowers
 from opticnerve.types import OpticNerveError
 
 Timing = Literal["early", "intermediate", "late"]
 
 
-class FusionClassifierConfig(PreTrainedConfig):
+class FusionClassifierConfig(AdaptedTowers, PreTrainedConfig):
     """Configuration of a `FusionClassifier`, by transformers' conventions.
 
     Args:
         timing: when the two meet; see `opticnerve.models.classifier.parts`.
         answers: the closed set.
         image: `{"encoder": {"type": …, …}}`, a vision encoder and the keywords that build it; None for early fusion,
-            which sees the pixels. text: `{"encoder": {"type": …, …}}`.
+            which sees the pixels. text: `{"encoder": {"type": …, …}}`. `lora` in either: `{"encoder": options of its
+            adapter}`.
         head: keywords of the head (`width`, `depth`, `heads`, `dropout`, `pixels`).
         combine: how late fusion makes one answer of two; `image` and `text` stand for one of them alone.
     """

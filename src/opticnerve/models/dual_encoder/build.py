@@ -10,7 +10,7 @@ import torch
 from opticnerve.encoders.pooling import VisionPooling
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
-from opticnerve.models.two_towers import TwoTowerDock, load_encoders
+from opticnerve.models.two_towers import TwoTowerDock, load_encoders, quantize_encoders
 from opticnerve.models.vlm.build import Spec, dtype_of
 from opticnerve.recipe import DualSpec, Recipe
 from opticnerve.starter import minilm
@@ -32,17 +32,28 @@ class DualDock(TwoTowerDock):
     @classmethod
     def build(cls, recipe: Recipe) -> DualDock:
         """The model that a recipe describes, in the recipe's precision."""
-        spec = recipe.model
-        assert isinstance(spec, DualSpec)
-        return dual(
-            spec.image.encoder.model_dump(), spec.text.encoder.model_dump(), pooling=spec.image.pooling,
-            projection_dim=spec.projection_dim, image_projection=spec.image.projection,
-            text_projection=spec.text.projection, loss=spec.loss, seed=recipe.seed, dtype=dtype_of(recipe),
-        )  # fmt: skip
+        encoders, options = _described(recipe)
+        return dual(*encoders, seed=recipe.seed, dtype=dtype_of(recipe), **options)
+
+    @classmethod
+    def planned(cls, recipe: Recipe) -> DualEncoder:
+        """The same model without weights."""
+        encoders, options = _described(recipe)
+        return DualEncoder.from_parts(*load_encoders(*encoders, None, planned=True)[:2], **options)
 
     @property
     def what(self) -> str:
         return f"dual encoder, {self.model.config.loss} loss"
+
+
+def _described(recipe: Recipe) -> tuple[tuple[Spec, Spec], dict[str, Any]]:
+    """What `dual` takes for a recipe: the encoders, and the options of what joins them."""
+    spec = recipe.model
+    assert isinstance(spec, DualSpec)
+    return (spec.image.encoder.model_dump(), spec.text.encoder.model_dump()), {
+        "pooling": spec.image.pooling, "projection_dim": spec.projection_dim, "image_projection": spec.image.projection,
+        "text_projection": spec.text.projection, "loss": spec.loss,
+    }  # fmt: skip
 
 
 def dual(
@@ -70,4 +81,6 @@ def dual(
         image_projection=image_projection, text_projection=text_projection, **options,
     )  # fmt: skip
     processor = DualEncoderProcessor.of(vision_encoder.image_processor(), text_encoder)
-    return DualDock(model.to(dtype), processor, bases)
+    made = DualDock(model.to(dtype), processor, bases)
+    quantize_encoders(made)
+    return made

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
+from opticnerve.models.adapted import AdaptedTowers
 from opticnerve.types import OpticNerveError
 
 Loss = Literal["clip", "siglip"]
@@ -15,14 +16,14 @@ Loss = Literal["clip", "siglip"]
 STARTS: dict[str, tuple[float, float]] = {"clip": (2.6592600769, 0.0), "siglip": (2.302585093, -10.0)}
 
 
-class DualEncoderConfig(PreTrainedConfig):
+class DualEncoderConfig(AdaptedTowers, PreTrainedConfig):
     """Configuration of a `DualEncoder`, by transformers' conventions.
 
     Args:
         image: `{"encoder": {"type": …, …}, "pooling": "mean" | "class_token" | "pooler", "projection": …}`; beside
             `type` (a registered encoder or a dotted path) stand the plain keywords that build it.
         text: `{"encoder": {"type": …, …}, "projection": …}`. A `projection` is one matrix, `{"bias": false}`, or None
-            where the tower's own vector is the embedding.
+            where the tower's own vector is the embedding. `lora` in either: `{"encoder": options of its adapter}`.
         projection_dim: width of the common space; None where no tower has a projection.
         loss: "clip" (softmax over the batch) or "siglip" (sigmoid of each pair).
         logit_scale_init_value, logit_bias_init_value: where the temperature starts; the loss's own by default.

@@ -32,7 +32,6 @@ from opticnerve.common.private_names import (
     set_layers_not_to_split,
 )
 from opticnerve.connectors.base import Connector
-from opticnerve.language.adapters import our_layers
 from opticnerve.language.lora import mask_of
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts
@@ -166,8 +165,6 @@ class OpticNerveModel(StrictLoading, DockedParts, MediaFeatures, PreTrainedModel
         for modality, tower in self.towers.items():
             spec = self.config.towers[modality]
             restore_buffers(tower, partial(build_tower, spec, sizes, trust_remote_code=True))
-        for _, layer in our_layers(self):
-            layer.start_is_in = False  # PiSSA's, of weights that are all from the file
 
     # -- what transformers asks for -------------------------------------------------------------------------------
 

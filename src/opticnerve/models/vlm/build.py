@@ -13,8 +13,8 @@ from opticnerve import registry
 from opticnerve.common.cache import new_folder
 from opticnerve.language.chat_template import set_template
 from opticnerve.language.load import Language, load_language
-from opticnerve.language.lora import merge_lora, take_start_out
-from opticnerve.language.quantization import dequantize, distance
+from opticnerve.language.lora import take_start_out
+from opticnerve.language.quantization import distance
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.delta import describe_bases, encoder_name, quantize_part
 from opticnerve.models.checkpoint.strict import wrap_errors
@@ -23,7 +23,16 @@ from opticnerve.models.vlm.continued import continue_from, take_connector
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor, stops
 from opticnerve.models.vlm.tower import Tower, check_options, join, language_sizes
-from opticnerve.recipe import ContinuedSpec, LanguageSpec, ModelSpec, PartSpec, Recipe, TilingSpec, TowerSpec
+from opticnerve.recipe import (
+    ContinuedSpec,
+    EncoderSpec,
+    LanguageSpec,
+    ModelSpec,
+    PartSpec,
+    Recipe,
+    TilingSpec,
+    TowerSpec,
+)
 from opticnerve.starter import weights
 from opticnerve.types import OpticNerveError
 
@@ -229,18 +238,18 @@ def assemble(language_part: Language, towers: dict[str, Tower], bases: dict[str,
     return Dock(model, processor, bases)
 
 
-def vision_spec(vision: Spec) -> PartSpec:
+def vision_spec(vision: Spec) -> EncoderSpec:
     if isinstance(vision, dict):
         if "type" not in vision:
             raise OpticNerveError(
                 f"vision wants a type; known: {', '.join(registry.encoders.names())}", kind="missing-field"
             )
-        return PartSpec(**vision)
+        return EncoderSpec(**vision)
     if vision.startswith("timm/"):
-        return PartSpec(type="timm", name=vision.removeprefix("timm/"))
+        return EncoderSpec(type="timm", name=vision.removeprefix("timm/"))
     if vision.startswith("starter/"):
-        return PartSpec(type="timm", name=vision)
-    return PartSpec(type="hf_vision", name=vision)
+        return EncoderSpec(type="timm", name=vision)
+    return EncoderSpec(type="hf_vision", name=vision)
 
 
 def _part(spec: Spec) -> PartSpec:
@@ -258,7 +267,7 @@ def merge(source: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     model = OpticNerveForConditionalGeneration.from_pretrained(
         source, dtype="auto", trust_remote_code=trust_remote_code
     )
-    merge_adapter(model)
+    model.merge_adapters()
     with new_folder(out) as new:
         model.save_pretrained(new)
         OpticNerveProcessor.from_pretrained(source).save_pretrained(new)
@@ -276,13 +285,3 @@ def is_gated(model: OpticNerveForConditionalGeneration) -> bool:
     """Whether the adapter steps aside for text alone (`lora.when: media`): no sum of weights can do that."""
     differs: bool = (model.config.lora or {}).get("when", "always") != "always"
     return differs
-
-
-def merge_adapter(model: OpticNerveForConditionalGeneration) -> None:
-    """Add the LoRA adapters, where there are some, into the weights beside them; a gated one stays as it is. Quantised
-    weights, which take no sum, are plain ones after it."""
-    dequantize(model, model.language_model.dtype)
-    for part, module in model.adapted.items():
-        if part != "language" or not is_gated(model):
-            merge_lora(module)
-            model.config.note_adapter(part, None)

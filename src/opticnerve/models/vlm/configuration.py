@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from opticnerve.models.adapted import adapters_of, with_adapter
 from opticnerve.recipe import MODALITIES
 from opticnerve.types import OpticNerveError
 
@@ -95,7 +96,7 @@ class OpticNerveConfig(PreTrainedConfig):
     @property
     def adapters(self) -> dict[str, dict[str, Any]]:
         """Options of our adapters, by the part that they stand in: `language`, `image.encoder`, `image.fusion`, …"""
-        found = {f"{m}.{half}": o for m, spec in self.towers.items() for half, o in (spec.get("lora") or {}).items()}
+        found = adapters_of(self.towers)
         return found if self.lora is None else {"language": self.lora, **found}
 
     def note_adapter(self, part: str, options: dict[str, Any] | None) -> None:
@@ -104,10 +105,7 @@ class OpticNerveConfig(PreTrainedConfig):
         if not half:
             self.lora = options
             return
-        spec = dict(self.towers[modality])
-        held = {**(spec.pop("lora", None) or {}), half: options}
-        held = {k: v for k, v in held.items() if v is not None}
-        self.towers = {**self.towers, modality: {**spec, "lora": held} if held else spec}
+        self.towers = {**self.towers, modality: with_adapter(self.towers[modality], half, options)}
 
     def token_id(self, modality: str) -> int | None:
         """The placeholder's id of a modality; None where the model has no such tower."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
-from opticnerve.common.private_names import saves_adapters_alone
 from opticnerve.encoders.base import last_blocks
-from opticnerve.language.adapters import beside, has_others, is_adapter, without_others
+from opticnerve.language.adapters import is_adapter
 from opticnerve.language.layers import decoder_layers
-from opticnerve.language.lora import add_lora, check_called, has_lora, is_lora
-from opticnerve.language.quantization import dequantized_state, quantized_layers
+from opticnerve.models.adapted import AdaptedParts, adapter_of
 from opticnerve.recipe import MODALITIES, split_part
 from opticnerve.types import OpticNerveError
 
@@ -24,7 +21,7 @@ TOWER_PARTS = {"encoder": ("encoder.",), "connector": ("connector.", "tiling."),
 ADAPTED_HALVES = ("encoder", "fusion")  # which of them may hold an adapter
 
 
-class DockedParts:
+class DockedParts(AdaptedParts):
     """What `models.family.FamilyModel` asks of a model about its parts, for a language model with `towers`."""
 
     towers: Any
@@ -39,81 +36,20 @@ class DockedParts:
         places = [place for place in self.hf_device_map.values() if place not in ("cpu", "disk")]
         return torch.device(places[0] if places else "cpu")
 
-    def part_module(self: Any, part: str) -> nn.Module:
+    def adaptable(self) -> list[str]:
+        """The parts that may hold an adapter."""
+        return ["language", *(f"{m}.{half}" for m in self.towers for half in ADAPTED_HALVES)]
+
+    def part_module(self, part: str) -> nn.Module:
         """`language`, `image.encoder`, `image.fusion`, …: the module that an adapter of this part stands in."""
         modality, _, half = part.partition(".")
         found: nn.Module = getattr(self.towers[modality], half) if half else self.language_model
         return found
 
-    @property
-    def adapted(self: Any) -> dict[str, nn.Module]:
-        """The parts that hold an adapter of ours."""
-        parts = ["language", *(f"{m}.{half}" for m in self.towers for half in ADAPTED_HALVES)]
-        return {part: module for part in parts if has_lora(module := self.part_module(part))}
-
-    @property
-    def adapters(self: Any) -> dict[str, dict[str, Any]]:
-        """Options of our adapters, by the part that they stand in."""
-        found: dict[str, dict[str, Any]] = self.config.adapters
-        return found
-
-    def give_lora(self: Any, options: dict[str, Any], part: str = "language", *, fresh: bool = True) -> None:
-        """Put an adapter on a part; the configuration remembers it. (`options`, `fresh`: as for `add_lora`.)
-
-        Raises:
-            OpticNerveError: as `add_lora`; or it is to step aside on text, which reaches the language model alone.
-        """
-        module, where = self.part_module(part), dict[str, Any]()
-        if part != "language":
-            if options.get("when", "always") != "always":
-                raise OpticNerveError(
-                    f"{part}.lora: when: media is for language.lora; text alone reaches no {part}", kind="conflict"
-                )
-            where = {"what": part, "blocks": module.blocks() if part.endswith(".encoder") else [module]}
-        add_lora(module, options, fresh=fresh, **where)
-        if fresh and part.endswith(".encoder") and not any(p.is_meta for p in module.parameters()):
-            tower = self.towers[part.partition(".")[0]]
-            check_called(module, lambda: tower.encode(*tower.dummy_media()), part)
-        self.config.note_adapter(part, options)
-
-    def _forget_adapters(self: Any) -> None:
-        """The configuration claims no adapter that is gone (peft may have merged ours)."""
-        for part in self.adapters.keys() - self.adapted.keys():
-            self.config.note_adapter(part, None)
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """What peft notes on a model: the adapters that others put on it, and ours beside them."""
-        try:
-            found: dict[str, Any] = vars(self)["_peft_config"]
-        except KeyError:
-            raise AttributeError("peft_config") from None
-        return found
-
-    @peft_config.setter
-    def peft_config(self: Any, adapters: dict[str, Any]) -> None:
-        """peft has put the first adapter of others on; see `beside`."""
-        if "_peft_config" not in vars(self) and (ours := self.adapted):
-            beside(self, adapters, next(iter(ours.values())).lora_config)
-        vars(self)["_peft_config"] = adapters
-
-    @peft_config.deleter
-    def peft_config(self: Any) -> None:
-        """peft has taken its adapters off again, and perhaps merged ours, which the configuration then claims no
-        more."""
-        vars(self).pop("_peft_config", None)
-        self._forget_adapters()
-
-    def save_pretrained(self: Any, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """As for any model of transformers. Adapters that others put on stay out: peft saves them, each in a folder.
-        What a recipe had quantised is written dequantised."""
-        self._forget_adapters()
-        if kwargs.get("state_dict") is None and not saves_adapters_alone(self):
-            others, packed = has_others(self), quantized_layers(self)
-            if others or packed:
-                state = without_others(self) if others else self.state_dict()
-                kwargs["state_dict"] = dequantized_state(state, packed, self.dtype)
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+    def run_encoder(self, part: str) -> object:
+        """Send nothing, as media, through a tower's encoder."""
+        tower = self.towers[part.partition(".")[0]]
+        return tower.encode(*tower.dummy_media())
 
     def part_parameters(self: Any, part: str) -> dict[str, nn.Parameter]:
         """Full name → parameter of one part. Tied weights appear once.
@@ -176,7 +112,7 @@ def _tower(model: Any, modality: str | None, inner: str, part: str) -> dict[str,
     half = inner.removesuffix(".lora")
     names = {n: p for n, p in model.named_parameters() if n.startswith(f"{modality}.")}
     if half != inner:
-        return _adapter(names, prefixes(modality, half), f"{modality}.{half}")
+        return adapter_of(names, prefixes(modality, half), f"{modality}.{half}")
     names = {n: p for n, p in names.items() if not is_adapter(n)}
     if inner in TOWER_PARTS:
         found = {n: p for n, p in names.items() if n.startswith(prefixes(modality, inner))}
@@ -190,18 +126,10 @@ def _tower(model: Any, modality: str | None, inner: str, part: str) -> dict[str,
     return {n: p for n, p in names.items() if id(p) in chosen}
 
 
-def _adapter(names: dict[str, nn.Parameter], starts: tuple[str, ...], part: str) -> dict[str, nn.Parameter]:
-    if not (found := {n: p for n, p in names.items() if n.startswith(starts) and is_lora(n)}):
-        raise OpticNerveError(
-            f"{part}.lora: {part} carries no adapter; `give_lora` puts one there", kind="unknown-name"
-        )
-    return found
-
-
 def _language(model: Any, inner: str) -> dict[str, nn.Parameter]:
     names = {n: p for n, p in model.named_parameters() if n.startswith("language_model.")}
     if inner == "language.lora":
-        return _adapter(names, ("language_model.",), "language")
+        return adapter_of(names, ("language_model.",), "language")
     names = {n: p for n, p in names.items() if not is_adapter(n)}
     if inner == "language":
         return names
