@@ -2,7 +2,7 @@
 kinds of training, SigLIP × Qwen2.5-0.5B, and generation, each beside transformers on the same card.
 
     python benchmarks/gpu.py --out table.md --results gpu.json      # the whole table
-    python benchmarks/gpu.py --only align,lora --minutes 4
+    python benchmarks/gpu.py --only align,lora --minutes 4 --profile
     python benchmarks/gpu.py --quick --device cpu                   # every row with tiny shapes, to see that it runs
 
 The card needs 80 GB. On its machine there must be PyTorch, transformers ≥ 5.20, accelerate, Pillow, and peft for the
@@ -49,6 +49,22 @@ ROWS: dict[str, tuple[str, Training | Generation]] = {
         "LLaVA-1.5-7B with 12 of 32 layers, connector and language model, AdamW in float32",
         Training(_7B, "full", 16, 4, 96, **_CHAT, layers=12),
     ),
+    "qlora": (
+        "LLaVA-1.5-7B, connector and LoRA of rank 128 over nf4, activations computed again",
+        Training(_7B, "lora", 16, 4, 96, **_CHAT, nf4=True, checkpointing=True),
+    ),
+    "align-cached": (
+        "LLaVA-1.5-7B, connector only, features cached",
+        Training(_7B, "connector", 8, 1, 128, **_CAPTION, cached=True),
+    ),
+    "naflex-align": (
+        "SigLIP 2 so400m NaFlex × Qwen3-0.6B, connector only",
+        Training("siglip2-qwen3-0.6b", "connector", 32, 1, 512, **_CAPTION),
+    ),
+    "naflex-full": (
+        "SigLIP 2 so400m NaFlex × Qwen3-0.6B, connector and language model, AdamW in float32",
+        Training("siglip2-qwen3-0.6b", "full", 32, 1, 512, **_CHAT),
+    ),
     "siglip-align": (
         "SigLIP-B/16 × Qwen2.5-0.5B, connector only",
         Training("siglip-qwen2.5-0.5b", "connector", 32, 1, 512, **_CAPTION),
@@ -66,7 +82,8 @@ MATMUL = [(8192, 8192, 8192), (16384, 4096, 4096), (8192, 4096, 11008), (4096, 4
 
 def quick(work: Training | Generation) -> Training | Generation:
     """The same row in seconds on a CPU."""
-    shape = "tiny-siglip" if work.shape.startswith("siglip") else "tiny"
+    encoder = work.shape.partition("-")[0]
+    shape = f"tiny-{encoder}" if encoder.startswith("siglip") else "tiny"
     if isinstance(work, Generation):
         return replace(work, shape="tiny-siglip", tokens=6)  # whose words depend on what it reads: untied
     chat = {"question": (4, 20), "answer": (4, 40), "pack": 96} if work.pack else {"question": (1, 2), "answer": (4, 9)}
@@ -83,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again, on both sides")
+    parser.add_argument("--profile", action="store_true", help="of each training row one step of ours, by kernels")
     parser.add_argument("--compile", action="store_true", help="torch.compile, on both sides")
     parser.add_argument("--out", type=Path, help="where the markdown table goes, beside the terminal")
     parser.add_argument("--results", type=Path, default=Path("runs/gpu.json"))
@@ -113,8 +131,8 @@ def _one(args: argparse.Namespace) -> Trial:
     work = ROWS[args.row][1]
     work = quick(work) if args.quick else work
     if isinstance(work, Training):
-        work = replace(work, checkpointing=args.checkpointing)
-    return trial(args.side, work, args.device, compiled=args.compile)
+        work = replace(work, checkpointing=args.checkpointing or work.checkpointing)
+    return trial(args.side, work, args.device, compiled=args.compile, profile=args.profile)
 
 
 def measure(rows: list[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +154,7 @@ def measure(rows: list[str], args: argparse.Namespace) -> dict[str, Any]:
     work = [(0, "matmul", "opticnerve")]
     for number in range(1 if args.quick else args.rounds):
         turns = SIDES if number % 2 == 0 else SIDES[::-1]
-        work += [(number, row, side) for row in rows for side in turns]
+        work += [(number, row, side) for row in rows for side in turns if side in ROWS[row][1].sides]
     for number, row, side in work:
         left = ends - time.monotonic()
         if row + side in failed or left < takes.get(row + side, 10.0):
@@ -145,7 +163,8 @@ def measure(rows: list[str], args: argparse.Namespace) -> dict[str, Any]:
         started = time.monotonic()
         entry: dict[str, Any] = {"row": row, "side": side, "round": number}
         try:
-            done = run_side(__file__, side, ["--row", row, *asked], timeout=min(args.limit, left))
+            once = ["--profile"] if args.profile and number == 0 else []
+            done = run_side(__file__, side, ["--row", row, *asked, *once], timeout=min(args.limit, left))
             if row == "matmul":
                 results |= {"rate": done.rate, **done.notes}
             else:
@@ -186,13 +205,27 @@ def table(results: dict[str, Any]) -> str:
         title, work = ROWS[row]
         unit = "samples/s" if isinstance(work, Training) else "tokens/s"
         found = {side: _of(results, row, side) for side in SIDES}
-        for side in SIDES:
+        for side in work.sides:
             if mine := found[side]:
                 cells = _cells(mine, found[SIDES[0]], unit, rate, base_side=side == SIDES[0])
             else:
                 cells = [_error(results, row, side), *[""] * 6]
             lines.append(f"| {title} | {side} | {' | '.join(cells)} |")
+    for row in results["rows"]:
+        for one in _of(results, row, "opticnerve").values():
+            if seen := one.notes.get("profile"):
+                lines += ["", *_profiled(row, seen)]
     return "\n".join(lines)
+
+
+def _profiled(row: str, seen: dict[str, Any]) -> list[str]:
+    """A step of a row by its kernels."""
+    return [
+        f"A step of {row}: {1e3 * seen['seconds']:.1f} ms, {seen['busy'] / seen['seconds']:.0%} of it in "
+        f"{seen['kernels']:,} kernels; {seen['waits']} waits of the host.",
+        "", "| kernel | ms | times |", "|---|---:|---:|",
+        *(f"| `{name.replace('|', ' ')}` | {ms:.2f} | {count} |" for name, ms, count in seen["longest"]),
+    ]  # fmt: skip
 
 
 def _cells(

@@ -7,6 +7,7 @@ Both sides get the same samples as tensors that are there already: reading and d
 from __future__ import annotations
 
 import gc
+import inspect
 import random
 import tempfile
 import time
@@ -19,7 +20,7 @@ import made_data
 import shapes
 import torch
 from shapes import Shape, Trains
-from side_by_side import Trial
+from side_by_side import Trial, profiled
 
 POOL = 16
 """Pictures that the samples take in turn."""
@@ -37,6 +38,8 @@ class Training:
             plain AdamW on bf16 weights, on both sides (our connectors and adapters have their masters always).
         layers: of the language model, where not all fit.
         checkpointing: of activations, on both sides.
+        nf4: the language model's linear layers in 4 bits, by bitsandbytes on both sides.
+        cached: the encoder's features are there already.
     """
 
     shape: str
@@ -50,6 +53,14 @@ class Training:
     masters: bool = True
     layers: int | None = None
     checkpointing: bool = False
+    nf4: bool = False
+    cached: bool = False
+
+    @property
+    def sides(self) -> list[str]:
+        """transformers has no feature cache, and no class for pictures in their own shape before a Qwen3."""
+        ours_alone = self.cached or shapes.SHAPES[self.shape].vision_encoder.native
+        return ["opticnerve"] if ours_alone else ["transformers", "opticnerve"]
 
     def shaped(self) -> Shape:
         shape = shapes.SHAPES[self.shape]
@@ -69,7 +80,7 @@ class Training:
         """What the measured part needs at least."""
         return shapes.flops(
             self.shaped(), lengths=[len(s.input_ids) for s in samples], supervised=sum(s.supervised for s in samples),
-            images=len(samples), trains=self.trains,
+            images=len(samples), trains=self.trains, live_encoder=not self.cached,
         )  # fmt: skip
 
 
@@ -81,19 +92,26 @@ class Generation:
     questions: int
     tokens: int
     one_picture: bool = False
+    sides = ("transformers", "opticnerve")
 
 
-def trial(side: str, work: Training | Generation, device: str, *, compiled: bool = False) -> Trial:
-    """One side's run of one row."""
+def trial(
+    side: str, work: Training | Generation, device: str, *, compiled: bool = False, profile: bool = False
+) -> Trial:
+    """One side's run of one row; `profile`: of ours one more training step, kernel by kernel."""
     if isinstance(work, Training):
-        return (_train_ours if side == "opticnerve" else _train_transformers)(work, device, compiled)
+        if side == "opticnerve":
+            return _train_ours(work, device, compiled, profile)
+        return _train_transformers(work, device, compiled)
     return _generate(side, work, device)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
+def _train_ours(work: Training, device: str, compiled: bool, profile: bool) -> Trial:
+    from opticnerve.language.layers import decoder_layers
+    from opticnerve.language.quantization import quantize
     from opticnerve.models.freeze import freeze
     from opticnerve.objectives.next_token import NextToken
     from opticnerve.ops.fused_layers import fuse_layers
@@ -102,6 +120,8 @@ def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
 
     shape = work.shaped()
     model = shapes.ours(shape, device=device)
+    if work.nf4:
+        quantize(model.language_model, "nf4", "language", f"{decoder_layers(model.language_model)[0]}.")
     if work.trains == "lora":
         model.give_lora(shapes.LORA)
     frozen = freeze(model, shapes.stage(work.trains))
@@ -111,7 +131,7 @@ def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
     optimizer = MasterAdamW(frozen, betas=(0.9, 0.999), weight_decay=0.0) if work.masters else _Plain(frozen)
     if compiled:
         model.language_model.compile()
-    pool = made_data.pixels(shape, POOL, torch.bfloat16)
+    pool = _Pool(shape, model.towers["image"] if work.cached else None)
 
     def step(samples: Sequence[Any]) -> None:
         size = len(samples) // work.accumulate
@@ -137,7 +157,10 @@ def _train_ours(work: Training, device: str, compiled: bool) -> Trial:
             step(measured[start : start + work.batch])
         _synchronise(device)
         seconds = time.perf_counter() - started
-    return _trained(work, seconds, measured, float(total / count))
+        done = _trained(work, seconds, measured, float(total / count))
+        if profile:
+            done.notes["profile"] = profiled(lambda: step(measured[: work.batch]), device)
+    return done
 
 
 def _batch(samples: Sequence[Any], pool: Any, budget: int | None) -> Any:
@@ -147,8 +170,34 @@ def _batch(samples: Sequence[Any], pool: Any, budget: int | None) -> Any:
     rows = [pack([[s]]) for s in samples]
     collator = Collator(SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0), reads_questions=False))
     batch = collator(rows if budget is None else fit(rows, budget))
-    batch.media["pixel_values"] = pool[[int(i) % POOL for i in batch.ids]]
+    batch.media |= pool.media([int(i) % POOL for i in batch.ids])
     return batch
+
+
+class _Pool:
+    """What is shown of the pictures: pixels, patches in the pictures' own shapes, or a frozen encoder's features."""
+
+    def __init__(self, shape: Shape, tower: Any = None) -> None:
+        self.sizes = None
+        side = shape.vision_encoder.image
+        pixels = made_data.pixels(shape, POOL, torch.bfloat16)
+        if shape.vision_encoder.native:
+            wide = [(side, side), (side // 2, side * 2), (side * 2, side // 2)]
+            self.sizes = torch.tensor([wide[i % len(wide)] for i in range(POOL)])
+            pixels = pixels.view(POOL, shape.vision_encoder.tokens, -1)
+        with torch.no_grad():
+            self.shown = pixels if tower is None else tower.encode(pixels, self.sizes)
+
+    def media(self, which: list[int]) -> dict[str, Any]:
+        if not isinstance(self.shown, torch.Tensor):
+            features = self.shown
+            tokens_BND, mask_BN = (
+                t.cpu()[which] for t in (features.tokens_BND, features.mask_BN)
+            )  # as the cache has it
+            return {"image_features": replace(features, tokens_BND=tokens_BND, mask_BN=mask_BN)}
+        if self.sizes is None:
+            return {"pixel_values": self.shown[which]}
+        return {"pixel_values": self.shown[which].flatten(0, 1), "image_sizes": self.sizes[which]}
 
 
 class _Plain:
@@ -175,7 +224,10 @@ def _train_transformers(work: Training, device: str, compiled: bool) -> Trial:
     import transformers as tf
 
     shape = work.shaped()
-    model = shapes.open_llava(shapes.llava(shape, device=device), work.trains)
+    model = shapes.llava(shape, device=device)
+    if work.nf4:
+        _in_4_bits(model.model.language_model.layers)
+    model = shapes.open_llava(model, work.trains)
     autocast = work.masters and work.trains == "full"
     if autocast:
         model = model.float()
@@ -208,12 +260,16 @@ def _train_transformers(work: Training, device: str, compiled: bool) -> Trial:
             _synchronise(device)
             self.seconds = time.perf_counter() - self.started
 
+    # transformers' name for it changed between the versions that a card's image may have.
+    known = inspect.signature(tf.TrainingArguments).parameters
+    again = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+
     def train(samples: Sequence[Any], folder: str) -> float:
         arguments = tf.TrainingArguments(
             folder, per_device_train_batch_size=work.batch // work.accumulate,
             gradient_accumulation_steps=work.accumulate, num_train_epochs=1, learning_rate=2e-5, weight_decay=0.0,
             max_grad_norm=1.0, optim="adamw_torch_fused", lr_scheduler_type="constant", bf16=autocast,
-            train_sampling_strategy="group_by_length", activation_checkpointing=work.checkpointing,
+            train_sampling_strategy="group_by_length", **{again: work.checkpointing},
             torch_compile=compiled, use_cpu=device == "cpu", remove_unused_columns=False, save_strategy="no",
             logging_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
@@ -229,6 +285,23 @@ def _train_transformers(work: Training, device: str, compiled: bool) -> Trial:
         gc.collect()
         seconds = train(measured, folder)
     return _trained(work, seconds, measured, float(first))
+
+
+def _in_4_bits(layers: torch.nn.Module) -> None:
+    """As transformers' own `BitsAndBytesConfig` loads them, with the same blocks and doubly quantised scales."""
+    import bitsandbytes as bnb
+
+    for module in list(layers.modules()):
+        for name, linear in module.named_children():
+            if type(linear) is torch.nn.Linear:
+                made = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=linear.bias is not None,
+                    compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta",
+                )  # fmt: skip
+                weight = linear.weight.detach()
+                made.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
+                made.bias = linear.bias
+                setattr(module, name, made.to(weight.device))
 
 
 def _trained(work: Training, seconds: float, samples: Sequence[Any], loss: float) -> Trial:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Trains = Literal["connector", "lora", "full"]
@@ -18,9 +18,10 @@ LORA = {"rank": 128, "alpha": 256}  # LLaVA-1.5's script finetune_lora.sh
 
 @dataclass(frozen=True)
 class Eye:
-    """A vision transformer; `layer` is the entry of `hidden_states` that the connector gets."""
+    """A vision transformer; `layer` is the entry of `hidden_states` that the connector gets. A `siglip2_vision_model`
+    (NaFlex) shows pictures in their own shape, with as many patches as a square of `image` pixels has."""
 
-    family: Literal["clip_vision_model", "siglip_vision_model"]
+    family: Literal["clip_vision_model", "siglip_vision_model", "siglip2_vision_model"]
     width: int
     mlp: int
     layers: int
@@ -38,13 +39,18 @@ class Eye:
     def class_token(self) -> bool:
         return self.family == "clip_vision_model"
 
+    @property
+    def native(self) -> bool:
+        return self.family == "siglip2_vision_model"
+
     def config(self) -> Any:
         import transformers as tf
 
         own = {} if self.class_token else {"vision_use_head": False}  # the pooling head feeds no soft token
+        size = {"num_patches": self.tokens} if self.native else {"image_size": self.image}
         return tf.AutoConfig.for_model(
             self.family, hidden_size=self.width, intermediate_size=self.mlp, num_hidden_layers=self.layers,
-            num_attention_heads=self.heads, image_size=self.image, patch_size=self.patch, **own,
+            num_attention_heads=self.heads, patch_size=self.patch, **size, **own,
         )  # fmt: skip
 
 
@@ -52,7 +58,7 @@ class Eye:
 class Brain:
     """A decoder with gated MLPs and grouped-query attention."""
 
-    family: Literal["llama", "qwen2"]
+    family: Literal["llama", "qwen2", "qwen3"]
     width: int
     mlp: int
     layers: int
@@ -62,6 +68,7 @@ class Brain:
     tied: bool
     positions: int
     rope_theta: float
+    head: int | None = None  # numbers of a head, where they are not width / heads
 
     @property
     def image_token_id(self) -> int:
@@ -71,8 +78,9 @@ class Brain:
     @property
     def matrices(self) -> list[tuple[int, int]]:
         """(in, out) of each linear map of a layer: q, k, v, o, gate, up, down."""
-        d, kv, f = self.width, self.width // self.heads * self.kv_heads, self.mlp
-        return [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
+        d, f, head = self.width, self.mlp, self.head or self.width // self.heads
+        q, kv = head * self.heads, head * self.kv_heads
+        return [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
 
     def config(self) -> Any:
         import transformers as tf
@@ -82,7 +90,7 @@ class Brain:
             num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, vocab_size=self.vocabulary,
             tie_word_embeddings=self.tied, max_position_embeddings=self.positions,
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None, **({"head_dim": self.head} if self.head else {}),
         )  # fmt: skip
 
 
@@ -97,14 +105,17 @@ class Shape:
 _CLIP_B = Eye("clip_vision_model", 768, 3072, 12, 12, 224, 16, layer=-2)
 _CLIP_L = Eye("clip_vision_model", 1024, 4096, 24, 16, 336, 14, layer=-2)
 _SIGLIP_B = Eye("siglip_vision_model", 768, 3072, 12, 12, 224, 16, layer=-1)
+_SIGLIP2_SO = Eye("siglip2_vision_model", 1152, 4304, 27, 16, 256, 16, layer=-1)
 _SMOLLM2 = {"vocabulary": 49152, "tied": True, "positions": 8192}
 _SMOLLM2_135M = Brain("llama", 576, 1536, 30, 9, 3, **_SMOLLM2, rope_theta=1e5)
 _SMOLLM2_360M = Brain("llama", 960, 2560, 32, 15, 5, **_SMOLLM2, rope_theta=1e5)
 _SMOLLM2_1700M = Brain("llama", 2048, 8192, 24, 32, 32, **_SMOLLM2, rope_theta=1.3e5)
 _VICUNA_7B = Brain("llama", 4096, 11008, 32, 32, 32, 32064, tied=False, positions=4096, rope_theta=1e4)
 _QWEN_500M = Brain("qwen2", 896, 4864, 24, 14, 2, 151936, tied=True, positions=32768, rope_theta=1e6)
+_QWEN3_600M = Brain("qwen3", 1024, 3072, 28, 16, 8, 151936, tied=True, positions=40960, rope_theta=1e6, head=128)
 _TINY_CLIP = Eye("clip_vision_model", 32, 64, 3, 4, 32, 8, layer=-2)
 _TINY_SIGLIP = Eye("siglip_vision_model", 32, 64, 2, 4, 32, 8, layer=-1)
+_TINY_NAFLEX = Eye("siglip2_vision_model", 32, 64, 2, 4, 32, 8, layer=-1)
 _TINY_LLAMA = Brain("llama", 48, 96, 2, 4, 2, 320, tied=True, positions=8192, rope_theta=1e4)
 _TINY_QWEN = Brain("qwen2", 48, 96, 2, 4, 2, 320, tied=False, positions=8192, rope_theta=1e4)
 
@@ -114,6 +125,8 @@ SHAPES = {
     "smollm2-1.7b": Shape(_CLIP_B, _SMOLLM2_1700M),
     "llava-1.5-7b": Shape(_CLIP_L, _VICUNA_7B),
     "siglip-qwen2.5-0.5b": Shape(_SIGLIP_B, _QWEN_500M),
+    "siglip2-qwen3-0.6b": Shape(_SIGLIP2_SO, _QWEN3_600M),
+    "tiny-siglip2": Shape(_TINY_NAFLEX, replace(_TINY_QWEN, family="qwen3", head=16)),
     "tiny": Shape(_TINY_CLIP, _TINY_LLAMA),
     "tiny-siglip": Shape(_TINY_SIGLIP, _TINY_QWEN),
 }
@@ -175,7 +188,10 @@ def _parts(shape: Shape, dtype: Any, device: Any, seed: int, calibrate: bool) ->
             in_tokens=vision_encoder.tokens,
             calibrate=calibrate,
         ).to(dtype)
-    encoder = HFVisionEncoder(architecture=vision_encoder.config().to_dict(), layer=vision_encoder.layer, _model=vision)
+    shown = {"fit": "native", "max_patches": vision_encoder.tokens} if vision_encoder.native else {}
+    encoder = HFVisionEncoder(
+        architecture=vision_encoder.config().to_dict(), layer=vision_encoder.layer, _model=vision, **shown
+    )
     fusion = Splice(language_size=language_part.width, language_layers=language_part.layers)
     return encoder.eval(), connector, fusion, language.eval()
 

@@ -162,3 +162,36 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def profiled(step: Callable[[], None], device: str) -> dict[str, Any]:
+    """Where a step goes: `seconds`; `busy`, of them in kernels; `kernels` and `waits` (copies to the host and
+    synchronisations), counted; and the `longest` kernels with their milliseconds and counts. On a CPU its operators
+    take the kernels' place."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    def finish() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    finish()
+    with torch.profiler.profile(activities=kinds, acc_events=True) as seen:
+        started = time.perf_counter()
+        step()
+        finish()
+        seconds = time.perf_counter() - started
+    averages = seen.key_averages()
+    if device == "cuda":
+        kernels = [e for e in averages if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        own = {e.key: (e.self_device_time_total / 1e3, e.count) for e in kernels}
+    else:
+        own = {e.key: (e.self_cpu_time_total / 1e3, e.count) for e in averages}
+    waits = sum(e.count for e in averages if e.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::item"))
+    longest = sorted(own.items(), key=lambda pair: -pair[1][0])[:12]
+    return {
+        "seconds": seconds, "busy": sum(ms for ms, _ in own.values()) / 1e3, "kernels": sum(n for _, n in own.values()),
+        "waits": waits, "longest": [[name[:90], round(ms, 3), n] for name, (ms, n) in longest],
+    }  # fmt: skip
