@@ -65,7 +65,7 @@ class Kernel:
             return "attention"
         if "adamw" in self.name or self.name.startswith("_foreach") or "optim.py" in self.where:
             return "optimizer"
-        if "varlen.py" in self.where:
+        if "varlen.py" in self.where or "packed_attention.py" in self.where:
             return "laying segments"
         if "head.py" in self.where or "nll_loss" in self.name or "log_softmax" in self.name:
             return "head and loss"
@@ -144,6 +144,10 @@ def _flops(name: str, args: Any, kwargs: Any, made: Sequence[Tensor]) -> float:
         return 2.0 * left.numel() * right.shape[-1]
     if name == "convolution":
         return 2.0 * made[0].numel() * args[1][0].numel()
+    if "varlen" in name:
+        query, _, _, starts_S = args[1:5] if (back := "backward" in name) else args[:4]
+        pairs = starts_S.diff().double().square().sum().item()
+        return 4.0 * float(pairs) * query.shape[1] * query.shape[2] * 0.5 * (2.5 if back else 1)
     if "scaled_dot" in name:
         back = "backward" in name
         query, key = args[1:3] if back else args[:2]

@@ -32,6 +32,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import reference_attention
+from opticnerve.ops import packed_attention
+
 CUDA, CPU = "cuda", "cpu"
 DEVICE = torch.device(CUDA, 0)
 MEMORY = 143_771 << 20
@@ -95,7 +98,10 @@ class PretendedDevice:
 
     def put(self, tensor: Tensor, where: str) -> Tensor:
         """Have a tensor's storage lie there."""
-        storage = tensor.untyped_storage()
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # vmap's, whose own lies below
+            return tensor
         if where == CPU:
             vars(storage).pop("pretended", None)
         elif not hasattr(storage, "pretended"):
@@ -382,6 +388,12 @@ _ACCELERATOR: dict[str, Any] = {
 }  # fmt: skip
 
 
+# What CUDA alone computes, and what would be compiled for it.
+_KERNELS: dict[str, Any] = {
+    "varlen_attn": reference_attention.varlen_attn, "flex": reference_attention.Flex, "_compiled": lambda f: f
+}  # fmt: skip
+
+
 @contextmanager
 def pretended(watch: type[Watch] = Watch) -> Iterator[PretendedDevice]:
     """Within it there is a CUDA device. Not to be nested."""
@@ -442,6 +454,7 @@ def pretended(watch: type[Watch] = Watch) -> Iterator[PretendedDevice]:
         (torch._C._nn, {"pad_sequence": padded}),  # type: ignore[attr-defined]
         (DeviceContext, {"__torch_function__": constructed}),
         (torch.cuda, _cuda(device)),
+        (packed_attention, _KERNELS),
         (torch.accelerator, _ACCELERATOR | {"synchronize": lambda *_: device.wait("synchronize")}),
         (foreach, {"_group_tensors_by_device_and_dtype": group}),
         (clipping, {"_group_tensors_by_device_and_dtype": group}),

@@ -19,6 +19,7 @@ from opticnerve.data.collators.next_token import Collator
 from opticnerve.models.freeze import freeze
 from opticnerve.models.vlm.build import dock_recipe
 from opticnerve.objectives.next_token import NextToken
+from opticnerve.ops import enabled
 from opticnerve.plan import cost as plan_cost
 from opticnerve.plan import plan
 
@@ -222,3 +223,21 @@ def test_an_unreachable_model_is_named(make_recipe: Callable[..., Any], tmp_path
 def test_the_plan_is_json(make_recipe: Callable[..., Any]) -> None:
     found = json.loads(json.dumps(plan.make(make_recipe(*STAGES)).to_dict()))
     assert found["stages"][1]["memory_bytes"]["total"] > 0
+
+
+@pytest.mark.skipif(not enabled(), reason="OPTICNERVE_PLAIN switches it off")
+def test_who_computes_the_attention_of_packed_rows_is_told(
+    make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"train": {"connector": 1e-3}}
+    recipe = make_recipe(train, train | {"pack": 256}, train | {"pack": 256, "attention": "flash"})
+    made = plan.make(recipe)
+    assert [stage.attention for stage in made.stages] == [None, "buckets", None]
+    assert [r.text for r in made.remarks if "attention: flash is for CUDA" in r.text]
+    device = plan_cost.device() | {"type": "cuda"}
+    monkeypatch.setattr(plan_cost, "device", lambda: device)
+    monkeypatch.setattr(plan, "matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    there = plan.make(make_recipe(train | {"pack": 256}, precision="bf16", language=None))
+    assert there.stages[0].attention == "varlen"
+    assert there.to_dict()["stages"][0]["attention"] == "varlen"

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_rows import ROWS, layout
 from torch import Tensor
 
 from opticnerve.ops import attention, enabled
 from opticnerve.ops.attention import attend
-from opticnerve.ops.varlen import Segments, segments_of, supported, within
+from opticnerve.ops.segments import Segments, segments_of
+from opticnerve.ops.varlen import supported, within
 
 pytestmark = pytest.mark.skipif(not enabled(), reason="OPTICNERVE_PLAIN switches it off")
 WIDTHS: dict[str, Any] = {
@@ -35,27 +37,6 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def layout(rows: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """group, branch and positions (B, L) of rows: each a list of groups, each a list of its branches' lengths (the
-    first is what they share)."""
-    made = []
-    for row in rows:
-        group, branch = [], []
-        positions: list[int] = []
-        for number, lengths in enumerate(row):
-            for k, length in enumerate(lengths):
-                group += [number] * length
-                branch += [k] * length
-                positions += range(length) if k == 0 else range(lengths[0], lengths[0] + length)
-        made.append((group, branch, positions))
-    longest = max(len(g) for g, _, _ in made)
-    padded = [
-        torch.tensor([r[which] + [fill] * (longest - len(r[which])) for r in made])
-        for which, fill in enumerate((-1, 0, 0))
-    ]
-    return padded[0], padded[1], padded[2]
-
-
 def sees(group_BL: Tensor, branch_BL: Tensor, positions_BL: Tensor, window: int | None = None) -> Tensor:
     """(B, L, L), straight from the definition."""
     same = group_BL[:, :, None] == group_BL[:, None, :]
@@ -63,15 +44,6 @@ def sees(group_BL: Tensor, branch_BL: Tensor, positions_BL: Tensor, window: int 
     before = torch.ones(group_BL.shape[1], group_BL.shape[1], dtype=torch.bool).tril()
     near = positions_BL[:, :, None] - positions_BL[:, None, :] < (window or 10**6)
     return same & mine & before & near
-
-
-ROWS = {
-    "one sample a row": [[[7]], [[5]], [[6]]],
-    "packed": [[[7], [3], [9], [1]], [[4], [12]]],
-    "branches": [[[5, 3, 4]], [[2, 6]]],
-    "branches and plain, packed": [[[5, 3, 4], [8], [2, 2, 2]], [[11], [1]]],
-    "one row": [[[9]]],
-}
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())

@@ -136,6 +136,8 @@ def _stage(stage: StagePlan, console: Console) -> None:
         for s in data.sources:
             sources.add_row(s.name, f"{s.examples:,}", f"{s.share:.1%}", f"{s.epochs:.3g}")
         console.print(sources)
+    if stage.attention is not None:
+        console.print(f"attention within packed rows: {stage.attention}", highlight=False)
     if stage.seconds is not None:
         console.print(
             f"time: about [bold]{format_duration(stage.seconds)}[/] [dim]({stage.timing})[/]", highlight=False

@@ -17,11 +17,13 @@ from opticnerve.language import layers
 from opticnerve.language.load import load_language_config
 from opticnerve.models.checkpoint.delta import weight_names
 from opticnerve.models.checkpoint.source import ModelSource
-from opticnerve.models.family import Family
+from opticnerve.models.family import Family, FamilyModel
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.build import Dock, dtype_of
 from opticnerve.models.vlm.tower import Tower, placed_like
 from opticnerve.objectives.next_token import NextToken
+from opticnerve.ops.packed_attention import choose
+from opticnerve.ops.varlen import case_of, supported
 from opticnerve.plan import cost, feature_cache
 from opticnerve.plan.data import StageData, inspect_data
 from opticnerve.plan.model import (
@@ -56,6 +58,7 @@ class StagePlan:
     seconds: float | None = None
     timing: str = ""
     cache: feature_cache.CachePlan | None = None
+    attention: str | None = None
 
     @property
     def shares(self) -> list[Any]:
@@ -97,6 +100,7 @@ class StagePlan:
             "flops_per_step": self.flops,
             "seconds": self.seconds,
             "timing": self.timing,
+            "attention": self.attention,
             "cache_features": self.cache.to_dict() if self.cache is not None else None,
         }
 
@@ -168,6 +172,10 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
         if planned.cache is not None and planned.cache.on and planned.seconds is not None:
             planned.seconds -= planned.cache.seconds or 0.0
             planned.timing += "; with cache_features"
+        try:
+            planned.attention = _attention(stage, model, machine["type"])
+        except OpticNerveError as e:  # it may well run elsewhere
+            plan.remarks.append(Remark("warning", f"stage {stage.name}: {e}"))
         plan.sample = plan.sample or data.sample
     plan.remarks += remarks(recipe, plan, model)
     return plan
@@ -219,6 +227,21 @@ def _stage(stage: Stage, dock: Family, data: StageData, process: int, visual: in
     )  # fmt: skip
     again = 4 / 3 if stage.gradient_checkpointing else 1.0  # the forward pass of the layers is done twice
     return StagePlan(stage.name, frozen, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
+
+
+def _attention(stage: Stage, model: FamilyModel, kind: str) -> str | None:
+    """Who computes attention within the stage's packed rows, one of `ATTENTIONS` or `mask`; None where a row is one
+    sample.
+
+    Raises:
+        OpticNerveError: the one that the stage names cannot do it here.
+    """
+    branches = stage.objective.type == "dpo" or any(spec.share_prefix for spec in stage.data)
+    if model.language_model is None or (not branches and stage.pack is None):
+        return None
+    if not supported(model.language_model):
+        return "mask"
+    return choose(case_of(model.language_model, branches, torch.device(kind)), stage.attention)
 
 
 def _pieces(tower: Tower) -> int:

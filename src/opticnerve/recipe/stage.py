@@ -162,6 +162,10 @@ class Stage(_WithValidation):
         "nothing",
     )
     kernels: Literal["liger", "inductor"] | None = Field(None, description="fused norms and gated MLPs, by whom")
+    attention: Literal["flash", "varlen", "flex", "buckets"] | None = Field(
+        None,
+        description="who computes attention within the segments of packed rows; by default the fastest that is there",
+    )
     pack: Positive | PackSpec | None = Field(
         None,
         description="stand the samples of a micro-batch side by side in rows of at most so many tokens, each blind to "

@@ -37,6 +37,7 @@ from opticnerve.objectives.base import Objective
 from opticnerve.ops.fused_layers import fuse_layers
 from opticnerve.ops.kernels import KERNELS
 from opticnerve.ops.offload import offload_encoder
+from opticnerve.ops.varlen import attention_by
 from opticnerve.recipe import CacheSpec, LoraSpec, Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.calibrate import calibrate
@@ -89,6 +90,7 @@ class StageSetup:
                 functions = KERNELS[self.stage.kernels](self.accelerator.device) if self.stage.kernels else None
                 model = self.strategy.model
                 stack.enter_context(fuse_layers(model.language_model or torch.nn.Module(), functions))
+                stack.enter_context(attention_by(model.language_model, self.stage.attention))
                 if self.stage.compile:
                     stack.enter_context(compiled_layers(model))
                 give_memory_back()

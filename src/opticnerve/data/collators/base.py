@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opticnerve.common.on_host import moved
 from opticnerve.data.media.transform import open_for
-from opticnerve.ops.varlen import Segments
+from opticnerve.ops.segments import Segments
 from opticnerve.types import Conversation, Features
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from opticnerve.data.encode.packing import Row
 from opticnerve.data.encode.tokenize import IGNORE
 from opticnerve.data.media.audio import open_audio
 from opticnerve.data.media.transform import open_for, pixels
-from opticnerve.ops.varlen import Segments, segments_of
+from opticnerve.ops.segments import Segments, segments_of
 from opticnerve.types import ChatProcessor
 
 
