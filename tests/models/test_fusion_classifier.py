@@ -14,7 +14,7 @@ from opticnerve.data.collators.classification import answer_set
 from opticnerve.encoders.text import HFTextEncoder
 from opticnerve.models.classifier.build import ClassifierDock, classifier
 from opticnerve.models.classifier.modeling import FusionClassifier
-from opticnerve.models.classifier.parts import EarlyHead, IntermediateHead, LateHead, Read
+from opticnerve.models.classifier.parts import EarlyHead, IntermediateHead, LateHead, Read, TextMemory
 from opticnerve.types import Features, ask
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -84,6 +84,21 @@ def test_questions_that_are_remembered_say_the_same(timing: str, made: Callable[
     fresh = made(timing)
     fresh.model.load_state_dict(state)
     assert torch.equal(dock.model(**given).logits, fresh.model(**given).logits), "it answered from old weights"
+
+
+def test_the_company_a_text_was_read_in_leaves_no_trace(made: Callable[..., ClassifierDock]) -> None:
+    """A run that was stopped reads texts anew, beside others than before; so does one that is looked at in between."""
+    dock = made("intermediate")
+    texts = [" ".join(["is it red?", "blue", "or what?"][i % 3] for i in range(n)) for n in range(1, 25)]
+    whole = inputs(dock, texts)
+    memories = [TextMemory(dock.model.text.encoder) for _ in range(2)]
+    dock.model.text.requires_grad_(False)
+    for row in range(0, 24, 5):
+        part = inputs(dock, texts[row : row + 5][::-1])
+        memories[0].read(part["input_ids"], part["attention_mask"])
+    one, other = (m.read(whole["input_ids"], whole["attention_mask"]) for m in memories)
+    assert torch.equal(one.states.tokens_BND, other.states.tokens_BND)
+    assert torch.equal(one.vector_BD, other.vector_BD)
 
 
 def test_nothing_is_remembered_while_dropout_is_at_work(made: Callable[..., ClassifierDock]) -> None:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opticnerve.common.on_host import on_host, sent
 from opticnerve.common.private_names import times_written
 from opticnerve.encoders.base import Encoder
 from opticnerve.encoders.text import HFTextEncoder
@@ -241,7 +240,11 @@ MOST = 4096
 
 
 class TextMemory:
-    """Reads through a text encoder; while that stays as it is, each text only once.
+    """Reads through a text encoder; on a CPU, while that stays as it is, each text only once.
+
+    Each is read alone then: beside other texts its numbers would differ in their last bits, and so a run that goes on,
+    or is looked at in between, would not be the run that reads them with others. (An accelerator reads a batch at
+    once, each time anew: one text at a time would keep it waiting.)
 
     Nothing is remembered while the encoder trains or its dropout is at work, nor across a change of its weights, their
     precision, or their device. Not a module: what it remembers is no state of the model.
@@ -255,33 +258,32 @@ class TextMemory:
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Read:
         """Token ids and mask (B, L) → `Read`, padded on the right."""
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
-        if learns or any(m.training for m in self.encoder.modules()):
+        if learns or input_ids.device.type != "cpu" or any(m.training for m in self.encoder.modules()):
             self._known.clear()
             return Read(*self.encoder.states_and_vector(input_ids, attention_mask))
         weights = [_mark(p) for p in self.encoder.parameters()]
         if weights != self._weights:
             self._known.clear()
             self._weights = weights
-        ids_BL, mask_BL = on_host(input_ids).cpu(), on_host(attention_mask).cpu().bool()
-        keys = [ids[mask].numpy().tobytes() for ids, mask in zip(ids_BL, mask_BL, strict=True)]
-        missing = {k: i for i, k in enumerate(keys) if k not in self._known}
-        if missing:
-            rows = sent(torch.tensor(list(missing.values())), input_ids.device)
+        real_BL = attention_mask.bool()
+        texts = [ids[mask] for ids, mask in zip(input_ids, real_BL, strict=True)]
+        keys = [text.numpy().tobytes() for text in texts]
+        for key, row in {k: i for i, k in enumerate(keys) if k not in self._known}.items():
+            text, length = texts[row], len(texts[row])
+            given = text[None], torch.ones_like(text)[None]
+            if self.encoder.padding == "max_length":  # SigLIP's attends to it
+                given = input_ids[row : row + 1], attention_mask[row : row + 1]
             with torch.no_grad():
-                read = Read(*self.encoder.states_and_vector(input_ids[rows], attention_mask[rows]))
-            lengths = mask_BL[list(missing.values())].sum(1).tolist()
-            for row, (key, length) in enumerate(zip(missing, lengths, strict=True)):
-                states_LD = read.states.tokens_BND[row, :length]
-                # Copies: a view would keep all of its batch in memory.
-                self._known[key] = states_LD.clone(), read.vector_BD[row].clone()
+                states, vector_1D = self.encoder.states_and_vector(*given)
+            # Copies: a view would keep the padding in memory.
+            self._known[key] = states.tokens_BND[0, :length].clone(), vector_1D[0].clone()
         found = [self._known[k] for k in keys]
         for key in keys:
             self._known.move_to_end(key)
         while len(self._known) > max(MOST, len(keys)):
             self._known.popitem(last=False)
         states_BLD = torch.nn.utils.rnn.pad_sequence([s for s, _ in found], batch_first=True)
-        lengths_B1 = sent(torch.tensor([[len(s)] for s, _ in found]), states_BLD.device)
-        real_BL = torch.arange(states_BLD.shape[1], device=states_BLD.device) < lengths_B1
+        real_BL = torch.arange(states_BLD.shape[1]) < torch.tensor([[len(s)] for s, _ in found])
         return Read(Features(states_BLD, real_BL), torch.stack([v for _, v in found]))
 
 
