@@ -12,11 +12,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from errors import refused
-from opticnerve.distributed.collectives import engine, sequence_parallel, timeout
+from opticnerve.distributed.collectives import engine, keeps_shards, sequence_parallel, timeout
 
 LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 ENGINES = {
-    "ddp": "ddp", "fsdp2": "fsdp2", "fsdp2-zero2": "fsdp2", "fsdp2-sequence": "fsdp2", "multi-node": "fsdp2", "deepspeed-zero2": "zero2",
+    "ddp": "ddp", "fsdp2": "fsdp2", "fsdp2-zero2": "fsdp2",
+    "fsdp2-sharded": "fsdp2", "fsdp2-sequence": "fsdp2", "multi-node": "fsdp2", "deepspeed-zero2": "zero2",
     "deepspeed-zero3": "zero3",
 }  # fmt: skip
 
@@ -35,6 +36,7 @@ def test_launch_files_choose_the_engine_they_claim(name: str, monkeypatch: pytes
         given = prepare_multi_gpu_env(args)
     assert engine({**given, "WORLD_SIZE": "8"}) == ENGINES[name]
     assert sequence_parallel({**given, "WORLD_SIZE": "8"}) == (2 if name == "fsdp2-sequence" else 1)
+    assert keeps_shards({**given, "WORLD_SIZE": "8"}) == (name == "fsdp2-sharded")
     if ENGINES[name] == "fsdp2":
         assert given["FSDP_RESHARD_AFTER_FORWARD"] == ("false" if name == "fsdp2-zero2" else "true")
 
@@ -52,12 +54,16 @@ def test_the_slurm_script_is_shell_and_names_files_that_exist() -> None:
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage 1"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "LOCAL_STATE_DICT"},
+            "SHARDED_STATE_DICT",
+        ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
     ],
 )
 def test_engines_that_are_not_driven_are_refused(environment: dict[str, str], words: str) -> None:
     with refused("unsupported", words):
-        engine(environment)
+        keeps_shards(environment)
 
 
 def test_the_timeout_is_ours_to_choose() -> None:

@@ -18,9 +18,9 @@ from opticnerve.recipe import Recipe
 from opticnerve.runs.card.card import write_card
 from opticnerve.runs.folder import read_metrics
 from opticnerve.train import throughput
+from opticnerve.train.engine import make_accelerator
 from opticnerve.train.loop import run_stage
 from opticnerve.train.metrics import tracked
-from opticnerve.train.setup import make_accelerator
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

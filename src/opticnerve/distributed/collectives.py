@@ -60,6 +60,24 @@ def engine(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp2
     return "fsdp2"
 
 
+def keeps_shards(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the model shall lie in shards from its load to its last checkpoint: accelerate's `fsdp_state_dict_type:
+    SHARDED_STATE_DICT`, under FSDP2.
+
+    Raises:
+        OpticNerveError: another kind of such a file.
+    """
+    if engine(environment) != "fsdp2":
+        return False
+    kind = environment.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    if kind not in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        raise OpticNerveError(
+            f"fsdp_state_dict_type: {kind} is not honoured here; write FULL_STATE_DICT or SHARDED_STATE_DICT",
+            kind="unsupported",
+        )
+    return kind == "SHARDED_STATE_DICT"
+
+
 def sequence_parallel(environment: Mapping[str, str] = os.environ) -> int:
     """How many processes share a sequence, by accelerate's `parallelism_config`; 1 where none was asked for.
 

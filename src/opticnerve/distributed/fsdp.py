@@ -7,20 +7,25 @@ run it, and the others would wait for its shards.
 
 A twin of the model is sharded, module by module the same, and the model's own parameters are empty meanwhile: at the
 end they take what the twin has learned, and nothing of FSDP is left in them.
+
+A language model that was read onto shards (`language.sharded`) stays so: the twin trains its very shards.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from opticnerve.common.shards import whole
 from opticnerve.language.layers import decoder_layers
 from opticnerve.models.freeze import Frozen
 from opticnerve.objectives.base import Objective
@@ -42,6 +47,7 @@ class Twin:
     """
 
     def __init__(self, objective: Objective, own: dict[int, Any]) -> None:
+        gc.collect()  # the twin of the stage before hangs in circles with its hooks, and its shards and moments with it
         self.whole, self._objective = objective.model, objective
         tensors = {id(t): t for t in [*self.whole.parameters(), *self.whole.buffers()]}
         self.objective = copy.deepcopy(objective, tensors | own)
@@ -56,8 +62,9 @@ class Twin:
     def empty_whole(self) -> None:
         """What is spread shall not be in memory twice."""
         own = dict(self.whole.named_parameters())
-        for name in self.shares:
-            own[name].data = own[name].data.new_empty(0)
+        for name, share in self.shares.items():
+            if own[name] is not share:
+                own[name].data = own[name].data.new_empty(0)
 
 
 class Sharded(Twin):
@@ -66,42 +73,51 @@ class Sharded(Twin):
     Args:
         reshard: free a layer's weights again after its forward pass (as ZeRO-3); False keeps them until the backward
             pass has been through (as ZeRO-2).
+
+    Attributes:
+        stays: the language model was read onto shards over `mesh`, and stays in them.
     """
 
     def __init__(self, objective: Objective, *, world: int, device: torch.device, reshard: bool = True) -> None:
-        super().__init__(objective, {})
-        mesh = init_device_mesh(device.type, (world,))
+        shards = {n: p for n, p in _parameters(objective.model) if isinstance(p, DTensor)}
+        super().__init__(objective, {id(p): _without_values(p) for p in shards.values()})
+        mesh = next((p.device_mesh for p in shards.values()), None) or init_device_mesh(device.type, (world,))
         kept_whole = {p for tower in self.model.towers.values() for p in _frozen_encoder(tower)}
         for module in layers(self.model):
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=kept_whole)
         fully_shard(self.objective, mesh=mesh, reshard_after_forward=False, ignored_params=kept_whole)
+        for name, shard in shards.items():  # as `load_state_dict(assign=True)`, which forgets which of them are tied
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), leaf, shard)
+        self.mesh, self.stays = mesh, bool(shards)
         self.shares = {n: p for n, p in self.model.named_parameters() if isinstance(p, DTensor)}
         self.empty_whole()
 
     @torch.no_grad()
     def bring_together(self) -> tuple[Any, Any]:
         """Give the whole model, on every process, the weights and buffers that the twin has come to; returns it, and
-        its objective."""
+        its objective: the twin's, where the language model stays in shards and nothing but FSDP can run it."""
         own = dict(self.whole.named_parameters())
         for name, share in self.shares.items():
-            own[name].data = whole(share)
-            share.to_local().untyped_storage().resize_(0)  # not twice in memory
+            if own[name] is not share:
+                own[name].data = whole(share)
+                if not self.stays:
+                    share.to_local().untyped_storage().resize_(0)  # not twice in memory
         for name, buffer in self.model.named_buffers():
             if (mine := self.whole.get_buffer(name)) is not buffer:
                 mine.copy_(buffer)
-        return self.whole, self._objective
+        return self.whole, self.objective if self.stays else self._objective
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may lie in shards; every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _parameters(model: FamilyModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """All by name, those that are tied by each of theirs."""
+    modules: nn.Module = cast(nn.Module, model)
+    return modules.named_parameters(remove_duplicate=False)
 
 
-def as_shard(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor, if `like` lies in shards; else the tensor."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+def _without_values(shard: DTensor) -> nn.Parameter:
+    """What `fully_shard` plans for: a parameter of the same shape that takes no memory."""
+    return nn.Parameter(torch.empty(shard.shape, dtype=shard.dtype, device="meta"), requires_grad=shard.requires_grad)
 
 
 def layers(model: FamilyModel) -> list[nn.Module]:

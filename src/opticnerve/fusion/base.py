@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import torch_compilable_check
 
 from opticnerve.common.on_host import on_host
 from opticnerve.common.private_names import assert_on_device
+from opticnerve.common.shards import rows_of
 from opticnerve.types import Features
 
 
@@ -140,12 +142,29 @@ def words_of(embeddings: nn.Module, rows: int = 8192) -> tuple[Tensor, float]:
     weight: Any = embeddings.weight
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), 0.0
     for start in range(0, weight.shape[0], rows):
-        ids_V = torch.arange(start, min(start + rows, weight.shape[0]), device=weight.device)
-        words_VD = embeddings(ids_V).double().cpu()
-        count, total, squares = count + len(ids_V), total + words_VD.sum(0), squares + float(words_VD.square().sum())
+        words_VD = _words(embeddings, start, min(start + rows, weight.shape[0])).double().cpu()
+        count, total, squares = count + len(words_VD), total + words_VD.sum(0), squares + float(words_VD.square().sum())
     numbers = count * total.numel()
     variance = (squares - float(total.sum()) ** 2 / numbers) / (numbers - 1)
     return (total / count).float(), max(variance, 0.0) ** 0.5
+
+
+def _words(embeddings: nn.Module, start: int, stop: int) -> Tensor:
+    """The embeddings (V, D) of the words from `start` to `stop`. Of a table that lies in shards these rows alone come
+    together, and every process must call it."""
+    table: Any = embeddings.weight
+    ids_V = torch.arange(start, stop, device=table.device)
+    if not isinstance(table, DTensor):
+        words_VD: Tensor = embeddings(ids_V)
+        return words_VD
+    module: Any = embeddings
+    rows, padding = {"weight": rows_of(table, start, stop)}, module.padding_idx
+    module.padding_idx = None  # a number in all of the table; it concerns gradients alone
+    try:
+        words_VD = torch.func.functional_call(embeddings, rows, (ids_V - start,))
+    finally:
+        module.padding_idx = padding
+    return words_VD
 
 
 class Splice(Fusion):

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.distributed import DistributedConfig
 from transformers.initialization import no_init_weights
 
 from opticnerve.common.hub import UNREADABLE, unreadable
@@ -164,12 +165,18 @@ def _load_whole(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     return load_weights(cls, name, name, dtype, left_over=True)
 
 
-def load_weights(cls: type[Any], place: str, name: str, dtype: torch.dtype, *, left_over: bool = False) -> Any:
+def load_weights(
+    cls: type[Any], place: str, name: str, dtype: torch.dtype, *, left_over: bool = False,
+    shared: DistributedConfig | None = None,
+) -> Any:  # fmt: skip
     """transformers' `cls` with its weights. `place`: a folder, or a name that `cls` finds. `left_over`: the files may
-    hold more than it has."""
+    hold more than it has. `shared`: how the weights are shared out over processes, where they are."""
+    options = {} if shared is None else {"distributed_config": shared}
     try:
         # Mismatched tensors are listed with the others, and refused.
-        loaded: Any = cls.from_pretrained(place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        loaded: Any = cls.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (*UNREADABLE, SafetensorError) as e:
         raise unreadable(f"the weights of {name!r}", e, "give a folder or hub model that holds them whole") from e
     model, report = loaded

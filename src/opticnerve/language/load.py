@@ -19,6 +19,7 @@ from opticnerve.common.cache import cache_dir, fingerprint, new_folder, weight_f
 from opticnerve.common.hub import UNREADABLE, read_config, unreadable
 from opticnerve.language.composite import causal_config, check_complete, load_weights, text_config_of, text_model
 from opticnerve.language.layers import check_takes_embeddings
+from opticnerve.language.sharded import check_not_sharded, load_sharded, loads_onto_shards
 from opticnerve.starter import weights as starter
 from opticnerve.types import OpticNerveError
 
@@ -50,10 +51,14 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32, gguf_file: s
         tokenizer = load_tokenizer(name, gguf_file=gguf_file)
         whole = read_config(folder, name)
         if text_config_of(whole) is not whole:  # its language model is its text model, to be taken out
+            check_not_sharded(name, whole)
             model = text_model(name, whole, config, dtype=dtype)
+        elif loads_onto_shards():
+            model = load_sharded(folder, name, config, dtype)
         else:
             model = load_weights(AutoModelForCausalLM, folder, name, dtype)
-    check_takes_embeddings(model, name)
+    if not loads_onto_shards():
+        check_takes_embeddings(model, name)
     # What was asked for, not where it was found: configurations travel, folders do not.
     model.config.name_or_path = name
     return Language(model, tokenizer, name, tuple(files))

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from opticnerve.common import atomic
+from opticnerve.train import sharded
+from opticnerve.train.sharded import SHARDS
 from opticnerve.types import OpticNerveError
 
 STATE, SUMS = "state.pt", "sha256.json"
 _NAME = re.compile(r"checkpoint-(\d{8})(?:\.(\d+))?")
 
 
-def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2, shards: Path | None = None) -> Path:
     """Write `checkpoint-<step>` under `folder`; then all but the newest `keep` go, and torn ones.
 
     One of the same step stays until the new one is whole, which is then called `checkpoint-<step>.1`: in no moment
@@ -28,6 +31,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
 
     Args:
         state: tensors and plain values only: it is read back with `weights_only=True`.
+        shards: a folder beside, of what was taken out of the state (`train.sharded`), which the checkpoint takes in.
 
     Raises:
         DiskFull: it does not fit; the message says how much is missing. OpticNerveError: it cannot be written.
@@ -42,6 +46,8 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
     try:
         with atomic.room_for("a checkpoint", size_of(state), folder, remedy=f"{kept}; free some space and resume"):
             partial.mkdir()
+            if shards is not None:
+                shards.rename(partial / SHARDS)
             _write(partial, {**state, "step": step})
             partial.rename(target)
     except OSError as e:
@@ -62,7 +68,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None = None) -> dict[str, Any] | None:
-    """The state of the newest whole checkpoint; torn ones are passed over, loudly. None where there never was one.
+    """The state of `newest_whole`."""
+    found = newest_whole(folder, warn=warn, most=most)
+    return None if found is None else read(found)
+
+
+def newest_whole(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None = None) -> Path | None:
+    """The newest whole checkpoint; torn ones are passed over, loudly. None where there never was one.
 
     Args:
         most: the last step whose metrics are there; later checkpoints are passed over, too.
@@ -75,7 +87,8 @@ def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None
         try:
             if most is not None and _step_of(path)[0] > most:
                 raise ValueError(f"metrics.jsonl ends with step {most}")
-            return load(path)
+            check(path)
+            return path
         except (OSError, ValueError) as e:
             warn(f"passing over the checkpoint {path}, it cannot be used: {e}")
             wrong.append(f"{path.name}: {e}")
@@ -89,16 +102,44 @@ def newest(folder: Path, *, warn: Callable[[str], Any] = print, most: int | None
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that a checkpoint holds.
+    """The state that a checkpoint holds, all of it whole, if the files are those that were written.
 
     Raises:
         ValueError, OSError: it is torn or damaged; the message says how.
     """
-    known, step = _sums(path), _step_of(path)[0]
-    if (found := atomic.sha256(path / STATE)) != known["sha256"]:
-        raise ValueError(f"{STATE} has the SHA-256 {found[:12]}…, {SUMS} says {known['sha256'][:12]}…")
+    check(path)
+    return read(path)
+
+
+def check(path: Path) -> None:
+    """See that a checkpoint is what was written.
+
+    Raises:
+        ValueError, OSError: it is torn or damaged; the message says how.
+    """
+    for name, known in _sums(path).items():
+        if (found := atomic.sha256(path / name)) != known["sha256"]:
+            raise ValueError(f"{name} has the SHA-256 {found[:12]}…, {SUMS} says {known['sha256'][:12]}…")
+    _state(path, mmap=True)
+
+
+def read(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """The state that a checkpoint holds, as `load`; its hashes are not looked at.
+
+    Args:
+        mesh: of the processes that call it, which get what was written in shards in shards. What was written whole is
+            mapped from its file: nobody needs more than his rows of it.
+    """
+    state = _state(path, mmap=mesh is not None)
+    if names := sharded.names(state):
+        return sharded.put_back(state, sharded.read(path / SHARDS, names, mesh))
+    return state
+
+
+def _state(path: Path, *, mmap: bool) -> dict[str, Any]:
+    step = _step_of(path)[0]
     try:
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        state: object = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # a damaged archive with a damaged pickle in it: there is no end to what torch raises
         raise ValueError(f"{STATE} cannot be read: {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
     if not isinstance(state, dict) or state.get("step") != step:
@@ -109,7 +150,7 @@ def load(path: Path) -> dict[str, Any]:
 def looks_whole(path: Path) -> bool:
     """Whether the state is there in its size: what can be told without reading it."""
     try:
-        return bool((path / STATE).stat().st_size == _sums(path)["bytes"])
+        return all((path / name).stat().st_size == known["bytes"] for name, known in _sums(path).items())
     except (OSError, ValueError):
         return False
 
@@ -148,8 +189,9 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
             raise guarded.failed or e from e
         file.flush()
         os.fsync(file.fileno())
-    found = {"sha256": atomic.sha256(folder / STATE), "bytes": (folder / STATE).stat().st_size}
-    atomic.write_json(folder / SUMS, {STATE: found})
+    files = [folder / STATE, *sorted((folder / SHARDS).glob("*"))]
+    sums = {f.relative_to(folder).as_posix(): {"sha256": atomic.sha256(f), "bytes": f.stat().st_size} for f in files}
+    atomic.write_json(folder / SUMS, sums)
 
 
 class _Writing:
@@ -167,16 +209,21 @@ class _Writing:
             raise
 
 
-def _sums(path: Path) -> dict[str, Any]:
-    """`sha256` and `bytes` of a checkpoint's state, as its list of hashes has them."""
+def _sums(path: Path) -> dict[str, dict[str, Any]]:
+    """`sha256` and `bytes` of a checkpoint's state and of its shards, as its list of hashes has them."""
     try:
         sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{SUMS} is not readable JSON: {e}") from e
-    known = sums.get(STATE) if isinstance(sums, dict) and len(sums) == 1 else None
-    if not isinstance(known, dict) or known.keys() != {"sha256", "bytes"}:
-        raise ValueError(f"{SUMS} does not list {STATE} alone, with its sha256 and bytes")
-    return {**known, "sha256": str(known["sha256"])}
+    if not isinstance(sums, dict) or STATE not in sums or not all(map(_is_sum, sums.items())):
+        raise ValueError(f"{SUMS} does not list {STATE} and shards alone, with their sha256 and bytes")
+    return {name: {**known, "sha256": str(known["sha256"])} for name, known in sums.items()}
+
+
+def _is_sum(listed: tuple[str, object]) -> bool:
+    name, known = listed
+    ours = name == STATE or re.fullmatch(rf"{SHARDS}/[\w.-]+", name) is not None
+    return ours and isinstance(known, dict) and known.keys() == {"sha256", "bytes"}
 
 
 def _step_of(path: Path) -> tuple[int, int]:

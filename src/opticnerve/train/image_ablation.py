@@ -25,8 +25,9 @@ _Z = 1.96
 
 
 @torch.no_grad()
-def image_use(model: Any, objective: Objective, sampler: StageSampler) -> dict[str, Any] | None:
-    """The mean loss a token on some of the stage's samples, with their own picture and with another's.
+def image_use(objective: Objective, sampler: StageSampler) -> dict[str, Any] | None:
+    """The mean loss a token of the objective's model on some of the stage's samples, with their own picture and with
+    another's.
 
     Every process computes the same. None where the question makes no sense: fewer than `FEWEST` samples with one
     picture of their own each, pictures whose number of tokens differs (tiles, `fit: native`), or an objective that
@@ -34,13 +35,13 @@ def image_use(model: Any, objective: Objective, sampler: StageSampler) -> dict[s
 
     Returns: `n`, `own`, `other` (nats a token, means over samples), `other_minus_own`, its `ci95` (paired, normal).
     """
-    tower = model.towers.get("image")
+    tower = objective.model.towers.get("image")
     if sampler.own_collate is not None or tower is None or getattr(tower, "layout", None) is not None:
         return None
     rows = _rows(sampler)
     if len(rows) < FEWEST:
         return None
-    model.eval()
+    objective.model.eval()
     own, other = [], []
     for k, row in enumerate(rows):
         swapped = replace(row, images=rows[k - 1].images)  # in a circle, everybody's neighbour is somebody else

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opticnerve.common import atomic
 from opticnerve.common.progress import Progress
+from opticnerve.common.shards import gather, state_dict_with
 from opticnerve.common.units import format_bytes
 from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main, sequence_parallel
@@ -28,8 +29,9 @@ from opticnerve.models.family import Family
 from opticnerve.models.vlm.tower import MEDIA_INPUT
 from opticnerve.ops.attention import plain_attention
 from opticnerve.recipe import Recipe, Stage
-from opticnerve.train import checkpoint
+from opticnerve.train import checkpoint, sharded
 from opticnerve.train.divergence import Diverged, Divergence
+from opticnerve.train.engine import make_accelerator
 from opticnerve.train.image_ablation import image_use
 from opticnerve.train.metrics import (
     METRICS,
@@ -42,7 +44,7 @@ from opticnerve.train.metrics import (
     tracked,
 )
 from opticnerve.train.optim import stage_factor
-from opticnerve.train.setup import StageSetup, make_accelerator, set_up
+from opticnerve.train.setup import StageSetup, set_up
 from opticnerve.train.throughput import Throughput
 from opticnerve.train.validation import Score
 from opticnerve.types import OpticNerveError
@@ -111,8 +113,10 @@ def run_stage(
             state, validation = ready.state, ready.state.validation
             if validation is not None:
                 validation.restore_best(dock.model)
-            on_main(accelerator, lambda: _save_model(ready, trained_before))
-            use = image_use(dock.model, ready.strategy.objective, ready.sampler)
+            gathered = _gather(ready, trained_before)
+            on_main(accelerator, lambda: _save_model(ready, trained_before, gathered))
+            gathered.clear()
+            use = image_use(ready.strategy.objective, ready.sampler)
             return StageResult(
                 stage.name, state.step, state.samples, state.tokens, state.elapsed, state.loss, ready.skipped,
                 state.left_out, use, None if validation is None else validation.summary(ready.sampler.steps),
@@ -237,12 +241,17 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint that the stage continues from, exactly; every process takes part, one of them writes."""
-        state = self.state.state_dict()
+        state, in_shards = sharded.take_out(self.state.state_dict())
+        folder, shards = self.ready.folder, None
+        if in_shards:
+            remedy = "the checkpoints before it are whole; free some space and resume"
+            shards = sharded.write(in_shards, folder, self.accelerator, remedy=remedy)
 
         def write() -> Path:
             if self.log is not None:
                 self.log.sync()  # a checkpoint is never ahead of the lines
-            return checkpoint.save(self.ready.folder, self.state.step, state, keep=self.stage.keep_checkpoints)
+            keep = self.stage.keep_checkpoints
+            return checkpoint.save(folder, self.state.step, state, keep=keep, shards=shards)
 
         return on_main(self.accelerator, write)
 
@@ -267,10 +276,18 @@ class Trainer:
         return Progress(self.stage.name, self.sampler.steps, start=self.state.step, console=console)
 
 
-def _save_model(ready: StageSetup, trained: set[str]) -> None:
-    """What the stage has come to, in its folder."""
+def _gather(ready: StageSetup, trained: set[str]) -> dict[str, Tensor]:
+    """All of what trained and lies in shards, in the main process's memory. (An adapter may have come around it.)"""
+    state = ready.dock.model.state_dict()
+    names = [n for n in state if n in trained or n.replace(".base_layer.", ".") in trained]
+    return gather(state, names, keep=ready.accelerator.is_main_process)
+
+
+def _save_model(ready: StageSetup, trained: set[str], gathered: dict[str, Tensor]) -> None:
+    """What the stage has come to, in its folder; of what lies in shards, `gathered`."""
     try:
-        ready.dock.save(ready.folder, trained)
+        with state_dict_with(ready.dock.model, gathered):
+            ready.dock.save(ready.folder, trained)
     except (OSError, SafetensorError) as e:
         free = format_bytes(shutil.disk_usage(ready.folder).free)
         raise OpticNerveError(

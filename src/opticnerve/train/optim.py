@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from opticnerve.common.private_names import copy_all
-from opticnerve.distributed.fsdp import as_shard, whole
+from opticnerve.common.shards import as_shard, whole
 from opticnerve.language.quantization import bitsandbytes
 from opticnerve.models.freeze import Frozen, decay_groups
 from opticnerve.recipe import Stage
@@ -158,21 +159,22 @@ class MasterAdamW:
         """float32 values of the trained weights, by full name."""
         return {name: master.detach() for name, _, master in self.weights}
 
-    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, keep: bool = True, in_shards: bool = False) -> dict[str, Any]:
         """Moments, masters and averages, whole also where they lie in shards: the same on any number of processes.
 
         Shards are brought together by all processes; those that say `keep=False` get nothing, and hold no more than one
-        whole tensor at a time.
+        whole tensor at a time. With `in_shards` they stay as they lie.
         """
         found: dict[str, Any] = {}
+        values = partial(_whole_values, keep=keep) if not in_shards else dict
         for kind, optimizer in self.optimizers.items():
             state = optimizer.state_dict()
-            found[kind] = {**state, "state": {k: _whole_values(v, keep) for k, v in state["state"].items()}}
+            found[kind] = {**state, "state": {k: values(v) for k, v in state["state"].items()}}
         if self.ema is not None:
-            found |= {"averages": _whole_values(self.averages, keep), "averaged_steps": self.averaged_steps}
+            found |= {"averages": values(self.averages), "averaged_steps": self.averaged_steps}
         if self._halved:
             found["scaler"] = {"scale": self.scale, "good_steps": self._good_steps}
-        return {**found, "masters": _whole_values(self.master_tensors(), keep)}
+        return {**found, "masters": values(self.master_tensors())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly: moments, masters, averages, and the weights rounded from them. Each process takes its

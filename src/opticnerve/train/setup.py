@@ -1,4 +1,4 @@
-"""All that must stand before a stage's first step: the engine, what trains and what is frozen, the data, the features
+"""All that must stand before a stage's first step: what trains and what is frozen, the data, the features
 of frozen encoders, calibrated connectors, the strategy, and the state to go on from."""
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from rich.console import Console
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve import registry
 from opticnerve.common import atomic, private_names
+from opticnerve.common.shards import to_device
 from opticnerve.data.dataset.bad_samples import BadSampleCounter
 from opticnerve.data.dataset.dataset import NO_MEDIA, Example
 from opticnerve.data.dataset.load import load_examples, load_streams
-from opticnerve.distributed.collectives import barrier, engine, sequence_parallel, timeout, without_engines
+from opticnerve.distributed.collectives import barrier, on_main, sequence_parallel
 from opticnerve.features.store import see_all
 from opticnerve.language.chat_template import stage_template
 from opticnerve.language.layers import context_length, decoder_layers
@@ -47,13 +47,10 @@ from opticnerve.train.sampler import Collate, StageSampler, StreamingSampler
 from opticnerve.train.state import TrainState
 from opticnerve.train.strategy import Strategy, make_strategy
 from opticnerve.train.validation import HeldOut, Score, Validation, held_out_stage
-from opticnerve.types import MediaProcessor, OpticNerveError, to_install
+from opticnerve.types import MediaProcessor, OpticNerveError
 
 BACKEND = "inductor"
 _LOOKED_AT = 32  # rows of a stream
-# Where the name is not that of the package.
-_EXTRAS = ("tensorboard", "wandb", "mlflow", "trackio")
-TRACKER_PACKAGES = {name: f"opticnerve[{name}]" for name in _EXTRAS} | {"comet_ml": "comet-ml"}
 
 
 @dataclass
@@ -144,7 +141,7 @@ def set_up(
     if (spec := stage.validate) is not None and (spec.data or spec.split):
         held_out = make_held_out(stage, processor, objective, sampler)
         data |= {"held_out": held_out.fingerprint}
-    objective.to(accelerator.device)
+    to_device(objective, accelerator.device)
     if stage.cache_features:
         seeing = [sampler] if held_out is None else [sampler, held_out.sampler]
         cache_features(model, processor, stage, seeing, accelerator, console)
@@ -164,9 +161,10 @@ def set_up(
         )  # fmt: skip
     ready = StageSetup(dock, stage, folder, accelerator, console, frozen, skipped, sampler, strategy, state)
     if going_on:
-        found = checkpoint.newest(folder, warn=ready.emit, most=steps_in(folder / METRICS))
+        whole = partial(checkpoint.newest_whole, folder, warn=ready.emit, most=steps_in(folder / METRICS))
+        found = on_main(accelerator, whole)  # which hashes its files, for all
         assert found is not None
-        state.load_state_dict(found, ready.emit)
+        state.load_state_dict(checkpoint.read(found, strategy.mesh), ready.emit)
     return ready
 
 
@@ -174,54 +172,6 @@ def _number_of(folder: Path) -> int:
     """Of a stage, which its folder's name begins with."""
     number, _, _ = folder.name.partition("-")
     return int(number) if number.isdigit() else 0
-
-
-# -- the engine -------------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
-    """accelerate's engine: devices, processes, trackers. Mixed precision is ours (bf16 weights, float32 masters).
-
-    Raises:
-        OpticNerveError: launched with an engine that the loop does not drive; or a tracker is unknown or not installed.
-    """
-    engine()
-    _check_trackers(recipe.trackers)
-    with without_engines():
-        # A connector may carry weights that only its pretraining, or only its use, needs.
-        handlers = [
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timeout()),
-        ]
-        accelerator = Accelerator(
-            log_with=recipe.trackers or None, project_dir=str(run_dir), kwargs_handlers=handlers
-        )  # fmt: skip
-    if recipe.trackers:
-        accelerator.init_trackers(recipe.name, config=tracked_settings(recipe.model_dump(mode="json")))
-    return accelerator
-
-
-def tracked_settings(value: object, above: str = "") -> dict[str, Any]:
-    """A recipe's settings as trackers take them, `stages.0.steps: 500`; what is left out, and empty, is not told."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, inner in items for k, v in tracked_settings(inner, f"{above}.{key}").items()}
-    return {} if value is None else {above.lstrip("."): value}
-
-
-def _check_trackers(names: list[str]) -> None:
-    """accelerate passes over what it does not find, and a run would be without its curves."""
-    known = {str(t.value): t for t in LoggerType if t is not LoggerType.ALL}
-    for name in names:
-        if name not in known:
-            raise OpticNerveError(
-                f"trackers: there is no {name!r}; known: {', '.join(sorted(known))}", kind="unknown-name"
-            )
-        if known[name] not in get_available_trackers():
-            command = to_install(TRACKER_PACKAGES.get(name, name))
-            raise OpticNerveError(
-                f"trackers: {name} is not installed; run `{command}`, or set trackers=[]", kind="not-installed"
-            )
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

@@ -49,10 +49,11 @@ class TrainState:
         self.loss = self.loss if loss is None else loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; every process takes part, the main one alone gets the optimizer's."""
+        """Tensors and plain values; every process takes part, the main one alone gets the optimizer's, if these do not
+        stay in shards."""
         accelerator, model = self._strategy.accelerator, self._strategy.model
         return {
-            "optimizer": self._strategy.optimizer.state_dict(keep=accelerator.is_main_process),
+            "optimizer": self._strategy.optimizer_state(),
             "buffers": {n: model.get_buffer(n).detach().cpu() for n in self.moving},
             "rng": gather_objects(accelerator, checkpoint.rng_state(accelerator.device)),
             "data": self._data,

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from opticnerve.common.private_names import is_stateful
 from opticnerve.distributed.collectives import engine, sequence_group, sequence_parallel
@@ -58,6 +59,8 @@ class Strategy:
     """Whether the weights lie in shards: their gradients are summed at once, or those of all weights would lie whole on
     each process until the last micro-batch."""
     optimizer: Optimizer
+    mesh: DeviceMesh | None = None
+    """Over which the model lies in shards from its load on, if it does: its checkpoints are in shards, too."""
     _twin: Sharded | Zero | None = None
 
     def __init__(self, accelerator: Accelerator, objective: Objective, frozen: Frozen, stage: Stage) -> None:
@@ -89,6 +92,11 @@ class Strategy:
             total += loss.detach()
         return total
 
+    def optimizer_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the optimizer; every process takes part, and the main one alone gets what was
+        brought together."""
+        return self.optimizer.state_dict(keep=self.accelerator.is_main_process)
+
     def finish(self) -> None:
         """Have `model` and `objective` be the whole ones, with what was learned, on every process."""
         self.optimizer.finish()
@@ -105,6 +113,10 @@ class _FSDP2(Strategy):
         world, device = accelerator.num_processes, accelerator.device
         self._twin = twin = Sharded(objective, world=world, device=device, reshard=reshard)
         super().__init__(accelerator, twin.objective, twin.trained(frozen), stage)
+        self.mesh = twin.mesh if twin.stays else None
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return self._adam.state_dict(in_shards=True) if self.mesh is not None else super().optimizer_state()
 
 
 class _Zero(Strategy):

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from opticnerve.common.shards import whole
 from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.distributed.collectives import engine, gather_objects, on_main
-from opticnerve.distributed.fsdp import whole
 from opticnerve.models.freeze import undisturbed
 from opticnerve.objectives.base import Objective
 from opticnerve.recipe import Stage, ValidateSpec

@@ -33,6 +33,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from opticnerve import registry
 from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
+from opticnerve.common.shards import copy_into
 from opticnerve.common.version import __version__
 from opticnerve.language.adapters import current_name
 from opticnerve.language.layers import decoder_layers
@@ -202,10 +203,8 @@ def read(folder: Path) -> dict[str, Any]:
         if isinstance(reference, dict):
             check_format(reference.get("format", 1), str(place))
         _Reference.model_validate(reference)
-        if WHOLE in reference["bases"]:
-            _Language.model_validate(reference["bases"][WHOLE])
-        else:
-            _Language.model_validate(reference["bases"]["language"])
+        bases = reference["bases"]
+        _Language.model_validate(bases[WHOLE] if WHOLE in bases else bases["language"])
     except (OSError, KeyError, ValueError, RecursionError) as e:
         if isinstance(e, OpticNerveError):
             raise
@@ -382,7 +381,7 @@ def put(model: nn.Module, folder: Path, expected: dict[str, list[int]], *, sha25
                 if tensor.is_floating_point() != state[name].is_floating_point():
                     problems.append(f"{name} holds {tensor.dtype}, the model wants {state[name].dtype}")
                 else:
-                    state[name].copy_(tensor)
+                    copy_into(state[name], tensor)
     except (OSError, SafetensorError) as e:
         raise OpticNerveError(f"{file} is not a readable safetensors file: {str(e)[:200]}", kind="damaged") from e
     _refuse(folder, problems)
