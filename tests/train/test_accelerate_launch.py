@@ -19,7 +19,7 @@ LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 pytestmark = [pytest.mark.usefixtures("private_cache"), pytest.mark.slow]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2-sharded", "deepspeed-zero2", "deepspeed-zero3"])
 def test_launched_processes_are_one(
     name: str, make: Callable[..., dict[str, Any]], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
