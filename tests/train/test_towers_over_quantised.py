@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 import worlds
 from test_two_towers import make, train  # noqa: F401 (a fixture)
 from torch import Tensor, nn
@@ -190,6 +191,24 @@ def test_a_locked_image_encoder_in_fewer_bits_is_seen_once(over: Callable[..., R
     assert quantized_layers(dock.model)
     loaded, _ = load_any(tmp_path / "cached/stages/0-learn", device="cpu")
     assert torch.equal(logits(dock, loaded), logits(dock))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaded_in_fewer_bits_by_transformers(over: Callable[..., Recipe], tmp_path: Path, kind: str) -> None:
+    """The encoders' layers, nothing that was trained beside them."""
+    pytest.importorskip("bitsandbytes")
+    dock = build(over(kind, {}))
+    for part in ADAPTERS:
+        dock.model.give_lora({"rank": 2}, part.removesuffix(".lora"))
+    dock.model.save_pretrained(tmp_path)
+    how = tf.BitsAndBytesConfig(load_in_8bit=True)
+    loaded = type(dock.model).from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32)
+    changed = {n for n, p in loaded.named_parameters() if not p.is_floating_point()}
+    assert {n.split(".encoder.model.")[0] for n in changed} == {"image", "text"}
+    assert not any(".lora_" in n for n in changed)
+    found, wanted = logits(dock, loaded), logits(dock)
+    assert nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.99
 
 
 @pytest.mark.slow

@@ -149,8 +149,9 @@ def _memory(made: Plan) -> Any:
     table = table_of("Memory of a step", "", *(f">{stage.name}" for stage in made.stages))
     rows = {
         "Python and torch": "process", "weights": "weights", "gradients": "gradients", "optimizer": "optimizer",
-        "activations": "activations", "  with gradient checkpointing": "activations_checkpointed",
     }  # fmt: skip
+    if any(s.flops for s in made.stages):  # else none were counted, which a remark says
+        rows |= {"activations": "activations", "  with gradient checkpointing": "activations_checkpointed"}
     for label, key in rows.items():
         table.add_row(label, *(format_bytes(getattr(s.memory, key)) for s in made.stages))
     totals = [

@@ -185,7 +185,7 @@ def _lasting(described: Any) -> Any:
 def spare(config_class: Any, source: str | PathLike[Any] | None, options: dict[str, Any]) -> None:
     """Complete the `quantization_config` among the keywords of `from_pretrained`; the user's own is not changed.
 
-    Without a list of the user's, encoders are spared, too.
+    Without a list of the user's, a docked model's encoders are spared, too.
     """
     given = options.get("quantization_config")
     if given is None:
@@ -193,8 +193,6 @@ def spare(config_class: Any, source: str | PathLike[Any] | None, options: dict[s
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
         config = config_class.from_pretrained(config or source, **{k: options[k] for k in _HUB if k in options})
-    if not hasattr(config, "towers"):
-        return
     chosen = AutoQuantizationConfig.from_dict(dict(given)) if isinstance(given, dict) else copy.deepcopy(given)
     for name in _LISTS:
         if hasattr(chosen, name):
@@ -205,7 +203,10 @@ def spare(config_class: Any, source: str | PathLike[Any] | None, options: dict[s
 
 
 def spared(config: Any, *, encoders: bool) -> list[str]:
-    """Names of modules, as patterns from the beginning of the full name."""
+    """Names of modules, as patterns from the beginning of the full name. Of dual encoders and classifiers all but the
+    encoders, and of these the pooling heads, whose attention reads its weights past their layers."""
+    if not hasattr(config, "towers"):
+        return ["image.projection", "text.projection", "classifier", r".*\.encoder\.model\.head", r".*\.lora_[AB]"]
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config.text_config)
     ends = (language.get_input_embeddings(), language.get_output_embeddings())
