@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import (
     AttentionInterface,
     AutoProcessor,
@@ -414,3 +414,14 @@ def test_a_models_supports_are_read(docked: Callable[..., Dock]) -> None:
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
         assert private_names.attention_of(model.language_model.config) == name
+
+
+def test_each_operation_is_seen_and_has_the_name_by_which_torch_counts_it() -> None:
+    seen: list[Any] = []
+    with private_names.operations(lambda operation, args, kwargs, out: seen.append((operation, out))):
+        weight = torch.ones(2, 3, device="meta", requires_grad=True)
+        (torch.ones(4, 2, device="meta") @ weight).sum().backward()
+    products = [out for operation, out in seen if operation is torch.ops.aten.mm]
+    assert [tuple(out.shape) for out in products] == [(4, 3), (2, 3)]
+    assert torch.ops.aten.mm in flop_registry
+    assert private_names.tensors_in([weight, {"a": (weight, 1)}])[1] is weight

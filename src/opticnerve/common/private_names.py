@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -218,6 +221,30 @@ def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
     """The gradient of softmax's input over the last dimension, from those of its output `weights`, in one pass."""
     out: Tensor = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
     return out
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, seen: Callable[[object, tuple[Any, ...], dict[str, Any], object], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        out: object = func(*args, **(kwargs or {}))
+        self._seen(func._overloadpacket, args, kwargs or {}, out)
+        return out
+
+
+def operations(
+    seen: Callable[[object, tuple[Any, ...], dict[str, Any], object], None],
+) -> AbstractContextManager[object]:
+    """Within it, each operation is told to `seen`, autograd's, too: which one, as torch's `flop_registry` calls it, its
+    arguments, and what came out."""
+    return _Operations(seen)
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """All tensors within lists, tuples and dictionaries."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def grouped_product() -> Any:

@@ -84,13 +84,15 @@ def products(
 
 def faster(q_NHLD: Tensor, *, all_see_all: bool) -> bool:
     """Whether plain products are faster than torch's kernel for such queries."""
+    if q_NHLD.device.type == "meta":
+        return True  # who foresees memory: a kernel of its own would keep no scores either
     longest = 0 if all_see_all and q_NHLD.dtype == torch.float32 else LONGEST.get(q_NHLD.dtype, 0)
     return q_NHLD.device.type == "cpu" and q_NHLD.shape[2] <= longest
 
 
 def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where one sees, the least number elsewhere."""
-    return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 class _Grouped(torch.autograd.Function):
@@ -116,7 +118,7 @@ class _Grouped(torch.autograd.Function):
         ctx.scaling, ctx.causal = scaling, causal
         q, out = _by_key_head(q_NHLD, k), _by_key_head(out_NLHD.transpose(1, 2), k)
         for some, queries, keys in _blocks(segments, heads, length, causal=causal):
-            bias = _bias_of(bias_MLL, some, queries, q.dtype, causal=causal)
+            bias = _bias_of(bias_MLL, some, queries, q, causal=causal)
             p = _weights(q[some, :, :, queries], k[some, :, keys], bias, scaling)
             out[some, :, :, queries] = (p @ v[some, :, keys]).unflatten(2, (q.shape[2], -1))
         return out_NLHD
@@ -127,10 +129,10 @@ class _Grouped(torch.autograd.Function):
         segments, heads, length, _ = q_NHLD.shape
         dq_NLHD = torch.empty_like(grad_NLHD)
         q, grad, dq = (_by_key_head(t, k) for t in (q_NHLD, grad_NLHD.transpose(1, 2), dq_NLHD.transpose(1, 2)))
-        dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))  # sums over blocks of queries
+        dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))  # sums over blocks of queries
         for some, queries, keys in _blocks(segments, heads, length, causal=ctx.causal):
             q_some, g_some = q[some, :, :, queries].flatten(2, 3), grad[some, :, :, queries].flatten(2, 3)
-            bias = _bias_of(bias_MLL, some, queries, q.dtype, causal=ctx.causal)
+            bias = _bias_of(bias_MLL, some, queries, q, causal=ctx.causal)
             p = _weights(q[some, :, :, queries], k[some, :, keys], bias, ctx.scaling)
             dv[some, :, keys] += p.transpose(-1, -2) @ g_some
             dp = g_some @ v[some, :, keys].transpose(-1, -2)
@@ -176,9 +178,7 @@ def _blocks(segments: int, heads: int, length: int, *, causal: bool) -> Iterator
             yield slice(i, i + step), slice(start, end), slice(0, keys)
 
 
-def _bias_of(
-    bias_MLL: Tensor | None, some: slice, queries: slice, dtype: torch.dtype, *, causal: bool
-) -> Tensor | None:
+def _bias_of(bias_MLL: Tensor | None, some: slice, queries: slice, like: Tensor, *, causal: bool) -> Tensor | None:
     """Of a block, (M, Q, L), M one or as many as its segments; in causal order (1, Q, Q); None where all see all."""
     if bias_MLL is not None:
         return bias_MLL[slice(None) if len(bias_MLL) == 1 else some, queries]
@@ -186,11 +186,11 @@ def _bias_of(
         return None
     # Every layer of a step asks for the same. A graph keeps what it made itself, and looks into no cache of ours.
     make = _triangle if torch.compiler.is_compiling() else _known_triangle
-    return make(queries.stop - queries.start, dtype)
+    return make(queries.stop - queries.start, like.dtype, like.device)
 
 
-def _triangle(queries: int, dtype: torch.dtype) -> Tensor:
-    return _bias(torch.ones(1, queries, queries, dtype=torch.bool).tril(), dtype)
+def _triangle(queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _bias(torch.ones(1, queries, queries, dtype=torch.bool, device=device).tril(), dtype)
 
 
 _known_triangle = lru_cache(maxsize=32)(_triangle)

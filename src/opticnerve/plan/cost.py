@@ -6,22 +6,29 @@ tensors it would keep for the backward pass, and torch's flop counter how much w
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, finalize
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
-from opticnerve.common.private_names import grouped_product
+from opticnerve.common.private_names import grouped_product, keep_activations, operations, tensors_in
 from opticnerve.inference.load import default_device
 from opticnerve.models.vlm.prompt import Prompt
+from opticnerve.ops.attention import plain_attention
+from opticnerve.ops.fused_layers import fuse_layers
+from opticnerve.ops.head import loss_in_pieces
+from opticnerve.ops.segments import segments_of
+from opticnerve.ops.varlen import supported, within
+from opticnerve.train.memory import checkpoint_layers
 from opticnerve.train.optim import state_bytes
 from opticnerve.train.throughput import wait_for
 from opticnerve.types import OpticNerveError
@@ -58,25 +65,30 @@ class Memory:
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-batch on the meta device: bytes that autograd keeps, and floating-point operations both ways."""
+    """One micro-batch on the meta device: bytes at its peak beside what the model and the optimizer hold, gradients
+    among them; bytes that autograd keeps for the backward pass; and floating-point operations both ways."""
 
-    kept: int
-    checkpointed: int
+    peak: int
+    saved: int
     flops: int
 
 
 def memory(
-    model: nn.Module, trace: Trace, *, checkpointing: bool, process: int, packed: dict[int, int] | None = None,
-    optimizer: str = "adamw", ema: bool = False,
+    model: nn.Module, plain: Trace, again: Trace, *, checkpointing: bool, process: int,
+    packed: dict[int, int] | None = None, optimizer: str = "adamw", ema: bool = False, accumulate: int = 1,
 ) -> Memory:  # fmt: skip
     """Bytes of a step, by the rules of this package's optimizer.
 
     - weights: every parameter in its dtype; tied ones once. `packed`: the bytes of those that will be quantised, by id.
     - gradients: trained parameters in their dtype.
     - optimizer: what it keeps (AdamW's two float32 moments: 8 bytes a trained parameter), for bf16 weights a float32
-      master (4 bytes more), and with `ema` an average (4 more). A step's float32 copies of bf16 gradients live for a
-      moment and are not counted.
-    - activations: see `trace_step`.
+      master (4 bytes more), and with `ema` an average (4 more).
+    - activations: what the peak needs beside these. It comes in the backward pass, where some activations are gone and
+      not all gradients are there yet (`trace_step`; with `accumulate`, float32 gradients of earlier micro-batches lie
+      beside it), or in the optimizer's step, which has the gradients in float32.
+
+    Args:
+        plain, again: traces without and with gradient checkpointing.
     """
     packed = packed or {}
     weights = sum(packed.get(id(p), p.numel() * p.element_size()) for p in model.parameters())
@@ -84,37 +96,48 @@ def memory(
     gradients = sum(p.numel() * p.element_size() for p in trained.values())
     copies = {n: p.numel() * 4 * ((p.dtype != torch.float32) + ema) for n, p in trained.items()}
     kept = sum(copies[n] + state_bytes(optimizer, n, p.shape) for n, p in trained.items())
-    return Memory(process, weights, gradients, kept, trace.kept, trace.checkpointed, checkpointing)
+    whole = sum(p.numel() * 4 for p in trained.values())  # gradients in float32
+
+    def activations(trace: Trace) -> int:
+        return max(trace.peak + (whole if accumulate > 1 else 0), whole, gradients) - gradients
+
+    return Memory(process, weights, gradients, kept, activations(plain), activations(again), checkpointing)
 
 
 def trace_step(
-    model: OpticNerveForConditionalGeneration, *, rows: int, length: int, media: dict[str, int], supervised: int
-) -> Trace:
+    model: OpticNerveForConditionalGeneration, *, rows: int, length: int, media: dict[str, int], supervised: int,
+    recompute: int = 0, together: int = 1,
+) -> Trace:  # fmt: skip
     """Send one micro-batch of `rows` × `length` tokens and its media through the meta model, there and back.
 
-    `media`: by modality, how many pieces (images or tiles, windows of sound) the micro-batch holds.
+    Args:
+        media: by modality, how many pieces (images or tiles, windows of sound) the micro-batch holds.
+        recompute: of how many layers the activations are computed again.
+        together: micro-batches of a step, whose media lie on the device at the same time.
 
-    The bytes kept are those of all tensors that autograd saves for the backward pass, each storage once, parameters not
-    counted. Tensors whose last two sides are the length of the sequence are left out: fused attention never makes them.
-    To it come logits and their gradient at the supervised positions, in the model's dtype and in float32:
-    `supervised × vocabulary × (2 × 4 + bytes)`. With gradient checkpointing, each layer keeps its input alone
-    (`layers × rows × length × width × bytes`), and one layer at a time is whole: `kept / layers` more.
-
-    The meta device takes attention apart, which a real device does in one kernel that keeps less: measured on a 135M
-    Llama, the estimate is a fifth above what autograd really keeps. On the other hand the allocator, and the encoder's
-    forward pass for a moment, need more than is counted here.
+    Layers, attention and head are those that a stage trains with. Tensors whose last two sides are the length of the
+    sequence are left out: fused attention never makes them. The allocator's own need is not in it.
     """
     if any(p.device.type != "meta" for p in model.parameters()):
         raise OpticNerveError("trace_step counts on the meta device; give it a `meta_model`", kind="missing-field")
     language = model.language_model
     embedding: Any = model.get_input_embeddings()
     width, dtype = embedding.embedding_dim, embedding.weight.dtype
-    saved, counted = _Saved(model, length), {grouped_product(): _grouped_flops}
-    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=counted) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda t: t):
-            prompt = Prompt()
+    live, segments = _Live(model, length), None
+    if supported(language):
+        rows_BL = torch.arange(length).expand(rows, -1)
+        alone_BL = torch.zeros_like(rows_BL)
+        segments = replace(segments_of(alone_BL, alone_BL, rows_BL), kernel="buckets")
+    if recompute:
+        checkpoint_layers(model, recompute)
+    with torch.device("meta"), operations(live.take_down), fuse_layers(language), plain_attention(model):
+        with torch.autograd.graph.saved_tensors_hooks(live.note, lambda t: t):
+            prompt, pixels = Prompt(), []
             for modality, tower in model.towers.items():
                 if pieces := media.get(modality):
+                    # Batches have them in float32 until the step is done.
+                    count = together - (dtype == torch.float32)
+                    pixels.append(torch.empty(count * pieces, *_input_shape(tower), dtype=torch.float32))
                     soft = _soft_tokens(tower, pieces, dtype)
                     prompt.soft[modality] = soft.tokens_BND
                     prompt.seen[modality] = tower.fusion.imagine(rows, length, soft)
@@ -122,32 +145,43 @@ def trace_step(
             opened = embedding.weight.requires_grad
             embeds.requires_grad_(opened or any(s.requires_grad for s in prompt.soft.values()))
             # A mask of its own, for deriving one would ask the meta device for values.
-            mask = torch.empty(rows, 1, length, length, dtype=dtype)
+            mask = None if segments is not None else torch.empty(rows, 1, length, length, dtype=dtype)
             positions = torch.empty(rows, length, dtype=torch.long)
-            with model.multimodal_context(prompt):
+            with model.multimodal_context(prompt), within(language, segments):
                 hidden = language.base_model(
                     inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
                 )[0]
-        if hidden.requires_grad:
-            hidden.backward(torch.empty_like(hidden), retain_graph=True)
-        for soft_BND in prompt.soft.values():
-            if soft_BND.requires_grad:
-                soft_BND.backward(torch.empty_like(soft_BND))
-    for parameter in model.parameters():
-        parameter.grad = None
-    head: Any = language.get_output_embeddings()
+        counted, head = live.flops, language.get_output_embeddings()
+        learned_MD = hidden.detach().flatten(0, 1)[:supervised].requires_grad_(hidden.requires_grad)
+        loss_M = loss_in_pieces(head, learned_MD, torch.empty(len(learned_MD), dtype=torch.long))
+        if loss_M.requires_grad:
+            loss_M.sum().backward()
+        del loss_M, learned_MD
+        live.flops = counted
+        ends = [t for t in (hidden, *prompt.soft.values()) if t.requires_grad]
+        if ends:
+            torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
+        for parameter in model.parameters():
+            parameter.grad = None
+    if recompute:
+        keep_activations(language)
+        model.eval()  # type: ignore[no-untyped-call]
     vocabulary, head_ways = head.weight.shape[0], 3 if head.weight.requires_grad else 2
-    flops = counter.get_total_flops() + 2 * head_ways * supervised * width * vocabulary
-    logits = supervised * vocabulary * (8 + dtype.itemsize)
-    layers = max((len(m) for m in language.modules() if isinstance(m, nn.ModuleList)), default=1)
-    inputs = layers * rows * length * width * dtype.itemsize
-    return Trace(saved.bytes + logits, inputs + saved.bytes // layers + logits, flops)
+    flops = live.flops + 2 * head_ways * supervised * width * vocabulary
+    return Trace(live.peak, live.saved, flops)
 
 
-def _grouped_flops(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
+def _grouped_flops(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
     """Of products with the experts' matrices, each with its own rows: torch's counter passes over them. Rows × in times
     (experts, in, out), or, for a gradient of these, in × rows times rows × out."""
-    return 2 * int(a_shape[0]) * int(a_shape[1]) * int(b_shape[-1])
+    return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
+
+
+_ATEN = torch.ops.aten
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry, grouped_product(): _grouped_flops,
+    _ATEN.addmm_: flop_registry[_ATEN.addmm], _ATEN.baddbmm_: flop_registry[_ATEN.baddbmm],
+}  # fmt: skip
 
 
 def _soft_tokens(tower: Tower, pieces: int, dtype: torch.dtype) -> Any:
@@ -158,30 +192,57 @@ def _soft_tokens(tower: Tower, pieces: int, dtype: torch.dtype) -> Any:
 
 def blank_features(tower: Tower, pieces: int, dtype: torch.dtype) -> Any:
     """What the encoder makes of so many pieces; pictures that keep their shape are taken to fill the budget."""
+    pixels = torch.empty(pieces, *_input_shape(tower), dtype=dtype)
     if (native := tower.encoder.native) is None:
-        return tower.encoder(torch.empty(pieces, *tower.encoder.media_shape, dtype=dtype))
-    (rows, columns), shape = native.largest, tower.encoder.media_shape
-    patches_PE = torch.empty(pieces * rows * columns, *shape, dtype=dtype)
-    return tower.encoder(patches_PE, [native.largest] * pieces)
+        return tower.encoder(pixels)
+    return tower.encoder(pixels.flatten(0, 1), [native.largest] * pieces)
 
 
-class _Saved:
-    """Sums what autograd saves; each storage once."""
+def _input_shape(tower: Tower) -> tuple[int, ...]:
+    """What an encoder is given for a piece; (patches, …) where pictures keep their shape."""
+    shape = tuple(tower.encoder.media_shape)
+    return shape if (native := tower.encoder.native) is None else (math.prod(native.largest), *shape)
+
+
+class _Live:
+    """Sums what lives, each storage once, from where it is made to where nobody holds it; what autograd saves; and
+    floating-point operations, as torch's counter, which itself would hold gradients.
+
+    What the model holds is not counted, nor what is as long as the sequence both ways: scores that fused attention
+    never makes.
+    """
 
     def __init__(self, model: nn.Module, length: int) -> None:
-        self.length, self.bytes = length, 0
-        # Held, so that no address is used twice while we count.
-        storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
-        self.known = {StorageWeakRef(s): s for s in storages}
+        self.length, self.bytes, self.peak, self.saved, self.flops = length, 0, 0, 0, 0
+        self.model = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        self.known = WeakKeyDictionary[torch.UntypedStorage, bool](dict.fromkeys(self.model, True))
+
+    def take_down(self, operation: object, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
+        if (formula := _FLOPS.get(operation)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for made in tensors_in(out):
+            if made.device.type == "meta":
+                storage = made.untyped_storage()
+                if self._square(made):
+                    self.known.setdefault(storage, True)
+                if storage not in self.known:
+                    self.known[storage] = False
+                    self.bytes += (size := storage.nbytes())
+                    self.peak = max(self.peak, self.bytes)
+                    finalize(storage, self._freed, size).atexit = False
 
     def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        place = StorageWeakRef(storage)
-        square = tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2] == self.length
-        if place not in self.known and not square:
-            self.known[place] = storage
-            self.bytes += storage.nbytes()
+        if not self.known.get(storage, False) and not self._square(tensor):
+            self.known[storage] = True
+            self.saved += storage.nbytes()
         return tensor
+
+    def _square(self, tensor: Tensor) -> bool:
+        return tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2] == self.length
+
+    def _freed(self, size: int) -> None:
+        self.bytes -= size
 
 
 def device() -> dict[str, Any]:

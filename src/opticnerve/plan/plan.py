@@ -38,6 +38,7 @@ from opticnerve.plan.model import (
 from opticnerve.plan.remarks import Remark, remarks
 from opticnerve.recipe import ContinuedSpec, Recipe, Stage, TwoTowerSpec
 from opticnerve.starter import weights
+from opticnerve.train.memory import recomputed_layers
 from opticnerve.train.setup import give_lora
 from opticnerve.train.throughput import matmul_rate
 from opticnerve.types import OpticNerveError
@@ -119,6 +120,7 @@ class Plan:
     sample: Encoded | None = None
     processor: Any = None
     remarks: list[Remark] = field(default_factory=list)
+    layers: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -158,6 +160,7 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
             if isinstance(recipe.model, ContinuedSpec) or Path(recipe.docked.language.name).exists():
                 raise  # it will not be there when the run wants it
             plan.remarks.append(Remark("note", f"no sample is shown, and lengths are guessed: {e}"))
+        plan.layers = len(layers.decoder_layers(whole.language_model)[1])
         imagined = Dock(whole, plan.processor, bases={}, lora=whole.config.lora)
     model = imagined.model
     packed = packed_bytes(recipe, model)
@@ -218,15 +221,26 @@ def _stage(stage: Stage, dock: Family, data: StageData, process: int, visual: in
     padded = min(longest, math.ceil(1.25 * length)) if data.rows else length
     media = {m: math.ceil(rows * data.media(m) * _pieces(t)) for m, t in model.towers.items()}
     supervised = math.ceil(rows * (data.supervised or 32))
-    trace = cost.Trace(0, 0, 0)
+    traces, recompute = [cost.Trace(0, 0, 0)] * 2, recomputed_layers(model, stage.gradient_checkpointing)
     if stage.objective.type == "next_token":
-        trace = cost.trace_step(model, rows=rows, length=padded, media=media, supervised=supervised)
+        traces = [
+            cost.trace_step(
+                model,
+                rows=rows,
+                length=padded,
+                media=media,
+                supervised=supervised,
+                recompute=layers,
+                together=stage.accumulate,
+            )
+            for layers in (0, recompute or recomputed_layers(model, wanted=True))
+        ]
     needed = cost.memory(
-        model, trace, checkpointing=stage.gradient_checkpointing, process=process, packed=packed,
-        optimizer=stage.optimizer, ema=stage.ema is not None,
+        model, *traces, checkpointing=recompute > 0, process=process, packed=packed, optimizer=stage.optimizer,
+        ema=stage.ema is not None, accumulate=stage.accumulate,
     )  # fmt: skip
-    again = 4 / 3 if stage.gradient_checkpointing else 1.0  # the forward pass of the layers is done twice
-    return StagePlan(stage.name, frozen, data, stage.batch_size, needed, round(trace.flops * stage.accumulate * again))
+    flops = traces[recompute > 0].flops * stage.accumulate
+    return StagePlan(stage.name, frozen, data, stage.batch_size, needed, flops)
 
 
 def _attention(stage: Stage, model: FamilyModel, kind: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from opticnerve.recipe import FROM, ContinuedSpec, DataSpec, ModelSpec, Recipe, 
 
 if TYPE_CHECKING:
     from opticnerve.models.family import FamilyModel
+    from opticnerve.plan.cost import Memory
 
 _HIGH = {"language": 1e-4, "language.last": 1e-4, "language.embeddings": 1e-3, "encoder": 1e-4, "encoder.last": 2e-4}
 
@@ -89,6 +91,15 @@ def _overlap(asked: DataSpec, learned: DataSpec) -> bool:
     return asked.path == learned.path and {asked.split, learned.split} != {"train", "held_out"}
 
 
+def _layers_that_fit(memory: Memory, free: int, layers: int) -> str:
+    """The value of `gradient_checkpointing` with which a step fits, as few layers as will do; true if none does."""
+    gained = memory.activations - memory.activations_checkpointed
+    missing = memory.total - free
+    if not 0 < missing < gained:
+        return "true"
+    return f"{math.ceil(layers * missing / gained)} (of {layers} layers)"
+
+
 def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> Iterator[str]:
     data = planned.data
     for part, rate in stage.train.items():
@@ -116,7 +127,7 @@ def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> Iterator[str]:
         if any(part == "language" or part.startswith("language.last") for part in stage.train):
             remedies.append("train language.lora instead of the whole language model")
         if not stage.gradient_checkpointing and plan.visual_tokens is not None:
-            remedies.append("set gradient_checkpointing: true")
+            remedies.append(f"set gradient_checkpointing: {_layers_that_fit(planned.memory, free, plan.layers)}")
         if stage.batch_size > stage.accumulate:
             remedies.append(f"set accumulate: {stage.batch_size}")
         remedy = ", or ".join(remedies) or "use a smaller model or precision: bf16"

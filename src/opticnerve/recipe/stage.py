@@ -155,7 +155,9 @@ class Stage(_WithValidation):
         "stop", description="what becomes of a step whose loss or gradient is no number: skip leaves its update out"
     )
     workers: Annotated[int, Field(ge=0)] = 0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Positive | Annotated[float, Field(gt=0, lt=1)] = Field(
+        False, description="compute activations again instead of keeping them: of all layers, of so many, or of a share"
+    )
     compile: bool = Field(
         False,
         description="torch.compile each layer of the language model: for GPUs; on a CPU it takes minutes and gains "

@@ -16,6 +16,7 @@ from accelerate.utils import (
 
 from opticnerve.distributed.collectives import engine, timeout, without_engines
 from opticnerve.recipe import Recipe
+from opticnerve.train.memory import expandable_segments
 from opticnerve.types import OpticNerveError, to_install
 
 # Where the name is not that of the package.
@@ -30,6 +31,7 @@ def make_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         OpticNerveError: launched with an engine that the loop does not drive; or a tracker is unknown or not installed.
     """
     kind = engine()
+    expandable_segments()
     _check_trackers(recipe.trackers)
     with without_engines():
         # A connector may carry weights that only its pretraining, or only its use, needs.

@@ -4,8 +4,6 @@ of frozen encoders, calibrated connectors, the strategy, and the state to go on 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opticnerve import registry
 from opticnerve.common import atomic, private_names
@@ -41,6 +38,7 @@ from opticnerve.ops.varlen import attention_by
 from opticnerve.recipe import CacheSpec, LoraSpec, Recipe, Stage
 from opticnerve.train import checkpoint
 from opticnerve.train.calibrate import calibrate
+from opticnerve.train.memory import checkpoint_layers, give_memory_back, recomputed_layers
 from opticnerve.train.metrics import METRICS, steps_in
 from opticnerve.train.precheck import Notes, fingerprint, precheck, samples_to_check
 from opticnerve.train.sampler import Collate, StageSampler, StreamingSampler
@@ -121,7 +119,7 @@ def set_up(
     give_lora(dock, stage)
     frozen = freeze(model, stage.train)
     if stage.gradient_checkpointing:
-        checkpoint_layers(model)
+        checkpoint_layers(model, recomputed_layers(model, stage.gradient_checkpointing))
     trained |= {n for group in frozen.groups.values() for n in group}
     objective = make_objective(stage, model)
     frozen = frozen.beside(objective.own_parameters(), objective.rate)
@@ -221,20 +219,6 @@ def give_lora(dock: Family, stage: Stage) -> None:
             )
 
 
-def checkpoint_layers(model: Any) -> None:
-    """Compute activations again instead of keeping them, in frozen layers, too.
-
-    transformers' layers do so in `train()` only. The layer itself is set so, not what is in it: its dropouts and norms
-    stay as `freeze` left them.
-    """
-    if model.language_model is None:
-        raise OpticNerveError("gradient_checkpointing is for docked language models; leave it out", kind="unsupported")
-    private_names.checkpoint_layers(model.language_model, model.recompute)
-    for module in model.language_model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-
-
 @contextmanager
 def compiled_layers(model: FamilyModel) -> Iterator[None]:
     """Within it, each layer of the language model runs compiled: one graph serves all layers and all lengths."""
@@ -250,15 +234,6 @@ def compiled_layers(model: FamilyModel) -> Iterator[None]:
     finally:
         for layer in layers:
             private_names.undo_compile(layer)
-
-
-def give_memory_back() -> None:
-    """Hand what was freed to the system, where the C library can (glibc).
-
-    What loading, checking and caching have let go of would stand beside a stage's activations otherwise.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------
