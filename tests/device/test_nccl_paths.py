@@ -67,8 +67,9 @@ def train(recipe: dict[str, Any], out: Path) -> None:
 
         return call
 
-    exchanges = {name: checked(name, getattr(dist, name)) for name in EXCHANGES}
-    with pretended(WithBuckets), patch.multiple(dist, init_process_group=begin_with_gloo, **exchanges):
+    replaced: dict[str, Any] = {name: checked(name, getattr(dist, name)) for name in EXCHANGES}
+    replaced["init_process_group"] = begin_with_gloo
+    with pretended(WithBuckets), patch.multiple(dist, **replaced):
         worlds.train(recipe, out)
     assert backends == ["nccl"]
     (out / f"exchanged-{os.environ['RANK']}.json").write_text(json.dumps(seen))
