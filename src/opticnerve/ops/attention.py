@@ -58,6 +58,9 @@ def attend(
         assert mask_NLL is None, "a mask knows its window"
         mask_NLL = torch.ones(1, length, length, dtype=torch.bool, device=q_NHLD.device).tril().triu(1 - window)
     causal = causal and mask_NLL is None
+    if q_NHLD.device.type == "meta":
+        foreseen_NHLD: Tensor = _Foreseen.apply(q_NHLD, k_NKLD, v_NKLD)
+        return foreseen_NHLD.transpose(1, 2)
     if (
         faster(q_NHLD, all_see_all=mask_NLL is None and not causal)
         and dropout == 0.0
@@ -73,6 +76,38 @@ def attend(
     )  # fmt: skip
 
 
+class _Foreseen(torch.autograd.Function):
+    """What a fused kernel keeps and computes, on the meta device: no scores, and products by blanks without memory,
+    two forward, five backward. (N, L, H, D)."""
+
+    @staticmethod
+    def forward(ctx: AutogradContext, q_NHLD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor) -> Tensor:
+        segments, heads, length, _ = q_NHLD.shape
+        out_NLHD = q_NHLD.new_empty(segments, length, heads, v_NKLD.shape[-1])
+        ctx.save_for_backward(q_NHLD, k_NKLD, v_NKLD, out_NLHD)
+        _computed(q_NHLD, k_NKLD, 1)
+        _computed(q_NHLD, v_NKLD, 1)
+        return out_NLHD
+
+    @staticmethod
+    def backward(ctx: AutogradContext, grad_NLHD: Tensor) -> tuple[Tensor, ...]:
+        q_NHLD, k_NKLD, v_NKLD, _ = ctx.saved_tensors
+        _computed(q_NHLD, k_NKLD, 3)
+        _computed(q_NHLD, v_NKLD, 2)
+        return torch.empty_like(q_NHLD), torch.empty_like(k_NKLD), torch.empty_like(v_NKLD)
+
+
+def _computed(q_NHLD: Tensor, x_NKLD: Tensor, times: int) -> None:
+    """Products of all scores with keys or values."""
+    segments, heads, length, _ = q_NHLD.shape
+    blank, (_, key_heads, keys, width) = q_NHLD.new_empty(1), x_NKLD.shape
+    for _ in range(times):
+        torch.bmm(
+            blank.expand(segments * key_heads, heads // key_heads * length, keys),
+            blank.expand(segments * key_heads, keys, width),
+        )
+
+
 def products(
     q_NHLD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, scaling: float, *, mask_NLL: Tensor | None = None, causal: bool
 ) -> Tensor:
@@ -84,8 +119,6 @@ def products(
 
 def faster(q_NHLD: Tensor, *, all_see_all: bool) -> bool:
     """Whether plain products are faster than torch's kernel for such queries."""
-    if q_NHLD.device.type == "meta":
-        return True  # who foresees memory: a kernel of its own would keep no scores either
     longest = 0 if all_see_all and q_NHLD.dtype == torch.float32 else LONGEST.get(q_NHLD.dtype, 0)
     return q_NHLD.device.type == "cpu" and q_NHLD.shape[2] <= longest
 
