@@ -63,7 +63,7 @@ def computed(name: str, rows: list[list[list[int]]], window: int | None, dtype: 
     """Output and gradients at the positions that belong to a sample."""
     torch.manual_seed(0)
     group, branch, positions = layout(rows)
-    segments, real = segments_of(group, branch, positions), group >= 0
+    segments, real = segments_of(group, branch, positions).masked(), group >= 0
     shapes = [(len(group), heads, group.shape[1], 16) for heads in (6, 2, 2)]
     given = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
     out_BLHD = ATTENTIONS[name].attend(segments, 0.3, 0.0, window, *given)

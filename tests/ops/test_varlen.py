@@ -103,7 +103,8 @@ def test_every_position_is_in_one_segment_and_the_mask_is_the_definition(rows: A
             row, place = int(inside[0]) // group.shape[1], inside % group.shape[1]
             wanted = sees(group, branch, positions)[row][place][:, place]
             order = torch.ones_like(wanted).tril()
-            found = order if bucket.mask_NLL is None else bucket.mask_NLL[n, : len(inside), : len(inside)]
+            mask_NLL = bucket.masked().mask_NLL
+            found = order if mask_NLL is None else mask_NLL[n, : len(inside), : len(inside)]
             assert torch.equal(found, wanted)
 
 

@@ -8,7 +8,6 @@ several branches, each blind to the others.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,26 +29,28 @@ class Bucket:
     `index_NL`: for each of N segments its places among the batch's B·L; what pads it repeats its last one. `pads_P`:
     where the padding stands among the N·L.
     `branch_NL`, `position_NL`: of segments with branches, which one each place belongs to, and how far from the
-    beginning it is.
+    beginning it is. `mask_NLL`: bool, whether i sees j, where causal order alone does not say it; see `masked`.
     """
 
     index_NL: Tensor
     pads_P: Tensor
     branch_NL: Tensor | None = None
     position_NL: Tensor | None = None
+    mask_NLL: Tensor | None = None
 
-    @cached_property
-    def mask_NLL(self) -> Tensor | None:
-        """Bool, whether i sees j: where j stands before it, in the common beginning or in the same branch. None where
-        causal order alone says it."""
+    def masked(self) -> Bucket:
+        """With `mask_NLL`, where there are branches: i sees what stands before it, in the common beginning or in its
+        branch. Made where the numbers lie, and before the first layer, which may be compiled."""
         if self.branch_NL is None:
-            return None
+            return self
         length = self.branch_NL.shape[1]
         mine = (self.branch_NL[:, :, None] == self.branch_NL[:, None, :]) | (self.branch_NL[:, None, :] == 0)
-        return mine & torch.ones(length, length, dtype=torch.bool, device=mine.device).tril()
+        causal_LL = torch.ones(length, length, dtype=torch.bool, device=mine.device).tril()
+        return replace(self, mask_NLL=mine & causal_LL)
 
     def sees(self, window: int | None) -> Tensor | None:
         """`mask_NLL` within a sliding window."""
+        assert self.branch_NL is None or self.mask_NLL is not None, "branches see each other; see `masked`"
         if window is None or self.mask_NLL is None or self.position_NL is None:
             return self.mask_NLL
         return self.mask_NLL & (self.position_NL[:, :, None] - self.position_NL[:, None, :] < window)
@@ -92,6 +93,10 @@ class Segments:
     def branches(self) -> bool:
         """Whether order alone does not say who sees whom."""
         return any(b.branch_NL is not None for b in self.buckets)
+
+    def masked(self) -> Segments:
+        """With its buckets' masks."""
+        return replace(self, buckets=tuple(b.masked() for b in self.buckets))
 
     def to(self, device: torch.device | str) -> Segments:
         def moved(tensor: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ def within(language_model: PreTrainedModel, segments: Segments | None) -> Iterat
     config = _text_config(language_model)
     if segments.kernel is None:
         segments = replace(segments, kernel=choose(case_of(language_model, segments.branches), _wanted.get()))
+        if segments.kernel == "buckets":
+            segments = segments.masked()
         for window in {None, getattr(config, "sliding_window", None)} if segments.kernel == "flex" else ():
             if not _row_by_row(segments, window) and window not in segments.block_masks:
                 segments.block_masks[window] = block_mask(segments, window)
