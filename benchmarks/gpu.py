@@ -5,7 +5,7 @@ kinds of training, SigLIP × Qwen2.5-0.5B, and generation, each beside transform
     python benchmarks/gpu.py --only align,lora --minutes 4 --profile
     python benchmarks/gpu.py --quick --device cpu                   # every row with tiny shapes, to see that it runs
 
-The card needs 80 GB. On its machine there must be PyTorch, transformers ≥ 5.20, accelerate, Pillow, and peft for the
+The card needs 80 GB. On its machine there must be PyTorch, transformers ≥ 5.17, accelerate, Pillow, and peft for the
 row `lora`; beside them opticnerve itself wants rich, pyyaml, psutil and pydantic. An image without pydantic gets it as
 wheels carried along: pydantic, pydantic_core, annotated-types, typing_inspection. Nothing is fetched: weights are
 random, data is made. `PYTHONPATH=src` stands for an installation.

@@ -185,16 +185,17 @@ class _Pool:
             wide = [(side, side), (side // 2, side * 2), (side * 2, side // 2)]
             self.sizes = torch.tensor([wide[i % len(wide)] for i in range(POOL)])
             pixels = pixels.view(POOL, shape.vision_encoder.tokens, -1)
-        with torch.no_grad():
-            self.shown = pixels if tower is None else tower.encode(pixels, self.sizes)
+        self.shown = pixels
+        if tower is not None:
+            with torch.no_grad():
+                features = tower.encode(pixels, self.sizes)
+            # In main memory, as the cache has them.
+            self.shown = replace(features, tokens_BND=features.tokens_BND.cpu(), mask_BN=features.mask_BN.cpu())
 
     def media(self, which: list[int]) -> dict[str, Any]:
         if not isinstance(self.shown, torch.Tensor):
-            features = self.shown
-            tokens_BND, mask_BN = (
-                t.cpu()[which] for t in (features.tokens_BND, features.mask_BN)
-            )  # as the cache has it
-            return {"image_features": replace(features, tokens_BND=tokens_BND, mask_BN=mask_BN)}
+            rows = {"tokens_BND": self.shown.tokens_BND[which], "mask_BN": self.shown.mask_BN[which]}
+            return {"image_features": replace(self.shown, **rows)}
         if self.sizes is None:
             return {"pixel_values": self.shown[which]}
         return {"pixel_values": self.shown[which].flatten(0, 1), "image_sizes": self.sizes[which]}

@@ -125,13 +125,8 @@ def test_two_processes_are_one(recipe: Callable[..., Recipe], captions: Path, tm
     ]
     mixed.write_text("\n".join([words] * len(lines) + [json.dumps({"messages": seen})] * 3) + "\n")
     made = recipe(train=("connector", "encoder.last(1)"), data=[{"path": str(mixed)}], batch_size=2, steps=4)
-    curves = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        for ended in worlds.world(processes, worlds.train, made.model_dump(), folder / "run", folder=folder):
-            assert ended.code == 0, ended.printed[-3000:]
-        curves.append([line["loss"] for line in worlds.curve(folder / "run")])
+    runs = [worlds.trained(processes, made.model_dump(), tmp_path / str(processes)) for processes in (1, 2)]
+    curves = [[line["loss"] for line in worlds.curve(run)] for run in runs]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 

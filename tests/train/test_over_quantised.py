@@ -217,16 +217,7 @@ def test_a_recipe_goes_on_from_a_quantised_run(
 @pytest.mark.slow
 def test_two_processes_are_one(over: Callable[..., Recipe], tmp_path: Path) -> None:
     """DDP over codes and scales, which are no floating-point numbers."""
-    raw = over("nf4", "int8").model_dump(mode="json")
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        for ended in worlds.world(processes, worlds.train, raw, folder / "run", folder=folder):
-            assert ended.code == 0, ended.printed[-3000:]
-    one, two = (worlds.curve(tmp_path / f"{n}/run") for n in (1, 2))
-    for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-6)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    worlds.two_are_one(over("nf4", "int8").model_dump(mode="json"), tmp_path)
 
 
 @pytest.mark.parametrize(

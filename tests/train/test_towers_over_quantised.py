@@ -4,7 +4,6 @@ adapter learns is what it learns over the dequantised weights, and a folder is t
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ import pytest
 import torch
 import transformers as tf
 import worlds
-from test_two_towers import make, train  # noqa: F401 (a fixture)
+from test_two_towers import make, resumed, train  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
 import tiny
 from errors import refused
 from opticnerve import recipe as recipes
-from opticnerve.common.progress import Progress
 from opticnerve.inference.load import load_any
 from opticnerve.language.lora import is_lora
 from opticnerve.language.quantization import dequantize, quantized_layers
@@ -27,7 +25,7 @@ from opticnerve.models.family import build
 from opticnerve.models.freeze import freeze
 from opticnerve.plan import plan
 from opticnerve.recipe import Recipe
-from opticnerve.train.loop import Interrupted, run_stage
+from opticnerve.train.loop import run_stage
 from opticnerve.types import RecipeError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -50,24 +48,6 @@ def over(make: Callable[..., Recipe]) -> Callable[..., Recipe]:  # noqa: F811
         return recipes.load(given)
 
     return made
-
-
-@pytest.fixture
-def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Train a recipe's stage, stopped after two steps and gone on with."""
-
-    def run(recipe: Recipe, folder: Path) -> Any:
-        def stop(self: Progress, line: dict[str, Any]) -> None:
-            if line["step"] == 2:
-                signal.raise_signal(signal.SIGTERM)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Progress, "update", stop)
-            with pytest.raises(Interrupted):
-                train(recipe, folder)
-        return train(recipe, folder, resume=True)
-
-    return run
 
 
 def outputs(dock: Any, model: Any = None, **labels: Any) -> Any:
@@ -130,12 +110,12 @@ def test_loss_and_gradients_of_lora_over_the_dequantised_weights(
     ids=lambda v: str(v),
 )  # fmt: skip
 def test_resumed_bit_for_bit_and_loaded_as_it_was_trained(
-    over: Callable[..., Recipe], stopped: Callable[..., Any], tmp_path: Path, kind: str, bits: dict[str, str],
+    over: Callable[..., Recipe], tmp_path: Path, kind: str, bits: dict[str, str],
     options: dict[str, Any],
 ) -> None:  # fmt: skip
     recipe = over(kind, bits, lora={"rank": 4, **options}, save_every=2)
     whole, curve = train(recipe, tmp_path / "whole")
-    broken, again = stopped(recipe, tmp_path / "broken")
+    broken, again = resumed(recipe, tmp_path / "broken", stop_at=2)
     assert again == curve
     state = whole.model.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in broken.model.state_dict().items())
@@ -214,16 +194,7 @@ def test_loaded_in_fewer_bits_by_transformers(over: Callable[..., Recipe], tmp_p
 @pytest.mark.slow
 def test_two_processes_are_one(over: Callable[..., Recipe], tmp_path: Path) -> None:
     """DDP over codes and scales, negatives gathered from both."""
-    raw = over("dual", accumulate=2).model_dump(mode="json")
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        for ended in worlds.world(processes, worlds.train, raw, folder / "run", folder=folder):
-            assert ended.code == 0, ended.printed[-3000:]
-    one, two = (worlds.curve(tmp_path / f"{n}/run") for n in (1, 2))
-    for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-6)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    worlds.two_are_one(over("dual", accumulate=2).model_dump(mode="json"), tmp_path)
 
 
 def test_other_bases_than_it_was_trained_over(over: Callable[..., Recipe], tmp_path: Path) -> None:

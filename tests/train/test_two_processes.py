@@ -36,10 +36,8 @@ def save_mixed(folder: Path) -> Path:
 
 
 def run(recipe: Any, folder: Path, processes: int) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    folder.mkdir()
-    for ended in worlds.world(processes, worlds.train, recipe, folder / "run", folder=folder):
-        assert ended.code == 0, ended.printed[-3000:]
-    return worlds.curve(folder / "run"), worlds.weights(folder / "run")
+    out = worlds.trained(processes, recipe, folder)
+    return worlds.curve(out), worlds.weights(out)
 
 
 @pytest.mark.parametrize("fusion", ["splice", "cross_attention"])

@@ -65,6 +65,20 @@ def train(recipe: Recipe, folder: Path, **options: Any) -> tuple[Any, list[float
     return dock, [json.loads(line)["loss"] for line in lines]
 
 
+def resumed(recipe: Recipe, folder: Path, *, stop_at: int) -> tuple[Any, list[float]]:
+    """The same, stopped after a step and gone on with."""
+
+    def stop(self: Progress, line: dict[str, Any]) -> None:
+        if line["step"] == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "update", stop)
+        with pytest.raises(Interrupted):
+            train(recipe, folder)
+    return train(recipe, folder, resume=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_frozen_does_not_move_and_the_rest_does(kind: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make(kind)
@@ -79,23 +93,14 @@ def test_what_is_frozen_does_not_move_and_the_rest_does(kind: str, make: Callabl
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not(
-    kind: str, make: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = make(kind)
     whole, curve = train(recipe, tmp_path / "whole")
-
-    def stop(self: Progress, line: dict[str, Any]) -> None:
-        if line["step"] == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "update", stop)
-        with pytest.raises(Interrupted):
-            train(recipe, tmp_path / "cut")
-    resumed, again = train(recipe, tmp_path / "cut", resume=True)
+    broken, again = resumed(recipe, tmp_path / "cut", stop_at=3)
     assert again == curve
     for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+        assert torch.equal(broken.model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", ["dual", "intermediate", "late"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -125,6 +126,22 @@ def train(recipe: dict[str, Any], out: Path, resume: bool = False, hurt: str = "
         except Interrupted as e:
             print(e)
             return
+
+
+def trained(processes: int, recipe: dict[str, Any], folder: Path, environment: dict[str, str] | None = None) -> Path:
+    """The run of a recipe by so many processes, each of which ends well; in a new folder."""
+    folder.mkdir()
+    for ended in world(processes, train, recipe, folder / "run", folder=folder, environment=environment):
+        assert ended.code == 0, ended.printed[-3000:]
+    return folder / "run"
+
+
+def two_are_one(recipe: dict[str, Any], folder: Path) -> None:
+    """Two processes draw one process's curve."""
+    one, two = (curve(trained(n, recipe, folder / str(n))) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
 def _hurt(hurt: str) -> None:

@@ -110,7 +110,12 @@ FAMILIES: tuple[type[Family], ...] = (Dock, DualDock, ClassifierDock)
 
 def build(recipe: Recipe) -> Family:
     """The model that a recipe describes, with its processor."""
-    return next(f for f in FAMILIES if recipe.model.KIND == f.SPEC.KIND).build(recipe)
+    return family_for(recipe).build(recipe)
+
+
+def family_for(recipe: Recipe) -> type[Family]:
+    """The family of the model that a recipe describes."""
+    return next(f for f in FAMILIES if recipe.model.KIND == f.SPEC.KIND)
 
 
 def family_of(folder: str) -> type[Family]:

@@ -36,7 +36,7 @@ from opticnerve.models.checkpoint.delta import (
 from opticnerve.models.checkpoint.strict import StrictLoading, restore_buffers, trusts, wrap_errors
 from opticnerve.models.vlm.build import Spec, license_of, load_encoder, vision_spec
 from opticnerve.models.vlm.tower import Tower, check_options, make, placed_like
-from opticnerve.recipe import ReaderSpec
+from opticnerve.recipe import ReaderSpec, Recipe
 from opticnerve.starter import weights
 from opticnerve.types import Features, OpticNerveError
 
@@ -171,6 +171,8 @@ class TwoTowerDock:
     """A model of a vision encoder and a text encoder, its processor, and the references to the weights it was made
     of. Small enough to be saved whole after each stage. A subclass is a `models.family.Family`."""
 
+    MODEL: ClassVar[Any]
+
     model: Any
     processor: Any
     bases: dict[str, Any]
@@ -179,6 +181,18 @@ class TwoTowerDock:
     def __iter__(self) -> Any:
         """So that `model, processor = dual(…)` reads as one expects."""
         return iter((self.model, self.processor))
+
+    @classmethod
+    def described(cls, recipe: Recipe) -> tuple[tuple[Spec | None, Spec], dict[str, Any]]:
+        """What a recipe says: of both encoders, and the options of what joins them."""
+        raise NotImplementedError
+
+    @classmethod
+    def planned(cls, recipe: Recipe) -> TwoTowerModel:
+        """The model that a recipe describes, without weights."""
+        encoders, options = cls.described(recipe)
+        made: TwoTowerModel = cls.MODEL.from_parts(*load_encoders(*encoders, None, planned=True)[:2], **options)
+        return made
 
     def save(self, folder: Path, trained: Iterable[str]) -> None:
         """A folder that `from_pretrained` loads, and in bases.json what the model was made of and what trained."""
@@ -216,7 +230,8 @@ class TwoTowerDock:
             held = state[f"{name}.weight"]
             if not torch.equal(layer.dequantized(held.dtype).to(held.device), held):
                 raise ValueError(f"{name} holds other weights than those that {layer.kind} makes of the base")
-            state |= {key: own[key] for leaf in ("weight", "codes", "scales") if (key := f"{name}.{leaf}")}
+            for leaf in ("weight", "codes", "scales"):
+                state[f"{name}.{leaf}"] = own[f"{name}.{leaf}"]
         return state
 
     @property

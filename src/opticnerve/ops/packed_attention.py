@@ -235,7 +235,7 @@ def _buckets(
     value_BKLD: Tensor,
 ) -> Tensor:  # fmt: skip
     rows, _, length, _ = query_BHLD.shape
-    if segments.rows:  # with a window
+    if segments.rows:
         out_BHLD = attend(query_BHLD, key_BKLD, value_BKLD, scaling, dropout=dropout, window=window)
         return out_BHLD.transpose(1, 2).contiguous()
     flat = map(_flat, (query_BHLD, key_BKLD, value_BKLD))

@@ -56,11 +56,8 @@ class Bucket:
         return self.mask_NLL & (self.position_NL[:, :, None] - self.position_NL[:, None, :] < window)
 
     def to(self, device: torch.device | str) -> Bucket:
-        moved = (t if t is None else t.to(device, non_blocking=True) for t in self._tensors())
+        moved = (t if t is None else t.to(device, non_blocking=True) for t in vars(self).values())
         return Bucket(*moved)  # type: ignore[arg-type]
-
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.index_NL, self.pads_P, self.branch_NL, self.position_NL
 
 
 @dataclass(frozen=True)

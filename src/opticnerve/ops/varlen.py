@@ -20,7 +20,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from opticnerve.common.private_names import attention_of, offers_attention, set_attention
 from opticnerve.ops import enabled, tell
-from opticnerve.ops.attention import attend
 from opticnerve.ops.packed_attention import ATTENTIONS, Case, block_mask, choose
 from opticnerve.ops.segments import Segments
 from opticnerve.types import OpticNerveError
@@ -131,11 +130,11 @@ def segmented_attention(
         raise NotImplementedError(f"{type(module).__name__} adds a bias by position, which segments do not know")
     if scaling is None:
         scaling = query_BHLD.shape[-1] ** -0.5
+    kernel, window = segments.kernel, sliding_window
+    assert kernel is not None
     if _row_by_row(segments, sliding_window):
-        attention = partial(_rows, scaling, dropout)
-    else:
-        assert segments.kernel is not None
-        attention = partial(ATTENTIONS[segments.kernel].attend, segments, scaling, dropout, sliding_window)
+        kernel, window = "buckets", None
+    attention = partial(ATTENTIONS[kernel].attend, segments, scaling, dropout, window)
     if segments.spread is None:
         return attention(query_BHLD, key_BKLD, value_BKLD), None
     processes, length = segments.spread
@@ -145,11 +144,6 @@ def segmented_attention(
 def _row_by_row(segments: Segments, window: int | None) -> bool:
     """Whether causal order says it all: torch's own attention has the fastest kernel for that."""
     return segments.rows and (window is None or window >= segments.layout_BL[0].shape[1])
-
-
-def _rows(scaling: float, dropout: float, query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor) -> Tensor:
-    out_BHLD = attend(query_BHLD, key_BKLD, value_BKLD, scaling, dropout=dropout)
-    return out_BHLD.transpose(1, 2).contiguous()
 
 
 # Without a mask function of that name transformers makes no mask: the segments say it all.

@@ -1,7 +1,7 @@
 """What a training step costs: bytes and arithmetic, counted on the meta device, and seconds, measured or estimated.
 
-Nothing is guessed per architecture: one micro-batch is sent through the model without memory; autograd is asked which
-tensors it would keep for the backward pass, and torch's flop counter how much would be computed.
+Nothing is guessed per architecture: one micro-batch is sent through the model and back without memory; what lives at
+the same time is added up, and by torch's formulas how much would be computed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakSet, finalize
 
 import psutil
 import torch
@@ -66,10 +66,9 @@ class Memory:
 @dataclass(frozen=True)
 class Trace:
     """One micro-batch on the meta device: bytes at its peak beside what the model and the optimizer hold, gradients
-    among them; bytes that autograd keeps for the backward pass; and floating-point operations both ways."""
+    among them; and floating-point operations both ways."""
 
     peak: int
-    saved: int
     flops: int
 
 
@@ -131,26 +130,25 @@ def trace_step(
     if recompute:
         checkpoint_layers(model, recompute)
     with torch.device("meta"), operations(live.take_down), fuse_layers(language), plain_attention(model):
-        with torch.autograd.graph.saved_tensors_hooks(live.note, lambda t: t):
-            prompt, pixels = Prompt(), []
-            for modality, tower in model.towers.items():
-                if pieces := media.get(modality):
-                    # Batches have them in float32 until the step is done.
-                    count = together - (dtype == torch.float32)
-                    pixels.append(torch.empty(count * pieces, *_input_shape(tower), dtype=torch.float32))
-                    soft = _soft_tokens(tower, pieces, dtype)
-                    prompt.soft[modality] = soft.tokens_BND
-                    prompt.seen[modality] = tower.fusion.imagine(rows, length, soft)
-            embeds = torch.empty(rows, length, width, dtype=dtype)
-            opened = embedding.weight.requires_grad
-            embeds.requires_grad_(opened or any(s.requires_grad for s in prompt.soft.values()))
-            # A mask of its own, for deriving one would ask the meta device for values.
-            mask = None if segments is not None else torch.empty(rows, 1, length, length, dtype=dtype)
-            positions = torch.empty(rows, length, dtype=torch.long)
-            with model.multimodal_context(prompt), within(language, segments):
-                hidden = language.base_model(
-                    inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-                )[0]
+        prompt, pixels = Prompt(), []
+        for modality, tower in model.towers.items():
+            if pieces := media.get(modality):
+                # Batches have them in float32 until the step is done.
+                count = together - (dtype == torch.float32)
+                pixels.append(torch.empty(count * pieces, *_input_shape(tower), dtype=torch.float32))
+                soft = _soft_tokens(tower, pieces, dtype)
+                prompt.soft[modality] = soft.tokens_BND
+                prompt.seen[modality] = tower.fusion.imagine(rows, length, soft)
+        embeds = torch.empty(rows, length, width, dtype=dtype)
+        opened = embedding.weight.requires_grad
+        embeds.requires_grad_(opened or any(s.requires_grad for s in prompt.soft.values()))
+        # A mask of its own, for deriving one would ask the meta device for values.
+        mask = None if segments is not None else torch.empty(rows, 1, length, length, dtype=dtype)
+        positions = torch.empty(rows, length, dtype=torch.long)
+        with model.multimodal_context(prompt), within(language, segments):
+            hidden = language.base_model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+            )[0]
         counted, head = live.flops, language.get_output_embeddings()
         learned_MD = hidden.detach().flatten(0, 1)[:supervised].requires_grad_(hidden.requires_grad)
         loss_M = loss_in_pieces(head, learned_MD, torch.empty(len(learned_MD), dtype=torch.long))
@@ -168,7 +166,7 @@ def trace_step(
         model.eval()  # type: ignore[no-untyped-call]
     vocabulary, head_ways = head.weight.shape[0], 3 if head.weight.requires_grad else 2
     flops = live.flops + 2 * head_ways * supervised * width * vocabulary
-    return Trace(live.peak, live.saved, flops)
+    return Trace(live.peak, flops)
 
 
 def _grouped_flops(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -205,17 +203,17 @@ def _input_shape(tower: Tower) -> tuple[int, ...]:
 
 
 class _Live:
-    """Sums what lives, each storage once, from where it is made to where nobody holds it; what autograd saves; and
-    floating-point operations, as torch's counter, which itself would hold gradients.
+    """Sums what lives, each storage once, from where it is made to where nobody holds it, and floating-point
+    operations, as torch's counter, which itself would hold gradients.
 
     What the model holds is not counted, nor what is as long as the sequence both ways: scores that fused attention
     never makes.
     """
 
     def __init__(self, model: nn.Module, length: int) -> None:
-        self.length, self.bytes, self.peak, self.saved, self.flops = length, 0, 0, 0, 0
+        self.length, self.bytes, self.peak, self.flops = length, 0, 0, 0
         self.model = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
-        self.known = WeakKeyDictionary[torch.UntypedStorage, bool](dict.fromkeys(self.model, True))
+        self.known = WeakSet[torch.UntypedStorage](self.model)
 
     def take_down(self, operation: object, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
         if (formula := _FLOPS.get(operation)) is not None:
@@ -223,20 +221,11 @@ class _Live:
         for made in tensors_in(out):
             if made.device.type == "meta":
                 storage = made.untyped_storage()
-                if self._square(made):
-                    self.known.setdefault(storage, True)
-                if storage not in self.known:
-                    self.known[storage] = False
+                if storage not in self.known and not self._square(made):
                     self.bytes += (size := storage.nbytes())
                     self.peak = max(self.peak, self.bytes)
                     finalize(storage, self._freed, size).atexit = False
-
-    def note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not self.known.get(storage, False) and not self._square(tensor):
-            self.known[storage] = True
-            self.saved += storage.nbytes()
-        return tensor
+                self.known.add(storage)
 
     def _square(self, tensor: Tensor) -> bool:
         return tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2] == self.length

@@ -16,8 +16,7 @@ from opticnerve.language.lora import is_lora
 from opticnerve.language.quantization import planned_bytes, quantizable
 from opticnerve.models.checkpoint import delta
 from opticnerve.models.checkpoint.source import ModelSource
-from opticnerve.models.classifier.build import ClassifierDock
-from opticnerve.models.dual_encoder.build import DualDock
+from opticnerve.models.family import Family, family_for
 from opticnerve.models.two_towers import TwoTowerModel
 from opticnerve.models.vlm.build import dtype_of, load_encoder
 from opticnerve.models.vlm.continued import check_stages, load_processor, planned, take_connector
@@ -73,13 +72,13 @@ def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
     return model
 
 
-def meta_towers(recipe: Recipe) -> DualDock | ClassifierDock:
+def meta_towers(recipe: Recipe) -> Family:
     """The dual encoder or the classifier that a recipe describes, on the meta device, without a processor."""
-    family = DualDock if recipe.model.KIND == DualDock.SPEC.KIND else ClassifierDock
-    processor: Any = None
+    family: Any = family_for(recipe)
     with torch.device("meta"):
-        made: Any = family.planned(recipe)
-    return family(made.to(dtype_of(recipe)), processor, {})
+        made = family.planned(recipe)
+    found: Family = family(made.to(dtype_of(recipe)), None, {})
+    return found
 
 
 def packed_bytes(recipe: Recipe, model: OpticNerveForConditionalGeneration | TwoTowerModel) -> dict[int, int]:

@@ -221,7 +221,7 @@ def _stage(stage: Stage, dock: Family, data: StageData, process: int, visual: in
     padded = min(longest, math.ceil(1.25 * length)) if data.rows else length
     media = {m: math.ceil(rows * data.media(m) * _pieces(t)) for m, t in model.towers.items()}
     supervised = math.ceil(rows * (data.supervised or 32))
-    traces, recompute = [cost.Trace(0, 0, 0)] * 2, recomputed_layers(model, stage.gradient_checkpointing)
+    traces, recompute = [cost.Trace(0, 0)] * 2, recomputed_layers(model, stage.gradient_checkpointing)
     if stage.objective.type == "next_token":
         traces = [
             cost.trace_step(

@@ -25,6 +25,7 @@ from opticnerve.common.units import format_bytes
 from opticnerve.data.encode.loader import TimedBatches, loader
 from opticnerve.distributed.collectives import add_up, attempt, barrier, companions, on_main, sequence_parallel
 from opticnerve.distributed.heartbeat import LostProcess
+from opticnerve.models.checkpoint.delta import now_called
 from opticnerve.models.family import Family
 from opticnerve.models.vlm.tower import MEDIA_INPUT
 from opticnerve.ops.attention import plain_attention
@@ -277,10 +278,9 @@ class Trainer:
 
 
 def _gather(ready: StageSetup, trained: set[str]) -> dict[str, Tensor]:
-    """All of what trained and lies in shards, in the main process's memory. (An adapter may have come around it.)"""
+    """All of what trained and lies in shards, in the main process's memory."""
     state = ready.dock.model.state_dict()
-    names = [n for n in state if n in trained or n.replace(".base_layer.", ".") in trained]
-    return gather(state, names, keep=ready.accelerator.is_main_process)
+    return gather(state, (now_called(n, state) for n in trained), keep=ready.accelerator.is_main_process)
 
 
 def _save_model(ready: StageSetup, trained: set[str], gathered: dict[str, Tensor]) -> None:

@@ -53,7 +53,9 @@ def explained(error: Exception, path: str) -> OpticNerveError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"there is no {path[:200]}", remedy="check the path", kind="missing-file")
     denied = isinstance(error, PermissionError) or getattr(error, "code", None) in (401, 403, "401", "403")
-    if denied or "credential" in f"{type(error).__name__}: {error}".lower():
+    # adlfs has a ValueError for nobody having said who we are.
+    unknown = "Credential" in type(error).__name__ or (isinstance(error, ValueError) and "credentials" in str(error))
+    if denied or unknown:
         remedy = _KEYS.get(_package(path), "give your credentials as its package wants them")
         return OpticNerveError(f"{seen}: {says}; {remedy}", kind="no-permission")
     return OpticNerveError(f"{seen}: {says}; run again when it can be reached", kind="network")

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,10 @@ def local_copy(path: str) -> Path:
         files.mkdir(exist_ok=True)
         atomic.clear_left_overs(files)
         found.get([name for name in found.states if not found.below(files, name).exists()], files)
-    for other in states.iterdir():  # `alone` has opened its lock for writing whenever it was used
-        if other != folder and time.time() - (other / "lock").stat().st_mtime > _UNUSED:
-            shutil.rmtree(other, ignore_errors=True)
+    for lock in states.glob("*/lock"):  # `alone` has opened it for writing whenever its state was used
+        with suppress(FileNotFoundError):  # another process removes the same one
+            if lock.parent != folder and time.time() - lock.stat().st_mtime > _UNUSED:
+                shutil.rmtree(lock.parent, ignore_errors=True)
     return files / found.inside
 
 

@@ -36,29 +36,22 @@ class ClassifierDock(TwoTowerDock):
     @classmethod
     def build(cls, recipe: Recipe) -> ClassifierDock:
         """The classifier that a recipe describes; its answers are those of the stages' data unless it names them."""
-        encoders, options = _described(recipe)
+        encoders, options = cls.described(recipe)
         return classifier(*encoders, seed=recipe.seed, dtype=dtype_of(recipe), **options)
 
     @classmethod
-    def planned(cls, recipe: Recipe) -> FusionClassifier:
-        """The same classifier without weights."""
-        encoders, options = _described(recipe)
-        return FusionClassifier.from_parts(*load_encoders(*encoders, None, planned=True)[:2], **options)
+    def described(cls, recipe: Recipe) -> tuple[tuple[Spec | None, Spec], dict[str, Any]]:
+        spec = recipe.model
+        assert isinstance(spec, ClassifierSpec)
+        answers = spec.answers
+        if answers is None:
+            answers = answer_set(c for stage in recipe.stages for data in stage.data for c in load_data(data))
+        image = None if spec.image is None else spec.image.encoder.model_dump()
+        return (image, spec.text.encoder.model_dump()), {"timing": spec.timing, "answers": answers, **spec.options}
 
     @property
     def what(self) -> str:
         return f"fusion classifier, {self.model.config.timing} fusion"
-
-
-def _described(recipe: Recipe) -> tuple[tuple[Spec | None, Spec], dict[str, Any]]:
-    """What `classifier` takes for a recipe: the encoders, and the options of what joins them."""
-    spec = recipe.model
-    assert isinstance(spec, ClassifierSpec)
-    answers = spec.answers
-    if answers is None:
-        answers = answer_set(c for stage in recipe.stages for data in stage.data for c in load_data(data))
-    image = None if spec.image is None else spec.image.encoder.model_dump()
-    return (image, spec.text.encoder.model_dump()), {"timing": spec.timing, "answers": answers, **spec.options}
 
 
 def classifier(

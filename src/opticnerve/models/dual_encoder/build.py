@@ -32,28 +32,21 @@ class DualDock(TwoTowerDock):
     @classmethod
     def build(cls, recipe: Recipe) -> DualDock:
         """The model that a recipe describes, in the recipe's precision."""
-        encoders, options = _described(recipe)
+        encoders, options = cls.described(recipe)
         return dual(*encoders, seed=recipe.seed, dtype=dtype_of(recipe), **options)
 
     @classmethod
-    def planned(cls, recipe: Recipe) -> DualEncoder:
-        """The same model without weights."""
-        encoders, options = _described(recipe)
-        return DualEncoder.from_parts(*load_encoders(*encoders, None, planned=True)[:2], **options)
+    def described(cls, recipe: Recipe) -> tuple[tuple[Spec, Spec], dict[str, Any]]:
+        spec = recipe.model
+        assert isinstance(spec, DualSpec)
+        return (spec.image.encoder.model_dump(), spec.text.encoder.model_dump()), {
+            "pooling": spec.image.pooling, "projection_dim": spec.projection_dim,
+            "image_projection": spec.image.projection, "text_projection": spec.text.projection, "loss": spec.loss,
+        }  # fmt: skip
 
     @property
     def what(self) -> str:
         return f"dual encoder, {self.model.config.loss} loss"
-
-
-def _described(recipe: Recipe) -> tuple[tuple[Spec, Spec], dict[str, Any]]:
-    """What `dual` takes for a recipe: the encoders, and the options of what joins them."""
-    spec = recipe.model
-    assert isinstance(spec, DualSpec)
-    return (spec.image.encoder.model_dump(), spec.text.encoder.model_dump()), {
-        "pooling": spec.image.pooling, "projection_dim": spec.projection_dim, "image_projection": spec.image.projection,
-        "text_projection": spec.text.projection, "loss": spec.loss,
-    }  # fmt: skip
 
 
 def dual(
