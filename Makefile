@@ -16,10 +16,10 @@ demo: setup ## dock, align, instruct, evaluate, ask: minutes on two cores
 	$(RUN) opticnerve demo $(ARGS)
 
 test: setup lint types ## lint, types, every test
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n 2 $(ARGS)
 
 test-plain: setup ## every test, with all switched off that exists for speed alone
-	OPTICNERVE_PLAIN=1 $(RUN) pytest $(ARGS)
+	OPTICNERVE_PLAIN=1 $(RUN) pytest -n 2 $(ARGS)
 
 coverage: setup ## every test, and how much of the package ran: not less than pyproject.toml says
 	$(RUN) pytest --cov $(ARGS)

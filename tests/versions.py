@@ -28,7 +28,10 @@ def run(*command: str | Path, cwd: Path | None = None, timeout: int = 900) -> st
 
 def outside() -> dict[str, str]:
     """The environment of a process that knows nothing of this one's packages."""
-    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "OPTICNERVE_CACHE")
+    ours = (
+        "PYTHONPATH", "PYTHONHOME", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV",
+        "UV_PROJECT_ENVIRONMENT", "OPTICNERVE_CACHE",
+    )  # fmt: skip
     return {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("COV")}
 
 
