@@ -261,7 +261,7 @@ def main() -> None:
         return
     run = flat if args.memory else report
     if args.quick:
-        args.rounds, args.workers, args.batch = 2, 1, 4
+        args.rounds, args.workers, args.batch = 1, 1, 4
     if args.photos:
         run(args.photos, args.samples or 3200, args)
         return

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
+import in_process
 import pytest
-
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "data.py"
 
 
 @pytest.mark.slow
-def test_quick_run() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--quick"], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "| opticnerve |" in done.stdout
-    assert "transformers: at most 0 in normalised units" in done.stdout  # too small to be decoded smaller
+def test_quick_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    in_process.run(in_process.script("data", monkeypatch), monkeypatch, "--quick")
+    printed = capsys.readouterr().out
+    assert "| opticnerve |" in printed
+    assert "transformers: at most 0 in normalised units" in printed  # too small to be decoded smaller

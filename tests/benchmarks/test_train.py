@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import in_process
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
-ROOT = Path(__file__).resolve().parents[2]
+from opticnerve.train import loop, setup
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """The script; what a trial replaces for good is put back."""
+    module = in_process.script("train", monkeypatch)
+    monkeypatch.setattr(module.shapes, "matmul_rate", partial(module.shapes.matmul_rate, seconds=0.01))
+    monkeypatch.setenv("OPTICNERVE_CACHE", str(tmp_path))
+    for replaced, name in ((loop, "image_use"), (setup, "fuse_layers")):
+        monkeypatch.setattr(replaced, name, getattr(replaced, name))
+    yield module
+    AcceleratorState._reset_state(reset_partial_state=True)  # the peers' Trainer makes one
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the peers'
 @pytest.mark.parametrize("stage", ["align", "instruct"])
-def test_both_sides_train_the_same(stage: str) -> None:
-    command = [sys.executable, "benchmarks/train.py", "--quick", "--rounds", "1", "--stage", stage]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    row = next(line for line in done.stdout.splitlines() if line.startswith("| opticnerve |"))
+def test_both_sides_train_the_same(
+    stage: str, train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process.run(train, monkeypatch, "--quick", "--rounds", "1", "--stage", stage)
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| opticnerve |"))
     assert float(re.findall(r"within ([\d.e-]+)", row)[0]) < 1e-2  # bf16
-    assert "Of the floor" in done.stdout
+    assert "Of the floor" in printed
 
 
-def test_what_stands_in_for_the_fused_layers_takes_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from opticnerve.train import setup
-
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    sys.modules.pop("train", None)
-    import train
-
+def test_what_stands_in_for_the_fused_layers_takes_what_they_take(train: Any) -> None:
     taken = list(inspect.signature(setup.fuse_layers).parameters)
-    monkeypatch.setattr(setup, "fuse_layers", setup.fuse_layers)  # to be put back
     train._without(["ablate=layers"])
     assert list(inspect.signature(setup.fuse_layers).parameters) == taken
     with setup.fuse_layers(torch.nn.Module(), None):
