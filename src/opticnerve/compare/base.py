@@ -11,6 +11,8 @@ from opticnerve import recipe as recipes
 from opticnerve.data.collators.classification import answer_set
 from opticnerve.data.dataset.load import fixed_sample, load_data, load_examples
 from opticnerve.evaluation.tasks import score_answers, usual_answers
+from opticnerve.plan import data as plan_data
+from opticnerve.plan import model as plan_model
 from opticnerve.recipe import EvaluateSpec, ModelSpec, Recipe, Stage
 from opticnerve.recipe.model import TowerSpec
 from opticnerve.starter import minilm
@@ -158,9 +160,23 @@ class Base:
 
     def questions_in(self, steps: int, batch_size: int) -> int:
         """About how many questions so many steps of the last stage train on: rows that share a prefix hold several."""
+        return round(steps * batch_size * self._questions_a_row)
+
+    @cached_property
+    def _questions_a_row(self) -> float:
         examples = load_examples(self.questions.data)
         held = [len(group) if most is None else min(most, len(group)) for group, most in examples]
-        return round(steps * batch_size * sum(held) / len(held))
+        return sum(held) / len(held)
+
+    @cached_property
+    def tokens(self) -> tuple[int, int]:
+        """Mean tokens of a caption's row and of a row of questions, at least 1."""
+        processor = plan_model.processor_for(self.recipe)
+        captions, questions = (
+            max(1, plan_data.inspect_data(stage, processor, seed=self.recipe.seed).length)
+            for stage in (self.captions, self.questions)
+        )
+        return captions, questions
 
     # -- what the words alone give away ---------------------------------------------------------------------------
 

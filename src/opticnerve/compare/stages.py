@@ -26,8 +26,6 @@ from opticnerve.compare.report import (
 )
 from opticnerve.compare.rows import ExperimentRow
 from opticnerve.compare.stats import failed, running, steps_to
-from opticnerve.plan import data as plan_data
-from opticnerve.plan import model as plan_model
 
 BUDGET: Budget = {
     "seeds": 2,
@@ -88,12 +86,8 @@ def rows(base: Base, budget: Budget) -> list[ExperimentRow]:
 
 def extra_steps(base: Base, budget: Budget) -> int:
     """How many steps of questions have as many tokens as all steps of captions: what the rows without them get."""
-    processor = plan_model.processor_for(base.recipe)
     align, instruct = budget["align"], budget["instruct"]
-    captions, questions = (
-        max(1, plan_data.inspect_data(stage, processor, seed=base.recipe.seed).length)
-        for stage in (base.captions, base.questions)
-    )
+    captions, questions = base.tokens
     count: int = max(1, round(align["steps"] * align["batch"] * captions / (instruct["batch"] * questions)))
     return count
 
