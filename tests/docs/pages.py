@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+TWINS = [ROOT / "README.ja.md", ROOT / "docs/own-data.ja.md"]  # pages in Japanese with the code of the English ones
 
 
 class Block(NamedTuple):

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import typer
-from pages import DOCS, Block, blocks, prose
+from pages import DOCS, TWINS, Block, blocks, prose
 from workshop import PUBLIC, furnish, served, stock
 
 from hub import serving
@@ -31,7 +31,7 @@ from opticnerve.cli.main import app, main
 from opticnerve.starter.demo import recipe_path
 
 pytestmark = pytest.mark.slow
-PAGES = [p for p in DOCS if p.name != "README.ja.md"]  # its blocks are README.md's: test_docs.py
+PAGES = [p for p in DOCS if p not in TWINS]  # whose code is another page's: test_docs.py
 
 # How a line begins that is not run, whatever is set before it, and why.
 NOT_RUN = {
@@ -56,6 +56,9 @@ STOPS = {
         "opticnerve.export.export.export", "wants llama.cpp; tests/export/test_gguf.py runs it"),
     "opticnerve compare": ("opticnerve.compare.experiment.run", "trains many models; tests/compare runs it"),
     "opticnerve train starter-contrastive": ("opticnerve.runs.pipeline.run_recipe", "a quarter of an hour"),
+    "opticnerve train recipe.yaml model.image.encoder.layer=-2": (
+        "opticnerve.runs.pipeline.run_recipe", "the line above it trains"),
+    "opticnerve train recipe.yaml 'stages.0.train=": ("opticnerve.runs.pipeline.run_recipe", "a line above it trains"),
     "opticnerve embed runs/contrastive --data starter/": ("opticnerve.inference.embeddings.Embedder.images", "minutes"),
 }  # fmt: skip
 ADDRESS = "127.0.0.1:8000"  # of the server that pages ask

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import DOCS, ROOT, Block, blocks, every_block, prose
+from pages import DOCS, ROOT, TWINS, Block, blocks, every_block, prose
 
 KEYS = {  # heading in docs/recipes.md → model in opticnerve.recipe
     "The recipe": "Recipe", "model.language": "LanguageSpec", "model.image": "TowerSpec", "stages": "Stage",
@@ -199,11 +199,16 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-def test_both_readmes_show_the_same_code() -> None:
-    english, japanese = blocks(ROOT / "README.md"), blocks(ROOT / "README.ja.md")
-    assert [b.language for b in english] == [b.language for b in japanese]
+@pytest.mark.parametrize("page", TWINS, ids=lambda p: p.name)
+def test_both_languages_show_the_same_code(page: Path) -> None:
+    """But for comments, and for text within quotation marks that is not English."""
+    english, japanese = blocks(page.with_name(page.name.replace(".ja", ""))), blocks(page)
+    assert [b.info for b in english] == [b.info for b in japanese]
     for ours, theirs in zip(english, japanese, strict=True):
-        assert uncommented(ours) == uncommented(theirs), f"{ours.where} and {theirs.where} differ"
+        for one, other in zip(uncommented(ours), uncommented(theirs), strict=True):
+            own = re.split(r'("[^"]*[^\x00-\x7f][^"]*")', other)
+            translated = '"[^"]*"'.join(map(re.escape, own[::2]))
+            assert re.fullmatch(translated, one), f"{ours.where} and {theirs.where} differ: {other}"
 
 
 def uncommented(block: Block) -> list[str]:
