@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -28,40 +29,51 @@ COMMANDS = [
     "data show",
 ]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "peft", "timm", "pydantic", "numpy", "PIL")
+# One process for all, which has imported what it has: of a command that imports too much, those behind it say so, too.
 PROBE = f"""
-import json, sys, opticnerve_launch
-try:
-    sys.argv = ["opticnerve", *sys.argv[1:]]
-    opticnerve_launch.main()
-finally:
-    print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]), file=sys.stderr)
+import io, json, sys, opticnerve_launch
+from contextlib import redirect_stdout
+found = {{}}
+for line in json.load(sys.stdin):
+    sys.argv, out = ["opticnerve", *line.split()], io.StringIO()
+    try:
+        with redirect_stdout(out):
+            opticnerve_launch.main()
+    except SystemExit as left:
+        found[line] = [left.code or 0, out.getvalue(), [m for m in {HEAVY!r} if m in sys.modules]]
+print(json.dumps(found))
 """
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", PROBE, *words], capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def said() -> dict[str, Any]:
+    """What is typed → exit code, what is printed, and what heavy there was in `sys.modules` by then."""
+    asked = json.dumps(["--version", *(f"{command} --help".strip() for command in COMMANDS)])
+    done = subprocess.run([sys.executable, "-c", PROBE], input=asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_imports_nothing_heavy_and_shows_an_example(command: str) -> None:
-    done = run(*command.split(), "--help")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stderr.splitlines()[-1]) == []
+def test_help_imports_nothing_heavy_and_shows_an_example(command: str, said: dict[str, Any]) -> None:
+    code, printed, heavy = said[f"{command} --help".strip()]
+    assert (code, heavy) == (0, [])
     # `data` only leads to its two commands; every other help has something to paste.
-    assert (f"opticnerve {command}".strip() if command else "opticnerve demo") in done.stdout
+    assert (f"opticnerve {command}".strip() if command else "opticnerve demo") in printed
 
 
-def test_exit_codes_are_in_the_help() -> None:
-    help_text = run("--help").stdout
+def test_exit_codes_are_in_the_help(said: dict[str, Any]) -> None:
     for code in ("0", "1", "2", "3", "130"):
-        assert any(line.strip().startswith(f"{code}  ") for line in help_text.splitlines())
+        assert any(line.strip().startswith(f"{code}  ") for line in said["--help"][1].splitlines())
 
 
-def test_version_is_the_package_s() -> None:
+def test_version_is_the_package_s(said: dict[str, Any]) -> None:
     import opticnerve
 
-    done = run("--version")
-    assert done.stdout.split() == ["opticnerve", opticnerve.__version__]
+    code, printed, heavy = said["--version"]
+    assert (code, heavy) == (0, [])
+    assert printed.split() == ["opticnerve", opticnerve.__version__]
 
 
 def test_the_module_runs_by_name() -> None:
