@@ -79,9 +79,8 @@ def loader(sampler: Any, first: int, workers: int, device: torch.device | str) -
 class TimedBatches(Iterator[Any]):
     """The batches of a `loader`, their pixels normalised on `device`.
 
-    `seconds`: how long the caller has waited for them in all, the first one and its workers' start included;
-    `first_seconds`: that first wait. Over the same stretch of time, `seconds` is the share of it that the
-    accelerator had nothing to do for want of data.
+    `seconds`: how long the caller has waited for them in all, the first one and its workers' start included. Over the
+    same stretch of time, it is the share of it that the accelerator had nothing to do for want of data.
 
     Raises:
         OpticNerveError: what came up in a worker, as it was raised there.
@@ -90,16 +89,14 @@ class TimedBatches(Iterator[Any]):
     def __init__(self, batches: DataLoader[Sent], device: torch.device | str | None = None) -> None:
         self._loader, self._device = batches, device
         self._batches: Iterator[Sent] | None = None
-        self.seconds = self.first_seconds = 0.0
+        self.seconds = 0.0
 
     def __next__(self) -> Any:
         asked = time.perf_counter()
-        if starting := self._batches is None:
+        if self._batches is None:
             self._batches = iter(self._loader)
         sent = next(self._batches)
         self.seconds += time.perf_counter() - asked
-        if starting:
-            self.first_seconds = self.seconds
         if sent.left_out:  # the samples of this process, not a worker's copy, keep count
             self._loader.dataset.sampler.leave_out(sent.left_out)  # type: ignore[attr-defined]
         if sent.state is not None:
