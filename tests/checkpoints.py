@@ -283,3 +283,64 @@ def save_instructblip(folder: Path) -> Path:
     images = tf.BlipImageProcessor(size={"height": SIDE, "width": SIDE})
     tf.InstructBlipProcessor(images, tokenizer, questions, num_query_tokens=5).save_pretrained(folder)
     return folder
+
+
+NANO_TILES = {f"r{row}c{column}": f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)}
+NANO_WHOLE = {"image_token": "<|image|>", "global_image_token": "<|global_image|>"}
+NANOVLM: dict[str, dict[str, Any]] = {
+    "222M: a square before the prompt": {},
+    "a square": {"vlm_extra_tokens": {"image_token": "<|image|>"}, "mp_image_token_length": 4},
+    "tiles": {"vlm_extra_tokens": {"image_token": "<|image|>", **NANO_TILES}, "mp_image_token_length": 4},
+    "tiles behind the whole": {
+        "vlm_extra_tokens": {**NANO_WHOLE, **NANO_TILES}, "mp_image_token_length": 4, "resize_to_max_side_len": True,
+        "lm_tie_weights": False,
+    },
+}  # fmt: skip
+
+
+def save_nanovlm(folder: Path, *, form: str = "tiles behind the whole", **changes: Any) -> Path:
+    """nanoVLM as its own code saves it, in the forms that its configurations have had; its tokenizer, which config.json
+    names, is a folder beside it. Tiles of 24 px, patches of 4, squares of 3 × 3 patches as a token."""
+    own = NANOVLM[form]
+    tokenizer = tiny.tokenizer("byte-level")
+    tokenizer.save_pretrained(words := folder.with_name(f"{folder.name}-words"))
+    rows = len(tokenizer) + len(own.get("vlm_extra_tokens", {}))
+    config = {
+        "vit_hidden_dim": 24, "vit_inter_dim": 40, "vit_patch_size": 4, "vit_img_size": 24, "vit_n_heads": 2,
+        "vit_n_blocks": 3, "vit_ln_eps": 1e-6, "vit_cls_flag": False, "lm_hidden_dim": 32, "lm_inter_dim": 48,
+        "lm_rms_eps": 1e-5, "lm_re_base": 5000, "lm_max_position_embeddings": 512, "lm_vocab_size": rows,
+        "lm_n_heads": 4, "lm_n_kv_heads": 2, "lm_n_blocks": 2, "lm_attn_scaling": 1.0, "lm_tie_weights": True,
+        "lm_tokenizer": str(words), "mp_pixel_shuffle_factor": 3, **own,
+    }  # fmt: skip
+    if own:
+        config["lm_chat_template"] = (
+            "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+            "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        )
+    if "tiles" in form:
+        config["max_img_size"] = 72
+    shapes: dict[str, tuple[int, ...]] = {
+        "vision_encoder.patch_embedding.conv.weight": (24, 3, 4, 4), "vision_encoder.patch_embedding.conv.bias": (24,),
+        "vision_encoder.patch_embedding.position_embedding": (1, 36, 24), "MP.proj.weight": (32, 9 * 24),
+        "vision_encoder.layer_norm.weight": (24,), "vision_encoder.layer_norm.bias": (24,),
+        "decoder.token_embedding.weight": (rows, 32), "decoder.norm.weight": (32,),
+        "decoder.rotary_embd.inv_freq": (4,),
+    }  # fmt: skip
+    if not config["lm_tie_weights"]:
+        shapes["decoder.head.weight"] = (rows, 32)
+    vision = {"attn.qkv_proj": (72, 24), "attn.out_proj": (24, 24), "mlp.fc1": (40, 24), "mlp.fc2": (24, 40)}
+    for i in range(3):
+        for name, shape in {"ln1": (24,), "ln2": (24,), **vision}.items():
+            shapes[f"vision_encoder.blocks.{i}.{name}.weight"] = shape
+            shapes[f"vision_encoder.blocks.{i}.{name}.bias"] = shape[:1]
+    decoder = {
+        "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48), "attn.q_proj": (32, 32),
+        "attn.k_proj": (16, 32), "attn.v_proj": (16, 32), "attn.out_proj": (32, 32), "norm1": (32,), "norm2": (32,),
+    }  # fmt: skip
+    shapes |= {f"decoder.blocks.{i}.{n}.weight": s for i in range(2) for n, s in decoder.items()}
+    random = torch.Generator().manual_seed(0)
+    state = {n: (len(s) == 1) + 0.2 * torch.randn(s, generator=random) for n, s in shapes.items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    save_file(state, folder / "model.safetensors")
+    return folder

@@ -113,11 +113,33 @@ def test_all_reasons_of_the_original_are_named_at_once(original: Path, tmp_path:
     import_refused(original, tmp_path / "out", "unsupported", "linear", "cls")
 
 
-def test_nanovlms_classes_are_refused_by_name(tmp_path: Path) -> None:
-    config = {"vit_hidden_dim": 768, "lm_hidden_dim": 576, "vit_model_type": "google/siglip-base-patch16-224"}
-    (tmp_path / "nano").mkdir()
-    (tmp_path / "nano" / "config.json").write_text(json.dumps(config))
-    import_refused(tmp_path / "nano", tmp_path / "out", "unsupported", "nanoVLM", "google/siglip-base-patch16-224")
+NANO_CHANGES: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
+    "one vector": ({"vit_cls_flag": True}, ("unsupported", "vit_cls_flag")),
+    "rotary": ({"lm_attn_scaling": 0.5}, ("unsupported", "lm_attn_scaling", 0.5)),
+    "squares": ({"mp_pixel_shuffle_factor": 4}, ("unsupported", "6 × 6", 4)),
+    "counts": ({"mp_image_token_length": 5}, ("unsupported", 5, 4)),
+    "whole tiles": ({"max_img_size": 70}, ("unsupported", 70, 24)),
+    "words of tiles": ({"max_img_size": 96}, ("unsupported", "<row_{row}_col_{column}>", 4)),
+    "the whole alone": ({"vlm_extra_tokens": checkpoints.NANO_WHOLE}, ("unsupported", "whole picture")),
+    "a gap": ({"lm_n_heads": None, "lm_tokenizer": None}, ("damaged", "lm_n_heads, lm_tokenizer")),
+    "no configuration": ({"vit_n_heads": "two"}, ("damaged", "configuration")),
+    "other tensors": ({"lm_n_blocks": 3}, ("mismatch", "decoder.model.layers.2.")),
+    "other table": ({"lm_vocab_size": 300}, ("mismatch", 300, "words")),
+}
+
+
+@pytest.mark.parametrize("case", list(NANO_CHANGES))
+def test_what_nanovlms_code_does_otherwise_is_refused(case: str, tmp_path: Path) -> None:
+    changes, facts = NANO_CHANGES[case]
+    import_refused(checkpoints.save_nanovlm(tmp_path / "nano", **changes), tmp_path / "out", *facts)
+
+
+def test_nanovlms_tokenizer_may_lie_beside_its_weights(tmp_path: Path) -> None:
+    """Out of reach of the hub, or where config.json names a folder of somebody else's machine."""
+    source = checkpoints.save_nanovlm(tmp_path / "nano", lm_tokenizer=str(tmp_path / "nowhere"))
+    import_refused(source, tmp_path / "out", "damaged", "nowhere")
+    tiny.tokenizer("byte-level").save_pretrained(source)
+    assert import_checkpoint(source, tmp_path / "out").difference < 1e-5
 
 
 def test_pickles_of_the_original_are_not_opened(original: Path, tmp_path: Path) -> None:
@@ -184,6 +206,7 @@ def test_what_is_asked_is_what_their_processor_writes(kind: str, tmp_path: Path)
 
 MADE: dict[str, Callable[[Path], Path]] = {
     **SPLIT, "llava_onevision": checkpoints.save_llava_onevision, "llava's own": checkpoints.save_llava_original,
+    "nanovlm": checkpoints.save_nanovlm,
 }  # fmt: skip
 
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 import transformers as tf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opticnerve.common import hub
@@ -27,7 +25,7 @@ from opticnerve.encoders.preparation import preparation
 from opticnerve.language.chat_template import IMAGE_TOKEN
 from opticnerve.language.load import no_bars
 from opticnerve.models.checkpoint.strict import list_problems, wrap_errors
-from opticnerve.models.import_hf.source import Source
+from opticnerve.models.import_hf.source import Source, read_tensors
 from opticnerve.types import OpticNerveError
 
 TINY = "TinyLlavaForConditionalGeneration"
@@ -62,23 +60,9 @@ CHAT = (
 )
 
 
-def recognised(name: str) -> dict[str, Any] | None:
-    """The configuration as it was written, where it is one of these; else None."""
-    file = Path(hub.fetch(name, weights=False)) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # said by whoever reads it as transformers'
-    if isinstance(raw, dict) and {"vit_hidden_dim", "lm_hidden_dim"} <= raw.keys():
-        raise OpticNerveError(
-            f"{name} is nanoVLM's, which cannot be imported: its layers are classes of its own, whose tensors have "
-            "other names and shapes than transformers'; its bases load one by one "
-            f"({raw.get('vit_model_type', 'the SigLIP')} under `image`, {raw.get('lm_model_type', 'SmolLM2')} under "
-            "`language`, connector {type: pixel_shuffle})",
-            kind="unsupported",
-        )
-    classes = raw.get("architectures") or [] if isinstance(raw, dict) else []
-    return raw if any(c in (*_LANGUAGE, TINY) for c in classes) else None
+def recognises(raw: dict[str, Any]) -> bool:
+    """Whether a config.json is one of these."""
+    return any(c in (*_LANGUAGE, TINY) for c in raw.get("architectures") or [])
 
 
 def read_config(name: str, raw: dict[str, Any]) -> Any:
@@ -141,7 +125,7 @@ def read(name: str, raw: dict[str, Any], config: Any) -> Source:
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     source = Source(name, None, None, [])
-    state = renamed(_tensors(name, folder))
+    state = renamed(read_tensors(name, folder))
     if not any(n.startswith("model.vision_tower.") for n in state):
         source.notes.append(f"the checkpoint holds no vision tower; {tower}'s own weights were taken")
         state |= {f"model.vision_tower.{n}": t for n, t in _tower_weights(tower).items()}
@@ -171,25 +155,6 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 name = start + name[match.end() :]
                 break
         found[name] = tensor
-    return found
-
-
-def _tensors(name: str, folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(f.name for f in folder.glob("*.bin"))
-        raise OpticNerveError(
-            f"the weights of {name} are {f'pickles ({pickles[0]})' if pickles else 'missing'}, and opticnerve reads "
-            "safetensors alone; convert them once (docs/migrate.md shows how), or take the model's transformers form "
-            "(llava-hf/…)",
-            kind="missing-file",
-        )
-    found: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            found |= load_file(file)
-        except (OSError, SafetensorError) as e:
-            raise OpticNerveError(f"{file} cannot be read: {str(e)[:200]}", kind="damaged") from e
     return found
 
 

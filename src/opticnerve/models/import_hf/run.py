@@ -4,6 +4,7 @@ place, and both models give the same logits."""
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from opticnerve.common import hub
 from opticnerve.common.cache import new_folder
 from opticnerve.connectors.base import Connector
 from opticnerve.language.load import no_bars
-from opticnerve.models.import_hf import blip2, llava, original, shuffled
+from opticnerve.models.import_hf import blip2, llava, nanovlm, original, shuffled
 from opticnerve.models.import_hf.source import Source, check_image_token, common_refusals, read, read_config
 from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.placeholders import embedding_of, sayable
@@ -34,8 +36,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Importable:
     """How one kind of checkpoint is imported.
 
-    `module`: `llava`, `shuffled` or `blip2`, with `refuse`, `ready`, `convert` and `prompts`. `pictures`: the most that
-    a prompt shows. `text_alone`: whether their model answers prompts without one.
+    `module`: `llava`, `shuffled`, `blip2` or `nanovlm`, with `refuse`, `ready`, `convert` and `prompts`. `pictures`:
+    the most that a prompt shows. `text_alone`: whether their model answers prompts without one.
     """
 
     model_class: str
@@ -53,7 +55,10 @@ FAMILIES = {
     "smolvlm": Importable("SmolVLMForConditionalGeneration", shuffled, 2, True),
     "blip-2": Importable("Blip2ForConditionalGeneration", blip2, 1, False),
     "instructblip": Importable("InstructBlipForConditionalGeneration", blip2, 1, False),
+    "nanovlm": Importable("VisionLanguageModel", nanovlm, 2, True),
 }
+FORMATS: tuple[Any, ...] = (original, nanovlm)
+"""Those that transformers does not read."""
 
 
 @dataclass
@@ -79,8 +84,8 @@ def import_checkpoint(
     device: str = "cpu",
     emit: Callable[[str], None] = lambda line: None,
 ) -> Imported:
-    """Turn a checkpoint (`FAMILIES`: in transformers' format; `original`: in LLaVA's own or TinyLLaVA's) into a
-    self-contained folder of opticnerve, and prove that the folder gives the same logits.
+    """Turn a checkpoint (`FAMILIES`: in transformers' format; `original`: in LLaVA's own or TinyLLaVA's;
+    nanoVLM's) into a self-contained folder of opticnerve, and prove that the folder gives the same logits.
 
     Both models run in float32, one after the other: memory for one of them in float32 is needed.
 
@@ -99,14 +104,15 @@ def import_checkpoint(
         raise OpticNerveError(f"{out} exists already; choose another folder", kind="exists-already")
     if dtype not in DTYPES:
         raise OpticNerveError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}", kind="unknown-name")
-    raw = original.recognised(str(name))
-    config = read_config(str(name), list(FAMILIES)) if raw is None else original.read_config(str(name), raw)
+    raw = _written_config(str(name))
+    own = next((f for f in FORMATS if f.recognises(raw)), None)
+    config = read_config(str(name), list(FAMILIES)) if own is None else own.read_config(str(name), raw)
     family = FAMILIES[config.model_type]
     if reasons := common_refusals(config, family.model_class) + family.module.refuse(config):
         raise OpticNerveError(f"{name} cannot be imported: {'; '.join(reasons)}", kind="unsupported")
     emit(f"reading {name}")
     # Theirs goes before ours is read back: two models of this kind seldom fit side by side.
-    source = read(str(name), family.model_class) if raw is None else original.read(str(name), raw, config)
+    source = read(str(name), family.model_class) if own is None else own.read(str(name), raw, config)
     model, processor, asked, made = _convert(source, out, family, config.dtype, dtype, device)
     del source
     with new_folder(out) as new, no_bars():
@@ -119,6 +125,15 @@ def import_checkpoint(
         again = OpticNerveForConditionalGeneration.from_pretrained(new, dtype=torch.float32).to(device)
         made.difference = compare(again, OpticNerveProcessor.from_pretrained(new), asked)
     return made
+
+
+def _written_config(name: str) -> dict[str, Any]:
+    """config.json as it was written; empty where it is no such file, which whoever reads it as transformers' says."""
+    try:
+        raw = json.loads((Path(hub.fetch(name, weights=False)) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
 
 
 def _convert(

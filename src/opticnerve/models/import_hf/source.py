@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from opticnerve.common import hub
 from opticnerve.data.encode.chat_layout import form_of
@@ -135,6 +138,30 @@ def read(name: str, model_class: str) -> Source:
             kind="missing-file",
         )
     return Source(name, model.eval(), processor, [])
+
+
+def read_tensors(name: str, folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files, of a format that transformers does not read.
+
+    Raises:
+        OpticNerveError: there are none, pickles alone, or they cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(f.name for f in folder.glob("*.bin"))
+        raise OpticNerveError(
+            f"the weights of {name} are {f'pickles ({pickles[0]})' if pickles else 'missing'}, and opticnerve reads "
+            "safetensors alone; convert them once (docs/migrate.md shows how), or take the model's transformers form "
+            "(llava-hf/…)",
+            kind="missing-file",
+        )
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            found |= load_file(file)
+        except (OSError, SafetensorError) as e:
+            raise OpticNerveError(f"{file} cannot be read: {str(e)[:200]}", kind="damaged") from e
+    return found
 
 
 def check_image_token(source: Source) -> int:

@@ -3,9 +3,10 @@ each whole, and then the whole picture as a thumbnail; a picture of one tile is 
 
 Sources: InternVL 1.5 (Chen et al. 2024, How Far Are We to GPT-4V?, section 3.2: the canvas of the nearest aspect
 ratio); Idefics3 (Laurençon et al. 2024, section 3.1) and SmolVLM: the longest side is resized to so many pixels, both
-sides then to whole tiles.
+sides then to whole tiles; nanoVLM (github.com/huggingface/nanoVLM, `data/custom_transforms.py`): both at once, and the
+thumbnail goes first.
 
-Both write words among the placeholders: `PictureWords`.
+All write words among the placeholders: `PictureWords`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
+from PIL.Image import Resampling, fromarray
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
@@ -29,7 +31,11 @@ from transformers.processing_utils import ImagesKwargs
 
 from opticnerve.types import OpticNerveError
 
-Rule = Literal["internvl", "idefics3"]
+Rule = Literal["internvl", "idefics3", "nanovlm"]
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "internvl": ("split", "min_tiles", "max_tiles"), "idefics3": ("split", "longest_side"),
+    "nanovlm": ("split", "longest_side", "enlarge", "thumbnail"),
+}  # fmt: skip
 LONGEST = 4096
 """Pixels of a side: Idefics3 takes no more, whatever it is told."""
 
@@ -43,8 +49,10 @@ class SplitLayout:
         tile_tokens: soft tokens of one tile, after the connector.
         rule: how rows and columns are found.
         min_tiles, max_tiles: of the rule "internvl", without the thumbnail.
-        longest_side: of the rule "idefics3", in pixels; None leaves a picture its size.
+        longest_side: of the rules "idefics3" and "nanovlm", in pixels; None leaves a picture its size.
         split: False shows each picture as one tile.
+        enlarge: of the rule "nanovlm": whether small pictures get the longest side, too.
+        thumbnail: of the rule "nanovlm": whether there is one.
     """
 
     tile_size: int
@@ -54,6 +62,8 @@ class SplitLayout:
     max_tiles: int = 12
     longest_side: int | None = None
     split: bool = True
+    enlarge: bool = True
+    thumbnail: bool = True
     newline: ClassVar[bool] = False
 
     @lru_cache(maxsize=4096)  # noqa: B019  (frozen and small: a few of them per process)
@@ -65,6 +75,11 @@ class SplitLayout:
         if self.rule == "internvl":
             columns, rows = get_optimal_tiled_canvas((height, width), (side, side), self.min_tiles, self.max_tiles)
             return int(rows), int(columns)
+        if self.rule == "nanovlm":  # `DynamicResize`, in its order of operations
+            longest, most = max(height, width), self.longest_side or LONGEST
+            target = most if self.enlarge else min(most, ceil(longest / side) * side)
+            shorter = max(ceil(min(height, width) * (target / longest) / side), 1)
+            return (shorter, target // side) if width >= height else (target // side, shorter)
         height, width = self.first_size(height, width)
         ratio = width / height
         if width >= height:
@@ -76,7 +91,7 @@ class SplitLayout:
     def first_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that a picture is resized to before it is cut (rule "idefics3"; transformers'
         `get_resize_output_image_size`)."""
-        if self.longest_side is None:
+        if self.longest_side is None or self.rule != "idefics3":
             return height, width
         longest, ratio = self.longest_side, width / height
         if width >= height:
@@ -96,7 +111,7 @@ class SplitLayout:
     def num_pieces(self, height: int, width: int) -> int:
         """Tiles of a picture of `height` × `width` pixels, thumbnail included."""
         rows, columns = self.shape(height, width)
-        return rows * columns + (rows * columns > 1)
+        return rows * columns + (self.thumbnail and rows * columns > 1)
 
     def num_tokens(self, height: int, width: int) -> int:
         """Soft tokens of one picture: placeholders that the processor writes, words not counted."""
@@ -133,14 +148,11 @@ class SplitLayout:
     @property
     def options(self) -> dict[str, Any]:
         """The plain keywords that build the same again: a tiling's in `config.json`."""
-        how = {"type": self.rule, "split": self.split}
-        if self.rule == "internvl":
-            return {**how, "min_tiles": self.min_tiles, "max_tiles": self.max_tiles}
-        return {**how, "longest_side": self.longest_side}
+        return {"type": self.rule, **{k: getattr(self, k) for k in _OPTIONS[self.rule]}}
 
     def image_processor(self, **options: Any) -> SplitImageProcessor:
         """The image processor that cuts pictures so; `options`: how they are normalised."""
-        how = {k: getattr(self, k) for k in ("tile_size", "rule", "min_tiles", "max_tiles", "longest_side", "split")}
+        how = {k: getattr(self, k) for k in ("tile_size", "rule", *_OPTIONS[self.rule])}
         return SplitImageProcessor(**how, **options)
 
 
@@ -172,7 +184,9 @@ class PictureWords:
             "".join(self.tile.format(row=row + 1, column=column + 1) + piece for column in range(columns))
             for row in range(rows)
         ]
-        return self.before + "".join(f"{line}{self.row_end}" for line in lines) + self.thumbnail + piece + self.after
+        tiles = "".join(f"{line}{self.row_end}" for line in lines)
+        whole = self.thumbnail + piece if layout.thumbnail else ""
+        return self.before + (whole + tiles if layout.rule == "nanovlm" else tiles + whole) + self.after
 
 
 class SplitImageProcessorKwargs(ImagesKwargs, total=False):
@@ -184,12 +198,15 @@ class SplitImageProcessorKwargs(ImagesKwargs, total=False):
     max_tiles: int
     longest_side: int | None
     split: bool
+    enlarge: bool
+    thumbnail: bool
 
 
 class SplitImageProcessor(TorchvisionBackend):
     """Pictures → `pixel_values` (tiles of all pictures, 3, S, S) and `image_sizes` (images, 2) as height, width.
 
-    The same pixels as transformers' `GotOcr2ImageProcessor` (which InternVL has) and `Idefics3ImageProcessor`.
+    The same pixels as transformers' `GotOcr2ImageProcessor` (which InternVL has) and `Idefics3ImageProcessor`, and as
+    nanoVLM's own, which resizes by PIL; torchvision rounds otherwise, and an enlarged picture differs visibly.
     """
 
     valid_kwargs = SplitImageProcessorKwargs
@@ -198,6 +215,7 @@ class SplitImageProcessor(TorchvisionBackend):
     image_mean = image_std = (0.5, 0.5, 0.5)
     tile_size, rule, min_tiles, max_tiles, split = 224, "internvl", 1, 12, True
     longest_side: int | None = None
+    enlarge = thumbnail = True
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]  # type: ignore[misc]
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -206,21 +224,26 @@ class SplitImageProcessor(TorchvisionBackend):
 
     def _preprocess(  # type: ignore[override]
         self, images: list[Tensor], *, tile_size: int, rule: Rule, min_tiles: int, max_tiles: int,
-        longest_side: int | None, split: bool, resample: Any, do_rescale: bool, rescale_factor: float,
-        do_normalize: bool, image_mean: list[float], image_std: list[float], return_tensors: str | None, **kwargs: Any,
+        longest_side: int | None, split: bool, enlarge: bool, thumbnail: bool, resample: Any, do_rescale: bool,
+        rescale_factor: float, do_normalize: bool, image_mean: list[float], image_std: list[float],
+        return_tensors: str | None, **kwargs: Any,
     ) -> BatchFeature:  # fmt: skip
-        layout = SplitLayout(tile_size, 1, rule, min_tiles, max_tiles, longest_side, split)
+        layout = SplitLayout(tile_size, 1, rule, min_tiles, max_tiles, longest_side, split, enlarge, thumbnail)
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         pieces = []
         for image_CHW, size in zip(images, sizes, strict=True):
             rows, columns = layout.shape(*size)
             picture_CHW = self._resized(image_CHW, layout.first_size(*size), resample)
-            canvas_CHW = self._resized(picture_CHW, (rows * tile_size, columns * tile_size), resample)
+            resized = _resized_by_pil if rule == "nanovlm" else self._resized
+            canvas_CHW = resized(picture_CHW, (rows * tile_size, columns * tile_size), resample)
             # Idefics3's thumbnail is made of the canvas, InternVL's of the picture.
             whole_CHW = canvas_CHW if rule == "idefics3" else picture_CHW
             tiles_CYXSS = canvas_CHW.unfold(1, tile_size, tile_size).unfold(2, tile_size, tile_size)
             tiles_TCSS = tiles_CYXSS.permute(1, 2, 0, 3, 4).flatten(0, 1)
-            if rows * columns > 1:
+            if rule == "nanovlm" and layout.num_pieces(*size) > rows * columns:  # of fractions, not of 8 bits
+                thumbnail_CSS = self._resized(canvas_CHW.float(), (tile_size, tile_size), Resampling.BILINEAR)
+                tiles_TCSS = torch.cat([thumbnail_CSS[None], tiles_TCSS])
+            elif layout.num_pieces(*size) > rows * columns:
                 thumbnail_CSS = self._resized(whole_CHW, (tile_size, tile_size), resample)
                 tiles_TCSS = torch.cat([tiles_TCSS, thumbnail_CSS[None]])
             pieces.append(
@@ -235,6 +258,12 @@ class SplitImageProcessor(TorchvisionBackend):
         return out
 
 
+def _resized_by_pil(image_CHW: Tensor, size: tuple[int, int], resample: int) -> Tensor:
+    """Of 8 bits, as PIL resizes pictures."""
+    picture = fromarray(image_CHW.permute(1, 2, 0).cpu().numpy())
+    return torch.from_numpy(np.array(picture.resize((size[1], size[0]), Resampling(resample)))).permute(2, 0, 1)
+
+
 def split_layout(options: dict[str, Any], *, tile_size: int, tile_tokens: int) -> SplitLayout:
     """A layout from its `options`.
 
@@ -243,7 +272,7 @@ def split_layout(options: dict[str, Any], *, tile_size: int, tile_tokens: int) -
     """
     given = dict(options)
     rule = given.pop("type")
-    known = ("split", "min_tiles", "max_tiles") if rule == "internvl" else ("split", "longest_side")
+    known = _OPTIONS[rule]
     if unknown := sorted(set(given) - set(known)):
         raise OpticNerveError(
             f"tiling of type {rule} takes no {', '.join(unknown)}; it takes {', '.join(known)}", kind="unknown-key"
@@ -255,12 +284,17 @@ def split_layout(options: dict[str, Any], *, tile_size: int, tile_tokens: int) -
             "are from 1, and the first is at most the second",
             kind="out-of-range",
         )
+    if rule == "nanovlm" and made.split and ((made.longest_side or 1) % tile_size):
+        raise OpticNerveError(
+            f"tiling of type nanovlm wants a longest_side of whole tiles ({tile_size} px), not {made.longest_side}",
+            kind="out-of-range",
+        )
     return made
 
 
 def is_split(options: dict[str, Any] | None) -> bool:
     """Whether a tiling's options are these, not a canvas's."""
-    return (options or {}).get("type") in ("internvl", "idefics3")
+    return (options or {}).get("type") in get_args(Rule)
 
 
 def normalising(own: BaseImageProcessor) -> dict[str, Any]:
