@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 import tempfile
 import zlib
@@ -111,6 +112,9 @@ def save_vision_encoder(folder: Path, family: str) -> None:
     """As `tiny.save_vision`, for families that transformers has inside larger models alone, too."""
     if family in tiny.VISION:
         tiny.save_vision(folder, family)
+        return
+    if family in tiny.NATIVE:
+        shutil.copytree(tiny.save_native(family), folder)
         return
     config = tf.AutoConfig.for_model(
         family, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 import transformers as tf
@@ -78,6 +79,21 @@ def test_siglip_behind_its_final_norm_with_one_matrix_and_other_pictures(saved: 
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("layer", ["last", -2])
+def test_pixtral_sees_pictures_in_their_own_shape(layer: Any, saved: Make, tmp_path: Path) -> None:
+    """Two pictures of different shapes in one prompt among the samples, none of them square."""
+    made = export(saved("mistral", "pixtral", layer=layer, fit="native"), "hf-llava", tmp_path / "out")
+    assert made.proof is not None
+    assert made.proof.difference <= 1e-5
+    assert any("ends of rows" in note for note in made.notes)
+    processor = tf.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert isinstance(processor, tf.PixtralProcessor)
+    wide = PIL.Image.new("RGB", (70, 30))
+    ids = processor(images=wide, text=processor.image_token, return_tensors="pt")["input_ids"][0].tolist()
+    assert ids == [processor.image_token_id] * 9 * 4  # patches of 8 px, rounded up
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_one_scaled_tensor_is_caught_and_nothing_stays(
     saved: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +123,9 @@ def test_one_scaled_tensor_is_caught_and_nothing_stays(
         ({"tiling": {"type": "anyres"}}, "it cuts pictures into tiles"),
         ({"lora": {"rank": 2, "when": "media"}}, "lora.when: media"),
         ({"vision_encoder": "dinov2"}, "its vision encoder is a dinov2"),
+        ({"vision_encoder": "siglip2_vision_model", "fit": "native"}, "makes each square but of a pixtral"),
+        ({"vision_encoder": "pixtral", "fit": "squash"}, "in their own shape"),
+        ({"vision_encoder": "pixtral", "fit": "native", "max_patches": 90}, "a budget of 1 to 90 patches"),
         ({"family": "gpt2"}, "no plain decoder"),
         ({"family": "gemma2"}, "final_logit_softcapping"),
     ],

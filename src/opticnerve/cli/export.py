@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 EXPORT_EPILOG = examples(
     "opticnerve export runs/photos exported --to hf-llava",
     "opticnerve export runs/photos exported-gguf --to gguf --dtype q8_0 --check-python llama/bin/python",
-    note="hf-llava: stock transformers and vLLM. hf-idefics3 (pixel_shuffle), hf-blip2 (qformer): stock transformers. "
-    "gguf: llama.cpp. merged: opticnerve's own, self-contained. peft: the adapters alone.",
+    note="hf-llava: stock transformers and vLLM. hf-llava-next (tiling), hf-idefics3 (pixel_shuffle), hf-blip2 "
+    "(qformer): stock transformers. gguf: llama.cpp. merged: opticnerve's own, self-contained. peft: the adapters.",
 )
 MERGE_EPILOG = examples(
     "opticnerve merge runs/demo runs/demo-merged",
@@ -51,7 +51,9 @@ Unchecked = Annotated[
 def export(
     model: ModelArgument,
     out: NewFolder,
-    to: Annotated[str, Option(help="The format: hf-llava, hf-idefics3, hf-blip2, gguf, merged or peft.")],
+    to: Annotated[
+        str, Option(help="The format: hf-llava, hf-llava-next, hf-idefics3, hf-blip2, gguf, merged or peft.")
+    ],
     dtype: Annotated[
         str,
         Option(help="Of the weights: auto, float32, bfloat16, float16; gguf: f16 (auto), bf16, q8_0, float32."),
@@ -93,7 +95,9 @@ def merge(
 def push(
     model: ModelArgument,
     repo: Annotated[str, Argument(help="The repository: OWNER/NAME.")],
-    to: Annotated[str, Option(help="The format: merged, hf-llava, hf-idefics3, hf-blip2, gguf or peft.")] = "merged",
+    to: Annotated[
+        str, Option(help="The format: merged, hf-llava, hf-llava-next, hf-idefics3, hf-blip2, gguf or peft.")
+    ] = "merged",
     to_folder: Annotated[
         Path | None, Option(help="Put all that would be uploaded into a folder NAME here; no hub is asked.")
     ] = None,

@@ -98,12 +98,13 @@ class Format(ABC):
         found = parity.samples_of(said)
         for sample in found:
             if sample["pixels"] is not None:
-                sample["pixels"] = self.pixels(sample["pixels"])
+                sample["pixels"] = self.pixels(sample["pixels"], sample["sizes"])
         difference = parity.compare_logits(trial.wanted, found, said["engine"])
         return Proof(said["engine"], difference, parity.TOLERANCE, "of the largest logit", len(trial.samples))
 
-    def pixels(self, theirs: Tensor) -> Tensor:
-        """The engine's pixels in our shape."""
+    def pixels(self, theirs: Tensor, sizes: Tensor | None) -> Tensor:
+        """The engine's pixels in our shape. `sizes` (images, 2): height and width of each within them, where it says
+        so."""
         return theirs
 
     def picture_sizes(self, model: OpticNerveForConditionalGeneration | None) -> list[tuple[int, int]]:
@@ -143,6 +144,7 @@ formats: Registry[Format] = Registry(
     group="opticnerve.formats",
     builtin={
         "hf-llava": "opticnerve.export.hf.llava:HFLlava",
+        "hf-llava-next": "opticnerve.export.hf.llava_next:HFLlavaNext",
         "hf-idefics3": "opticnerve.export.hf.idefics3:HFIdefics3",
         "hf-blip2": "opticnerve.export.hf.blip2:HFBlip2",
         "merged": "opticnerve.export.formats:Merged",

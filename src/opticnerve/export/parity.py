@@ -170,7 +170,7 @@ def samples_of(said: dict[str, Any]) -> list[dict[str, Any]]:
     """A check's samples with their arrays: as `compare_logits` takes them."""
     arrays = said.get("arrays", {})
     return [
-        {**sample, "logits_KV": arrays[f"logits_{i}"], "pixels": arrays.get(f"pixels_{i}")}
+        {**sample, **{k: arrays.get(f"{k}_{i}") for k in ("pixels", "sizes")}, "logits_KV": arrays[f"logits_{i}"]}
         for i, sample in enumerate(said["samples"])
     ]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 LIBRARY = {
-    "hf-llava": "transformers", "hf-idefics3": "transformers", "hf-blip2": "transformers", "gguf": "llama.cpp",
+    **dict.fromkeys(("hf-llava", "hf-llava-next", "hf-idefics3", "hf-blip2"), "transformers"), "gguf": "llama.cpp",
     "merged": "opticnerve",
 }  # fmt: skip
 

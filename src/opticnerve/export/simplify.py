@@ -24,10 +24,12 @@ VISION_ENCODERS = ("clip_vision_model", "siglip_vision_model")
 
 
 def encoder_refusals(
-    model: OpticNerveForConditionalGeneration, engine: str, vision_encoders: Sequence[str] = VISION_ENCODERS
-) -> list[str]:
+    model: OpticNerveForConditionalGeneration, engine: str, vision_encoders: Sequence[str] = VISION_ENCODERS,
+    *, native: str = "", tiles: bool = False,
+) -> list[str]:  # fmt: skip
     """Why the towers and their fusion are no vision encoder of the given families with soft tokens in the text; empty
-    if they are."""
+    if they are. `native`: the one among them that is shown pictures in their own shape. `tiles`: whether the
+    engine shows them in tiles."""
     reasons, towers = [], model.config.towers
     if "image" not in towers:
         return [f"it has no vision encoder, and {engine} is one with a vision encoder"]
@@ -40,17 +42,23 @@ def encoder_refusals(
         reasons.append(
             f"its fusion is {fusion}, {engine} has soft tokens in the text; nearest: fusion {{type: splice}}"
         )
-    if "tiling" in spec:
+    if tiles and "tiling" not in spec:
+        reasons.append(f"it shows pictures whole, {engine} cuts them into tiles; nearest: tiling {{type: anyres}}")
+    elif not tiles and "tiling" in spec:
         reasons.append(f"it cuts pictures into tiles, {engine} shows each whole; nearest: leave out tiling")
-    if spec["encoder"].get("fit") == "native":
+    kind, family = spec["encoder"]["type"], spec["encoder"].get("architecture", {}).get("model_type")
+    if (fit := spec["encoder"].get("fit")) == "native" and family != native:
         reasons.append(
-            f"it shows pictures in their own shape (fit: native), {engine} makes each square; nearest: train with "
-            "another fit"
+            f"it shows pictures in their own shape (fit: native), {engine} makes each square"
+            f"{f' but of a {native}' * bool(native)}; nearest: train with another fit"
         )
-    kind = spec["encoder"]["type"]
+    elif family == native and fit != "native":
+        reasons.append(
+            f"it shows a {native} pictures with fit: {fit}, {engine} in their own shape; nearest: fit: native"
+        )
     if kind != "hf_vision":
         reasons.append(f"its encoder is {kind}; nearest: encoder {{type: hf_vision}} with a {vision_encoders[-1]}")
-    elif (family := spec["encoder"]["architecture"]["model_type"]) not in vision_encoders:
+    elif family not in vision_encoders:
         reasons.append(
             f"its vision encoder is a {family}, {engine} is served with {' or '.join(vision_encoders)}; nearest: one "
             "of these"

@@ -50,6 +50,8 @@ def main(job: dict[str, Any], answer: Path) -> None:
         arrays[f"logits_{number}"] = logits_KV.numpy()
         if "pixel_values" in inputs:
             arrays[f"pixels_{number}"] = inputs["pixel_values"].numpy()
+        if "image_sizes" in inputs:
+            arrays[f"sizes_{number}"] = inputs["image_sizes"].numpy()
         said["samples"].append({"text": text, "ids": ids, "greedy": greedy[0, len(ids) :].tolist()})
     np.savez(answer.parent / "arrays.npz", **arrays)
     answer.write_text(json.dumps(said), encoding="utf-8")

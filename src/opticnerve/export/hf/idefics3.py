@@ -89,7 +89,7 @@ class HFIdefics3(common.HFFormat):
             "engines that bring their own processor for Idefics3 (vLLM, llama.cpp) write them, too"
         ]
 
-    def pixels(self, theirs: Tensor) -> Tensor:
+    def pixels(self, theirs: Tensor, sizes: Tensor | None) -> Tensor:
         return theirs.flatten(0, 1)
 
 
