@@ -74,6 +74,19 @@ def test_a_picture_a_question_an_answer_as_it_grows_and_where_the_model_looked(
         assert page.errors == []
 
 
+def test_a_video_and_an_answer(ui_url: str, browser: Any, tmp_path: Path) -> None:
+    first, *rest = (tiny.picture(i, 30) for i in range(12))
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=rest, duration=100)
+    with visit(browser, ui_url) as page:
+        page.click("#video-part button")
+        show(page, tmp_path / "clip.gif", "video")
+        page.wait_for_selector("#video >> text=clip")
+        ask(page, "what moves?")
+        assert settled(page, "#conversation .bot")
+        assert page.locator("#conversation .user").count() == 2  # the clip, once, and the question
+        assert page.errors == []
+
+
 def test_another_word_has_another_map(ui_url: str, browser: Any, picture_file: Path) -> None:
     with visit(browser, ui_url) as page:
         show(page, picture_file)

@@ -12,10 +12,11 @@ import pytest
 
 import tiny
 from errors import refused
+from opticnerve.data.media.video import in_order
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model
-from opticnerve.types import ImagePart, ask
-from opticnerve.ui.chat import Asker, ChatState, Refused, alert, check_picture, stream
+from opticnerve.types import Frame, ImagePart, ask
+from opticnerve.ui.chat import Asker, ChatState, Refused, alert, check_picture, check_video, stream
 from opticnerve.ui.compare import compare
 from opticnerve.ui.i18n import Translations
 from opticnerve.ui.look import AUTO, see
@@ -206,6 +207,59 @@ def test_closing_the_stream_stops_the_model() -> None:
     assert [next(pieces), next(pieces)] == ["word", "word word"]
     pieces.close()  # type: ignore[attr-defined]
     assert answerer.closed
+
+
+# -- videos -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    """Twelve frames, of which a model is shown eight."""
+    first, *rest = (tiny.picture(i, 20) for i in range(12))
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=rest, duration=100)
+    return str(tmp_path / "clip.gif")
+
+
+def test_a_video_is_answered_as_on_the_command_line_and_shown_once(
+    asker: Asker, two_models: list[str], clip: str
+) -> None:
+    *_, (chat_state, _) = asker.emit(two_models[0], ChatState(), "what moves?", None, 16, 0.0, clip)
+    answerer = Answerer(*load_model(two_models[0]))
+    frames = in_order(Path(clip), answerer.processor.frames)
+    assert [chat_state.messages[-1].text] == answerer.answer([ask("what moves?").shown(frames)], max_new_tokens=16)
+    bubbles = chat_state.bubbles("a picture")
+    assert [b["content"] for b in bubbles[:2]] == [{"path": clip, "alt_text": "a picture"}, "what moves?"]
+    assert chat_state.about_last_picture() is None  # maps are of pictures
+    *_, (again, _) = asker.emit(two_models[0], chat_state, "sure?", None, 16, 0.0, clip)
+    shown = [sum(isinstance(p, ImagePart) for p in m.parts) for m in again.messages]
+    assert shown == [8, 0, 0, 0]  # it came with one question and is remembered
+
+
+def test_a_model_is_shown_the_frames_that_its_training_took(asker: Asker, two_models: list[str], clip: str) -> None:
+    with asker.models.turn(two_models[0]) as answerer:
+        answerer.processor.frames = {"fps": 5, "max": 4}
+    *_, (chat_state, _) = asker.emit(two_models[0], ChatState(), "what moves?", None, 16, 0.0, clip)
+    frames = [p for p in chat_state.messages[0].parts if isinstance(p, ImagePart)]
+    assert [p.source.timed for p in frames if isinstance(p.source, Frame)] == [True] * 4
+    assert frames[1].timestamp
+
+
+@pytest.mark.parametrize(("words", "said"), [(EN, "cannot be read"), (JA, "読めません")], ids=["en", "ja"])
+def test_what_is_no_video_is_refused_in_the_pages_language(tmp_path: Path, words: Translations, said: str) -> None:
+    for name, content in {"secret-name.gif": b"GIF89a", "secret-name.mp4": b"no video"}.items():
+        (tmp_path / name).write_bytes(content)
+        with refused("damaged", said, error=Refused) as raised:
+            check_video(str(tmp_path / name), words, LIMITS)
+        assert "secret-name" not in str(raised.value)
+
+
+def test_a_video_of_too_many_pixels_or_bytes_is_refused_with_both_numbers(clip: str) -> None:
+    check_video(clip, EN, LIMITS)
+    check_video(None, EN, LIMITS)
+    with refused("too-large", "4,800", "4,000", error=Refused):
+        check_video(clip, EN, PageLimits(video_pixels=4_000))
+    with refused("too-large", f"{Path(clip).stat().st_size:,}", "1,000", error=Refused):
+        check_video(clip, EN, PageLimits(upload_bytes=1000))
 
 
 # -- looking ----------------------------------------------------------------------------------------------------------

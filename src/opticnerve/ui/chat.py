@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from abc import ABCMeta
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from opticnerve.data.formats.boxes import boxes_in
 from opticnerve.data.media.marks import marked
 from opticnerve.data.media.open import image_size, open_image
-from opticnerve.types import Conversation, DataError, ImagePart, Message, OpticNerveError, Part, TextPart
+from opticnerve.data.media.timeline import sampling_of
+from opticnerve.data.media.video import in_order, pixels_in
+from opticnerve.types import Conversation, DataError, Frame, ImagePart, Message, OpticNerveError, Part, TextPart
 from opticnerve.ui.i18n import Translations
 from opticnerve.ui.models import Models, PageLimits
 
@@ -26,8 +28,7 @@ def check_picture(path: str | None, words: Translations, limits: PageLimits) -> 
     large, has too many pixels, or is no picture that can be read."""
     if path is None:
         return
-    if (size := Path(path).stat().st_size) > limits.upload_bytes:
-        raise Refused(words("too_many_bytes", found=f"{size:,}", most=f"{limits.upload_bytes:,}"), kind="too-large")
+    _check_bytes(path, words, limits)
     try:
         height, width = image_size(Path(path))
         if height * width > limits.pixels:
@@ -38,6 +39,25 @@ def check_picture(path: str | None, words: Translations, limits: PageLimits) -> 
     except DataError as e:
         # The opener's own words name the file where it lies on the server, which is nothing for a page.
         raise Refused(words("broken_picture", formats="PNG, JPEG, WebP, GIF, BMP, TIFF"), kind="damaged") from e
+
+
+def check_video(path: str | None, words: Translations, limits: PageLimits) -> None:
+    """As `check_picture`, for a video, of whose frames no pixel is looked at yet."""
+    if path is None:
+        return
+    _check_bytes(path, words, limits)
+    try:
+        cost = pixels_in(Path(path))
+    except DataError as e:
+        raise Refused(words("broken_video", formats="MP4, WebM, MKV, MOV, AVI, GIF"), kind="damaged") from e
+    if cost > limits.video_pixels:
+        found, most = f"{cost:,}", f"{limits.video_pixels:,}"
+        raise Refused(words("long_video", found=found, most=most), kind="too-large")
+
+
+def _check_bytes(path: str, words: Translations, limits: PageLimits) -> None:
+    if (size := Path(path).stat().st_size) > limits.upload_bytes:
+        raise Refused(words("too_many_bytes", found=f"{size:,}", most=f"{limits.upload_bytes:,}"), kind="too-large")
 
 
 def alert(message: str) -> str:
@@ -67,6 +87,16 @@ def picture_input(words: Translations, elem_id: str) -> Any:
         type="filepath", sources=["upload", "clipboard", "webcam"], label=words("picture"), height=280, elem_id=elem_id,
         buttons=["fullscreen"], webcam_options=gr.WebcamOptions(mirror=False), placeholder=words("picture_place"),
         alt_text=words("picture"),
+    )  # fmt: skip
+
+
+def video_input(words: Translations, elem_id: str) -> Any:
+    """A video's place. Its value is the uploaded file as it came."""
+    import gradio as gr
+
+    return gr.File(
+        type="filepath", file_count="single", file_types=["video", ".gif"], label=words("video"), height=120,
+        elem_id=elem_id,
     )  # fmt: skip
 
 
@@ -105,17 +135,21 @@ def watch_picture(picture: Any, error: Any, words: Translations, limits: PageLim
 
 @dataclass(frozen=True)
 class ChatState:
-    """What was said so far. A picture stands in the message that it came with; `picture` is the last one."""
+    """What was said so far. A picture or a video stands in the message that it came with; `picture` and `video` are the
+    last ones."""
 
     messages: tuple[Message, ...] = ()
     picture: str | None = None
+    video: str | None = None
 
-    def asked(self, question: str, picture: str | None) -> ChatState:
-        """With a question; a picture that is not the last one comes with it."""
-        parts: tuple[Part, ...] = (TextPart(question),)
+    def asked(
+        self, question: str, picture: str | None, video: str | None = None, frames: Sequence[ImagePart] = ()
+    ) -> ChatState:
+        """With a question; a picture that is not the last one comes with it, and a video as `frames`."""
+        parts: tuple[Part, ...] = (*frames, TextPart(question))
         if picture is not None and picture != self.picture:
             parts = (ImagePart(Path(picture)), *parts)
-        return ChatState((*self.messages, Message("user", parts)), picture or self.picture)
+        return ChatState((*self.messages, Message("user", parts)), picture or self.picture, video or self.video)
 
     def answered(self, answer: str) -> ChatState:
         return replace(self, messages=(*self.messages, Message("assistant", (TextPart(answer),))))
@@ -124,12 +158,18 @@ class ChatState:
         """As gradio's chatbot takes it."""
 
         def content(part: Part) -> Any:
-            return part.text if isinstance(part, TextPart) else {"path": str(part.source), "alt_text": alt_text}
+            if isinstance(part, TextPart):
+                return part.text
+            source = (
+                part.source.source if isinstance(part, ImagePart) and isinstance(part.source, Frame) else part.source
+            )
+            return {"path": str(source), "alt_text": alt_text}
 
         return [
             {"role": message.role, "content": shown}
             for message in self.messages
             for p in message.parts
+            if not _is_later_frame(p)
             for shown in (content(p), *self._boxes(message, alt_text))
         ]
 
@@ -143,10 +183,18 @@ class ChatState:
         return [gr.Image(marked(open_image(Path(self.picture)), found), label=alt_text, container=False)]
 
     def about_last_picture(self) -> Conversation | None:
-        """The last question with all that was said since the last picture, which is what `look` can explain."""
+        """The last question with all that was said since the last picture, which is what `look` can explain; None where
+        there was none, or a video."""
         asked = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
         with_picture = [i for i, m in enumerate(asked) if any(isinstance(p, ImagePart) for p in m.parts)]
-        return Conversation(asked[with_picture[-1] :]) if with_picture else None
+        if not with_picture or any(isinstance(i.source, Frame) for i in Conversation(asked[with_picture[-1] :]).images):
+            return None
+        return Conversation(asked[with_picture[-1] :])
+
+
+def _is_later_frame(part: Part) -> bool:
+    """Whether it is a frame of a video that its first frame stands for."""
+    return isinstance(part, ImagePart) and isinstance(part.source, Frame) and part.source.index > 0
 
 
 def stream(answerer: Any, chat_state: ChatState, *, tokens: int, temperature: float = 0.0) -> Iterator[str]:
@@ -170,9 +218,9 @@ class Asker:
     words: Translations
     limits: PageLimits
 
-    def check(self, question: str, picture: str | None) -> str:
-        """The question without spaces around. Raises Refused: it is empty or too long, or the picture cannot be
-        used."""
+    def check(self, question: str, picture: str | None, video: str | None = None) -> str:
+        """The question without spaces around. Raises Refused: it is empty or too long, or the picture or the video
+        cannot be used."""
         question = question.strip()
         if not question:
             raise Refused(self.words("no_question"), kind="empty")
@@ -182,17 +230,23 @@ class Asker:
                 kind="too-long",
             )
         check_picture(picture, self.words, self.limits)
+        check_video(video, self.words, self.limits)
         return question
 
     def emit(
-        self, model: str, chat_state: ChatState, question: str, picture: str | None, tokens: int, temperature: float
-    ) -> Iterator[tuple[ChatState, str]]:
+        self, model: str, chat_state: ChatState, question: str, picture: str | None, tokens: int, temperature: float,
+        video: str | None = None,
+    ) -> Iterator[tuple[ChatState, str]]:  # fmt: skip
         """The conversation as it grows, and HTML of what is going on. Raises OpticNerveError: in the page's language
         where the page found it, else in the package's own words."""
-        asked = chat_state.asked(self.check(question, picture), picture)
+        question = self.check(question, picture, video)
+        asked = chat_state.asked(question, picture)
         yield asked, note(self.words("thinking" if self.models.is_loaded(model) else "loading", model=model))
         answer = ""
         with self.models.turn(model) as answerer:
+            if video is not None and video != chat_state.video:  # the frames that this model's training took
+                frames = in_order(Path(video), sampling_of(answerer.processor.frames))
+                asked = chat_state.asked(question, picture, video, frames)
             for answer in stream(answerer, asked, tokens=tokens, temperature=temperature):
                 yield asked.answered(answer), ""
         if not answer:

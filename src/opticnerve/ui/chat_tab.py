@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from opticnerve.types import OpticNerveError
-from opticnerve.ui.chat import Asker, ChatState, alert, picture_input, question_input, tokens_input, watch_picture
+from opticnerve.ui.chat import (
+    Asker,
+    ChatState,
+    alert,
+    picture_input,
+    question_input,
+    tokens_input,
+    video_input,
+    watch_picture,
+)
 from opticnerve.ui.i18n import Translations
 from opticnerve.ui.look import look_part
 from opticnerve.ui.models import Models, PageLimits
@@ -23,6 +32,8 @@ def chat_tab(words: Translations, models: Models, limits: PageLimits) -> Any:
         with gr.Column(scale=2, min_width=300):
             model = gr.Dropdown(names, value=names[0], label=words("model"), filterable=False, elem_id="model")
             picture = picture_input(words, "picture")
+            with gr.Accordion(words("video"), open=False, elem_id="video-part"):
+                video = video_input(words, "video")
             with gr.Accordion(words("settings"), open=False):
                 tokens = tokens_input(words, limits, 256)
                 temperature = gr.Slider(
@@ -42,11 +53,12 @@ def chat_tab(words: Translations, models: Models, limits: PageLimits) -> Any:
     forget_maps = look_part(words, models, model, chat_state)
 
     def emit(
-        model: str, chat_state: ChatState, question: str, picture: str | None, tokens: float, temperature: float
-    ) -> Iterator[tuple[Any, ...]]:
+        model: str, chat_state: ChatState, question: str, picture: str | None, video: str | None, tokens: float,
+        temperature: float,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         kept = chat_state
         try:
-            for kept, doing in asker.emit(model, chat_state, question, picture, int(tokens), temperature):
+            for kept, doing in asker.emit(model, chat_state, question, picture, int(tokens), temperature, video):
                 yield kept, kept.bubbles(words("picture")), doing, ""
         except (OpticNerveError, OSError) as e:
             # What was said before stays, and the question goes back to where it can be mended.
@@ -55,7 +67,7 @@ def chat_tab(words: Translations, models: Models, limits: PageLimits) -> Any:
 
     watch_picture(picture, error, words, limits)
     asking = gr.on(
-        [send.click, question.submit], emit, [model, chat_state, question, picture, tokens, temperature],
+        [send.click, question.submit], emit, [model, chat_state, question, picture, video, tokens, temperature],
         [chat_state, chat, error, question], concurrency_limit=1, concurrency_id="model", show_progress="hidden",
     )  # fmt: skip
     # The maps are of the last answer; a new question makes it the last but one.

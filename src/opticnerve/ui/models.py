@@ -16,11 +16,13 @@ from opticnerve.types import OpticNerveError
 
 @dataclass(frozen=True)
 class PageLimits:
-    """`upload_bytes`: of a picture's file. `pixels`: of a picture, by its header. `waiting`: questions in the queue.
-    `question_characters`: of one question. `answer_tokens`: of the longest answer. `models`: kept in memory."""
+    """`upload_bytes`: of a picture's file, or a video's. `pixels`: of a picture, by its header. `video_pixels`: in all
+    frames of a video, which may have to be decoded. `waiting`: questions in the queue. `question_characters`: of one
+    question. `answer_tokens`: of the longest answer. `models`: kept in memory."""
 
     upload_bytes: int = 20_000_000
     pixels: int = min(64_000_000, MAX_PIXELS)
+    video_pixels: int = 10_000_000_000
     waiting: int = 16
     question_characters: int = 4_000
     answer_tokens: int = 512
