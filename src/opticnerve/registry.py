@@ -117,6 +117,7 @@ connectors: Registry[Any] = Registry(
         "qformer": "opticnerve.connectors.qformer:QFormerConnector",
         "resampler": "opticnerve.connectors.resampler:ResamplerConnector",
         "abstractor": "opticnerve.connectors.abstractor:AbstractorConnector",
+        "text_spotter": "opticnerve.connectors.text_spotter:TextSpotterConnector",
     },
 )
 fusions: Registry[Any] = Registry(
@@ -136,7 +137,7 @@ objectives: Registry[Any] = Registry(
         "contrastive": "opticnerve.objectives.contrastive:Contrastive",
         "classification": "opticnerve.objectives.next_token:Classification",
         "qformer_pretraining": "opticnerve.objectives.qformer_pretraining:QFormerPretraining",
-        "ctc": "opticnerve.objectives.ctc:CTC",
+        "text_spotting": "opticnerve.objectives.text_spotting:TextSpotting",
     },
 )
 data_formats: Registry[Any] = Registry(

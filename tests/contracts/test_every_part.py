@@ -150,6 +150,13 @@ CONNECTORS: dict[str, dict[str, Case]] = {
         "as it comes": Case({"depth": 1}),
         "another width": Case({"depth": 2, "hidden_size": 40, "out_tokens": 9}),
     },
+    "text_spotter": {
+        # (Where characters stand is learned by an objective of its own.)
+        "as it comes": Case({"width": 4, "hidden": 8, "threshold": 1e-6}, {"unused": ("middle.",), "chooses": True}),
+        "a token a cell": Case(
+            {"width": 4, "hidden": 8, "threshold": 1e-6, "pool": [1, 1]}, {"unused": ("middle.",), "chooses": True}
+        ),
+    },
 }
 FUSIONS: dict[str, dict[str, Case]] = {
     "splice": {"as it comes": Case()},

@@ -133,6 +133,18 @@ def test_transcriptions_are_what_is_printed(prepared: dict[str, Path]) -> None:
                 assert image.height < 60 * len(lines)
 
 
+def test_characters_are_the_words_letter_by_letter() -> None:
+    for number in range(10):
+        paper, *_ = receipt(number, "train")
+        for word in paper.words:
+            characters = list(word.characters())
+            assert "".join(character for character, _ in characters) == word.text
+            lefts, rights = ([box[side] for _, box in characters] for side in (0, 2))
+            assert lefts == sorted(lefts) and lefts[1:] == rights[:-1]
+            wide = word.box[2] - word.box[0]
+            assert abs((rights[-1] - lefts[0]) - wide) < 0.25 * wide + 6
+
+
 def test_a_second_call_draws_nothing(prepared: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "_one", None)
     assert prepare(prepared["media"].parent, counts={"train": 20, "test": 20}) == prepared
@@ -142,7 +154,7 @@ def test_it_reads_as_training_data(prepared: dict[str, Path]) -> None:
     keys = {key for name, (module, key) in STARTER.items() if module == "receipts"}
     assert keys == set(prepared) - {"media"}
     for key in keys:
-        boxes = BoxSpec() if key == "words" else None
+        boxes = BoxSpec() if key == "characters" else None
         spec = DataSpec(path=str(prepared[key]), media=str(prepared["media"]), boxes=boxes)
         samples = load_data(spec)
         assert len(samples) == len(rows_of(prepared[key]))

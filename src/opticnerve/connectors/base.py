@@ -30,14 +30,16 @@ class Connector(nn.Module, ABC):
     A subclass implements `project` and, where it changes the number of tokens, `num_tokens`; `options` holds the plain
     keywords that build the same module again (without the sizes, which come from the neighbours).
     `keeps_grid`: the tokens that come out are a map in raster order if those that go in are (queries that gather from
-    everywhere are none). `any_shape`: it takes pictures that keep their shape, too: where it asks what stands beside
-    what, `features.grids` tells. `pool`: rows and columns of tokens that become one. `wants_text`: `project` also
-    takes the question's token ids and their mask.
+    everywhere are none). `by_area`: they are none, but as many as the map has rectangles of `pool`. `any_shape`: it
+    takes pictures that keep their shape, too: where it asks what stands beside what, `features.grids` tells. `pool`:
+    rows and columns of tokens that become one. `wants_text`: `project` also takes the question's token ids and their
+    mask.
     """
 
     any_shape: bool = False
     pool: tuple[int, int] = (1, 1)
     keeps_grid: bool = True
+    by_area: bool = False
     wants_text: bool = False
 
     input_mean: Tensor
@@ -57,6 +59,9 @@ class Connector(nn.Module, ABC):
         self.register_buffer("output_scale", torch.ones(()))
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self.options: dict[str, Any] = {"calibrate": calibrate}
+
+    def start(self, embeddings: nn.Module, tokenizer: Any) -> None:
+        """Called once on a fresh connector with what it is docked onto; most take nothing from it."""
 
     def reset_calibration(self) -> None:
         """As before `calibrate`. (By `nn.init`, which transformers keeps away from what a file has filled.)"""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opticnerve.common import hub
@@ -25,7 +26,7 @@ from opticnerve.encoders.native import Grid, NativeLayout, by_shape, collect
 from opticnerve.starter import weights as starter
 from opticnerve.types import Features, OpticNerveError
 
-Layer = int | Literal["last"]
+Layer = int | Literal["last"] | list[int]
 
 
 class TimmEncoder(Encoder):
@@ -34,7 +35,8 @@ class TimmEncoder(Encoder):
     Args:
         name: timm's architecture name, such as `tf_efficientnet_lite0` or `vit_base_patch16_siglip_224`.
         layer: "last" takes `forward_features` (what the classifier would see); a whole number takes that intermediate
-            map by `forward_intermediates`' indexing (-1 is the last stage or block).
+            map by `forward_intermediates`' indexing (-1 is the last stage or block); several are joined, channel behind
+            channel, each cell of the coarsest with all that finer ones hold in its place.
         image_size: side of the square input in pixels; the model's own by default. With `fit: native`: of the squares
             that the model is built for; a picture has at most as many patches by default.
         class_token: "drop" leaves out class and register tokens, "keep" puts them first. CNNs have none.
@@ -53,8 +55,11 @@ class TimmEncoder(Encoder):
     ) -> None:  # fmt: skip
         super().__init__()
         model_args = dict(model_args or {})
-        if layer != "last" and not isinstance(layer, int):
-            raise OpticNerveError(f"timm layer is 'last' or a whole number, not {layer!r}", kind="wrong-type")
+        several = isinstance(layer, list) and bool(layer) and all(isinstance(n, int) for n in layer)
+        if layer != "last" and not isinstance(layer, int) and not several:
+            raise OpticNerveError(
+                f"timm layer is 'last', a whole number or a list of them, not {layer!r}", kind="wrong-type"
+            )
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}", kind="unknown-name")
         self.layer, self.class_token = layer, class_token
@@ -171,9 +176,12 @@ class TimmEncoder(Encoder):
             return out[:, prefix:] if self.class_token == "drop" else out
         keep = bool(prefix) and self.class_token == "keep"
         extra = {"return_prefix_tokens": True} if keep else {}
-        (found,) = model.forward_intermediates(
-            pixel_values, indices=[self.layer], intermediates_only=True, stop_early=True, output_fmt="NCHW", **extra
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        found, *others = model.forward_intermediates(
+            pixel_values, indices=layers, intermediates_only=True, stop_early=True, output_fmt="NCHW", **extra
         )
+        if isinstance(self.layer, list):
+            return _in_raster_order(_joined([found, *others]))
         if keep:
             map_BCHW, prefix_BPD = found
             return torch.cat([prefix_BPD, _in_raster_order(map_BCHW)], dim=1)
@@ -182,10 +190,11 @@ class TimmEncoder(Encoder):
     def _ran(self, attribute: str) -> int | None:
         """How many of a convolutional network's blocks run for the map of a `layer`; None: all."""
         stages = getattr(self.model, "feature_info", None)
-        if not isinstance(self.layer, int) or not isinstance(stages, list):
+        if self.layer == "last" or not isinstance(stages, list):
             return None
-        found = re.fullmatch(attribute + r"\.(\d+)", str(stages[self.layer].get("module")))
-        return int(found[1]) + 1 if found else None
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        named = [re.fullmatch(attribute + r"\.(\d+)", str(stages[n].get("module"))) for n in layers]
+        return max(int(found[1]) for found in named if found) + 1 if all(named) else None
 
     def _probe(self, name: str, image_size: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
         """Tokens and width, from a forward pass on the meta device: shapes without arithmetic."""
@@ -227,6 +236,12 @@ def _in_raster_order(map_BCHW: Tensor) -> Tensor:
     computes a wrong one for a single picture.
     """
     return map_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _joined(maps_BCHW: Sequence[Tensor]) -> Tensor:
+    """Maps of several strides as one of the coarsest: (B, C, H, W) each."""
+    columns = min(m.shape[-1] for m in maps_BCHW)
+    return torch.cat([F.pixel_unshuffle(m, m.shape[-1] // columns) for m in maps_BCHW], dim=1)
 
 
 def _look_up(name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -40,6 +40,8 @@ class Objective(nn.Module, ABC):
     unit: ClassVar[Literal["tokens", "samples"]] = "samples"
     in_batch: ClassVar[bool] = False
     """Whether the samples of a batch are compared with each other, on all processes."""
+    ddp_only: ClassVar[bool] = False
+    """Whether it calls parts of the model by other ways than their `forward`, which sharded weights want."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

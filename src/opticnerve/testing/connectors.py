@@ -26,6 +26,7 @@ def check_connector(
     vocabulary: int = 50,
     unused: tuple[str, ...] = (),
     fullgraph: bool = True,
+    chooses: bool = False,
 ) -> None:
     """Run a connector through its contract.
 
@@ -36,6 +37,7 @@ def check_connector(
         unused: beginnings of names of parameters that take no part in the forward pass.
         fullgraph: False where the forward pass depends on numbers that it computes (`.item()`): `torch.compile` then
             may need several graphs, and a device without numbers is not tried.
+        chooses: whether rounding may turn a choice on which the numbers hang (see `Subject`).
 
     Raises:
         ContractError: the message lists every broken promise.
@@ -62,6 +64,7 @@ def check_connector(
         size=out_size,
         unused=unused,
         fullgraph=fullgraph,
+        chooses=chooses,
     )
     rules = (is_a_connector, *COMMON, refuses_another_width, ignores_masked_tokens, calibrates, keeps_the_grid)
     apply(rules, subject, type(part).__name__)

@@ -41,7 +41,8 @@ class Subject:
     `rebuild`: the same module from its options (or others, as keywords), with other weights. `inputs`: a batch of so
     many pieces, floats first. `run`: a forward pass. `size`: width of what comes out. `unused`: beginnings of the names
     of parameters that take no part in the forward pass, or are no weights (a table of sinusoids). `fullgraph`: the
-    forward pass depends on no number that it computes.
+    forward pass depends on no number that it computes. `chooses`: what comes out hangs on choices that rounding may
+    turn (the highest of two numbers): in bfloat16 the numbers are not compared.
     """
 
     part: Any
@@ -51,6 +52,7 @@ class Subject:
     size: int
     unused: tuple[str, ...] = ()
     fullgraph: bool = True
+    chooses: bool = False
     same: float = SAME
 
     def out(self, *inputs: Tensor) -> Features:
@@ -219,13 +221,14 @@ def gradients_flow(s: Subject) -> None:
 
 def moves_to_bfloat16(s: Subject) -> None:
     """`.to(torch.bfloat16)` is all it takes: bfloat16 in, bfloat16 out, and the numbers of float32 within the
-    rounding."""
+    rounding (finite ones, where rounding may turn a choice)."""
     inputs = s.inputs(COUNT)
     wanted = s.out(*inputs).tokens_BND.detach()
     out = s.elsewhere(torch.bfloat16).out(*moved(inputs, torch.bfloat16)).tokens_BND.detach()
     expect(out.dtype == torch.bfloat16, f"tokens come out as {out.dtype}")
+    expect(bool(out.isfinite().all()), "some numbers are not finite")
     gap = float((out.float() - wanted).norm() / wanted.norm())
-    expect(gap <= 0.1, f"the numbers are {gap:.0%} away from float32's")
+    expect(s.chooses or gap <= 0.1, f"the numbers are {gap:.0%} away from float32's")
 
 
 def moves_to_another_device(s: Subject) -> None:

@@ -179,7 +179,7 @@ def make_strategy(accelerator: Accelerator, objective: Objective, frozen: Frozen
             f"stage {stage.name}: the objective {stage.objective.type} was not tried with DeepSpeed; train by DDP",
             kind="unsupported",
         )
-    if objective.own_parameters():
+    if objective.ddp_only or objective.own_parameters():
         raise OpticNerveError(
             f"stage {stage.name}: the objective {stage.objective.type} was not tried with {name}; train by DDP",
             kind="unsupported",

@@ -40,7 +40,7 @@ STARTER = {
     "starter/emoji/held-out-both": ("emoji", "both"),
     "starter/receipts/train": ("receipts", "train"),
     "starter/receipts/test": ("receipts", "test"),
-    "starter/receipts/words": ("receipts", "words"),
+    "starter/receipts/characters": ("receipts", "characters"),
     "starter/receipts/lines": ("receipts", "lines"),
     "starter/receipts/regions": ("receipts", "regions"),
     "starter/receipts/whole": ("receipts", "whole"),

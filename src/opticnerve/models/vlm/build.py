@@ -203,6 +203,8 @@ def dock_spec(spec: ModelSpec, *, dtype: torch.dtype, seed: int | None) -> Dock:
         towers[modality] = join(encoders[modality][1], parts, sizes)
         if trained is not None:
             trained.put(towers[modality].connector, towers[modality].describe()["encoder"])
+        else:
+            towers[modality].connector.start(language_part.model.get_input_embeddings(), language_part.tokenizer)
         towers[modality].fusion.start(language_part.model.get_input_embeddings())
         towers[modality].to(dtype)
         quantize_part(towers[modality].encoder, modality, spec.quantized)

@@ -268,7 +268,7 @@ def _layout(
             "linear, mlp, pixel_shuffle, resampler or qformer, or another fit",
             kind="unsupported",
         )
-    tokens = None if connector.keeps_grid else int(connector.num_tokens)
+    tokens = None if connector.keeps_grid or connector.by_area else int(connector.num_tokens)
     (rows, columns), (more_rows, more_columns) = native.pool, connector.pool
     return replace(native, pool=(rows * more_rows, columns * more_columns), tokens=tokens)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import matplotlib as mpl
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from opticnerve.starter.receipts.goods import Locale, Purchase, Side
 from opticnerve.starter.weights import PackagedFile
@@ -36,6 +36,11 @@ _FONTS: dict[Side, dict[Locale, dict[str, tuple[str, str, str, str]]]] = {
             "Manrope": ("font-manrope", "0.0.2", "Manrope-Medium.ttf", "Manrope-Bold.ttf"),
             "RedHatDisplay": ("font-rhd", "0.1.3", "RedHatDisplay-Regular.ttf", "RedHatDisplay-Bold.ttf"),
             "Caladea": ("font-caladea", "0.0.2", "Caladea-Regular.ttf", "Caladea-Bold.ttf"),
+            "Roboto": ("font-roboto", "0.0.1", "Roboto-Regular.ttf", "Roboto-Bold.ttf"),
+            "RobotoLight": ("font-roboto", "0.0.1", "Roboto-Light.ttf", "Roboto-Black.ttf"),
+            "LatoLight": ("font-lato", "0.1.0", "Lato-Light.ttf", "Lato-Black.ttf"),
+            "SourceSansLight": ("font-source-sans-pro", "0.0.1", "SourceSansPro-Light.ttf", "SourceSansPro-Black.ttf"),
+            "ManropeLight": ("font-manrope", "0.0.2", "Manrope-ExtraLight.ttf", "Manrope-ExtraBold.ttf"),
         },
         "ja": {
             "IPAexGothic": ("matplotlib-fontja", "1.1.0", "ipaexg.ttf", "ipaexg.ttf"),
@@ -59,7 +64,7 @@ LAYOUTS: dict[Side, dict[str, list[str]]] = {
         "items": ["one line", "two lines", "quantity first"],
         "head": ["centred", "left"],
         "date": ["above", "below"],
-        "rule": ["-", "=", "line", ""],
+        "rule": ["-", "=", "line", "", "+", "#", "_", "·", ":"],
         "total": ["large", "bold", "plain"],
     },
     "test": {
@@ -98,11 +103,20 @@ _LABELS: dict[str, dict[Locale, list[str]]] = {
 
 @dataclass(frozen=True)
 class PrintedWord:
-    """A word on the paper, its box, and which fact of the purchase it belongs to (`total`, `item 2`, `amount 2`, …)."""
+    """A word on the paper, its box, and which fact of the purchase it belongs to (`total`, `item 2`, `amount 2`, …).
+
+    `edges`: where each character begins and the last one ends, from left to right.
+    """
 
     text: str
     box: Box
     fact: str
+    edges: tuple[float, ...]
+
+    def characters(self) -> Iterator[tuple[str, Box]]:
+        """Each character and its box."""
+        for n, character in enumerate(self.text):
+            yield character, (self.edges[n], self.box[1], self.edges[n + 1], self.box[3])
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,21 @@ def print_out(rng: random.Random, bought: Purchase, side: Side) -> Paper:
         locale, chosen = latin if ascii else (bought.locale, family)
         return ImageFont.truetype(font_file(side, locale, chosen, bold), round(size * scale))
 
-    return _stretched(_draw(rng, rows, width, font, how, family), stretch)
+    paper = _draw(rng, rows, width, font, how, family)
+    if side == "train":
+        paper.image = _strokes(rng, paper.image)
+    return _stretched(paper, stretch)
+
+
+def _strokes(rng: random.Random, image: Image.Image) -> Image.Image:
+    """Strokes across made thinner, or strokes down made thicker, by part of a pixel: more typefaces than there are."""
+    if rng.random() < 0.5:
+        thin = ImageChops.lighter(image, ImageChops.offset(image, 0, 1))
+        image = Image.blend(image, thin, rng.uniform(0, 0.75))
+    if rng.random() < 0.4:
+        thick = ImageChops.darker(image, ImageChops.offset(image, 1, 0))
+        image = Image.blend(image, thick, rng.uniform(0, 0.7))
+    return image
 
 
 def _stretched(paper: Paper, by: float) -> Paper:
@@ -193,7 +221,7 @@ def _stretched(paper: Paper, by: float) -> Paper:
 
     width, height = paper.image.size
     image = paper.image.resize((round(width * by), height), Image.Resampling.BICUBIC)
-    words = [replace(word, box=wide(word.box)) for word in paper.words]
+    words = [replace(w, box=wide(w.box), edges=tuple(x * by for x in w.edges)) for w in paper.words]
     return replace(paper, image=image, words=words, rows=[(text, wide(box)) for text, box in paper.rows])
 
 
@@ -346,7 +374,8 @@ def _cell(
         at = x + face.getlength(cell.text[:start])
         pen.text((at, y), word, font=face, fill=0)
         boxes.append(pen.textbbox((at, y), word, font=face))
-        paper.words.append(PrintedWord(word, boxes[-1], cell.fact))
+        edges = tuple(at + face.getlength(word[:n]) for n in range(len(word) + 1))
+        paper.words.append(PrintedWord(word, boxes[-1], cell.fact, edges))
         start += len(word)
     if cell.fact:
         paper.facts[cell.fact] = cell.text

@@ -22,8 +22,8 @@ from opticnerve.starter.receipts.photo import STYLES, Photo, photograph
 from opticnerve.starter.receipts.questions import ReceiptQuestion, questions, to_read
 
 COUNTS: dict[Side, int] = {"train": 6000, "test": 400}
-_LAYOUT = 2  # raise when what is written below changes
-READING = ("words", "lines", "regions", "whole")
+_LAYOUT = 3  # raise when what is written below changes
+READING = ("characters", "lines", "regions", "whole")
 _LINES, _REGIONS = 3, 1  # crops of each training receipt
 _MOST_PIXELS = 1200  # of a picture's length
 
@@ -39,7 +39,7 @@ def prepare(folder: Path | None = None, *, counts: dict[Side, int] | None = None
     Returns:
         `train` and `test`: questions and answers (`type`, `locale`, `style`, and `box`, in pixels of the picture, of
         what answers it); `lines`, `regions` and `whole`: transcriptions of crops and of whole training receipts;
-        `words`: each printed word of them with its box; and `media`, from which the pictures' paths start.
+        `characters`: each printed character of them with its box; and `media`, from which the pictures' paths start.
 
     Raises:
         OpticNerveError: a package with fonts cannot be fetched.
@@ -104,9 +104,15 @@ def _one(folder: Path, side: Side, number: int) -> list[tuple[str, Row]]:
     if side == "test":
         return rows
     rng = random.Random(number)
-    objects = [{"label": word.text, "box": list(photo.box(word.box))} for word in paper.words]
-    listed = {"type": "words", "question": to_read(rng, about["locale"]), "answer": "<objects>", "objects": objects}
-    rows.append(("words", {"id": f"receipts-words-{number}", **base, **listed}))
+    printed = [one for word in paper.words for one in word.characters()]
+    objects = [{"label": character, "box": list(photo.box(box))} for character, box in printed]
+    listed = {
+        "type": "characters",
+        "question": to_read(rng, about["locale"]),
+        "answer": "<objects>",
+        "objects": objects,
+    }
+    rows.append(("characters", {"id": f"receipts-characters-{number}", **base, **listed}))
     for kind, text, crop in _crops(rng, paper, photo):
         row = {"id": f"receipts-{kind}-{number}-{len(rows)}", **base}
         if crop is not None:
