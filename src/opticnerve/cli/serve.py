@@ -105,7 +105,7 @@ def serve(
 
 
 def ui(
-    models: Annotated[list[str] | None, Argument(help=_MODELS_HELP, show_default="starter")] = None,
+    models: Annotated[list[str] | None, Argument(help=_MODELS_HELP, show_default="starter, starter-receipts")] = None,
     runs: Annotated[Path, Option(help=_RUNS_HELP)] = Path("runs"),
     host: Host = "127.0.0.1",
     port: Port = 7860,
@@ -130,6 +130,7 @@ def ui(
     for package in ("gradio", "fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise OpticNerveError(f"{package} is not installed: {to_install('opticnerve[ui]')}", kind="not-installed")
+    from opticnerve.starter.demo import SHIPPED
     from opticnerve.ui.app import listen_and_serve, private_folder, site
     from opticnerve.ui.i18n import Translations
     from opticnerve.ui.models import Models, PageLimits
@@ -148,7 +149,7 @@ def ui(
     quiet_libraries()
     terminate_like_ctrl_c()
     offered = Models(
-        models or ["starter"], runs=runs, keep=limits.models, device=device, trust_remote_code=trust_remote_code
+        models or list(SHIPPED), runs=runs, keep=limits.models, device=device, trust_remote_code=trust_remote_code
     )
     with private_folder():
         app = site(offered, runs, limits, language=language, logins=logins, hosts=hosts)

@@ -89,9 +89,10 @@ class TextSpotterConnector(Connector):
 
     @property
     def num_tokens(self) -> int:
-        return self._count(self.side, self.side) if self.side else self.in_tokens
+        return self.tokens_for(self.side, self.side) if self.side else self.in_tokens
 
-    def _count(self, rows: int, columns: int) -> int:
+    def tokens_for(self, rows: int, columns: int) -> int:
+        """Soft tokens of a map of so many cells."""
         return -(-rows // self.pool[0]) * -(-columns // self.pool[1])
 
     @torch.no_grad()
@@ -151,7 +152,7 @@ class TextSpotterConnector(Connector):
     def _soft(self, cells_NE: Tensor, grid: tuple[int, int]) -> Tensor:
         """A picture's soft tokens: (tokens, out_size)."""
         spotted = self.spot(cells_NE, grid)
-        y_N, x_N, logit_N = self.peaks(spotted, self._count(*grid))
+        y_N, x_N, logit_N = self.peaks(spotted, self.tokens_for(*grid))
         real_N = logit_N > math.log(self.threshold / (1 - self.threshold))
         across_N, down_N = ((n + 0.5) / s for n, s in zip((x_N, y_N), SUBCELLS[::-1], strict=True))
         read = reading_order(across_N, down_N, real_N, (float(grid[1]), float(grid[0])))

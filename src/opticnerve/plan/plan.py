@@ -38,6 +38,7 @@ from opticnerve.plan.model import (
 from opticnerve.plan.remarks import Remark, remarks
 from opticnerve.recipe import ContinuedSpec, Recipe, Stage, TwoTowerSpec
 from opticnerve.starter import weights
+from opticnerve.starter.demo import SHIPPED
 from opticnerve.train.memory import recomputed_layers
 from opticnerve.train.setup import give_lora
 from opticnerve.train.throughput import matmul_rate
@@ -197,7 +198,7 @@ def weights_at_hand(recipe: Recipe) -> bool:
     if isinstance(recipe.model, TwoTowerSpec):
         return False  # nothing is timed
     if isinstance(recipe.model, ContinuedSpec):
-        return recipe.model.source == "starter" or Path(recipe.model.source).exists()
+        return recipe.model.source in SHIPPED or Path(recipe.model.source).exists()
     names = [recipe.docked.language.name]
     for tower in recipe.docked.towers.values():
         names += weight_names(registry.encoders.get(tower.encoder.type).take_name(tower.encoder.options)[0])

@@ -11,6 +11,9 @@ _HERE = Path(__file__).parent
 # A wheel carries the recipes beside this file; a checkout keeps them at its top.
 _RECIPES = next((p for p in (_HERE / "recipes", _HERE.parents[2] / "recipes") if p.is_dir()), _HERE / "recipes")
 
+SHIPPED = {"starter": "model", "starter-receipts": "receipts/model"}
+"""The models that ship with the package: the demo's, by `starter-full`, and the reader of receipts."""
+
 
 def packaged() -> list[str]:
     """The names of the packaged recipes; they may hold dots (`llava-1.5-7b`)."""
@@ -40,11 +43,12 @@ def recipe_path(name: str = "starter") -> Path:
     raise RecipeError(f"there is no recipe {name!r}, no file and no packaged one{hint} (packaged: {', '.join(known)})")
 
 
-def shipped_model() -> Path:
-    """The connector and adapter that `starter-full` trained."""
-    folder = _HERE / "model"
+def shipped_model(name: str = "starter") -> Path:
+    """The folder of a shipped model (`SHIPPED`): its connector, its adapter, and what else of it was trained."""
+    folder = _HERE / SHIPPED[name]
     if not (folder / "dock.json").is_file():
         raise OpticNerveError(
-            "this installation carries no starter model; train one with `opticnerve demo`", kind="not-installed"
+            f"this installation carries no model {name!r}; train one with `opticnerve demo`, or its recipe",
+            kind="not-installed",
         )
     return folder

@@ -15,6 +15,7 @@ from opticnerve.common import hub
 from opticnerve.common.cache import fingerprint, weight_files
 from opticnerve.models.checkpoint.strict import wrap_errors
 from opticnerve.models.vlm.configuration import OpticNerveConfig
+from opticnerve.starter.demo import SHIPPED, shipped_model
 from opticnerve.types import OpticNerveError
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,10 +24,8 @@ _SMALL = ("config.json", "dock.json")  # beside the weights, what makes a model 
 
 def resolve(name: str, *, weights: bool = True) -> str:
     """The folder that a model's name stands for; one of a hub is fetched first, its weights where they are wanted."""
-    if name == "starter":
-        from opticnerve.starter.demo import shipped_model
-
-        return str(shipped_model())
+    if name in SHIPPED:
+        return str(shipped_model(name))
     path = Path(name)
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -63,7 +62,7 @@ class ModelSource:
             OpticNerveError: there is no such model, or it is no docked language model.
         """
         folder, adapter = name, None
-        if name != "starter":
+        if name not in SHIPPED:
             here = Path(name) if Path(name).is_dir() else Path(hub.fetch(name, weights=False))
             if (here / ADAPTER).is_file() and not (here / "config.json").is_file():
                 adapter = str(here)
