@@ -50,10 +50,12 @@ class TextSpotterConnector(Connector):
     characters they are; where characters stand, `text_spotting` alone teaches.
 
     Args:
-        in_size, out_size, in_tokens, calibrate: see `Connector`.
+        in_size, out_size, in_tokens, calibrate: see `Connector`. There is nothing to measure by default: what comes in is
+            standardised picture by picture, and what goes out is made of the language model's own embeddings.
         width: of the magnified map. hidden: of the perceptron that names characters.
         threshold: how sure a peak must be, as a probability, to count as a character.
-        pool: rows and columns of the map's cells for which there is one token.
+        pool: rows and columns of the map's cells for which there is one token: of 16 pixels each, two hold a character of
+            the smallest print that is read well.
         maps: whether the maps that come in have a shape of their own each (the encoder says so).
     """
 
@@ -63,7 +65,7 @@ class TextSpotterConnector(Connector):
 
     def __init__(
         self, *, in_size: int, out_size: int, in_tokens: int, width: int = 32, hidden: int = 256,
-        threshold: float = 0.3, pool: Sequence[int] = (2, 2), calibrate: bool = True, maps: bool = False,
+        threshold: float = 0.3, pool: Sequence[int] = (1, 2), calibrate: bool = False, maps: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(in_size=in_size, out_size=out_size, in_tokens=in_tokens, calibrate=calibrate)
         self.side = 0 if maps else grid_side(in_tokens, "text_spotter")
@@ -82,6 +84,7 @@ class TextSpotterConnector(Connector):
         self.gather = nn.Linear(_AROUND[0] * _AROUND[1] * width + in_size, hidden)
         self.classify = nn.Linear(hidden, CLASSES)
         self.characters = nn.Embedding(CLASSES, out_size)
+        nn.init.normal_(self.characters.weight, std=0.02)
         self.places = nn.Linear(4 * _RATES + 2, out_size, bias=False)
         nn.init.zeros_(self.places.weight)
         self.nothing = nn.Parameter(torch.zeros(out_size))

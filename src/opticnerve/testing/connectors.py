@@ -111,7 +111,7 @@ def calibrates(s: Subject) -> None:
     was asked for, and a second call changes nothing. With `calibrate=False` nothing is ever measured."""
     inputs, text = s.inputs(16), s.inputs(16)[2:]
     features = Features(inputs[0] * 3 + 1, inputs[1])
-    fresh = s.rebuild().eval()
+    fresh = s.rebuild(calibrate=True).eval()
     plain = fresh.project(features, *text).tokens_BND
     expect(torch.equal(fresh(features, *text).tokens_BND, plain), "uncalibrated, forward differs from project")
     fresh.calibrate(features, 0.25, *text)
