@@ -50,12 +50,12 @@ class TextSpotterConnector(Connector):
     characters they are; where characters stand, `text_spotting` alone teaches.
 
     Args:
-        in_size, out_size, in_tokens, calibrate: see `Connector`. There is nothing to measure by default: what comes in is
+        in_size, out_size, in_tokens, calibrate: see `Connector`. By default nothing is measured: what comes in is
             standardised picture by picture, and what goes out is made of the language model's own embeddings.
         width: of the magnified map. hidden: of the perceptron that names characters.
         threshold: how sure a peak must be, as a probability, to count as a character.
-        pool: rows and columns of the map's cells for which there is one token: of 16 pixels each, two hold a character of
-            the smallest print that is read well.
+        pool: rows and columns of the map's cells for which there is one token: of 16 pixels each, two hold a character
+            of the smallest print that is read well.
         maps: whether the maps that come in have a shape of their own each (the encoder says so).
     """
 

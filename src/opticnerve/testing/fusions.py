@@ -45,6 +45,7 @@ class Docked:
     unused: tuple[str, ...]
     rebuild: Callable[[], Fusion]
     fullgraph: bool = False  # counting placeholders may break the graph
+    chooses: bool = False
     same: float = 0.0
 
     def inputs(self, count: int) -> tuple[Tensor, ...]:
