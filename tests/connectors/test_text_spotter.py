@@ -78,7 +78,7 @@ def test_what_lies_under_the_threshold_is_nothing() -> None:
     connector = spotter(threshold=0.999999)
     torch.nn.init.constant_(connector.nothing, 3.0)
     out = connector(collect([torch.randn(12, 6)], [(3, 4)]))
-    assert torch.equal(out.tokens_BND, torch.full((1, 4, 8), 3.0))
+    assert torch.equal(out.tokens_BND, torch.full((1, 6, 8), 3.0))
 
 
 def test_of_equal_neighbours_one_is_a_peak() -> None:
@@ -91,7 +91,7 @@ def test_of_equal_neighbours_one_is_a_peak() -> None:
 
 def test_characters_are_at_first_what_the_language_model_takes_them_for(docked: Callable[..., Dock]) -> None:
     dock = docked("llama", tiny.native_vision(), connector={"type": "text_spotter", "width": 4, "hidden": 8})
-    table, tokenizer = dock.model.get_input_embeddings().weight, dock.processor.tokenizer  # type: ignore[attr-defined]
+    table, tokenizer = dock.model.get_input_embeddings().get_parameter("weight"), dock.processor.tokenizer
     for character in "aZ5%あア":
         ids = tokenizer(character, add_special_tokens=False)["input_ids"]
         ours = dock.model.image.connector.characters.weight[ord(character) % CLASSES]

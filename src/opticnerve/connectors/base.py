@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from opticnerve.types import Features, OpticNerveError
@@ -60,7 +61,7 @@ class Connector(nn.Module, ABC):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self.options: dict[str, Any] = {"calibrate": calibrate}
 
-    def start(self, embeddings: nn.Module, tokenizer: Any) -> None:
+    def start(self, embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Called once on a fresh connector with what it is docked onto; most take nothing from it."""
 
     def reset_calibration(self) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from opticnerve.connectors.base import Connector, blanked, check_counts, grid_side
 from opticnerve.connectors.reading_order import reading_order
@@ -99,7 +99,7 @@ class TextSpotterConnector(Connector):
         return -(-rows // self.pool[0]) * -(-columns // self.pool[1])
 
     @torch.no_grad()
-    def start(self, embeddings: nn.Module, tokenizer: Any) -> None:
+    def start(self, embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """A character's embedding is at first the language model's own: the mean over the tokens that spell it."""
         table_VD = getattr(embeddings, "weight", None)
         if table_VD is None or table_VD.is_meta or not table_VD.is_floating_point():
