@@ -194,7 +194,8 @@ def tokenizer(family: Family) -> Any:
     return made
 
 
-def processor(family: Family, *, num_image_tokens: int = 2, **options: Any) -> OpticNerveProcessor:
-    """The processor of a dock on that language model, with a tiny vision encoder."""
+def processor(family: Family, words: Any = None, **options: Any) -> OpticNerveProcessor:
+    """The processor of a dock on that language model, with a tiny vision encoder; `words`: its tokenizer, where it is
+    there already."""
     pictures = make_image_processor(size=8, mean=[0.5] * 3, std=[0.5] * 3)
-    return OpticNerveProcessor(pictures, tokenizer(family), num_image_tokens=num_image_tokens, **options)
+    return OpticNerveProcessor(pictures, words or tokenizer(family), num_image_tokens=2, **options)
