@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from errors import refused
 from opticnerve import recipe as recipes
 from opticnerve.runs.pipeline import check_shareable, run_recipe
-from opticnerve.train import checkpoint, throughput
+from opticnerve.train import checkpoint
 from opticnerve.train.loop import Interrupted
 
 pytestmark = [pytest.mark.usefixtures("private_cache"), pytest.mark.slow]
@@ -77,7 +77,6 @@ def run(recipe: dict[str, Any], out: Path, resume: bool = False, hurt: str = "")
 
 
 def run_counting(recipe: dict[str, Any], out: Path) -> None:
-    throughput.usual_matmul_rate = lambda kind, dtype: 1e9  # type: ignore[assignment]  # its matrices are no model's
     with MostBytes() as counted:
         run_recipe(recipes.load(recipe), out)
     (out / f"most-{torch.distributed.get_rank()}").write_text(str(counted.most))
