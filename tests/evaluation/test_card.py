@@ -13,6 +13,7 @@ import yaml
 from errors import refused
 from opticnerve.common import drawing
 from opticnerve.common.drawing import smooth
+from opticnerve.runs.card import plots
 from opticnerve.runs.card.card import write_card
 from opticnerve.runs.card.plots import samples_plot
 from opticnerve.runs.folder import read_metrics
@@ -53,6 +54,16 @@ def test_a_finished_run_is_told_in_full(run_dir: Path) -> None:
             assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
 
 
+def test_curves_are_drawn_where_there_are_new_steps(run_dir: Path) -> None:
+    write_card(run_dir)
+    files = [run_dir / "plots" / f"loss-{name}.png" for name in ("align", "instruct")]
+    before = [f.stat().st_mtime_ns for f in files]
+    with (run_dir / "stages/1-instruct/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 126, "loss": 9.0}) + "\n")
+    write_card(run_dir)
+    assert [f.stat().st_mtime_ns > was for f, was in zip(files, before, strict=True)] == [False, True]
+
+
 def test_a_model_that_does_not_look_gets_the_warning(run_dir: Path) -> None:
     edit(run_dir, image_dependence={"n": 500, "real": 0.90, "blank": 0.86, "shuffled": 0.87})
     card = write_card(run_dir).read_text()
@@ -64,7 +75,8 @@ def test_a_model_that_does_not_look_gets_the_warning(run_dir: Path) -> None:
     "key",
     ["model", "tasks", "image_dependence", "forgetting", "stages", "seconds", "peak_memory_bytes", "machine", "seed"],
 )
-def test_any_missing_result_leaves_a_card(run_dir: Path, key: str) -> None:
+def test_any_missing_result_leaves_a_card(run_dir: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "save", lambda figure, path: path)  # rendering takes longer than all the rest
     edit(run_dir, **{key: None})
     card = write_card(run_dir).read_text()
     if key in {"tasks", "image_dependence", "forgetting", "model"}:

@@ -25,6 +25,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from opticnerve.common import atomic
+
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8A8F98")
 INK, FAINT = "#22262B", "#E4E6EA"
 _DPI = 150
@@ -189,6 +191,6 @@ def plain_text() -> dict[str, Any]:
 
 def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with dressed(figure):
-        figure.savefig(path, dpi=_DPI)
+    with dressed(figure), atomic.replacing(path) as partial:
+        figure.savefig(partial, dpi=_DPI, format="png")
     return path

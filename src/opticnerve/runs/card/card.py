@@ -151,10 +151,15 @@ def _curves(run: RunFolder) -> str:
             parts.append(f"Stage `{stage.name}` has no steps yet.")
             continue
         file = f"plots/loss-{slug(stage.name)}.png"
-        loss_plot(stage.metrics, run.path / file, title=f"Stage “{stage.name}”")
+        if not _is_newer(run.path / file, stage.folder / "metrics.jsonl"):  # or it was drawn as an earlier stage ended
+            loss_plot(stage.metrics, run.path / file, title=f"Stage “{stage.name}”")
         parts += [f"![Loss and learning rate of stage {plain(stage.name)}]({file})", _stage_line(stage)]
         parts += [by_source] if (by_source := _by_source(stage.metrics)) else []
     return "\n\n".join(["## Curves", *(parts or ["No stage has begun."])])
+
+
+def _is_newer(plot: Path, of: Path) -> bool:
+    return plot.is_file() and plot.stat().st_mtime_ns > of.stat().st_mtime_ns
 
 
 _UNITS = ("tokens", "samples")  # what an objective's loss is a mean over
