@@ -83,7 +83,8 @@ def test_a_video_and_an_answer(ui_url: str, browser: Any, tmp_path: Path) -> Non
         page.wait_for_selector("#video >> text=clip")
         ask(page, "what moves?")
         assert settled(page, "#conversation .bot")
-        assert page.locator("#conversation .user").count() == 2  # the clip, once, and the question
+        assert "what moves?" in page.locator("#conversation .user").last.inner_text()
+        assert page.locator("#conversation [src*='clip.gif']").count() == 1
         assert page.errors == []
 
 
