@@ -129,7 +129,7 @@ def _without(changes: list[str]) -> None:
 
         next_token.supervised_loss = everywhere
     if "ablate=layers" in changes:
-        setup.fuse_layers = lambda language_model, functions: contextlib.nullcontext(0)
+        setup.fuse_layers = lambda language_model, functions, required: contextlib.nullcontext(0)
     if "ablate=ops" in changes:
         os.environ["OPTICNERVE_PLAIN"] = "1"
     if "ablate=offload" in changes:

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import reference_attention
-from opticnerve.ops import packed_attention
+from opticnerve.ops import kernels, packed_attention
 
 CUDA, CPU = "cuda", "cpu"
 DEVICE = torch.device(CUDA, 0)
@@ -103,13 +103,15 @@ class PretendedDevice:
         except NotImplementedError:  # vmap's, whose own lies below
             return tensor
         if where == CPU:
-            vars(storage).pop("pretended", None)
+            if vars(storage).pop("pretended", None):
+                storage.freed()  # type: ignore[attr-defined]
         elif not hasattr(storage, "pretended"):
             storage.pretended = where  # type: ignore[attr-defined]
             size = storage.nbytes()
             self.live += size
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, size).atexit = False
+            storage.freed = weakref.finalize(storage, self._freed, size)  # type: ignore[attr-defined]
+            storage.freed.atexit = False  # type: ignore[attr-defined]
         return tensor
 
     def _freed(self, size: int) -> None:
@@ -236,6 +238,7 @@ def _moving(device: PretendedDevice) -> Callable[..., Tensor]:
         kept: dict[str, Any] = {} if layout is None else {"memory_format": layout}
         if not {have, want} <= {CPU, CUDA}:
             return _TO(self, asked, dtype or self.dtype, copy=copy, **kept)
+        peak = device.peak
         out: Tensor = _TO(self, dtype=dtype or self.dtype, copy=copy, **kept)
         if want == have:
             return out
@@ -243,6 +246,7 @@ def _moving(device: PretendedDevice) -> Callable[..., Tensor]:
             out = out.clone()
         device.put(out, want)
         if want == CPU:
+            device.peak = max(peak, device.live)  # it is made there
             device.wait("copy to the host")
         elif not (at_once and is_pinned(self)):
             device.wait("copy from pageable memory")
@@ -455,6 +459,7 @@ def pretended(watch: type[Watch] = Watch) -> Iterator[PretendedDevice]:
         (DeviceContext, {"__torch_function__": constructed}),
         (torch.cuda, _cuda(device)),
         (packed_attention, _KERNELS),
+        (kernels, {"compiled": lambda f: f}),
         (torch.accelerator, _ACCELERATOR | {"synchronize": lambda *_: device.wait("synchronize")}),
         (foreach, {"_group_tensors_by_device_and_dtype": group}),
         (clipping, {"_group_tensors_by_device_and_dtype": group}),

@@ -46,5 +46,5 @@ def test_what_stands_in_for_the_fused_layers_takes_what_they_take(train: Any) ->
     taken = list(inspect.signature(setup.fuse_layers).parameters)
     train._without(["ablate=layers"])
     assert list(inspect.signature(setup.fuse_layers).parameters) == taken
-    with setup.fuse_layers(torch.nn.Module(), None):
+    with setup.fuse_layers(torch.nn.Module(), None, required=False):
         pass

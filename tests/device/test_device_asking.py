@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import tiny
+from opticnerve.evaluation.evaluate import evaluate_model
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.likelihood import answer_scores
 from opticnerve.models.vlm.build import Dock
+from opticnerve.recipe import DataSpec, EvaluateSpec
 from opticnerve.types import ask
 from pretend_device import pretended
 
@@ -20,13 +23,15 @@ CROSS = {"type": "cross_attention", "every": 1, "heads": 2}
 ASKED = [ask("what?", tiny.picture(0)), ask("and this one here?", tiny.picture(1), tiny.picture(2)), ask("words")]
 DOCKS: dict[str, dict[str, Any]] = {
     "spliced": {}, "tiled": {"tiling": {"type": "anyres"}}, "cross-attention": {"fusion": CROSS},
-    "an adapter that steps aside": {},
+    "an adapter that steps aside": {}, "own shapes": {"vision": tiny.native_vision},
 }  # fmt: skip
 
 
 @pytest.fixture(params=DOCKS)
 def dock(request: pytest.FixtureRequest, docked: Callable[..., Dock]) -> Dock:
-    made = docked("llama", **DOCKS[request.param])
+    options = dict(DOCKS[request.param])
+    vision = options.pop("vision", lambda: None)()
+    made = docked("llama", *([] if vision is None else [vision]), **options)
     if "adapter" in request.param:
         made.model.give_lora({"rank": 2, "when": "media"})
     return made
@@ -43,6 +48,18 @@ def test_answers(dock: Dock, dtype: torch.dtype) -> None:
         list(answerer.stream(ASKED[1], max_new_tokens=6, temperature=1.0, top_p=0.9, seed=1))
         assert len(answer_scores(dock.model, dock.processor, ASKED[0], ["yes", "no"])) == 2
         dock.model.to("cpu")
+
+
+def test_evaluation(dock: Dock, tmp_path: Path) -> None:
+    tiny.save_questions(tmp_path)
+    asked = [
+        EvaluateSpec(name="held out", data=DataSpec(path=str(tmp_path / "questions.jsonl"), limit=4), max_new_tokens=3)
+    ]
+    here = evaluate_model(dock.model, dock.processor, asked)["tasks"]
+    with pretended():
+        there = evaluate_model(dock.model.to("cuda"), dock.processor, asked)["tasks"]
+        dock.model.to("cpu")
+    assert [t["accuracy"] for t in there] == [t["accuracy"] for t in here]
 
 
 def test_a_token_waits_at_most_twice(docked: Callable[..., Dock]) -> None:

@@ -43,6 +43,14 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "tiling": ({"tiling": {"type": "anyres"}}, "captions", {}),
     "own shapes": ({"fit": "native"}, "shapes", {}),
     "own shapes, pooled": ({"fit": "native", "connector": {"type": "pixel_shuffle"}}, "shapes", {"cache_features": True}),
+    "text spotting": (
+        {"fit": "native", "connector": {"type": "text_spotter", "width": 8, "hidden": 16}}, "boxed",
+        {"objective": "text_spotting", "accumulate": 2},
+    ),
+    "Q-Former pretraining": (
+        {"connector": {"type": "qformer", "num_queries": 4, "text": True, "image_text_size": 8}}, "captions",
+        {"objective": "qformer_pretraining"},
+    ),
     "audio": ({}, "sounds", {"train": {"audio.connector": 1e-2}}),
     "words alone": ({}, "chats", {"train": {"connector": 1e-2, "language": 1e-3}}),
     "contrastive": (
@@ -58,14 +66,16 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`captions.jsonl`, `questions.jsonl`, `pairs.jsonl`, `sounds.jsonl`, `chats.jsonl` and `shapes.jsonl`."""
+    """`captions.jsonl`, `questions.jsonl`, `pairs.jsonl`, `sounds.jsonl`, `chats.jsonl`, `shapes.jsonl` and
+    `boxed.jsonl`."""
     folder = tmp_path_factory.mktemp("data")
     tiny.save_captions(folder)
     tiny.save_questions(folder)
-    lines: dict[str, list[Any]] = {"pairs": [], "sounds": [], "chats": [], "shapes": []}
+    lines: dict[str, list[Any]] = {"pairs": [], "sounds": [], "chats": [], "shapes": [], "boxed": []}
     for i in range(6):
         PIL.Image.new("RGB", (20 + 30 * i, 60), (40 * i, 9, 9)).save(folder / f"shape{i}.png")
         lines["shapes"].append({"image": f"shape{i}.png", "text": "a dog"})
+        lines["boxed"].append({"image": f"shape{i}.png", "text": "dog [100, 50, 480, 200]\nhat [500, 60, 640, 900]"})
         lines["pairs"].append(
             {"image": f"{i}.png", "question": "what?", "chosen": "a dog " * i + "a", "rejected": "no"}
         )
@@ -96,6 +106,8 @@ def make(
             parts |= {"text": {"encoder": {"name": bert_folder}}, "projection_dim": 8}
         else:
             parts |= {"language": {"name": language_folder("llama")}}
+            if "text" in model.get("connector", {}):
+                parts["image"]["connector"] = {**model["connector"], "bert": bert_folder}
             if file == "sounds":
                 parts["audio"] = {"encoder": {"type": "whisper", "name": whisper_folder, "seconds": 1, "pool": 5}}
         shares = {k: v for k, v in stage.items() if k == "share_prefix"}

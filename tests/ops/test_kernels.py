@@ -21,7 +21,8 @@ from errors import refused
 from opticnerve import recipe
 from opticnerve.ops import enabled, fused_layers
 from opticnerve.ops.fused_layers import Functions, fuse_layers
-from opticnerve.ops.kernels import KERNELS, inductor, liger
+from opticnerve.ops.kernels import KERNELS, functions_for, inductor, liger
+from opticnerve.types import OpticNerveError
 
 pytestmark = pytest.mark.skipif(not enabled(), reason="OPTICNERVE_PLAIN switches it off")
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def test_a_model_without_such_layers_is_told(spies: tuple[Spy, Spy]) -> None:
     model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
     with (
         refused("unsupported", "GPT2LMHeadModel"),
-        fuse_layers(model, liger(CUDA)),
+        fuse_layers(model, liger(CUDA), required=True),
     ):
         pass
 
@@ -109,6 +110,31 @@ def test_a_recipe_takes_one_way_to_fuse() -> None:
     assert recipe.Stage(**stage, kernels="liger").kernels == "liger"
     with pytest.raises(ValueError, match="keep one of them"):
         recipe.Stage(**stage, kernels="liger", compile=True)
+
+
+def test_on_a_gpu_who_is_there_computes(spies: tuple[Spy, Spy], monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(device: torch.device) -> Functions:
+        raise OpticNerveError("there is no Triton", kind="not-installed")
+
+    assert functions_for(CPU) == (fused_layers.OWN, "opticnerve")
+    chosen, name = functions_for(CUDA)
+    assert name == "liger"
+    embeds, model = torch.randn(2, 5, 32), tiny()
+    with fuse_layers(model, chosen):
+        model(inputs_embeds=embeds)
+    assert [spy.calls for spy in spies] == [5, 2]
+    assert functions_for(CUDA, layers_compiled=True) == (None, "torch.compile, with the layers")
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    monkeypatch.setitem(KERNELS, "inductor", lambda device: fused_layers.OWN)
+    assert functions_for(CUDA) == (fused_layers.OWN, "inductor")
+    monkeypatch.setitem(KERNELS, "inductor", cannot)
+    assert functions_for(CUDA) == (None, "transformers")
+    with fuse_layers(model, None) as changed:
+        assert changed == 0
+    with refused("not-installed", "Triton"):
+        functions_for(CUDA, "inductor")
+    monkeypatch.setenv("OPTICNERVE_PLAIN", "1")
+    assert functions_for(CUDA) == (fused_layers.OWN, "opticnerve")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")

@@ -229,16 +229,30 @@ class _Operations(TorchDispatchMode):
         self._seen = seen
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        operation = func._overloadpacket
+        stand_in = _ON_META.get(operation)
+        if stand_in is not None and any(isinstance(a, Tensor) and a.is_meta for a in args):
+            func = stand_in
         out: object = func(*args, **(kwargs or {}))
-        self._seen(func._overloadpacket, args, kwargs or {}, out)
+        self._seen(operation, args, kwargs or {}, out)
         return out
+
+
+def _no(question: Tensor) -> bool:
+    if question.dtype != torch.bool:
+        raise NotImplementedError(f"a {question.dtype} of a tensor without numbers was asked for")
+    return False
+
+
+_ON_META: dict[object, Callable[..., object]] = {torch.ops.aten._local_scalar_dense: _no}
+"""What torch does not do on the meta device. A yes-or-no question (is nothing of a mask padding?) is answered no."""
 
 
 def operations(
     seen: Callable[[object, tuple[Any, ...], dict[str, Any], object], None],
 ) -> AbstractContextManager[object]:
     """Within it, each operation is told to `seen`, autograd's, too: which one, as torch's `flop_registry` calls it, its
-    arguments, and what came out."""
+    arguments, and what came out. On the meta device some go that torch has not there."""
     return _Operations(seen)
 
 

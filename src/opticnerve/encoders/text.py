@@ -129,10 +129,14 @@ class HFTextEncoder(nn.Module):
                 )
             tokenizer.pad_token = tokenizer.eos_token
         encoder = cls(architecture=model.config.to_dict(), _model=model, **options)
-        # A text by itself has one type of tokens; pipelines pass on whatever the tokenizer names.
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]
-        encoder.tokenizer = tokenizer
+        encoder.take_tokenizer(tokenizer)
         return encoder.eval()
+
+    def take_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Have texts read by it. A text by itself has one type of tokens; pipelines pass on whatever the tokenizer
+        names."""
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        self.tokenizer = tokenizer
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L) and their mask (B, L; 1 where a token is real) → one vector a text, (B, hidden_size).

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import TaskType
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from opticnerve.common.tensors import save_tensors
 from opticnerve.export.formats import Format, Trial
 from opticnerve.export.simplify import adapter_refusals
 from opticnerve.language.adapters import ADAPTER, our_layers
@@ -85,11 +85,11 @@ def save(module: nn.Module, folder: Path, base: str | None, *, causal: bool) -> 
     linear = {name for name in layers if not is_expert(name)}
     config.target_modules = _targets(module, linear) if linear else []
     tensors = {
-        f"base_model.model.{name}.{key}": tensor.detach().cpu().contiguous().clone()
+        f"base_model.model.{name}.{key}": tensor
         for name, layer in layers.items() for key, tensor in _tensors(layer)
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / ADAPTER_WEIGHTS)
     config.save_pretrained(str(folder))
 
 

@@ -21,7 +21,7 @@ from opticnerve.encoders.base import Encoder, last_blocks
 from opticnerve.encoders.native import check_one_shape
 from opticnerve.encoders.text import HFTextEncoder, text_encoders
 from opticnerve.language.adapters import is_adapter
-from opticnerve.language.load import load_language, load_language_config
+from opticnerve.language.load import load_language, load_language_config, load_tokenizer
 from opticnerve.language.lora import take_start_out
 from opticnerve.language.quantization import quantized_layers
 from opticnerve.models.adapted import AdaptedParts, adapter_of
@@ -38,6 +38,7 @@ from opticnerve.models.vlm.build import Spec, license_of, load_encoder, vision_s
 from opticnerve.models.vlm.tower import Tower, check_options, make, placed_like
 from opticnerve.recipe import ReaderSpec, Recipe
 from opticnerve.starter import weights
+from opticnerve.starter.minilm import bert_folder
 from opticnerve.types import Features, OpticNerveError
 
 BASES = "bases.json"
@@ -193,6 +194,22 @@ class TwoTowerDock:
         encoders, options = cls.described(recipe)
         made: TwoTowerModel = cls.MODEL.from_parts(*load_encoders(*encoders, None, planned=True)[:2], **options)
         return made
+
+    @classmethod
+    def processor_of(cls, model: TwoTowerModel) -> Any:
+        """The processor of a model whose text encoder has its tokenizer."""
+        raise NotImplementedError
+
+    @classmethod
+    def planned_processor(cls, recipe: Recipe, model: TwoTowerModel) -> Any:
+        """The processor of a `planned` model: the tokenizer's files are read, no weight is.
+
+        Raises:
+            OpticNerveError: the tokenizer is not at hand.
+        """
+        spec: Any = recipe.model
+        model.text.encoder.take_tokenizer(load_tokenizer(bert_folder(spec.text.encoder.model_dump()["name"])))
+        return cls.processor_of(model)
 
     def save(self, folder: Path, trained: Iterable[str]) -> None:
         """A folder that `from_pretrained` loads, and in bases.json what the model was made of and what trained."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opticnerve.common.on_host import sent
 from opticnerve.types import AutogradContext, MediaProcessor, OpticNerveError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def gather_padded(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
 def shared_uniform(count: int, device: torch.device) -> Tensor:
     """(count,) float64 in [0, 1), the same on all processes: the first one draws, from torch's generator."""
     # On the CPU: its generator is the one that checkpoints keep.
-    drawn = torch.rand(count).double().to(device)
+    drawn = sent(torch.rand(count).double(), device)
     if processes()[1] > 1:
         dist.broadcast(drawn, src=0)
     return drawn

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from opticnerve.common.on_host import on_host, sent
 from opticnerve.connectors.qformer import QFormerConnector
 from opticnerve.data.collators.contrastive import CaptionBatch, CaptionCollator
 from opticnerve.objectives.base import Objective, gather, gather_padded, processes, shared_uniform
@@ -106,12 +107,16 @@ class QFormerPretraining(Objective):
         features = self.features(batch.pixel_values)
         world_ids, world_mask = gather_padded(batch.text_ids, batch.text_mask)
         self._check(world_ids)
-        twin_MM = _twins(gather(batch.image_keys), world_ids.masked_fill(~world_mask, -1))
+        # One process knows its own pairs on the host, where looking costs no wait.
+        words_ML = on_host(world_ids).masked_fill(~on_host(world_mask), -1)
+        twin_MM = _twins(on_host(gather(batch.image_keys)), words_ML)
         if bool(twin_MM.all()):
             raise OpticNerveError(
                 f"all {len(twin_MM)} pairs of a batch share their picture or caption: nothing to contrast",
                 kind="conflict",
             )
+        if twin_MM.device != world_ids.device:
+            twin_MM = sent(twin_MM, world_ids.device)
         rank, world = processes()
         count = batch.samples
         own_B = torch.arange(rank * count, (rank + 1) * count, device=world_ids.device)
@@ -201,15 +206,17 @@ class QFormerPretraining(Objective):
 
     def _generation(self, features: Features, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(B,): the mean over a caption's tokens, [SEP] included, of the cross-entropy of each after those before."""
-        learned_BL = text_mask[:, 1:]
-        states_MD = self.caption_states(features, text_ids, text_mask)[:, :-1][learned_BL]
+        # Which positions have a word behind them is known on the host.
+        learned_M = F.pad(on_host(text_mask)[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
+        if learned_M.device != text_ids.device:
+            learned_M = sent(learned_M, text_ids.device)
+        states_MD = self.caption_states(features, text_ids, text_mask).flatten(0, 1)[learned_M]
         loss_M = F.cross_entropy(
-            self.caption_logits(states_MD), text_ids[:, 1:][learned_BL], reduction="none",
+            self.caption_logits(states_MD), text_ids.flatten()[learned_M + 1], reduction="none",
             label_smoothing=self.label_smoothing,
         )  # fmt: skip
-        per_token_BL = torch.zeros(learned_BL.shape, dtype=loss_M.dtype, device=loss_M.device)
-        per_token_BL = per_token_BL.masked_scatter(learned_BL, loss_M)
-        return per_token_BL.sum(1) / learned_BL.sum(1)
+        per_token_BL = loss_M.new_zeros(text_ids.numel()).index_copy(0, learned_M, loss_M).view(text_ids.shape)
+        return per_token_BL.sum(1) / text_mask[:, 1:].sum(1)
 
     def _check(self, world_ids: Tensor) -> None:
         """Of the whole batch, so that all processes stop and none waits for the others."""
@@ -217,7 +224,7 @@ class QFormerPretraining(Objective):
             raise OpticNerveError(
                 "a batch of 1 pair has no negatives; batch_size / accumulate must be 2 or more", kind="out-of-range"
             )
-        largest, last = int(world_ids.max()), self.connector.decoder_token_id
+        largest, last = int(on_host(world_ids).max()), self.connector.decoder_token_id
         if largest >= last:
             raise OpticNerveError(
                 f"a caption holds token {largest}, but the word table's last row, {last}, is [DEC]'s: vocab_size must "

@@ -51,23 +51,30 @@ class Functions:
     swiglu: Callable[[Tensor, Tensor], Tensor]
 
 
+OWN = Functions(lambda x, weight_D, epsilon: _RMSNorm.apply(x, weight_D, epsilon), lambda a, b: _SwiGLU.apply(a, b))
+"""Those of this page."""
+
+
 @contextmanager
-def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -> Iterator[int]:
+def fuse_layers(
+    language_model: nn.Module, functions: Functions | None = OWN, *, required: bool = False
+) -> Iterator[int]:  # fmt: skip
     """Within it, the language model's norms, gated MLPs and adapters are fused, as far as they are known; yields how
     many layers are. Freeze first: what trains decides which may be.
 
     Args:
-        functions: others than those of this page.
+        functions: what computes norms and gated MLPs; None leaves these as they are.
+        required: the model must have a place for them.
 
     Raises:
-        OpticNerveError: such were given, and the model has no place for them.
+        OpticNerveError: it has none.
     """
     found: list[tuple[Any, partial[Tensor]]] = []
     if enabled():
-        mask, own = getattr(language_model, "adapter_mask", None), Functions(_RMSNorm.apply, _SwiGLU.apply)
-        forwards = ((m, _fused_forward(m, mask, functions or own)) for m in language_model.modules())
+        mask = getattr(language_model, "adapter_mask", None)
+        forwards = ((m, _fused_forward(m, mask, functions)) for m in language_model.modules())
         found = [(module, forward) for module, forward in forwards if forward is not None]
-        if functions is not None and not any(f.func in (_norm_forward, _mlp_forward) for _, f in found):
+        if required and not any(f.func in (_norm_forward, _mlp_forward) for _, f in found):
             raise OpticNerveError(
                 f"kernels: {type(language_model).__name__} has no norm or gated MLP like Llama's; leave it out",
                 kind="unsupported",
@@ -82,12 +89,14 @@ def fuse_layers(language_model: nn.Module, functions: Functions | None = None) -
             del module.forward
 
 
-def _fused_forward(module: nn.Module, mask: Any, functions: Functions) -> partial[Tensor] | None:
+def _fused_forward(module: nn.Module, mask: Any, functions: Functions | None) -> partial[Tensor] | None:
     if "forward" in vars(module):
         return None  # somebody else's business already
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, LoraLinear):
         return partial(_lora_forward, module, mask) if _plain_lora(module) else None
+    if functions is None:
+        return None
     if name in NORMS:
         return partial(_norm_forward, module, functions.norm)
     if name in GATED_MLPS and isinstance(module.act_fn, nn.SiLU | SiLUActivation):

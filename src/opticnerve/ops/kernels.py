@@ -1,4 +1,6 @@
-"""Who computes norms and gated MLPs of a stage that names `kernels`, where `fused_layers` puts its own otherwise.
+"""Who computes norms and gated MLPs of a stage: who its `kernels` names; else on a CUDA device the first of these that
+can, transformers' own code where neither can, and elsewhere the functions of `fused_layers`, which eager torch passes
+over memory for many times: a CPU's caches forgive that, a GPU does not.
 
 - `inductor`: torch compiles the functions of `fused_layers`, forward and backward. Eager torch passes over memory once
   for each elementwise step; inductor writes one loop for all of them, in C++ for a CPU and in Triton for a GPU.
@@ -10,13 +12,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from opticnerve.ops.fused_layers import Functions, computed_by
+from opticnerve.ops import enabled, tell
+from opticnerve.ops.fused_layers import OWN, Functions, computed_by
 from opticnerve.types import OpticNerveError, to_install
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One program for all lengths."""
+    return torch.compile(function, dynamic=True)
 
 
 def inductor(device: torch.device) -> Functions:
@@ -25,7 +33,7 @@ def inductor(device: torch.device) -> Functions:
     Raises:
         OpticNerveError: they cannot be compiled here: on a CPU a C++ compiler is missing, on a GPU Triton.
     """
-    found = computed_by(partial(torch.compile, dynamic=True))
+    found = computed_by(compiled)
     try:  # now: a message before the first step, not after it
         x = torch.ones(4, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
         found.swiglu(found.norm(x, torch.ones_like(x[0]).detach(), 1e-5), x).sum().backward()
@@ -64,4 +72,31 @@ def liger(device: torch.device) -> Functions:
     return Functions(norm, LigerSiLUMulFunction.apply)
 
 
-KERNELS: dict[str, Callable[[torch.device], Functions]] = {"inductor": inductor, "liger": liger}
+KERNELS: dict[str, Callable[[torch.device], Functions]] = {"liger": liger, "inductor": inductor}
+"""By the words of a recipe; the faster one first."""
+
+
+def functions_for(
+    device: torch.device, wanted: str | None = None, *, layers_compiled: bool = False
+) -> tuple[Functions | None, str]:
+    """Who computes norms and gated MLPs on a device, and how that is called; None: transformers' own code.
+
+    Args:
+        wanted: one of `KERNELS`, which must do; None leaves the choice to this.
+        layers_compiled: whether torch compiles the layers whole, these within them.
+
+    Raises:
+        OpticNerveError: the wanted one cannot run here.
+    """
+    if wanted is not None:
+        return KERNELS[wanted](device), wanted
+    if device.type != "cuda" or not enabled():
+        return OWN, "opticnerve"
+    if layers_compiled:
+        return None, "torch.compile, with the layers"
+    for name, make in KERNELS.items():
+        try:
+            return make(device), name
+        except OpticNerveError as e:
+            tell(f"norms and gated MLPs: not by {name}: {e}")
+    return None, "transformers"

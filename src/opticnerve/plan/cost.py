@@ -10,9 +10,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet, finalize
 
 import psutil
@@ -34,8 +36,10 @@ from opticnerve.train.throughput import wait_for
 from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
+    from opticnerve.models.family import FamilyModel
     from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
     from opticnerve.models.vlm.tower import Tower
+    from opticnerve.objectives.base import Objective
 
 # The share of its bare matmul rate at which a machine trains. Measured on a 2-core CPU in bf16 with a 135M model: 0.3
 # to 0.5; norms, activations and memory traffic take the rest.
@@ -75,6 +79,7 @@ class Trace:
 def memory(
     model: nn.Module, plain: Trace, again: Trace, *, checkpointing: bool, process: int,
     packed: dict[int, int] | None = None, optimizer: str = "adamw", ema: bool = False, accumulate: int = 1,
+    own: Mapping[str, nn.Parameter] = MappingProxyType({}),
 ) -> Memory:  # fmt: skip
     """Bytes of a step, by the rules of this package's optimizer.
 
@@ -88,10 +93,11 @@ def memory(
 
     Args:
         plain, again: traces without and with gradient checkpointing.
+        own: what trains of the objective's own; its weights are among what was traced.
     """
     packed = packed or {}
     weights = sum(packed.get(id(p), p.numel() * p.element_size()) for p in model.parameters())
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | dict(own)
     gradients = sum(p.numel() * p.element_size() for p in trained.values())
     copies = {n: p.numel() * 4 * ((p.dtype != torch.float32) + ema) for n, p in trained.items()}
     kept = sum(copies[n] + state_bytes(optimizer, n, p.shape) for n, p in trained.items())
@@ -127,9 +133,10 @@ def trace_step(
         rows_BL = torch.arange(length).expand(rows, -1)
         alone_BL = torch.zeros_like(rows_BL)
         segments = replace(segments_of(alone_BL, alone_BL, rows_BL), kernel="buckets")
-    if recompute:
-        checkpoint_layers(model, recompute)
-    with torch.device("meta"), operations(live.take_down), fuse_layers(language), plain_attention(model):
+    with (
+        _recomputed(model, recompute), torch.device("meta"), operations(live.take_down), fuse_layers(language),
+        plain_attention(model),
+    ):  # fmt: skip
         prompt, pixels = Prompt(), []
         for modality, tower in model.towers.items():
             if pieces := media.get(modality):
@@ -161,9 +168,6 @@ def trace_step(
             torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
         for parameter in model.parameters():
             parameter.grad = None
-    if recompute:
-        keep_activations(language)
-        model.eval()  # type: ignore[no-untyped-call]
     vocabulary, head_ways = head.weight.shape[0], 3 if head.weight.requires_grad else 2
     flops = live.flops + 2 * head_ways * supervised * width * vocabulary
     return Trace(live.peak, flops)
@@ -200,6 +204,73 @@ def _input_shape(tower: Tower) -> tuple[int, ...]:
     """What an encoder is given for a piece; (patches, …) where pictures keep their shape."""
     shape = tuple(tower.encoder.media_shape)
     return shape if (native := tower.encoder.native) is None else (math.prod(native.largest), *shape)
+
+
+def trace_objective(
+    make: Callable[[], Objective], batches: Sequence[Any], model: FamilyModel, *, recompute: int = 0
+) -> tuple[Trace, dict[str, nn.Parameter]]:
+    """Send the micro-batches of a step, as the objective's collator made them, through it over the meta model, there
+    and back. They lie on the device together; all are computed where the objective takes a step's batch whole, else
+    one.
+
+    What a batch says of itself stays known on the host (`common.on_host`): an objective that asks the device for
+    nothing in a step, as those here, runs as it does in training.
+
+    Args:
+        make: the objective, whose own weights and what it keeps (DPO's reference) are counted.
+
+    Returns: the trace of a micro-batch, and the objective's own parameters.
+
+    Raises:
+        OpticNerveError: it asks tensors for their numbers, or refuses the batch.
+    """
+    language: Any = model.language_model
+    whole = cast(nn.Module, model)
+    live = _Live(whole, _length(batches[0]))
+    with _recomputed(model, recompute), operations(live.take_down):
+        with torch.device("meta"):
+            objective = make()
+        with fuse_layers(language or nn.Module()), plain_attention(whole):
+            try:
+                taken = [batch.to("meta") for batch in batches]
+                if objective.whole_step:
+                    objective.backward(taken, 1.0)
+                else:
+                    loss, _ = objective(taken[0])
+                    if loss.requires_grad:
+                        loss.backward()
+                    del loss
+            except RuntimeError as e:
+                reason = str(e).partition("\n")[0]
+                raise OpticNerveError(f"it cannot be computed without numbers: {reason}", kind="unsupported") from e
+            finally:
+                for parameter in objective.parameters():
+                    parameter.grad = None
+    flops = live.flops // (len(batches) if objective.whole_step else 1)
+    return Trace(live.peak, flops), objective.own_parameters()
+
+
+def _length(batch: object) -> int:
+    """Tokens of a row of a batch that has such."""
+    ids = getattr(batch, "input_ids", None)
+    return int(ids.shape[1]) if isinstance(ids, Tensor) else 0
+
+
+@contextmanager
+def _recomputed(model: FamilyModel, layers: int) -> Iterator[None]:
+    """Within it the activations of so many layers are computed again, and all modules train that did before."""
+    if not layers:
+        yield
+        return
+    training = [m for m in model.modules() if m.training]
+    checkpoint_layers(model, layers)
+    try:
+        yield
+    finally:
+        keep_activations(model.language_model)
+        model.eval()
+        for module in training:
+            module.training = True
 
 
 class _Live:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from opticnerve.data.dataset.dataset import Example, Examples
@@ -17,7 +18,7 @@ from opticnerve.data.encode.tokenize import Encoded, encode
 from opticnerve.language.chat_template import stage_template
 from opticnerve.recipe import Stage
 from opticnerve.train.metrics import source_names
-from opticnerve.types import DataError, OpticNerveError
+from opticnerve.types import Conversation, DataError, OpticNerveError
 
 if TYPE_CHECKING:
     from opticnerve.models.vlm.processing import OpticNerveProcessor
@@ -40,7 +41,8 @@ class StageData:
     """A stage's data, as far as it could be read. `rows`: some training rows; `sample`: the first conversation;
     `per_row`: samples (or groups that share a prefix) in a row, more than one where rows are packed ahead; `pictures`:
     how many different ones; `left_out`: records that `where` leaves out (of a stream: among those looked at); `blind`:
-    no sample (of a stream: of those looked at) has a picture or a sound."""
+    no sample (of a stream: of those looked at) has a picture or a sound; `drawn`: the conversations of a step's rows,
+    where an objective has a collator of its own."""
 
     samples: int = 0
     examples: int = 0
@@ -56,6 +58,7 @@ class StageData:
     problem: str = ""
     blind: bool = False
     sources: list[SourcePlan] = field(default_factory=list)
+    drawn: list[list[Conversation]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -97,6 +100,8 @@ def inspect_data(stage: Stage, processor: OpticNerveProcessor, *, seed: int) -> 
         return found
     if processor is not None and stage.objective.type == "next_token" and examples:
         _encode_some(found, examples, stage, processor, seed, bad)
+    elif stage.objective.type != "next_token" and examples:
+        found.drawn = list(_draw_step(examples, stage, seed))
     if found.steps is None:
         count = len(streams) if stage.data[0].streaming else len(examples) / found.per_row
         found.steps = max(1, math.ceil(count * (stage.epochs or 1) / stage.batch_size))
@@ -119,6 +124,14 @@ def _first(streams: Streams, bad: list[DataError]) -> Iterator[Example]:
             yield streams.example(index)
         except DataError as e:
             bad.append(e)
+
+
+def _draw_step(examples: Sequence[Example], stage: Stage, seed: int) -> Iterator[list[Conversation]]:
+    """As many rows as a step takes, all of the data again and again where there are fewer."""
+    rng = random.Random(seed)
+    order = rng.sample(range(len(examples)), min(stage.batch_size, len(examples)))
+    for number in islice(cycle(order), stage.batch_size):
+        yield list(draw(examples[number], rng))
 
 
 def _encode_some(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from opticnerve.models.vlm.modeling import OpticNerveForConditionalGeneration
 from opticnerve.models.vlm.processing import OpticNerveProcessor
 from opticnerve.models.vlm.tower import join, language_sizes
 from opticnerve.recipe import ContinuedSpec, Recipe
+from opticnerve.types import OpticNerveError
 
 if TYPE_CHECKING:
     from opticnerve.encoders.base import Encoder
@@ -73,11 +75,15 @@ def meta_model(recipe: Recipe) -> OpticNerveForConditionalGeneration:
 
 
 def meta_towers(recipe: Recipe) -> Family:
-    """The dual encoder or the classifier that a recipe describes, on the meta device, without a processor."""
+    """The dual encoder or the classifier that a recipe describes, on the meta device; its processor is None where the
+    tokenizer is not at hand."""
     family: Any = family_for(recipe)
     with torch.device("meta"):
-        made = family.planned(recipe)
-    found: Family = family(made.to(dtype_of(recipe)), None, {})
+        made = family.planned(recipe).to(dtype_of(recipe))
+    processor = None
+    with suppress(OpticNerveError):  # a batch will not be traced then, which the plan says
+        processor = family.planned_processor(recipe, made)
+    found: Family = family(made, processor, {})
     return found
 
 

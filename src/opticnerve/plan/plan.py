@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from opticnerve import registry
+from opticnerve.common.units import format_bytes
 from opticnerve.data.collators.next_token import Collator
 from opticnerve.data.encode.tokenize import Encoded
 from opticnerve.language import layers
@@ -20,7 +20,7 @@ from opticnerve.models.checkpoint.source import ModelSource
 from opticnerve.models.family import Family, FamilyModel
 from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.build import Dock, dtype_of
-from opticnerve.models.vlm.tower import Tower, placed_like
+from opticnerve.models.vlm.tower import placed_like
 from opticnerve.objectives.next_token import NextToken
 from opticnerve.ops.packed_attention import choose
 from opticnerve.ops.varlen import case_of, supported
@@ -36,10 +36,10 @@ from opticnerve.plan.model import (
     tower_shapes,
 )
 from opticnerve.plan.remarks import Remark, remarks
+from opticnerve.plan.step import Step
 from opticnerve.recipe import ContinuedSpec, Recipe, Stage, TwoTowerSpec
 from opticnerve.starter import weights
 from opticnerve.starter.demo import SHIPPED
-from opticnerve.train.memory import recomputed_layers
 from opticnerve.train.setup import give_lora
 from opticnerve.train.throughput import matmul_rate
 from opticnerve.types import OpticNerveError
@@ -49,7 +49,10 @@ _CALIBRATION_TOKENS = 768  # a batch of about so many tokens is timed
 
 @dataclass
 class StagePlan:
-    """One stage: what trains, on how much, at what cost. What could not be found out is None."""
+    """One stage: what trains, on how much, at what cost. What could not be found out is None.
+
+    `recomputed`: of how many layers the activations are computed again; `problem`: why the stage's budget for them
+    cannot be kept; `untraced`: why activations and arithmetic were not counted."""
 
     name: str
     frozen: Frozen
@@ -61,6 +64,9 @@ class StagePlan:
     timing: str = ""
     cache: feature_cache.CachePlan | None = None
     attention: str | None = None
+    recomputed: int = 0
+    untraced: str = ""
+    problem: str = ""
 
     @property
     def shares(self) -> list[Any]:
@@ -74,6 +80,14 @@ class StagePlan:
     @property
     def total(self) -> int:
         return self.frozen.total
+
+    def budget_kept(self, layers: int) -> str:
+        """How a budget for activations is kept, of a language model with so many layers."""
+        needs = self.memory.total - self.memory.process
+        return (
+            f"the activations of {self.recomputed} of {layers} layers are computed again: a step needs "
+            f"{format_bytes(needs)}"
+        )
 
     @property
     def epochs(self) -> float | None:
@@ -103,6 +117,7 @@ class StagePlan:
             "seconds": self.seconds,
             "timing": self.timing,
             "attention": self.attention,
+            "recomputed_layers": self.recomputed,
             "cache_features": self.cache.to_dict() if self.cache is not None else None,
         }
 
@@ -166,8 +181,7 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
     model = imagined.model
     packed = packed_bytes(recipe, model)
     docked = dock(recipe) if dock is not None and recipe.stages else None
-    traced = any(stage.objective.type == "next_token" for stage in recipe.stages)
-    rate = matmul_rate(machine["type"], dtype_of(recipe)) if traced and not docked else 0.0
+    rate = matmul_rate(machine["type"], dtype_of(recipe)) if recipe.stages and not docked else 0.0
     for stage in recipe.stages:
         data = inspect_data(stage, plan.processor, seed=recipe.seed)
         plan.stages.append(planned := _stage(stage, imagined, data, process, plan.visual_tokens or 0, packed))
@@ -183,6 +197,26 @@ def make(recipe: Recipe, *, dock: Callable[[Recipe], Dock] | None = None) -> Pla
         plan.sample = plan.sample or data.sample
     plan.remarks += remarks(recipe, plan, model)
     return plan
+
+
+def within_budgets(recipe: Recipe) -> tuple[list[Stage], list[str]]:
+    """The stages of a recipe, each `gradient_checkpointing` that is a budget settled as a number of layers; and what
+    there is to say of it. The same recipe and data give the same number, on any machine.
+
+    Raises:
+        OpticNerveError: a budget cannot be kept.
+    """
+    if not any(isinstance(stage.gradient_checkpointing, str) for stage in recipe.stages):
+        return recipe.stages, []
+    made, stages, said = make(recipe), list(recipe.stages), []
+    for number, (stage, planned) in enumerate(zip(recipe.stages, made.stages, strict=True)):
+        if isinstance(stage.gradient_checkpointing, str):
+            if planned.problem:
+                raise OpticNerveError(planned.problem, kind="out-of-range")
+            # No layer: as if it had not been asked for.
+            stages[number] = stage.model_copy(update={"gradient_checkpointing": planned.recomputed or False})
+            said.append(f"stage {stage.name}: {planned.budget_kept(made.layers)}")
+    return stages, said
 
 
 def context_length(recipe: Recipe) -> int | None:
@@ -214,34 +248,19 @@ def _open_parts(dock: Family, stage: Stage, device: str) -> Frozen:
 
 def _stage(stage: Stage, dock: Family, data: StageData, process: int, visual: int, packed: dict[int, int]) -> StagePlan:
     """Parts, memory and arithmetic of one stage."""
-    frozen, model = _open_parts(dock, stage, "meta"), dock.model
-    rows = stage.batch_size // stage.accumulate
-    length = data.length or visual + 64
-    # Batches are padded to their longest row.
-    longest = max((len(r) for r in data.rows), default=length)
-    padded = min(longest, math.ceil(1.25 * length)) if data.rows else length
-    media = {m: math.ceil(rows * data.media(m) * _pieces(t)) for m, t in model.towers.items()}
-    supervised = math.ceil(rows * (data.supervised or 32))
-    traces, recompute = [cost.Trace(0, 0)] * 2, recomputed_layers(model, stage.gradient_checkpointing)
-    if stage.objective.type == "next_token":
-        traces = [
-            cost.trace_step(
-                model,
-                rows=rows,
-                length=padded,
-                media=media,
-                supervised=supervised,
-                recompute=layers,
-                together=stage.accumulate,
-            )
-            for layers in (0, recompute or recomputed_layers(model, wanted=True))
-        ]
-    needed = cost.memory(
-        model, *traces, checkpointing=recompute > 0, process=process, packed=packed, optimizer=stage.optimizer,
-        ema=stage.ema is not None, accumulate=stage.accumulate,
+    frozen = _open_parts(dock, stage, "meta")
+    step, problem = Step(stage, dock, data, visual, packed), ""
+    try:
+        recomputed = step.recomputed()
+    except OpticNerveError as e:
+        if not isinstance(stage.gradient_checkpointing, str):
+            raise
+        recomputed, problem = step.layers, str(e)
+    needed = step.memory(recomputed, process=process)
+    return StagePlan(
+        stage.name, frozen, data, stage.batch_size, needed, step.trace(recomputed).flops * stage.accumulate,
+        recomputed=recomputed, untraced=step.untraced, problem=problem,
     )  # fmt: skip
-    flops = traces[recompute > 0].flops * stage.accumulate
-    return StagePlan(stage.name, frozen, data, stage.batch_size, needed, flops)
 
 
 def _attention(stage: Stage, model: FamilyModel, kind: str) -> str | None:
@@ -257,15 +276,6 @@ def _attention(stage: Stage, model: FamilyModel, kind: str) -> str | None:
     if not supported(model.language_model):
         return "mask"
     return choose(case_of(model.language_model, branches, torch.device(kind)), stage.attention)
-
-
-def _pieces(tower: Tower) -> int:
-    """Tiles of a picture in the middle of what the tiling allows; 1 where there are no tiles."""
-    if tower.tiling is None:
-        return 1
-    spec = tower.tiling.spec
-    tiles = sorted(spec.num_pieces(*point) for point in spec.pinpoints)
-    return int(tiles[len(tiles) // 2])
 
 
 def _time(planned: StagePlan, stage: Stage, docked: Dock | None, rate: float, kind: str) -> None:

@@ -44,10 +44,13 @@ def remarks(recipe: Recipe, plan: Any, model: FamilyModel) -> list[Remark]:
     elif visual and context and visual > context // 2:
         warn(f"one picture takes {visual:,} of the {context:,} tokens that the language model can read")
     for stage, planned in zip(recipe.stages, plan.stages, strict=True):
+        if isinstance(stage.gradient_checkpointing, str) and not planned.problem:
+            note(f"stage {stage.name}: {planned.budget_kept(plan.layers)}")
         for text in _stage_warnings(stage, planned, plan):
             warn(f"stage {stage.name}: {text}")
         if not planned.flops:
-            note(f"stage {stage.name}: activations, which {stage.objective.type} keeps for gradients, are not counted")
+            kept = f"activations, which {stage.objective.type} keeps for gradients, are not counted"
+            note(f"stage {stage.name}: {kept}: {planned.untraced}")
         if planned.cache is not None:
             decide, text = planned.cache.remark()
             (warn if decide else note)(f"stage {stage.name}: {text}")
@@ -106,6 +109,8 @@ def _stage_warnings(stage: Stage, planned: Any, plan: Any) -> Iterator[str]:
         inner = part.removeprefix("image.").partition("(")[0]
         if (usual := _HIGH.get(inner)) and rate > usual:
             yield f"learning rate {rate:g} for {part} is unusually high; such weights rarely bear more than {usual:g}"
+    if planned.problem:
+        yield planned.problem.removeprefix(f"stage {stage.name}: ")
     if data.problem:
         yield f"its data cannot be read: {data.problem}"
     if data.blind:

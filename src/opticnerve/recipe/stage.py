@@ -11,6 +11,9 @@ from opticnerve import registry
 from opticnerve.recipe.data import BadSamples, DataSpec
 from opticnerve.recipe.model import PARTS, PartSpec, Positive, Strict, check_known
 
+Budget = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([KMGT]i?)?B$")]
+"""Bytes, with their unit."""
+
 
 class LoraSpec(Strict):
     """Low-rank adapters; see `opticnerve.language.lora.add_lora`."""
@@ -155,8 +158,10 @@ class Stage(_WithValidation):
         "stop", description="what becomes of a step whose loss or gradient is no number: skip leaves its update out"
     )
     workers: Annotated[int, Field(ge=0)] = 0
-    gradient_checkpointing: bool | Positive | Annotated[float, Field(gt=0, lt=1)] = Field(
-        False, description="compute activations again instead of keeping them: of all layers, of so many, or of a share"
+    gradient_checkpointing: bool | Positive | Annotated[float, Field(gt=0, lt=1)] | Budget = Field(
+        False,
+        description="compute activations again instead of keeping them: of all layers, of so many, of a share; or of "
+        "as few as keep a step within so many bytes, such as 40GiB",
     )
     compile: bool = Field(
         False,

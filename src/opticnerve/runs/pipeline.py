@@ -13,6 +13,7 @@ from typing import Any, cast
 import psutil
 import torch
 import transformers
+from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
@@ -27,7 +28,8 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import default_device
 from opticnerve.language.sharded import loading_onto_shards
 from opticnerve.models.family import Family, build
-from opticnerve.recipe import LoraSpec, ModelSpec, Recipe
+from opticnerve.plan.plan import within_budgets
+from opticnerve.recipe import LoraSpec, ModelSpec, Recipe, Stage
 from opticnerve.runs.card.card import write_card
 from opticnerve.runs.card.warnings import warnings_of
 from opticnerve.runs.folder import (
@@ -79,6 +81,11 @@ def run_recipe(
     longer = on_main(accelerator, partial(lengthened_stages, recipe, run_dir))
     results = Results(run_dir / RESULTS, fresh=not resume, writes=main)
 
+    stages, said = _settle_budgets(recipe, accelerator)
+    if console is not None:
+        for text in said:
+            console.print(text, highlight=False, soft_wrap=True)
+
     # What is wrong with the questions, or with the tokenizer, is found now and not when all is trained.
     for spec in recipe.evaluate:
         load_data(spec.data)
@@ -106,7 +113,7 @@ def run_recipe(
         results.set("untrained", evaluate_model(dock.model, dock.processor, recipe.evaluate, console=console)["tasks"])
 
     trained: set[str] = set()
-    for number, stage in enumerate(recipe.stages):
+    for number, stage in enumerate(stages):
         folder = stage_folder(run_dir, recipe, number)
         going_on = resume and number not in longer
         done = on_main(accelerator, partial(finished_stage, folder)) if going_on else None
@@ -178,6 +185,18 @@ def check_shareable(recipe: Recipe) -> None:
             "language model fits on each device as a stage begins and ends",
             kind="unsupported",
         )
+
+
+def _settle_budgets(recipe: Recipe, accelerator: Accelerator) -> tuple[list[Stage], list[str]]:
+    """`plan.within_budgets`, for one process."""
+    budgets = [s for s in recipe.stages if isinstance(s.gradient_checkpointing, str)]
+    if budgets and accelerator.num_processes > 1:
+        raise OpticNerveError(
+            f"stage {budgets[0].name}: gradient_checkpointing: {budgets[0].gradient_checkpointing} was not tried with "
+            f"{accelerator.num_processes} processes; write a number of layers",
+            kind="unsupported",
+        )
+    return within_budgets(recipe)
 
 
 def _score(dock: Family, recipe: Recipe, name: str) -> float:

@@ -127,10 +127,12 @@ def read(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """The state that a checkpoint holds, as `load`; its hashes are not looked at.
 
     Args:
-        mesh: of the processes that call it, which get what was written in shards in shards. What was written whole is
-            mapped from its file: nobody needs more than his rows of it.
+        mesh: of the processes that call it, which get what was written in shards in shards.
+
+    Where files in use can be removed (POSIX), what was written whole is mapped from its file: it is copied to where it
+    belongs, and does not stand in memory beside it.
     """
-    state = _state(path, mmap=mesh is not None)
+    state = _state(path, mmap=os.name == "posix")
     if names := sharded.names(state):
         return sharded.put_back(state, sharded.read(path / SHARDS, names, mesh))
     return state

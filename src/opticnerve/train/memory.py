@@ -19,11 +19,12 @@ _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Where torch looks for settings of its allocator; the second name since 2.9."""
 
 
-def recomputed_layers(model: Any, wanted: bool | int | float) -> int:
+def recomputed_layers(model: Any, wanted: bool | int | float | str) -> int:
     """Of how many layers a stage's `gradient_checkpointing` computes the activations again: all, so many, or a share.
 
     Raises:
-        OpticNerveError: there is no language model, or it has fewer layers.
+        OpticNerveError: there is no language model, or it has fewer layers; or a budget was given, and nobody asked the
+            plan how many layers keep it (`plan.within_budgets`).
     """
     if wanted is False:
         return 0
@@ -32,6 +33,12 @@ def recomputed_layers(model: Any, wanted: bool | int | float) -> int:
     count = len(decoder_layers(model.language_model)[1])
     if wanted is True:
         return count
+    if isinstance(wanted, str):
+        raise OpticNerveError(
+            f"gradient_checkpointing: {wanted} is settled by a run of the whole recipe; write a number of layers "
+            f"(at most {count}) for a stage by itself",
+            kind="unsupported",
+        )
     if isinstance(wanted, float):
         return math.ceil(wanted * count)
     if wanted > count:

@@ -133,12 +133,17 @@ class MasterAdamW:
         if not self.averages:
             yield
             return
-        own = {n: master.detach().clone() for n, weight, master in self.weights if master is weight}
-        self._show(self.averages)
+        # Rounded weights come back from their masters; those that are masters themselves change places.
+        own = [(weight, weight.data, self.averages[n]) for n, weight, master in self.weights if master is weight]
+        self._show({n: self.averages[n] for n, weight, master in self.weights if master is not weight})
+        for weight, _, average in own:
+            weight.data = average
         try:
             yield
         finally:
-            self._show(own)
+            for weight, data, _ in own:
+                weight.data = data
+            self._show({})
 
     def finish(self) -> None:
         """Leave the weights as their averages, where such are kept."""

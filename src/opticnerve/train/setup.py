@@ -32,7 +32,7 @@ from opticnerve.models.freeze import Frozen, freeze
 from opticnerve.models.vlm.tower import check_options
 from opticnerve.objectives.base import Objective
 from opticnerve.ops.fused_layers import fuse_layers
-from opticnerve.ops.kernels import KERNELS
+from opticnerve.ops.kernels import functions_for
 from opticnerve.ops.offload import offload_encoder
 from opticnerve.ops.varlen import attention_by
 from opticnerve.recipe import CacheSpec, LoraSpec, Recipe, Stage
@@ -82,9 +82,15 @@ class StageSetup:
         """Within it, the layers compute in the ways that the stage asks for; after it, the model is in `eval()`."""
         try:
             with contextlib.ExitStack() as stack:
-                functions = KERNELS[self.stage.kernels](self.accelerator.device) if self.stage.kernels else None
-                model = self.strategy.model
-                stack.enter_context(fuse_layers(model.language_model or torch.nn.Module(), functions))
+                stage, model, device = self.stage, self.strategy.model, self.accelerator.device
+                if model.language_model is not None:
+                    functions, name = functions_for(device, stage.kernels, layers_compiled=stage.compile)
+                    required = stage.kernels is not None
+                    stack.enter_context(fuse_layers(model.language_model, functions, required=required))
+                    if device.type == "cuda":
+                        self.emit(f"norms and gated MLPs by {name}")
+                elif stage.kernels is not None:
+                    raise OpticNerveError("kernels is for docked language models; leave it out", kind="unsupported")
                 stack.enter_context(attention_by(model.language_model, self.stage.attention))
                 if self.stage.compile:
                     stack.enter_context(compiled_layers(model))

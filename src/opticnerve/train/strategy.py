@@ -98,8 +98,11 @@ class Strategy:
         return self.optimizer.state_dict(keep=self.accelerator.is_main_process)
 
     def finish(self) -> None:
-        """Have `model` and `objective` be the whole ones, with what was learned, on every process."""
+        """Have `model` and `objective` be the whole ones, with what was learned, on every process. The optimizer is
+        gone: its masters and moments would stand beside what is brought together, saved and looked at."""
         self.optimizer.finish()
+        del self.optimizer
+        vars(self).pop("_adam", None)
         self.objective.processes = None
         if self._twin is not None:
             self.model, self.objective = self._twin.bring_together()

@@ -138,7 +138,12 @@ class Validation:
             model = self.strategy.model
             found = {n: p for n, p in model.named_parameters() if p.requires_grad}
             found |= {n: model.get_buffer(n) for n in self.moving}
-            self.weights = {n: whole(t.detach()).to("cpu", copy=True) for n, t in found.items()}
+            for name, tensor in found.items():
+                gathered = whole(tensor.detach())
+                if (kept := self.weights.get(name)) is None:
+                    self.weights[name] = gathered.to("cpu", copy=True)
+                else:  # into the memory of the best before
+                    kept.copy_(gathered)
 
     def _loss(self, held_out: HeldOut) -> float:
         """The mean over all that is supervised, as in a step of training."""
@@ -164,11 +169,12 @@ class Validation:
         return float(sum(t for t, *_ in found) / sum(n for _, n, _ in found))
 
     def restore_best(self, model: nn.Module) -> None:
-        """With `keep: best`, have the whole model be what it was at the best look."""
+        """With `keep: best`, have the whole model be what it was at the best look, which is not kept beside it."""
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             for name, value in self.weights.items():
                 tensors[name].copy_(value)
+        self.weights.clear()
 
     def summary(self, steps: int) -> dict[str, Any]:
         """For the stage's result; `steps`: how many there might have been."""

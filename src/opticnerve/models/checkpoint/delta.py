@@ -25,7 +25,6 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -34,6 +33,7 @@ from opticnerve import registry
 from opticnerve.common import atomic
 from opticnerve.common.cache import fingerprint
 from opticnerve.common.shards import copy_into
+from opticnerve.common.tensors import save_tensors
 from opticnerve.common.version import __version__
 from opticnerve.language.adapters import current_name
 from opticnerve.language.layers import decoder_layers
@@ -166,11 +166,11 @@ def save(
     state = model.state_dict()
     trained = {now_called(name, state) for name in trained}
     names = sorted({*trained, *moving_buffers(model, trained), *filter(is_docked, state)})
-    chosen = {n: state[n].detach().cpu().contiguous().clone() for n in names}
+    chosen = {n: state[n] for n in names}
     introduce(folder, model.config)
     model.config.save_pretrained(folder)
     model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
-    save_file(chosen, folder / TENSORS, metadata={"format": "pt"})
+    save_tensors(chosen, folder / TENSORS)
     reference = {
         "format": QUANTIZED_FORMAT if any(base.get("quantize") for base in bases.values()) else FORMAT,
         **versions(),

@@ -14,7 +14,7 @@ from opticnerve.data.dataset.load import load_data
 from opticnerve.models.classifier.configuration import Timing
 from opticnerve.models.classifier.modeling import FusionClassifier
 from opticnerve.models.classifier.processing import FusionClassifierProcessor
-from opticnerve.models.two_towers import TwoTowerDock, load_encoders, quantize_encoders
+from opticnerve.models.two_towers import TwoTowerDock, TwoTowerModel, load_encoders, quantize_encoders
 from opticnerve.models.vlm.build import Spec, dtype_of
 from opticnerve.recipe import ClassifierSpec, Recipe
 from opticnerve.starter import minilm
@@ -49,6 +49,18 @@ class ClassifierDock(TwoTowerDock):
         image = None if spec.image is None else spec.image.encoder.model_dump()
         return (image, spec.text.encoder.model_dump()), {"timing": spec.timing, "answers": answers, **spec.options}
 
+    @classmethod
+    def processor_of(cls, model: TwoTowerModel) -> FusionClassifierProcessor:
+        if model.image is None:
+            head: Any = model.classifier
+            side, half = head.pixels, [0.5] * 3
+            prepare: Any = ViTImageProcessor(size={"height": side, "width": side}, image_mean=half, image_std=half)
+        else:
+            prepare = model.image.encoder.image_processor()
+        config: Any = model.config
+        made: FusionClassifierProcessor = cls.PROCESSOR.of(prepare, model.text.encoder, answers=list(config.answers))
+        return made
+
     @property
     def what(self) -> str:
         return f"fusion classifier, {self.model.config.timing} fusion"
@@ -76,12 +88,6 @@ def classifier(
     model: Any = FusionClassifier.from_parts(
         vision_encoder, text_encoder, timing=timing, answers=list(answers), **options
     )
-    if vision_encoder is None:
-        side, half = model.classifier.pixels, [0.5] * 3
-        prepare = ViTImageProcessor(size={"height": side, "width": side}, image_mean=half, image_std=half)
-    else:
-        prepare = vision_encoder.image_processor()
-    processor = FusionClassifierProcessor.of(prepare, text_encoder, answers=list(answers))
-    made = ClassifierDock(model.to(dtype), processor, bases)
+    made = ClassifierDock(model.to(dtype), ClassifierDock.processor_of(model), bases)
     quantize_encoders(made)
     return made

@@ -10,7 +10,7 @@ import torch
 from opticnerve.encoders.pooling import VisionPooling
 from opticnerve.models.dual_encoder.modeling import DualEncoder
 from opticnerve.models.dual_encoder.processing import DualEncoderProcessor
-from opticnerve.models.two_towers import TwoTowerDock, load_encoders, quantize_encoders
+from opticnerve.models.two_towers import TwoTowerDock, TwoTowerModel, load_encoders, quantize_encoders
 from opticnerve.models.vlm.build import Spec, dtype_of
 from opticnerve.recipe import DualSpec, Recipe
 from opticnerve.starter import minilm
@@ -44,6 +44,11 @@ class DualDock(TwoTowerDock):
             "image_projection": spec.image.projection, "text_projection": spec.text.projection, "loss": spec.loss,
         }  # fmt: skip
 
+    @classmethod
+    def processor_of(cls, model: TwoTowerModel) -> DualEncoderProcessor:
+        made: DualEncoderProcessor = cls.PROCESSOR.of(model.image.encoder.image_processor(), model.text.encoder)
+        return made
+
     @property
     def what(self) -> str:
         return f"dual encoder, {self.model.config.loss} loss"
@@ -73,7 +78,6 @@ def dual(
         vision_encoder, text_encoder, pooling=pooling, projection_dim=projection_dim,
         image_projection=image_projection, text_projection=text_projection, **options,
     )  # fmt: skip
-    processor = DualEncoderProcessor.of(vision_encoder.image_processor(), text_encoder)
-    made = DualDock(model.to(dtype), processor, bases)
+    made = DualDock(model.to(dtype), DualDock.processor_of(model), bases)
     quantize_encoders(made)
     return made
