@@ -34,6 +34,7 @@ OURS = {
     "starter-contrastive",
     "starter-fusion",
     "starter-preference",
+    "starter-receipts",
     "photos",
 }  # these need no hub
 READY = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml") if p.stem not in OURS)

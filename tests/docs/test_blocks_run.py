@@ -110,7 +110,7 @@ def furnished(
 @pytest.fixture
 def workshop(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy for each page, which may write and register what it likes."""
-    import opticnerve.starter.demo
+    import opticnerve.models.checkpoint.source
     from opticnerve import registry
 
     for parts in (r for r in vars(registry).values() if isinstance(r, registry.Registry)):
@@ -123,7 +123,7 @@ def workshop(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("COLUMNS", "200")
     for variable, name in PUBLIC.items():
         monkeypatch.setenv(variable, str(folder / "data" / name))
-    monkeypatch.setattr(opticnerve.starter.demo, "shipped_model", lambda: folder / "runs/demo")
+    monkeypatch.setattr(opticnerve.models.checkpoint.source, "shipped_model", lambda name: folder / "runs/demo")
     yield folder
     for name in [n for n in sys.modules if n.partition(".")[0] == "my_parts"]:
         del sys.modules[name]
