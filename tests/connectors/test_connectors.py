@@ -29,7 +29,9 @@ def features(count: int = 3, *, seed: int = 0, width: int = 6, scale: float = 1.
 class TestEveryConnector:
     def make(self, name: str, **options: Any) -> Connector:
         torch.manual_seed(0)
-        return registry.connectors.get(name)(**SIZES, **options)
+        # (Where nothing is sure to be a character, nothing comes out of a text_spotter.)
+        sure = {"threshold": 1e-6} if name == "text_spotter" else {}
+        return registry.connectors.get(name)(**SIZES, **sure, **options)
 
     def test_shapes(self, name: str) -> None:
         connector = self.make(name)
@@ -55,7 +57,7 @@ class TestEveryConnector:
     @settings(max_examples=25, deadline=None)
     @given(seed=st.integers(0, 99), scale=st.floats(1e-2, 1e2), shift=st.floats(-50, 50), target=st.floats(1e-3, 10))
     def test_calibration(self, name: str, seed: int, scale: float, shift: float, target: float) -> None:
-        connector, seen = self.make(name), features(16, seed=seed, scale=scale, shift=shift)
+        connector, seen = self.make(name, calibrate=True), features(16, seed=seed, scale=scale, shift=shift)
         connector.calibrate(seen, target)
         inner = (seen.tokens_BND - connector.input_mean) / connector.input_std
         assert inner.mean((0, 1)).abs().max() < 1e-2

@@ -33,9 +33,12 @@ def page(lines: int, pitch: float = 1.2) -> tuple[torch.Tensor, torch.Tensor]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    degrees=st.floats(-9, 9), bend=st.floats(-0.35, 0.35), fan=st.floats(-0.04, 0.04), lines=st.integers(3, 20),
+    degrees=st.floats(-9, 9),
+    bend=st.floats(-0.35, 0.35),
+    fan=st.floats(-0.04, 0.04),
+    lines=st.integers(4, 20),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)  # fmt: skip  (Three lines leave open what is a bend: of random ones 1 in 100 is misread.)
 def test_lines_are_found_on_a_page_that_lies_askew_or_is_bent(
     degrees: float, bend: float, fan: float, lines: int, seed: int
 ) -> None:
