@@ -85,7 +85,9 @@ def furnish(
 def pictures(folder: Path) -> None:
     """Pictures under the names that pages have, and the data about them."""
     (folder / "docs/images").mkdir(parents=True)
-    for seed, name in enumerate(("picture.png", "1.jpg", "2.jpg", "docs/images/example.png")):
+    for seed, name in enumerate(
+        ("picture.png", "1.jpg", "2.jpg", "docs/images/example.png", "docs/images/receipt.jpg")
+    ):
         tiny.picture(seed).save(folder / name)
     tiny.save_questions(folder)
     tiny.save_captions(folder)
