@@ -34,10 +34,11 @@ def peaks_of(model: Any, processor: Any, picture: Any) -> list[tuple[float, floa
     """x and y in pixels of the picture, and the class, of each character that the connector finds."""
     seen = processor.image_processor([picture], return_tensors="pt")
     features = model.image.connector.standardise(model.image.encode(seen["pixel_values"], seen["image_sizes"]))
-    (grid,), connector = features.grids, model.image.connector
-    spotted = connector.spot(features.tokens_BND[0], grid)
+    connector = model.image.connector
+    ((cells_NE, grid),) = connector.maps(features)
+    spotted = connector.spot(cells_NE, grid)
     y_N, x_N, logit_N = connector.peaks(spotted, connector.tokens_for(*grid))
-    real_N = logit_N > math.log(connector.threshold / (1 - connector.threshold))
+    real_N = connector.is_character(logit_N)
     y_N, x_N = y_N[real_N], x_N[real_N]
     classes_N = connector.name(spotted, y_N, x_N).argmax(1)
     across = ((x_N + 0.5) * picture.width / (grid[1] * SUBCELLS[1])).tolist()

@@ -68,6 +68,22 @@ def test_the_layout_of_pixels_changes_rounding_alone(name: str) -> None:
         assert float((encoder(given).tokens_BND - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
 
+def test_several_layers_are_joined_at_the_coarsest() -> None:
+    encoder, model = encoder_of("test_resnet", layer=[1, 2], image_size=64)
+    with torch.inference_mode():
+        fine_BCHW, coarse_BCHW = model.forward_intermediates(pixels(64), indices=[1, 2], intermediates_only=True)
+        tokens_BND = encoder(pixels(64)).tokens_BND
+    ratio, columns = fine_BCHW.shape[-1] // coarse_BCHW.shape[-1], coarse_BCHW.shape[-1]
+    assert ratio == 2
+    for row in range(columns):
+        for column in range(columns):
+            inside = fine_BCHW[:, :, ratio * row : ratio * (row + 1), ratio * column : ratio * (column + 1)]
+            wanted = torch.cat([inside.flatten(1), coarse_BCHW[:, :, row, column]], dim=1)
+            assert torch.equal(tokens_BND[:, row * columns + column], wanted)
+    with refused("conflict", "keep"):
+        TimmEncoder(name="test_vit", layer=[0, 1], class_token="keep")
+
+
 @pytest.mark.parametrize("name", VITS)
 @pytest.mark.parametrize("layer", ["last", -1, 1])
 @pytest.mark.parametrize("class_token", ["drop", "keep"])

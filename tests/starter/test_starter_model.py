@@ -15,7 +15,7 @@ from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model
 from opticnerve.language.load import load_language
 from opticnerve.recipe import DataSpec
-from opticnerve.starter.demo import shipped_model
+from opticnerve.starter.demo import SHIPPED, shipped_model
 from opticnerve.types import Conversation, ask
 
 pytestmark = pytest.mark.slow
@@ -44,8 +44,9 @@ def test_it_answers_held_out_questions(starter: tuple[Any, Any]) -> None:
     assert run_vqa(generate, asked, name="easy-vqa test")["accuracy"] >= 0.97
 
 
-def test_text_alone_meets_the_untouched_language_model(starter: tuple[Any, Any]) -> None:
-    model, processor = starter
+@pytest.mark.parametrize("name", SHIPPED)
+def test_text_alone_meets_the_untouched_language_model(name: str) -> None:
+    model, processor = load_model(name)
     bare = load_language("starter/smollm2-135m-instruct", dtype=torch.bfloat16).model.eval()
     words = processor(text="The capital of France is", return_tensors="pt").to(model.device)
     with torch.no_grad():

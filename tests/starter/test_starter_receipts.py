@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import tiny
 from opticnerve.inference.generate import Answerer
 from opticnerve.inference.load import load_model
-from opticnerve.language.load import load_language
 from opticnerve.starter.demo import shipped_model
 from opticnerve.starter.receipts.write import receipt
 from opticnerve.types import OpticNerveError, ask
@@ -52,15 +49,6 @@ def test_it_reads_totals_never_trained_on_and_another_receipt_has_another(reader
         said = answerer.answer([ask(one.question, picture) for picture, (_, one) in zip(shown, asked, strict=True)])
         right.append(sum(answer == one.answer for answer, (_, one) in zip(said, asked, strict=True)))
     assert right[0] >= 5 and right[1] == 0
-
-
-def test_text_alone_meets_the_untouched_language_model(reader: tuple[Any, Any]) -> None:
-    model, processor = reader
-    bare = load_language("starter/smollm2-135m-instruct", dtype=torch.bfloat16).model.eval()
-    words = processor(text="The capital of France is", return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        theirs = bare(input_ids=words["input_ids"].cpu()).logits
-        assert torch.equal(*tiny.words_of(model(**words).logits.cpu(), theirs))
 
 
 def test_it_fits_in_fifteen_megabytes() -> None:

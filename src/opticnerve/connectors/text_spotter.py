@@ -104,19 +104,21 @@ class TextSpotterConnector(Connector):
         table_VD = getattr(embeddings, "weight", None)
         if table_VD is None or table_VD.is_meta or not table_VD.is_floating_point():
             return
-        for character in _usual():
-            ids = tokenizer(character, add_special_tokens=False)["input_ids"]
+        characters = _usual()
+        spelled = tokenizer(characters, add_special_tokens=False)["input_ids"]
+        for character, ids in zip(characters, spelled, strict=True):
             mean_D = table_VD[torch.tensor(ids, device=table_VD.device)].float().mean(0)
             self.characters.weight[ord(character) % CLASSES] = mean_D.to(self.characters.weight)
 
     def project(self, features: Features) -> Features:
-        grids = features.grids or ((self.side, self.side),) * len(features.tokens_BND)
-        rows = [
-            self._soft(tokens_ND[: grid[0] * grid[1]], grid)
-            for tokens_ND, grid in zip(blanked(features), grids, strict=True)
-        ]
+        rows = [self._soft(cells_NE, grid) for cells_NE, grid in self.maps(features)]
         tokens_BMD = pad_sequence(rows, batch_first=True)
         return Features(tokens_BMD, real([len(row) for row in rows], tokens_BMD))
+
+    def maps(self, features: Features) -> list[tuple[Tensor, tuple[int, int]]]:
+        """Each picture's map, cell by cell, and its rows and columns."""
+        grids = features.grids or ((self.side, self.side),) * len(features.tokens_BND)
+        return [(row_NE[: g[0] * g[1]], g) for row_NE, g in zip(blanked(features), grids, strict=True)]
 
     def spot(self, cells_NE: Tensor, grid: tuple[int, int]) -> Spotted:
         """Where there is print on a picture's map of `grid` rows and columns."""
@@ -152,11 +154,15 @@ class TextSpotterConnector(Connector):
         logit_N, index_N = peaks_P.topk(min(count, len(peaks_P)))
         return index_N // heat_YX.shape[1], index_N % heat_YX.shape[1], logit_N
 
+    def is_character(self, logit_N: Tensor) -> Tensor:
+        """Whether peaks are sure enough."""
+        return logit_N > math.log(self.threshold / (1 - self.threshold))
+
     def _soft(self, cells_NE: Tensor, grid: tuple[int, int]) -> Tensor:
         """A picture's soft tokens: (tokens, out_size)."""
         spotted = self.spot(cells_NE, grid)
         y_N, x_N, logit_N = self.peaks(spotted, self.tokens_for(*grid))
-        real_N = logit_N > math.log(self.threshold / (1 - self.threshold))
+        real_N = self.is_character(logit_N)
         across_N, down_N = ((n + 0.5) / s for n, s in zip((x_N, y_N), SUBCELLS[::-1], strict=True))
         read = reading_order(across_N, down_N, real_N, (float(grid[1]), float(grid[0])))
         order_N, weight = read.order_N, self.places.weight

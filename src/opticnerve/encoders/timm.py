@@ -55,14 +55,16 @@ class TimmEncoder(Encoder):
     ) -> None:  # fmt: skip
         super().__init__()
         model_args = dict(model_args or {})
-        several = isinstance(layer, list) and bool(layer) and all(isinstance(n, int) for n in layer)
-        if layer != "last" and not isinstance(layer, int) and not several:
+        layers = layer if isinstance(layer, list) else [] if layer == "last" else [layer]
+        if layer != "last" and not (layers and all(isinstance(n, int) for n in layers)):
             raise OpticNerveError(
                 f"timm layer is 'last', a whole number or a list of them, not {layer!r}", kind="wrong-type"
             )
         if class_token not in ("drop", "keep"):
             raise OpticNerveError(f"class_token is 'drop' or 'keep', not {class_token!r}", kind="unknown-name")
-        self.layer, self.class_token = layer, class_token
+        if class_token == "keep" and len(layers) > 1:
+            raise OpticNerveError(f"class_token: keep goes with one layer, not with {layer}", kind="conflict")
+        self.layer, self.layers, self.class_token = layer, layers, class_token
         self.model = _create(name, image_size, model_args, any_size=fit == "native")
         data = timm.data.resolve_model_data_config(self.model)
         size = image_size or int(data["input_size"][-1])
@@ -176,24 +178,20 @@ class TimmEncoder(Encoder):
             return out[:, prefix:] if self.class_token == "drop" else out
         keep = bool(prefix) and self.class_token == "keep"
         extra = {"return_prefix_tokens": True} if keep else {}
-        layers = self.layer if isinstance(self.layer, list) else [self.layer]
-        found, *others = model.forward_intermediates(
-            pixel_values, indices=layers, intermediates_only=True, stop_early=True, output_fmt="NCHW", **extra
+        found = model.forward_intermediates(
+            pixel_values, indices=self.layers, intermediates_only=True, stop_early=True, output_fmt="NCHW", **extra
         )
-        if isinstance(self.layer, list):
-            return _in_raster_order(_joined([found, *others]))
         if keep:
-            map_BCHW, prefix_BPD = found
+            ((map_BCHW, prefix_BPD),) = found
             return torch.cat([prefix_BPD, _in_raster_order(map_BCHW)], dim=1)
-        return _in_raster_order(found)
+        return _in_raster_order(_joined(found))
 
     def _ran(self, attribute: str) -> int | None:
         """How many of a convolutional network's blocks run for the map of a `layer`; None: all."""
         stages = getattr(self.model, "feature_info", None)
-        if self.layer == "last" or not isinstance(stages, list):
+        if not self.layers or not isinstance(stages, list):
             return None
-        layers = self.layer if isinstance(self.layer, list) else [self.layer]
-        named = [re.fullmatch(attribute + r"\.(\d+)", str(stages[n].get("module"))) for n in layers]
+        named = [re.fullmatch(attribute + r"\.(\d+)", str(stages[n].get("module"))) for n in self.layers]
         return max(int(found[1]) for found in named if found) + 1 if all(named) else None
 
     def _probe(self, name: str, image_size: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
@@ -239,7 +237,9 @@ def _in_raster_order(map_BCHW: Tensor) -> Tensor:
 
 
 def _joined(maps_BCHW: Sequence[Tensor]) -> Tensor:
-    """Maps of several strides as one of the coarsest: (B, C, H, W) each."""
+    """Maps of several strides as one of the coarsest: (B, C, H, W) each. One is as it was."""
+    if len(maps_BCHW) == 1:
+        return maps_BCHW[0]
     columns = min(m.shape[-1] for m in maps_BCHW)
     return torch.cat([F.pixel_unshuffle(m, m.shape[-1] // columns) for m in maps_BCHW], dim=1)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp
 from typing import TYPE_CHECKING, Any
 from unicodedata import east_asian_width
 
@@ -156,15 +155,10 @@ class TextSpotting(Objective):
         tower = self.model.image
         connector: TextSpotterConnector = tower.connector
         features = connector.standardise(tower.encode(batch.pixel_values, batch.image_sizes))
-        grids = features.grids or ((connector.side, connector.side),) * batch.samples
-        weight = connector.magnify.weight
         middles, named = [], []
-        pieces = zip(
-            features.tokens_BND, grids, batch.middles_C2.split(batch.counts), batch.classes_C.split(batch.counts),
-            strict=True,
-        )  # fmt: skip
-        for tokens_ND, grid, middles_C2, classes_C in pieces:
-            spotted = connector.spot(tokens_ND[: grid[0] * grid[1]].to(weight.dtype), grid)
+        marked = zip(batch.middles_C2.split(batch.counts), batch.classes_C.split(batch.counts), strict=True)
+        for (cells_NE, grid), (middles_C2, classes_C) in zip(connector.maps(features), marked, strict=True):
+            spotted = connector.spot(cells_NE.to(connector.magnify.weight.dtype), grid)
             bumps_YX, y_C, x_C = _bumps(middles_C2, spotted.heat_YX)
             middles.append(_focal(spotted.heat_YX, bumps_YX))
             named.append(F.cross_entropy(connector.name(spotted, y_C, x_C).float(), classes_C, reduction="sum"))
@@ -178,12 +172,13 @@ def _bumps(middles_C2: Tensor, heat_YX: Tensor) -> tuple[Tensor, Tensor, Tensor]
     high, wide = heat_YX.shape
     x_C = (middles_C2[:, 0] * wide).long().clamp(0, wide - 1)
     y_C = (middles_C2[:, 1] * high).long().clamp(0, high - 1)
-    padded_P = heat_YX.new_zeros((high + 2 * _REACH) * (wide + 2 * _REACH))
-    for down in range(2 * _REACH + 1):
-        for along in range(2 * _REACH + 1):
-            near = exp(-((down - _REACH) ** 2 + (along - _REACH) ** 2) / _SPREAD)
-            index_C = (y_C + down) * (wide + 2 * _REACH) + x_C + along
-            padded_P = padded_P.scatter_reduce(0, index_C, padded_P.new_full(index_C.shape, near), "amax")
+    steps_S = torch.arange(2 * _REACH + 1, device=heat_YX.device)
+    near_SS = torch.exp(-((steps_S[:, None] - _REACH) ** 2 + (steps_S - _REACH) ** 2) / _SPREAD).to(heat_YX)
+    beside = wide + 2 * _REACH
+    index_SSC = (y_C + steps_S[:, None, None]) * beside + x_C + steps_S[:, None]
+    padded_P = heat_YX.new_zeros((high + 2 * _REACH) * beside)
+    near_P = near_SS[..., None].expand(index_SSC.shape).flatten()
+    padded_P = padded_P.scatter_reduce(0, index_SSC.flatten(), near_P, "amax")
     bumps_YX = padded_P.view(high + 2 * _REACH, -1)[_REACH:-_REACH, _REACH:-_REACH]
     return bumps_YX, y_C, x_C
 
