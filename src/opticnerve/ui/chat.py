@@ -160,16 +160,14 @@ class ChatState:
         def content(part: Part) -> Any:
             if isinstance(part, TextPart):
                 return part.text
-            source = (
-                part.source.source if isinstance(part, ImagePart) and isinstance(part.source, Frame) else part.source
-            )
-            return {"path": str(source), "alt_text": alt_text}
+            frame = _frame(part)
+            return {"path": str(part.source if frame is None else frame.source), "alt_text": alt_text}
 
         return [
             {"role": message.role, "content": shown}
             for message in self.messages
             for p in message.parts
-            if not _is_later_frame(p)
+            if (frame := _frame(p)) is None or frame.index == 0  # a video's first frame stands for it
             for shown in (content(p), *self._boxes(message, alt_text))
         ]
 
@@ -187,14 +185,13 @@ class ChatState:
         there was none, or a video."""
         asked = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
         with_picture = [i for i, m in enumerate(asked) if any(isinstance(p, ImagePart) for p in m.parts)]
-        if not with_picture or any(isinstance(i.source, Frame) for i in Conversation(asked[with_picture[-1] :]).images):
-            return None
-        return Conversation(asked[with_picture[-1] :])
+        since = Conversation(asked[with_picture[-1] :]) if with_picture else None
+        return None if since is None or any(map(_frame, since.images)) else since
 
 
-def _is_later_frame(part: Part) -> bool:
-    """Whether it is a frame of a video that its first frame stands for."""
-    return isinstance(part, ImagePart) and isinstance(part.source, Frame) and part.source.index > 0
+def _frame(part: Part) -> Frame | None:
+    """The video's frame that a part shows, where it shows one."""
+    return part.source if isinstance(part, ImagePart) and isinstance(part.source, Frame) else None
 
 
 def stream(answerer: Any, chat_state: ChatState, *, tokens: int, temperature: float = 0.0) -> Iterator[str]:
